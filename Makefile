@@ -1,0 +1,81 @@
+# megatrain-io: the commands a person needs. `make` alone prints them.
+#
+# Needs python3 (3.11 or newer), cargo and a C compiler; everything else goes into .venv, inside the checkout.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Stamps live in the venv, so that removing it forgets them too.
+STAMPS := $(VENV)/stamps
+
+# The bindings are built, checked and tested against the venv's Python.
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+
+RUST_SOURCES := Cargo.toml $(wildcard Cargo.lock) rust/py/Cargo.toml $(shell find rust -name '*.rs' 2>/dev/null)
+CORE         := megatrain-io
+
+.PHONY: help
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(STAMPS)/extension ## make .venv, install everything, build the extension (quick when nothing changed)
+
+# An environment that works is kept, whoever made it; a broken or outdated one is made anew.
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): 3.11 or newer is needed (make PYTHON=python3.12 setup)" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "cargo was not found: install Rust 1.89 or newer (https://rustup.rs)" >&2; exit 1; }
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11) or sys.prefix == sys.base_prefix)' 2>/dev/null \
+	    || $(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(@D) && touch $@
+
+# What pyproject.toml names: to build, to run, to develop.
+$(STAMPS)/packages: pyproject.toml | $(STAMPS)/venv
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	    print(*p["build-system"]["requires"], *p["project"]["dependencies"], *p["project"]["optional-dependencies"]["dev"], sep="\n")' \
+	    > $(STAMPS)/requirements.txt
+	$(BIN)/python -m pip install --requirement $(STAMPS)/requirements.txt
+	@touch $@
+
+# Installed anew when pyproject.toml changed; otherwise only the extension is built, in place.
+$(STAMPS)/extension: $(STAMPS)/packages $(RUST_SOURCES)
+	PIP_QUIET=1 $(BIN)/python -m maturin develop --release $(if $(filter $(STAMPS)/packages,$?),,--skip-install)
+	@touch $@
+
+.PHONY: demo
+demo: setup ## train a small model from disk, kill it, resume it, compare the bits
+	$(BIN)/python examples/demo/run.py
+
+.PHONY: test
+test: setup lint ## all checks and tests, as CI runs them
+	if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --package $(CORE); \
+	    else cargo test --package $(CORE) --lib --bins --tests; fi
+	cargo test --package $(CORE) --doc
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: setup ## format, clippy, ruff, mypy, and the extension's stub against the extension
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --package $(CORE) --all-targets --no-default-features -- -D warnings
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+	$(BIN)/python -m mypy.stubtest megatrain_io._lib
+
+.PHONY: bench
+bench: setup ## benchmarks of the core
+	cargo bench --package $(CORE)
+
+.PHONY: clean
+clean: ## remove build output and caches; packages, stores and runs stay (rm -rf .venv starts over)
+	rm -rf target dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(STAMPS)/extension
+	rm -f python/megatrain_io/*.so
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,313 @@
+"""Who may import whom, and the checks of it: pure functions from sources to sentences about what is wrong.
+
+The floors are those of `docs/design.md`: a module imports from its own floor or from those below, never upwards
+and never in a circle. A module that is not in a table has its parent's row (`store.commit` belongs to `store`);
+one whose parent has none is refused until it gets a row here.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+
+PACKAGE = "megatrain_io"
+ROOT_MODULE = {"python": "__init__", "rust": "lib"}
+
+PYTHON_FLOORS: dict[str, int] = {
+    **dict.fromkeys(["config", "errors", "metrics"], 0),
+    **dict.fromkeys(["data", "device", "layout", "model", "probe", "schedule"], 1),
+    **dict.fromkeys(["swap"], 2),
+    **dict.fromkeys(["checkpoint", "convert", "generate", "stream"], 3),
+    **dict.fromkeys(["doctor", "plan", "report", "train"], 4),
+    **dict.fromkeys(["__main__", "cli"], 5),
+    **dict.fromkeys(["__init__"], 6),  # the front door: re-exports only, and nobody inside goes through it
+}
+RUST_FLOORS: dict[str, int] = {
+    **dict.fromkeys(["buffer", "checksum", "error", "ledger", "units"], 0),
+    **dict.fromkeys(["engine", "file", "pool"], 1),
+    **dict.fromkeys(["adamw", "engine.faulty", "engine.threads", "engine.uring", "layout"], 2),
+    **dict.fromkeys(["store"], 3),
+    **dict.fromkeys(["pipeline"], 4),
+    **dict.fromkeys(["lib"], 5),
+}
+
+EXTENSION_IMPORTERS = {"__init__", "errors", "swap"}
+HEAVY = {"numpy", "torch", "transformers"}
+UNSAFE_FILES = {
+    "rust/py/src/dlpack.rs",
+    "rust/src/adamw/avx2.rs",
+    "rust/src/buffer.rs",
+    "rust/src/engine/uring.rs",
+    "rust/src/file.rs",
+}
+LINES_MAX = 500
+NAMES_THAT_SAY_NOTHING = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
+
+Graph = dict[str, set[str]]
+
+
+# ------------------------------------------------------------------------------------- any language
+
+
+def unit_of(module: str, floors: Mapping[str, int]) -> str | None:
+    """The row that `module`, or whatever path into it, belongs to: the longest one that fits."""
+    parts = module.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in floors), None)
+
+
+def unlisted(modules: Iterable[str], floors: Mapping[str, int]) -> list[str]:
+    """Modules that have no row."""
+    return [
+        f"{module} is on no floor: give it a row" for module in modules if unit_of(module, floors) is None
+    ]
+
+
+def graph_of(imports: Mapping[str, set[str]], floors: Mapping[str, int], root: str) -> Graph:
+    """Which row imports from which: what fits no row is a name of the root module."""
+    graph: Graph = {}
+    for module, targets in imports.items():
+        unit = unit_of(module, floors) or module
+        units = {unit_of(target, floors) or root for target in targets}
+        graph.setdefault(unit, set()).update(units - {unit})
+    return graph
+
+
+def upward_imports(graph: Graph, floors: Mapping[str, int]) -> list[str]:
+    """Imports from a floor above."""
+    return [
+        f"{unit} (floor {floors[unit]}) imports {target} (floor {floors[target]}), which is above it"
+        for unit in sorted(graph.keys() & floors.keys())
+        for target in sorted(graph[unit] & floors.keys())
+        if floors[target] > floors[unit]
+    ]
+
+
+def circles(graph: Graph) -> list[str]:
+    """Circles of imports: one for each place where a walk meets its own path."""
+    found: list[str] = []
+    done: set[str] = set()
+
+    def walk(unit: str, path: list[str]) -> None:
+        if unit in path:
+            found.append(" -> ".join([*path[path.index(unit) :], unit]))
+        elif unit not in done:
+            for target in sorted(graph.get(unit, ())):
+                walk(target, [*path, unit])
+            done.add(unit)
+
+    for unit in sorted(graph):
+        walk(unit, [])
+    return found
+
+
+def too_long(files: Mapping[str, str]) -> list[str]:
+    """Files that nobody can read in one go."""
+    lengths = {path: text.count("\n") for path, text in files.items()}
+    return [f"{path} has {n} lines, more than {LINES_MAX}" for path, n in lengths.items() if n > LINES_MAX]
+
+
+def named_for_nothing(paths: Iterable[str]) -> list[str]:
+    """Files whose name does not say what is in them."""
+    return [
+        f"{path}: name it for what is in it"
+        for path in paths
+        if any(
+            word in NAMES_THAT_SAY_NOTHING
+            for part in PurePosixPath(path).parts
+            for word in re.split(r"[_.-]", part)
+        )
+    ]
+
+
+# ------------------------------------------------------------------------------------------- Python
+
+
+def python_module(path: str) -> str:
+    """`x/y.py` below the package is `x.y`, and `x/__init__.py` is `x`."""
+    parts = PurePosixPath(path).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def python_imports(source: str, package: str = PACKAGE) -> set[str]:
+    """Every dotted name that `source` imports, wherever the statement stands: `from a import b` gives `a.b`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # Packages are flat here, so a leading dot means the package itself.
+            base = ".".join(filter(None, [package if node.level else "", node.module or ""]))
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+    return names
+
+
+def own(names: Iterable[str]) -> set[str]:
+    """Those of the dotted names that are the package's own, without its name in front."""
+    inside = (name.partition(".") for name in names)
+    return {rest or ROOT_MODULE["python"] for top, _, rest in inside if top == PACKAGE}
+
+
+def foreign(names: Iterable[str]) -> set[str]:
+    """The top-level packages among the dotted names that are not the package's own."""
+    return {name.partition(".")[0] for name in names} - {PACKAGE}
+
+
+def python_graph(sources: Mapping[str, str]) -> Graph:
+    """Which module imports which; the extension is nobody's module."""
+    imports = {
+        module: {name for name in own(python_imports(source)) if name.partition(".")[0] != "_lib"}
+        for module, source in sources.items()
+    }
+    return graph_of(imports, PYTHON_FLOORS, ROOT_MODULE["python"])
+
+
+def side_doors(sources: Mapping[str, str]) -> list[str]:
+    """Modules that reach the extension past `swap`."""
+    return [
+        f"{module} imports _lib; only {', '.join(sorted(EXTENSION_IMPORTERS))} may"
+        for module, source in sources.items()
+        if module not in EXTENSION_IMPORTERS
+        if any(name.partition(".")[0] == "_lib" for name in own(python_imports(source)))
+    ]
+
+
+def heavy_ground_floor(sources: Mapping[str, str]) -> list[str]:
+    """Modules of floor 0 that import what takes seconds to import."""
+    return [
+        f"{module} is on floor 0 and imports {', '.join(sorted(heavy))}"
+        for module, source in sources.items()
+        if PYTHON_FLOORS.get(module) == 0
+        if (heavy := foreign(python_imports(source)) & HEAVY)
+    ]
+
+
+# --------------------------------------------------------------------------------------------- Rust
+
+NOT_CODE = re.compile(
+    r"""//[^\n]* | /\*.*?\*/                   # comments
+    | \b[bc]?r(?P<hashes>\#*)".*?"(?P=hashes)  # raw strings
+    | \b[bc]?"(?:\\.|[^"\\])*"                 # strings, with their prefix
+    | "(?:\\.|[^"\\])*"
+    | b?'(?:\\.[^']*|[^\\'])'                  # characters, but not lifetimes
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+TOKEN = re.compile(r"\w+|::|\S")
+
+
+def rust_tokens(source: str) -> list[str]:
+    """The words and signs of the code itself, without comments and strings."""
+    return TOKEN.findall(NOT_CODE.sub(" ", source))
+
+
+def rust_module(path: str) -> str:
+    """`engine/uring.rs` below `rust/src` is `engine.uring`, and `store/mod.rs` is `store`."""
+    parts = PurePosixPath(path).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "mod" else parts)
+
+
+def rust_imports(module: str, source: str) -> set[str]:
+    """Every path of the crate that `source` names, in a `use` or elsewhere, as dotted names from the root."""
+    tokens = rust_tokens(source)
+    here = [] if module == ROOT_MODULE["rust"] else module.split(".")
+    children = {tokens[i + 1] for i, word in enumerate(tokens[:-2]) if word == "mod" and tokens[i + 2] == ";"}
+    inline: list[tuple[str, int]] = []
+    depth = 0
+    names: set[str] = set()
+    for i, word in enumerate(tokens):
+        if word == "{":
+            depth += 1
+            if i >= 2 and tokens[i - 2] == "mod":
+                inline.append((tokens[i - 1], depth))
+        elif word == "}":
+            if inline and inline[-1][1] == depth:
+                inline.pop()
+            depth -= 1
+        elif tokens[i + 1 : i + 2] == ["::"] and (i == 0 or tokens[i - 1] != "::"):
+            current = [*here, *(name for name, _ in inline)]
+            if word in {"crate", "super", "self"}:
+                names.update(".".join(path) for path in _absolute(current, _paths(tokens, i)[0]))
+            elif word in children and not inline:
+                names.update(".".join([*here, *path]) for path in _paths(tokens, i)[0])
+    return names
+
+
+def _paths(tokens: list[str], i: int) -> tuple[list[list[str]], int]:
+    """The paths that start at token `i` and the token after them: `a::{b, c::d}` gives `a b` and `a c d`."""
+    path = [tokens[i]]
+    i += 1
+    while tokens[i : i + 1] == ["::"]:
+        i += 1
+        if tokens[i] == "{":
+            branches, i = _group(tokens, i + 1)
+            return [[*path, *branch] for branch in branches], i
+        if not tokens[i].isidentifier():  # a glob, or the `<` of generics
+            break
+        path.append(tokens[i])
+        i += 1
+    return [path], i
+
+
+def _group(tokens: list[str], i: int) -> tuple[list[list[str]], int]:
+    """The branches of a group from after its `{` on, and the token after its `}`."""
+    branches: list[list[str]] = []
+    while tokens[i] != "}":
+        paths, i = _paths(tokens, i)
+        branches.extend([] if path == ["self"] else path for path in paths)
+        while tokens[i] not in {",", "}"}:  # `as name`
+            i += 1
+        i += tokens[i] == ","
+    return branches, i + 1
+
+
+def _absolute(current: list[str], paths: Iterable[list[str]]) -> Iterator[list[str]]:
+    """Paths that begin with `crate`, `self` or `super`, from the root."""
+    for path in paths:
+        base = [] if path[0] == "crate" else list(current)
+        rest = path[1:] if path[0] in {"crate", "self"} else path
+        while rest[:1] == ["super"]:
+            base, rest = base[:-1], rest[1:]
+        yield [*base, *rest] or [ROOT_MODULE["rust"]]
+
+
+def rust_graph(sources: Mapping[str, str]) -> Graph:
+    """Which module imports which."""
+    imports = {module: rust_imports(module, source) for module, source in sources.items()}
+    return graph_of(imports, RUST_FLOORS, ROOT_MODULE["rust"])
+
+
+def names_pyo3(files: Mapping[str, str]) -> list[str]:
+    """Files outside `rust/py` that know of Python."""
+    return [
+        f"{path} names pyo3; only rust/py may"
+        for path, source in files.items()
+        if not path.startswith("rust/py/")
+        if any(word.startswith("pyo3") for word in rust_tokens(source))
+    ]
+
+
+def unsafe_sites(files: Mapping[str, str]) -> dict[str, int]:
+    """How often each file that does says `unsafe`: blocks, functions, implementations, attributes."""
+    counts = {path: rust_tokens(source).count("unsafe") for path, source in files.items()}
+    return {path: count for path, count in counts.items() if count}
+
+
+def unfenced(sites: Mapping[str, int]) -> list[str]:
+    """Files with `unsafe` in them that are not allowed any."""
+    return [
+        f"{path} has {sites[path]} unsafe sites; only {', '.join(sorted(UNSAFE_FILES))} may"
+        for path in sorted(sites.keys() - UNSAFE_FILES)
+    ]
+
+
+def miscounted(sites: Mapping[str, int], document: str) -> list[str]:
+    """Where the table of `docs/unsafe.md` (rows ``| `path` | count | ...``) differs from the sources."""
+    rows = {
+        path: int(n) for path, n in re.findall(r"^\|\s*`([^`]+)`\s*\|\s*(\d+)\s*\|", document, re.MULTILINE)
+    }
+    return [
+        f"docs/unsafe.md says {rows.get(path, 'nothing')} of {path}; the row should begin: | `{path}` | {count} |"
+        for path in sorted(sites.keys() | rows.keys())
+        if rows.get(path) != (count := sites.get(path, 0))
+    ]

@@ -1,0 +1,297 @@
+"""The floors, the fences around `unsafe` and the other rules that a compiler does not know.
+
+First the rules on the project as it is, then each check on something made up, so that a check that sees nothing
+is noticed. The tables are in `floors.py`.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import floors
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "python" / floors.PACKAGE
+CORE = ROOT / "rust" / "src"
+
+
+def texts(*folders: str, suffix: str) -> dict[str, str]:
+    """Relative path to text of every file with that suffix."""
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob(f"*{suffix}"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def nothing_wrong(problems: list[str]) -> None:
+    """Fails with one problem a line."""
+    assert not problems, "\n" + "\n".join(problems)
+
+
+@pytest.fixture(scope="module")
+def package() -> dict[str, str]:
+    """Module name to source of the Python package."""
+    sources = texts(PACKAGE.relative_to(ROOT).as_posix(), suffix=".py")
+    return {
+        floors.python_module(os.path.relpath(ROOT / path, PACKAGE)): text for path, text in sources.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def core() -> dict[str, str]:
+    """Module name to source of the Rust core."""
+    sources = texts(CORE.relative_to(ROOT).as_posix(), suffix=".rs")
+    return {floors.rust_module(os.path.relpath(ROOT / path, CORE)): text for path, text in sources.items()}
+
+
+@pytest.fixture(scope="module")
+def rust_files() -> dict[str, str]:
+    """Path to source of every Rust file."""
+    return texts("rust", "tests", "benches", suffix=".rs")
+
+
+# ------------------------------------------------------------------------------ the project as it is
+
+
+def test_every_module_is_on_a_floor(package: dict[str, str], core: dict[str, str]) -> None:
+    nothing_wrong(floors.unlisted(package, floors.PYTHON_FLOORS))
+    nothing_wrong(floors.unlisted(core, floors.RUST_FLOORS))
+
+
+def test_no_python_module_imports_upwards_or_in_a_circle(package: dict[str, str]) -> None:
+    graph = floors.python_graph(package)
+    nothing_wrong(floors.upward_imports(graph, floors.PYTHON_FLOORS))
+    nothing_wrong(floors.circles(graph))
+
+
+def test_no_rust_module_imports_upwards_or_in_a_circle(core: dict[str, str]) -> None:
+    graph = floors.rust_graph(core)
+    nothing_wrong(floors.upward_imports(graph, floors.RUST_FLOORS))
+    nothing_wrong(floors.circles(graph))
+
+
+def test_the_extension_has_one_door(package: dict[str, str]) -> None:
+    nothing_wrong(floors.side_doors(package))
+
+
+def test_floor_0_imports_nothing_heavy(package: dict[str, str]) -> None:
+    nothing_wrong(floors.heavy_ground_floor(package))
+
+
+def test_the_core_knows_nothing_of_python(rust_files: dict[str, str]) -> None:
+    nothing_wrong(floors.names_pyo3(rust_files))
+    manifest = tomllib.loads((ROOT / "Cargo.toml").read_text(encoding="utf-8"))
+    assert not [name for name in manifest["dependencies"] if name.startswith("pyo3")]
+
+
+def test_the_reference_imports_torch_and_transformers_only() -> None:
+    """What streamed training must equal owes nothing to the code under test."""
+    allowed = {*sys.stdlib_module_names, "torch", "transformers", "reference"}
+    for path, source in texts("tests/reference", suffix=".py").items():
+        names = floors.python_imports(source, package="reference")
+        runner = {"pytest"} if Path(path).name.startswith("test_") else set()
+        assert floors.foreign(names) <= allowed | runner, path
+        assert not floors.own(names), path
+
+
+def test_unsafe_stays_inside_its_fences(rust_files: dict[str, str]) -> None:
+    nothing_wrong(floors.unfenced(floors.unsafe_sites(rust_files)))
+
+
+def test_the_list_of_unsafe_sites_is_complete(rust_files: dict[str, str]) -> None:
+    document = ROOT / "docs" / "unsafe.md"
+    text = document.read_text(encoding="utf-8") if document.exists() else ""
+    nothing_wrong(floors.miscounted(floors.unsafe_sites(rust_files), text))
+
+
+def test_files_are_short_and_named_for_what_is_in_them(rust_files: dict[str, str]) -> None:
+    python_files = texts("python", "tests", "examples", "benches", suffix=".py")
+    files = python_files | texts("python", suffix=".pyi") | rust_files
+    product = {path: text for path, text in files.items() if path.startswith(("python/", "rust/"))}
+    nothing_wrong(floors.too_long(product))
+    nothing_wrong(floors.named_for_nothing(files))
+
+
+@pytest.mark.skipif(not (PACKAGE / "__main__.py").exists(), reason="the command line is not written yet")
+def test_help_imports_nothing_heavy() -> None:
+    """`--help` answers at once; one import of torch takes seconds."""
+    command = [sys.executable, "-X", "importtime", "-m", floors.PACKAGE, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage" in result.stdout
+    imported = {
+        name.partition(".")[0]
+        for name in re.findall(r"^import time:.*\|\s*(\S+)$", result.stderr, re.MULTILINE)
+    }
+    assert floors.PACKAGE in imported, "the import log was not understood"
+    assert imported & floors.HEAVY == set()
+
+
+# --------------------------------------------------------------------------------- the checks themselves
+
+
+def test_a_module_without_a_row_is_noticed() -> None:
+    assert floors.unlisted(["swap", "store"], floors.PYTHON_FLOORS) == ["store is on no floor: give it a row"]
+    assert floors.unlisted(["store.commit", "cache"], floors.RUST_FLOORS) == [
+        "cache is on no floor: give it a row"
+    ]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import megatrain_io.train",
+        "from megatrain_io import train",
+        "from megatrain_io.train import Trainer",
+        "from . import train",
+        "from .train import Trainer",
+        "def f():\n    from megatrain_io.train import Trainer",
+        "if TYPE_CHECKING:\n    from megatrain_io.train import Trainer",
+    ],
+)
+def test_an_upward_import_in_python_is_caught(statement: str) -> None:
+    graph = floors.python_graph({"swap": statement})
+    found = floors.upward_imports(graph, floors.PYTHON_FLOORS)
+    assert found == ["swap (floor 2) imports train (floor 4), which is above it"]
+
+
+def test_going_out_by_the_front_door_is_caught() -> None:
+    for statement in ["import megatrain_io", "from megatrain_io import Store", "from . import Store"]:
+        graph = floors.python_graph({"stream": statement})
+        assert graph == {"stream": {"__init__"}}
+        assert len(floors.upward_imports(graph, floors.PYTHON_FLOORS)) == 1
+
+
+def test_downward_and_foreign_imports_are_allowed() -> None:
+    source = "import torch.nn\nfrom collections import abc\nfrom megatrain_io.errors import DataError\n"
+    graph = floors.python_graph({"data": source})
+    assert graph == {"data": {"errors"}}
+    assert floors.upward_imports(graph, floors.PYTHON_FLOORS) == []
+
+
+def test_a_circle_is_caught() -> None:
+    sources = {
+        "data": "from megatrain_io import layout",
+        "layout": "import megatrain_io.model",
+        "model": "import megatrain_io.data, megatrain_io.config",
+    }
+    graph = floors.python_graph(sources)
+    assert floors.upward_imports(graph, floors.PYTHON_FLOORS) == []
+    assert floors.circles(graph) == ["data -> layout -> model -> data"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["from megatrain_io import _lib", "from megatrain_io._lib import Store", "from ._lib import Store"],
+)
+def test_a_side_door_to_the_extension_is_caught(statement: str) -> None:
+    found = floors.side_doors({"train": statement, "swap": statement})
+    assert found == ["train imports _lib; only __init__, errors, swap may"]
+
+
+def test_torch_on_floor_0_is_caught() -> None:
+    sources = {"config": "import json\ndef f():\n    import torch.nn", "model": "import torch"}
+    assert floors.heavy_ground_floor(sources) == ["config is on floor 0 and imports torch"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "use crate::store::Store;",
+        "use crate::{error::Result, store::{self, Store as S}};",
+        "use super::{super::store::Store};",
+        "use super::super::store::*;",
+        "fn f() -> crate::store::Store { todo!() }",
+        "mod inner { use super::super::super::store::Store; }",
+        "#[cfg(test)] mod tests { use super::*; use crate::store::Store; }",
+    ],
+)
+def test_an_upward_import_in_rust_is_caught(source: str) -> None:
+    found = floors.upward_imports(floors.rust_graph({"engine.uring": source}), floors.RUST_FLOORS)
+    assert found == ["engine.uring (floor 2) imports store (floor 3), which is above it"]
+
+
+def test_a_parent_that_uses_its_child_on_a_higher_floor_is_caught() -> None:
+    source = "pub mod threads;\npub mod uring;\npub use uring::Uring;"
+    found = floors.upward_imports(floors.rust_graph({"engine": source}), floors.RUST_FLOORS)
+    assert found == ["engine (floor 1) imports engine.uring (floor 2), which is above it"]
+
+
+def test_a_name_of_the_crate_root_is_caught() -> None:
+    graph = floors.rust_graph({"pool": "use crate::Error;"})
+    assert floors.upward_imports(graph, floors.RUST_FLOORS) == [
+        "pool (floor 1) imports lib (floor 5), which is above it"
+    ]
+
+
+def test_what_is_no_import_in_rust_is_left_alone() -> None:
+    source = """
+        //! Beneath [`crate::store::Store`].
+        /* crate::pipeline::run */
+        mod commit;
+        use crate::units::{Group, round_up};
+        use std::{io, os::fd::OwnedFd};
+        const HINT: &str = "crate::pipeline::run \\" unsafe";
+        const RAW: &str = r#"unsafe "crate::pipeline" "#;
+        const QUOTE: char = '"';
+        impl<'a> Deref for View<'a> { fn get(&'a self) -> crate::error::Result<u8> { commit::now('\\'') } }
+        mod tests { use super::*; }
+    """
+    assert floors.rust_graph({"store": source, "lib": "pub use store::Store;"})["store"] == {"error", "units"}
+    assert floors.unsafe_sites({"rust/src/store.rs": source}) == {}
+
+
+def test_submodules_may_refer_to_each_other_within_their_row() -> None:
+    sources = {"store": "mod commit; use commit::commit;", "store.commit": "use super::Store;"}
+    graph = floors.rust_graph(sources)
+    assert graph == {"store": set()}
+    assert floors.circles(graph) == []
+
+
+def test_paths_are_modules() -> None:
+    python = {"__init__.py": "__init__", "swap.py": "swap", "x/__init__.py": "x", "x/y.py": "x.y"}
+    assert {path: floors.python_module(path) for path in python} == python
+    rust = {"lib.rs": "lib", "engine/uring.rs": "engine.uring", "store/mod.rs": "store"}
+    assert {path: floors.rust_module(path) for path in rust} == rust
+
+
+def test_python_in_the_core_is_caught() -> None:
+    files = {
+        "rust/src/store.rs": "use pyo3::prelude::*; // pyo3",
+        "rust/py/src/lib.rs": "use pyo3::prelude::*;",
+    }
+    assert floors.names_pyo3(files) == ["rust/src/store.rs names pyo3; only rust/py may"]
+    assert floors.names_pyo3({"rust/src/store.rs": "// not for pyo3"}) == []
+
+
+def test_unsafe_outside_the_fences_is_caught_and_counted() -> None:
+    code = "#![deny(unsafe_code)] unsafe impl Send for R {} // unsafe\nfn f() { unsafe { g() } }"
+    sites = floors.unsafe_sites(
+        {"rust/src/buffer.rs": code, "rust/src/pool.rs": "unsafe fn f() {}", "x.rs": ""}
+    )
+    assert sites == {"rust/src/buffer.rs": 2, "rust/src/pool.rs": 1}
+    assert [sentence.partition(";")[0] for sentence in floors.unfenced(sites)] == [
+        "rust/src/pool.rs has 1 unsafe sites"
+    ]
+
+
+def test_a_wrong_row_about_unsafe_is_caught() -> None:
+    document = "| file | sites | why |\n|---|---|---|\n| `a.rs` | 2 | x |\n| `b.rs` | 1 | y |\n| `gone.rs` | 1 | z |\n"
+    assert floors.miscounted({"a.rs": 2, "b.rs": 3, "new.rs": 1}, document) == [
+        "docs/unsafe.md says 1 of b.rs; the row should begin: | `b.rs` | 3 |",
+        "docs/unsafe.md says 1 of gone.rs; the row should begin: | `gone.rs` | 0 |",
+        "docs/unsafe.md says nothing of new.rs; the row should begin: | `new.rs` | 1 |",
+    ]
+
+
+def test_long_and_nameless_files_are_caught() -> None:
+    assert floors.too_long({"a.rs": "\n" * 500, "b.rs": "\n" * 501}) == ["b.rs has 501 lines, more than 500"]
+    names = [
+        "rust/src/units.rs",
+        "rust/src/io_utils.rs",
+        "python/common/x.py",
+        "tests/helpers.py",
+        "a/manager.rs",
+    ]
+    assert [sentence.partition(":")[0] for sentence in floors.named_for_nothing(names)] == names[1:]

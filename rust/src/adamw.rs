@@ -1,0 +1,382 @@
+//! AdamW (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization"), to the bit what
+//! `torch.optim.AdamW(fused=True)` computes on an x86-64 CPU.
+//!
+//! Source of the formula: PyTorch 2.13, `aten/src/ATen/native/cpu/FusedAdamKernel.cpp` in its AVX2
+//! build (PyTorch has no AVX-512 build of it), with the multiplications and additions fused where
+//! its compiler fused them. `f32(..)` is a scalar worked out in f64 and rounded once;
+//! `t` is the step, `g` the gradient; every operation rounds to f32:
+//!
+//! ```text
+//! p = p * f32(fma(-lr, weight_decay, 1))
+//! m = fma(w, g - m, m)          when w < 0.5, else fma(w - 1, g - m, g);    w = f32(1 - beta1)
+//! v = fma(f32(1 - beta2) * g, g, v * f32(beta2))
+//! p = p + (f32(-lr / (1 - beta1^t)) * m) / (sqrt(v) / f32(sqrt(1 - beta2^t)) + f32(eps))
+//! ```
+//!
+//! PyTorch runs whole vectors of eight. What is left over, the last `numel % 8` elements of a
+//! tensor, went through the compiler on its own and rounds differently there:
+//!
+//! ```text
+//! v = fma(v, f32(beta2), (f32(1 - beta2) * g) * g)
+//! ```
+//!
+//! Weights are f32, or the bf16 and int16 halves of an f32 master ([`split`]). Moments and
+//! gradients are f32. All slices of one call are the same parameters of one chunk, in order, one
+//! element a parameter; they may be of any alignment.
+//!
+//! The scalar code is the specification. The other kernels are the same code compiled for more of
+//! the CPU: the compiler turns the loops `step_f32` and `step_split` into vectors, and since it
+//! neither fuses nor reorders floating point by itself, the bits cannot differ.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod split;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+pub use split::{join, join_slice, split, split_slice};
+
+/// Parameters that one task updates: few enough to keep all cores busy to the end of a chunk, so
+/// many (0.7 MB) that handing a task out costs nothing beside it.
+const TILE: usize = 32 << 10;
+/// Elements of PyTorch's vector: what of a tensor does not fill one is its tail.
+const LANES: usize = 8;
+
+/// The step's hyperparameters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate, as the schedule has it for this step.
+    pub learning_rate: f64,
+    /// Decay of the first moment, in [0, 1).
+    pub beta1: f64,
+    /// Decay of the second moment, in [0, 1).
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// AdamW's `t`, counted from 1.
+    pub step: u64,
+}
+
+impl AdamW {
+    /// What the kernels need for tensors with this factor on the learning rate (1 for most) and
+    /// this weight decay (0 for norms and biases, as a rule).
+    #[must_use]
+    pub fn scalars(&self, lr_scale: f64, weight_decay: f64) -> Scalars {
+        // PyTorch counts steps in f32, which stands still at 2^24.
+        let step = f64::from(u32::try_from(self.step).unwrap_or(u32::MAX).min(1 << 24));
+        let learning_rate = self.learning_rate * lr_scale;
+        Scalars {
+            decay: round((-learning_rate).mul_add(weight_decay, 1.0)),
+            exp_avg_weight: round(1.0 - self.beta1),
+            beta2: round(self.beta2),
+            exp_avg_sq_weight: round(1.0 - self.beta2),
+            step_size: round(-learning_rate / (1.0 - self.beta1.powf(step))),
+            bias_correction2_sqrt: round((1.0 - self.beta2.powf(step)).sqrt()),
+            eps: round(self.eps),
+        }
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is what it is for")]
+fn round(value: f64) -> f32 {
+    value as f32
+}
+
+/// The scalars of one step for one tensor, worked out by [`AdamW::scalars`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scalars {
+    decay: f32,
+    exp_avg_weight: f32,
+    beta2: f32,
+    exp_avg_sq_weight: f32,
+    step_size: f32,
+    bias_correction2_sqrt: f32,
+    eps: f32,
+}
+
+impl Scalars {
+    /// One parameter: new weight, `exp_avg`, `exp_avg_sq`.
+    #[expect(clippy::inline_always, reason = "it must be compiled for its caller's CPU features")]
+    #[inline(always)]
+    fn step<const TAIL: bool>(&self, weight: f32, g: f32, m: f32, v: f32) -> (f32, f32, f32) {
+        let w = self.exp_avg_weight;
+        let exp_avg = if w < 0.5 {
+            w.mul_add(g - m, m)
+        } else {
+            // The two differ for w == 1, in the sign of zero.
+            let w = if TAIL { -(1.0 - w) } else { w - 1.0 };
+            w.mul_add(g - m, g)
+        };
+        let square = self.exp_avg_sq_weight * g;
+        let exp_avg_sq = if TAIL {
+            v.mul_add(self.beta2, square * g)
+        } else {
+            square.mul_add(g, v * self.beta2)
+        };
+        let denominator = exp_avg_sq.sqrt() / self.bias_correction2_sqrt + self.eps;
+        let weight = weight * self.decay + self.step_size * exp_avg / denominator;
+        (weight, exp_avg, exp_avg_sq)
+    }
+}
+
+/// Consecutive parameters of one tensor that lie in one chunk, and what they share.
+///
+/// A tensor may be cut into spans at multiples of 8 parameters from its start only (chunk borders
+/// are): a span that is no multiple of 8 long is taken to end where its tensor ends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Span {
+    /// First parameter, counted from the start of the chunk.
+    pub start: usize,
+    /// Number of parameters.
+    pub len: usize,
+    /// The tensor's scalars.
+    pub scalars: Scalars,
+}
+
+impl Span {
+    fn end(&self) -> usize {
+        self.start + self.len
+    }
+
+    fn tail_start(&self) -> usize {
+        self.end() - self.len % LANES
+    }
+}
+
+/// A way to run the update. All give the same bits (of a moment that is NaN, a NaN).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// Plain code: the specification. Slow where the compiler may not assume fused multiply-add.
+    Scalar,
+    /// AVX2 and FMA; runs as `Scalar` on a CPU that lacks them.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+}
+
+impl Kernel {
+    /// The kernels that this CPU can run, fastest last.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let all = [
+            Self::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2,
+        ];
+        all.into_iter().filter(|kernel| kernel.is_available()).collect()
+    }
+
+    /// The fastest kernel that this CPU can run.
+    #[must_use]
+    pub fn detect() -> Self {
+        Self::available().pop().unwrap_or(Self::Scalar)
+    }
+
+    fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::available(),
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2+fma",
+        })
+    }
+}
+
+/// One step of a chunk whose weights are f32, on the current rayon pool.
+///
+/// Outside every span `weight_out` becomes `weight`, the moments stay, and the gradient is not
+/// looked at. The result does not depend on the number of threads.
+///
+/// # Panics
+/// If the slices differ in length, or the spans overlap, are out of order or out of bounds.
+#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
+pub fn update_f32(
+    kernel: Kernel,
+    spans: &[Span],
+    weight: &[f32],
+    weight_out: &mut [f32],
+    gradient: &[f32],
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+) {
+    let len = weight.len();
+    check(len, spans, [weight_out.len(), gradient.len(), exp_avg.len(), exp_avg_sq.len()]);
+    (
+        weight.par_chunks(TILE),
+        weight_out.par_chunks_mut(TILE),
+        gradient.par_chunks(TILE),
+        exp_avg.par_chunks_mut(TILE),
+        exp_avg_sq.par_chunks_mut(TILE),
+    )
+        .into_par_iter()
+        .enumerate()
+        .for_each(|(tile, (weight, weight_out, gradient, exp_avg, exp_avg_sq))| {
+            for (range, part) in parts(spans, tile * TILE, weight.len()) {
+                let (weight, out) = (&weight[range.clone()], &mut weight_out[range.clone()]);
+                let (g, m) = (&gradient[range.clone()], &mut exp_avg[range.clone()]);
+                let v = &mut exp_avg_sq[range];
+                match (part, kernel) {
+                    (Part::Gap, _) => out.copy_from_slice(weight),
+                    #[cfg(target_arch = "x86_64")]
+                    (Part::Body(scalars), Kernel::Avx2) => {
+                        avx2::step_f32(scalars, weight, out, g, m, v);
+                    }
+                    (Part::Body(scalars), Kernel::Scalar) => {
+                        step_f32::<false>(scalars, weight, out, g, m, v);
+                    }
+                    (Part::Tail(scalars), _) => step_f32::<true>(scalars, weight, out, g, m, v),
+                }
+            }
+        });
+}
+
+/// One step of a chunk whose weights are split (see [`split`]): as [`update_f32`], and outside
+/// every span the remainder stays too.
+///
+/// A weight that becomes NaN is stored as the one NaN `0x7FC0_0000`: [`split`] would round the
+/// NaN of a GPU, `0x7FFF_FFFF`, to a bf16 of -0, and the forward pass would not see it.
+///
+/// # Panics
+/// As [`update_f32`].
+#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
+pub fn update_split(
+    kernel: Kernel,
+    spans: &[Span],
+    weight: &[u16],
+    weight_out: &mut [u16],
+    remainder: &mut [i16],
+    gradient: &[f32],
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+) {
+    let lens = [weight_out.len(), remainder.len(), gradient.len(), exp_avg.len(), exp_avg_sq.len()];
+    check(weight.len(), spans, lens);
+    (
+        weight.par_chunks(TILE),
+        weight_out.par_chunks_mut(TILE),
+        remainder.par_chunks_mut(TILE),
+        gradient.par_chunks(TILE),
+        exp_avg.par_chunks_mut(TILE),
+        exp_avg_sq.par_chunks_mut(TILE),
+    )
+        .into_par_iter()
+        .enumerate()
+        .for_each(|(tile, (weight, weight_out, remainder, gradient, exp_avg, exp_avg_sq))| {
+            for (range, part) in parts(spans, tile * TILE, weight.len()) {
+                let (weight, out) = (&weight[range.clone()], &mut weight_out[range.clone()]);
+                let (low, g) = (&mut remainder[range.clone()], &gradient[range.clone()]);
+                let (m, v) = (&mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
+                match (part, kernel) {
+                    (Part::Gap, _) => out.copy_from_slice(weight),
+                    #[cfg(target_arch = "x86_64")]
+                    (Part::Body(scalars), Kernel::Avx2) => {
+                        avx2::step_split(scalars, weight, out, low, g, m, v);
+                    }
+                    (Part::Body(scalars), Kernel::Scalar) => {
+                        step_split::<false>(scalars, weight, out, low, g, m, v);
+                    }
+                    (Part::Tail(scalars), _) => {
+                        step_split::<true>(scalars, weight, out, low, g, m, v);
+                    }
+                }
+            }
+        });
+}
+
+/// The checks of the safe entrance.
+fn check<const N: usize>(len: usize, spans: &[Span], lens: [usize; N]) {
+    assert!(lens.iter().all(|other| *other == len), "lengths differ: {lens:?}, weight {len}");
+    let mut free = 0;
+    for span in spans {
+        assert!(span.start >= free, "spans overlap or are out of order at {}", span.start);
+        assert!(span.start <= len && span.len <= len - span.start, "a span ends behind the chunk");
+        free = span.end();
+    }
+}
+
+/// What is to be done with a run of parameters.
+#[derive(Clone, Copy)]
+enum Part<'a> {
+    /// They belong to no tensor.
+    Gap,
+    Body(&'a Scalars),
+    /// The end of a tensor, behind PyTorch's last whole vector.
+    Tail(&'a Scalars),
+}
+
+/// The parts of the `len` parameters from `start` on, as ranges that count from `start`. They
+/// cover everything; some are empty.
+fn parts(
+    spans: &[Span],
+    start: usize,
+    len: usize,
+) -> impl Iterator<Item = (Range<usize>, Part<'_>)> {
+    let first = spans.partition_point(|span| span.end() <= start);
+    let mut done = 0;
+    spans
+        .iter()
+        .skip(first)
+        .take_while(move |span| span.start < start + len)
+        .flat_map(|span| {
+            let (body, tail) = (Part::Body(&span.scalars), Part::Tail(&span.scalars));
+            [(span.start, Part::Gap), (span.tail_start(), body), (span.end(), tail)]
+        })
+        .chain([(start + len, Part::Gap)])
+        .map(move |(until, part)| {
+            let from = done;
+            done = until.saturating_sub(start).clamp(from, len);
+            (from..done, part)
+        })
+}
+
+/// The loop over whole slices. It is compiled once for each kernel.
+#[expect(clippy::inline_always, reason = "it must be compiled for its caller's CPU features")]
+#[inline(always)]
+fn step_f32<const TAIL: bool>(
+    scalars: &Scalars,
+    weight: &[f32],
+    weight_out: &mut [f32],
+    gradient: &[f32],
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+) {
+    let moments = exp_avg.iter_mut().zip(exp_avg_sq);
+    for (((w, out), g), (m, v)) in weight.iter().zip(weight_out).zip(gradient).zip(moments) {
+        (*out, *m, *v) = scalars.step::<TAIL>(*w, *g, *m, *v);
+    }
+}
+
+/// As [`step_f32`], for split weights.
+#[expect(clippy::inline_always, reason = "it must be compiled for its caller's CPU features")]
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
+fn step_split<const TAIL: bool>(
+    scalars: &Scalars,
+    weight: &[u16],
+    weight_out: &mut [u16],
+    remainder: &mut [i16],
+    gradient: &[f32],
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+) {
+    let weights = weight.iter().zip(weight_out).zip(remainder);
+    let moments = exp_avg.iter_mut().zip(exp_avg_sq);
+    for ((((w, out), low), g), (m, v)) in weights.zip(gradient).zip(moments) {
+        let master;
+        (master, *m, *v) = scalars.step::<TAIL>(join(*w, *low), *g, *m, *v);
+        (*out, *low) = split(if master.is_nan() { f32::NAN } else { master });
+    }
+}

@@ -1,0 +1,374 @@
+//! Memory that the kernel may read or write behind our back: regions, and slots cut from them.
+//!
+//! A [`Slot`] is the exclusive right to a run of bytes. It is neither `Clone` nor `Copy`: it moves
+//! into an I/O operation and comes back with the completion, also on error, so nothing can touch
+//! bytes that are in flight. A slot can be split, and the parts joined again; when the last part is
+//! dropped, the bytes return to the free list they were taken from. The region outlives its slots.
+#![allow(unsafe_code, reason = "the one place where mapped memory becomes slices")]
+
+use std::ffi::c_void;
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use rustix::mm;
+
+use crate::error::{Error, Result};
+use crate::ledger::{Entry, Ledger};
+use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES};
+
+/// One anonymous mapping: zeroed, 2 MiB aligned, asked to be huge pages, not inherited by forks.
+pub struct Region {
+    start: NonNull<u8>,
+    bytes: usize,
+    locked: bool,
+    _entry: Entry,
+}
+
+// SAFETY: a region is plain memory owned by this value alone (mapped in `new`, unmapped in `drop`);
+// nothing about it is tied to a thread.
+unsafe impl Send for Region {}
+// SAFETY: a shared region gives out no bytes; only slots do, and each byte belongs to one slot.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps `bytes` (rounded up to 4 KiB) and enters them under `account`.
+    ///
+    /// # Errors
+    /// `Io` when the system refuses the mapping.
+    pub fn new(bytes: usize, ledger: &Ledger, account: &str) -> Result<Arc<Self>> {
+        let failed =
+            |source: rustix::io::Errno| Error::io("mapping memory", "RAM", 0, bytes as u64, source);
+        let bytes = bytes.max(1).next_multiple_of(PAGE_BYTES);
+        // Huge pages need a 2 MiB aligned start: map more, then give the surplus back.
+        let surplus = if bytes >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { 0 };
+        // SAFETY: a fresh private anonymous mapping at an address that the kernel chooses.
+        let mapped = unsafe {
+            mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                bytes + surplus,
+                mm::ProtFlags::READ | mm::ProtFlags::WRITE,
+                mm::MapFlags::PRIVATE | mm::MapFlags::NORESERVE,
+            )
+        }
+        .map_err(failed)?
+        .cast::<u8>();
+        let front = if surplus == 0 { 0 } else { mapped.align_offset(HUGE_PAGE_BYTES) };
+        let start = mapped.wrapping_add(front);
+        unmap(mapped, front);
+        unmap(start.wrapping_add(bytes), surplus - front);
+        let start = NonNull::new(start).ok_or_else(|| Error::invalid("mmap returned null"))?;
+        for advice in
+            [mm::Advice::LinuxHugepage, mm::Advice::LinuxDontFork, mm::Advice::LinuxDontDump]
+        {
+            // SAFETY: the range is the mapping made above, and none of these advices drops content.
+            // A kernel without one of them refuses it, which costs speed or a larger core dump only.
+            let _ = unsafe { mm::madvise(start.as_ptr().cast(), bytes, advice) };
+        }
+        // SAFETY: the range is the mapping made above; locking changes residency, not content.
+        let locked = unsafe { mm::mlock(start.as_ptr().cast(), bytes) }.is_ok();
+        Ok(Arc::new(Self { start, bytes, locked, _entry: ledger.enter(account, bytes as u64) }))
+    }
+
+    /// Address of the first byte, for registering the region with the kernel.
+    #[must_use]
+    pub fn address(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether the memory is locked (RLIMIT_MEMLOCK allowed it).
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        self.locked
+    }
+
+    /// The whole region as one slot that returns to no list.
+    #[must_use]
+    pub fn into_slot(self: Arc<Self>) -> Slot {
+        let bytes = self.bytes;
+        // The region is new and shared with nobody who cuts slots from it: `SlotList` takes regions
+        // by value in its own constructor and never calls this.
+        Slot { lease: Arc::new(Lease { region: self, home: None }), start: 0, bytes }
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("start", &self.start).field("bytes", &self.bytes).finish()
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        unmap(self.start.as_ptr(), self.bytes);
+    }
+}
+
+fn unmap(start: *mut u8, bytes: usize) {
+    if bytes > 0 {
+        // SAFETY: called by `Region` alone, for parts of its own mapping to which no slot points:
+        // the surplus in `new`, and the whole in `drop`, which runs after every slot's `Arc` is gone.
+        let _ = unsafe { mm::munmap(start.cast::<c_void>(), bytes) };
+    }
+}
+
+/// A fixed number of equal slots of one region. Taking one never allocates.
+#[derive(Clone, Debug)]
+pub struct SlotList {
+    region: Arc<Region>,
+    first: usize,
+    slot_bytes: usize,
+    count: usize,
+    give_back: Sender<usize>,
+    free: Receiver<usize>,
+}
+
+impl SlotList {
+    /// Cuts one region into lists, in order: `(slot bytes, count)` each; slot sizes are multiples of
+    /// 4 KiB. Each list starts at a 2 MiB border so that its slots keep their huge pages.
+    ///
+    /// # Errors
+    /// `Io` when the memory cannot be mapped, `Invalid` for a slot size that is no multiple of 4 KiB.
+    pub fn cut(
+        sizes: &[(usize, usize)],
+        ledger: &Ledger,
+        account: &str,
+    ) -> Result<(Arc<Region>, Vec<Self>)> {
+        let mut total = 0_usize;
+        let mut starts = Vec::with_capacity(sizes.len());
+        for &(slot_bytes, count) in sizes {
+            if !slot_bytes.is_multiple_of(PAGE_BYTES) {
+                return Err(Error::invalid(format!(
+                    "slot of {slot_bytes} bytes is no multiple of {PAGE_BYTES}"
+                )));
+            }
+            if slot_bytes >= HUGE_PAGE_BYTES {
+                total = total.next_multiple_of(HUGE_PAGE_BYTES);
+            }
+            starts.push(total);
+            total = slot_bytes
+                .checked_mul(count)
+                .and_then(|bytes| total.checked_add(bytes))
+                .ok_or_else(|| Error::invalid("the pool is larger than the address space"))?;
+        }
+        let region = Region::new(total, ledger, account)?;
+        let lists = sizes
+            .iter()
+            .zip(starts)
+            .map(|(&(slot_bytes, count), first)| Self::over(&region, first, slot_bytes, count))
+            .collect();
+        Ok((region, lists))
+    }
+
+    fn over(region: &Arc<Region>, first: usize, slot_bytes: usize, count: usize) -> Self {
+        let (give_back, free) = bounded(count);
+        for index in 0..count {
+            // The channel holds `count` and is new.
+            let _ = give_back.try_send(index);
+        }
+        Self { region: Arc::clone(region), first, slot_bytes, count, give_back, free }
+    }
+
+    /// A free slot, or `None`.
+    #[must_use]
+    pub fn try_take(&self) -> Option<Slot> {
+        self.free.try_recv().ok().map(|index| self.lease(index))
+    }
+
+    /// A free slot, waiting for one up to `timeout`.
+    #[must_use]
+    pub fn take(&self, timeout: Duration) -> Option<Slot> {
+        self.free.recv_timeout(timeout).ok().map(|index| self.lease(index))
+    }
+
+    /// Number of free slots now.
+    #[must_use]
+    pub fn free_count(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Number of slots.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Bytes of each slot.
+    #[must_use]
+    pub fn slot_bytes(&self) -> usize {
+        self.slot_bytes
+    }
+
+    /// Becomes readable when a slot is free; for waiting on several things at once. A reader must
+    /// not take messages from it: they are slots.
+    #[must_use]
+    pub fn availability(&self) -> &Receiver<usize> {
+        &self.free
+    }
+
+    fn lease(&self, index: usize) -> Slot {
+        // An index is in the channel exactly while no lease for it exists: it is sent once in `over`
+        // and once by each lease's drop, and received only here.
+        let home = Some((self.give_back.clone(), index));
+        let lease = Arc::new(Lease { region: Arc::clone(&self.region), home });
+        Slot { lease, start: self.first + index * self.slot_bytes, bytes: self.slot_bytes }
+    }
+}
+
+#[derive(Debug)]
+struct Lease {
+    region: Arc<Region>,
+    home: Option<(Sender<usize>, usize)>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some((give_back, index)) = self.home.take() {
+            // The channel has room for every index of its list; a dropped list needs none back.
+            let _ = give_back.try_send(index);
+        }
+    }
+}
+
+/// The exclusive right to a run of bytes of a region.
+#[derive(Debug)]
+pub struct Slot {
+    lease: Arc<Lease>,
+    start: usize,
+    bytes: usize,
+}
+
+impl Slot {
+    /// Memory of its own, `bytes` rounded up to 4 KiB, zeroed, entered under `account`.
+    ///
+    /// # Errors
+    /// `Io` when the system refuses the mapping.
+    pub fn standalone(bytes: usize, ledger: &Ledger, account: &str) -> Result<Self> {
+        Ok(Region::new(bytes, ledger, account)?.into_slot())
+    }
+
+    /// Address of the first byte. What the address is used for must end before the slot is dropped
+    /// or moved on: the operations that use it own the slot.
+    #[must_use]
+    pub fn address(&mut self) -> *mut u8 {
+        self.lease.region.start.as_ptr().wrapping_add(self.start)
+    }
+
+    /// The first `at` bytes, and the rest.
+    ///
+    /// # Panics
+    /// When `at` is beyond the end.
+    #[must_use]
+    pub fn split_at(self, at: usize) -> (Self, Self) {
+        assert!(at <= self.bytes, "split at {at} of {} bytes", self.bytes);
+        let rest =
+            Self { lease: Arc::clone(&self.lease), start: self.start + at, bytes: self.bytes - at };
+        (Self { bytes: at, ..self }, rest)
+    }
+
+    /// This slot and the one right behind it as one.
+    ///
+    /// # Panics
+    /// When `next` is not the neighbour that a split made.
+    #[must_use]
+    pub fn join(self, next: Self) -> Self {
+        assert!(
+            Arc::ptr_eq(&self.lease, &next.lease) && self.start + self.bytes == next.start,
+            "only neighbours of one split can be joined"
+        );
+        Self { bytes: self.bytes + next.bytes, ..self }
+    }
+
+    /// The region that the bytes lie in, and their offset in it.
+    #[must_use]
+    pub fn place(&self) -> (&Arc<Region>, usize) {
+        (&self.lease.region, self.start)
+    }
+}
+
+impl Deref for Slot {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let start = self.lease.region.start.as_ptr().wrapping_add(self.start);
+        // SAFETY: the run lies inside the region (checked by `cut`, `split_at`), is initialised (the
+        // mapping was zeroed) and belongs to this slot alone: lists give an index out once, splits
+        // are disjoint, and operations in flight own their slot.
+        unsafe { std::slice::from_raw_parts(start, self.bytes) }
+    }
+}
+
+impl DerefMut for Slot {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let start = self.address();
+        // SAFETY: as in `deref`; `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(start, self.bytes) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(count: usize) -> SlotList {
+        SlotList::cut(&[(2 * PAGE_BYTES, count)], &Ledger::new(), "pool")
+            .expect("memory")
+            .1
+            .remove(0)
+    }
+
+    #[test]
+    fn a_slot_returns_when_its_last_part_is_dropped() {
+        let list = list(1);
+        let slot = list.try_take().expect("one is free");
+        assert!(list.try_take().is_none());
+        let (front, back) = slot.split_at(PAGE_BYTES);
+        drop(front);
+        assert_eq!(list.free_count(), 0, "a part is still out");
+        drop(back);
+        assert_eq!(list.free_count(), 1);
+    }
+
+    #[test]
+    fn parts_are_disjoint_and_join_to_the_whole() {
+        let (mut front, mut back) = list(1).try_take().expect("free").split_at(PAGE_BYTES);
+        front.fill(1);
+        back.fill(2);
+        let whole = front.join(back);
+        assert_eq!(whole.len(), 2 * PAGE_BYTES);
+        assert!(
+            whole[..PAGE_BYTES].iter().all(|b| *b == 1)
+                && whole[PAGE_BYTES..].iter().all(|b| *b == 2)
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "only neighbours")]
+    fn strangers_cannot_be_joined() {
+        let list = list(2);
+        let (a, b) = (list.try_take().expect("free"), list.try_take().expect("free"));
+        let _ = a.join(b);
+    }
+
+    #[test]
+    fn slots_keep_the_region_alive_and_the_ledger_knows() {
+        let ledger = Ledger::new();
+        let (region, mut lists) =
+            SlotList::cut(&[(HUGE_PAGE_BYTES, 2)], &ledger, "pool").expect("memory");
+        let slot = lists.remove(0).try_take().expect("free");
+        assert!(region.address().align_offset(HUGE_PAGE_BYTES) == 0);
+        drop((region, lists));
+        assert_eq!(ledger.total().current, 2 * HUGE_PAGE_BYTES as u64);
+        drop(slot);
+        assert_eq!(ledger.total().current, 0);
+    }
+}

@@ -1,0 +1,138 @@
+//! Checksums: CRC-32C of at most 1 MiB each, kept away from the data and bound to the place and
+//! time of the write, so that a misplaced, stale or lost write cannot pass for the right one.
+
+use crc_fast::{CrcAlgorithm, Digest, checksum};
+use rayon::prelude::*;
+
+use crate::units::Group;
+
+/// Bytes that one checksum covers at most.
+pub const UNIT_BYTES: usize = 1 << 20;
+
+/// What a checksum is bound to besides the bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Binding {
+    /// The store's UUID.
+    pub store: [u8; 16],
+    /// Index of the chunk in the store.
+    pub chunk: u32,
+    /// The plane group.
+    pub group: Group,
+    /// Generation that the write belongs to.
+    pub generation: u64,
+}
+
+/// A checksum that did not match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mismatch {
+    /// Index of the unit within the extent.
+    pub unit: usize,
+    /// The checksum in the table.
+    pub expected: u32,
+    /// The checksum of the bytes.
+    pub found: u32,
+}
+
+/// Number of checksums for an extent of `bytes`.
+#[must_use]
+pub fn unit_count(bytes: usize) -> usize {
+    bytes.div_ceil(UNIT_BYTES)
+}
+
+/// One checksum per unit of `data`, computed on the current rayon pool.
+#[must_use]
+pub fn sums(binding: &Binding, data: &[u8]) -> Vec<u32> {
+    data.par_chunks(UNIT_BYTES)
+        .enumerate()
+        .map(|(unit, bytes)| unit_sum(binding, unit, bytes))
+        .collect()
+}
+
+/// Compares `data` with the checksums that were taken when it was written.
+///
+/// # Errors
+/// The first unit that differs. `expected` must hold one checksum per unit of `data`.
+pub fn verify(binding: &Binding, data: &[u8], expected: &[u32]) -> Result<(), Mismatch> {
+    assert_eq!(expected.len(), unit_count(data.len()), "one checksum per unit");
+    data.par_chunks(UNIT_BYTES)
+        .zip(expected.par_iter())
+        .enumerate()
+        .map(|(unit, (bytes, &expected))| {
+            let found = unit_sum(binding, unit, bytes);
+            if found == expected { Ok(()) } else { Err(Mismatch { unit, expected, found }) }
+        })
+        .collect()
+}
+
+/// CRC-32C of `data`: guards header and superblock.
+#[must_use]
+pub fn crc32c(data: &[u8]) -> u32 {
+    low_half(checksum(CrcAlgorithm::Crc32Iscsi, data))
+}
+
+/// CRC-64/NVME of `data`: the root over table, blob and manifest.
+#[must_use]
+pub fn crc64(data: &[u8]) -> u64 {
+    checksum(CrcAlgorithm::Crc64Nvme, data)
+}
+
+fn unit_sum(binding: &Binding, unit: usize, bytes: &[u8]) -> u32 {
+    let mut prefix = [0_u8; 40];
+    prefix[..16].copy_from_slice(&binding.store);
+    prefix[16..20].copy_from_slice(&binding.chunk.to_le_bytes());
+    prefix[20] = binding.group.index();
+    prefix[24..32].copy_from_slice(&binding.generation.to_le_bytes());
+    prefix[32..].copy_from_slice(&(unit as u64).to_le_bytes());
+    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+    digest.update(&prefix);
+    digest.update(bytes);
+    low_half(digest.finalize())
+}
+
+fn low_half(crc: u64) -> u32 {
+    u32::try_from(crc & 0xffff_ffff).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn binding() -> Binding {
+        Binding { store: [7; 16], chunk: 3, group: Group::Weight, generation: 9 }
+    }
+
+    #[test]
+    fn crc32c_is_the_published_one() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc64(b"123456789"), 0xae8b_1486_0a79_9888);
+    }
+
+    #[test]
+    fn a_flipped_bit_names_its_unit() {
+        let mut data = vec![1_u8; 2 * UNIT_BYTES + 4096];
+        let expected = sums(&binding(), &data);
+        assert_eq!(expected.len(), 3);
+        assert_eq!(verify(&binding(), &data, &expected), Ok(()));
+        data[UNIT_BYTES + 17] ^= 4;
+        let mismatch = verify(&binding(), &data, &expected).expect_err("one bit was flipped");
+        assert_eq!((mismatch.unit, mismatch.expected), (1, expected[1]));
+    }
+
+    #[test]
+    fn the_same_bytes_elsewhere_or_at_another_time_do_not_pass() {
+        let data = vec![1_u8; 4096];
+        let expected = sums(&binding(), &data);
+        let others = [
+            Binding { store: [8; 16], ..binding() },
+            Binding { chunk: 4, ..binding() },
+            Binding { group: Group::Update, ..binding() },
+            Binding { generation: 8, ..binding() },
+        ];
+        for other in others {
+            assert!(verify(&other, &data, &expected).is_err(), "{other:?}");
+        }
+        let two_units = vec![1_u8; 2 * UNIT_BYTES];
+        let swapped = sums(&binding(), &two_units);
+        assert_ne!(swapped[0], swapped[1], "equal units at other places differ");
+    }
+}

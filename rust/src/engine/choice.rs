@@ -1,0 +1,42 @@
+//! Choosing an engine: io_uring where a ring can be set up, else threads.
+
+use std::sync::Arc;
+
+use crate::engine::Engine;
+use crate::engine::threads::Threads;
+#[cfg(all(feature = "uring", target_os = "linux"))]
+use crate::engine::uring::Uring;
+use crate::error::{Error, Result};
+
+/// Which engine to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// `uring` where a ring can be set up, else `threads`.
+    #[default]
+    Auto,
+    /// `uring` or an error.
+    Uring,
+    /// `threads`.
+    Threads,
+}
+
+/// Starts the chosen engine; the second value is why `auto` did not take `uring`.
+///
+/// # Errors
+/// `Unsupported` when `uring` was demanded and cannot be had; `Io` when threads cannot be started.
+pub fn start(choice: Choice) -> Result<(Arc<dyn Engine>, Option<String>)> {
+    if choice == Choice::Threads {
+        return Ok((Arc::new(Threads::start()?), None));
+    }
+    #[cfg(all(feature = "uring", target_os = "linux"))]
+    let refused = match Uring::start() {
+        Ok(engine) => return Ok((Arc::new(engine), None)),
+        Err(error) => error.to_string(),
+    };
+    #[cfg(not(all(feature = "uring", target_os = "linux")))]
+    let refused = "this build has no io_uring".to_owned();
+    if choice == Choice::Uring {
+        return Err(Error::Unsupported { feature: "io engine uring".into(), reason: refused });
+    }
+    Ok((Arc::new(Threads::start()?), Some(refused)))
+}

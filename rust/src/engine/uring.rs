@@ -1,0 +1,229 @@
+//! The fast engine: one io_uring, driven by one thread that owns it.
+//!
+//! The in-flight table owns slot and file of every operation until the kernel has reported its end.
+//! Dropping the engine drains the ring first; what cannot be drained is leaked, never freed, because
+//! closing a ring does not wait for requests that the kernel already has.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Sender, bounded, unbounded};
+use io_uring::{IoUring, Probe, opcode};
+use rustix::event::EventfdFlags;
+
+use crate::buffer::Region;
+use crate::engine::uring::driver::{DEPTH, Driver};
+use crate::engine::{Counters, Engine, Request};
+use crate::error::{Error, Result};
+
+mod driver;
+
+/// What the front asks of the driver.
+enum Command {
+    Submit(Request),
+    Register(Arc<Region>, Sender<Result<(), String>>),
+    Unregister(Sender<()>),
+}
+
+/// io_uring behind one thread.
+#[derive(Debug)]
+pub struct Uring {
+    commands: Option<Sender<Command>>,
+    wake: Arc<File>,
+    driver: Option<JoinHandle<()>>,
+    counters: Arc<Counters>,
+}
+
+impl Uring {
+    /// Sets a ring up and starts its thread.
+    ///
+    /// # Errors
+    /// `Unsupported` with the kernel's reason when there is no usable ring here.
+    pub fn start() -> Result<Self> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|e| unsupported("eventfd", &e.into()))?;
+        let wake = Arc::new(File::from(wake));
+        let (commands, inbox) = unbounded();
+        let counters = Arc::new(Counters::default());
+        let (ready, started) = bounded(1);
+        let for_driver = (Arc::clone(&wake), Arc::clone(&counters));
+        let driver = std::thread::Builder::new()
+            .name("mt-uring".into())
+            .spawn(move || {
+                // Made here, because a ring set up for a single issuer belongs to the thread that made it.
+                match set_up() {
+                    Ok(ring) => {
+                        let _ = ready.send(Ok(()));
+                        Driver::new(ring, inbox, for_driver.0, for_driver.1).run();
+                    }
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                    }
+                }
+            })
+            .map_err(|e| Error::io("start of the I/O thread", "engine uring", 0, 0, e))?;
+        match started.recv() {
+            Ok(Ok(())) => {
+                Ok(Self { commands: Some(commands), wake, driver: Some(driver), counters })
+            }
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::invalid("the I/O thread ended before its ring was set up")),
+        }
+    }
+
+    fn send(&self, command: Command) {
+        let Some(commands) = &self.commands else { return };
+        if let Err(refused) = commands.send(command) {
+            if let Command::Submit(request) = refused.into_inner() {
+                request.complete(Err(Error::invalid("the engine has stopped")));
+            }
+        } else {
+            self.ring_the_bell();
+        }
+    }
+
+    fn ring_the_bell(&self) {
+        // An eventfd refuses only when its counter is about to overflow: then the bell is ringing.
+        let _ = (&*self.wake).write_all(&1_u64.to_le_bytes());
+    }
+}
+
+impl Engine for Uring {
+    fn name(&self) -> &'static str {
+        "uring"
+    }
+
+    fn submit(&self, request: Request) {
+        match request.validate() {
+            Ok(()) => self.send(Command::Submit(request)),
+            Err(error) => request.complete(Err(error)),
+        }
+    }
+
+    fn register(&self, region: &Arc<Region>) -> Result<(), String> {
+        let (reply, answer) = bounded(1);
+        self.send(Command::Register(Arc::clone(region), reply));
+        answer.recv().unwrap_or_else(|_| Err("the engine has stopped".into()))
+    }
+
+    fn unregister(&self) {
+        let (reply, answer) = bounded(1);
+        self.send(Command::Unregister(reply));
+        let _ = answer.recv();
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.counters
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        self.commands = None;
+        self.ring_the_bell();
+        if let Some(driver) = self.driver.take() {
+            let _ = driver.join();
+        }
+    }
+}
+
+fn unsupported(what: &str, source: &io::Error) -> Error {
+    let hint = match source.raw_os_error() {
+        Some(code) if code == rustix::io::Errno::PERM.raw_os_error() => {
+            " (a container's seccomp profile or the sysctl kernel.io_uring_disabled forbids it)"
+        }
+        Some(code) if code == rustix::io::Errno::NOSYS.raw_os_error() => {
+            " (the kernel or the container runtime does not know it)"
+        }
+        _ => "",
+    };
+    Error::Unsupported { feature: "io_uring".into(), reason: format!("{what}: {source}{hint}") }
+}
+
+fn set_up() -> Result<IoUring> {
+    let entries = u32::try_from(2 * DEPTH).unwrap_or(64);
+    let mut builder = IoUring::builder();
+    builder.dontfork().setup_clamp().setup_single_issuer().setup_coop_taskrun();
+    let ring = builder
+        .build(entries)
+        .or_else(|error| match error.raw_os_error() {
+            // Kernels before 6.0 do not know these flags.
+            Some(code) if code == rustix::io::Errno::INVAL.raw_os_error() => {
+                IoUring::builder().dontfork().build(entries)
+            }
+            _ => Err(error),
+        })
+        .map_err(|e| unsupported("io_uring_setup", &e))?;
+    let mut probe = Probe::new();
+    ring.submitter()
+        .register_probe(&mut probe)
+        .map_err(|e| unsupported("io_uring_register", &e))?;
+    let needed = [
+        opcode::Read::CODE,
+        opcode::Write::CODE,
+        opcode::ReadFixed::CODE,
+        opcode::WriteFixed::CODE,
+        opcode::Fsync::CODE,
+    ];
+    let parameters = ring.params();
+    if !parameters.is_feature_nodrop()
+        || !parameters.is_feature_ext_arg()
+        || !needed.iter().all(|code| probe.is_supported(*code))
+    {
+        let reason = "the kernel's io_uring is older than 5.11".into();
+        return Err(Error::Unsupported { feature: "io_uring".into(), reason });
+    }
+    Ok(ring)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::Slot;
+    use crate::engine::Operation;
+    use crate::file::DirectFile;
+    use crate::ledger::Ledger;
+
+    fn start() -> Option<Uring> {
+        match Uring::start() {
+            Ok(engine) => Some(engine),
+            Err(Error::Unsupported { reason, .. }) => {
+                // In a container without io_uring there is nothing to test here.
+                assert!(!reason.is_empty());
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn keeps_the_rules_of_an_engine() {
+        if let Some(engine) = start() {
+            crate::engine::conformance::run(&engine);
+        }
+    }
+
+    #[test]
+    fn dropping_the_engine_waits_for_what_is_in_flight() {
+        let Some(engine) = start() else { return };
+        let folder = tempfile::tempdir().expect("a folder");
+        let bytes = 32 << 20;
+        let file = DirectFile::create(&folder.path().join("data"), bytes as u64).expect("a file");
+        let slot = Slot::standalone(bytes, &Ledger::new(), "test").expect("memory");
+        let (reply, completions) = unbounded();
+        engine.submit(Request {
+            operation: Operation::Write,
+            file: Arc::new(file),
+            offset: 0,
+            slot: Some(slot),
+            bytes,
+            tag: 1,
+            reply,
+        });
+        drop(engine);
+        let completion = completions.try_recv().expect("completed before the drop returned");
+        completion.result.expect("written in full");
+    }
+}

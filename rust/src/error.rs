@@ -1,0 +1,209 @@
+//! The one error type. Every variant carries the facts that a person needs; the text says what
+//! happened, with the numbers, then what is safe and what to do.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What the crate returns.
+pub type Result<T = (), E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong. Adding a variant without a Python class does not compile.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused or failed an operation on a file.
+    #[error("{operation} of {length} bytes at {path}+{offset}: {source}", path = path.display())]
+    Io {
+        /// "read", "write", "fdatasync", "open", ...
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// File offset in bytes.
+        offset: u64,
+        /// Bytes asked for.
+        length: u64,
+        /// The cause.
+        source: Arc<io::Error>,
+    },
+    /// A read met the end of the file.
+    #[error(
+        "{path} ends at {end} bytes, inside the {length} bytes at offset {offset}: the file was truncated. \
+         Restore it from a copy or import the model again", path = path.display()
+    )]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Where the file ends, in bytes.
+        end: u64,
+        /// File offset of the transfer.
+        offset: u64,
+        /// Bytes asked for.
+        length: u64,
+    },
+    /// The disk has not enough room for the store; found before anything was written.
+    #[error(
+        "{path} needs {needed} bytes ({needed_gib:.2} GiB) and {available} bytes ({available_gib:.2} GiB) are free; \
+         nothing was left behind. Free space or choose another disk with memory.store_dir",
+        path = path.display(),
+        needed_gib = gib(*needed), available_gib = gib(*available)
+    )]
+    NoSpace {
+        /// The file that was to be created.
+        path: PathBuf,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes free on that file system.
+        available: u64,
+    },
+    /// Another process holds the store.
+    #[error(
+        "{path} is in use by {owner} (waited {waited_s:.1} s). Stop that process or choose another store",
+        path = path.display()
+    )]
+    InUse {
+        /// The store's file.
+        path: PathBuf,
+        /// What is known of the holder.
+        owner: String,
+        /// Seconds waited for the lock.
+        waited_s: f64,
+    },
+    /// Not a store, or one that this build cannot read.
+    #[error("{path}: {reason}", path = path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// Bytes on disk are not the bytes that were written.
+    #[error(
+        "corrupt bytes in {what} at {path}+{offset}: checksum {expected:#010x} was written, {found:#010x} was read (twice). \
+         Nothing was changed and the bytes were not used. Copy the store elsewhere and check the drive; \
+         then restore an export or import the model again", path = path.display()
+    )]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// Record, chunk, plane group and tensors.
+        what: String,
+        /// File offset of the checksum unit.
+        offset: u64,
+        /// The checksum in the table.
+        expected: u32,
+        /// The checksum of what was read.
+        found: u32,
+    },
+    /// The store failed earlier and takes no more calls; reopening it verifies it.
+    #[error(
+        "the store stopped after an earlier failure: {first}. The last committed step is safe; open the store again to go on from it"
+    )]
+    Failed {
+        /// The failure that stopped it.
+        first: Arc<Error>,
+    },
+    /// A buffer was given back while tensors over it were still alive.
+    #[error(
+        "{what} is still in use by {exports} tensor(s); drop every tensor and view over it first"
+    )]
+    BufferInUse {
+        /// Which buffer.
+        what: String,
+        /// Live exports.
+        exports: usize,
+    },
+    /// This process is a fork of the one that opened the store.
+    #[error(
+        "the store was opened by process {owner}, and this is its fork {child}: a forked process cannot use it. Open it in the child, or start workers with 'spawn'"
+    )]
+    UsedAfterFork {
+        /// Process that opened the store.
+        owner: u32,
+        /// This process.
+        child: u32,
+    },
+    /// The machine or kernel lacks something.
+    #[error("{feature} is not available: {reason}")]
+    Unsupported {
+        /// What was asked for.
+        feature: String,
+        /// Why it is not there and what to do.
+        reason: String,
+    },
+    /// A call that contradicts the schedule, the layout or an earlier call.
+    #[error("{reason}")]
+    Invalid {
+        /// What contradicts what.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// An operating system failure at a place in a file.
+    pub fn io(
+        operation: &'static str,
+        path: impl Into<PathBuf>,
+        offset: u64,
+        length: u64,
+        source: impl Into<io::Error>,
+    ) -> Self {
+        let source = Arc::new(source.into());
+        Self::Io { operation, path: path.into(), offset, length, source }
+    }
+
+    /// A call that contradicts the schedule, the layout or an earlier call.
+    pub fn invalid(reason: impl Into<String>) -> Self {
+        Self::Invalid { reason: reason.into() }
+    }
+
+    /// A file that this build cannot read.
+    pub fn format(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
+        Self::Format { path: path.into(), reason: reason.into() }
+    }
+
+    /// One of each variant, so that the Python side can be tested against all of them.
+    #[must_use]
+    pub fn examples() -> Vec<Self> {
+        let path = PathBuf::from("/nvme/example/store.mtio");
+        let io = Self::io("write", &path, 4096, 8192, io::Error::from_raw_os_error(5));
+        vec![
+            io.clone(),
+            Self::Truncated { path: path.clone(), end: 100, offset: 4096, length: 8192 },
+            Self::NoSpace { path: path.clone(), needed: 1 << 40, available: 1 << 30 },
+            Self::InUse { path: path.clone(), owner: "process 4711".into(), waited_s: 5.0 },
+            Self::format(&path, "not a megatrain-io store"),
+            Self::Corrupt {
+                path,
+                what: "record model.layers.0, chunk 3".into(),
+                offset: 1 << 21,
+                expected: 1,
+                found: 2,
+            },
+            Self::Failed { first: Arc::new(io) },
+            Self::BufferInUse { what: "weights of model.layers.0".into(), exports: 1 },
+            Self::UsedAfterFork { owner: 1, child: 2 },
+            Self::Unsupported { feature: "io_uring".into(), reason: "EPERM".into() },
+            Self::invalid("record 7 does not exist; the store has 4"),
+        ]
+    }
+}
+
+/// Bytes as GiB, for messages.
+#[expect(clippy::cast_precision_loss, reason = "a message shows two decimals")]
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1_u32 << 30)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_message_names_its_place_or_cause() {
+        for error in Error::examples() {
+            let text = error.to_string();
+            assert!(text.len() > 15, "{text}");
+            assert!(!text.contains("{"), "an unfilled placeholder: {text}");
+        }
+    }
+}

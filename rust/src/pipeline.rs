@@ -1,0 +1,403 @@
+//! The pipeline executes a schedule: it reads ahead, updates, and writes behind, while the caller
+//! computes. One executor thread owns all decisions; callers only wait and hand buffers over.
+//!
+//! A caller's step: [`Pipeline::begin`], then for each load of the schedule, in its order,
+//! [`Pipeline::take_weights`]; for each record to update [`Pipeline::take_gradient`] and
+//! [`Pipeline::submit`]; then [`Pipeline::end`]. The next step may begin at once: its loads wait,
+//! chunk by chunk, for the writes that they depend on, and its updates wait until the last step is
+//! durable.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded, unbounded};
+
+use crate::adamw::{AdamW, Kernel};
+use crate::buffer::{Slot, SlotList};
+use crate::error::{Error, Result};
+use crate::pool::{Pool, PoolSizes};
+use crate::store::Store;
+use crate::units::{Group, StateFormat};
+
+mod executor;
+mod schedule;
+mod update;
+
+pub use schedule::{ChunkOp, Kind, Schedule};
+pub use update::TensorSettings;
+
+/// How a pipeline is set up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The pool.
+    pub pool: PoolSizes,
+    /// Threads for AdamW and checksums; 0 means one per core.
+    pub threads: usize,
+    /// The AdamW kernel; `None` picks the fastest.
+    pub kernel: Option<Kernel>,
+    /// Weight decay and learning-rate scale of each tensor, by record and offset.
+    pub tensors: Vec<TensorSettings>,
+}
+
+/// Where the time of the pipeline's callers and of its own work went, in nanoseconds.
+#[derive(Debug, Default)]
+pub struct Timings {
+    /// Callers waited for weights.
+    pub stall_weights: AtomicU64,
+    /// Callers waited for a free gradient buffer (for updates to finish).
+    pub stall_gradient: AtomicU64,
+    /// Callers waited for a step to become durable.
+    pub stall_commit: AtomicU64,
+    /// AdamW and the checksums of what it wrote.
+    pub update: AtomicU64,
+    /// Verifying what was read.
+    pub verify: AtomicU64,
+}
+
+impl Timings {
+    fn add(counter: &AtomicU64, since: Instant) {
+        let nanoseconds = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        counter.fetch_add(nanoseconds, Ordering::Relaxed);
+    }
+}
+
+/// A load of the schedule that the caller has not taken yet.
+#[derive(Debug)]
+struct Loaded {
+    record: usize,
+    weights: Option<Slot>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Number of the first load in `loads`, counted from the pipeline's start.
+    first_load: u64,
+    loads: VecDeque<Loaded>,
+    failure: Option<Error>,
+    begun: u64,
+    settled: u64,
+}
+
+/// What caller and executor share.
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    timings: Timings,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Each change is complete under the lock; a panic elsewhere cannot leave it half done.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+enum Command {
+    Begin { schedule: Arc<Schedule>, adamw: AdamW, first_load: u64 },
+    Submit { record: usize, weights: Slot, gradient: Slot },
+    End { commit: Option<Vec<u8>> },
+    Abort { reply: Sender<Result> },
+    Stop,
+}
+
+/// The executor's front.
+#[derive(Debug)]
+pub struct Pipeline {
+    store: Arc<Store>,
+    pool: Pool,
+    shared: Arc<Shared>,
+    commands: Sender<Command>,
+    executor: Option<JoinHandle<()>>,
+    registration: Option<String>,
+}
+
+impl Pipeline {
+    /// Allocates the pool and starts the executor.
+    ///
+    /// # Errors
+    /// `Invalid` when the pool cannot hold what the store's records need; `Io`.
+    pub fn start(store: Arc<Store>, options: &Options) -> Result<Self> {
+        store.check()?;
+        check_pool(&store, &options.pool)?;
+        let pool = Pool::allocate(&options.pool, store.ledger())?;
+        let registration = store.engine().0.register(&pool.region).err();
+        let shared = Arc::new(Shared::default());
+        let (commands, inbox) = unbounded();
+        let executor = executor::Executor::new(
+            Arc::clone(&store),
+            pool.clone(),
+            options,
+            Arc::clone(&shared),
+            inbox,
+        )?;
+        let executor = std::thread::Builder::new()
+            .name("mt-pipeline".into())
+            .spawn(move || executor.run())
+            .map_err(|e| Error::io("start of the pipeline thread", "pipeline", 0, 0, e))?;
+        Ok(Self { store, pool, shared, commands, executor: Some(executor), registration })
+    }
+
+    /// Begins a step: its reads start at once.
+    ///
+    /// # Errors
+    /// `Invalid` when loads of the last step were not taken; the pipeline's failure.
+    pub fn begin(&self, schedule: Arc<Schedule>, adamw: AdamW) -> Result {
+        self.store.check()?;
+        let mut state = self.shared.lock();
+        if let Some(failure) = &state.failure {
+            return Err(failure.clone());
+        }
+        if let Some(left) = state.loads.front() {
+            return Err(Error::invalid(format!(
+                "the last step's weights of record {} were not taken",
+                left.record
+            )));
+        }
+        let first_load = state.first_load;
+        state.loads.extend(schedule.loads().iter().map(|&record| Loaded { record, weights: None }));
+        state.begun += 1;
+        drop(state);
+        self.send(Command::Begin { schedule, adamw, first_load })
+    }
+
+    /// The weights of the schedule's next load, which must be of `record`; waits up to `timeout`
+    /// and returns `None` when it has passed.
+    ///
+    /// # Errors
+    /// `Invalid` when the schedule says otherwise; the pipeline's failure.
+    pub fn take_weights(&self, record: usize, timeout: Duration) -> Result<Option<Slot>> {
+        self.store.check()?;
+        let start = Instant::now();
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            match state.loads.front_mut() {
+                Some(next) if next.record == record => {
+                    if let Some(weights) = next.weights.take() {
+                        state.loads.pop_front();
+                        state.first_load += 1;
+                        Timings::add(&self.shared.timings.stall_weights, start);
+                        return Ok(Some(weights));
+                    }
+                }
+                next => {
+                    let next =
+                        next.map_or("nothing".to_owned(), |n| format!("record {}", n.record));
+                    return Err(Error::invalid(format!(
+                        "weights of record {record} were asked for; the schedule's next load is {next}"
+                    )));
+                }
+            }
+            let left = timeout.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                Timings::add(&self.shared.timings.stall_weights, start);
+                return Ok(None);
+            }
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// A free gradient buffer for `record` (its content is arbitrary); waits up to `timeout` and
+    /// returns `None` when it has passed.
+    ///
+    /// # Errors
+    /// The pipeline's failure.
+    pub fn take_gradient(&self, record: usize, timeout: Duration) -> Result<Option<Slot>> {
+        self.store.check()?;
+        self.check_record(record)?;
+        let start = Instant::now();
+        let list = gradient_list(&self.pool, &self.store, record);
+        let slot = list.try_take().or_else(|| list.take(timeout));
+        Timings::add(&self.shared.timings.stall_gradient, start);
+        match &self.shared.lock().failure {
+            Some(failure) => Err(failure.clone()),
+            None => Ok(slot),
+        }
+    }
+
+    /// Hands the gradient of a whole record over, with the weights it was computed from. The update
+    /// runs behind the caller's back; both buffers return to the pool when it is done.
+    ///
+    /// # Errors
+    /// The pipeline's failure.
+    pub fn submit(&self, record: usize, weights: Slot, gradient: Slot) -> Result {
+        self.store.check()?;
+        self.check_record(record)?;
+        self.send(Command::Submit { record, weights, gradient })
+    }
+
+    /// Ends the step. With a trainer blob it is committed as soon as its last write has completed,
+    /// while the caller goes on; without, it is durable with the next commit.
+    ///
+    /// # Errors
+    /// The pipeline's failure.
+    pub fn end(&self, commit: Option<Vec<u8>>) -> Result {
+        self.store.check()?;
+        self.send(Command::End { commit })
+    }
+
+    /// Waits until every step that has ended is written, and committed if that was asked for.
+    /// `false` when `timeout` has passed.
+    ///
+    /// # Errors
+    /// The pipeline's failure.
+    pub fn wait_settled(&self, timeout: Duration) -> Result<bool> {
+        self.store.check()?;
+        let start = Instant::now();
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            let left = timeout.saturating_sub(start.elapsed());
+            if state.settled == state.begun || left.is_zero() {
+                Timings::add(&self.shared.timings.stall_commit, start);
+                return Ok(state.settled == state.begun);
+            }
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Drops everything since the last commit: the next step starts from there. Waits for what is
+    /// in flight. Buffers that the caller still holds are the caller's to drop.
+    ///
+    /// # Errors
+    /// `Failed` when the store itself can take no more calls.
+    pub fn abort(&self) -> Result {
+        let (reply, answer) = bounded(1);
+        self.send(Command::Abort { reply })?;
+        answer.recv().map_err(|_| Error::invalid("the pipeline has stopped"))?
+    }
+
+    /// The store beneath.
+    #[must_use]
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// The pool.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Where the time went.
+    #[must_use]
+    pub fn timings(&self) -> &Timings {
+        &self.shared.timings
+    }
+
+    /// Why the pool could not be registered with the kernel, if so; it costs CPU time only.
+    #[must_use]
+    pub fn registration_refused(&self) -> Option<&str> {
+        self.registration.as_deref()
+    }
+
+    fn check_record(&self, record: usize) -> Result {
+        let records = self.store.layout().records().len();
+        if record < records {
+            return Ok(());
+        }
+        Err(Error::invalid(format!("record {record} does not exist; the store has {records}")))
+    }
+
+    fn send(&self, command: Command) -> Result {
+        self.commands.send(command).map_err(|_| match &self.shared.lock().failure {
+            Some(failure) => failure.clone(),
+            None => Error::invalid("the pipeline has stopped"),
+        })
+    }
+}
+
+impl Drop for Pipeline {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Stop);
+        if let Some(executor) = self.executor.take() {
+            let _ = executor.join();
+        }
+        self.store.engine().0.unregister();
+    }
+}
+
+/// Bytes of a chunk slot that can hold any chunk of `format` with `parameters`.
+#[must_use]
+pub fn chunk_slot_bytes(format: StateFormat, parameters: usize) -> usize {
+    Group::ALL
+        .iter()
+        .map(|group| {
+            (parameters * format.group_bytes(*group)).next_multiple_of(crate::units::PAGE_BYTES)
+        })
+        .sum()
+}
+
+fn weight_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotList {
+    let fits = store.layout().record_weight_bytes(record) <= pool.block_buffers.slot_bytes();
+    if fits { &pool.block_buffers } else { &pool.outer_buffers }
+}
+
+fn gradient_bytes(store: &Store, record: usize) -> usize {
+    crate::units::to_usize(store.layout().record_parameters(record)) * size_of::<f32>()
+}
+
+fn gradient_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotList {
+    let fits = gradient_bytes(store, record) <= pool.block_gradients.slot_bytes();
+    if fits { &pool.block_gradients } else { &pool.outer_gradients }
+}
+
+fn check_pool(store: &Store, sizes: &PoolSizes) -> Result {
+    let room = |bytes: usize, kinds: [crate::pool::Kind; 2]| {
+        kinds.iter().any(|kind| kind.count > 0 && bytes <= kind.bytes)
+    };
+    let layout = store.layout();
+    for (record, chunks) in layout.records().iter().enumerate() {
+        let name = &store.manifest().records[record].name;
+        let weights = layout.record_weight_bytes(record);
+        if !room(weights, [sizes.block_buffers, sizes.outer_buffers]) {
+            return Err(Error::invalid(format!(
+                "the pool has no buffer for the {weights} bytes of weights of {name}"
+            )));
+        }
+        if !store.manifest().records[record].format.is_trainable() {
+            continue;
+        }
+        let gradient = gradient_bytes(store, record);
+        // A pool without gradient buffers reads only (generation).
+        let reads_only = sizes.block_gradients.count == 0 && sizes.outer_gradients.count == 0;
+        if !reads_only && !room(gradient, [sizes.block_gradients, sizes.outer_gradients]) {
+            return Err(Error::invalid(format!(
+                "the pool has no buffer for the {gradient} bytes of gradients of {name}"
+            )));
+        }
+        let largest = chunks
+            .clone()
+            .map(|c| layout.chunks()[c])
+            .map(|c| chunk_slot_bytes(c.format(), c.parameters))
+            .max();
+        let chunk = largest.unwrap_or(0);
+        if !reads_only && (sizes.chunk_slots.count == 0 || sizes.chunk_slots.bytes < chunk) {
+            return Err(Error::invalid(format!(
+                "the pool has no chunk slot of {chunk} bytes for {name}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,390 @@
+//! The one thread that decides: what to read next, what to update, when a step is whole.
+//!
+//! Loads and updates each keep the schedule's order among themselves, but do not wait for one
+//! another: an update that waits for its gradient must not hold up the next block's weights.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Select, Sender, bounded, unbounded};
+use rayon::ThreadPool;
+
+use crate::adamw::{AdamW, Kernel};
+use crate::buffer::Slot;
+use crate::engine::Completion;
+use crate::error::{Error, Result};
+use crate::pipeline::update::Settings;
+use crate::pipeline::{Command, Options, Shared, schedule, weight_list};
+use crate::pool::Pool;
+use crate::store::{Entry, ReadPlan, Store, Table};
+use crate::units::Group;
+
+mod reads;
+mod updates;
+
+/// A record's weights on their way into a buffer.
+struct Load {
+    /// Number among all loads since the pipeline's start.
+    number: u64,
+    chunks: Range<usize>,
+    /// Updates of each chunk that must have been written first.
+    needs: Vec<u64>,
+    /// Chunks whose reads were started.
+    started: usize,
+    /// The part of the buffer that no read was started for yet.
+    unread: Option<Slot>,
+    /// Parts that were read, by chunk.
+    parts: Vec<Option<Slot>>,
+    missing: usize,
+}
+
+/// A chunk's update that has not got a chunk slot yet.
+struct PlannedUpdate {
+    step: u64,
+    chunk: usize,
+    needs: u64,
+}
+
+/// A chunk's update that holds a chunk slot.
+struct Update {
+    step: u64,
+    chunk: usize,
+    weight_out: Option<Slot>,
+    planes: Option<Slot>,
+    is_read: bool,
+    /// Table entries of the writes in flight.
+    written: Vec<(Group, Entry, Vec<u32>)>,
+    writes_left: usize,
+}
+
+/// A record's gradient and the weights it belongs to.
+struct Source {
+    weights: Slot,
+    gradient: Slot,
+    chunks_left: usize,
+}
+
+struct Step {
+    number: u64,
+    adamw: AdamW,
+    updates_left: usize,
+    ended: bool,
+    commit: Option<Vec<u8>>,
+}
+
+/// What a completion belongs to.
+enum Pending {
+    Load { number: u64, chunk: usize, plan: ReadPlan, again: bool },
+    Planes { chunk: usize, plan: ReadPlan, rest: Slot, again: bool },
+    Write { chunk: usize },
+}
+
+pub(super) struct Executor {
+    store: Arc<Store>,
+    pool: Pool,
+    shared: Arc<Shared>,
+    inbox: Receiver<Command>,
+    completions: Receiver<Completion>,
+    reply: Sender<Completion>,
+    workers: ThreadPool,
+    kernel: Kernel,
+    settings: Settings,
+    working: Table,
+    /// Loads by kind of buffer (block, outer), in the schedule's order.
+    loads: [VecDeque<Load>; 2],
+    planned: VecDeque<PlannedUpdate>,
+    updates: Vec<Update>,
+    sources: Vec<Option<Source>>,
+    steps: VecDeque<Step>,
+    begun: u64,
+    /// Per chunk: updates that were scheduled, and updates that are on disk.
+    scheduled: Vec<u64>,
+    on_disk: Vec<u64>,
+    pending: HashMap<u64, Pending>,
+    next_tag: u64,
+    commit_jobs: Sender<(Table, Vec<u8>)>,
+    commit_results: Receiver<Result<u64>>,
+    committer: Option<JoinHandle<()>>,
+    committing: bool,
+    failed: bool,
+    /// What the last round could not do for lack of a slot.
+    starved: Starved,
+    aborting: Option<Sender<Result>>,
+    stopping: bool,
+}
+
+#[derive(Default)]
+struct Starved {
+    buffers: [bool; 2],
+    chunk_slots: bool,
+}
+
+impl Executor {
+    pub(super) fn new(
+        store: Arc<Store>,
+        pool: Pool,
+        options: &Options,
+        shared: Arc<Shared>,
+        inbox: Receiver<Command>,
+    ) -> Result<Self> {
+        let settings = Settings::new(store.manifest(), store.layout(), &options.tensors)?;
+        let workers = rayon::ThreadPoolBuilder::new()
+            .num_threads(options.threads)
+            .thread_name(|index| format!("mt-adamw-{index}"))
+            .build()
+            .map_err(|e| Error::invalid(format!("cannot start the update threads: {e}")))?;
+        let (reply, completions) = unbounded();
+        let (commit_jobs, jobs) = bounded::<(Table, Vec<u8>)>(1);
+        let (results, commit_results) = bounded(1);
+        let for_committer = Arc::clone(&store);
+        let committer = std::thread::Builder::new()
+            .name("mt-commit".into())
+            .spawn(move || {
+                for (table, blob) in jobs {
+                    if results.send(for_committer.commit(table, &blob)).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(|e| Error::io("start of the commit thread", "pipeline", 0, 0, e))?;
+        let chunks = store.layout().chunks().len();
+        let working = Table::clone(&store.committed().table);
+        let sources = store.layout().records().iter().map(|_| None).collect();
+        Ok(Self {
+            pool,
+            shared,
+            inbox,
+            completions,
+            reply,
+            workers,
+            kernel: options.kernel.unwrap_or_else(Kernel::detect),
+            settings,
+            working,
+            loads: [VecDeque::new(), VecDeque::new()],
+            planned: VecDeque::new(),
+            updates: Vec::new(),
+            sources,
+            steps: VecDeque::new(),
+            begun: 0,
+            scheduled: vec![0; chunks],
+            on_disk: vec![0; chunks],
+            pending: HashMap::new(),
+            next_tag: 0,
+            commit_jobs,
+            commit_results,
+            committer: Some(committer),
+            committing: false,
+            failed: false,
+            starved: Starved::default(),
+            aborting: None,
+            stopping: false,
+            store,
+        })
+    }
+
+    pub(super) fn run(mut self) {
+        while !(self.stopping && self.pending.is_empty() && !self.committing) {
+            if !self.failed && !self.stopping {
+                self.advance();
+            }
+            if self.pending.is_empty() && !self.committing {
+                self.finish_abort();
+            }
+            self.wait();
+            self.receive();
+        }
+        // Closing the channel ends the committer.
+        let (closed, _) = bounded(0);
+        self.commit_jobs = closed;
+        if let Some(committer) = self.committer.take() {
+            let _ = committer.join();
+        }
+    }
+
+    /// Does all that can be done now.
+    fn advance(&mut self) {
+        self.starved = Starved::default();
+        for class in 0..2 {
+            self.start_loads(class);
+        }
+        self.start_plane_reads();
+        // One chunk at a time: completions are looked at in between.
+        if let Some(index) = self.ready_update()
+            && let Err(error) = self.update(index)
+        {
+            self.fail(error);
+        }
+        self.settle();
+    }
+
+    fn wait(&self) {
+        if !self.failed && !self.stopping && self.ready_update().is_some() {
+            return;
+        }
+        let mut select = Select::new();
+        select.recv(&self.inbox);
+        select.recv(&self.completions);
+        if self.committing {
+            select.recv(&self.commit_results);
+        }
+        if !self.failed && !self.stopping {
+            if self.starved.buffers[0] {
+                select.recv(self.pool.block_buffers.availability());
+            }
+            if self.starved.buffers[1] {
+                select.recv(self.pool.outer_buffers.availability());
+            }
+            if self.starved.chunk_slots {
+                select.recv(self.pool.chunk_slots.availability());
+            }
+        }
+        select.ready();
+    }
+
+    fn receive(&mut self) {
+        while let Ok(completion) = self.completions.try_recv() {
+            self.complete(completion);
+        }
+        if self.committing
+            && let Ok(result) = self.commit_results.try_recv()
+        {
+            self.committing = false;
+            match result {
+                Ok(_) => self.settle_front(),
+                Err(error) => self.fail(error),
+            }
+        }
+        loop {
+            match self.inbox.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(error) => {
+                    self.stopping |= error.is_disconnected();
+                    return;
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Stop => self.stopping = true,
+            Command::Abort { reply } => {
+                self.failed = true;
+                self.aborting = Some(reply);
+            }
+            // After a failure callers get its error; what they still send is dropped here.
+            _ if self.failed => {}
+            Command::Begin { schedule, adamw, first_load } => {
+                self.begin(&schedule, adamw, first_load)
+            }
+            Command::Submit { record, weights, gradient } => {
+                let chunks_left = self.store.layout().records()[record].len();
+                let source = Source { weights, gradient, chunks_left };
+                if self.sources[record].replace(source).is_some() {
+                    self.fail(Error::invalid(format!(
+                        "record {record} was submitted twice in one step"
+                    )));
+                }
+            }
+            Command::End { commit } => {
+                if let Some(step) = self.steps.back_mut() {
+                    step.ended = true;
+                    step.commit = commit;
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, schedule: &schedule::Schedule, adamw: AdamW, first_load: u64) {
+        self.begun += 1;
+        let layout = Arc::clone(self.store.layout());
+        let mut number = first_load;
+        for operation in schedule.operations() {
+            let chunk = operation.chunk;
+            let record = layout.chunks()[chunk].record;
+            match operation.kind {
+                schedule::Kind::Load if chunk == layout.records()[record].start => {
+                    let chunks = layout.records()[record].clone();
+                    let class = usize::from(!std::ptr::eq(
+                        weight_list(&self.pool, &self.store, record),
+                        &raw const self.pool.block_buffers,
+                    ));
+                    self.loads[class].push_back(Load {
+                        number,
+                        needs: self.scheduled[chunks.clone()].to_vec(),
+                        started: 0,
+                        unread: None,
+                        parts: chunks.clone().map(|_| None).collect(),
+                        missing: chunks.len(),
+                        chunks,
+                    });
+                    number += 1;
+                }
+                schedule::Kind::Load => {}
+                schedule::Kind::Update => {
+                    let needs = self.scheduled[chunk];
+                    self.scheduled[chunk] += 1;
+                    self.planned.push_back(PlannedUpdate { step: self.begun, chunk, needs });
+                }
+            }
+        }
+        self.steps.push_back(Step {
+            number: self.begun,
+            adamw,
+            updates_left: schedule.updates(),
+            ended: false,
+            commit: None,
+        });
+    }
+
+    /// Commits the oldest step when all its writes have completed.
+    fn settle(&mut self) {
+        while !self.committing && self.steps.front().is_some_and(|s| s.ended && s.updates_left == 0)
+        {
+            match self.steps.front_mut().and_then(|step| step.commit.take()) {
+                Some(blob) => {
+                    self.committing = true;
+                    // The committer is idle: `committing` was false.
+                    let _ = self.commit_jobs.send((self.working.clone(), blob));
+                }
+                None => self.settle_front(),
+            }
+        }
+    }
+
+    fn settle_front(&mut self) {
+        self.steps.pop_front();
+        self.shared.lock().settled += 1;
+        self.shared.changed.notify_all();
+    }
+
+    fn fail(&mut self, error: Error) {
+        self.failed = true;
+        self.shared.lock().failure.get_or_insert(error);
+        self.shared.changed.notify_all();
+    }
+
+    /// Back to the last commit, once nothing is in flight any more.
+    fn finish_abort(&mut self) {
+        let Some(reply) = self.aborting.take() else { return };
+        self.loads = [VecDeque::new(), VecDeque::new()];
+        self.planned.clear();
+        self.updates.clear();
+        self.sources.iter_mut().for_each(|source| *source = None);
+        self.steps.clear();
+        self.scheduled.fill(0);
+        self.on_disk.fill(0);
+        self.working = Table::clone(&self.store.committed().table);
+        let outcome = self.store.check();
+        self.failed = outcome.is_err();
+        let mut state = self.shared.lock();
+        state.loads.clear();
+        state.settled = state.begun;
+        state.failure = outcome.clone().err();
+        drop(state);
+        self.shared.changed.notify_all();
+        let _ = reply.send(outcome);
+    }
+}

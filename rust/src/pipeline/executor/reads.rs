@@ -1,0 +1,219 @@
+//! Reading ahead: weights into block buffers, update planes into chunk slots.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Executor, Pending, PlannedUpdate, Update};
+use crate::buffer::Slot;
+use crate::checksum;
+use crate::engine::{Completion, Operation, Request};
+use crate::error::{Error, Result};
+use crate::pipeline::Timings;
+use crate::store::ReadPlan;
+use crate::units::Group;
+
+impl Executor {
+    /// Starts the loads of one kind of buffer, in order, as far as buffers and the disk allow.
+    pub(super) fn start_loads(&mut self, class: usize) {
+        let layout = Arc::clone(self.store.layout());
+        for position in 0..self.loads[class].len() {
+            let load = &mut self.loads[class][position];
+            if load.started == load.chunks.len() {
+                continue;
+            }
+            if load.unread.is_none() {
+                let list = [&self.pool.block_buffers, &self.pool.outer_buffers][class];
+                let Some(buffer) = list.try_take() else {
+                    self.starved.buffers[class] = true;
+                    return;
+                };
+                let record = layout.chunks()[load.chunks.start].record;
+                load.unread = Some(buffer.split_at(layout.record_weight_bytes(record)).0);
+            }
+            while let Some(load) = self.loads[class].get_mut(position)
+                && load.started < load.chunks.len()
+            {
+                let chunk = load.chunks.start + load.started;
+                if self.on_disk[chunk] < load.needs[load.started] {
+                    return;
+                }
+                let Some(unread) = load.unread.take() else { return };
+                let (part, unread) =
+                    unread.split_at(layout.chunks()[chunk].extent_bytes(Group::Weight));
+                load.started += 1;
+                load.unread = (load.started < load.chunks.len()).then_some(unread);
+                let number = load.number;
+                let plan = self.store.plan_read(&self.working, chunk, Group::Weight);
+                self.read(plan.clone(), part, Pending::Load { number, chunk, plan, again: false });
+            }
+        }
+    }
+
+    pub(super) fn start_plane_reads(&mut self) {
+        while let Some(next) = self.planned.front() {
+            if self.on_disk[next.chunk] < next.needs {
+                return;
+            }
+            let Some(slot) = self.pool.chunk_slots.try_take() else {
+                self.starved.chunk_slots = true;
+                return;
+            };
+            let Some(PlannedUpdate { step, chunk, .. }) = self.planned.pop_front() else { return };
+            let place = &self.store.layout().chunks()[chunk];
+            let (weight_out, rest) = slot.split_at(place.extent_bytes(Group::Weight));
+            let (planes, unused) = rest.split_at(place.extent_bytes(Group::Update));
+            drop(unused);
+            let plan = self.store.plan_read(&self.working, chunk, Group::Update);
+            let (front, rest) = planes.split_at(plan.bytes);
+            self.updates.push(Update {
+                step,
+                chunk,
+                weight_out: Some(weight_out),
+                planes: None,
+                is_read: false,
+                written: Vec::new(),
+                writes_left: 0,
+            });
+            self.read(plan.clone(), front, Pending::Planes { chunk, plan, rest, again: false });
+        }
+    }
+
+    /// Starts a read, or completes it at once when there is nothing on disk.
+    pub(super) fn read(&mut self, plan: ReadPlan, slot: Slot, pending: Pending) {
+        let bytes = plan.bytes;
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        self.pending.insert(tag, pending);
+        if bytes == 0 {
+            // Through the same channel, so that there is one way only.
+            let _ = self.reply.send(Completion { tag, slot: Some(slot), result: Ok(()) });
+            return;
+        }
+        self.submit(Operation::Read, plan.offset, slot, bytes, tag);
+    }
+
+    pub(super) fn submit(
+        &self,
+        operation: Operation,
+        offset: u64,
+        slot: Slot,
+        bytes: usize,
+        tag: u64,
+    ) {
+        self.store.engine().0.submit(Request {
+            operation,
+            file: Arc::clone(self.store.file()),
+            offset,
+            slot: Some(slot),
+            bytes,
+            tag,
+            reply: self.reply.clone(),
+        });
+    }
+
+    pub(super) fn complete(&mut self, completion: Completion) {
+        let Some(pending) = self.pending.remove(&completion.tag) else { return };
+        if self.failed {
+            return;
+        }
+        let outcome = completion
+            .result
+            .and_then(|()| completion.slot.ok_or_else(|| Error::invalid("the engine kept a slot")));
+        let result = match (outcome, pending) {
+            (Err(error), _) => Err(error),
+            (Ok(slot), Pending::Load { number, chunk, plan, again }) => {
+                self.loaded(number, chunk, plan, again, slot)
+            }
+            (Ok(slot), Pending::Planes { chunk, plan, rest, again }) => {
+                self.planes_read(chunk, plan, rest, again, slot)
+            }
+            (Ok(slot), Pending::Write { chunk }) => {
+                drop(slot);
+                self.wrote(chunk);
+                Ok(())
+            }
+        };
+        if let Err(error) = result {
+            self.fail(error);
+        }
+    }
+
+    /// Verifies what was read; `Ok(false)` when it must be read once more.
+    pub(super) fn verify(
+        &self,
+        chunk: usize,
+        group: Group,
+        plan: &ReadPlan,
+        again: bool,
+        bytes: &[u8],
+    ) -> Result<bool> {
+        let start = Instant::now();
+        let outcome = self
+            .workers
+            .install(|| checksum::verify(&plan.binding, &bytes[..plan.bytes], &plan.sums));
+        Timings::add(&self.shared.timings.verify, start);
+        match outcome {
+            Ok(()) => Ok(true),
+            // A flip on the bus or in RAM is gone at the second reading.
+            Err(_) if !again => Ok(false),
+            Err(mismatch) => Err(self.store.corrupt(chunk, group, plan.offset, mismatch)),
+        }
+    }
+
+    pub(super) fn loaded(
+        &mut self,
+        number: u64,
+        chunk: usize,
+        plan: ReadPlan,
+        again: bool,
+        mut slot: Slot,
+    ) -> Result {
+        if !self.verify(chunk, Group::Weight, &plan, again, &slot)? {
+            self.read(plan.clone(), slot, Pending::Load { number, chunk, plan, again: true });
+            return Ok(());
+        }
+        slot[plan.bytes..].fill(0);
+        for class in &mut self.loads {
+            let Some(position) = class.iter().position(|load| load.number == number) else {
+                continue;
+            };
+            let load = &mut class[position];
+            load.parts[chunk - load.chunks.start] = Some(slot);
+            load.missing -= 1;
+            if load.missing == 0 {
+                let load = class.remove(position);
+                let parts = load.into_iter().flat_map(|load| load.parts).flatten();
+                let whole = parts.reduce(Slot::join);
+                let mut state = self.shared.lock();
+                let index = crate::units::to_usize(number - state.first_load);
+                if let Some(entry) = state.loads.get_mut(index) {
+                    entry.weights = whole;
+                }
+                drop(state);
+                self.shared.changed.notify_all();
+            }
+            break;
+        }
+        Ok(())
+    }
+
+    pub(super) fn planes_read(
+        &mut self,
+        chunk: usize,
+        plan: ReadPlan,
+        mut rest: Slot,
+        again: bool,
+        slot: Slot,
+    ) -> Result {
+        if !self.verify(chunk, Group::Update, &plan, again, &slot)? {
+            self.read(plan.clone(), slot, Pending::Planes { chunk, plan, rest, again: true });
+            return Ok(());
+        }
+        rest.fill(0);
+        if let Some(update) = self.updates.iter_mut().find(|u| u.chunk == chunk && !u.is_read) {
+            update.planes = Some(slot.join(rest));
+            update.is_read = true;
+        }
+        Ok(())
+    }
+}

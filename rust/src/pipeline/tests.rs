@@ -1,0 +1,375 @@
+//! A store that is trained through the pipeline must end with the bits of the same training in
+//! memory, whatever the chunk size, pool, engine and number of threads.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::adamw;
+use crate::engine::choice::Choice;
+use crate::layout::tests::manifest;
+use crate::ledger::Ledger;
+use crate::pool;
+use crate::store::{Creator, OpenOptions};
+use crate::units::PAGE_BYTES;
+
+const LONG: Duration = Duration::from_secs(60);
+
+fn adamw(step: u64) -> AdamW {
+    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step }
+}
+
+/// Records of a small model: block, larger record, block with a short last chunk.
+const RECORDS: [u64; 3] = [3 * 4096, 5 * 4096 + 256, 2 * 4096 + 128];
+
+fn weight(record: usize, index: usize) -> f32 {
+    #[expect(clippy::cast_precision_loss, reason = "small numbers")]
+    let value = ((index * 7 + record * 13) % 1009) as f32;
+    value / 505.0 - 1.0
+}
+
+fn gradient(step: u64, record: usize, index: usize) -> f32 {
+    weight(record + 1, index + usize::try_from(step).expect("small") * 31) * 0.1
+}
+
+/// The same training in memory: weight, exp_avg, exp_avg_sq by record.
+struct InMemory {
+    weight: Vec<Vec<f32>>,
+    exp_avg: Vec<Vec<f32>>,
+    exp_avg_sq: Vec<Vec<f32>>,
+}
+
+impl InMemory {
+    fn new() -> Self {
+        let zeros = || RECORDS.iter().map(|n| vec![0.0; len(*n)]).collect();
+        let weight = (0..3).map(|r| (0..len(RECORDS[r])).map(|i| weight(r, i)).collect()).collect();
+        Self { weight, exp_avg: zeros(), exp_avg_sq: zeros() }
+    }
+
+    fn step(&mut self, step: u64) {
+        for (record, &parameters) in RECORDS.iter().enumerate() {
+            let gradient: Vec<f32> =
+                (0..len(parameters)).map(|i| gradient(step, record, i)).collect();
+            let span = adamw::Span {
+                start: 0,
+                len: gradient.len(),
+                scalars: adamw(step).scalars(1.0, 0.01),
+            };
+            let old = self.weight[record].clone();
+            adamw::update_f32(
+                Kernel::Scalar,
+                &[span],
+                &old,
+                &mut self.weight[record],
+                &gradient,
+                &mut self.exp_avg[record],
+                &mut self.exp_avg_sq[record],
+            );
+        }
+    }
+}
+
+fn len(parameters: u64) -> usize {
+    usize::try_from(parameters).expect("small")
+}
+
+struct Setup {
+    chunk_parameters: u64,
+    format: StateFormat,
+    engine: Choice,
+    threads: usize,
+    slots: usize,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            chunk_parameters: 4096,
+            format: StateFormat::F32,
+            engine: Choice::Auto,
+            threads: 2,
+            slots: 3,
+        }
+    }
+}
+
+impl Setup {
+    fn create(&self, path: &std::path::Path) {
+        let records: Vec<_> = RECORDS.iter().map(|n| (self.format, *n)).collect();
+        let manifest = manifest(self.chunk_parameters, &records);
+        let ledger = Ledger::new();
+        let mut creator = Creator::new(path, manifest, self.engine, &ledger).expect("created");
+        let chunks = creator.layout().expect("a layout").chunks().to_vec();
+        for (index, chunk) in chunks.iter().enumerate() {
+            let mut slot =
+                Slot::standalone(chunk_slot_bytes(self.format, chunk.parameters), &ledger, "test")
+                    .expect("memory");
+            let values = (0..chunk.parameters).map(|i| weight(chunk.record, len(chunk.start) + i));
+            if self.format == StateFormat::F32 {
+                for (bytes, value) in slot.chunks_mut(4).zip(values) {
+                    bytes.copy_from_slice(&value.to_le_bytes());
+                }
+                creator.write_group(index, Group::Weight, 1, slot).expect("written");
+            } else {
+                let (mut weights, mut remainders) = (Vec::new(), Vec::new());
+                for value in values {
+                    let (weight, remainder) = adamw::split(value);
+                    weights.extend(weight.to_le_bytes());
+                    remainders.extend(remainder.to_le_bytes());
+                }
+                slot[..weights.len()].copy_from_slice(&weights);
+                let mut slot = creator.write_group(index, Group::Weight, 1, slot).expect("written");
+                slot.fill(0);
+                slot[..remainders.len()].copy_from_slice(&remainders);
+                creator.write_group(index, Group::Update, 1, slot).expect("written");
+            }
+        }
+        creator.finish(b"step 0").expect("finished");
+    }
+
+    fn open(&self, path: &std::path::Path) -> Arc<Store> {
+        let options = OpenOptions { engine: self.engine, verify_all: true };
+        Arc::new(Store::open(path, options, &Ledger::new()).expect("opened"))
+    }
+
+    fn pipeline(&self, store: &Arc<Store>) -> Pipeline {
+        let layout = store.layout();
+        let bytes = |record: usize| layout.record_weight_bytes(record);
+        let kind = |bytes, count| pool::Kind { bytes, count };
+        let pool = PoolSizes {
+            chunk_slots: kind(
+                chunk_slot_bytes(self.format, len(self.chunk_parameters)),
+                self.slots,
+            ),
+            block_buffers: kind(bytes(0), self.slots.min(2)),
+            outer_buffers: kind(bytes(1), 1),
+            block_gradients: kind(len(RECORDS[0]) * 4, 1),
+            outer_gradients: kind(len(RECORDS[1]) * 4, 1),
+        };
+        let tensors = RECORDS
+            .iter()
+            .enumerate()
+            .map(|(record, &elements)| TensorSettings {
+                record,
+                offset: 0,
+                elements,
+                weight_decay: 0.01,
+                lr_scale: 1.0,
+            })
+            .collect();
+        Pipeline::start(
+            Arc::clone(store),
+            &Options { pool, threads: self.threads, kernel: None, tensors },
+        )
+        .expect("started")
+    }
+}
+
+/// Forward over all records, then backward with updates, as training does.
+fn schedule(store: &Store) -> Arc<Schedule> {
+    let chunks = |record: usize, kind| {
+        store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
+    };
+    let mut operations = Vec::new();
+    for record in 0..3 {
+        operations.extend(chunks(record, Kind::Load));
+    }
+    for record in (0..3).rev() {
+        operations.extend(chunks(record, Kind::Load));
+        operations.extend(chunks(record, Kind::Update));
+    }
+    Arc::new(Schedule::new(store.layout(), operations).expect("valid"))
+}
+
+fn train_step(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: bool) -> Result {
+    pipeline.begin(Arc::clone(schedule), adamw(step))?;
+    for record in 0..3 {
+        drop(pipeline.take_weights(record, LONG)?.expect("in time"));
+    }
+    for record in (0..3).rev() {
+        let weights = pipeline.take_weights(record, LONG)?.expect("in time");
+        let mut buffer = pipeline.take_gradient(record, LONG)?.expect("in time");
+        for (index, bytes) in buffer.chunks_mut(4).take(len(RECORDS[record])).enumerate() {
+            bytes.copy_from_slice(&gradient(step, record, index).to_le_bytes());
+        }
+        pipeline.submit(record, weights, buffer)?;
+    }
+    pipeline.end(commit.then(|| format!("step {step}").into_bytes()))
+}
+
+/// Every plane of every record, as f32 bits.
+fn read_all(store: &Store, format: StateFormat) -> Vec<Vec<[u32; 3]>> {
+    let committed = store.committed();
+    let layout = store.layout();
+    let mut out = vec![Vec::new(); RECORDS.len()];
+    for (index, chunk) in layout.chunks().iter().enumerate() {
+        let slot = || {
+            Slot::standalone(
+                chunk.extent_bytes(Group::Update).max(PAGE_BYTES),
+                &Ledger::new(),
+                "test",
+            )
+            .expect("memory")
+        };
+        let weights =
+            store.read_group(&committed.table, index, Group::Weight, slot()).expect("whole");
+        let planes =
+            store.read_group(&committed.table, index, Group::Update, slot()).expect("whole");
+        let ranges = chunk.plane_ranges(Group::Update);
+        let u32_at = |bytes: &[u8], i: usize| {
+            u32::from_le_bytes(bytes[i * 4..i * 4 + 4].try_into().expect("four"))
+        };
+        let u16_at = |bytes: &[u8], i: usize| {
+            u16::from_le_bytes(bytes[i * 2..i * 2 + 2].try_into().expect("two"))
+        };
+        for i in 0..chunk.parameters {
+            let moments = &ranges[ranges.len() - 2..];
+            let master = if format == StateFormat::F32 {
+                u32_at(&weights, i)
+            } else {
+                adamw::join(u16_at(&weights, i), u16_at(&planes, i).cast_signed()).to_bits()
+            };
+            out[chunk.record].push([
+                master,
+                u32_at(&planes[moments[0].clone()], i),
+                u32_at(&planes[moments[1].clone()], i),
+            ]);
+        }
+    }
+    out
+}
+
+fn expected(steps: u64) -> Vec<Vec<[u32; 3]>> {
+    let mut model = InMemory::new();
+    (1..=steps).for_each(|step| model.step(step));
+    let bits = |r: usize, i: usize| {
+        [
+            model.weight[r][i].to_bits(),
+            model.exp_avg[r][i].to_bits(),
+            model.exp_avg_sq[r][i].to_bits(),
+        ]
+    };
+    (0..3).map(|r| (0..len(RECORDS[r])).map(|i| bits(r, i)).collect()).collect()
+}
+
+fn run(setup: &Setup) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    setup.create(&path);
+    let store = setup.open(&path);
+    let schedule = schedule(&store);
+    let pipeline = setup.pipeline(&store);
+    for step in 1..=3 {
+        train_step(&pipeline, &schedule, step, true).expect("a step");
+    }
+    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    drop(pipeline);
+    assert_eq!(&*store.committed().blob, b"step 3");
+    drop(store);
+    let store = setup.open(&path);
+    assert_eq!(store.committed().generation, 4);
+    assert!(read_all(&store, setup.format) == expected(3), "the bits of in-memory training");
+}
+
+#[test]
+fn paged_training_has_the_bits_of_in_memory_training() {
+    for format in [StateFormat::F32, StateFormat::Bf16] {
+        run(&Setup { format, ..Setup::default() });
+    }
+}
+
+#[test]
+fn chunk_size_pool_engine_and_threads_change_no_bit() {
+    for chunk_parameters in [8192, 1 << 16] {
+        run(&Setup { chunk_parameters, ..Setup::default() });
+    }
+    run(&Setup { slots: 1, ..Setup::default() });
+    run(&Setup { engine: Choice::Threads, ..Setup::default() });
+    run(&Setup { threads: 1, ..Setup::default() });
+}
+
+#[test]
+fn an_aborted_step_leaves_the_last_commit_and_the_handle_usable() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let setup = Setup::default();
+    setup.create(&path);
+    let store = setup.open(&path);
+    let schedule = schedule(&store);
+    let pipeline = setup.pipeline(&store);
+    train_step(&pipeline, &schedule, 1, true).expect("a step");
+    // The second step is written in part, but never ended.
+    pipeline.begin(Arc::clone(&schedule), adamw(9)).expect("begun");
+    for record in 0..3 {
+        drop(pipeline.take_weights(record, LONG).expect("read").expect("in time"));
+    }
+    let weights = pipeline.take_weights(2, LONG).expect("read").expect("in time");
+    let gradient = pipeline.take_gradient(2, LONG).expect("free").expect("in time");
+    pipeline.submit(2, weights, gradient).expect("submitted");
+    pipeline.abort().expect("aborted");
+    assert_eq!(&*store.committed().blob, b"step 1");
+    for step in 2..=3 {
+        train_step(&pipeline, &schedule, step, true).expect("a step");
+    }
+    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(read_all(&store, setup.format) == expected(3));
+}
+
+#[test]
+fn steps_between_commits_are_written_in_place_and_lost_together() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let setup = Setup::default();
+    setup.create(&path);
+    let store = setup.open(&path);
+    let schedule = schedule(&store);
+    let pipeline = setup.pipeline(&store);
+    for step in 1..=5 {
+        train_step(&pipeline, &schedule, step, step % 2 == 0).expect("a step");
+    }
+    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    drop(pipeline);
+    drop(store);
+    let store = setup.open(&path);
+    assert_eq!(&*store.committed().blob, b"step 4");
+    assert!(read_all(&store, setup.format) == expected(4));
+}
+
+#[test]
+fn a_flipped_byte_stops_the_step_and_names_its_tensor() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let setup = Setup::default();
+    setup.create(&path);
+    let store = setup.open(&path);
+    let plan = store.plan_read(&store.committed().table, 4, Group::Weight);
+    let mut byte = [0; 1];
+    store.file().read_at(&mut byte, 0).ok();
+    let buffered = std::fs::OpenOptions::new().read(true).write(true).open(&path).expect("open");
+    std::os::unix::fs::FileExt::write_at(&buffered, &[0xab; 3], plan.offset + 5).expect("spoiled");
+    buffered.sync_all().expect("flushed");
+    let pipeline = setup.pipeline(&store);
+    let error = train_step(&pipeline, &schedule(&store), 1, true).expect_err("found");
+    assert!(
+        matches!(&error, Error::Corrupt { what, .. } if what.contains("layer.1.weight")),
+        "{error}"
+    );
+    assert!(pipeline.wait_settled(LONG).is_err(), "the failure stays");
+    drop(pipeline);
+    let report = store.verify(&mut |_, _| {}).expect("read");
+    assert_eq!(report.damaged.len(), 1);
+    assert_eq!(report.damaged[0].chunk, 4);
+}
+
+#[test]
+fn asking_for_weights_out_of_order_is_refused_by_name() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let setup = Setup::default();
+    setup.create(&path);
+    let store = setup.open(&path);
+    let pipeline = setup.pipeline(&store);
+    pipeline.begin(schedule(&store), adamw(1)).expect("begun");
+    let error = pipeline.take_weights(1, LONG).expect_err("record 0 comes first");
+    assert!(error.to_string().contains("next load is record 0"), "{error}");
+}

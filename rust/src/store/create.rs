@@ -1,0 +1,182 @@
+//! Making a store: all space is reserved first, then the imported weights are written, then the
+//! first commit makes it a store.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::buffer::Slot;
+use crate::checksum;
+use crate::engine::choice::{self, Choice};
+use crate::engine::{self, Operation};
+use crate::error::{Error, Result};
+use crate::file::{self, DirectFile};
+use crate::layout::{Layout, Manifest};
+use crate::ledger::Ledger;
+use crate::store::header::{HEADER_OFFSETS, Header};
+use crate::store::recovery::{self, Opened};
+use crate::store::{OpenOptions, Store, Table};
+use crate::units::{Group, PAGE_BYTES};
+
+/// A store that is being filled. Until `finish` it lies under a temporary name next to its final
+/// one; dropping it removes it.
+#[derive(Debug)]
+pub struct Creator {
+    store: Option<Store>,
+    working: Table,
+    path: PathBuf,
+}
+
+impl Creator {
+    /// Reserves the space and writes header and manifest.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Format` when a store is already there, `Unsupported`, `Io`; nothing is left behind.
+    pub fn new(path: &Path, manifest: Manifest, engine: Choice, ledger: &Ledger) -> Result<Self> {
+        if path.exists() {
+            return Err(Error::format(
+                path,
+                "there is already a file of this name; choose another place or remove it",
+            ));
+        }
+        let invalid = |reason: String| Error::invalid(reason);
+        let layout = Layout::new(&manifest).map_err(invalid)?;
+        let text = serde_json::to_vec(&manifest).map_err(|e| Error::invalid(e.to_string()))?;
+        // Whatever reads it later must find it acceptable.
+        Manifest::parse(&text).map_err(invalid)?;
+        let header = Header::new(file::random_uuid()?, &layout, &text)
+            .ok_or_else(|| Error::invalid("the store is too large to address"))?;
+        let partial = partial_path(path);
+        if partial.exists() {
+            // Left by an import that was killed. The lock tells whether that one still runs.
+            drop(DirectFile::open(&partial)?);
+            fs::remove_file(&partial).map_err(|e| Error::io("remove", &partial, 0, 0, e))?;
+        }
+        let file = DirectFile::create(&partial, header.file_bytes)?;
+        let opened = choice::start(engine).map(|(engine, engine_note)| Opened {
+            file: file.into(),
+            engine,
+            engine_note,
+            header,
+            manifest,
+            layout,
+        });
+        let made = opened.and_then(|opened| Self::fill(opened, &text, ledger));
+        let (store, working) = made.inspect_err(|_| {
+            let _ = fs::remove_file(&partial);
+        })?;
+        Ok(Self { store: Some(store), working, path: path.into() })
+    }
+
+    /// Writes manifest and header.
+    fn fill(opened: Opened, text: &[u8], ledger: &Ledger) -> Result<(Store, Table)> {
+        let working = Table::empty(&opened.layout);
+        let mut slot = Slot::standalone(text.len().max(PAGE_BYTES), ledger, "import")?;
+        slot[..text.len()].copy_from_slice(text);
+        let store = recovery::assemble(opened, None, None, None, ledger)?;
+        let offset = store.header.manifest_offset;
+        engine::perform(&*store.engine, Operation::Write, &store.file, offset, Some(slot)).1?;
+        let page = store.header.encode();
+        for offset in HEADER_OFFSETS {
+            store.write_page(&page[..], offset)?;
+        }
+        Ok((store, working))
+    }
+
+    /// The store's layout.
+    ///
+    /// # Errors
+    /// `Invalid` after `finish`.
+    pub fn layout(&self) -> Result<&Layout> {
+        Ok(&self.store()?.layout)
+    }
+
+    /// Writes the first `planes` planes of a plane group from the front of `slot` and gives the slot
+    /// back; bytes of the extent beyond the planes must be zero. Blocks.
+    ///
+    /// # Errors
+    /// `Io`, `Invalid` when the slot is too small.
+    pub fn write_group(
+        &mut self,
+        chunk: usize,
+        group: Group,
+        planes: usize,
+        slot: Slot,
+    ) -> Result<Slot> {
+        let store = self.store.as_ref().ok_or_else(|| Error::invalid("the store is finished"))?;
+        let plan = store.plan_write(&self.working, chunk, group, planes)?;
+        let bytes = store.layout.chunks()[chunk].stored_bytes(group, planes);
+        if planes == 0 || bytes > slot.len() {
+            return Err(Error::invalid(format!(
+                "{planes} planes in a slot of {} bytes",
+                slot.len()
+            )));
+        }
+        let (front, rest) = slot.split_at(bytes);
+        let sums = checksum::sums(&plan.binding, &front);
+        let (front, result) = engine::perform(
+            &*store.engine,
+            Operation::Write,
+            &store.file,
+            plan.offset,
+            Some(front),
+        );
+        result?;
+        self.working.set(&store.layout, chunk, group, plan.entry, &sums);
+        Ok(front.ok_or_else(|| Error::invalid("the engine kept a slot"))?.join(rest))
+    }
+
+    /// Commits what was written as generation 1, gives the store its final name, and returns its UUID.
+    ///
+    /// # Errors
+    /// `Io`; the temporary file is removed.
+    pub fn finish(mut self, blob: &[u8]) -> Result<[u8; 16]> {
+        let store = self.store.take().ok_or_else(|| Error::invalid("the store is finished"))?;
+        let partial = partial_path(&self.path);
+        let finished = store
+            .commit(self.working.clone(), blob)
+            .and_then(|_| store.mark_clean())
+            .and_then(|()| {
+                fs::rename(&partial, &self.path).map_err(|e| Error::io("rename", &partial, 0, 0, e))
+            })
+            .and_then(|()| file::sync_directory(&self.path));
+        if let Err(error) = finished {
+            let _ = fs::remove_file(&partial);
+            return Err(error);
+        }
+        Ok(store.header.uuid)
+    }
+
+    fn store(&self) -> Result<&Store> {
+        self.store.as_ref().ok_or_else(|| Error::invalid("the store is finished"))
+    }
+}
+
+impl Drop for Creator {
+    fn drop(&mut self) {
+        if self.store.take().is_some() {
+            let _ = fs::remove_file(partial_path(&self.path));
+        }
+    }
+}
+
+fn partial_path(path: &Path) -> PathBuf {
+    let mut name = path.to_path_buf().into_os_string();
+    name.push(".partial");
+    name.into()
+}
+
+impl Store {
+    /// Creates an empty store (every plane zero) and opens it; for tests and tools.
+    ///
+    /// # Errors
+    /// As `Creator::new` and `Store::open`.
+    pub fn create_empty(
+        path: &Path,
+        manifest: Manifest,
+        options: OpenOptions,
+        ledger: &Ledger,
+    ) -> Result<Self> {
+        Creator::new(path, manifest, options.engine, ledger)?.finish(&[])?;
+        Self::open(path, options, ledger)
+    }
+}

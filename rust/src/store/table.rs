@@ -1,0 +1,174 @@
+//! The table: for every chunk and plane group which copy is current, the generation that wrote it,
+//! which planes are still zero, and the checksums. The committed table is on disk; the working table
+//! is what a step changes.
+
+use std::ops::Range;
+
+use crate::layout::Layout;
+use crate::store::fields::Reader;
+use crate::units::{CopyId, Group};
+
+const ENTRY_BYTES: usize = 16;
+
+/// One chunk's plane group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Generation of the write; 0 when it was never written and all its planes are zero.
+    pub generation: u64,
+    /// The copy that holds it.
+    pub copy: CopyId,
+    /// How many planes, from the first, are on disk; the others are zero.
+    pub planes: u8,
+}
+
+impl Entry {
+    const EMPTY: Self = Self { generation: 0, copy: CopyId::A, planes: 0 };
+}
+
+/// All entries and checksums of one state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    entries: Vec<Entry>,
+    sums: Vec<u32>,
+}
+
+impl Table {
+    /// The table of a store in which everything is zero.
+    #[must_use]
+    pub fn empty(layout: &Layout) -> Self {
+        Self {
+            entries: vec![Entry::EMPTY; layout.entry_count()],
+            sums: vec![0; layout.sum_count()],
+        }
+    }
+
+    /// The entry of a chunk's plane group.
+    #[must_use]
+    pub fn entry(&self, layout: &Layout, chunk: usize, group: Group) -> Entry {
+        self.entries[layout.entry(chunk, group)]
+    }
+
+    /// The checksums of what an entry has on disk.
+    #[must_use]
+    pub fn sums(&self, layout: &Layout, chunk: usize, group: Group) -> &[u32] {
+        let entry = layout.entry(chunk, group);
+        let planes = usize::from(self.entries[entry].planes);
+        let stored = layout.chunks()[chunk].stored_bytes(group, planes);
+        let all = layout.sum_range(entry);
+        &self.sums[all.start..all.start + crate::checksum::unit_count(stored)]
+    }
+
+    /// Sets an entry and its checksums.
+    pub fn set(&mut self, layout: &Layout, chunk: usize, group: Group, entry: Entry, sums: &[u32]) {
+        let index = layout.entry(chunk, group);
+        let start = layout.sum_range(index).start;
+        self.entries[index] = entry;
+        self.sums[start..start + sums.len()].copy_from_slice(sums);
+    }
+
+    /// Memory of one table, in bytes.
+    #[must_use]
+    pub fn memory_bytes(layout: &Layout) -> usize {
+        layout.entry_count() * size_of::<Entry>() + layout.sum_count() * size_of::<u32>()
+    }
+
+    pub(super) fn encoded_bytes(layout: &Layout) -> usize {
+        layout.entry_count() * ENTRY_BYTES + layout.sum_count() * 4
+    }
+
+    /// Writes the table to the start of `out`; the rest is set to zero.
+    pub(super) fn encode(&self, out: &mut [u8]) {
+        let (entries, rest) = out.split_at_mut(self.entries.len() * ENTRY_BYTES);
+        for (entry, bytes) in self.entries.iter().zip(entries.chunks_mut(ENTRY_BYTES)) {
+            bytes.fill(0);
+            bytes[..8].copy_from_slice(&entry.generation.to_le_bytes());
+            bytes[8] = entry.copy.index();
+            bytes[9] = entry.planes;
+        }
+        let (sums, padding) = rest.split_at_mut(self.sums.len() * 4);
+        for (sum, bytes) in self.sums.iter().zip(sums.chunks_mut(4)) {
+            bytes.copy_from_slice(&sum.to_le_bytes());
+        }
+        padding.fill(0);
+    }
+
+    /// Reads a table of generation `generation`; `None` when an entry contradicts the layout.
+    pub(super) fn decode(layout: &Layout, generation: u64, bytes: &[u8]) -> Option<Self> {
+        if bytes.len() < Self::encoded_bytes(layout) {
+            return None;
+        }
+        let mut fields = Reader::new(bytes);
+        let mut table = Self::empty(layout);
+        let groups: Range<usize> = 0..layout.entry_count();
+        for index in groups {
+            let written = fields.u64();
+            let [copy, planes, ..]: [u8; 8] = fields.array();
+            let chunk = &layout.chunks()[index / Group::ALL.len()];
+            let group = Group::ALL[index % Group::ALL.len()];
+            let copy = match copy {
+                0 => CopyId::A,
+                1 if chunk.format().is_trainable() => CopyId::B,
+                _ => return None,
+            };
+            let known = usize::from(planes) <= chunk.format().planes(group).len();
+            if !known || written > generation || (written == 0) != (planes == 0) {
+                return None;
+            }
+            table.entries[index] = Entry { generation: written, copy, planes };
+        }
+        for sum in &mut table.sums {
+            *sum = fields.u32();
+        }
+        debug_assert!(
+            fields.rest().len() < crate::units::PAGE_BYTES
+                || bytes.len() > Self::encoded_bytes(layout)
+        );
+        Some(table)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::tests::manifest;
+    use crate::units::StateFormat;
+    use proptest::prelude::*;
+
+    fn layout() -> Layout {
+        Layout::new(&manifest(4096, &[(StateFormat::Bf16, 8192), (StateFormat::Raw16, 128)]))
+            .expect("valid")
+    }
+
+    #[test]
+    fn a_table_comes_back_as_it_went() {
+        let layout = layout();
+        let mut table = Table::empty(&layout);
+        table.set(
+            &layout,
+            1,
+            Group::Update,
+            Entry { generation: 5, copy: CopyId::B, planes: 3 },
+            &[77],
+        );
+        let mut bytes = vec![0xff; Table::encoded_bytes(&layout) + 100];
+        table.encode(&mut bytes);
+        let back = Table::decode(&layout, 5, &bytes).expect("valid");
+        assert_eq!(back, table);
+        assert_eq!(back.sums(&layout, 1, Group::Update), &[77]);
+        assert_eq!(Table::decode(&layout, 4, &bytes), None, "an entry from the future");
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_are_refused_or_consistent(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
+            let layout = layout();
+            if let Some(table) = Table::decode(&layout, 3, &bytes) {
+                for chunk in 0..layout.chunks().len() {
+                    for group in Group::ALL {
+                        let _ = table.sums(&layout, chunk, group);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Reading everything back: every checksum of the committed state.
+
+use crossbeam_channel::unbounded;
+
+use crate::buffer::SlotList;
+use crate::checksum;
+use crate::engine::{Operation, Request};
+use crate::error::{Error, Result};
+use crate::store::Store;
+use crate::units::{Group, PAGE_BYTES};
+
+/// Extents read ahead while one is being checked.
+const READ_AHEAD: usize = 4;
+
+/// What verification found.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Generation that was verified.
+    pub generation: u64,
+    /// Extents that hold data.
+    pub extents: usize,
+    /// Bytes read.
+    pub bytes: u64,
+    /// What did not hold.
+    pub damaged: Vec<Damage>,
+}
+
+/// One extent that did not hold.
+#[derive(Clone, Debug)]
+pub struct Damage {
+    /// Index of the chunk.
+    pub chunk: usize,
+    /// The plane group.
+    pub group: Group,
+    /// What was wrong, with place and checksums.
+    pub error: Error,
+}
+
+impl Store {
+    /// Reads every extent of the committed state and compares its checksums. `progress` is called
+    /// with extents done and in all.
+    ///
+    /// # Errors
+    /// Only what prevents verifying; damage stands in the report.
+    pub fn verify(&self, progress: &mut dyn FnMut(usize, usize)) -> Result<Report> {
+        self.check()?;
+        let committed = self.committed();
+        let table = &committed.table;
+        let work: Vec<(usize, Group)> = (0..self.layout.chunks().len())
+            .flat_map(|chunk| Group::ALL.map(|group| (chunk, group)))
+            .filter(|(chunk, group)| table.entry(&self.layout, *chunk, *group).planes > 0)
+            .collect();
+        let largest = work
+            .iter()
+            .map(|(c, g)| self.layout.chunks()[*c].extent_bytes(*g))
+            .max()
+            .unwrap_or(PAGE_BYTES);
+        let (_region, mut lists) = SlotList::cut(&[(largest, READ_AHEAD)], &self.ledger, "verify")?;
+        let slots = lists.remove(0);
+        let mut report =
+            Report { generation: committed.generation, extents: work.len(), ..Report::default() };
+        let (reply, completions) = unbounded();
+        let mut next = 0;
+        for done in 0..work.len() {
+            while next < work.len()
+                && let Some(slot) = slots.try_take()
+            {
+                let (chunk, group) = work[next];
+                let plan = self.plan_read(table, chunk, group);
+                self.engine.submit(Request {
+                    operation: Operation::Read,
+                    file: self.file.clone(),
+                    offset: plan.offset,
+                    slot: Some(slot),
+                    bytes: plan.bytes,
+                    tag: next as u64,
+                    reply: reply.clone(),
+                });
+                next += 1;
+            }
+            let completion =
+                completions.recv().map_err(|_| Error::invalid("the engine has stopped"))?;
+            let (chunk, group) = work[crate::units::to_usize(completion.tag)];
+            let plan = self.plan_read(table, chunk, group);
+            let mut outcome = completion.result;
+            if let (Ok(()), Some(slot)) = (&outcome, &completion.slot) {
+                report.bytes += plan.bytes as u64;
+                if checksum::verify(&plan.binding, &slot[..plan.bytes], &plan.sums).is_err() {
+                    outcome = Err(Error::invalid("read again"));
+                }
+            }
+            if let (Err(_), Some(slot)) = (outcome, completion.slot)
+                && let Err(error) = self.read_group(table, chunk, group, slot)
+            {
+                // The second reading failed too: it is the one to report.
+                report.damaged.push(Damage { chunk, group, error });
+            }
+            progress(done + 1, work.len());
+        }
+        report.damaged.sort_by_key(|damage| (damage.chunk, damage.group.index()));
+        Ok(report)
+    }
+}

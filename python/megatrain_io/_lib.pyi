@@ -1,0 +1,164 @@
+"""The extension module. Only ``megatrain_io.swap`` imports it; ``mypy.stubtest`` keeps this file true."""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any, TypedDict, final
+
+class _Report(TypedDict):
+    generation: int
+    extents: int
+    nbytes: int
+    damaged: list[str]
+
+@final
+class Ledger:
+    """Accounts of allocated memory, by name."""
+
+    def __new__(cls) -> Ledger: ...
+    def set(self, account: str, nbytes: int) -> None:
+        """Set the bytes that ``account`` holds now."""
+
+    def balances(self) -> dict[str, tuple[int, int]]:
+        """``{account: (current, peak)}`` in bytes."""
+
+    def total(self) -> tuple[int, int]:
+        """``(current, peak)`` of all accounts together, in bytes."""
+
+@final
+class Creator:
+    """A store that is being filled by an import."""
+
+    def __new__(cls, path: str | PathLike[str], manifest: bytes, engine: str, ledger: Ledger) -> Creator: ...
+    def chunks(self) -> list[tuple[int, int, int]]:
+        """``(record, start, parameters)`` of every chunk."""
+
+    def write_chunk(self, chunk: int, values: bytes, dtype: str) -> None:
+        """Write a chunk's weights: little-endian bytes of all its parameters, padding included.
+
+        ``dtype`` is ``float32``, ``bfloat16``, or ``raw`` for a record that is not trained.
+        """
+
+    def finish(self, blob: bytes) -> str:
+        """Commit generation 1 and return the store's UUID."""
+
+    def abandon(self) -> None:
+        """Remove what was written, unless the store is finished."""
+
+@final
+class Store:
+    """An open store."""
+
+    def __new__(
+        cls, path: str | PathLike[str], engine: str, verify_all: bool, ledger: Ledger
+    ) -> Store: ...
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def blob(self) -> bytes: ...
+    @property
+    def manifest(self) -> str: ...
+    @property
+    def engine(self) -> tuple[str, str | None]: ...
+    @property
+    def is_direct(self) -> bool: ...
+    @property
+    def verified_at_open(self) -> int | None: ...
+    def io_bytes(self) -> tuple[int, int]:
+        """Bytes read and written through the engine since the store was opened."""
+
+    def chunks(self) -> list[tuple[int, int, int]]:
+        """``(record, start, parameters)`` of every chunk."""
+
+    def record_weight_bytes(self, record: int) -> int:
+        """Bytes of a record's weights in a block buffer."""
+
+    def read_plane(self, chunk: int, plane: str) -> bytes:
+        """Little-endian bytes of ``weight``, ``master``, ``exp_avg`` or ``exp_avg_sq`` of one chunk."""
+
+    def verify(self, progress: Callable[[int, int], object] | None) -> _Report:
+        """Compare every checksum of the committed state."""
+
+    def close(self) -> None:
+        """Say on disk that the stop was clean and give the store up."""
+
+@final
+class Schedule:
+    """The chunk operations of one step, checked against a store."""
+
+    def __new__(cls, store: Store, operations: Sequence[tuple[str, int]]) -> Schedule: ...
+
+@final
+class Buffer:
+    """A buffer of the pool, seen as a one-dimensional tensor (``torch.from_dlpack``)."""
+
+    @property
+    def exports(self) -> int: ...
+    @property
+    def what(self) -> str: ...
+    def release(self) -> None:
+        """Give the buffer back to the pool; raises while a tensor over it is alive."""
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+
+@final
+class Pipeline:
+    """Reads ahead, updates and writes behind, while the caller computes."""
+
+    def __new__(
+        cls,
+        store: Store,
+        pool: Mapping[str, tuple[int, ...]],
+        threads: int,
+        kernel: str | None,
+        tensors: Sequence[tuple[int, int, int, float, float]],
+    ) -> Pipeline: ...
+    @property
+    def registration_refused(self) -> str | None: ...
+    def begin(self, schedule: Schedule, adamw: tuple[float, float, float, float, int]) -> None:
+        """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
+
+    def take_weights(self, record: int) -> Buffer:
+        """The weights of the schedule's next load, which must be of ``record``."""
+
+    def take_gradient(self, record: int) -> Buffer:
+        """A free fp32 gradient buffer for ``record``."""
+
+    def submit(self, record: int, weights: Buffer, gradient: Buffer) -> None:
+        """Hand the gradient of a whole record over, with its weights."""
+
+    def end(self, blob: bytes | None) -> None:
+        """End the step; with a blob it is committed behind the caller's back."""
+
+    def wait_settled(self) -> None:
+        """Wait until every ended step is written, and committed if that was asked for."""
+
+    def abort(self) -> None:
+        """Drop everything since the last commit."""
+
+    def timings(self) -> list[tuple[str, float]]:
+        """Seconds since the start, by cause."""
+
+    def close(self) -> None:
+        """Stop; what was not committed is dropped."""
+
+def adamw_kernels() -> list[str]:
+    """The AdamW kernels that this processor can run, the fastest last."""
+
+def build_info() -> tuple[str, str, bool]:
+    """Version of the core, build profile, and whether io_uring was compiled in."""
+
+def probe_uring() -> str | None:
+    """Why io_uring cannot be used here, or None when it can."""
+
+def error_examples() -> list[Exception]:
+    """One exception of each kind that the core can raise, for the tests."""

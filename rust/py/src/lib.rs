@@ -1,0 +1,44 @@
+//! `megatrain_io._lib`: the extension module. Its whole surface is on this screen; `_lib.pyi`
+//! describes it and `mypy.stubtest` keeps that true. Only `megatrain_io.swap` imports it.
+
+use pyo3::prelude::*;
+
+mod dlpack;
+mod error;
+mod pipeline;
+mod store;
+
+#[pymodule]
+#[pyo3(name = "_lib")]
+mod lib {
+    #[pymodule_export]
+    use crate::dlpack::Buffer;
+    #[pymodule_export]
+    use crate::error::error_examples;
+    #[pymodule_export]
+    use crate::pipeline::{Pipeline, Schedule};
+    #[pymodule_export]
+    use crate::store::{Creator, Ledger, Store};
+    #[pymodule_export]
+    use crate::{adamw_kernels, build_info, probe_uring};
+}
+
+/// Version of the core, build profile (`release` or `debug`) and whether io_uring was compiled in.
+#[pyfunction]
+fn build_info() -> (&'static str, &'static str, bool) {
+    let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+    (env!("CARGO_PKG_VERSION"), profile, cfg!(feature = "uring"))
+}
+
+/// The AdamW kernels that this processor can run, the fastest last.
+#[pyfunction]
+fn adamw_kernels() -> Vec<String> {
+    megatrain_io::adamw::Kernel::available().iter().map(ToString::to_string).collect()
+}
+
+/// Why io_uring cannot be used here, or `None` when it can: a real ring is set up.
+#[pyfunction]
+fn probe_uring(py: Python<'_>) -> Option<String> {
+    use megatrain_io::engine::choice::{Choice, start};
+    py.detach(|| start(Choice::Uring)).err().map(|error| error.to_string())
+}

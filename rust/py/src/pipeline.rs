@@ -1,0 +1,234 @@
+//! The pipeline and its schedule.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use megatrain_io::adamw::{AdamW, Kernel};
+use megatrain_io::error::Error;
+use megatrain_io::pipeline::{self, ChunkOp, Kind, Options, TensorSettings};
+use megatrain_io::pool::{self, PoolSizes};
+use megatrain_io::units::StateFormat;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::dlpack::{Buffer, Element};
+use crate::error::raise;
+use crate::store::Store;
+
+/// How long a wait goes on before signals (Ctrl-C) are looked at.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// The chunk operations of one step, checked against a store.
+#[pyclass(frozen, module = "megatrain_io._lib")]
+#[derive(Debug)]
+pub(crate) struct Schedule {
+    inner: Arc<pipeline::Schedule>,
+}
+
+#[pymethods]
+impl Schedule {
+    /// `operations` is a list of `("load" | "update", chunk)`.
+    #[new]
+    fn new(store: &Store, operations: Vec<(String, usize)>) -> PyResult<Self> {
+        let operations = operations
+            .into_iter()
+            .map(|(kind, chunk)| match kind.as_str() {
+                "load" => Ok(ChunkOp { kind: Kind::Load, chunk }),
+                "update" => Ok(ChunkOp { kind: Kind::Update, chunk }),
+                _ => Err(PyValueError::new_err(format!("operation {kind:?}: load or update"))),
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        let store = store.get()?;
+        let schedule = pipeline::Schedule::new(store.layout(), operations).map_err(raise)?;
+        Ok(Self { inner: Arc::new(schedule) })
+    }
+}
+
+/// Reads ahead, updates and writes behind, while the caller computes.
+#[pyclass(frozen, module = "megatrain_io._lib")]
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    inner: Mutex<Option<Arc<pipeline::Pipeline>>>,
+}
+
+#[pymethods]
+impl Pipeline {
+    /// `pool` maps each kind of slot to `(bytes, count)`; `tensors` lists
+    /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        store: &Store,
+        pool: PoolArguments,
+        threads: usize,
+        kernel: Option<&str>,
+        tensors: Vec<(usize, u64, u64, f64, f64)>,
+    ) -> PyResult<Self> {
+        let kernel = kernel.map(kernel_of).transpose()?;
+        let tensors = tensors
+            .into_iter()
+            .map(|(record, offset, elements, weight_decay, lr_scale)| TensorSettings {
+                record,
+                offset,
+                elements,
+                weight_decay,
+                lr_scale,
+            })
+            .collect();
+        let options = Options { pool: pool.sizes(), threads, kernel, tensors };
+        let store = store.get()?;
+        let pipeline = py.detach(|| pipeline::Pipeline::start(store, &options)).map_err(raise)?;
+        Ok(Self { inner: Mutex::new(Some(Arc::new(pipeline))) })
+    }
+
+    /// Why the pool could not be registered with the kernel, if so.
+    #[getter]
+    fn registration_refused(&self) -> PyResult<Option<String>> {
+        Ok(self.get()?.registration_refused().map(str::to_owned))
+    }
+
+    /// Begins a step: its reads start at once. `adamw` is `(learning_rate, beta1, beta2, eps, step)`,
+    /// the step counted from 1.
+    fn begin(&self, schedule: &Schedule, adamw: (f64, f64, f64, f64, u64)) -> PyResult<()> {
+        let (learning_rate, beta1, beta2, eps, step) = adamw;
+        let adamw = AdamW { learning_rate, beta1, beta2, eps, step };
+        self.get()?.begin(Arc::clone(&schedule.inner), adamw).map_err(raise)
+    }
+
+    /// The weights of the schedule's next load, which must be of `record`. Waits for them.
+    fn take_weights(&self, py: Python<'_>, record: usize) -> PyResult<Buffer> {
+        let pipeline = self.get()?;
+        let slot = wait(py, || pipeline.take_weights(record, PATIENCE))?;
+        let store = pipeline.store();
+        let element = match store.manifest().records[record].format {
+            StateFormat::Bf16 => Element::Bf16,
+            StateFormat::F32 => Element::F32,
+            StateFormat::Raw8 => Element::U8,
+            StateFormat::Raw16 => Element::U16,
+            StateFormat::Raw32 => Element::U32,
+        };
+        let elements = elements_of(&pipeline, record)?;
+        Ok(Buffer::new(
+            slot,
+            element,
+            elements,
+            format!("weights of {}", store.manifest().records[record].name),
+        ))
+    }
+
+    /// A free fp32 gradient buffer for `record`; its content is arbitrary. Waits for one.
+    fn take_gradient(&self, py: Python<'_>, record: usize) -> PyResult<Buffer> {
+        let pipeline = self.get()?;
+        let slot = wait(py, || pipeline.take_gradient(record, PATIENCE))?;
+        let elements = elements_of(&pipeline, record)?;
+        let name = &pipeline.store().manifest().records[record].name;
+        Ok(Buffer::new(slot, Element::F32, elements, format!("gradient of {name}")))
+    }
+
+    /// Hands the gradient of a whole record over, with its weights; no tensor over either may live.
+    fn submit(&self, record: usize, weights: &Buffer, gradient: &Buffer) -> PyResult<()> {
+        let (weights, gradient) = (weights.take()?, gradient.take()?);
+        self.get()?.submit(record, weights, gradient).map_err(raise)
+    }
+
+    /// Ends the step; with a blob it is committed behind the caller's back.
+    fn end(&self, blob: Option<Vec<u8>>) -> PyResult<()> {
+        self.get()?.end(blob).map_err(raise)
+    }
+
+    /// Waits until every step that has ended is written, and committed if that was asked for.
+    fn wait_settled(&self, py: Python<'_>) -> PyResult<()> {
+        let pipeline = self.get()?;
+        wait(py, || pipeline.wait_settled(PATIENCE).map(|settled| settled.then_some(())))
+    }
+
+    /// Drops everything since the last commit; the next step starts from there.
+    fn abort(&self, py: Python<'_>) -> PyResult<()> {
+        let pipeline = self.get()?;
+        py.detach(|| pipeline.abort()).map_err(raise)
+    }
+
+    /// Seconds since the start: `stall_weights`, `stall_gradient`, `stall_commit`, `update`, `verify`.
+    fn timings(&self) -> PyResult<Vec<(&'static str, f64)>> {
+        let pipeline = self.get()?;
+        let timings = pipeline.timings();
+        let seconds = |counter: &std::sync::atomic::AtomicU64| {
+            Duration::from_nanos(counter.load(Ordering::Relaxed)).as_secs_f64()
+        };
+        Ok(vec![
+            ("stall_weights", seconds(&timings.stall_weights)),
+            ("stall_gradient", seconds(&timings.stall_gradient)),
+            ("stall_commit", seconds(&timings.stall_commit)),
+            ("update", seconds(&timings.update)),
+            ("verify", seconds(&timings.verify)),
+        ])
+    }
+
+    /// Stops; what was not committed is dropped.
+    fn close(&self, py: Python<'_>) {
+        let taken = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
+        py.detach(|| drop(taken));
+    }
+}
+
+impl Pipeline {
+    fn get(&self) -> PyResult<Arc<pipeline::Pipeline>> {
+        let pipeline = self.inner.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        pipeline.ok_or_else(|| raise(Error::invalid("the pipeline is closed")))
+    }
+}
+
+/// `(bytes, count)` of each kind of slot.
+#[derive(Debug, FromPyObject)]
+pub(crate) struct PoolArguments {
+    #[pyo3(item)]
+    chunk_slots: (usize, usize),
+    #[pyo3(item)]
+    block_buffers: (usize, usize),
+    #[pyo3(item)]
+    outer_buffers: (usize, usize),
+    #[pyo3(item)]
+    block_gradients: (usize, usize),
+    #[pyo3(item)]
+    outer_gradients: (usize, usize),
+}
+
+impl PoolArguments {
+    fn sizes(&self) -> PoolSizes {
+        let kind = |(bytes, count)| pool::Kind { bytes, count };
+        PoolSizes {
+            chunk_slots: kind(self.chunk_slots),
+            block_buffers: kind(self.block_buffers),
+            outer_buffers: kind(self.outer_buffers),
+            block_gradients: kind(self.block_gradients),
+            outer_gradients: kind(self.outer_gradients),
+        }
+    }
+}
+
+/// Waits without the interpreter lock, looking at signals in between.
+fn wait<T: Send>(
+    py: Python<'_>,
+    poll: impl Fn() -> megatrain_io::error::Result<Option<T>> + Sync,
+) -> PyResult<T> {
+    loop {
+        if let Some(value) = py.detach(&poll).map_err(raise)? {
+            return Ok(value);
+        }
+        py.check_signals()?;
+    }
+}
+
+fn elements_of(pipeline: &pipeline::Pipeline, record: usize) -> PyResult<usize> {
+    let parameters = pipeline.store().layout().record_parameters(record);
+    usize::try_from(parameters).map_err(|e| PyValueError::new_err(e.to_string()))
+}
+
+fn kernel_of(name: &str) -> PyResult<Kernel> {
+    let known = Kernel::available();
+    known.iter().find(|kernel| kernel.to_string() == name).copied().ok_or_else(|| {
+        let names: Vec<String> = known.iter().map(ToString::to_string).collect();
+        PyValueError::new_err(format!("kernel {name:?}: this processor has {}", names.join(", ")))
+    })
+}

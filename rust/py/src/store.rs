@@ -1,0 +1,406 @@
+//! Store, creator and ledger.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use megatrain_io::adamw;
+use megatrain_io::buffer::Slot;
+use megatrain_io::engine::choice::Choice;
+use megatrain_io::error::Error;
+use megatrain_io::layout::{Chunk, Manifest};
+use megatrain_io::store::{self, OpenOptions};
+use megatrain_io::units::{Group, StateFormat};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::error::raise;
+
+/// Accounts of allocated memory, by name.
+#[pyclass(frozen, module = "megatrain_io._lib")]
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ledger {
+    pub(crate) inner: megatrain_io::ledger::Ledger,
+}
+
+#[pymethods]
+impl Ledger {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the bytes that `account` holds now.
+    fn set(&self, account: &str, nbytes: u64) {
+        self.inner.set(account, nbytes);
+    }
+
+    /// `{account: (current, peak)}` in bytes.
+    fn balances(&self) -> BTreeMap<String, (u64, u64)> {
+        self.inner.balances().into_iter().map(|(name, b)| (name, (b.current, b.peak))).collect()
+    }
+
+    /// `(current, peak)` of all accounts together, in bytes.
+    fn total(&self) -> (u64, u64) {
+        let total = self.inner.total();
+        (total.current, total.peak)
+    }
+}
+
+/// A store that is being filled by an import.
+#[pyclass(frozen, module = "megatrain_io._lib")]
+#[derive(Debug)]
+pub(crate) struct Creator {
+    inner: Mutex<Option<(store::Creator, Option<Slot>)>>,
+    chunks: Vec<Chunk>,
+}
+
+#[pymethods]
+impl Creator {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        manifest: &[u8],
+        engine: &str,
+        ledger: &Ledger,
+    ) -> PyResult<Self> {
+        let manifest = Manifest::parse(manifest).map_err(|e| raise(Error::invalid(e)))?;
+        let engine = engine_of(engine)?;
+        py.detach(|| {
+            let creator = store::Creator::new(&path, manifest, engine, &ledger.inner)?;
+            let chunks = creator.layout()?.chunks().to_vec();
+            let largest = chunks
+                .iter()
+                .flat_map(|c| Group::ALL.map(|g| c.extent_bytes(g)))
+                .max()
+                .unwrap_or(0);
+            let slot = Slot::standalone(largest, &ledger.inner, "import")?;
+            Ok(Self { inner: Mutex::new(Some((creator, Some(slot)))), chunks })
+        })
+        .map_err(raise)
+    }
+
+    /// `(record, start, parameters)` of every chunk.
+    fn chunks(&self) -> Vec<(usize, u64, usize)> {
+        self.chunks.iter().map(|c| (c.record, c.start, c.parameters)).collect()
+    }
+
+    /// Writes the weights of one chunk, given as the little-endian bytes of all its parameters,
+    /// padding included: `float32`, `bfloat16`, or `raw` for a record that is not trained.
+    fn write_chunk(
+        &self,
+        py: Python<'_>,
+        chunk: usize,
+        values: &[u8],
+        dtype: &str,
+    ) -> PyResult<()> {
+        let place = self
+            .chunks
+            .get(chunk)
+            .ok_or_else(|| PyValueError::new_err(format!("no chunk {chunk}")))?;
+        let width = match dtype {
+            "float32" => 4,
+            "bfloat16" => 2,
+            "raw" => place.format().weight_bytes(),
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "dtype {dtype:?}: float32, bfloat16 or raw"
+                )));
+            }
+        };
+        if values.len() != place.parameters * width {
+            let expected = place.parameters * width;
+            return Err(PyValueError::new_err(format!(
+                "chunk {chunk} takes {expected} bytes, got {}",
+                values.len()
+            )));
+        }
+        let mut inner = self.lock();
+        let (creator, buffer) =
+            inner.as_mut().ok_or_else(|| raise(Error::invalid("the store is finished")))?;
+        let slot = buffer.take().ok_or_else(|| raise(Error::invalid("an earlier write failed")))?;
+        let slot =
+            py.detach(|| write(creator, chunk, place, values, dtype, slot)).map_err(raise)?;
+        *buffer = Some(slot);
+        Ok(())
+    }
+
+    /// Commits generation 1 and returns the store's UUID.
+    fn finish(&self, py: Python<'_>, blob: &[u8]) -> PyResult<String> {
+        let taken = self.lock().take();
+        let (creator, _) = taken.ok_or_else(|| raise(Error::invalid("the store is finished")))?;
+        py.detach(|| creator.finish(blob)).map(uuid_text).map_err(raise)
+    }
+
+    /// Removes what was written, unless the store is finished.
+    fn abandon(&self, py: Python<'_>) {
+        let taken = self.lock().take();
+        py.detach(|| drop(taken));
+    }
+}
+
+impl Creator {
+    fn lock(&self) -> MutexGuard<'_, Option<(store::Creator, Option<Slot>)>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn write(
+    creator: &mut store::Creator,
+    chunk: usize,
+    place: &Chunk,
+    values: &[u8],
+    dtype: &str,
+    mut slot: Slot,
+) -> Result<Slot, Error> {
+    slot.fill(0);
+    let weights = place.parameters * place.format().weight_bytes();
+    let mut remainders: Vec<u8> = Vec::new();
+    match (place.format(), dtype) {
+        (StateFormat::Bf16, "float32") => {
+            for (value, weight) in values.chunks_exact(4).zip(slot[..weights].chunks_exact_mut(2)) {
+                let master = f32::from_le_bytes(value.try_into().unwrap_or_default());
+                let (upper, lower) = adamw::split(master);
+                weight.copy_from_slice(&upper.to_le_bytes());
+                remainders.extend(lower.to_le_bytes());
+            }
+        }
+        (StateFormat::F32, "bfloat16") => {
+            for (value, weight) in values.chunks_exact(2).zip(slot[..weights].chunks_exact_mut(4)) {
+                weight[2..].copy_from_slice(value);
+            }
+        }
+        (_, dtype) if dtype == "raw" || weights == values.len() => {
+            slot[..weights].copy_from_slice(values)
+        }
+        (format, dtype) => {
+            return Err(Error::invalid(format!(
+                "{dtype} values for a record of format {format:?}"
+            )));
+        }
+    }
+    let mut slot = creator.write_group(chunk, Group::Weight, 1, slot)?;
+    // Remainders that are all zero (a bf16 source) are not written: the table says so.
+    if remainders.iter().any(|byte| *byte != 0) {
+        slot.fill(0);
+        slot[..remainders.len()].copy_from_slice(&remainders);
+        slot = creator.write_group(chunk, Group::Update, 1, slot)?;
+    }
+    Ok(slot)
+}
+
+/// An open store.
+#[pyclass(frozen, module = "megatrain_io._lib")]
+#[derive(Debug)]
+pub(crate) struct Store {
+    inner: Mutex<Option<Arc<store::Store>>>,
+}
+
+#[pymethods]
+impl Store {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        engine: &str,
+        verify_all: bool,
+        ledger: &Ledger,
+    ) -> PyResult<Self> {
+        let options = OpenOptions { engine: engine_of(engine)?, verify_all };
+        let store =
+            py.detach(|| store::Store::open(&path, options, &ledger.inner)).map_err(raise)?;
+        Ok(Self { inner: Mutex::new(Some(Arc::new(store))) })
+    }
+
+    /// The store's UUID.
+    #[getter]
+    fn uuid(&self) -> PyResult<String> {
+        Ok(uuid_text(self.get()?.uuid()))
+    }
+
+    /// Number of the newest committed state; 1 is the import.
+    #[getter]
+    fn generation(&self) -> PyResult<u64> {
+        Ok(self.get()?.committed().generation)
+    }
+
+    /// The trainer's own state, committed with that generation.
+    #[getter]
+    fn blob<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &self.get()?.committed().blob))
+    }
+
+    /// What the store holds, as JSON.
+    #[getter]
+    fn manifest(&self) -> PyResult<String> {
+        serde_json::to_string(self.get()?.manifest())
+            .map_err(|e| PyValueError::new_err(e.to_string()))
+    }
+
+    /// Name of the engine in use, and why it is not io_uring if that was left open.
+    #[getter]
+    fn engine(&self) -> PyResult<(String, Option<String>)> {
+        let store = self.get()?;
+        let (engine, note) = store.engine();
+        Ok((engine.name().to_owned(), note.map(str::to_owned)))
+    }
+
+    /// Whether transfers bypass the page cache.
+    #[getter]
+    fn is_direct(&self) -> PyResult<bool> {
+        Ok(self.get()?.file().is_direct())
+    }
+
+    /// Extents that opening verified, or `None` when it did not have to.
+    #[getter]
+    fn verified_at_open(&self) -> PyResult<Option<usize>> {
+        Ok(self.get()?.verified_at_open().map(|report| report.extents))
+    }
+
+    /// Bytes read and written through the engine since the store was opened.
+    fn io_bytes(&self) -> PyResult<(u64, u64)> {
+        Ok(self.get()?.engine().0.counters().totals())
+    }
+
+    /// `(record, start, parameters)` of every chunk.
+    fn chunks(&self) -> PyResult<Vec<(usize, u64, usize)>> {
+        Ok(self
+            .get()?
+            .layout()
+            .chunks()
+            .iter()
+            .map(|c| (c.record, c.start, c.parameters))
+            .collect())
+    }
+
+    /// Bytes of a record's weights in a block buffer.
+    fn record_weight_bytes(&self, record: usize) -> PyResult<usize> {
+        Ok(self.get()?.layout().record_weight_bytes(record))
+    }
+
+    /// Little-endian bytes of one plane of one chunk in the committed state: `weight`, `exp_avg`,
+    /// `exp_avg_sq`, or `master` (the fp32 weights).
+    fn read_plane<'py>(
+        &self,
+        py: Python<'py>,
+        chunk: usize,
+        plane: &str,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let store = self.get()?;
+        let bytes = py.detach(|| read_plane(&store, chunk, plane)).map_err(raise)?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+
+    /// Compares every checksum of the committed state. Returns `generation`, `extents`, `nbytes` and
+    /// `damaged`, a list of messages.
+    fn verify<'py>(
+        &self,
+        py: Python<'py>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let store = self.get()?;
+        let mut raised = None;
+        let report = py.detach(|| {
+            store.verify(&mut |done, all| {
+                if let Some(progress) = &progress
+                    && raised.is_none()
+                {
+                    raised = Python::attach(|py| progress.call1(py, (done, all))).err();
+                }
+            })
+        });
+        if let Some(error) = raised {
+            return Err(error);
+        }
+        let report = report.map_err(raise)?;
+        let result = PyDict::new(py);
+        result.set_item("generation", report.generation)?;
+        result.set_item("extents", report.extents)?;
+        result.set_item("nbytes", report.bytes)?;
+        let damaged: Vec<String> = report.damaged.iter().map(|d| d.error.to_string()).collect();
+        result.set_item("damaged", damaged)?;
+        Ok(result)
+    }
+
+    /// Says on disk that the stop was clean and gives the store up. Pipelines over it must be closed.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let taken = self.lock().take();
+        let Some(store) = taken else { return Ok(()) };
+        py.detach(|| match store.check() {
+            Ok(()) => store.mark_clean(),
+            // A store that failed is verified at the next open: nothing to mark.
+            Err(_) => Ok(()),
+        })
+        .map_err(raise)
+    }
+}
+
+impl Store {
+    pub(crate) fn get(&self) -> PyResult<Arc<store::Store>> {
+        let store = self.lock().clone();
+        store.ok_or_else(|| raise(Error::invalid("the store is closed")))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<store::Store>>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn read_plane(store: &store::Store, chunk: usize, plane: &str) -> Result<Vec<u8>, Error> {
+    let place = *store
+        .layout()
+        .chunks()
+        .get(chunk)
+        .ok_or_else(|| Error::invalid(format!("no chunk {chunk}")))?;
+    let table = store.committed().table;
+    let read = |group: Group| {
+        let bytes = place.extent_bytes(group).max(1);
+        let slot = Slot::standalone(bytes, store.ledger(), "read")?;
+        store.read_group(&table, chunk, group, slot)
+    };
+    let weight_bytes = place.parameters * place.format().weight_bytes();
+    match plane {
+        "weight" => Ok(read(Group::Weight)?[..weight_bytes].to_vec()),
+        "master" if place.format() == StateFormat::Bf16 => {
+            let (weights, planes) = (read(Group::Weight)?, read(Group::Update)?);
+            let halves = weights[..weight_bytes].chunks_exact(2).zip(planes.chunks_exact(2));
+            let half = |bytes: &[u8]| u16::from_le_bytes(bytes.try_into().unwrap_or_default());
+            Ok(halves
+                .flat_map(|(w, r)| adamw::join(half(w), half(r).cast_signed()).to_le_bytes())
+                .collect())
+        }
+        "master" if place.format() == StateFormat::F32 => {
+            Ok(read(Group::Weight)?[..weight_bytes].to_vec())
+        }
+        _ => {
+            let planes = place.format().update_planes();
+            let index = planes.iter().position(|(p, _)| p.name() == plane);
+            let range = index.and_then(|i| place.plane_ranges(Group::Update).get(i).cloned());
+            let range = range
+                .ok_or_else(|| Error::invalid(format!("chunk {chunk} has no plane {plane:?}")))?;
+            Ok(read(Group::Update)?[range].to_vec())
+        }
+    }
+}
+
+fn uuid_text(uuid: [u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (index, byte) in uuid.iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+fn engine_of(name: &str) -> PyResult<Choice> {
+    match name {
+        "auto" => Ok(Choice::Auto),
+        "uring" => Ok(Choice::Uring),
+        "threads" => Ok(Choice::Threads),
+        _ => Err(PyValueError::new_err(format!("engine {name:?}: auto, uring or threads"))),
+    }
+}

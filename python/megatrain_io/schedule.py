@@ -1,0 +1,161 @@
+"""The schedule of a step: one pure function that training, plan, simulator and trace share.
+
+Cyclic and known before it starts, so nothing has to be guessed while it runs: the pipeline reads ahead in
+this order. A step meets, in order: prologue, blocks first to last, epilogue, blocks last to first with
+their updates, prologue with its update.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from megatrain_io.layout import Chunk, ModelLayout
+
+__all__ = ["ChunkOp", "Phase", "PoolSizes", "build_schedule", "pool_sizes", "traffic"]
+
+
+class Phase(StrEnum):
+    """Part of a step."""
+
+    PROLOGUE = "prologue"
+    FORWARD = "forward"
+    EPILOGUE = "epilogue"
+    BACKWARD = "backward"
+    PROLOGUE_BACKWARD = "prologue_backward"
+
+
+@dataclass(frozen=True)
+class ChunkOp:
+    """One operation on one chunk.
+
+    ``load`` reads its weights into the record's buffer. ``update`` reads its update planes, and writes
+    weights and update planes.
+    """
+
+    kind: Literal["load", "update"]
+    chunk: Chunk
+    phase: Phase
+
+    def read_bytes(self, layout: ModelLayout) -> int:
+        """Bytes read in the steady state, when every plane has been written."""
+        if self.kind == "load":
+            return layout.weight_extent_bytes(self.chunk)
+        return layout.update_extent_bytes(self.chunk)
+
+    def written_bytes(self, layout: ModelLayout) -> int:
+        """Bytes written."""
+        if self.kind == "load":
+            return 0
+        return layout.weight_extent_bytes(self.chunk) + layout.update_extent_bytes(self.chunk)
+
+
+def build_schedule(layout: ModelLayout, *, borrows_prologue: bool, training: bool) -> tuple[ChunkOp, ...]:
+    """Order the chunk operations of one step.
+
+    Args:
+        layout: the parameter space.
+        borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
+        training: False leaves out the backward pass: evaluation and generation.
+
+    The last block is still in its buffer when the backward pass begins: it is not loaded twice.
+    """
+    return tuple(_operations(layout, borrows_prologue=borrows_prologue, training=training))
+
+
+def _operations(layout: ModelLayout, *, borrows_prologue: bool, training: bool) -> Iterator[ChunkOp]:
+    def whole(kind: Literal["load", "update"], record: int, phase: Phase) -> Iterator[ChunkOp]:
+        for chunk in layout.chunks_of(record):
+            yield ChunkOp(kind, chunk, phase)
+
+    last = layout.blocks - 1
+    yield from whole("load", layout.prologue, Phase.PROLOGUE)
+    for index in range(layout.blocks):
+        yield from whole("load", layout.block(index), Phase.FORWARD)
+    if layout.epilogue is not None:
+        yield from whole("load", layout.epilogue, Phase.EPILOGUE)
+    if borrows_prologue:
+        yield from whole("load", layout.prologue, Phase.EPILOGUE)
+    if not training:
+        return
+    if layout.epilogue is not None:
+        yield from whole("update", layout.epilogue, Phase.EPILOGUE)
+    for index in range(last, -1, -1):
+        if index != last:
+            yield from whole("load", layout.block(index), Phase.BACKWARD)
+        yield from whole("update", layout.block(index), Phase.BACKWARD)
+    yield from whole("load", layout.prologue, Phase.PROLOGUE_BACKWARD)
+    yield from whole("update", layout.prologue, Phase.PROLOGUE_BACKWARD)
+
+
+def traffic(schedule: tuple[ChunkOp, ...], layout: ModelLayout) -> tuple[int, int]:
+    """Bytes read and written by one step in the steady state; metadata of the commit left out."""
+    read = sum(operation.read_bytes(layout) for operation in schedule)
+    written = sum(operation.written_bytes(layout) for operation in schedule)
+    return read, written
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """The pool as a sum of named terms: ``(bytes, count)`` of each kind of slot."""
+
+    chunk_slots: tuple[int, int]
+    block_buffers: tuple[int, int]
+    outer_buffers: tuple[int, int]
+    block_gradients: tuple[int, int]
+    outer_gradients: tuple[int, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole pool."""
+        return sum(nbytes * count for nbytes, count in vars(self).values())
+
+
+def pool_sizes(
+    layout: ModelLayout,
+    *,
+    borrows_prologue: bool,
+    training: bool,
+    block_buffers: int = 3,
+    chunk_slots: int = 4,
+    block_gradients: int = 2,
+) -> PoolSizes:
+    """Size the pool for ``build_schedule``'s step.
+
+    Records larger than any block (embeddings, head) have buffers of their own kind: one is enough, because
+    the step needs them one after the other, except where a tied head holds prologue and epilogue at once.
+
+    Args:
+        layout: the parameter space.
+        borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
+        training: False leaves out what only updates need.
+        block_buffers: one to compute with and the others to read ahead; at least two, because the last
+            block waits in its buffer while the epilogue runs.
+        chunk_slots: updates in flight.
+        block_gradients: one to accumulate in and the others for updates behind.
+    """
+    if block_buffers < 2 or chunk_slots < 1 or block_gradients < 1:  # noqa: PLR2004 - said above
+        raise ValueError("a pool needs two block buffers, one chunk slot and one gradient buffer at least")
+    blocks = [layout.block(index) for index in range(layout.blocks)]
+    others = [record for record in range(len(layout.records)) if record not in blocks]
+    block_bytes = max(map(layout.record_weight_bytes, blocks))
+    block_gradient = max(map(layout.record_gradient_bytes, blocks))
+    outer = [record for record in others if layout.record_weight_bytes(record) > block_bytes]
+    outer_gradient = [record for record in others if layout.record_gradient_bytes(record) > block_gradient]
+    held, held_gradient = layout.prologue in outer, layout.prologue in outer_gradient
+    # A tied head holds the prologue's weights beside the last block and the epilogue, and its gradient
+    # from the epilogue to the end of the step.
+    beside = int(borrows_prologue)
+    return PoolSizes(
+        chunk_slots=(layout.chunk_slot_bytes(), chunk_slots if training else 0),
+        block_buffers=(block_bytes, block_buffers + (0 if held else beside)),
+        outer_buffers=(
+            max(map(layout.record_weight_bytes, outer), default=0),
+            min(len(outer), 1 + beside),
+        ),
+        block_gradients=(block_gradient, (block_gradients + (0 if held_gradient else beside)) * training),
+        outer_gradients=(
+            max(map(layout.record_gradient_bytes, outer_gradient), default=0),
+            min(len(outer_gradient), 1 + beside) * training,
+        ),
+    )

@@ -1,0 +1,358 @@
+"""The step: a model that passes through RAM block by block, with the results of training in memory.
+
+Layer-major: each block meets all micro-batches of the step before the next block is needed, so the bytes
+moved do not depend on the number of micro-batches. Orders of summation are part of the result:
+
+* the loss is the fp32 sum over micro-batches (and their slices) in order;
+* a gradient is the fp32 sum of the native gradients of the micro-batches in order;
+* a tied table sums the head's gradients of all micro-batches first, then the embedding's.
+"""
+
+import hashlib
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from megatrain_io.checkpoint import SavedInputs
+from megatrain_io.errors import MegatrainIoError, TrainingDivergedError
+from megatrain_io.model import BlockCall, CutModel, MicroBatch
+from megatrain_io.schedule import ChunkOp, Phase, PoolSizes, build_schedule, pool_sizes
+from megatrain_io.swap import AdamWStep, BorrowedRecord, PagedState
+
+__all__ = ["IGNORED", "PagedModel", "StepLoss", "model_parts", "trained_tokens"]
+
+IGNORED = -100
+"""Label of a token that is not trained."""
+
+_LOGITS_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Mean loss over the trained tokens of all micro-batches (a float that is exact as fp32)."""
+
+    loss: float
+    trained_tokens: int
+
+
+def model_parts(cut: CutModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
+    """Name and tensors of each record of a cut model, in the order of the parameter space."""
+    parts = [("prologue", cut.prologue_parameters)]
+    parts += [(f"block {index}", cut.block_parameters(index)) for index in range(len(cut.blocks))]
+    if cut.epilogue_parameters:
+        parts.append(("epilogue", cut.epilogue_parameters))
+    return parts
+
+
+def trained_tokens(micro_batches: Sequence[MicroBatch]) -> int:
+    """Number of tokens with a label."""
+    return sum(int((batch.shift_labels != IGNORED).sum()) for batch in micro_batches)
+
+
+class PagedModel:
+    """A cut model over a paged state: training steps and losses.
+
+    Args:
+        cut: the model without its parameters.
+        state: where they are.
+        seed: of all random numbers of training (dropout).
+        logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
+            slice, and then every bit is that of stock training.
+    """
+
+    def __init__(
+        self, cut: CutModel, state: PagedState, *, seed: int = 0, logits_bytes: int = _LOGITS_BYTES
+    ) -> None:
+        self.cut = cut
+        self.state = state
+        self.seed = seed
+        self.saved = SavedInputs(state.ledger)
+        vocabulary = cut.config.get_text_config().vocab_size
+        self.slice_tokens = max(1, logits_bytes // (4 * vocabulary))
+        borrows = bool(cut.epilogue_borrowed)
+        self.training_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=True)
+        self.forward_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=False)
+
+    def pool_sizes(
+        self, *, training: bool, block_buffers: int = 3, chunk_slots: int = 4, block_gradients: int = 2
+    ) -> PoolSizes:
+        """Sizes of a pool for this model; see ``schedule.pool_sizes``."""
+        return pool_sizes(
+            self.state.layout,
+            borrows_prologue=bool(self.cut.epilogue_borrowed),
+            training=training,
+            block_buffers=block_buffers,
+            chunk_slots=chunk_slots,
+            block_gradients=block_gradients,
+        )
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], adamw: AdamWStep, blob: bytes | None
+    ) -> StepLoss:
+        """One optimizer step. With ``blob`` it is committed while the next step begins.
+
+        Raises:
+            TrainingDivergedError: the loss is not finite. Nothing of the step remains.
+        """
+        self.cut.train()
+        with self._step(micro_batches, self.training_schedule, adamw) as step:
+            step.prologue()
+            step.forward(saving=True)
+            loss = step.epilogue(training=True)
+            if not loss.isfinite():
+                raise TrainingDivergedError(
+                    f"the loss of step {adamw.step} is {loss.item()}. The step was dropped; the last "
+                    f"committed step stands. Lower the learning rate (it was {adamw.learning_rate:g}) or "
+                    "look at the data of this step"
+                )
+            step.backward()
+            step.prologue_backward()
+            self.state.end(blob)
+        return StepLoss(loss.item(), step.num_items)
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
+        """The loss alone, without dropout; nothing is written."""
+        self.cut.train(False)
+        with self._step(micro_batches, self.forward_schedule, AdamWStep(1, 0.0)) as step:
+            step.prologue()
+            step.forward(saving=False)
+            loss = step.epilogue(training=False)
+            self.state.end(None)
+        return StepLoss(loss.item(), step.num_items)
+
+    @contextmanager
+    def _step(
+        self, micro_batches: Sequence[MicroBatch], schedule: tuple[ChunkOp, ...], adamw: AdamWStep
+    ) -> Iterator["_Step"]:
+        random_state = torch.get_rng_state()
+        self.state.begin(schedule, adamw)
+        try:
+            yield _Step(self, micro_batches, adamw.step)
+        except BaseException as error:
+            # Tensors in the frames of the failed step would keep their buffers from the next one.
+            traceback.clear_frames(error.__traceback__)
+            self.saved.clear()
+            self.state.abort()
+            raise
+        finally:
+            torch.set_rng_state(random_state)
+
+
+class _Step:
+    """One pass over all micro-batches: the phases, in the order in which they are called."""
+
+    def __init__(self, model: PagedModel, micro_batches: Sequence[MicroBatch], number: int) -> None:
+        self.num_items = trained_tokens(micro_batches)
+        if self.num_items == 0:
+            raise MegatrainIoError("no token of this step has a label: there is nothing to train or measure")
+        self._model = model
+        self._cut = model.cut
+        self._state = model.state
+        self._layout = model.state.layout
+        self._micro_batches = micro_batches
+        self._number = number
+        self._hidden: list[Tensor] = []
+        self._calls: list[tuple[BlockCall, ...]] = []
+        self._last_block: BorrowedRecord | None = None
+        self._table_gradient: _Gradient | None = None
+
+    def prologue(self) -> None:
+        """The first hidden state of every micro-batch, and the arguments of every block."""
+        weights = self._state.weights(self._layout.prologue)
+        with torch.no_grad():
+            for index, micro_batch in enumerate(self._micro_batches):
+                self._seed(index, Phase.PROLOGUE)
+                hidden, calls = self._cut.record(weights.tensors, micro_batch)
+                self._hidden.append(hidden)
+                self._calls.append(calls)
+        del hidden, calls
+        weights.give_back()
+        self._state.ledger.set("block arguments", _tensor_bytes(self._calls))
+
+    def forward(self, *, saving: bool) -> None:
+        """All blocks, first to last. The last one's weights stay for the backward pass."""
+        last = self._layout.blocks - 1
+        for block in range(self._layout.blocks):
+            weights = self._state.weights(self._layout.block(block))
+            with torch.no_grad():
+                for index, calls in enumerate(self._calls):
+                    if saving:
+                        self._model.saved.put(block, index, self._hidden[index])
+                    self._seed(index, Phase.FORWARD, block)
+                    self._hidden[index] = self._cut.run_block(
+                        block, weights.tensors, self._hidden[index], calls[block]
+                    )
+            if saving and block == last:
+                self._last_block = weights
+            else:
+                weights.give_back()
+        self._count_hidden()
+
+    def epilogue(self, *, training: bool) -> Tensor:
+        """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
+        layout = self._layout
+        own = None if layout.epilogue is None else self._state.weights(layout.epilogue)
+        table = self._state.weights(layout.prologue) if self._cut.epilogue_borrowed else None
+        weights = [borrowed for borrowed in (own, table) if borrowed is not None]
+        gradients = []
+        if training and own is not None and layout.epilogue is not None:
+            gradients.append(_Gradient(self._state, layout.epilogue))
+        if training and table is not None:
+            self._table_gradient = _Gradient(self._state, layout.prologue, self._cut.epilogue_borrowed)
+            gradients.append(self._table_gradient)
+        total: Tensor | None = None
+        with torch.set_grad_enabled(training):
+            for index in range(len(self._micro_batches)):
+                self._seed(index, Phase.EPILOGUE)
+                loss = self._epilogue_slices(index, weights, gradients)
+                total = loss if total is None else total + loss
+        if own is not None and layout.epilogue is not None:
+            if training:
+                gradients[0].submit(own)
+            else:
+                own.give_back()
+        if table is not None:
+            table.give_back()
+        if total is None:
+            raise MegatrainIoError("a step needs at least one micro-batch")
+        return total
+
+    def backward(self) -> None:
+        """All blocks, last to first: recompute, gradients, hand them over for the update."""
+        weights = self._last_block
+        self._last_block = None
+        for block in reversed(range(self._layout.blocks)):
+            record = self._layout.block(block)
+            weights = weights or self._state.weights(record)
+            gradient = _Gradient(self._state, record)
+            for index in range(len(self._micro_batches)):
+                self._seed(index, Phase.FORWARD, block)
+                self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
+            gradient.submit(weights)
+            weights = None
+
+    def prologue_backward(self) -> None:
+        """Gradients of the prologue from those of the first hidden state."""
+        weights = self._state.weights(self._layout.prologue)
+        gradient = self._table_gradient or _Gradient(self._state, self._layout.prologue)
+        self._table_gradient = None
+        for index, micro_batch in enumerate(self._micro_batches):
+            self._seed(index, Phase.PROLOGUE)
+            leaves = _leaves(weights.tensors)
+            hidden, _ = self._cut.record(leaves, micro_batch)
+            gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
+            del leaves, hidden
+        self._hidden.clear()
+        self._calls.clear()
+        self._count_hidden()
+        gradient.submit(weights)
+
+    def _epilogue_slices(
+        self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence["_Gradient"]
+    ) -> Tensor:
+        """Loss of one micro-batch; replaces its hidden state by the gradient, if gradients are wanted."""
+        hidden, labels = self._hidden[index], self._micro_batches[index].shift_labels
+        step = max(1, self._model.slice_tokens // hidden.shape[0])
+        total: Tensor | None = None
+        of_hidden = []
+        for start in range(0, hidden.shape[1], step):
+            part = hidden[:, start : start + step].detach()
+            label = labels[:, start : start + step]
+            bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
+            wanted = {name: bound[name] for gradient in gradients for name in gradient.expected}
+            leaves = _leaves(wanted)
+            part.requires_grad_(bool(gradients))
+            loss = self._cut.loss(bound | leaves, part, label, self.num_items)
+            if gradients:
+                of_part, *of_leaves = torch.autograd.grad(loss, [part, *leaves.values()])
+                of_hidden.append(of_part)
+                by_name = dict(zip(leaves, of_leaves, strict=True))
+                for gradient in gradients:
+                    names = gradient.expected
+                    gradient.add(names, [by_name[name] for name in names])
+            total = loss.detach() if total is None else total + loss.detach()
+        if gradients:
+            self._hidden[index] = of_hidden[0] if len(of_hidden) == 1 else torch.cat(of_hidden, dim=1)
+        if total is None:
+            raise MegatrainIoError("a micro-batch without tokens")
+        return total
+
+    def _block_backward(
+        self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: "_Gradient"
+    ) -> Tensor:
+        """Gradient of the block's input; those of its parameters are added to ``gradient``."""
+        hidden = self._model.saved.take(block, index).detach().requires_grad_()
+        leaves = _leaves(tensors)
+        out = self._cut.run_block(block, leaves, hidden, self._calls[index][block])
+        of_hidden, *of_leaves = torch.autograd.grad(
+            out, [hidden, *leaves.values()], self._hidden[index], allow_unused=True
+        )
+        gradient.add(leaves, of_leaves)
+        return of_hidden
+
+    def _seed(self, index: int, phase: Phase, block: int = 0) -> None:
+        """One stream of random numbers for each (step, micro-batch, block): the recompute replays it."""
+        text = f"{self._model.seed}/{self._number}/{index}/{phase}/{block}".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        torch.default_generator.manual_seed(seed)
+
+    def _count_hidden(self) -> None:
+        # In the backward pass the gradients take the hidden states' place, one for one.
+        nbytes = sum(hidden.nbytes for hidden in self._hidden)
+        self._state.ledger.set("hidden states", nbytes)
+        if not self._calls:
+            self._state.ledger.set("block arguments", 0)
+
+
+class _Gradient:
+    """The fp32 gradient of one record, summed over micro-batches in place."""
+
+    def __init__(self, state: PagedState, record: int, expected: Sequence[str] | None = None) -> None:
+        """``expected`` names the tensors that get gradients first; None = all of the record's."""
+        self._state = state
+        self._record = record
+        self._borrowed = state.gradient(record)
+        self._seen: set[str] = set()
+        self.expected = tuple(self._borrowed.tensors if expected is None else expected)
+
+    def add(self, names: Mapping[str, Tensor] | Sequence[str], gradients: Sequence[Tensor | None]) -> None:
+        """Add native gradients by name; the first one of each tensor is copied, not added to zero."""
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is None:
+                continue
+            total = self._borrowed.tensors[name]
+            if name in self._seen:
+                total.add_(gradient)
+            else:
+                total.copy_(gradient)
+                self._seen.add(name)
+
+    def submit(self, weights: BorrowedRecord) -> None:
+        """Hand gradient and weights over for the update."""
+        missing = sorted(set(self._borrowed.tensors) - self._seen)
+        if missing:
+            raise MegatrainIoError(
+                f"{len(missing)} parameter(s) got no gradient in this step, the first is {missing[0]}: stock "
+                "AdamW would skip them; freezing parameters is not possible yet"
+            )
+        self._state.submit(self._record, weights, self._borrowed)
+
+
+def _leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory as leaves of a fresh graph."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
+def _tensor_bytes(tree: object) -> int:
+    """Bytes of all tensors in a tree, shared memory counted once."""
+    storages = {
+        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
+        for leaf in tree_leaves([[(call.args, call.kwargs) for call in calls] for calls in tree])  # type: ignore[attr-defined]
+        if isinstance(leaf, Tensor)
+    }
+    return sum(storages.values())

@@ -1,0 +1,311 @@
+"""The one door to the extension: records of the store as tensors, for as long as they are borrowed.
+
+``PagedState`` owns store, pool and pipeline. A borrowed record is a mapping from parameter name to tensor
+over a buffer of the pool; giving it back with a tensor still alive raises, because the buffer will be
+filled with something else.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from megatrain_io import _lib
+from megatrain_io.layout import ModelLayout, Record, TensorPlace
+from megatrain_io.schedule import ChunkOp, PoolSizes
+
+__all__ = [
+    "AdamWStep",
+    "BorrowedRecord",
+    "Engine",
+    "Ledger",
+    "PagedState",
+    "StoreCreator",
+    "TensorSettings",
+    "VerifyReport",
+    "adamw_kernels",
+    "build_info",
+    "probe_uring",
+]
+
+Engine = Literal["auto", "uring", "threads"]
+
+Ledger = _lib.Ledger
+StoreCreator = _lib.Creator
+adamw_kernels = _lib.adamw_kernels
+build_info = _lib.build_info
+probe_uring = _lib.probe_uring
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """Hyperparameters of one update; ``step`` is AdamW's t, counted from 1."""
+
+    step: int
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class TensorSettings:
+    """What one tensor's update differs in: decoupled weight decay, factor on the learning rate."""
+
+    weight_decay: float
+    lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What reading everything back found; ``damaged`` has one message for each damaged extent."""
+
+    generation: int
+    extents: int
+    nbytes: int
+    damaged: tuple[str, ...]
+
+
+class BorrowedRecord:
+    """Tensors over one record's buffer; ``tensors`` is empty once it was given back.
+
+    For weights the tensors have the compute dtype, for gradients they are fp32 with arbitrary content.
+    """
+
+    def __init__(self, buffer: _lib.Buffer, record: Record) -> None:
+        self._buffer = buffer
+        flat: Tensor = torch.from_dlpack(buffer)
+        self.tensors: dict[str, Tensor] = {
+            place.name: flat[place.offset : place.offset + place.elements].view(place.shape)
+            for place in record.tensors
+        }
+
+    def take(self) -> _lib.Buffer:
+        """Drop the tensors and hand out the buffer beneath."""
+        self.tensors = {}
+        return self._buffer
+
+    def give_back(self) -> None:
+        """Return the buffer to the pool.
+
+        Raises:
+            BufferInUseError: a tensor or view over it is still alive.
+        """
+        self.take().release()
+
+
+class PagedState:
+    """A store, its pool and the pipeline that moves records between them.
+
+    One step at a time: ``begin``, then ``weights`` in the schedule's order, ``gradient`` and ``submit`` for
+    each record to update, ``end``. Everything blocks with the interpreter lock released and gives way to
+    Ctrl-C.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        engine: Engine = "auto",
+        verify_all: bool = False,
+        ledger: Ledger | None = None,
+    ) -> None:
+        """Open the store at its newest whole generation.
+
+        Raises:
+            StoreInUseError, FormatError, CorruptionError, UnsupportedError, StorageError: the store is as
+                it was.
+        """
+        self.ledger = ledger or Ledger()
+        self.path = path
+        self._store = _lib.Store(path, engine, verify_all, self.ledger)
+        self.layout = ModelLayout.from_manifest(self._store.manifest)
+        self._pipeline: _lib.Pipeline | None = None
+        self._schedules: dict[tuple[ChunkOp, ...], _lib.Schedule] = {}
+        self._borrowed: weakref.WeakSet[BorrowedRecord] = weakref.WeakSet()
+
+    def start(
+        self,
+        pool: PoolSizes,
+        *,
+        settings: Callable[[TensorPlace], TensorSettings] | None = None,
+        threads: int = 0,
+        kernel: str | None = None,
+    ) -> None:
+        """Allocate the pool and start the pipeline; a pipeline started before is closed.
+
+        Args:
+            pool: sizes of all buffers; nothing grows later.
+            settings: weight decay and learning-rate scale of each tensor; None reads only.
+            threads: for AdamW and checksums; 0 = one for each core.
+            kernel: one of ``adamw_kernels()``; None = the fastest.
+        """
+        self._stop()
+        tensors: list[tuple[int, int, int, float, float]] = []
+        for place in self.layout.tensors() if settings else ():
+            chosen = settings(place) if settings else TensorSettings(0.0)
+            tensors.append(
+                (place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale)
+            )
+        sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
+        self._pipeline = _lib.Pipeline(self._store, sizes, threads, kernel, tensors)
+
+    def begin(self, schedule: tuple[ChunkOp, ...], adamw: AdamWStep) -> None:
+        """Begin a step: its reads start at once. A schedule is checked the first time it is used."""
+        checked = self._schedules.get(schedule)
+        if checked is None:
+            operations = [(operation.kind, operation.chunk.index) for operation in schedule]
+            checked = self._schedules[schedule] = _lib.Schedule(self._store, operations)
+        self._running().begin(
+            checked, (adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.eps, adamw.step)
+        )
+
+    def weights(self, record: int) -> BorrowedRecord:
+        """The weights of the schedule's next load, which must be of ``record``; waits for them."""
+        return self._borrow(self._running().take_weights(record), record)
+
+    def gradient(self, record: int) -> BorrowedRecord:
+        """An fp32 gradient buffer for ``record``, content arbitrary; waits for a free one."""
+        return self._borrow(self._running().take_gradient(record), record)
+
+    def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
+        """Hand a record's gradient over: it is updated and written behind our back.
+
+        Raises:
+            BufferInUseError: a tensor over weights or gradient is still alive.
+        """
+        self._running().submit(record, weights.take(), gradient.take())
+
+    def end(self, blob: bytes | None) -> None:
+        """End the step; with a trainer blob it is committed while the next one begins."""
+        self._running().end(blob)
+
+    def wait_settled(self) -> None:
+        """Wait until every ended step is written, and durable if it was to be committed."""
+        self._running().wait_settled()
+
+    def abort(self) -> None:
+        """Drop everything since the last commit; the next step starts from there."""
+        for borrowed in list(self._borrowed):
+            borrowed.take()
+        self._borrowed.clear()
+        if self._pipeline is not None:
+            self._pipeline.abort()
+
+    def read_plane(self, chunk: int, plane: str) -> bytes:
+        """Little-endian bytes of a chunk's ``weight``, ``master``, ``exp_avg`` or ``exp_avg_sq``."""
+        return self._store.read_plane(chunk, plane)
+
+    def read_tensor(self, place: TensorPlace, plane: str) -> Tensor:
+        """One committed tensor: ``weight`` in the compute dtype, the other planes in fp32."""
+        dtype = torch.float32 if plane != "weight" or self.layout.format == "f32" else torch.bfloat16
+        width = dtype.itemsize
+        out = torch.empty(place.elements, dtype=dtype)
+        end = place.offset + place.elements
+        for chunk in self.layout.chunks_of(place.record):
+            start, stop = max(chunk.start, place.offset), min(chunk.start + chunk.parameters, end)
+            if start < stop:
+                values = bytearray(self._store.read_plane(chunk.index, plane))
+                part = torch.frombuffer(values, dtype=dtype)
+                out[start - place.offset : stop - place.offset] = part[start - chunk.start : stop - chunk.start]
+        if width * place.elements == 0:
+            raise ValueError(f"{place.name} has no elements")
+        return out.view(place.shape)
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Read everything back and compare every checksum of the committed state."""
+        report = self._store.verify(progress)
+        return VerifyReport(
+            report["generation"], report["extents"], report["nbytes"], tuple(report["damaged"])
+        )
+
+    @property
+    def uuid(self) -> str:
+        """The store's UUID."""
+        return self._store.uuid
+
+    @property
+    def generation(self) -> int:
+        """Number of the newest committed state; 1 is the import."""
+        return self._store.generation
+
+    @property
+    def blob(self) -> bytes:
+        """The trainer's own state, committed with that generation."""
+        return self._store.blob
+
+    @property
+    def manifest(self) -> str:
+        """What the store holds, as JSON."""
+        return self._store.manifest
+
+    @property
+    def engine(self) -> tuple[str, str | None]:
+        """The engine in use, and why it is not io_uring where that was left open."""
+        return self._store.engine
+
+    @property
+    def notes(self) -> list[str]:
+        """What costs speed here, one sentence each."""
+        notes = []
+        name, reason = self.engine
+        if reason is not None:
+            notes.append(f"I/O engine: {name} ({reason})")
+        if not self._store.is_direct:
+            notes.append("the file system has no direct I/O: transfers go through the page cache")
+        if self._pipeline is not None and self._pipeline.registration_refused is not None:
+            notes.append(
+                f"the pool is not registered with the kernel ({self._pipeline.registration_refused}); "
+                "this costs some CPU time. To allow it, raise the limit on locked memory (ulimit -l)"
+            )
+        return notes
+
+    def io_bytes(self) -> tuple[int, int]:
+        """Bytes read and written through the engine since the store was opened."""
+        return self._store.io_bytes()
+
+    def timings(self) -> Mapping[str, float]:
+        """Seconds since ``start``: stalls by cause, time in updates and in verifying."""
+        return dict(self._running().timings())
+
+    def close(self) -> None:
+        """Stop the pipeline and mark the store clean; what was not committed is dropped."""
+        self._stop()
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _borrow(self, buffer: _lib.Buffer, record: int) -> BorrowedRecord:
+        borrowed = BorrowedRecord(buffer, self.layout.records[record])
+        self._borrowed.add(borrowed)
+        return borrowed
+
+    def _running(self) -> _lib.Pipeline:
+        if self._pipeline is None:
+            raise RuntimeError("the pipeline was not started: call start() first")
+        return self._pipeline
+
+    def _stop(self) -> None:
+        self._schedules.clear()
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+
+
+def names_and_tensors(borrowed: Sequence[BorrowedRecord]) -> dict[str, Tensor]:
+    """All tensors of several borrowed records, by name."""
+    return {name: tensor for record in borrowed for name, tensor in record.tensors.items()}

@@ -10,7 +10,7 @@ moved do not depend on the number of micro-batches. Orders of summation are part
 
 import hashlib
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from megatrain_io.checkpoint import SavedInputs
 from megatrain_io.errors import MegatrainIoError, TrainingDivergedError
 from megatrain_io.model import BlockCall, CutModel, MicroBatch
-from megatrain_io.schedule import ChunkOp, Phase, PoolSizes, build_schedule, pool_sizes
-from megatrain_io.swap import AdamWStep, BorrowedRecord, PagedState
+from megatrain_io.schedule import Phase, PoolSizes, build_schedule, pool_sizes
+from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, PagedState
 
 __all__ = ["IGNORED", "PagedModel", "StepLoss", "model_parts", "trained_tokens"]
 
@@ -77,6 +77,8 @@ class PagedModel:
         borrows = bool(cut.epilogue_borrowed)
         self.training_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=True)
         self.forward_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=False)
+        self._training = state.check(self.training_schedule)
+        self._forward = state.check(self.forward_schedule)
 
     def pool_sizes(
         self, *, training: bool, block_buffers: int = 3, chunk_slots: int = 4, block_gradients: int = 2
@@ -92,15 +94,24 @@ class PagedModel:
         )
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], adamw: AdamWStep, blob: bytes | None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        adamw: AdamWStep,
+        blob: Callable[[float], bytes] | None,
     ) -> StepLoss:
         """One optimizer step. With ``blob`` it is committed while the next step begins.
+
+        Args:
+            micro_batches: each goes through the model as a whole; at least one token must be trained.
+            adamw: hyperparameters of the update.
+            blob: makes the trainer's state after this step from the step's loss; None = the step becomes
+                durable with the next commit.
 
         Raises:
             TrainingDivergedError: the loss is not finite. Nothing of the step remains.
         """
         self.cut.train()
-        with self._step(micro_batches, self.training_schedule, adamw) as step:
+        with self._step(micro_batches, self._training, adamw) as step:
             step.prologue()
             step.forward(saving=True)
             loss = step.epilogue(training=True)
@@ -112,13 +123,13 @@ class PagedModel:
                 )
             step.backward()
             step.prologue_backward()
-            self.state.end(blob)
+            self.state.end(None if blob is None else blob(loss.item()))
         return StepLoss(loss.item(), step.num_items)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
         """The loss alone, without dropout; nothing is written."""
         self.cut.train(False)
-        with self._step(micro_batches, self.forward_schedule, AdamWStep(1, 0.0)) as step:
+        with self._step(micro_batches, self._forward, AdamWStep(1, 0.0)) as step:
             step.prologue()
             step.forward(saving=False)
             loss = step.epilogue(training=False)
@@ -127,7 +138,7 @@ class PagedModel:
 
     @contextmanager
     def _step(
-        self, micro_batches: Sequence[MicroBatch], schedule: tuple[ChunkOp, ...], adamw: AdamWStep
+        self, micro_batches: Sequence[MicroBatch], schedule: CheckedSchedule, adamw: AdamWStep
     ) -> Iterator["_Step"]:
         random_state = torch.get_rng_state()
         self.state.begin(schedule, adamw)

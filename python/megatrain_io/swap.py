@@ -22,6 +22,7 @@ from megatrain_io.schedule import ChunkOp, PoolSizes
 __all__ = [
     "AdamWStep",
     "BorrowedRecord",
+    "CheckedSchedule",
     "Engine",
     "Ledger",
     "PagedState",
@@ -35,6 +36,7 @@ __all__ = [
 
 Engine = Literal["auto", "uring", "threads"]
 
+CheckedSchedule = _lib.Schedule
 Ledger = _lib.Ledger
 StoreCreator = _lib.Creator
 adamw_kernels = _lib.adamw_kernels
@@ -126,7 +128,6 @@ class PagedState:
         self._store = _lib.Store(path, engine, verify_all, self.ledger)
         self.layout = ModelLayout.from_manifest(self._store.manifest)
         self._pipeline: _lib.Pipeline | None = None
-        self._schedules: dict[tuple[ChunkOp, ...], _lib.Schedule] = {}
         self._borrowed: weakref.WeakSet[BorrowedRecord] = weakref.WeakSet()
 
     def start(
@@ -155,14 +156,14 @@ class PagedState:
         sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
         self._pipeline = _lib.Pipeline(self._store, sizes, threads, kernel, tensors)
 
-    def begin(self, schedule: tuple[ChunkOp, ...], adamw: AdamWStep) -> None:
-        """Begin a step: its reads start at once. A schedule is checked the first time it is used."""
-        checked = self._schedules.get(schedule)
-        if checked is None:
-            operations = [(operation.kind, operation.chunk.index) for operation in schedule]
-            checked = self._schedules[schedule] = _lib.Schedule(self._store, operations)
+    def check(self, schedule: Sequence[ChunkOp]) -> CheckedSchedule:
+        """Check a schedule against the store, once, for any number of steps."""
+        return _lib.Schedule(self._store, [(operation.kind, operation.chunk.index) for operation in schedule])
+
+    def begin(self, schedule: CheckedSchedule, adamw: AdamWStep) -> None:
+        """Begin a step: its reads start at once."""
         self._running().begin(
-            checked, (adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.eps, adamw.step)
+            schedule, (adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.eps, adamw.step)
         )
 
     def weights(self, record: int) -> BorrowedRecord:
@@ -300,7 +301,6 @@ class PagedState:
         return self._pipeline
 
     def _stop(self) -> None:
-        self._schedules.clear()
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None

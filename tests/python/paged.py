@@ -1,0 +1,152 @@
+"""Paged training of the reference's tiny models, for the tests. Run as a script it trains until killed."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatrain_io.convert import create_store
+from megatrain_io.layout import ModelLayout
+from megatrain_io.model import CutModel, MicroBatch
+from megatrain_io.probe import CutFacts, probe
+from megatrain_io.stream import PagedModel, model_parts
+from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+from transformers import PreTrainedConfig
+
+from reference.reference import Hyperparameters, build, micro_batches, tiny_config
+
+PLANES = ("weight", "master", "exp_avg", "exp_avg_sq")
+FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model and its training, in all that may change its bits."""
+
+    family: str = "llama"
+    tied: bool = False
+    dtype: torch.dtype = torch.float32
+    counts: tuple[int, ...] = (1,) * 20
+    overrides: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return tiny_config(self.family, self.tied, **self.overrides)
+
+    @property
+    def model(self):
+        return build(self.config, seed=1)
+
+    @property
+    def steps(self) -> list[list[dict[str, torch.Tensor]]]:
+        return micro_batches(self.config.vocab_size, self.counts, seed=3)
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        return Hyperparameters(lr=[1e-3 * (1 + step % 3) for step in range(len(self.counts))])
+
+
+@cache
+def facts_of(family: str, tied: bool) -> CutFacts:
+    return probe(tiny_config(family, tied))
+
+
+def cut_model(case: Case) -> CutModel:
+    return CutModel(case.config, case.dtype, facts_of(case.family, case.tied))
+
+
+def make_store(path: Path, case: Case, chunk_parameters: int | None = None, engine: str = "auto") -> None:
+    cut = cut_model(case)
+    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype], chunk_parameters)
+    source = dict(case.model.named_parameters())
+    create_store(
+        path,
+        layout,
+        lambda place, start, stop: source[place.name].detach().reshape(-1)[start:stop],
+        model={},
+        blob=blob(0, []),
+        engine=engine,
+    )
+
+
+@contextmanager
+def opened(
+    path: Path, case: Case, *, engine: str = "auto", threads: int = 0, small_pool: bool = False
+) -> Iterator[PagedModel]:
+    sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
+    with PagedState(path, engine=engine) as state:
+        model = PagedModel(cut_model(case), state)
+        hyperparameters = case.hyperparameters
+        state.start(
+            model.pool_sizes(training=True, **sizes),
+            settings=lambda place: TensorSettings(
+                hyperparameters.weight_decay if len(place.shape) >= 2 else 0.0
+            ),
+            threads=threads,
+        )
+        yield model
+
+
+def to_micro_batch(batch: dict[str, torch.Tensor]) -> MicroBatch:
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    return MicroBatch(input_ids=batch["input_ids"], shift_labels=shifted.contiguous())
+
+
+def blob(step: int, losses: Sequence[float]) -> bytes:
+    return json.dumps({"step": step, "losses": [loss.hex() for loss in losses]}).encode()
+
+
+def progress_of(state: PagedState) -> tuple[int, list[float]]:
+    text = json.loads(state.blob)
+    return text["step"], [float.fromhex(loss) for loss in text["losses"]]
+
+
+def train(model: PagedModel, case: Case, stop: int | None = None) -> list[float]:
+    """Go on from the last committed step to ``stop`` (all steps); the losses of all steps."""
+    hyperparameters, steps = case.hyperparameters, case.steps
+    done, losses = progress_of(model.state)
+    for number in range(done, len(steps) if stop is None else stop):
+        adamw = AdamWStep(
+            number + 1,
+            hyperparameters.lr[number],
+            hyperparameters.beta1,
+            hyperparameters.beta2,
+            hyperparameters.eps,
+        )
+        batches = [to_micro_batch(batch) for batch in steps[number]]
+        # The blob of a step must hold its own loss, which is known before its last update.
+        losses.append(model.train_step(batches, adamw, lambda loss: blob(number + 1, [*losses, loss])).loss)  # noqa: B023
+    model.state.wait_settled()
+    return losses
+
+
+def all_planes(state: PagedState) -> dict[tuple[str, str], torch.Tensor]:
+    return {
+        (place.name, plane): state.read_tensor(place, plane)
+        for place in state.layout.tensors()
+        for plane in PLANES
+    }
+
+
+def expected_planes(result) -> dict[tuple[str, str], torch.Tensor]:
+    return {(name, plane): getattr(result, plane)[name] for plane in PLANES for name in result.master}
+
+
+def differing(got: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor]) -> list[Any]:
+    assert got.keys() == expected.keys()
+    return [key for key, value in got.items() if not torch.equal(value, expected[key])]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    store, engine, tied, count = sys.argv[1:]
+    running = Case(tied=tied == "tied", dtype=torch.bfloat16, counts=(1,) * int(count))
+    with opened(Path(store), running, engine=engine) as paged:
+        print("training", flush=True)
+        train(paged, running)
+    print("done", flush=True)

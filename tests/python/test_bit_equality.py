@@ -1,0 +1,48 @@
+"""Paged training has the bits of stock training in memory: losses, weights, masters and both moments."""
+
+import pytest
+import torch
+
+from reference.reference import train as train_in_memory
+
+from paged import Case, all_planes, differing, expected_planes, make_store, opened, train
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def check(case, path, *, chunk_parameters=None, engine="auto", threads=0, small_pool=False):
+    make_store(path, case, chunk_parameters, engine)
+    with opened(path, case, engine=engine, threads=threads, small_pool=small_pool) as model:
+        losses = train(model, case)
+        planes = all_planes(model.state)
+    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    assert losses == expected.losses
+    assert differing(planes, expected_planes(expected)) == []
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_twenty_steps_equal_stock_training(tmp_path, family, tied, dtype, micro_batches):
+    check(Case(family, tied, dtype, (micro_batches,) * 20), tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"chunk_parameters": 4096},
+        {"chunk_parameters": 12288},
+        {"chunk_parameters": 1 << 21},
+        {"small_pool": True},
+        {"small_pool": True, "chunk_parameters": 4096},
+        {"engine": "uring"},
+        {"engine": "threads"},
+        {"threads": 1},
+        {"threads": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_how_bytes_move_changes_no_bit(tmp_path, tied, how):
+    check(Case(tied=tied, dtype=BF16, counts=(1, 4, 2)), tmp_path / "store", **how)

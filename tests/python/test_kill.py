@@ -1,0 +1,65 @@
+"""kill -9 at any moment: the store opens at a whole step, and the resumed run ends with the same bits."""
+
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from megatrain_io.swap import PagedState
+
+from paged import Case, all_planes, differing, make_store, opened, progress_of, train
+
+STEPS = 60
+CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1,) * STEPS)
+
+
+@pytest.mark.timeout(600)
+def test_twenty_kills_lose_nothing_but_the_step_under_way(tmp_path):
+    make_store(tmp_path / "whole", CASE)
+    with opened(tmp_path / "whole", CASE) as model:
+        losses = train(model, CASE)
+        expected = all_planes(model.state)
+
+    make_store(tmp_path / "killed", CASE)
+    seed = random.SystemRandom().randrange(1 << 32)
+    moments = random.Random(seed)
+    kills, committed = 0, 0
+    while kills < 20:
+        engine = ("uring", "threads", "auto")[kills % 3]
+        # Between 5 ms and 250 ms after training began: within the first few steps of each life.
+        killed = run_and_kill(tmp_path / "killed", engine, after=moments.uniform(0.005, 0.25))
+        if not killed:
+            break
+        kills += 1
+        with PagedState(tmp_path / "killed", verify_all=True) as state:
+            report = state.verify()
+            assert report.damaged == (), f"seed {seed}, kill {kills}"
+            step, seen = progress_of(state)
+            assert state.generation == step + 1, f"seed {seed}, kill {kills}"
+            assert step >= committed, f"seed {seed}, kill {kills}: an acknowledged step was lost"
+            assert seen == losses[:step], f"seed {seed}, kill {kills}"
+            committed = step
+    assert kills >= 20 or committed == STEPS
+    with opened(tmp_path / "killed", CASE) as model:
+        assert train(model, CASE) == losses
+        assert differing(all_planes(model.state), expected) == [], f"seed {seed}"
+
+
+def run_and_kill(store: Path, engine: str, after: float) -> bool:
+    """Train in a process of its own; whether it was killed before it was done."""
+    script = Path(__file__).with_name("paged.py")
+    command = [sys.executable, str(script), str(store), engine, "tied", str(STEPS)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(script.parents[1]), "PATH": ""}
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "training\n"
+        timer = threading.Timer(after, process.kill)
+        timer.start()
+        rest = process.stdout.read()
+        process.wait()
+        timer.cancel()
+    return rest != "done\n"

@@ -4,6 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, TypedDict, final
 
+__all__ = [
+    "Buffer",
+    "Creator",
+    "Ledger",
+    "Pipeline",
+    "Schedule",
+    "Store",
+    "adamw_kernels",
+    "allocate",
+    "build_info",
+    "error_examples",
+    "probe_uring",
+]
+
 class _Report(TypedDict):
     generation: int
     extents: int
@@ -48,9 +62,7 @@ class Creator:
 class Store:
     """An open store."""
 
-    def __new__(
-        cls, path: str | PathLike[str], engine: str, verify_all: bool, ledger: Ledger
-    ) -> Store: ...
+    def __new__(cls, path: str | PathLike[str], engine: str, ledger: Ledger) -> Store: ...
     @property
     def uuid(self) -> str: ...
     @property
@@ -64,15 +76,14 @@ class Store:
     @property
     def is_direct(self) -> bool: ...
     @property
+    def fell_back_from(self) -> int | None: ...
+    @property
     def verified_at_open(self) -> int | None: ...
     def io_bytes(self) -> tuple[int, int]:
         """Bytes read and written through the engine since the store was opened."""
 
     def chunks(self) -> list[tuple[int, int, int]]:
         """``(record, start, parameters)`` of every chunk."""
-
-    def record_weight_bytes(self, record: int) -> int:
-        """Bytes of a record's weights in a block buffer."""
 
     def read_plane(self, chunk: int, plane: str) -> bytes:
         """Little-endian bytes of ``weight``, ``master``, ``exp_avg`` or ``exp_avg_sq`` of one chunk."""
@@ -143,13 +154,16 @@ class Pipeline:
         """Wait until every ended step is written, and committed if that was asked for."""
 
     def abort(self) -> None:
-        """Drop everything since the last commit."""
+        """Drop the step under way, back to the last commit; a step that ended with a blob is committed first."""
 
     def timings(self) -> list[tuple[str, float]]:
         """Seconds since the start, by cause."""
 
     def close(self) -> None:
-        """Stop; what was not committed is dropped."""
+        """Finish the steps that have ended, drop one under way, and stop."""
+
+def allocate(nbytes: int, ledger: Ledger, account: str) -> Buffer:
+    """Memory of its own as a buffer of bytes, entered in the ledger under ``account``."""
 
 def adamw_kernels() -> list[str]:
     """The AdamW kernels that this processor can run, the fastest last."""

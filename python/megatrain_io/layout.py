@@ -192,8 +192,8 @@ class ModelLayout:
         return sum(self.weight_extent_bytes(chunk) for chunk in self.chunks_of(record))
 
     def record_gradient_bytes(self, record: int) -> int:
-        """Bytes of a record's fp32 gradient."""
-        return 4 * self.records[record].parameters
+        """Bytes of a buffer for a record's fp32 gradient."""
+        return _round_up(4 * self.records[record].parameters, PAGE_BYTES)
 
     def chunk_slot_bytes(self) -> int:
         """Bytes of a slot in which any chunk can be updated."""

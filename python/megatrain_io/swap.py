@@ -5,8 +5,10 @@ over a buffer of the pool; giving it back with a tensor still alive raises, beca
 filled with something else.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +16,12 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from megatrain_io import _lib
+from megatrain_io.errors import BufferInUseError, FormatError, MegatrainIoError
 from megatrain_io.layout import ModelLayout, Record, TensorPlace
+from megatrain_io.run import RunFolder
 from megatrain_io.schedule import ChunkOp, PoolSizes
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
     "TensorSettings",
     "VerifyReport",
     "adamw_kernels",
+    "allocate",
     "build_info",
     "probe_uring",
 ]
@@ -42,6 +48,12 @@ StoreCreator = _lib.Creator
 adamw_kernels = _lib.adamw_kernels
 build_info = _lib.build_info
 probe_uring = _lib.probe_uring
+
+if build_info()[1] == "debug":
+    warnings.warn(
+        "the extension was built without optimisation: it is many times slower. Build with --release",
+        stacklevel=2,
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ class BorrowedRecord:
 
     def __init__(self, buffer: _lib.Buffer, record: Record) -> None:
         self._buffer = buffer
-        flat: Tensor = torch.from_dlpack(buffer)
+        flat: Tensor = from_dlpack(buffer)
         self.tensors: dict[str, Tensor] = {
             place.name: flat[place.offset : place.offset + place.elements].view(place.shape)
             for place in record.tensors
@@ -101,6 +113,12 @@ class BorrowedRecord:
         self.take().release()
 
 
+def allocate(nbytes: int, ledger: Ledger, account: str) -> Tensor:
+    """Zeroed bytes outside torch's heap: huge pages, not inherited by forks, counted until they are gone."""
+    flat: Tensor = from_dlpack(_lib.allocate(nbytes, ledger, account))
+    return flat
+
+
 class PagedState:
     """A store, its pool and the pipeline that moves records between them.
 
@@ -114,7 +132,6 @@ class PagedState:
         path: Path,
         *,
         engine: Engine = "auto",
-        verify_all: bool = False,
         ledger: Ledger | None = None,
     ) -> None:
         """Open the store at its newest whole generation.
@@ -125,10 +142,28 @@ class PagedState:
         """
         self.ledger = ledger or Ledger()
         self.path = path
-        self._store = _lib.Store(path, engine, verify_all, self.ledger)
+        self._store = _lib.Store(path, engine, self.ledger)
         self.layout = ModelLayout.from_manifest(self._store.manifest)
         self._pipeline: _lib.Pipeline | None = None
         self._borrowed: weakref.WeakSet[BorrowedRecord] = weakref.WeakSet()
+
+    @classmethod
+    def of_run(cls, run: RunFolder, *, engine: Engine = "auto", ledger: Ledger | None = None) -> Self:
+        """Open the store of a run.
+
+        Raises:
+            FormatError: the store in its place is another run's; and what opening raises.
+        """
+        info = run.read()
+        state = cls(run.store_path(), engine=engine, ledger=ledger)
+        if state.uuid != info.store_uuid:
+            found = state.uuid
+            state.close()
+            raise FormatError(
+                f"{state.path} is store {found}, and {run.info_file} names {info.store_uuid}: it belongs to another "
+                "run. Put the right store in its place, or use the run that this one belongs to"
+            )
+        return state
 
     def start(
         self,
@@ -150,9 +185,7 @@ class PagedState:
         tensors: list[tuple[int, int, int, float, float]] = []
         for place in self.layout.tensors() if settings else ():
             chosen = settings(place) if settings else TensorSettings(0.0)
-            tensors.append(
-                (place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale)
-            )
+            tensors.append((place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale))
         sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
         self._pipeline = _lib.Pipeline(self._store, sizes, threads, kernel, tensors)
 
@@ -191,9 +224,14 @@ class PagedState:
         self._running().wait_settled()
 
     def abort(self) -> None:
-        """Drop everything since the last commit; the next step starts from there."""
+        """Drop the step under way, and with it everything since the last commit.
+
+        A step that has ended with a blob is committed first. ``blob`` says from which step to go on.
+        """
         for borrowed in list(self._borrowed):
-            borrowed.take()
+            # A tensor that somebody still holds keeps its buffer until it dies.
+            with suppress(BufferInUseError, MegatrainIoError):
+                borrowed.give_back()
         self._borrowed.clear()
         if self._pipeline is not None:
             self._pipeline.abort()
@@ -203,9 +241,14 @@ class PagedState:
         return self._store.read_plane(chunk, plane)
 
     def read_tensor(self, place: TensorPlace, plane: str) -> Tensor:
-        """One committed tensor: ``weight`` in the compute dtype, the other planes in fp32."""
+        """One committed tensor: ``weight`` in the compute dtype, the other planes in fp32.
+
+        Between steps only: chunks read while a commit is under way could be of two generations.
+        """
         dtype = torch.float32 if plane != "weight" or self.layout.format == "f32" else torch.bfloat16
         width = dtype.itemsize
+        if self._pipeline is not None:
+            self._pipeline.wait_settled()
         out = torch.empty(place.elements, dtype=dtype)
         end = place.offset + place.elements
         for chunk in self.layout.chunks_of(place.record):
@@ -213,7 +256,9 @@ class PagedState:
             if start < stop:
                 values = bytearray(self._store.read_plane(chunk.index, plane))
                 part = torch.frombuffer(values, dtype=dtype)
-                out[start - place.offset : stop - place.offset] = part[start - chunk.start : stop - chunk.start]
+                out[start - place.offset : stop - place.offset] = part[
+                    start - chunk.start : stop - chunk.start
+                ]
         if width * place.elements == 0:
             raise ValueError(f"{place.name} has no elements")
         return out.view(place.shape)
@@ -251,13 +296,23 @@ class PagedState:
         return self._store.engine
 
     @property
+    def is_direct(self) -> bool:
+        """Whether transfers bypass the page cache."""
+        return self._store.is_direct
+
+    @property
     def notes(self) -> list[str]:
         """What costs speed here, one sentence each."""
         notes = []
+        if self._store.fell_back_from is not None:
+            notes.append(
+                f"generation {self._store.fell_back_from} did not survive the last stop (the drive lost data it "
+                f"had confirmed, or a power cut came in the middle of a commit): going on from {self.generation}"
+            )
         name, reason = self.engine
         if reason is not None:
             notes.append(f"I/O engine: {name} ({reason})")
-        if not self._store.is_direct:
+        if not self.is_direct:
             notes.append("the file system has no direct I/O: transfers go through the page cache")
         if self._pipeline is not None and self._pipeline.registration_refused is not None:
             notes.append(
@@ -275,9 +330,19 @@ class PagedState:
         return dict(self._running().timings())
 
     def close(self) -> None:
-        """Stop the pipeline and mark the store clean; what was not committed is dropped."""
-        self._stop()
-        self._store.close()
+        """Wait until ended steps are durable, stop, and mark the store clean.
+
+        A step under way is dropped.
+
+        Raises:
+            StorageError, StoreFailedError: an ended step could not be made durable.
+        """
+        try:
+            if self._pipeline is not None:
+                self._pipeline.wait_settled()
+        finally:
+            self._stop()
+            self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -288,7 +353,9 @@ class PagedState:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        # After an error that one is the news, not what closing then meets.
+        with suppress(MegatrainIoError) if error is not None else nullcontext():
+            self.close()
 
     def _borrow(self, buffer: _lib.Buffer, record: int) -> BorrowedRecord:
         borrowed = BorrowedRecord(buffer, self.layout.records[record])
@@ -304,8 +371,3 @@ class PagedState:
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
-
-
-def names_and_tensors(borrowed: Sequence[BorrowedRecord]) -> dict[str, Tensor]:
-    """All tensors of several borrowed records, by name."""
-    return {name: tensor for record in borrowed for name, tensor in record.tensors.items()}

@@ -90,15 +90,6 @@ impl Region {
     pub fn is_locked(&self) -> bool {
         self.locked
     }
-
-    /// The whole region as one slot that returns to no list.
-    #[must_use]
-    pub fn into_slot(self: Arc<Self>) -> Slot {
-        let bytes = self.bytes;
-        // The region is new and shared with nobody who cuts slots from it: `SlotList` takes regions
-        // by value in its own constructor and never calls this.
-        Slot { lease: Arc::new(Lease { region: self, home: None }), start: 0, bytes }
-    }
 }
 
 impl fmt::Debug for Region {
@@ -253,7 +244,10 @@ impl Slot {
     /// # Errors
     /// `Io` when the system refuses the mapping.
     pub fn standalone(bytes: usize, ledger: &Ledger, account: &str) -> Result<Self> {
-        Ok(Region::new(bytes, ledger, account)?.into_slot())
+        let region = Region::new(bytes, ledger, account)?;
+        let bytes = region.bytes;
+        // The region is new and nobody else cuts slots from it.
+        Ok(Self { lease: Arc::new(Lease { region, home: None }), start: 0, bytes })
     }
 
     /// Address of the first byte. What the address is used for must end before the slot is dropped

@@ -31,6 +31,7 @@ pub struct DirectFile {
     file: File,
     path: PathBuf,
     direct: bool,
+    locked: bool,
 }
 
 impl DirectFile {
@@ -46,12 +47,11 @@ impl DirectFile {
         if available < bytes {
             return Err(Error::NoSpace { path: path.into(), needed: bytes, available });
         }
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
-        let file = options.open(path).map_err(|e| Error::io("create", path, 0, 0, e))?;
-        let made = Self::prepare(&file, path, bytes);
-        drop(file);
-        made.and_then(|()| Self::open(path)).inspect_err(|_| {
+        let (file, direct) = open_with(path, true)?;
+        let mut file = Self { file, path: path.into(), direct, locked: false };
+        // Locked before anything else, so that no other process can take it for a left-over.
+        let made = file.lock().and_then(|()| Self::prepare(&file.file, path, bytes));
+        made.map(|()| file).inspect_err(|_| {
             // The first failure is the one to report; what cannot be removed cannot be helped here.
             let _ = fs::remove_file(path);
         })
@@ -85,17 +85,7 @@ impl DirectFile {
     /// `InUse` after [`LOCK_WAIT`], `Unsupported` for a network file system, `Io`.
     pub fn open(path: &Path) -> Result<Self> {
         refuse_network(path)?;
-        let (file, direct) = match open_with(path, OFlags::DIRECT) {
-            Ok(file) => (file, true),
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {
-                (
-                    open_with(path, OFlags::empty())
-                        .map_err(|e| Error::io("open", path, 0, 0, e))?,
-                    false,
-                )
-            }
-            Err(error) => return Err(Error::io("open", path, 0, 0, error)),
-        };
+        let (file, direct) = open_with(path, false)?;
         let metadata = file.metadata().map_err(|e| Error::io("stat", path, 0, 0, e))?;
         if !metadata.is_file() {
             return Err(Error::format(path, "not a regular file"));
@@ -107,16 +97,19 @@ impl DirectFile {
                 format!("the file has {links} names (hard links); a store must have one"),
             ));
         }
-        let file = Self { file, path: path.into(), direct };
+        let mut file = Self { file, path: path.into(), direct, locked: false };
         file.lock()?;
         Ok(file)
     }
 
-    fn lock(&self) -> Result {
+    fn lock(&mut self) -> Result {
         let start = Instant::now();
         loop {
             match self.file.try_lock() {
-                Ok(()) => break,
+                Ok(()) => {
+                    self.locked = true;
+                    break;
+                }
                 Err(TryLockError::WouldBlock) if start.elapsed() < LOCK_WAIT => {
                     std::thread::sleep(Duration::from_millis(20));
                 }
@@ -196,8 +189,10 @@ impl DirectFile {
 
 impl Drop for DirectFile {
     fn drop(&mut self) {
-        // Still locked here: the file closes after this body, so no other owner's hint is removed.
-        let _ = fs::remove_file(self.owner_path());
+        // Still locked here (the file closes after this body): no other owner's hint is removed.
+        if self.locked {
+            let _ = fs::remove_file(self.owner_path());
+        }
     }
 }
 
@@ -243,10 +238,35 @@ pub fn random_uuid() -> Result<[u8; 16]> {
     Ok(id)
 }
 
-fn open_with(path: &Path, extra: OFlags) -> io::Result<File> {
-    let flags = OFlags::NOFOLLOW | extra;
-    let flags = i32::try_from(flags.bits()).map_err(io::Error::other)?;
-    OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)
+/// Opens for direct I/O, or without where the file system refuses that; the second value says which.
+fn open_with(path: &Path, create: bool) -> Result<(File, bool)> {
+    let open = |flags: OFlags| {
+        let mut options = OpenOptions::new();
+        let flags = i32::try_from((OFlags::NOFOLLOW | flags).bits()).map_err(io::Error::other)?;
+        options.read(true).write(true).create_new(create).mode(0o600).custom_flags(flags).open(path)
+    };
+    let failed = |error| Error::io(if create { "create" } else { "open" }, path, 0, 0, error);
+    match open(OFlags::DIRECT) {
+        Ok(file) => Ok((file, true)),
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {
+            if create {
+                // Some kernels make the file before they refuse the flag.
+                let _ = fs::remove_file(path);
+            }
+            Ok((open(OFlags::empty()).map_err(failed)?, false))
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Gives a file its final name, unless something else has it.
+///
+/// # Errors
+/// `Io`; nothing was renamed.
+pub fn rename_new(from: &Path, to: &Path) -> Result {
+    use rustix::fs::{CWD, RenameFlags};
+    rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)
+        .map_err(|e| Error::io("rename", from, 0, 0, e))
 }
 
 fn file_system(file: &File) -> Option<u64> {

@@ -13,6 +13,8 @@ use crate::units::{
 pub const MANIFEST_BYTES_MAX: usize = 64 << 20;
 const TENSORS_MAX: usize = 1 << 20;
 const NAME_BYTES_MAX: usize = 512;
+/// Memory for chunks and tables stays below 200 MiB.
+const CHUNKS_MAX: u64 = 1 << 20;
 const DIMENSIONS_MAX: usize = 8;
 /// 2^44 parameters: any sum of a few products of counts and byte sizes stays far below 2^63.
 const PARAMETERS_MAX: u64 = 1 << 44;
@@ -116,6 +118,14 @@ impl Manifest {
                     record.name, record.parameters
                 ));
             }
+        }
+        let chunks: u64 =
+            self.records.iter().map(|r| r.parameters.div_ceil(self.chunk_parameters)).sum();
+        if chunks > CHUNKS_MAX {
+            let needed = chunks;
+            return Err(format!(
+                "{needed} chunks; the limit is {CHUNKS_MAX}: choose larger chunks"
+            ));
         }
         let mut end = (0_usize, 0_u64);
         for tensor in &self.tensors {

@@ -82,7 +82,9 @@ pub struct Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.ledger.change(&self.account, |balance| balance.current -= self.bytes);
+        self.ledger.change(&self.account, |balance| {
+            balance.current = balance.current.saturating_sub(self.bytes);
+        });
     }
 }
 

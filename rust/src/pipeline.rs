@@ -19,7 +19,7 @@ use crate::adamw::{AdamW, Kernel};
 use crate::buffer::{Slot, SlotList};
 use crate::error::{Error, Result};
 use crate::pool::{Pool, PoolSizes};
-use crate::store::Store;
+use crate::store::{BLOB_BYTES_MAX, Store};
 use crate::units::{Group, StateFormat};
 
 mod executor;
@@ -77,7 +77,9 @@ struct State {
     first_load: u64,
     loads: VecDeque<Loaded>,
     failure: Option<Error>,
+    /// Steps that were begun, ended, and settled (written, and committed if that was asked for).
     begun: u64,
+    ended: u64,
     settled: u64,
 }
 
@@ -93,6 +95,22 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Each change is complete under the lock; a panic elsewhere cannot leave it half done.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells the callers when the executor dies of a panic, which is a bug of ours; they would wait for
+/// ever.
+struct Obituary(Arc<Shared>);
+
+impl Drop for Obituary {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let error = Error::invalid(
+                "the pipeline thread panicked: this is a bug. The last committed step is safe",
+            );
+            self.0.lock().failure.get_or_insert(error);
+            self.0.changed.notify_all();
+        }
     }
 }
 
@@ -113,6 +131,7 @@ pub struct Pipeline {
     commands: Sender<Command>,
     executor: Option<JoinHandle<()>>,
     registration: Option<String>,
+    process: u32,
 }
 
 impl Pipeline {
@@ -122,10 +141,11 @@ impl Pipeline {
     /// `Invalid` when the pool cannot hold what the store's records need; `Io`.
     pub fn start(store: Arc<Store>, options: &Options) -> Result<Self> {
         store.check()?;
-        check_pool(&store, &options.pool)?;
+        check_pool(&store, &options.pool, &options.tensors)?;
         let pool = Pool::allocate(&options.pool, store.ledger())?;
         let registration = store.engine().0.register(&pool.region).err();
         let shared = Arc::new(Shared::default());
+        let for_obituary = Arc::clone(&shared);
         let (commands, inbox) = unbounded();
         let executor = executor::Executor::new(
             Arc::clone(&store),
@@ -136,9 +156,20 @@ impl Pipeline {
         )?;
         let executor = std::thread::Builder::new()
             .name("mt-pipeline".into())
-            .spawn(move || executor.run())
+            .spawn(move || {
+                let _obituary = Obituary(Arc::clone(&for_obituary));
+                executor.run();
+            })
             .map_err(|e| Error::io("start of the pipeline thread", "pipeline", 0, 0, e))?;
-        Ok(Self { store, pool, shared, commands, executor: Some(executor), registration })
+        Ok(Self {
+            store,
+            pool,
+            shared,
+            commands,
+            executor: Some(executor),
+            registration,
+            process: std::process::id(),
+        })
     }
 
     /// Begins a step: its reads start at once.
@@ -147,9 +178,15 @@ impl Pipeline {
     /// `Invalid` when loads of the last step were not taken; the pipeline's failure.
     pub fn begin(&self, schedule: Arc<Schedule>, adamw: AdamW) -> Result {
         self.store.check()?;
+        if !schedule.is_for(self.store.layout()) {
+            return Err(Error::invalid("the schedule was made for another store"));
+        }
         let mut state = self.shared.lock();
         if let Some(failure) = &state.failure {
             return Err(failure.clone());
+        }
+        if state.begun != state.ended {
+            return Err(Error::invalid("the last step was begun and not ended"));
         }
         if let Some(left) = state.loads.front() {
             return Err(Error::invalid(format!(
@@ -234,6 +271,14 @@ impl Pipeline {
     pub fn submit(&self, record: usize, weights: Slot, gradient: Slot) -> Result {
         self.store.check()?;
         self.check_record(record)?;
+        let needed =
+            (self.store.layout().record_weight_bytes(record), gradient_bytes(&self.store, record));
+        if weights.len() < needed.0 || gradient.len() < needed.1 {
+            let given = (weights.len(), gradient.len());
+            return Err(Error::invalid(format!(
+                "record {record} takes buffers of {needed:?} bytes, got {given:?}"
+            )));
+        }
         self.send(Command::Submit { record, weights, gradient })
     }
 
@@ -244,6 +289,21 @@ impl Pipeline {
     /// The pipeline's failure.
     pub fn end(&self, commit: Option<Vec<u8>>) -> Result {
         self.store.check()?;
+        if let Some(blob) = commit.as_ref().filter(|blob| blob.len() > BLOB_BYTES_MAX) {
+            let bytes = blob.len();
+            return Err(Error::invalid(format!(
+                "a trainer blob of {bytes} bytes; the limit is {BLOB_BYTES_MAX}"
+            )));
+        }
+        let mut state = self.shared.lock();
+        if let Some(failure) = &state.failure {
+            return Err(failure.clone());
+        }
+        if state.begun == state.ended {
+            return Err(Error::invalid("no step was begun"));
+        }
+        state.ended += 1;
+        drop(state);
         self.send(Command::End { commit })
     }
 
@@ -261,9 +321,9 @@ impl Pipeline {
                 return Err(failure.clone());
             }
             let left = timeout.saturating_sub(start.elapsed());
-            if state.settled == state.begun || left.is_zero() {
+            if state.settled == state.ended || left.is_zero() {
                 Timings::add(&self.shared.timings.stall_commit, start);
-                return Ok(state.settled == state.begun);
+                return Ok(state.settled == state.ended);
             }
             state = self
                 .shared
@@ -274,12 +334,19 @@ impl Pipeline {
         }
     }
 
-    /// Drops everything since the last commit: the next step starts from there. Waits for what is
-    /// in flight. Buffers that the caller still holds are the caller's to drop.
+    /// Drops the step that was begun and not ended, and with it everything since the last commit:
+    /// the next step starts from the committed state. A step that has ended with a blob is committed
+    /// first. After a failure only what was committed before it stands. Waits for what is in flight.
+    /// Buffers that the caller still holds are the caller's to drop.
     ///
     /// # Errors
     /// `Failed` when the store itself can take no more calls.
     pub fn abort(&self) -> Result {
+        let process = self.process;
+        let child = std::process::id();
+        if child != process {
+            return Err(Error::UsedAfterFork { owner: process, child });
+        }
         let (reply, answer) = bounded(1);
         self.send(Command::Abort { reply })?;
         answer.recv().map_err(|_| Error::invalid("the pipeline has stopped"))?
@@ -326,7 +393,13 @@ impl Pipeline {
 }
 
 impl Drop for Pipeline {
+    /// Steps that have ended are still written and committed; a step under way is dropped.
     fn drop(&mut self) {
+        if std::process::id() != self.process {
+            // A fork has no executor to wait for.
+            std::mem::forget(self.executor.take());
+            return;
+        }
         let _ = self.commands.send(Command::Stop);
         if let Some(executor) = self.executor.take() {
             let _ = executor.join();
@@ -360,7 +433,13 @@ fn gradient_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotLi
     if fits { &pool.block_gradients } else { &pool.outer_gradients }
 }
 
-fn check_pool(store: &Store, sizes: &PoolSizes) -> Result {
+fn check_pool(store: &Store, sizes: &PoolSizes, settings: &[TensorSettings]) -> Result {
+    let trains = sizes.block_gradients.count + sizes.outer_gradients.count > 0;
+    if trains && settings.is_empty() {
+        return Err(Error::invalid(
+            "a pool with gradient buffers needs the settings of the tensors to train",
+        ));
+    }
     let room = |bytes: usize, kinds: [crate::pool::Kind; 2]| {
         kinds.iter().any(|kind| kind.count > 0 && bytes <= kind.bytes)
     };

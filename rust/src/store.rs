@@ -53,8 +53,6 @@ pub struct Committed {
 pub struct OpenOptions {
     /// How bytes move.
     pub engine: Choice,
-    /// Verify every checksum although the last stop was clean.
-    pub verify_all: bool,
 }
 
 /// An open store. Sharing it between threads is fine; a step is driven by one `Pipeline`.
@@ -73,7 +71,9 @@ pub struct Store {
     /// Whether the clean marker and a rejected superblock are out of the way.
     writable: AtomicBool,
     /// Superblock slot that recovery refused; overwritten before the first write.
-    rejected: Option<usize>,
+    rejected: Mutex<Option<usize>>,
+    /// The generation that opening had to give up, if so.
+    fell_back_from: Option<u64>,
     incarnation: u64,
     boot_id: [u8; 16],
     process: u32,
@@ -168,6 +168,12 @@ impl Store {
     #[must_use]
     pub fn verified_at_open(&self) -> Option<&Report> {
         self.verified.as_ref()
+    }
+
+    /// The newer generation that did not hold when the store was opened, if there was one.
+    #[must_use]
+    pub fn fell_back_from(&self) -> Option<u64> {
+        self.fell_back_from
     }
 
     /// Refuses every call after a failure or in a forked process.

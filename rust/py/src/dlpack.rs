@@ -14,6 +14,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 
 use crate::error::raise;
+use crate::store::Ledger;
 
 const CAPSULE_NAME: &CStr = c"dltensor";
 const CPU: i32 = 1;
@@ -203,6 +204,14 @@ impl Buffer {
         // SAFETY: a new reference, or null with an error set, as this function wants it.
         unsafe { Bound::from_owned_ptr_or_err(py, capsule) }
     }
+}
+
+/// Memory of its own as a buffer of bytes: zeroed, huge pages, not inherited by forks, entered in the
+/// ledger under `account` until the last tensor over it is gone.
+#[pyfunction]
+pub(crate) fn allocate(nbytes: usize, ledger: &Ledger, account: &str) -> PyResult<Buffer> {
+    let slot = Slot::standalone(nbytes, &ledger.inner, account).map_err(raise)?;
+    Ok(Buffer::new(slot, Element::U8, nbytes, account.to_owned()))
 }
 
 /// DLPack's deleter: the last tensor over this export is gone. May run without the interpreter.

@@ -14,6 +14,8 @@ mod lib {
     #[pymodule_export]
     use crate::dlpack::Buffer;
     #[pymodule_export]
+    use crate::dlpack::allocate;
+    #[pymodule_export]
     use crate::error::error_examples;
     #[pymodule_export]
     use crate::pipeline::{Pipeline, Schedule};

@@ -143,7 +143,8 @@ impl Pipeline {
         wait(py, || pipeline.wait_settled(PATIENCE).map(|settled| settled.then_some(())))
     }
 
-    /// Drops everything since the last commit; the next step starts from there.
+    /// Drops the step under way, back to the last commit; a step that ended with a blob is committed
+    /// first.
     fn abort(&self, py: Python<'_>) -> PyResult<()> {
         let pipeline = self.get()?;
         py.detach(|| pipeline.abort()).map_err(raise)
@@ -165,7 +166,7 @@ impl Pipeline {
         ])
     }
 
-    /// Stops; what was not committed is dropped.
+    /// Finishes the steps that have ended, drops one under way, and stops.
     fn close(&self, py: Python<'_>) {
         let taken = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(taken));

@@ -52,7 +52,7 @@ impl Ledger {
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct Creator {
-    inner: Mutex<Option<(store::Creator, Option<Slot>)>>,
+    inner: Mutex<Option<(store::Creator, Slot)>>,
     chunks: Vec<Chunk>,
 }
 
@@ -77,7 +77,7 @@ impl Creator {
                 .max()
                 .unwrap_or(0);
             let slot = Slot::standalone(largest, &ledger.inner, "import")?;
-            Ok(Self { inner: Mutex::new(Some((creator, Some(slot)))), chunks })
+            Ok(Self { inner: Mutex::new(Some((creator, slot))), chunks })
         })
         .map_err(raise)
     }
@@ -117,13 +117,15 @@ impl Creator {
                 values.len()
             )));
         }
-        let mut inner = self.lock();
-        let (creator, buffer) =
-            inner.as_mut().ok_or_else(|| raise(Error::invalid("the store is finished")))?;
-        let slot = buffer.take().ok_or_else(|| raise(Error::invalid("an earlier write failed")))?;
+        // Taken out for the time of the write: waiting for a lock while holding the interpreter would
+        // stop both threads. A write that fails drops the creator, which removes the file.
+        let taken = self.lock().take();
+        let (mut creator, slot) = taken.ok_or_else(|| {
+            raise(Error::invalid("the store is finished, or a write to it failed or is under way"))
+        })?;
         let slot =
-            py.detach(|| write(creator, chunk, place, values, dtype, slot)).map_err(raise)?;
-        *buffer = Some(slot);
+            py.detach(|| write(&mut creator, chunk, place, values, dtype, slot)).map_err(raise)?;
+        *self.lock() = Some((creator, slot));
         Ok(())
     }
 
@@ -142,7 +144,7 @@ impl Creator {
 }
 
 impl Creator {
-    fn lock(&self) -> MutexGuard<'_, Option<(store::Creator, Option<Slot>)>> {
+    fn lock(&self) -> MutexGuard<'_, Option<(store::Creator, Slot)>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -201,14 +203,8 @@ pub(crate) struct Store {
 #[pymethods]
 impl Store {
     #[new]
-    fn new(
-        py: Python<'_>,
-        path: PathBuf,
-        engine: &str,
-        verify_all: bool,
-        ledger: &Ledger,
-    ) -> PyResult<Self> {
-        let options = OpenOptions { engine: engine_of(engine)?, verify_all };
+    fn new(py: Python<'_>, path: PathBuf, engine: &str, ledger: &Ledger) -> PyResult<Self> {
+        let options = OpenOptions { engine: engine_of(engine)? };
         let store =
             py.detach(|| store::Store::open(&path, options, &ledger.inner)).map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(store))) })
@@ -253,6 +249,12 @@ impl Store {
         Ok(self.get()?.file().is_direct())
     }
 
+    /// The newer generation that did not hold when the store was opened, if there was one.
+    #[getter]
+    fn fell_back_from(&self) -> PyResult<Option<u64>> {
+        Ok(self.get()?.fell_back_from())
+    }
+
     /// Extents that opening verified, or `None` when it did not have to.
     #[getter]
     fn verified_at_open(&self) -> PyResult<Option<usize>> {
@@ -273,11 +275,6 @@ impl Store {
             .iter()
             .map(|c| (c.record, c.start, c.parameters))
             .collect())
-    }
-
-    /// Bytes of a record's weights in a block buffer.
-    fn record_weight_bytes(&self, record: usize) -> PyResult<usize> {
-        Ok(self.get()?.layout().record_weight_bytes(record))
     }
 
     /// Little-endian bytes of one plane of one chunk in the committed state: `weight`, `exp_avg`,
@@ -304,11 +301,12 @@ impl Store {
         let mut raised = None;
         let report = py.detach(|| {
             store.verify(&mut |done, all| {
-                if let Some(progress) = &progress
-                    && raised.is_none()
-                {
-                    raised = Python::attach(|py| progress.call1(py, (done, all))).err();
-                }
+                raised = Python::attach(|py| {
+                    let called = progress.as_ref().map(|progress| progress.call1(py, (done, all)));
+                    called.transpose().and_then(|_| py.check_signals())
+                })
+                .err();
+                raised.is_none()
             })
         });
         if let Some(error) = raised {

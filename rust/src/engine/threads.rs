@@ -22,6 +22,7 @@ pub struct Threads {
     requests: Option<Sender<Request>>,
     workers: Vec<JoinHandle<()>>,
     counters: Arc<Counters>,
+    process: u32,
 }
 
 impl Threads {
@@ -41,7 +42,7 @@ impl Threads {
                     .map_err(|e| Error::io("start of an I/O thread", "engine threads", 0, 0, e))
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { requests: Some(requests), workers, counters })
+        Ok(Self { requests: Some(requests), workers, counters, process: std::process::id() })
     }
 }
 
@@ -76,6 +77,10 @@ impl Drop for Threads {
         // Closing the queue lets each worker finish what it holds and what is queued; then the
         // join proves that no system call on our buffers is left.
         self.requests = None;
+        if std::process::id() != self.process {
+            // A fork has no threads to wait for.
+            std::mem::forget(std::mem::take(&mut self.workers));
+        }
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }

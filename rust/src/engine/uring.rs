@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -34,6 +35,7 @@ pub struct Uring {
     wake: Arc<File>,
     driver: Option<JoinHandle<()>>,
     counters: Arc<Counters>,
+    process: u32,
 }
 
 impl Uring {
@@ -56,7 +58,14 @@ impl Uring {
                 match set_up() {
                     Ok(ring) => {
                         let _ = ready.send(Ok(()));
-                        Driver::new(ring, inbox, for_driver.0, for_driver.1).run();
+                        // Not dropped unless drained, also when it panics.
+                        let (wake, counters) = for_driver;
+                        let mut driver =
+                            ManuallyDrop::new(Driver::new(ring, inbox, wake, counters));
+                        driver.run();
+                        if driver.is_drained() {
+                            drop(ManuallyDrop::into_inner(driver));
+                        }
                     }
                     Err(error) => {
                         let _ = ready.send(Err(error));
@@ -65,9 +74,13 @@ impl Uring {
             })
             .map_err(|e| Error::io("start of the I/O thread", "engine uring", 0, 0, e))?;
         match started.recv() {
-            Ok(Ok(())) => {
-                Ok(Self { commands: Some(commands), wake, driver: Some(driver), counters })
-            }
+            Ok(Ok(())) => Ok(Self {
+                commands: Some(commands),
+                wake,
+                driver: Some(driver),
+                counters,
+                process: std::process::id(),
+            }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(Error::invalid("the I/O thread ended before its ring was set up")),
         }
@@ -121,6 +134,11 @@ impl Engine for Uring {
 
 impl Drop for Uring {
     fn drop(&mut self) {
+        if std::process::id() != self.process {
+            // A fork has no driver thread to wait for.
+            std::mem::forget(self.driver.take());
+            return;
+        }
         self.commands = None;
         self.ring_the_bell();
         if let Some(driver) = self.driver.take() {

@@ -3,12 +3,12 @@
 //! Loads and updates each keep the schedule's order among themselves, but do not wait for one
 //! another: an update that waits for its gradient must not hold up the next block's weights.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Receiver, Select, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded, unbounded};
 use rayon::ThreadPool;
 
 use crate::adamw::{AdamW, Kernel};
@@ -70,6 +70,8 @@ struct Step {
     number: u64,
     adamw: AdamW,
     updates_left: usize,
+    /// Records whose gradient has not been submitted.
+    expected: HashSet<usize>,
     ended: bool,
     commit: Option<Vec<u8>>,
 }
@@ -130,8 +132,11 @@ impl Executor {
         inbox: Receiver<Command>,
     ) -> Result<Self> {
         let settings = Settings::new(store.manifest(), store.layout(), &options.tensors)?;
+        // Said in full: rayon's own default can be changed from outside.
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let threads = if options.threads == 0 { cores } else { options.threads };
         let workers = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.threads)
+            .num_threads(threads)
             .thread_name(|index| format!("mt-adamw-{index}"))
             .build()
             .map_err(|e| Error::invalid(format!("cannot start the update threads: {e}")))?;
@@ -185,12 +190,15 @@ impl Executor {
     }
 
     pub(super) fn run(mut self) {
-        while !(self.stopping && self.pending.is_empty() && !self.committing) {
-            if !self.failed && !self.stopping {
+        loop {
+            if self.is_active() {
                 self.advance();
             }
-            if self.pending.is_empty() && !self.committing {
+            if !self.is_active() && self.pending.is_empty() && !self.committing {
                 self.finish_abort();
+                if self.stopping {
+                    break;
+                }
             }
             self.wait();
             self.receive();
@@ -201,6 +209,14 @@ impl Executor {
         if let Some(committer) = self.committer.take() {
             let _ = committer.join();
         }
+    }
+
+    /// Whether there is work to go on with: nothing failed, and if the step under way is to be dropped
+    /// (abort, stop), a step before it has ended and is still to be written.
+    fn is_active(&self) -> bool {
+        let halting = self.aborting.is_some() || self.stopping;
+        let ended = self.steps.front().is_some_and(|step| step.ended);
+        !self.failed && (!halting || ended)
     }
 
     /// Does all that can be done now.
@@ -220,7 +236,7 @@ impl Executor {
     }
 
     fn wait(&self) {
-        if !self.failed && !self.stopping && self.ready_update().is_some() {
+        if self.is_active() && self.ready_update().is_some() {
             return;
         }
         let mut select = Select::new();
@@ -229,7 +245,7 @@ impl Executor {
         if self.committing {
             select.recv(&self.commit_results);
         }
-        if !self.failed && !self.stopping {
+        if self.is_active() {
             if self.starved.buffers[0] {
                 select.recv(self.pool.block_buffers.availability());
             }
@@ -247,13 +263,20 @@ impl Executor {
         while let Ok(completion) = self.completions.try_recv() {
             self.complete(completion);
         }
-        if self.committing
-            && let Ok(result) = self.commit_results.try_recv()
-        {
-            self.committing = false;
-            match result {
-                Ok(_) => self.settle_front(),
-                Err(error) => self.fail(error),
+        if self.committing {
+            match self.commit_results.try_recv() {
+                Ok(result) => {
+                    self.committing = false;
+                    match result {
+                        Ok(_) => self.settle_front(),
+                        Err(error) => self.fail(error),
+                    }
+                }
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => {
+                    self.committing = false;
+                    self.fail(Error::invalid("the commit thread panicked: this is a bug"));
+                }
             }
         }
         loop {
@@ -270,26 +293,31 @@ impl Executor {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Stop => self.stopping = true,
-            Command::Abort { reply } => {
-                self.failed = true;
-                self.aborting = Some(reply);
-            }
+            Command::Abort { reply } => self.aborting = Some(reply),
             // After a failure callers get its error; what they still send is dropped here.
             _ if self.failed => {}
             Command::Begin { schedule, adamw, first_load } => {
                 self.begin(&schedule, adamw, first_load)
             }
             Command::Submit { record, weights, gradient } => {
-                let chunks_left = self.store.layout().records()[record].len();
-                let source = Source { weights, gradient, chunks_left };
-                if self.sources[record].replace(source).is_some() {
+                let step = self.steps.back_mut().filter(|step| !step.ended);
+                if !step.is_some_and(|step| step.expected.remove(&record)) {
                     self.fail(Error::invalid(format!(
-                        "record {record} was submitted twice in one step"
+                        "the gradient of record {record} was submitted and the step does not (or no longer) expect it"
                     )));
+                    return;
                 }
+                let chunks_left = self.store.layout().records()[record].len();
+                self.sources[record] = Some(Source { weights, gradient, chunks_left });
             }
             Command::End { commit } => {
                 if let Some(step) = self.steps.back_mut() {
+                    if let Some(record) = step.expected.iter().min() {
+                        let error =
+                            format!("the step ended without the gradient of record {record}");
+                        self.fail(Error::invalid(error));
+                        return;
+                    }
                     step.ended = true;
                     step.commit = commit;
                 }
@@ -330,10 +358,12 @@ impl Executor {
                 }
             }
         }
+        let updated = schedule.operations().iter().filter(|op| op.kind == schedule::Kind::Update);
         self.steps.push_back(Step {
             number: self.begun,
             adamw,
             updates_left: schedule.updates(),
+            expected: updated.map(|op| layout.chunks()[op.chunk].record).collect(),
             ended: false,
             commit: None,
         });
@@ -381,6 +411,7 @@ impl Executor {
         self.failed = outcome.is_err();
         let mut state = self.shared.lock();
         state.loads.clear();
+        state.ended = state.begun;
         state.settled = state.begun;
         state.failure = outcome.clone().err();
         drop(state);

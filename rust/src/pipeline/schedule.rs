@@ -2,6 +2,7 @@
 //! place (Python's `schedule.py`); here it is only checked.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::layout::Layout;
@@ -30,6 +31,7 @@ pub struct Schedule {
     operations: Vec<ChunkOp>,
     loads: Vec<usize>,
     updates: usize,
+    layout: Arc<Layout>,
 }
 
 impl Schedule {
@@ -39,7 +41,7 @@ impl Schedule {
     ///
     /// # Errors
     /// `Invalid` naming the first operation that breaks a rule.
-    pub fn new(layout: &Layout, operations: Vec<ChunkOp>) -> Result<Self> {
+    pub fn new(layout: &Arc<Layout>, operations: Vec<ChunkOp>) -> Result<Self> {
         let mut loads = Vec::new();
         let mut updated = vec![false; layout.chunks().len()];
         let mut expected: Option<(Kind, Range<usize>)> = None;
@@ -77,7 +79,13 @@ impl Schedule {
             return Err(Error::invalid("the schedule ends in the middle of a record"));
         }
         let updates = updated.iter().filter(|u| **u).count();
-        Ok(Self { operations, loads, updates })
+        Ok(Self { operations, loads, updates, layout: Arc::clone(layout) })
+    }
+
+    /// Whether this schedule was checked against that very layout.
+    #[must_use]
+    pub fn is_for(&self, layout: &Arc<Layout>) -> bool {
+        Arc::ptr_eq(&self.layout, layout)
     }
 
     /// All operations.
@@ -108,7 +116,7 @@ mod tests {
     #[test]
     fn broken_orders_are_refused_by_operation() {
         let formats = [(StateFormat::F32, 8192), (StateFormat::Raw16, 4096)];
-        let layout = Layout::new(&manifest(4096, &formats)).expect("valid");
+        let layout = Arc::new(Layout::new(&manifest(4096, &formats)).expect("valid"));
         let op = |kind, chunk| ChunkOp { kind, chunk };
         use Kind::{Load, Update};
         let good = vec![

@@ -128,8 +128,10 @@ impl Setup {
     }
 
     fn open(&self, path: &std::path::Path) -> Arc<Store> {
-        let options = OpenOptions { engine: self.engine, verify_all: true };
-        Arc::new(Store::open(path, options, &Ledger::new()).expect("opened"))
+        let options = OpenOptions { engine: self.engine };
+        let store = Store::open(path, options, &Ledger::new()).expect("opened");
+        assert!(store.verify(&mut |_, _| true).expect("read").damaged.is_empty());
+        Arc::new(store)
     }
 
     fn pipeline(&self, store: &Arc<Store>) -> Pipeline {
@@ -356,7 +358,7 @@ fn a_flipped_byte_stops_the_step_and_names_its_tensor() {
     );
     assert!(pipeline.wait_settled(LONG).is_err(), "the failure stays");
     drop(pipeline);
-    let report = store.verify(&mut |_, _| {}).expect("read");
+    let report = store.verify(&mut |_, _| true).expect("read");
     assert_eq!(report.damaged.len(), 1);
     assert_eq!(report.damaged[0].chunk, 4);
 }
@@ -372,4 +374,45 @@ fn asking_for_weights_out_of_order_is_refused_by_name() {
     pipeline.begin(schedule(&store), adamw(1)).expect("begun");
     let error = pipeline.take_weights(1, LONG).expect_err("record 0 comes first");
     assert!(error.to_string().contains("next load is record 0"), "{error}");
+}
+
+#[test]
+fn a_step_that_has_ended_survives_abort_and_stop() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let setup = Setup::default();
+    setup.create(&path);
+    let store = setup.open(&path);
+    let schedule = schedule(&store);
+    let pipeline = setup.pipeline(&store);
+    train_step(&pipeline, &schedule, 1, true).expect("a step");
+    pipeline.begin(Arc::clone(&schedule), adamw(2)).expect("begun");
+    // The updates of step 1 may still be under way: they are finished first.
+    pipeline.abort().expect("aborted");
+    assert_eq!(&*store.committed().blob, b"step 1");
+    train_step(&pipeline, &schedule, 2, true).expect("a step");
+    drop(pipeline);
+    assert_eq!(&*store.committed().blob, b"step 2");
+    assert!(read_all(&store, setup.format) == expected(2));
+}
+
+#[test]
+fn what_contradicts_the_step_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let setup = Setup::default();
+    setup.create(&path);
+    let store = setup.open(&path);
+    let schedule = schedule(&store);
+    let pipeline = setup.pipeline(&store);
+    assert!(pipeline.end(None).is_err(), "no step was begun");
+    pipeline.begin(Arc::clone(&schedule), adamw(1)).expect("begun");
+    assert!(pipeline.begin(Arc::clone(&schedule), adamw(1)).is_err(), "not ended");
+    let small = || Slot::standalone(PAGE_BYTES, &Ledger::new(), "test").expect("memory");
+    assert!(pipeline.submit(0, small(), small()).is_err(), "too small");
+    assert!(pipeline.submit(9, small(), small()).is_err(), "no such record");
+    assert!(pipeline.end(Some(vec![0; BLOB_BYTES_MAX + 1])).is_err(), "a blob too large");
+    pipeline.end(None).expect("sent");
+    let error = pipeline.wait_settled(LONG).expect_err("gradients are missing");
+    assert!(error.to_string().contains("without the gradient of record 0"), "{error}");
 }

@@ -67,7 +67,8 @@ impl Store {
         }
         let nothing = [0_u8; PAGE_BYTES];
         self.write_page(&nothing, CLEAN_MARKER_OFFSET).map_err(|e| self.poison(e))?;
-        for offset in self.rejected.iter().flat_map(|side| SUPERBLOCK_OFFSETS[*side]) {
+        let rejected = self.rejected.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for offset in rejected.iter().flat_map(|side| SUPERBLOCK_OFFSETS[*side]) {
             self.write_page(&nothing, offset).map_err(|e| self.poison(e))?;
         }
         self.writable.store(true, Ordering::Release);

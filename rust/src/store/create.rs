@@ -72,7 +72,7 @@ impl Creator {
         let working = Table::empty(&opened.layout);
         let mut slot = Slot::standalone(text.len().max(PAGE_BYTES), ledger, "import")?;
         slot[..text.len()].copy_from_slice(text);
-        let store = recovery::assemble(opened, None, None, None, ledger)?;
+        let store = recovery::assemble(opened, None, ledger)?;
         let offset = store.header.manifest_offset;
         engine::perform(&*store.engine, Operation::Write, &store.file, offset, Some(slot)).1?;
         let page = store.header.encode();
@@ -135,9 +135,7 @@ impl Creator {
         let finished = store
             .commit(self.working.clone(), blob)
             .and_then(|_| store.mark_clean())
-            .and_then(|()| {
-                fs::rename(&partial, &self.path).map_err(|e| Error::io("rename", &partial, 0, 0, e))
-            })
+            .and_then(|()| file::rename_new(&partial, &self.path))
             .and_then(|()| file::sync_directory(&self.path));
         if let Err(error) = finished {
             let _ = fs::remove_file(&partial);

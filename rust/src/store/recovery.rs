@@ -35,72 +35,86 @@ pub(super) fn open(path: &Path, options: OpenOptions, ledger: &Ledger) -> Result
     engine::perform(&*engine, Operation::Sync, &file, 0, None).1?;
     file::sync_directory(path)?;
     let header = read_header(&*engine, &file)?;
-    let manifest = read_manifest(&*engine, &file, &header)?;
-    let layout = Layout::new(&manifest).map_err(|e| Error::format(path, e))?;
-    check_geometry(&file, &header, &layout)?;
+    let bytes = file.bytes()?;
+    if bytes < header.file_bytes {
+        let expected = header.file_bytes;
+        return Err(Error::format(
+            path,
+            format!(
+                "the file has {bytes} bytes and should have {expected}: it was truncated. Restore a copy or import the model again"
+            ),
+        ));
+    }
+    let (manifest, layout) = read_manifest(&*engine, &file, &header)?;
     let opened = Opened { file, engine, engine_note, header, manifest, layout };
-    choose(opened, options, ledger)
+    choose(opened, ledger)
 }
 
 /// Takes the newest superblock whose table and blob hold, and whose chunks hold where that must be
 /// looked at.
-fn choose(opened: Opened, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
+fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     let path = opened.file.path().to_owned();
     let mut candidates = Vec::new();
     for (side, offsets) in SUPERBLOCK_OFFSETS.iter().enumerate() {
-        candidates.extend(read_superblock(&opened, offsets)?.map(|s| (side, s)));
+        candidates.extend(read_superblock(&opened, offsets).map(|s| (side, s)));
     }
     candidates.sort_by_key(|(_, superblock)| std::cmp::Reverse(superblock.generation));
-    if candidates.is_empty() {
+    let Some((newest_side, newest)) = candidates.first().cloned() else {
         return Err(Error::format(
             path,
             "no superblock holds: the import into this store did not finish, or both were destroyed. Import the model again",
         ));
-    }
-    let newest = candidates[0].clone();
-    let marker = read(&*opened.engine, &opened.file, CLEAN_MARKER_OFFSET, PAGE_BYTES)?;
-    let mut whole = Vec::new();
-    for (side, superblock) in candidates {
-        if let Some(committed) = read_state(&opened, superblock, side)? {
-            whole.push((side, committed));
-        }
-    }
-    let mut whole = whole.into_iter();
+    };
+    // Without a readable marker the stop was not clean: that is all it can say.
+    let marker = read(&*opened.engine, &opened.file, CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
+    let whole = candidates.into_iter().filter_map(|(side, superblock)| {
+        read_state(&opened, superblock, side).map(|state| (side, state))
+    });
+    let mut whole = whole.collect::<Vec<_>>().into_iter();
     let Some((mut side, committed)) = whole.next() else {
         return Err(Error::format(
             path,
             "neither superblock's table and trainer state hold: the drive lost data that it had confirmed. Restore an export or import the model again",
         ));
     };
-    let is_newest = committed.generation == newest.1.generation;
-    let is_clean = is_newest && committed.superblock.is_vouched_for_by(&marker);
+    let is_newest = committed.generation == newest.generation;
+    let is_clean = marker.is_some_and(|marker| committed.superblock.is_vouched_for_by(&marker));
     // After a mere kill the kernel still had every completed write, and the sync above made it durable.
-    let same_boot =
-        is_newest && committed.superblock.boot_id == file::boot_id() && file::boot_id() != [0; 16];
-    let mut store = assemble(opened, Some(committed), None, None, ledger)?;
-    if options.verify_all || !(is_clean || same_boot) {
-        let mut report = store.verify(&mut |_, _| {})?;
-        if !report.damaged.is_empty()
-            && let Some((older_side, older)) = whole.next()
-        {
-            let first = report;
-            side = older_side;
-            let generation = older.generation;
-            *store.committed_guard() = older;
-            report = store.verify(&mut |_, _| {})?;
-            if !report.damaged.is_empty() {
-                return Err(both_damaged(&store, generation, &first, &report));
-            }
-        }
-        if let Some(damage) = report.damaged.first() {
-            return Err(damage.error.clone());
-        }
-        store.verified = Some(report);
+    let same_boot = committed.superblock.boot_id == file::boot_id() && file::boot_id() != [0; 16];
+    let mut store = assemble(opened, Some(committed), ledger)?;
+    if !(is_newest && (is_clean || same_boot)) {
+        side = verify_or_fall_back(&mut store, side, whole.next())?;
     }
-    let chosen = store.committed();
-    store.rejected =
-        (chosen.generation != newest.1.generation && newest.0 != side).then_some(newest.0);
+    if side != newest_side {
+        store.rejected = Mutex::new(Some(newest_side));
+        store.fell_back_from = Some(newest.generation);
+    }
     Ok(store)
+}
+
+/// Reads everything back; if it does not hold, goes to the older state if that one does. Returns the
+/// side of the state that was chosen.
+fn verify_or_fall_back(
+    store: &mut Store,
+    side: usize,
+    older: Option<(usize, Committed)>,
+) -> Result<usize> {
+    let newest = store.verify(&mut |_, _| true)?;
+    let Some(damage) = newest.damaged.first() else {
+        store.verified = Some(newest);
+        return Ok(side);
+    };
+    let Some((older_side, older)) = older else {
+        return Err(damage.error.clone());
+    };
+    let generation = older.generation;
+    *store.committed_guard() = older;
+    let report = store.verify(&mut |_, _| true)?;
+    if !report.damaged.is_empty() {
+        return Err(both_damaged(store, generation, &newest, &report));
+    }
+    store.verified = Some(report);
+    Ok(older_side)
 }
 
 fn both_damaged(store: &Store, older: u64, newest_report: &Report, older_report: &Report) -> Error {
@@ -120,8 +134,6 @@ fn both_damaged(store: &Store, older: u64, newest_report: &Report, older_report:
 pub(super) fn assemble(
     opened: Opened,
     committed: Option<Committed>,
-    rejected: Option<usize>,
-    verified: Option<Report>,
     ledger: &Ledger,
 ) -> Result<Store> {
     let Opened { file, engine, engine_note, header, manifest, layout } = opened;
@@ -148,9 +160,9 @@ pub(super) fn assemble(
         blob: slot(BLOB_BYTES_MAX)?,
         page: slot(PAGE_BYTES)?,
     };
-    // Committed and working table, and the layout they are read with.
+    // Committed and working table, the one that a commit makes committed, and the layout.
     let chunk_bytes = size_of_val(layout.chunks()) + layout.entry_count() * size_of::<usize>();
-    let tables = ledger.enter("tables", (2 * Table::memory_bytes(&layout) + chunk_bytes) as u64);
+    let tables = ledger.enter("tables", (3 * Table::memory_bytes(&layout) + chunk_bytes) as u64);
     Ok(Store {
         file,
         engine,
@@ -163,11 +175,12 @@ pub(super) fn assemble(
         buffers: Mutex::new(buffers),
         failed: OnceLock::new(),
         writable: AtomicBool::new(false),
-        rejected,
+        rejected: Mutex::new(None),
+        fell_back_from: None,
         incarnation,
         boot_id,
         process: std::process::id(),
-        verified,
+        verified: None,
         _tables: tables,
     })
 }
@@ -179,119 +192,102 @@ fn read(engine: &dyn Engine, file: &Arc<DirectFile>, offset: u64, bytes: usize) 
     slot.ok_or_else(|| Error::invalid("the engine kept a slot"))
 }
 
+/// The header, from its first place or its copy.
 fn read_header(engine: &dyn Engine, file: &Arc<DirectFile>) -> Result<Header> {
-    if file.bytes()? < HEADER_OFFSETS[1] + PAGE_BYTES as u64 {
+    let bytes = file.bytes()?;
+    if bytes < HEADER_OFFSETS[1] + PAGE_BYTES as u64 {
         return Err(Error::format(
             file.path(),
-            format!("not a megatrain-io store: it has {} bytes only", file.bytes()?),
+            format!("not a megatrain-io store: it has {bytes} bytes only"),
         ));
     }
+    let mut unreadable = None;
     for offset in HEADER_OFFSETS {
-        let page = read(engine, file, offset, PAGE_BYTES)?;
-        if let Some(header) =
-            Header::decode(&page).map_err(|reason| Error::format(file.path(), reason))?
-        {
-            return Ok(header);
+        match read(engine, file, offset, PAGE_BYTES) {
+            Ok(page) => {
+                let header =
+                    Header::decode(&page).map_err(|reason| Error::format(file.path(), reason))?;
+                if let Some(header) = header {
+                    return Ok(header);
+                }
+            }
+            Err(error) => unreadable = Some(error),
         }
     }
-    Err(Error::format(
-        file.path(),
-        "not a megatrain-io store (no header holds), or both headers were destroyed",
-    ))
+    Err(unreadable.unwrap_or_else(|| {
+        Error::format(
+            file.path(),
+            "not a megatrain-io store (no header holds), or both headers were destroyed",
+        )
+    }))
 }
 
-fn read_manifest(engine: &dyn Engine, file: &Arc<DirectFile>, header: &Header) -> Result<Manifest> {
-    let inside = header
-        .manifest_offset
-        .checked_add(header.manifest_bytes)
-        .is_some_and(|end| end <= header.file_bytes);
+/// The manifest and the layout that follows from it; both must be what the header was made from.
+fn read_manifest(
+    engine: &dyn Engine,
+    file: &Arc<DirectFile>,
+    header: &Header,
+) -> Result<(Manifest, Layout)> {
+    let damaged = |reason: String| Error::format(file.path(), reason);
+    let inside = header.manifest_offset.checked_add(header.manifest_bytes);
+    let inside = inside.is_some_and(|end| end <= header.file_bytes);
     if header.manifest_bytes > MANIFEST_BYTES_MAX as u64
         || !inside
         || !file::is_aligned(header.manifest_offset)
     {
-        return Err(Error::format(
-            file.path(),
-            format!(
-                "the header places a manifest of {} bytes at {}",
-                header.manifest_bytes, header.manifest_offset
-            ),
-        ));
+        let (bytes, offset) = (header.manifest_bytes, header.manifest_offset);
+        return Err(damaged(format!("the header places a manifest of {bytes} bytes at {offset}")));
     }
     let bytes = to_usize(header.manifest_bytes);
     let text = read(engine, file, header.manifest_offset, bytes.max(1))?;
     if crc64(&text[..bytes]) != header.manifest_crc {
-        return Err(Error::format(
-            file.path(),
-            "the manifest's checksum does not hold: the file is damaged. Restore a copy or import the model again",
+        return Err(damaged(
+            "the manifest's checksum does not hold: the file is damaged. Restore a copy or import the model again".into(),
         ));
     }
-    Manifest::parse(&text[..bytes]).map_err(|reason| Error::format(file.path(), reason))
+    let manifest = Manifest::parse(&text[..bytes]).map_err(damaged)?;
+    let layout = Layout::new(&manifest).map_err(damaged)?;
+    let rebuilt = Header::new(header.uuid, &layout, &text[..bytes]);
+    if rebuilt.map(|rebuilt| Header { set_uuid: header.set_uuid, ..rebuilt }).as_ref()
+        != Some(header)
+    {
+        return Err(damaged("the header contradicts the manifest: the file is damaged".into()));
+    }
+    Ok((manifest, layout))
 }
 
-fn check_geometry(file: &DirectFile, header: &Header, layout: &Layout) -> Result {
-    let text = |reason: String| Error::format(file.path(), reason);
-    let tables = Table::encoded_bytes(layout) as u64;
-    let holds = header.table_bytes >= tables
-        && header.table_bytes < tables + PAGE_BYTES as u64
-        && header.data_offset.checked_add(layout.data_bytes()) == Some(header.file_bytes)
-        && [
-            header.table_offsets[0],
-            header.table_offsets[1],
-            header.blob_offsets[0],
-            header.blob_offsets[1],
-            header.data_offset,
-        ]
-        .iter()
-        .all(|offset| *offset < header.file_bytes && file::is_aligned(*offset));
-    if !holds {
-        return Err(text("the header contradicts the manifest: the file is damaged".into()));
-    }
-    let bytes = file.bytes()?;
-    if bytes < header.file_bytes {
-        return Err(text(format!(
-            "the file has {bytes} bytes and should have {}: it was truncated. Restore a copy or import the model again",
-            header.file_bytes
-        )));
-    }
-    Ok(())
-}
-
-/// The superblock of one side, from its first place or its mirror.
-fn read_superblock(opened: &Opened, offsets: &[u64; 2]) -> Result<Option<Superblock>> {
-    for offset in offsets {
-        let page = read(&*opened.engine, &opened.file, *offset, PAGE_BYTES)?;
-        let ours = |s: &Superblock| {
+/// The superblock of one side, from its first place or its mirror; an unreadable page is none.
+fn read_superblock(opened: &Opened, offsets: &[u64; 2]) -> Option<Superblock> {
+    offsets.iter().find_map(|offset| {
+        let page = read(&*opened.engine, &opened.file, *offset, PAGE_BYTES).ok()?;
+        Superblock::decode(&page).filter(|s| {
             s.uuid == opened.header.uuid && s.manifest_crc == opened.header.manifest_crc
-        };
-        if let Some(superblock) = Superblock::decode(&page).filter(ours) {
-            return Ok(Some(superblock));
-        }
-    }
-    Ok(None)
+        })
+    })
 }
 
-/// Table and blob of a superblock, or `None` when one of them does not hold.
-fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Result<Option<Committed>> {
+/// Table and blob of a superblock, or `None` when one of them cannot be read or does not hold.
+fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Option<Committed> {
     let Opened { engine, file, header, layout, .. } = opened;
     let right_side = usize::from(superblock.generation & 1 == 1) == side;
     if !right_side || superblock.blob_bytes > BLOB_BYTES_MAX as u64 {
-        return Ok(None);
+        return None;
     }
     let table_bytes = to_usize(header.table_bytes);
-    let bytes = read(&**engine, file, header.table_offsets[side], table_bytes)?;
+    let bytes = read(&**engine, file, header.table_offsets[side], table_bytes).ok()?;
     if crc64(&bytes[..table_bytes]) != superblock.table_crc {
-        return Ok(None);
+        return None;
     }
-    let Some(table) = Table::decode(layout, superblock.generation, &bytes) else { return Ok(None) };
+    let table = Table::decode(layout, superblock.generation, &bytes)?;
     let blob_bytes = to_usize(superblock.blob_bytes);
-    let blob = read(&**engine, file, header.blob_offsets[side], blob_bytes.max(1))?;
+    let blob = read(&**engine, file, header.blob_offsets[side], blob_bytes.max(1)).ok()?;
     if crc64(&blob[..blob_bytes]) != superblock.blob_crc {
-        return Ok(None);
+        return None;
     }
-    Ok(Some(Committed {
+    Some(Committed {
         generation: superblock.generation,
         table: table.into(),
         blob: blob[..blob_bytes].into(),
         superblock,
-    }))
+    })
 }

@@ -38,11 +38,11 @@ pub struct Damage {
 
 impl Store {
     /// Reads every extent of the committed state and compares its checksums. `progress` is called
-    /// with extents done and in all.
+    /// with extents done and in all, and stops the verification by returning `false`.
     ///
     /// # Errors
     /// Only what prevents verifying; damage stands in the report.
-    pub fn verify(&self, progress: &mut dyn FnMut(usize, usize)) -> Result<Report> {
+    pub fn verify(&self, progress: &mut dyn FnMut(usize, usize) -> bool) -> Result<Report> {
         self.check()?;
         let committed = self.committed();
         let table = &committed.table;
@@ -95,7 +95,9 @@ impl Store {
                 // The second reading failed too: it is the one to report.
                 report.damaged.push(Damage { chunk, group, error });
             }
-            progress(done + 1, work.len());
+            if !progress(done + 1, work.len()) {
+                return Err(Error::invalid("verification was stopped"));
+            }
         }
         report.damaged.sort_by_key(|damage| (damage.chunk, damage.group.index()));
         Ok(report)

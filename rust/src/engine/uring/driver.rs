@@ -14,7 +14,8 @@ use io_uring::{IoUring, opcode, squeue};
 
 use crate::buffer::Region;
 use crate::engine::uring::Command;
-use crate::engine::{Counters, Operation, Request};
+use crate::engine::{Completion, Counters, Operation, Request};
+use crate::error::Error;
 
 /// Pieces in flight at once.
 pub(super) const DEPTH: usize = 32;
@@ -68,6 +69,8 @@ pub(super) struct Driver {
     pieces: Vec<Option<Piece>>,
     vacant_pieces: Vec<usize>,
     registered: Weak<Region>,
+    /// Whether the kernel has the read of `wake`.
+    wake_armed: bool,
     closing: bool,
 }
 
@@ -91,30 +94,67 @@ impl Driver {
             pieces: (0..DEPTH).map(|_| None).collect(),
             vacant_pieces: (0..DEPTH).rev().collect(),
             registered: Weak::new(),
+            wake_armed: false,
             closing: false,
         }
     }
 
-    pub(super) fn run(mut self) {
-        self.arm_wake();
+    /// Serves until the front is gone. What the kernel still has when this returns, or panics, must
+    /// never be freed: the caller leaks the driver unless `is_drained`.
+    pub(super) fn run(&mut self) {
         let mut deadline = None;
-        while !self.is_drained() {
-            if self.closing && Instant::now() > *deadline.get_or_insert(Instant::now() + DRAIN_WAIT)
-            {
-                // The kernel may still write to these bytes some day: they must never be freed.
-                std::mem::forget(std::mem::take(&mut self.entries));
-                std::mem::forget(std::mem::take(&mut self.wake_count));
+        loop {
+            self.receive();
+            if self.is_drained() {
                 return;
             }
-            self.receive();
+            if self.closing && Instant::now() > *deadline.get_or_insert(Instant::now() + DRAIN_WAIT)
+            {
+                return;
+            }
+            if !self.closing && !self.wake_armed {
+                self.arm_wake();
+            }
             self.hand_over();
-            self.wait();
+            if let Err(error) = self.wait() {
+                self.give_up(&error);
+                return;
+            }
             self.reap();
         }
     }
 
-    fn is_drained(&self) -> bool {
-        self.closing && self.entries.iter().all(Option::is_none)
+    /// Whether the kernel has nothing of ours and nothing is left to do.
+    pub(super) fn is_drained(&self) -> bool {
+        self.closing && !self.wake_armed && self.entries.iter().all(Option::is_none)
+    }
+
+    /// The ring is beyond use: every request ends with the cause. Slots that the kernel may still
+    /// touch do not go back with it; they stay here and are leaked with the driver.
+    fn give_up(&mut self, cause: &io::Error) {
+        let failed = |operation: Operation| {
+            Error::io(operation.name(), "io_uring", 0, 0, io::Error::from(cause.kind()))
+        };
+        for in_flight in self.entries.iter().flatten() {
+            let Request { operation, tag, reply, .. } = &in_flight.request;
+            let _ =
+                reply.send(Completion { tag: *tag, slot: None, result: Err(failed(*operation)) });
+        }
+        // Until the front goes away, whatever still comes fails at once.
+        for command in &self.inbox {
+            match command {
+                Command::Submit(request) => {
+                    let error = failed(request.operation);
+                    request.complete(Err(error));
+                }
+                Command::Register(_, reply) => {
+                    let _ = reply.send(Err(cause.to_string()));
+                }
+                Command::Unregister(reply) => {
+                    let _ = reply.send(());
+                }
+            }
+        }
     }
 
     fn receive(&mut self) {
@@ -226,23 +266,28 @@ impl Driver {
         let address = self.wake_count.as_mut_ptr();
         let sqe = opcode::Read::new(Fd(self.wake.as_raw_fd()), address, 8).build().user_data(WAKE);
         self.push(&sqe);
+        self.wake_armed = true;
     }
 
-    fn wait(&mut self) {
+    fn wait(&mut self) -> io::Result<()> {
         let outcome = if self.closing {
-            // Bounded, so that the deadline above is looked at.
+            // Bounded, so that the deadline is looked at.
             let timeout = Timespec::new().sec(1);
             let arguments = SubmitArgs::new().timespec(&timeout);
             self.ring.submitter().submit_with_args(1, &arguments)
         } else {
             self.ring.submit_and_wait(1)
         };
-        if let Err(error) = outcome {
-            let code = error.raw_os_error().map(rustix::io::Errno::from_raw_os_error);
-            use rustix::io::Errno;
-            // All of these mean: look at the completions, then try again.
-            let expected = [Errno::INTR, Errno::AGAIN, Errno::BUSY, Errno::TIME];
-            assert!(code.is_some_and(|c| expected.contains(&c)), "io_uring_enter: {error}");
+        use rustix::io::Errno;
+        // All of these mean: look at the completions, then try again.
+        let expected = [Errno::INTR, Errno::AGAIN, Errno::BUSY, Errno::TIME];
+        match outcome {
+            Err(error)
+                if !expected.iter().any(|e| error.raw_os_error() == Some(e.raw_os_error())) =>
+            {
+                Err(error)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -251,9 +296,7 @@ impl Driver {
             self.ring.completion().map(|cqe| (cqe.user_data(), cqe.result())).collect();
         for (user_data, result) in reaped {
             if user_data == WAKE {
-                if !self.closing {
-                    self.arm_wake();
-                }
+                self.wake_armed = false;
                 continue;
             }
             let slot = crate::units::to_usize(user_data);

@@ -113,7 +113,7 @@ impl Executor {
 
     pub(super) fn complete(&mut self, completion: Completion) {
         let Some(pending) = self.pending.remove(&completion.tag) else { return };
-        if self.failed {
+        if !self.is_active() {
             return;
         }
         let outcome = completion

@@ -1,0 +1,97 @@
+"""The run folder: where everything of one run lies, and which store belongs to it. No torch.
+
+::
+
+    RUN/run.json        version, precision, location and UUID of the store
+    RUN/model/          config.json, tokenizer and chat template, as imported
+    RUN/store.mtio      the store (elsewhere with memory.store_dir)
+    RUN/config.yaml     the configuration of the last start
+    RUN/metrics.jsonl   one line a step
+    RUN/data/           tokenised training data
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from megatrain_io.errors import ConfigError
+
+__all__ = ["Precision", "RunFolder", "RunInfo"]
+
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What ``run.json`` holds.
+
+    Attributes:
+        version: of megatrain-io that imported the model.
+        precision: compute dtype; bf16 keeps fp32 masters as bf16 + remainder.
+        store: path of the store; relative paths are meant from the run folder.
+        store_uuid: UUID of the store that was made for this run.
+        source: the model folder it was imported from, for the record.
+    """
+
+    version: str
+    precision: Precision
+    store: str
+    store_uuid: str
+    source: str
+
+
+class RunFolder:
+    """Paths of one run; nothing is created before ``write``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.info_file = path / "run.json"
+        self.model = path / "model"
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.data = path / "data"
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether an import into this folder was finished."""
+        return self.info_file.exists()
+
+    def write(self, precision: Precision, store: Path, store_uuid: str, source: Path) -> RunInfo:
+        """Record a finished import."""
+        store = store.resolve()
+        inside = store.is_relative_to(self.path.resolve())
+        info = RunInfo(
+            version=version("megatrain-io"),
+            precision=precision,
+            store=str(store.relative_to(self.path.resolve()) if inside else store),
+            store_uuid=store_uuid,
+            source=str(source.resolve()),
+        )
+        fresh = self.info_file.with_suffix(".tmp")
+        fresh.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+        fresh.replace(self.info_file)
+        return info
+
+    def read(self) -> RunInfo:
+        """What was recorded.
+
+        Raises:
+            ConfigError: this is no run folder, or its file is damaged.
+        """
+        if not self.is_imported:
+            raise ConfigError(
+                f"{self.path} is not a run folder: it has no run.json. Give the output_dir of a training run, "
+                f"or import a model first: megatrain-io import MODEL {self.path}"
+            )
+        try:
+            return RunInfo(**json.loads(self.info_file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{self.info_file} is damaged ({error}); the store itself is not touched"
+            ) from error
+
+    def store_path(self) -> Path:
+        """Path of the store."""
+        return self.path / self.read().store

@@ -16,7 +16,6 @@ _LAYERS_MIN = 3  # a first, a middle and a last block
 
 # Upper bounds for values under their standard names ...
 _CAPS = {
-    "vocab_size": 128,
     "sliding_window": 4,
     "attention_chunk_size": 4,
     "max_window_layers": 1,
@@ -35,6 +34,8 @@ _CAPS = {
 }
 # ... and for all names that end like this.
 _CAPS_BY_ENDING = {
+    "vocab_size": 128,
+    "vocab_size_per_layer_input": 128,
     "intermediate_size": 64,
     "ffn_dim": 64,
     "ffn_hidden_size": 64,
@@ -61,16 +62,19 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _shrink_values(values: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    standard_names = {own: standard for standard, own in config_class.attribute_map.items()}
+    # A sub-configuration may be declared as AutoConfig, which has neither.
+    standard_names = {own: name for name, own in getattr(config_class, "attribute_map", {}).items()}
+    sub_configs = getattr(config_class, "sub_configs", {})
     named = {standard_names.get(key, key): value for key, value in values.items()}
     sizes = _head_sizes(named)
     layers = _layers_to_keep(named)
-    small = {}
+    small: dict[str, Any] = {}
     for key, value in values.items():
         name = standard_names.get(key, key)
-        sub_config = config_class.sub_configs.get(key)
-        if isinstance(value, dict) and sub_config is not None:
-            small[key] = _shrink_values(value, sub_config)
+        if isinstance(value, dict) and key in sub_configs:
+            small[key] = _shrink_values(value, sub_configs[key])
+        elif isinstance(value, dict) and key == "per_layer_config":
+            small[key] = _shrink_overrides(value, sizes, layers)
         elif name in sizes:
             small[key] = sizes[name]
         elif name == "num_hidden_layers":
@@ -97,15 +101,30 @@ def _shrink_value(name: str, value: Any, hidden_size: int | None, small_hidden_s
     return min([value, _CAPS[name]] if name in _CAPS else [value, *caps])
 
 
+def _shrink_overrides(
+    overrides: dict[str, dict[str, Any]], sizes: dict[str, int], layers: list[int]
+) -> dict[int, Any]:
+    """Values of single layers, for the layers that are kept."""
+    return {
+        layers.index(int(layer)): {
+            name: sizes.get(name, _shrink_value(name, value, None, None)) for name, value in values.items()
+        }
+        for layer, values in overrides.items()
+        if int(layer) in layers
+    }
+
+
 def _head_sizes(named: dict[str, Any]) -> dict[str, int]:
     """Few heads, grouped as before, and a hidden size that they fill."""
     heads, hidden_size = named.get("num_attention_heads"), named.get("hidden_size")
-    if not isinstance(heads, int) or not isinstance(hidden_size, int):
+    if not isinstance(hidden_size, int):
         return {}
+    if not isinstance(heads, int):
+        return {"hidden_size": min(hidden_size, _HEADS * _HEAD_DIM)}
     sizes = {}
     head_dim = named.get("head_dim") or hidden_size // heads
     if not _rotary_is_per_dimension(named):
-        head_dim = min(head_dim, _HEAD_DIM)
+        head_dim = min(head_dim, max(_HEAD_DIM, named.get("rotary_dim") or 0))
         if named.get("head_dim") is not None:
             sizes["head_dim"] = head_dim
     few = min(heads, _HEADS)
@@ -119,8 +138,8 @@ def _head_sizes(named: dict[str, Any]) -> dict[str, int]:
 
 
 def _rotary_is_per_dimension(named: dict[str, Any]) -> bool:
-    """Whether the configuration counts or lists dimensions of a head (GPT-J, MLA, LongRoPE)."""
-    return bool({"rotary_dim", "qk_rope_head_dim"} & named.keys()) or "[" in str(named.get("rope_parameters"))
+    """Whether head dimensions are split by further numbers (latent attention) or listed (LongRoPE)."""
+    return "qk_rope_head_dim" in named or "[" in str(named.get("rope_parameters"))
 
 
 def _layers_to_keep(named: dict[str, Any]) -> list[int]:

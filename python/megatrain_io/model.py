@@ -1,49 +1,42 @@
 """A transformers causal language model, cut at its decoder blocks.
 
-The stock model is built with every parameter on the meta device and every buffer real. Its decoder
-blocks are taken out and stubs put in their place, so that the model's own `forward` still builds the
-masks, positions and rotary tables, and still computes norm, head and loss; the blocks are run by hand,
-one at a time, with parameters bound for one call only. No tensor of parameters is ever kept here.
+The blocks are taken out of the skeleton and stubs put in their place. So the model's own `forward` still
+embeds the tokens, builds masks, positions and rotary tables, and computes final norm, head and loss, while
+the blocks are run by hand, one at a time. Parameters are bound for one call only; none is kept here.
 
-Shapes: B sequences, T tokens, t <= T tokens of a slice, H hidden size, V vocabulary.
+Shapes: B sequences, T tokens, t <= T tokens of a slice, H hidden size, V vocabulary size.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatrain_io.errors import UnsupportedModelError
+from megatrain_io.skeleton import build_skeleton
 
-__all__ = ["BlockCall", "CutFacts", "CutModel", "MicroBatch", "build_skeleton", "find_block_list"]
-
-# What a constructor allocates from this size on is a parameter: no buffer is as large.
-_META_FROM_ELEMENTS = 1 << 24
+__all__ = ["BlockCall", "CutFacts", "CutModel", "MicroBatch", "ParameterShape"]
 
 ParameterShape = tuple[str, tuple[int, ...]]
+"""Full name as in `named_parameters()` of the stock model, and shape."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MicroBatch:
     """Tokens that go through the model together.
 
     Attributes:
         input_ids: int64 [B, T].
-        shift_labels: int64 [B, T]; entry t is the token that position t must predict, -100 = not trained.
-        position_ids: int64 [B, T] or None for 0..T-1; restarting at 0 it packs several documents in a row.
-        attention_mask: int64 [B, T], 1 = token, 0 = padding, or None for no padding.
+        shift_labels: int64 [B, T]; what each position must predict, -100 where nothing is trained.
+        position_ids: int64 [B, T], restarting at 0 for each document packed into a row; None for 0..T-1.
+        attention_mask: int64 [B, T], 0 for padding; None without padding.
     """
 
     input_ids: Tensor
@@ -52,11 +45,11 @@ class MicroBatch:
     attention_mask: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockCall:
-    """What the model's `forward` passed to one block besides the hidden state.
+    """What the model's `forward` hands to one block besides the hidden state.
 
-    Tensors (masks, rotary tables) and caches are shared between the calls of one recording.
+    Masks, rotary tables and the cache are shared between the calls of one recording.
     """
 
     args: tuple[object, ...]
@@ -65,20 +58,20 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class CutFacts:
-    """What the probe found out about an architecture; holds at every size of it.
+    """How an architecture is cut, as `probe` found out; the same for every size of it.
 
     Attributes:
-        model_type: the configuration's `model_type`.
-        attn_implementation: "sdpa" or "eager".
+        model_type: as in the configuration.
+        attn_implementation: as the probe was told: "sdpa", "eager", or None for transformers' own choice.
         block_list: name of the module list that holds the decoder blocks.
-        output_entries: None where a block returns the hidden state, else the length of its tuple.
+        output_entries: None where blocks return the hidden state, else the length of their tuple.
         prologue: names of the parameters that the first hidden state depends on.
-        epilogue: names of the parameters that the loss depends on after the last block.
+        epilogue: names of the parameters that the loss depends on behind the last block.
         packs: whether position ids that restart keep the documents of a row apart.
     """
 
     model_type: str
-    attn_implementation: str
+    attn_implementation: str | None
     block_list: str
     output_entries: int | None
     prologue: frozenset[str]
@@ -86,195 +79,142 @@ class CutFacts:
     packs: bool
 
 
-def build_skeleton(
-    config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
-) -> PreTrainedModel:
-    """Build the stock causal language model without memory for its parameters.
-
-    Every parameter is on the meta device in `dtype`; every buffer is real, as the stock constructor
-    computes it. `use_cache` is off. `config` is not changed, nothing is fetched.
-
-    Raises:
-        UnsupportedModelError: transformers has no such causal language model, or not in this form.
-    """
-    config = copy.deepcopy(config)
-    try:
-        config.use_cache = False
-        config.get_text_config().use_cache = False
-        with _parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
-            )
-    except Exception as cause:
-        message = f"{config.model_type}: transformers cannot build a causal language model from this: {cause}"
-        raise UnsupportedModelError(message) from cause
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != dtype:
-            message = (
-                f"{config.model_type}: {name} is kept in {parameter.dtype}, not {dtype}; one dtype for "
-                f"all parameters is needed, train this model in {parameter.dtype}"
-            )
-            raise UnsupportedModelError(message)
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:
-            message = f"{config.model_type}: the constructor leaves buffer {name} without values"
-            raise UnsupportedModelError(message)
-    return model
-
-
-def find_block_list(model: PreTrainedModel) -> str:
-    """Name the module list that holds the decoder blocks: the longest one of checkpointing layers.
-
-    Raises:
-        UnsupportedModelError: there is no such list.
-    """
-    lists = [
-        (len(module), name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and all(isinstance(member, GradientCheckpointingLayer) for member in module)
-    ]
-    if not lists:
-        message = (
-            f"{model.config.model_type}: no list of decoder blocks found (transformers marks them as "
-            f"GradientCheckpointingLayer); name the module list by hand with block_list="
-        )
-        raise UnsupportedModelError(message)
-    return max(lists, key=lambda entry: entry[0])[1]
-
-
 class CutModel:
-    """A causal language model without parameters, to be run in three parts.
+    """A causal language model without parameters, run in three parts.
 
-    `record` runs everything before the blocks, `run_block` one block, `loss` and `logits` everything
-    after them. All are stateless: tensors come in as a mapping from full parameter name, as in
-    `named_parameters()` of the stock model, and autograd sees them as the leaves they are. Further
-    names in the mapping are ignored, a missing one is a KeyError. Calls must not overlap in time.
+    `record` runs what comes before the blocks, `run_block` one block, `loss` and `logits` what comes after.
+    Parameters come as a mapping from full name to tensor and are seen by autograd as the leaves they are;
+    a missing name is a KeyError, others are ignored. Dropout draws from torch's global generator. One call
+    at a time: the stubs are shared.
 
     Attributes:
-        facts: what the probe found out.
-        config: the skeleton's own copy of the configuration.
-        blocks: the decoder blocks, each with its own Python state, parameters on meta.
-        tied: alias -> name of the parameter that it shares.
-        prologue_parameters: (name, shape) of all parameters used before the blocks, in model order.
-        epilogue_parameters: (name, shape) of those used after the blocks only.
-        epilogue_borrowed: names of prologue parameters that `loss` and `logits` need as well.
-        frozen: names of parameters that the architecture itself marks as not trainable.
+        facts: as handed in.
+        config: the skeleton's own configuration.
+        blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
+        tied: alias -> full name of the parameter that it shares.
+        prologue_parameters: what `record` needs, in model order.
+        epilogue_parameters: what `loss` and `logits` need, less what the prologue owns.
+        epilogue_borrowed: names of prologue parameters that `loss` and `logits` need too.
+        frozen: names of parameters that the architecture itself does not train.
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, facts: CutFacts) -> None:
         """Build the skeleton of `config` in `dtype` and cut it as `facts` say.
 
         Raises:
-            UnsupportedModelError: the architecture cannot be built, or is not the one that was probed.
+            UnsupportedModelError: it cannot be built, or is not of the architecture that was probed.
         """
         self.facts = facts
         self._skeleton = build_skeleton(config, dtype, facts.attn_implementation)
+        self._loss_function = self._skeleton.loss_function
         self.config: PreTrainedConfig = self._skeleton.config
-        self.frozen = frozenset(n for n, p in self._skeleton.named_parameters() if not p.requires_grad)
-        owners = {id(p): name for name, p in self._skeleton.named_parameters()}
-        self.tied = {
-            name: owners[id(p)]
-            for name, p in self._skeleton.named_parameters(remove_duplicate=False)
-            if owners[id(p)] != name
-        }
+        self.frozen = frozenset(
+            name for name, parameter in self._skeleton.named_parameters() if not parameter.requires_grad
+        )
+        self.tied = self._find_tied()
+        self._visit: Callable[[int, Tensor, BlockCall], Tensor] = _outside_a_run
         self.blocks = tuple(self._take_blocks_out())
-        self._hidden_names = [next(iter(inspect.signature(b.forward).parameters)) for b in self.blocks]
         self._block_names = [
-            {f"{facts.block_list}.{i}.{name}": name for name, _ in block.named_parameters()}
-            for i, block in enumerate(self.blocks)
+            {f"{facts.block_list}.{index}.{name}": name for name, _ in block.named_parameters()}
+            for index, block in enumerate(self.blocks)
         ]
-        self._refuse_shared_blocks()
         resident = [(name, tuple(p.shape)) for name, p in self._skeleton.named_parameters()]
-        self.prologue_parameters = tuple(entry for entry in resident if entry[0] in facts.prologue)
-        self.epilogue_parameters = tuple(
-            entry for entry in resident if entry[0] in facts.epilogue - facts.prologue
-        )
-        self.epilogue_borrowed = tuple(
-            name for name, _ in self.prologue_parameters if name in facts.epilogue
-        )
         for name, _ in resident:
             if name not in facts.prologue | facts.epilogue:
-                self._refuse(f"parameter {name} takes no part in computing the loss of a text")
-        # Stand-ins for the embeddings while the epilogue runs `forward`: one element, strides of zero.
-        self._placeholders = {
-            name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in self.prologue_parameters
-        }
-        self._loss_function = self._skeleton.loss_function
-        self._visit: Callable[[int, Tensor, BlockCall], Tensor] = _outside_a_run
+                raise self._refused(f"parameter {name} was not there in the small copy that was probed")
+        self.prologue_parameters: tuple[ParameterShape, ...] = tuple(
+            (name, shape) for name, shape in resident if name in facts.prologue
+        )
+        self.epilogue_parameters: tuple[ParameterShape, ...] = tuple(
+            (name, shape) for name, shape in resident if name not in facts.prologue
+        )
+        self.epilogue_borrowed: tuple[str, ...] = tuple(
+            name for name, _ in self.prologue_parameters if name in facts.epilogue
+        )
+        # One element, strides of zero: what a parameter is while `forward` passes it to no purpose.
+        self._placeholders = {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in resident}
 
     def block_parameters(self, index: int) -> tuple[ParameterShape, ...]:
-        """(name, shape) of the parameters of block `index`, in model order."""
-        shapes = dict(self.blocks[index].named_parameters())
-        return tuple((full, tuple(shapes[name].shape)) for full, name in self._block_names[index].items())
+        """What `run_block` needs for block `index`, in model order."""
+        own = dict(self.blocks[index].named_parameters())
+        return tuple((full, tuple(own[name].shape)) for full, name in self._block_names[index].items())
 
-    def train(self, mode: bool = True) -> None:
-        """Switch dropout on or off, as `nn.Module.train`; a new CutModel is in training mode."""
-        self._skeleton.train(mode)
-        for block in self.blocks:
-            block.train(mode)
+    def train(self, mode: bool = True) -> None:  # noqa: FBT001, FBT002 - as nn.Module.train
+        """Switch dropout on or off like `nn.Module.train`; a new CutModel is in training mode."""
+        for module in (self._skeleton, *self.blocks):
+            module.train(mode)
 
     def new_cache(self) -> Cache:
-        """An empty key-value cache for one generation; `record` takes it, the blocks fill it."""
+        """An empty key-value cache for one generation: given to `record`, filled by `run_block`."""
         return DynamicCache(config=self.config)
 
     def record(
-        self, parameters: Mapping[str, Tensor], micro_batch: MicroBatch, past_key_values: Cache | None = None
+        self,
+        parameters: Mapping[str, Tensor],
+        micro_batch: MicroBatch,
+        past_key_values: Cache | None = None,
     ) -> tuple[Tensor, tuple[BlockCall, ...]]:
-        """Run the model up to its first block and note how it calls each block.
-
-        With grad enabled the hidden state is connected to the prologue parameters; the calls never are.
+        """Run the model up to its first block, and note how it calls every block.
 
         Args:
-            parameters: at least the prologue parameters.
-            micro_batch: the tokens; `shift_labels` are not looked at. With a cache: the new tokens only.
-            past_key_values: the cache of a generation; None = no cache, as in training.
+            parameters: those of the prologue.
+            micro_batch: the tokens; its labels are not looked at. With a cache, only the new tokens (but an
+                attention mask over all).
+            past_key_values: the cache of a generation. It must hold the earlier tokens of all blocks.
 
         Returns:
-            The first hidden state [B, T, H], and one call per block.
+            The first hidden state [B, T, H], with grad enabled connected to the prologue parameters; and one
+            call per block, never connected to anything.
+
+        Raises:
+            UnsupportedModelError: `forward` skips, repeats or reorders blocks, or works between them.
         """
+        hiddens: list[Tensor] = []
         calls: list[BlockCall] = []
-        first: list[Tensor] = []
 
         def note(index: int, hidden: Tensor, call: BlockCall) -> Tensor:
             if index != len(calls):
-                self._refuse(f"its forward calls block {index} when it is the turn of block {len(calls)}")
-            first[:] = first or [hidden]
-            if hidden is not first[0]:
-                self._refuse(f"its forward changes the hidden state before block {index}, outside the blocks")
+                raise self._refused(f"its forward pass calls block {index} where block {len(calls)} is next")
+            hiddens.append(hidden)
+            if hidden is not hiddens[0]:
+                raise self._refused(f"its forward pass changes the hidden state before block {index}")
             calls.append(call)
             if len(calls) == len(self.blocks):
                 raise _AllBlocksCalledError
             return hidden
 
-        inputs: dict[str, object] = {"input_ids": micro_batch.input_ids}
-        optional = {
+        optional: dict[str, object] = {
             "position_ids": micro_batch.position_ids,
             "attention_mask": micro_batch.attention_mask,
             "past_key_values": past_key_values,
             "use_cache": None if past_key_values is None else True,
         }
-        inputs.update({name: value for name, value in optional.items() if value is not None})
-        bound = {name: parameters[name] for name, _ in self.prologue_parameters}
+        inputs = {name: value for name, value in optional.items() if value is not None}
+        needed = [name for name, _ in self.prologue_parameters]
+        bound = self._placeholders | {name: parameters[name] for name in needed}
         try:
-            self._forward(note, bound, inputs)
+            self._forward(note, bound, {"input_ids": micro_batch.input_ids, **inputs})
         except _AllBlocksCalledError:
-            return first[0], tuple(calls)
-        self._refuse(f"its forward calls {len(calls)} of {len(self.blocks)} blocks")
+            return hiddens[0], tuple(calls)
+        raise self._refused(f"its forward pass calls {len(calls)} of {len(self.blocks)} blocks")
 
     def run_block(
         self, index: int, parameters: Mapping[str, Tensor], hidden: Tensor, call: BlockCall
     ) -> Tensor:
-        """Run block `index` on `hidden` [B, T, H] with its own `call` of the same micro-batch.
+        """Run block `index`.
+
+        Args:
+            index: 0 for the first block.
+            parameters: those of the block.
+            hidden: what the block before it returned, [B, T, H].
+            call: entry `index` of what `record` returned for the same tokens; a cache in it is filled.
 
         Returns:
-            The hidden state behind the block, [B, T, H]. A cache in `call` is filled.
+            The next hidden state, [B, T, H].
         """
         bound = {name: parameters[full] for full, name in self._block_names[index].items()}
         output = functional_call(self.blocks[index], bound, (hidden, *call.args), call.kwargs)
-        result: Tensor = output if self.facts.output_entries is None else output[0]
-        return result
+        return cast("Tensor", output if self.facts.output_entries is None else output[0])
 
     def loss(
         self,
@@ -283,70 +223,70 @@ class CutModel:
         shift_labels: Tensor,
         num_items_in_batch: int | Tensor,
     ) -> Tensor:
-        """Sum of the token losses of a slice, divided by `num_items_in_batch`, by the model's own code.
+        """Sum the token losses of a slice and divide by `num_items_in_batch`, by the model's own code.
 
         Args:
-            parameters: at least the epilogue parameters and the borrowed ones.
-            hidden: output of the last block for some tokens, [B, t, H].
-            shift_labels: int64 [B, t], as in MicroBatch.
-            num_items_in_batch: trained tokens of the whole step; a tensor and an int may differ in the
-                last bit on CUDA, where torch multiplies by the inverse of a number.
+            parameters: those of the epilogue and the borrowed ones.
+            hidden: what the last block returned, or some tokens of it, [B, t, H].
+            shift_labels: int64 [B, t], the same tokens of the micro-batch's.
+            num_items_in_batch: trained tokens of the whole step. (On CUDA torch multiplies by the inverse
+                of a Python number, and divides by a tensor: the last bit may differ.)
 
         Returns:
-            A scalar. Summed over the slices of a step it is the mean loss per trained token.
+            A scalar in float32. Added up over a step's slices it is the mean loss of a trained token.
         """
+        shift_labels = shift_labels.contiguous()  # a slice is not, and the loss function takes views
         used = False
 
-        def loss_of_shifted(
-            logits: Tensor, labels: Tensor | None = None, *args: object, **kwargs: object
-        ) -> Tensor:
+        def loss_of_shifted(logits: Tensor, *args: object, **kwargs: object) -> Tensor:
             nonlocal used
             used = True
-            kwargs.update(num_items_in_batch=num_items_in_batch, shift_labels=shift_labels)
-            result: Tensor = self._loss_function(logits, labels, *args, **kwargs)
-            return result
+            kwargs |= {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return cast("Tensor", self._loss_function(logits, *args, **kwargs))
 
         self._skeleton.loss_function = loss_of_shifted
         try:
-            loss: Tensor = self._run_epilogue(parameters, hidden, {"labels": shift_labels}).loss
+            output = self._run_epilogue(parameters, hidden, {"labels": shift_labels})
         finally:
             self._skeleton.loss_function = self._loss_function
-        if not used:
-            self._refuse("it computes its loss without transformers' loss_function")
-        return loss
+        if not used or output.loss is None:
+            raise self._refused("it does not compute its loss by transformers' loss_function")
+        return output.loss
 
     def logits(self, parameters: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """Next-token scores [B, t, V] of hidden states [B, t, H] behind the last block."""
-        logits: Tensor = self._run_epilogue(parameters, hidden, {}).logits
-        return logits
+        """Scores of the next token [B, t, V] from what the last block returned, [B, t, H].
+
+        Args:
+            parameters: those of the epilogue and the borrowed ones.
+            hidden: all tokens, or only those of interest.
+        """
+        return cast("Tensor", self._run_epilogue(parameters, hidden, {}).logits)
 
     def _run_epilogue(
-        self, parameters: Mapping[str, Tensor], hidden: Tensor, inputs: dict[str, Tensor]
+        self, parameters: Mapping[str, Tensor], hidden: Tensor, inputs: Mapping[str, object]
     ) -> CausalLMOutputWithPast:
-        needed = [name for name, _ in self.epilogue_parameters] + list(self.epilogue_borrowed)
+        needed = [*(name for name, _ in self.epilogue_parameters), *self.epilogue_borrowed]
         bound = self._placeholders | {name: parameters[name] for name in needed}
-        # `forward` insists on embedding something; what comes of it is dropped at the first block.
+        # `forward` must embed something; the stubs drop whatever comes of it.
         input_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        return self._forward(lambda _index, _hidden, _call: hidden, bound, {"input_ids": input_ids, **inputs})
+        return self._forward(lambda *_: hidden, bound, {"input_ids": input_ids, **inputs})
 
     def _forward(
         self,
         visit: Callable[[int, Tensor, BlockCall], Tensor],
         bound: dict[str, Tensor],
-        inputs: Mapping[str, object],
+        inputs: dict[str, object],
     ) -> CausalLMOutputWithPast:
+        """Run the model's own `forward`; in place of each block, `visit` gives the next hidden state."""
         self._visit = visit
         try:
-            output: CausalLMOutputWithPast = functional_call(self._skeleton, bound, (), dict(inputs))
+            return cast("CausalLMOutputWithPast", functional_call(self._skeleton, bound, (), inputs))
         finally:
             self._visit = _outside_a_run
-        return output
 
-    def _called(self, index: int, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        """A stub was called in place of block `index`."""
-        rest = dict(kwargs)
-        hidden = args[0] if args else rest.pop(self._hidden_names[index])
-        output = self._visit(index, hidden, BlockCall(args[1:], rest))
+    def _called(self, index: int, hidden_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        hidden = args[0] if args else kwargs.pop(hidden_name)
+        output = self._visit(index, hidden, BlockCall(args[1:], kwargs))
         entries = self.facts.output_entries
         return output if entries is None else (output, *[None] * (entries - 1))
 
@@ -354,80 +294,49 @@ class CutModel:
         try:
             block_list = self._skeleton.get_submodule(self.facts.block_list)
         except AttributeError:
-            self._refuse(f"it has no module list {self.facts.block_list}; probe it again")
+            raise self._refused(
+                f"it has no module list {self.facts.block_list}; probe this configuration again"
+            ) from None
+        block_list = cast("nn.ModuleList", block_list)
         for index, block in enumerate(block_list):
-            block_list[index] = _Stub(block, partial(self._called, index))
+            hidden_name = next(iter(inspect.signature(block.forward).parameters))
+            block_list[index] = _Stub(block, partial(self._called, index, hidden_name))
             yield block
 
-    def _refuse_shared_blocks(self) -> None:
-        seen = {id(p): name for name, p in self._skeleton.named_parameters()}
-        for index, block in enumerate(self.blocks):
-            for name, parameter in block.named_parameters(remove_duplicate=False):
-                full = f"{self.facts.block_list}.{index}.{name}"
-                if seen.setdefault(id(parameter), full) != full:
-                    self._refuse(f"{full} is the same parameter as {seen[id(parameter)]}")
+    def _find_tied(self) -> dict[str, str]:
+        owners = {id(parameter): name for name, parameter in self._skeleton.named_parameters()}
+        aliases = {
+            name: owners[id(parameter)]
+            for name, parameter in self._skeleton.named_parameters(remove_duplicate=False)
+            if owners[id(parameter)] != name
+        }
+        for alias, owner in aliases.items():
+            if f"{self.facts.block_list}." in f"{alias} {owner}":
+                raise self._refused(f"{alias} and {owner} are one parameter, which no single block owns")
+        return aliases
 
-    def _refuse(self, reason: str) -> NoReturn:
-        message = f"{self.facts.model_type}: {reason}"
-        raise UnsupportedModelError(message)
+    def _refused(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.facts.model_type}: {reason}")
 
 
 class _Stub(nn.Module):
-    """Stands where a block was; its attributes are the block's, calling it tells the CutModel."""
+    """Stands where a block was: has the block's attributes, and passes calls on."""
 
     def __init__(self, block: nn.Module, called: Callable[..., object]) -> None:
         super().__init__()
-        # Past nn.Module's registration: the skeleton must not list the block's parameters.
+        # Not registered as a submodule: the skeleton must not list the block's parameters.
         self.__dict__.update(_block=block, _called=called)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
-    def forward(self, *args: object, **kwargs: object) -> object:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         return self._called(args, kwargs)
 
 
 class _AllBlocksCalledError(Exception):
-    """Ends `forward` once the last block has been recorded; the head is not wanted then."""
+    """Leaves `forward` when the last block was recorded: head and loss are not wanted then."""
 
 
-class _LargeTensorsOnMeta(TorchFunctionMode):
-    """Keeps constructors from reserving and filling memory for parameters not registered yet."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.empty, torch.zeros):
-            without_memory = func(*args, **{**kwargs, "device": "meta"})
-            if without_memory.numel() >= _META_FROM_ELEMENTS:
-                return without_memory
-        # Drawing random numbers for a tensor without memory takes a millisecond each time.
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            target = args[0] if args else kwargs["tensor"]
-            if target.is_meta:
-                return target
-        return func(*args, **kwargs)
-
-
-def _outside_a_run(index: int, hidden: Tensor, call: BlockCall) -> Tensor:
-    raise AssertionError
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if parameter.is_meta:
-            return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    hook = register_module_parameter_registration_hook(to_meta)
-    try:
-        with _LargeTensorsOnMeta():
-            yield
-    finally:
-        hook.remove()
+def _outside_a_run(index: int, _hidden: Tensor, _call: BlockCall) -> Tensor:
+    raise AssertionError(f"the stub of block {index} was called outside record, loss and logits")

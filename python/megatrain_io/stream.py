@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from megatrain_io.checkpoint import SavedInputs
-from megatrain_io.errors import MegatrainIoError, TrainingDivergedError
+from megatrain_io.errors import MegatrainIoError, TrainingDivergedError, UnsupportedModelError
 from megatrain_io.model import BlockCall, CutModel, MicroBatch
 from megatrain_io.schedule import Phase, PoolSizes, build_schedule, pool_sizes
 from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, PagedState
+from megatrain_io.workspace import WorkspaceMeter
 
-__all__ = ["IGNORED", "PagedModel", "StepLoss", "model_parts", "trained_tokens"]
+__all__ = ["IGNORED", "PagedModel", "StepLoss", "clear_frames", "model_parts", "trained_tokens"]
 
 IGNORED = -100
 """Label of a token that is not trained."""
@@ -41,7 +41,16 @@ class StepLoss:
 
 
 def model_parts(cut: CutModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
-    """Name and tensors of each record of a cut model, in the order of the parameter space."""
+    """Name and tensors of each record of a cut model, in the order of the parameter space.
+
+    Raises:
+        UnsupportedModelError: the architecture keeps some of its parameters from being trained.
+    """
+    if cut.frozen:
+        raise UnsupportedModelError(
+            f"{cut.facts.model_type}: {len(cut.frozen)} of its parameters are not trained, the first is "
+            f"{min(cut.frozen)}; models with frozen parameters cannot be trained here yet"
+        )
     parts = [("prologue", cut.prologue_parameters)]
     parts += [(f"block {index}", cut.block_parameters(index)) for index in range(len(cut.blocks))]
     if cut.epilogue_parameters:
@@ -52,6 +61,18 @@ def model_parts(cut: CutModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ..
 def trained_tokens(micro_batches: Sequence[MicroBatch]) -> int:
     """Number of tokens with a label."""
     return sum(int((batch.shift_labels != IGNORED).sum()) for batch in micro_batches)
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Drop the locals of all frames that an error has left, and those that led to it."""
+    cleared: set[int] = set()
+    waiting = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is not None and id(found) not in cleared:
+            cleared.add(id(found))
+            traceback.clear_frames(found.__traceback__)
+            waiting += [found.__cause__, found.__context__]
 
 
 class PagedModel:
@@ -77,6 +98,8 @@ class PagedModel:
         borrows = bool(cut.epilogue_borrowed)
         self.training_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=True)
         self.forward_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=False)
+        self._metered_size = (False, 0, 0)
+        self._activations = 0
         self._training = state.check(self.training_schedule)
         self._forward = state.check(self.forward_schedule)
 
@@ -140,18 +163,33 @@ class PagedModel:
     def _step(
         self, micro_batches: Sequence[MicroBatch], schedule: CheckedSchedule, adamw: AdamWStep
     ) -> Iterator["_Step"]:
+        step = _Step(self, micro_batches, adamw.step)
         random_state = torch.get_rng_state()
         self.state.begin(schedule, adamw)
         try:
-            yield _Step(self, micro_batches, adamw.step)
+            with self._metered(micro_batches, schedule):
+                yield step
         except BaseException as error:
             # Tensors in the frames of the failed step would keep their buffers from the next one.
-            traceback.clear_frames(error.__traceback__)
-            self.saved.clear()
+            clear_frames(error)
             self.state.abort()
             raise
         finally:
             torch.set_rng_state(random_state)
+
+    @contextmanager
+    def _metered(self, micro_batches: Sequence[MicroBatch], schedule: CheckedSchedule) -> Iterator[None]:
+        """Measure the RAM that compute needs whenever a step is larger than any before."""
+        largest = max(batch.input_ids.numel() for batch in micro_batches)
+        size = (schedule is self._training, largest, sum(batch.input_ids.numel() for batch in micro_batches))
+        if size <= self._metered_size:
+            yield
+            return
+        with WorkspaceMeter() as meter:
+            yield
+        self._metered_size = size
+        self._activations = max(self._activations, meter.peak_nbytes)
+        self.state.ledger.set("activations", self._activations)
 
 
 class _Step:
@@ -181,13 +219,14 @@ class _Step:
                 hidden, calls = self._cut.record(weights.tensors, micro_batch)
                 self._hidden.append(hidden)
                 self._calls.append(calls)
-        del hidden, calls
+                del hidden, calls
         weights.give_back()
-        self._state.ledger.set("block arguments", _tensor_bytes(self._calls))
 
     def forward(self, *, saving: bool) -> None:
         """All blocks, first to last. The last one's weights stay for the backward pass."""
         last = self._layout.blocks - 1
+        if saving:
+            self._model.saved.reserve(self._layout.blocks, self._hidden)
         for block in range(self._layout.blocks):
             weights = self._state.weights(self._layout.block(block))
             with torch.no_grad():
@@ -202,7 +241,6 @@ class _Step:
                 self._last_block = weights
             else:
                 weights.give_back()
-        self._count_hidden()
 
     def epilogue(self, *, training: bool) -> Tensor:
         """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
@@ -258,9 +296,6 @@ class _Step:
             hidden, _ = self._cut.record(leaves, micro_batch)
             gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
             del leaves, hidden
-        self._hidden.clear()
-        self._calls.clear()
-        self._count_hidden()
         gradient.submit(weights)
 
     def _epilogue_slices(
@@ -297,7 +332,9 @@ class _Step:
         self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: "_Gradient"
     ) -> Tensor:
         """Gradient of the block's input; those of its parameters are added to ``gradient``."""
-        hidden = self._model.saved.take(block, index).detach().requires_grad_()
+        # The gradient of a block's output has the shape and dtype of its input.
+        saved = self._model.saved.get(block, index, like=self._hidden[index])
+        hidden = saved.detach().requires_grad_()
         leaves = _leaves(tensors)
         out = self._cut.run_block(block, leaves, hidden, self._calls[index][block])
         of_hidden, *of_leaves = torch.autograd.grad(
@@ -311,13 +348,6 @@ class _Step:
         text = f"{self._model.seed}/{self._number}/{index}/{phase}/{block}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         torch.default_generator.manual_seed(seed)
-
-    def _count_hidden(self) -> None:
-        # In the backward pass the gradients take the hidden states' place, one for one.
-        nbytes = sum(hidden.nbytes for hidden in self._hidden)
-        self._state.ledger.set("hidden states", nbytes)
-        if not self._calls:
-            self._state.ledger.set("block arguments", 0)
 
 
 class _Gradient:
@@ -357,13 +387,3 @@ class _Gradient:
 def _leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same memory as leaves of a fresh graph."""
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-
-
-def _tensor_bytes(tree: object) -> int:
-    """Bytes of all tensors in a tree, shared memory counted once."""
-    storages = {
-        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
-        for leaf in tree_leaves([[(call.args, call.kwargs) for call in calls] for calls in tree])  # type: ignore[attr-defined]
-        if isinstance(leaf, Tensor)
-    }
-    return sum(storages.values())

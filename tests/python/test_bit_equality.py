@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from reference.reference import train as train_in_memory
-
 from paged import Case, all_planes, differing, expected_planes, make_store, opened, train
+from reference.reference import train as train_in_memory
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

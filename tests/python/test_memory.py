@@ -1,0 +1,36 @@
+"""RAM: what grows with the model, and whether the ledger knows all of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from memory_of_training import shape
+from paged import Case, make_store
+
+TOKENS = 128
+
+
+def measure(folder: Path, layers: int, hidden: int) -> dict:
+    case = Case(dtype=torch.bfloat16, overrides=shape(layers, hidden))
+    store = folder / f"{layers}x{hidden}"
+    make_store(store, case)
+    script = Path(__file__).with_name("memory_of_training.py")
+    command = [sys.executable, str(script), str(store), str(layers), str(hidden), "bfloat16", str(TOKENS)]
+    paths = {"PYTHONPATH": str(script.parents[1]), "PATH": ""}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=paths).stdout
+    store.unlink()
+    return json.loads(output)
+
+
+@pytest.mark.timeout(300)
+def test_ram_does_not_grow_with_depth_and_the_ledger_knows_all_of_it(tmp_path):
+    small, large = measure(tmp_path, 10, 384), measure(tmp_path, 30, 384)
+    saved = large["accounts"]["saved inputs"] - small["accounts"]["saved inputs"]
+    added = large["parameters"] - small["parameters"]
+    assert large["growth"] - small["growth"] <= saved + 0.1 * added, (small, large)
+    for measured in (small, large):
+        assert measured["growth"] <= 1.05 * measured["ledger"], measured

@@ -1,0 +1,55 @@
+"""Bytes per parameter and step by the kernel's own counters, in the steady state."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatrain_io.schedule import traffic
+from paged import Case, make_store, opened, train
+
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "vocab_size": 2053,
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+}
+MEASURED_STEPS = 3
+
+
+def kernel_counters() -> tuple[int, int]:
+    """Bytes that this process made the drives read and write."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(": ") for line in lines)
+    return int(fields["read_bytes"]), int(fields["write_bytes"])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_bytes_per_parameter_and_step(tmp_path, dtype, tied, micro_batches):
+    case = Case(tied=tied, dtype=dtype, counts=(micro_batches,) * (2 + MEASURED_STEPS), overrides=SIZES)
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case) as model:
+        if not model.state.is_direct:
+            pytest.skip(
+                "the file system of the temporary folder has no direct I/O: the kernel does not count"
+            )
+        train(model, case, stop=2)
+        before = kernel_counters()
+        train(model, case)
+        after = kernel_counters()
+        read, written = ((b - a) / MEASURED_STEPS for a, b in zip(before, after, strict=True))
+        layout = model.state.layout
+        parameters = layout.parameters
+        shared = layout.records[layout.prologue].parameters if tied else 0
+        predicted_read, predicted_written = traffic(model.training_schedule, layout)
+
+    read_limit = {torch.bfloat16: 14, torch.float32: 16}[dtype] * parameters
+    read_limit += dtype.itemsize * shared
+    assert read <= 1.01 * read_limit
+    assert written <= 1.01 * 12 * parameters
+    # What the schedule says is what the kernel saw; metadata of the commit is what is left.
+    assert predicted_read <= read <= 1.01 * predicted_read
+    assert predicted_written <= written <= 1.01 * predicted_written

@@ -1,22 +1,73 @@
-"""Between model files and store: tensor by tensor, never the whole model in RAM."""
+"""Between model files and store: tensor by tensor, never the whole model in RAM.
 
-from collections.abc import Callable
+Import reads each chunk's parameters from wherever the files hold them and writes the chunk; export reads each
+chunk once and writes its parameters to wherever the files hold them. Both hold a few chunks in memory,
+whatever the size of the model or of its largest tensor.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatrain_io.layout import Chunk, ModelLayout, TensorPlace
-from megatrain_io.swap import Engine, Ledger, StoreCreator
+from megatrain_io.errors import (
+    ConfigError,
+    MegatrainIoError,
+    ModelFilesError,
+    NoSpaceError,
+    StorageError,
+    UnsupportedModelError,
+)
+from megatrain_io.hub_names import HubNames, NamePlan, Piece
+from megatrain_io.layout import Chunk, ModelLayout, StateFormat, TensorPlace
+from megatrain_io.model import CutModel
+from megatrain_io.model_folder import ModelFolder
+from megatrain_io.probe import probe
+from megatrain_io.run import Precision, RunFolder, RunInfo
+from megatrain_io.safetensors_files import Checkpoint, ShardPlan, ShardWriter, index_of, plan_shards
+from megatrain_io.stream import model_parts
+from megatrain_io.swap import Engine, Ledger, PagedState, StoreCreator
 
-__all__ = ["TensorReader", "create_store"]
+__all__ = ["Progress", "TensorReader", "create_store", "export_model", "import_model"]
 
 TensorReader = Callable[[TensorPlace, int, int], Tensor]
 """``read(place, start, stop)``: elements start..stop of a tensor, flat, in the dtype of the source."""
 
+Progress = Callable[[int, int], None]
+"""``progress(done, total)``, in chunks."""
 
-def create_store(
+_FORMATS: dict[Precision, StateFormat] = {"bf16": "bf16", "fp32": "f32"}
+_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+_TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_FILE_DTYPES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+_TRAINABLE = ("BF16", "F16", "F32")
+
+_STORE = "store.mtio"
+_FIRST_BLOB = json.dumps({"version": 1, "step": 0}).encode()
+_COMPARED_AT_ONCE = 1 << 20
+_SPARE_BYTES = 1 << 20
+
+
+def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning of its own
     path: Path,
     layout: ModelLayout,
     read: TensorReader,
@@ -25,7 +76,7 @@ def create_store(
     blob: bytes,
     engine: Engine = "auto",
     ledger: Ledger | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Make a store of ``layout`` with the weights that ``read`` gives, and return its UUID.
 
@@ -48,6 +99,140 @@ def create_store(
         raise
 
 
+def import_model(  # noqa: PLR0913 - as create_store
+    model_dir: Path,
+    run: RunFolder,
+    *,
+    precision: Precision,
+    store: Path | None = None,
+    chunk_parameters: int | None = None,
+    engine: Engine = "auto",
+    ledger: Ledger | None = None,
+    progress: Progress | None = None,
+) -> RunInfo:
+    """Make the store of a run from a model folder of the Hugging Face hub.
+
+    All files are checked before anything is written. The store, the configuration and the tokeniser are in
+    place before ``run.json`` says so; when it fails, nothing is left behind.
+
+    Args:
+        model_dir: folder with config.json and weights in safetensors (bf16, fp16 or fp32).
+        run: where the run lives; its folder is made if need be.
+        precision: compute dtype. bf16 keeps fp32 masters, whatever the source.
+        store: path of the store; None = store.mtio in the run folder.
+        chunk_parameters: parameters of a chunk; None = by the model's size.
+        engine: how bytes are written.
+        ledger: accounts of memory.
+        progress: called after each chunk.
+
+    Raises:
+        ConfigError: the run folder holds an import already, or something else is in the way.
+        ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
+        UnsupportedModelError: the weights are quantised, or the model cannot be trained block by block.
+        NoSpaceError, StorageError: the drive of the store or of the run folder.
+    """
+    _check_precision("precision", precision)
+    target = run.path / _STORE if store is None else store
+    _refuse_what_is_in_the_way(run, target)
+    folder = ModelFolder(model_dir)
+    with Checkpoint(folder.weight_files()) as files:
+        config = folder.config()
+        companions = folder.companions()
+        names = HubNames(config, _DTYPES[precision])
+        plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
+        _check_values(files, names, plan, config.model_type)
+        cut = CutModel(config, _DTYPES[precision], probe(config))
+        layout = ModelLayout.build(model_parts(cut), len(cut.blocks), _FORMATS[precision], chunk_parameters)
+        with _storage_errors(run.path), ExitStack() as undo:
+            _make_folder(run.path, undo)
+            _make_folder(target.parent, undo)
+            partial = run.model.with_name(run.model.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
+            undo.callback(shutil.rmtree, partial, ignore_errors=True)
+            partial.mkdir()
+            folder.copy(["config.json", *companions], partial)
+            uuid = create_store(
+                target,
+                layout,
+                lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop),
+                model={"config": folder.raw_config, "architecture": names.architecture, "tied": cut.tied},
+                blob=_FIRST_BLOB,
+                engine=engine,
+                ledger=ledger,
+                progress=progress,
+            )
+            undo.callback(target.unlink, missing_ok=True)
+            partial.rename(run.model)
+            undo.callback(shutil.rmtree, run.model, ignore_errors=True)
+            _sync_folder(run.path)
+            info = run.write(precision, target, uuid, model_dir)
+            undo.pop_all()
+    return info
+
+
+def export_model(
+    run: RunFolder,
+    out: Path,
+    *,
+    dtype: Precision | None = None,
+    shard_bytes: int = 5 * 10**9,
+    engine: Engine = "auto",
+    progress: Progress | None = None,
+) -> None:
+    """Write the committed weights of a run as a model folder that stock transformers loads.
+
+    The folder gets its name when it is complete; when it fails, nothing is left behind. Names and bytes of the
+    tensors are those that ``save_pretrained`` writes; fused experts may lie in other shards than there.
+
+    Args:
+        run: a run with a finished import; its store must not be in use.
+        out: a folder that does not exist or is empty.
+        dtype: "bf16" are the weights that were trained with, or fp32 ones rounded to nearest even; "fp32" are
+            the masters. None = the run's own precision.
+        shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
+        engine: how bytes are read.
+        progress: called after each chunk.
+
+    Raises:
+        ConfigError: there is no finished import, or something is in the way at ``out``.
+        NoSpaceError: the files do not fit.
+        CorruptionError, StoreInUseError, FormatError, StorageError: the store cannot be read.
+    """
+    run.read()
+    if dtype is not None:
+        _check_precision("dtype", dtype)
+    out = out.absolute()
+    partial = out.with_name(out.name + ".partial")
+    _refuse_occupied(out, partial)
+    if shard_bytes < 1:
+        raise ConfigError(f"shard_bytes is {shard_bytes}: give the bytes of one file, such as 5000000000")
+    with _storage_errors(out), PagedState.of_run(run, engine=engine) as state, ExitStack() as undo:
+        wanted: Precision = dtype or ("bf16" if state.layout.format == "bf16" else "fp32")
+        folder = ModelFolder(run.model)
+        names = HubNames(folder.config(), _DTYPES[wanted])
+        plan, shards = _plan_export(state.layout, names, wanted, shard_bytes)
+        companions = folder.companions()
+        _require_space(out, shards, [run.model / name for name in companions])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        undo.callback(shutil.rmtree, partial, ignore_errors=True)
+        with ShardWriter(partial, shards) as written:
+            _write_buffers(written, names, plan)
+            _write_parameters(written, state, plan, wanted, progress)
+        if len(shards) > 1:
+            _write_text(partial / "model.safetensors.index.json", index_of(shards, state.layout.parameters))
+        config = _config_for_export(folder.raw_config, names.architecture, _DTYPES[wanted])
+        _write_text(partial / "config.json", config)
+        folder.copy(companions, partial)
+        _sync_folder(partial)
+        partial.rename(out)
+        undo.pop_all()
+        _sync_folder(out.parent)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
 def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tuple[bytes, str]:
     """All parameters of a chunk, padding included, as bf16 where every source is, else as fp32."""
     end = chunk.start + chunk.parameters
@@ -64,3 +249,224 @@ def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tupl
         out[start:stop] = values
     name = "bfloat16" if is_bf16 else "float32"
     return out.view(torch.uint8).numpy().tobytes(), name
+
+
+def _read(files: Checkpoint, pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
+    """Elements ``start``..``stop`` of a tensor of the model, flat, from all pieces that hold some of them."""
+    parts = []
+    for piece in pieces:
+        dtype = _TORCH_DTYPES[files.entries[piece.name].dtype]
+        for place, source, count in piece.runs(start, stop):
+            data = files.read(piece.name, source, source + count)
+            parts.append((place - start, torch.frombuffer(data, dtype=dtype)))
+    if len(parts) == 1:
+        return parts[0][1]
+    dtypes = {values.dtype for _, values in parts}
+    out = torch.empty(stop - start, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    for place, values in parts:
+        out[place : place + len(values)] = values
+    return out
+
+
+def _check_values(files: Checkpoint, names: HubNames, plan: NamePlan, model_type: str) -> None:
+    """What can be wrong although all names and shapes are right."""
+    strange = [
+        f"{piece.name} is {files.entries[piece.name].dtype}"
+        for pieces in plan.parameters.values()
+        for piece in pieces
+        if files.entries[piece.name].dtype not in _TRAINABLE
+    ]
+    if strange:
+        raise UnsupportedModelError(
+            f"{len(strange)} tensors have a dtype that is not trained ({', '.join(strange[:3])}): import the "
+            "original model in bf16, fp16 or fp32"
+        )
+    for owner, pieces in plan.aliases:
+        if not _are_equal(files, plan.parameters[owner], pieces):
+            raise ModelFilesError(
+                f"{owner} and {pieces[0].name} are one tensor by config.json, but the files hold two different "
+                "ones: set tie_word_embeddings to false in config.json if the model was trained so"
+            )
+    for name, target in plan.buffers.items():
+        if not _holds(files, name, names.buffer(target)):
+            raise UnsupportedModelError(
+                f"{model_type}: {name} is not a parameter, but the files hold other values for it than those that "
+                "the model starts with; such buffers are not imported, and without them this would be another model"
+            )
+
+
+def _holds(files: Checkpoint, name: str, expected: Tensor) -> bool:
+    """Whether a tensor of the files, in the dtype of ``expected``, equals it."""
+    entry = files.entries[name]
+    if entry.dtype not in _TORCH_DTYPES or entry.elements == 0:
+        return entry.elements == 0
+    found = torch.frombuffer(files.read(name, 0, entry.elements), dtype=_TORCH_DTYPES[entry.dtype])
+    return torch.equal(found.view(entry.shape).to(expected.dtype), expected)
+
+
+def _are_equal(files: Checkpoint, one: Sequence[Piece], other: Sequence[Piece]) -> bool:
+    elements = torch.Size(one[0].shape).numel()
+    for start in range(0, elements, _COMPARED_AT_ONCE):
+        stop = min(start + _COMPARED_AT_ONCE, elements)
+        if not torch.equal(_read(files, one, start, stop).float(), _read(files, other, start, stop).float()):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def _plan_export(
+    layout: ModelLayout, names: HubNames, dtype: Precision, shard_bytes: int
+) -> tuple[NamePlan, list[ShardPlan]]:
+    """Where each parameter goes, and the files."""
+    shapes = names.file_shapes()
+    plan = names.plan(shapes)
+    if names.parameters != {place.name: place.shape for place in layout.tensors()}:
+        raise ModelFilesError(
+            f"the store was not made with this config.json: {layout.parameters:,} parameters in the store, others in "
+            f"the {names.architecture} of config.json. Put the config.json of the import back"
+        )
+    tensors = [
+        (
+            name,
+            _FILE_DTYPES[names.buffer(plan.buffers[name]).dtype if name in plan.buffers else _DTYPES[dtype]],
+            shape,
+        )
+        for name, shape in shapes.items()
+    ]
+    return plan, plan_shards(tensors, shard_bytes)
+
+
+def _write_parameters(
+    files: ShardWriter, state: PagedState, plan: NamePlan, dtype: Precision, progress: Progress | None
+) -> None:
+    plane = "master" if dtype == "fp32" else "weight"
+    is_fp32 = dtype == "fp32" or state.layout.format == "f32"
+    for chunk in state.layout.chunks:
+        data = bytearray(state.read_plane(chunk.index, plane))
+        values = torch.frombuffer(data, dtype=torch.float32 if is_fp32 else torch.bfloat16)
+        end = chunk.start + chunk.parameters
+        for place in state.layout.records[chunk.record].tensors:
+            start, stop = max(chunk.start, place.offset), min(end, place.offset + place.elements)
+            for piece in plan.parameters[place.name] if start < stop else ():
+                for at, source, count in piece.runs(start - place.offset, stop - place.offset):
+                    first = place.offset + at - chunk.start
+                    _write(files, piece.name, source, values[first : first + count])
+        if progress is not None:
+            progress(chunk.index + 1, len(state.layout.chunks))
+
+
+def _write_buffers(files: ShardWriter, names: HubNames, plan: NamePlan) -> None:
+    for name, target in plan.buffers.items():
+        _write(files, name, 0, names.buffer(target).detach().reshape(-1))
+
+
+def _write(files: ShardWriter, name: str, element: int, values: Tensor) -> None:
+    """Write ``values``, flat, from ``element`` on of a tensor; they get the dtype that it has in the file."""
+    values = values.to(_TORCH_DTYPES[files.dtype_of(name)])
+    files.write(name, element * values.itemsize, values.view(torch.uint8).numpy().data)
+
+
+def _config_for_export(config: Mapping[str, Any], architecture: str, dtype: torch.dtype) -> str:
+    """The configuration as it was imported, with the dtype of the files; code that was not copied is not named."""
+    name = str(dtype).removeprefix("torch.")
+    content = {
+        key: {**value, "dtype": name}
+        if isinstance(value, dict) and value.keys() & {"dtype", "torch_dtype"}
+        else value
+        for key, value in config.items()
+    }
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        part.pop("torch_dtype", None)
+        part.pop("auto_map", None)
+    return json.dumps({**content, "architectures": [architecture], "dtype": name}, indent=2) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ------------------------------------------------------------------------------------------- folders
+
+
+def _check_precision(option: str, value: str) -> None:
+    if value not in _DTYPES:
+        raise ConfigError(f"{option} is {value!r}: it must be one of {', '.join(_DTYPES)}")
+
+
+def _refuse_what_is_in_the_way(run: RunFolder, store: Path) -> None:
+    if run.is_imported:
+        raise ConfigError(
+            f"{run.path} already holds a model, imported from {run.read().source}. Train or export that one, or "
+            "choose another folder"
+        )
+    for path in (store, run.model):
+        if os.path.lexists(path):
+            raise ConfigError(
+                f"{path} is in the way: {run.path} has no run.json, so this is not of a finished import. Remove it "
+                "if an import was interrupted there, or choose another folder"
+            )
+
+
+def _refuse_occupied(out: Path, partial: Path) -> None:
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(
+            f"{out} exists and is not an empty folder: nothing is overwritten. Choose another one"
+        )
+    if os.path.lexists(partial):
+        raise ConfigError(f"{partial} is of an export that runs, or was killed: remove it if none runs")
+
+
+def _require_space(out: Path, shards: Sequence[ShardPlan], copies: Sequence[Path]) -> None:
+    there = next(folder for folder in out.parents if folder.exists())
+    system = os.statvfs(there)
+    free = system.f_bavail * system.f_frsize
+    needed = (
+        sum(shard.file_bytes for shard in shards) + sum(path.stat().st_size for path in copies) + _SPARE_BYTES
+    )
+    if free < needed:
+        raise NoSpaceError(
+            f"the export needs {needed:,} bytes, {free:,} are free in {there}. Free {needed - free:,} bytes, or "
+            "choose another disk; nothing was written"
+        )
+
+
+def _make_folder(path: Path, undo: ExitStack) -> None:
+    """Make a folder that only its owner may enter, and those above it; ``undo`` removes those that are new."""
+    for folder in reversed([path, *path.parents]):
+        if not folder.exists():
+            folder.mkdir(0o700)
+            undo.callback(_remove_if_empty, folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Errors of the operating system become errors with a class and advice."""
+    try:
+        yield
+    except MegatrainIoError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = NoSpaceError if full else StorageError
+        advice = "Free some space" if full else "Look at its permissions and the system's log"
+        raise kind(
+            f"{error.filename or path}: {error.strerror}. {advice}; nothing was left behind"
+        ) from error

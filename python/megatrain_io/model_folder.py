@@ -1,0 +1,239 @@
+"""A model folder as the Hugging Face hub lays it out: what is in it, and what is wrong with it.
+
+Everything is checked before a byte of weights is read. Names come from an allow-list or are checked, links may
+not lead out of the folder, no code is run, nothing is unpickled and nothing is fetched.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from megatrain_io.errors import ModelFilesError, UnsupportedModelError
+
+__all__ = ["ModelFolder"]
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
+"""What belongs to a model besides configuration and weights: data for tokenisers, and terms of use."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_GIT_LFS = b"version https://git-lfs"
+_JSON_BYTES_MAX = 64 << 20
+
+
+class ModelFolder:
+    """A folder with config.json, weights in safetensors and a tokeniser.
+
+    Attributes:
+        path: of the folder.
+        raw_config: content of config.json; numbers that JSON does not have are marked as transformers does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Look at a folder.
+
+        Raises:
+            ModelFilesError: it is missing, a file, or has no sound config.json.
+        """
+        self.path = path
+        if path.suffix == ".gguf":
+            self._refuse_gguf(path)
+        if not path.exists():
+            raise ModelFilesError(
+                f"{path} does not exist. Give a folder with config.json and model.safetensors; a model of the hub "
+                f"is fetched beforehand: hf download {path} --local-dir DIR"
+            )
+        if not path.is_dir():
+            raise ModelFilesError(f"{path} is a file: give the folder that holds config.json and the weights")
+        if not os.path.lexists(path / _CONFIG):
+            if found := sorted(path.glob("*.gguf")):
+                self._refuse_gguf(found[0])
+            if (path / "adapter_config.json").exists():
+                raise ModelFilesError(
+                    f"{path} holds an adapter, not a model: merge it into its base model (peft: merge_and_unload, "
+                    "save_pretrained) and import that"
+                )
+            raise ModelFilesError(f"{path} has no config.json: it is not a model folder, or not all of one")
+        self.raw_config = self._read_json(_CONFIG)
+
+    def weight_files(self) -> list[Path]:
+        """Paths of the safetensors files, links resolved; all of them are there.
+
+        Raises:
+            ModelFilesError: there are none, some are missing, or the index is not sound.
+        """
+        if os.path.lexists(self.path / _WEIGHTS):
+            return [self._inside(_WEIGHTS)]
+        if os.path.lexists(self.path / _INDEX):
+            return self._shards()
+        if found := sorted(self.path.glob("model-*-of-*.safetensors")):
+            raise ModelFilesError(f"{self.path} has {found[0].name} but no {_INDEX}: fetch it too")
+        pickles = sorted(path for pattern in _PICKLES for path in self.path.glob(pattern))
+        if pickles:
+            raise ModelFilesError(
+                f"{self.path} has its weights as pickle only ({pickles[0].name}), which is not read, because a pickle "
+                "can run any program. Convert it once, if you trust it, with transformers: "
+                f"AutoModelForCausalLM.from_pretrained({str(self.path)!r}).save_pretrained(OUT), and the tokenizer "
+                "likewise; then import OUT"
+            )
+        if found := sorted(self.path.glob("*.gguf")):
+            self._refuse_gguf(found[0])
+        raise ModelFilesError(f"{self.path} has config.json but no weights: {_WEIGHTS} is missing")
+
+    def config(self) -> PreTrainedConfig:
+        """The configuration, by transformers' own class for its model type.
+
+        Raises:
+            UnsupportedModelError: the weights are quantised, or transformers does not know the model.
+        """
+        self._refuse_quantised()
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as cause:
+            reason = str(cause).partition("\n")[0]
+            raise UnsupportedModelError(
+                f"{self.path / _CONFIG}: model_type {self.raw_config.get('model_type')!r} cannot be used: {reason}. "
+                "Code that comes with a model is not run"
+            ) from cause
+        # These may name code that transformers would fetch from the hub and run.
+        config._attn_implementation = None  # noqa: SLF001
+        config._experts_implementation = None  # noqa: SLF001
+        return config
+
+    def companions(self) -> list[str]:
+        """Names of the tokeniser's and other files that go with the model.
+
+        Raises:
+            ModelFilesError: one is a Git-LFS pointer or leads out of the folder.
+        """
+        names = [name for name in _COMPANIONS if os.path.lexists(self.path / name)]
+        for name in names:
+            path = self._inside(name)
+            with path.open("rb") as file:
+                if file.read(len(_GIT_LFS)) == _GIT_LFS:
+                    raise ModelFilesError(
+                        f"{self.path / name} is a Git-LFS pointer ({path.stat().st_size} bytes) in place of the file "
+                        "itself: run `git lfs pull` in its folder, or download the file"
+                    )
+        return names
+
+    def copy(self, names: Sequence[str], folder: Path) -> None:
+        """Copy files of this folder into another one, durably."""
+        for name in names:
+            with self._inside(name).open("rb") as source, (folder / name).open("xb") as copy:
+                shutil.copyfileobj(source, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+
+    def _shards(self) -> list[Path]:
+        places = self._read_json(_INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ModelFilesError(f"{self.path / _INDEX} has no weight_map: fetch it again")
+        for name in places.values():
+            plain = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name  # noqa: PTH119
+            if not plain or not name.endswith(".safetensors") or "\0" in name:
+                raise ModelFilesError(
+                    f"{self.path / _INDEX} names {name!r}: only names of safetensors files in the same folder are "
+                    "followed"
+                )
+        names = sorted(set(places.values()))
+        missing = [(number, name) for number, name in enumerate(names, 1) if not (self.path / name).exists()]
+        if len(missing) == 1:
+            number, name = missing[0]
+            raise ModelFilesError(
+                f"{self.path}: shard {number} of {len(names)} is missing ({name}): fetch it"
+            )
+        if missing:
+            shown = ", ".join(name for _, name in missing[:3]) + (", ..." if len(missing) > 3 else "")  # noqa: PLR2004
+            raise ModelFilesError(f"{self.path}: {len(missing)} of {len(names)} shards are missing ({shown})")
+        return [self._inside(name) for name in names]
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self._inside(name)
+        size = path.stat().st_size
+        if size > _JSON_BYTES_MAX:
+            raise ModelFilesError(
+                f"{self.path / name} has {size:,} bytes, at most {_JSON_BYTES_MAX:,} are read"
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text, parse_constant=lambda constant: {"__float__": constant})
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelFilesError(f"{self.path / name} cannot be read: {error}. Fetch it again") from error
+        if not isinstance(content, dict):
+            raise ModelFilesError(f"{self.path / name} is not a JSON object: fetch it again")
+        return content
+
+    def _inside(self, name: str) -> Path:
+        """The file itself, which must be in the folder, or in the blobs of the hub's cache beside it."""
+        path = self.path / name
+        home = self.path.resolve()
+        allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+        real = None
+        with suppress(OSError):
+            real = path.resolve(strict=True)
+        if real is None or not real.is_file():
+            raise ModelFilesError(f"{path} is not a file, or a link to nowhere: fetch it again")
+        if not any(real.is_relative_to(folder) for folder in allowed):
+            raise ModelFilesError(
+                f"{path} is a link out of the folder, to {real}: copy the file into the folder"
+            )
+        return real
+
+    def _refuse_quantised(self) -> None:
+        for marks in _quantisations(self.raw_config):
+            method = str(marks.get("quant_method", "")) or "bitsandbytes"
+            bits = marks.get("bits") or (
+                4 if marks.get("load_in_4bit") else 8 if marks.get("load_in_8bit") else None
+            )
+            what = method.upper() + (f" {bits}-bit" if isinstance(bits, int) else "")
+            raise UnsupportedModelError(
+                f"{self.path}: the weights are quantised ({what}); training all of them needs the original model "
+                "in bf16, fp16 or fp32: import that one"
+            )
+
+    def _refuse_gguf(self, path: Path) -> NoReturn:
+        raise ModelFilesError(
+            f"{path} is in GGUF format, which is not read yet. Convert it once with transformers (pip install gguf "
+            f"accelerate): load it with AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, "
+            f"gguf_file={path.name!r}), take the mark of quantisation off with "
+            "model.hf_quantizer.remove_quantization_config(model), save it with save_pretrained(OUT), and the "
+            "tokenizer likewise; then import OUT. Compare the tokenizer's eos_token_id with the original's"
+        )
+
+
+def _quantisations(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(part.get(key), dict):
+                yield part[key]

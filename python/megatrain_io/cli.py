@@ -1,0 +1,350 @@
+"""The command line. Each command imports what it needs when it runs, so that ``--help`` answers at once.
+
+Standard output is for results: text, or one JSON object with ``--json``. Everything else goes to standard
+error. Exit codes are those of ``megatrain_io.errors``.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from megatrain_io.errors import CorruptionError, InterruptedRunError, MegatrainIoError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Train language models that fit neither the GPU nor the RAM: NVMe is the memory, with the same bits.",
+    epilog="Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 does not fit, 4 environment or storage, "
+    "5 data or model files, 6 store corrupt or failed, 7 diverged, 130 interrupted and resumable.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a traceback here is for a bug report, and is pasted as it is
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Model folder: config.json, safetensors, tokenizer.")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder: the output_dir of its configuration.")]
+JsonOutput = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, and no progress.")
+]
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 - so are callbacks called
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("megatrain-io")
+        except PackageNotFoundError:
+            number = "(not installed)"
+        typer.echo(f"megatrain-io {number}")
+        raise typer.Exit
+
+
+def _print_keys(wanted: bool) -> None:  # noqa: FBT001 - so are callbacks called
+    if wanted:
+        from megatrain_io.config import describe_keys
+
+        typer.echo(describe_keys())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+@app.command("import")
+def import_command(
+    model: Model,
+    run: Run,
+    *,
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="Compute dtype; master weights are fp32 either way.")
+    ] = "bf16",
+    store_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the store, on a local NVMe drive. Default: RUN."),
+    ] = None,
+    io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="How bytes move.")] = "auto",
+    json_output: JsonOutput = False,
+) -> None:
+    """Make a store from a model folder. It goes tensor by tensor: the model is never whole in RAM."""
+    with _command(json_output=json_output, interrupted="Nothing was left behind: import again.") as outcome:
+        from megatrain_io.config import store_file
+        from megatrain_io.convert import import_model
+        from megatrain_io.run import RunFolder
+
+        with outcome.counting("import") as progress:
+            info = import_model(
+                model,
+                RunFolder(run),
+                precision=precision,
+                store=store_file(run, store_dir),
+                engine=io_backend,
+                progress=progress,
+            )
+        outcome.result = {"run": run, **asdict(info)}
+        outcome.text = f"imported {model} into {run}: {info.precision}, store {info.store}"
+
+
+@app.command("train")
+def train_command(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Win over the file: train.learning_rate=2e-5, or learning_rate=2e-5 for short.",
+        ),
+    ] = None,
+    *,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="YAML file. Relative paths in it are meant from the current directory.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last committed step.")] = False,
+    _keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys", callback=_print_keys, is_eager=True, help="List every key with its default, and exit."
+        ),
+    ] = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Train, or go on with a training."""
+    sentence = "The last committed step is safe: go on with the same command and --resume."
+    with _command(json_output=json_output, interrupted=sentence) as outcome:
+        from megatrain_io.config import load
+
+        config, notes = load(config_file, overrides or [])
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
+
+        from rich.console import Console
+
+        from megatrain_io.report import reporter_for
+        from megatrain_io.train import train
+
+        logging_steps = config.train.logging_steps
+        reporter = reporter_for(Console(stderr=True), quiet=json_output, logging_steps=logging_steps)
+        try:
+            result = train(config, resume=resume, reporter=reporter)
+        finally:
+            reporter.finished()
+        outcome.result = {"run": config.output_dir, **asdict(result)}
+        outcome.text = "\n".join(_rows(outcome.result))
+
+
+@app.command("generate")
+def generate_command(  # noqa: PLR0913 - an option each
+    run: Run,
+    *,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on from.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="TEXT is a message to answer, in the model's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 is off.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    json_output: JsonOutput = False,
+) -> None:
+    """Continue a text. It is done with the newest committed weights."""
+    with _command(json_output=json_output, interrupted="The run is as it was.") as outcome:
+        from megatrain_io.generate import Generator
+
+        how: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+        }
+        with Generator.open(run) as generator:
+            if chat:
+                outcome.text = generator.chat([{"role": "user", "content": prompt}], **how)
+            else:
+                outcome.text = generator.complete(prompt, **how)
+        outcome.result = {"prompt": prompt, "text": outcome.text, **how}
+
+
+@app.command("export")
+def export_command(
+    run: Run,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    *,
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None,
+        typer.Option(help="fp32 are the master weights. Default: what the run computes in."),
+    ] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Write the weights as a model folder. They are the newest committed ones; transformers loads the folder."""
+    with _command(json_output=json_output, interrupted="The run is as it was: export again.") as outcome:
+        from megatrain_io.convert import export_model
+        from megatrain_io.run import RunFolder
+
+        with outcome.counting("export") as progress:
+            export_model(RunFolder(run), out, dtype=dtype, progress=progress)
+        outcome.result = {"run": run, "out": out, "dtype": dtype}
+        outcome.text = f"exported {run} to {out}"
+
+
+@app.command("verify")
+def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
+    """Compare every checksum of a store. All of it is read."""
+    with _command(json_output=json_output, interrupted="The run is as it was.") as outcome:
+        from megatrain_io.run import RunFolder
+
+        folder = RunFolder(run)
+        folder.read()  # what is no run is refused before torch is imported
+
+        from megatrain_io.swap import PagedState
+
+        with PagedState.of_run(folder) as state, outcome.counting("verify") as progress:
+            report = state.verify(progress)
+        outcome.result = {"run": run, **asdict(report)}
+        size = f"{report.nbytes / 2**30:.2f} GiB in {report.extents} extents"
+        if report.damaged:
+            outcome.exit_code = CorruptionError.exit_code
+            lines = [
+                f"generation {report.generation}: {len(report.damaged)} damaged extents ({size})",
+                *(f"  {message}" for message in report.damaged),
+                "Copy the store elsewhere and check the drive, then restore a copy or import an export again.",
+            ]
+            outcome.text = "\n".join(lines)
+        else:
+            outcome.text = f"generation {report.generation}: whole ({size})"
+
+
+@app.command("doctor")
+def doctor_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where a store would be.")] = Path(),
+    *,
+    json_output: JsonOutput = False,
+) -> None:
+    """Say what this machine offers. RAM, GPU, drive, io_uring, versions: as a text to paste into a report."""
+    with _command(json_output=json_output, interrupted="Nothing was changed.") as outcome:
+        from megatrain_io.doctor import examine, render
+
+        outcome.result = examine(folder)
+        outcome.text = render(outcome.result)
+
+
+# ----------------------------------------------------------------------------------------------- outcomes
+
+
+@dataclass
+class _Outcome:
+    """What a command has to say in the end."""
+
+    json_output: bool
+    result: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    exit_code: int = 0
+
+    def counting(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Progress of a command that counts, on standard error."""
+        from rich.console import Console
+
+        from megatrain_io.report import counting
+
+        return counting(what, Console(stderr=True), quiet=self.json_output)
+
+    def fail(self, message: str, kind: str, exit_code: int) -> None:
+        """End with an error."""
+        typer.echo(f"megatrain-io: {message}", err=True)
+        self.exit_code = exit_code
+        self.text = ""
+        self.result = {"error": {"kind": kind, "message": message, "exit_code": exit_code}}
+
+
+@contextmanager
+def _command(*, json_output: bool, interrupted: str) -> Iterator[_Outcome]:
+    """Print what a command found; end it with the right exit code, without a traceback for our own errors.
+
+    Args:
+        json_output: print ``result``, not ``text``; an error becomes ``{"error": ...}``.
+        interrupted: what is safe and what to do after Ctrl-C.
+    """
+    outcome = _Outcome(json_output)
+    try:
+        # Whatever a library prints, standard output holds the result alone.
+        with redirect_stdout(sys.stderr):
+            yield outcome
+    except MegatrainIoError as error:
+        is_bug = error.exit_code == MegatrainIoError.exit_code
+        message = f"{error}. This is a bug in megatrain-io: please report it" if is_bug else str(error)
+        outcome.fail(message, type(error).__name__, error.exit_code)
+    except KeyboardInterrupt:
+        outcome.fail(f"interrupted. {interrupted}", "KeyboardInterrupt", InterruptedRunError.exit_code)
+    if json_output:
+        typer.echo(json.dumps(_plain(outcome.result), allow_nan=False))
+    elif outcome.text:
+        typer.echo(outcome.text)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+def _plain(value: Any) -> Any:
+    """The same of JSON types alone: what is not a number there is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _rows(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """One line for each figure, with the unit that its name says."""
+    width = max(map(len, result), default=0)
+    for name, value in result.items():
+        label = f"{indent}{name.replace('_', ' '):<{width}}"
+        if isinstance(value, Mapping):
+            yield label.rstrip()
+            yield from _rows(value, indent + "  ")
+        elif value is not None:
+            yield f"{label}  {_figure(name, value)}"
+
+
+def _figure(name: str, value: Any) -> str:
+    from rich.filesize import decimal
+
+    if isinstance(value, tuple | list) and value:  # an account: current and peak
+        return f"{_memory(value[0])}, peak {_memory(value[-1])}"
+    if name.startswith("peak_"):
+        return _memory(value)
+    if "bytes" in name and isinstance(value, int):
+        return decimal(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _memory(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

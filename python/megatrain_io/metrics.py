@@ -1,0 +1,76 @@
+"""What a run reports about itself, step by step, and the file it is kept in. No torch."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["MetricsFile", "StepReport"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. Bytes are those of the store's drive; seconds are wall time.
+
+    Attributes:
+        step: counted from 1.
+        max_steps: last step of the run.
+        loss: mean over the trained tokens of the step.
+        learning_rate: of this step.
+        tokens: tokens that went through the model.
+        trained_tokens: those with a label.
+        seconds: wall time of the step.
+        read_bytes: read from the drive during the step.
+        written_bytes: written to it.
+        stalled_seconds: time that compute waited for the drive.
+        ram_bytes: resident memory of the process.
+        ledger_bytes: what the package itself holds, the sum of its accounts.
+        written_bytes_total: written since the run began, over all its lives.
+        eval_loss: held-out loss after this step, where it was measured.
+    """
+
+    step: int
+    max_steps: int
+    loss: float
+    learning_rate: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    read_bytes: int
+    written_bytes: int
+    stalled_seconds: float
+    ram_bytes: int
+    ledger_bytes: int
+    written_bytes_total: int
+    eval_loss: float | None = None
+
+
+class MetricsFile:
+    """Metrics as JSON lines, one for each step, in step order without gaps or repeats."""
+
+    def __init__(self, path: Path, committed_step: int) -> None:
+        """Open for appending; lines of steps after ``committed_step`` are of a life that lost them."""
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    step = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):
+                    break  # a line that a crash cut short; what follows it is not in order
+                if step > committed_step:
+                    break
+                kept.append(line)
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        fresh.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, report: StepReport) -> None:
+        """Add one step; it is handed to the system at once."""
+        self._file.write(json.dumps(asdict(report)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        os.fsync(self._file.fileno())
+        self._file.close()

@@ -1,0 +1,247 @@
+"""What a person sees while something runs: a live display on a terminal, a line now and then elsewhere.
+
+Everything goes to the console that is handed in, which is standard error: standard output is for results.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from megatrain_io.metrics import StepReport
+
+__all__ = [
+    "LineReporter",
+    "LiveReporter",
+    "QuietReporter",
+    "Reporter",
+    "counting",
+    "facts",
+    "gib",
+    "reporter_for",
+]
+
+_SECONDS_BETWEEN_LINES = 5.0
+_STEPS_FOR_PACE = 20
+_A_DAY = 86400.0
+_MACHINE_FACTS = 5
+"""The last so many of the facts are about the machine, the others about the training."""
+
+
+class Reporter(Protocol):
+    """What a training run is told to tell. Calls return at once."""
+
+    def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
+        """The run begins, or goes on after ``step``; each note is a sentence for the person."""
+
+    def step(self, report: StepReport) -> None:
+        """A step was done; ``eval_loss`` is set where the held-out loss was measured after it."""
+
+    def finished(self) -> None:
+        """Nothing more will come, whether the run succeeded or not. May be called twice."""
+
+
+class QuietReporter:
+    """Says nothing."""
+
+    def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
+        """Nothing."""
+
+    def step(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def finished(self) -> None:
+        """Nothing."""
+
+
+class LineReporter:
+    """One line every few seconds; always for the first and the last step, and where there was an evaluation."""
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        logging_steps: int = 1,
+        seconds_between: float = _SECONDS_BETWEEN_LINES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._logging_steps = logging_steps
+        self._seconds_between = seconds_between
+        self._clock = clock
+        self._last: float | None = None
+        self._pace = _Pace()
+
+    def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
+        """Where the run begins, and the notes."""
+        _tell_start(self._console, step, max_steps, notes)
+
+    def step(self, report: StepReport) -> None:
+        """Perhaps a line."""
+        remaining = self._pace.remaining(report)
+        now = self._clock()
+        is_due = self._last is None or now - self._last >= self._seconds_between
+        is_special = self._last is None or report.step == report.max_steps or report.eval_loss is not None
+        if is_special or (is_due and report.step % self._logging_steps == 0):
+            self._last = now
+            parts = [
+                f"step {report.step}/{report.max_steps}",
+                *facts(report),
+                f"ETA {_clock_time(remaining)}",
+            ]
+            _tell(self._console, "  ".join(parts))
+
+    def finished(self) -> None:
+        """Nothing: the last step had its line."""
+
+
+class LiveReporter:
+    """Progress bar, time and the facts of the newest step, in place."""
+
+    def __init__(self, console: Console, *, logging_steps: int = 1) -> None:
+        self._logging_steps = logging_steps
+        # Steps may take minutes: a pace worked out over half a minute, as is usual, would know nothing.
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            speed_estimate_period=_A_DAY,
+        )
+        self._facts = Text("waiting for the first step")
+        self._live = Live(Group(self._progress, self._facts), console=console, refresh_per_second=2)
+
+    def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
+        """Begin to show."""
+        _tell_start(self._live.console, step, max_steps, notes)
+        self._progress.add_task("step", total=max_steps, completed=step)
+        self._live.start()
+
+    def step(self, report: StepReport) -> None:
+        """Show a step; an evaluation stays on the screen as a line of its own."""
+        for task in self._progress.task_ids:
+            self._progress.update(task, completed=report.step, total=report.max_steps)
+        if report.step % self._logging_steps == 0 or report.step == report.max_steps:
+            figures = facts(report)
+            self._facts.plain = "\n".join(
+                ["  ".join(figures[:-_MACHINE_FACTS]), "  ".join(figures[-_MACHINE_FACTS:])]
+            )
+        if report.eval_loss is not None:
+            _tell(self._live.console, f"step {report.step}: held-out loss {report.eval_loss:.4f}")
+
+    def finished(self) -> None:
+        """Leave the last state on the screen."""
+        self._live.stop()
+
+
+def reporter_for(console: Console, *, quiet: bool = False, logging_steps: int = 1) -> Reporter:
+    """The reporter that fits a console."""
+    if quiet:
+        return QuietReporter()
+    kind = LiveReporter if console.is_terminal else LineReporter
+    return kind(console, logging_steps=logging_steps)
+
+
+@contextmanager
+def counting(what: str, console: Console, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A callback ``(done, total)`` that shows how far ``what`` is, while the context lasts."""
+    if quiet:
+        yield lambda _done, _total: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, refresh_per_second=2) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+    else:
+        yield _CountingLines(what, console)
+
+
+class _CountingLines:
+    """A line every few seconds, and one at the end."""
+
+    def __init__(self, what: str, console: Console) -> None:
+        self._what = what
+        self._console = console
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = now
+            _tell(self._console, f"{self._what}: {done}/{total}")
+
+
+class _Pace:
+    """Mean duration of the newest steps."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=_STEPS_FOR_PACE)
+
+    def remaining(self, report: StepReport) -> float:
+        """Seconds to the end of the run, with ``report`` as the newest step."""
+        self._seconds.append(report.seconds)
+        return (report.max_steps - report.step) * sum(self._seconds) / len(self._seconds)
+
+
+def facts(report: StepReport) -> list[str]:
+    """The figures of a step, each with its unit."""
+    seconds = max(report.seconds, 1e-9)
+    figures = [
+        f"loss {report.loss:.4f}",
+        f"lr {report.learning_rate:.2e}",
+        f"{report.tokens / seconds:,.0f} tok/s",
+        f"read {decimal(round(report.read_bytes / seconds))}/s",
+        f"write {decimal(round(report.written_bytes / seconds))}/s",
+        f"stalled {report.stalled_seconds / seconds:.0%}",
+        f"RAM {gib(report.ram_bytes)}",
+        f"written {decimal(report.written_bytes_total)}",
+    ]
+    if report.eval_loss is not None:
+        figures.insert(1, f"held-out loss {report.eval_loss:.4f}")
+    return figures
+
+
+def gib(nbytes: int) -> str:
+    """Memory, as memory is sold."""
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def _clock_time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _tell_start(console: Console, step: int, max_steps: int, notes: Sequence[str]) -> None:
+    for note in notes:
+        _tell(console, f"note: {note}")
+    _tell(
+        console, f"going on after step {step} of {max_steps}" if step else f"training for {max_steps} steps"
+    )
+
+
+def _tell(console: Console, text: str) -> None:
+    """Print as it is: no markup, no colours for numbers, no line breaks of our own."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,232 @@
+"""Text from a paged model: every token reads all weights once, and only a few blocks are in RAM."""
+
+from collections.abc import Generator as Yields
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, Cache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from megatrain_io.errors import ConfigError, DataError
+from megatrain_io.model import CutModel, MicroBatch
+from megatrain_io.probe import probe
+from megatrain_io.run import RunFolder
+from megatrain_io.stream import PagedModel, clear_frames
+from megatrain_io.swap import AdamWStep, Engine, PagedState
+
+__all__ = ["Generator", "next_tokens"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def next_tokens(
+    model: PagedModel, prompt: Tensor, pick: "Pick", stop: frozenset[int]
+) -> Yields[int, None, None]:
+    """Yield the tokens that follow ``prompt``, int64 [1, T], until one of ``stop`` (not yielded).
+
+    Keys and values are kept in a cache, so each token goes through the model once.
+    """
+    state, cut = model.state, model.cut
+    cut.train(False)
+    cache = cut.new_cache()
+    schedule = state.check(model.forward_schedule)
+    # The prologue and the first blocks of the next pass are read while this token is chosen.
+    state.begin(schedule, AdamWStep(1, 0.0))
+    try:
+        tokens, new = prompt, prompt
+        while True:
+            with torch.no_grad():
+                scores = _pass(model, new, cache)
+                state.end(None)
+                token = pick(tokens, scores)
+            if token in stop:
+                return
+            new = torch.tensor([[token]])
+            tokens = torch.cat([tokens, new], dim=1)
+            state.begin(schedule, AdamWStep(1, 0.0))
+            yield token
+    except BaseException as error:
+        # Tensors in the frames of the failed pass would keep their buffers from the next one.
+        clear_frames(error)
+        raise
+    finally:
+        state.abort()
+
+
+def _pass(model: PagedModel, new: Tensor, cache: Cache) -> Tensor:
+    """Scores [1, V] of the token after ``new``, int64 [1, t]."""
+    state, cut, layout = model.state, model.cut, model.state.layout
+    start = cache.get_seq_length()
+    positions = torch.arange(start, start + new.shape[1]).unsqueeze(0)
+    micro_batch = MicroBatch(input_ids=new, shift_labels=torch.full_like(new, -100), position_ids=positions)
+    weights = state.weights(layout.prologue)
+    hidden, calls = cut.record(weights.tensors, micro_batch, past_key_values=cache)
+    weights.give_back()
+    for block in range(layout.blocks):
+        weights = state.weights(layout.block(block))
+        hidden = cut.run_block(block, weights.tensors, hidden, calls[block])
+        weights.give_back()
+    borrowed = [] if layout.epilogue is None else [state.weights(layout.epilogue)]
+    if cut.epilogue_borrowed:
+        borrowed.append(state.weights(layout.prologue))
+    bound = {name: tensor for record in borrowed for name, tensor in record.tensors.items()}
+    scores = cut.logits(bound, hidden[:, -1:])[:, -1].float()
+    bound.clear()
+    for record in borrowed:
+        record.give_back()
+    return scores
+
+
+class Pick:
+    """Chooses the next token: the likeliest, or a sample.
+
+    Args:
+        temperature: 0 takes the likeliest.
+        top_p: sample from the likeliest tokens that together have this probability; 1 = all.
+        top_k: sample from so many of the likeliest tokens; 0 = all.
+        seed: of the sampling.
+    """
+
+    def __init__(
+        self, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0
+    ) -> None:
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+            raise ConfigError(
+                f"temperature {temperature}, top_p {top_p}, top_k {top_k}: must be >= 0, in (0, 1], and >= 0"
+            )
+        self._greedy = temperature == 0
+        self._random = torch.Generator().manual_seed(seed)
+        self._warpers = LogitsProcessorList()
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(temperature))
+            if top_k:
+                self._warpers.append(TopKLogitsWarper(top_k))
+            if top_p < 1:
+                self._warpers.append(TopPLogitsWarper(top_p))
+
+    def __call__(self, tokens: Tensor, scores: Tensor) -> int:
+        """The token after ``tokens`` [1, T] by ``scores`` [1, V]."""
+        if self._greedy:
+            return int(scores.argmax())
+        probabilities = self._warpers(
+            cast("torch.LongTensor", tokens), cast("torch.FloatTensor", scores)
+        ).softmax(dim=-1)
+        return int(torch.multinomial(probabilities[0], 1, generator=self._random))
+
+
+class Generator:
+    """A trained (or imported) run that completes text and answers messages."""
+
+    def __init__(self, model: PagedModel, tokenizer: PreTrainedTokenizerBase, stop: frozenset[int]) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._stop = stop
+
+    @classmethod
+    def open(cls, run_dir: Path, engine: Engine = "auto") -> Self:
+        """Open a run folder with the newest committed weights.
+
+        Raises:
+            ConfigError: no run folder; and what opening a store raises.
+        """
+        run = RunFolder(Path(run_dir))
+        info = run.read()
+        state = PagedState.of_run(run, engine=engine)
+        try:
+            config = AutoConfig.from_pretrained(run.model, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)
+            model = PagedModel(CutModel(config, _DTYPES[info.precision], probe(config)), state)
+            state.start(model.pool_sizes(training=False))
+            return cls(model, tokenizer, _stop_tokens(run.model, config, tokenizer))
+        except BaseException:
+            state.close()
+            raise
+
+    def complete(
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> str:
+        """What follows ``prompt``, up to ``max_new_tokens`` tokens."""
+        ids = self._tokenizer(prompt, return_tensors="pt").input_ids
+        return self._run(
+            ids, max_new_tokens, Pick(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        )
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> str:
+        """The assistant's answer to ``messages`` (role and content), by the model's chat template."""
+        if self._tokenizer.chat_template is None:
+            raise ConfigError(
+                "this model has no chat template: ask for a completion, or train on messages first"
+            )
+        encoded: Any = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return self._run(
+            encoded["input_ids"],
+            max_new_tokens,
+            Pick(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        )
+
+    def close(self) -> None:
+        """Close the store."""
+        self._model.state.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, ids: Tensor, max_new_tokens: int, pick: Pick) -> str:
+        if ids.numel() == 0:
+            raise DataError("the prompt is empty: give it at least one token")
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}: must be at least 1")
+        largest, vocabulary = int(ids.max()), self._model.cut.config.get_text_config().vocab_size
+        if largest >= vocabulary:
+            raise ConfigError(
+                f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
+                "belong together"
+            )
+        with closing(next_tokens(self._model, ids, pick, self._stop)) as following:
+            tokens = list(islice(following, max_new_tokens))
+        return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _stop_tokens(folder: Path, config: AutoConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The model's own end-of-text tokens; a tokenizer's may be wrong (converted models)."""
+    named = getattr(config, "eos_token_id", None)
+    if (folder / "generation_config.json").exists():
+        own = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        named = named if own is None else own
+    if named is None:
+        named = tokenizer.eos_token_id
+    if named is None:
+        return frozenset()
+    return frozenset(named if isinstance(named, list) else [named])

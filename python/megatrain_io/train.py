@@ -1,0 +1,425 @@
+"""The training loop: from a configuration to a trained run, resumable at any step."""
+
+import hashlib
+import json
+import math
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from megatrain_io.config import RunConfig, TrainConfig, store_file
+from megatrain_io.convert import import_model
+from megatrain_io.data import DataOptions, prepare
+from megatrain_io.errors import ConfigError, InterruptedRunError
+from megatrain_io.layout import TensorPlace
+from megatrain_io.metrics import MetricsFile, StepReport
+from megatrain_io.model import CutModel, MicroBatch
+from megatrain_io.probe import probe
+from megatrain_io.report import Reporter
+from megatrain_io.run import RunFolder
+from megatrain_io.stream import PagedModel, trained_tokens
+from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels
+
+__all__ = ["TrainResult", "learning_rate_at", "train"]
+
+_BLOB_VERSION = 1
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Micro-batches that go through the blocks together when the held-out loss is measured.
+_EVAL_MICRO_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to; bytes are those of the store's drive, counted by its engine.
+
+    Attributes:
+        steps: steps trained in all.
+        loss: of the last step.
+        eval_loss_before: held-out loss of the imported model, where data.eval is set.
+        eval_loss: held-out loss at the end.
+        seconds: of this start.
+        parameters: of the model.
+        read_bytes_per_parameter_and_step: by training steps of this start; None if it trained none.
+        written_bytes_per_parameter_and_step: likewise.
+        written_bytes_total: over all starts, short of the last step of an earlier one.
+        peak_ram_bytes: largest resident memory of this process, libraries included.
+        ledger: (current, peak) bytes of each account of the package.
+    """
+
+    steps: int
+    loss: float | None
+    eval_loss_before: float | None
+    eval_loss: float | None
+    seconds: float
+    parameters: int
+    read_bytes_per_parameter_and_step: float | None
+    written_bytes_per_parameter_and_step: float | None
+    written_bytes_total: int
+    peak_ram_bytes: int
+    ledger: dict[str, tuple[int, int]]
+
+
+@dataclass
+class _Progress:
+    """The trainer's state: the blob that is committed with each step."""
+
+    step: int = 0
+    settings: str = ""
+    data: str = ""
+    written_bytes: int = 0
+    loss: float | None = None
+    eval_loss_before: float | None = None
+    environment: dict[str, Any] | None = None
+    version: int = _BLOB_VERSION
+
+    @classmethod
+    def parse(cls, blob: bytes) -> "_Progress":
+        """The state that was committed."""
+        fields = json.loads(blob)
+        if fields.get("version") != _BLOB_VERSION:
+            raise ConfigError(
+                f"the run's trainer state has version {fields.get('version')}, and this build reads {_BLOB_VERSION}: "
+                "go on with the version of megatrain-io that wrote it (run.json names it)"
+            )
+        return cls(**fields)
+
+    def encode(self) -> bytes:
+        """As bytes, for the store."""
+        return json.dumps(asdict(self)).encode()
+
+
+def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult:
+    """Train ``config``, importing the model first if the run has no store yet.
+
+    Every step is durable before the next but one is written, so an end at any moment loses one step at
+    most (``memory.commit_every`` steps). Random numbers and the order of the data follow from seed and step
+    alone: a resumed run has the bits of one that was never stopped.
+
+    Args:
+        config: what to train.
+        resume: go on with a run that has begun; without it such a run is refused.
+        reporter: told of every step.
+
+    Raises:
+        MegatrainIoError: one of its kinds, as its message says.
+        InterruptedRunError: Ctrl-C; the run can be resumed.
+    """
+    started = time.monotonic()
+    run = RunFolder(Path(config.output_dir))
+    imported = _import_if_needed(config, run, resume=resume)
+    with PagedState.of_run(run, engine=config.memory.io_backend) as state:
+        trainer = _Trainer(config, run, state, reporter)
+        trainer.prepare(resume=resume, imported=imported)
+        try:
+            trainer.run()
+        except KeyboardInterrupt:
+            # A step that has ended is committed first, if it was to be; steps since the last commit are lost.
+            state.wait_settled()
+            kept = _Progress.parse(state.blob).step
+            raise InterruptedRunError(
+                f"interrupted; step {kept} is the last one that was committed, and it is kept. Go on with --resume"
+            ) from None
+        return trainer.result(time.monotonic() - started)
+
+
+def learning_rate_at(config: TrainConfig, step: int, max_steps: int) -> float:
+    """Learning rate of ``step`` (from 1), by the formulas of transformers' schedulers.
+
+    There the first step of a warm-up has rate 0 and a schedule ends one step after its last rate.
+    """
+    index, warmup = step - 1, config.warmup_steps
+    if index < warmup:
+        return config.learning_rate * (index / max(1, warmup))
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * max(0.0, (max_steps - index) / max(1, max_steps - warmup))
+    share = (index - warmup) / max(1, max_steps - warmup)
+    return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * share)))
+
+
+def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> bool:
+    if run.is_imported:
+        recorded = run.read()
+        if recorded.precision != config.train.precision:
+            raise ConfigError(
+                f"train.precision is {config.train.precision}, and {run.path} was imported with {recorded.precision}: "
+                "set it to that, or choose a new output_dir"
+            )
+        if recorded.source != str(config.model.resolve()):
+            raise ConfigError(
+                f"model is {config.model}, and {run.path} was imported from {recorded.source}: set it to that, or "
+                "choose a new output_dir"
+            )
+        return False
+    if resume:
+        raise ConfigError(f"{run.path} has no run to resume: leave --resume out to start one")
+    store_dir = config.memory.store_dir
+    import_model(
+        Path(config.model),
+        run,
+        precision=config.train.precision,
+        store=store_file(run.path, None if store_dir is None else Path(store_dir)),
+        engine=config.memory.io_backend,
+    )
+    return True
+
+
+class _Trainer:
+    """One start of a run."""
+
+    def __init__(self, config: RunConfig, run: RunFolder, state: PagedState, reporter: Reporter) -> None:
+        self._config = config
+        self._run = run
+        self._state = state
+        self._reporter = reporter
+        self._process = psutil.Process()
+        self.progress = _Progress.parse(state.blob)
+        self._written_before = self.progress.written_bytes
+        # Bytes moved by training steps of this start, and how many there were.
+        self._trained = [0, 0]
+        self._steps = 0
+        self._eval_loss: float | None = None
+
+    def prepare(self, *, resume: bool, imported: bool) -> None:
+        """Everything that can be refused is refused here, before the first step."""
+        config, progress = self._config, self.progress
+        if progress.step > 0 and not resume:
+            raise ConfigError(
+                f"{self._run.path} has a run at step {progress.step}: go on with --resume, or choose a new output_dir"
+            )
+        model_config = AutoConfig.from_pretrained(self._run.model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(self._run.model, local_files_only=True)
+        facts = probe(model_config)
+        self._data = prepare(_data_options(config), tokenizer, self._run.data, packs=facts.packs)
+        largest, vocabulary = self._data.train.largest_token, model_config.get_text_config().vocab_size
+        if largest >= vocabulary:
+            raise ConfigError(
+                f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
+                "belong together"
+            )
+        cut = CutModel(model_config, _DTYPES[config.train.precision], facts)
+        self._model = PagedModel(cut, self._state, seed=config.train.seed)
+        rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+        epochs = self._data.order.steps(config.train.num_train_epochs, rows_per_step)
+        self._max_steps = config.train.max_steps or epochs
+        self._check_resume(progress)
+        if self._data.chat_template is not None:
+            # The trained model needs the template that it was trained with.
+            tokenizer.chat_template = self._data.chat_template
+            tokenizer.save_pretrained(self._run.model)
+        self._state.start(
+            self._model.pool_sizes(training=True),
+            settings=lambda place: _settings(place, config.train.weight_decay),
+            threads=config.memory.threads,
+        )
+        self._run.config.write_text(config.to_yaml(), encoding="utf-8")
+        self._metrics = MetricsFile(self._run.metrics, progress.step)
+        notes = [*self._notes(), str(self._data.summary)]
+        if imported:
+            notes.insert(0, f"imported {config.model} into {self._state.path}")
+        self._reporter.started(step=progress.step, max_steps=self._max_steps, notes=notes)
+
+    def run(self) -> None:
+        """All steps that are left."""
+        config = self._config.train
+        try:
+            if self.progress.step == 0:
+                self.progress.eval_loss_before = self._evaluate()
+            for step in range(self.progress.step + 1, self._max_steps + 1):
+                began, before = time.monotonic(), self._counters()
+                micro_batches = self._micro_batches(step)
+                adamw = AdamWStep(
+                    step,
+                    learning_rate_at(config, step, self._max_steps),
+                    config.adam_beta1,
+                    config.adam_beta2,
+                    config.adam_epsilon,
+                )
+                commits = step % self._config.memory.commit_every == 0 or step == self._max_steps
+                loss = self._model.train_step(micro_batches, adamw, self._blob_of(step) if commits else None)
+                self.progress.step, self.progress.loss = step, loss.loss
+                self._steps += 1
+                self._report(step, loss.loss, adamw.learning_rate, micro_batches, began, before)
+        finally:
+            self._metrics.close()
+        self._state.wait_settled()
+
+    def result(self, seconds: float) -> TrainResult:
+        """What came of it."""
+        parameters = self._state.layout.parameters
+        per_step = [count / self._steps / parameters if self._steps else None for count in self._trained]
+        return TrainResult(
+            steps=self.progress.step,
+            loss=self.progress.loss,
+            eval_loss_before=self.progress.eval_loss_before,
+            eval_loss=self._eval_loss,
+            seconds=seconds,
+            parameters=parameters,
+            read_bytes_per_parameter_and_step=per_step[0],
+            written_bytes_per_parameter_and_step=per_step[1],
+            written_bytes_total=self._written_before + self._state.io_bytes()[1],
+            peak_ram_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            ledger=self._state.ledger.balances(),
+        )
+
+    def _report(
+        self,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        micro_batches: Sequence[MicroBatch],
+        began: float,
+        before: tuple[int, int, float],
+    ) -> None:
+        last = step == self._max_steps
+        evaluates = last or (
+            self._config.train.eval_steps is not None and step % self._config.train.eval_steps == 0
+        )
+        if evaluates:
+            # What is still to be written belongs to this step, not to the evaluation.
+            self._state.wait_settled()
+        after, seconds = self._counters(), time.monotonic() - began
+        self._trained[0] += after[0] - before[0]
+        self._trained[1] += after[1] - before[1]
+        eval_loss = self._evaluate() if evaluates else None
+        report = StepReport(
+            step=step,
+            max_steps=self._max_steps,
+            loss=loss,
+            learning_rate=learning_rate,
+            tokens=sum(batch.input_ids.numel() for batch in micro_batches),
+            trained_tokens=trained_tokens(micro_batches),
+            seconds=seconds,
+            read_bytes=after[0] - before[0],
+            written_bytes=after[1] - before[1],
+            stalled_seconds=after[2] - before[2],
+            ram_bytes=self._process.memory_info().rss,
+            ledger_bytes=self._state.ledger.total()[0],
+            written_bytes_total=self._written_before + after[1],
+            eval_loss=eval_loss,
+        )
+        self._metrics.append(report)
+        self._reporter.step(report)
+
+    def _evaluate(self) -> float | None:
+        """Mean loss per trained token of the held-out rows."""
+        rows = self._data.eval
+        if rows is None:
+            return None
+        batch = self._config.train.per_device_train_batch_size
+        micro_batches = [
+            rows.micro_batch(range(start, min(start + batch, len(rows))))
+            for start in range(0, len(rows), batch)
+        ]
+        total, tokens = 0.0, 0
+        for start in range(0, len(micro_batches), _EVAL_MICRO_BATCHES):
+            group = micro_batches[start : start + _EVAL_MICRO_BATCHES]
+            part = self._model.evaluate(group)
+            total += part.loss * part.trained_tokens
+            tokens += part.trained_tokens
+        self._eval_loss = total / tokens
+        return self._eval_loss
+
+    def _micro_batches(self, step: int) -> list[MicroBatch]:
+        config, rows = self._config.train, self._data.train
+        batch, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        indices = self._data.order.indices_for_step(step, batch * count)
+        return [rows.micro_batch(indices[start : start + batch]) for start in range(0, batch * count, batch)]
+
+    def _blob_of(self, step: int) -> Any:
+        def encode(loss: float) -> bytes:
+            fields = asdict(self.progress) | {
+                "step": step,
+                "loss": loss,
+                "settings": self._settings_digest(),
+                "data": self._data.train.sha256,
+                "written_bytes": self._written_before + self._state.io_bytes()[1],
+                "environment": _environment(),
+            }
+            return _Progress(**fields).encode()
+
+        return encode
+
+    def _check_resume(self, progress: _Progress) -> None:
+        if progress.step == 0:
+            return
+        if progress.data != self._data.train.sha256:
+            raise ConfigError(
+                f"the run stands at step {progress.step} with other data, or other options of data (fingerprint "
+                f"{progress.data[:8]}, now {self._data.train.sha256[:8]}): resume with the same, or choose a new "
+                "output_dir"
+            )
+        if progress.settings != self._settings_digest():
+            raise ConfigError(
+                f"the run stands at step {progress.step} with other settings of train: compare with "
+                f"{self._run.config}, resume with the same, or choose a new output_dir"
+            )
+        if progress.step >= self._max_steps:
+            raise ConfigError(
+                f"the run has done all its {self._max_steps} steps: there is nothing left to train"
+            )
+
+    def _notes(self) -> list[str]:
+        notes = list(self._state.notes)
+        before, now = self.progress.environment, _environment()
+        for name, value in now.items():
+            if before is not None and before.get(name) != value:
+                notes.append(
+                    f"{name} was {before.get(name)} and is {value}: from here on the bits may differ from those of a "
+                    "run that was never stopped"
+                )
+        return notes
+
+    def _settings_digest(self) -> str:
+        """Of everything that decides the bits of a step, besides model and data."""
+        reporting = {"eval_steps", "logging_steps", "num_train_epochs"}
+        settings = self._config.train.model_dump(exclude=reporting)
+        settings["max_steps"] = self._max_steps
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def _counters(self) -> tuple[int, int, float]:
+        timings = self._state.timings()
+        stalled = sum(value for name, value in timings.items() if name.startswith("stall_"))
+        return (*self._state.io_bytes(), stalled)
+
+
+def _data_options(config: RunConfig) -> DataOptions:
+    data = config.data
+    return DataOptions(
+        train=tuple(Path(path) for path in data.train),
+        eval=Path(data.eval) if isinstance(data.eval, str) else data.eval,
+        format=None if data.format == "auto" else data.format,
+        fields=data.fields or {},
+        max_length=data.max_length,
+        packing=data.packing,
+        assistant_only_loss=data.assistant_only_loss,
+        chat_template=data.chat_template,
+        seed=config.train.seed,
+    )
+
+
+def _settings(place: TensorPlace, weight_decay: float) -> TensorSettings:
+    """Matrices and embeddings decay, norms and biases do not: the usual recipe."""
+    return TensorSettings(weight_decay if len(place.shape) > 1 else 0.0)
+
+
+def _environment() -> dict[str, Any]:
+    """What may change the bits of a step from outside."""
+    return {
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "cpu": platform.processor() or platform.machine(),
+        "adamw_kernel": adamw_kernels()[-1],
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,519 @@
+"""Training as a whole: what a run leaves behind, how it goes on after any end, and what is refused."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from transformers import get_scheduler
+from typer.testing import CliRunner
+
+from corpus import make_tokenizer, write
+from megatrain_io import cli, stream
+from megatrain_io.config import RunConfig, TrainConfig, load
+from megatrain_io.convert import import_model
+from megatrain_io.errors import (
+    ConfigError,
+    CorruptionError,
+    FormatError,
+    InterruptedRunError,
+    NoSpaceError,
+    StoreInUseError,
+    TrainingDivergedError,
+)
+from megatrain_io.metrics import MetricsFile
+from megatrain_io.report import QuietReporter
+from megatrain_io.run import RunFolder
+from megatrain_io.stream import PagedModel
+from megatrain_io.swap import PagedState
+from megatrain_io.train import learning_rate_at, train
+from paged import all_planes, differing
+from reference.reference import build, tiny_config
+
+ENGINE = "threads"  # stopping a ring takes a second; how bytes move is tested elsewhere
+STEPS = 5
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "wizards", "brew"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model folder, and data beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    config = tiny_config("llama", tied=True, num_hidden_layers=2, vocab_size=263)
+    build(config, seed=1).to(torch.bfloat16).save_pretrained(folder / "model")
+    make_tokenizer(template=None).save_pretrained(folder / "model")
+    texts = [" ".join(WORDS[i % 5 : i % 5 + 3 + i % 7]) for i in range(20)]
+    write(folder / "train.jsonl", [{"text": text} for text in texts])
+    write(folder / "eval.jsonl", [{"text": text} for text in texts[:3]])
+    write(folder / "other.jsonl", [{"text": text.upper()} for text in texts])
+    return folder
+
+
+def configured(source, run, *, data="train.jsonl", memory=None, **changes):
+    settings = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 3e-3,
+        "warmup_steps": 1,
+        "weight_decay": 0.1,
+    }
+    return RunConfig(
+        model=source / "model",
+        output_dir=run,
+        data={
+            "train": [str(source / data)], "eval": str(source / "eval.jsonl"), "max_length": 64, "packing": False
+        },
+        train=settings | changes,
+        memory={"io_backend": ENGINE, "threads": 1} | (memory or {}),
+    )  # fmt: skip
+
+
+class Reporter(QuietReporter):
+    """Remembers, and presses Ctrl-C after a step."""
+
+    def __init__(self, stop=None):
+        self.stop = stop
+        self.starts = []
+        self.reports = []
+
+    def started(self, *, step, max_steps, notes=()):
+        self.starts.append((step, max_steps, list(notes)))
+
+    def step(self, report):
+        self.reports.append(report)
+        if report.step == self.stop:
+            raise KeyboardInterrupt
+
+
+def start(config, *, resume=False, stop=None):
+    reporter = Reporter(stop)
+    return train(config, resume=resume, reporter=reporter), reporter
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(run):
+    """What of the metrics must be the same for the same bits."""
+    names = ("step", "max_steps", "loss", "learning_rate", "tokens", "trained_tokens")
+    return [tuple(line[name] for name in names) for line in metrics_of(run)]
+
+
+def planes_of(run):
+    with PagedState.of_run(RunFolder(run), engine=ENGINE) as state:
+        assert state.verify().damaged == ()
+        return all_planes(state)
+
+
+def blob_of(run):
+    with PagedState.of_run(RunFolder(run), engine=ENGINE) as state:
+        return json.loads(state.blob)
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """A run that was never stopped: its folder, planes and result."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    result, reporter = start(configured(source, run))
+    return run, planes_of(run), result, reporter
+
+
+@pytest.fixture(scope="module")
+def stopped_once(source, tmp_path_factory):
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(InterruptedRunError, match="step 3 "):
+        start(configured(source, run), stop=3)
+    return run
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A copy of a run that was interrupted after its third step."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
+
+
+def check_equals(run, whole):
+    assert figures(run) == figures(whole[0])
+    assert metrics_of(run)[-1]["eval_loss"] == whole[2].eval_loss
+    assert differing(planes_of(run), whole[1]) == []
+
+
+# ------------------------------------------------------------------------------------ a run that ends
+
+
+def test_what_a_run_leaves_behind(source, whole):
+    run, _, result, reporter = whole
+    lines = metrics_of(run)
+    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
+    assert [report.loss for report in reporter.reports] == [line["loss"] for line in lines]
+    assert [line["eval_loss"] is not None for line in lines] == [False] * (STEPS - 1) + [True]
+    assert (result.steps, result.loss) == (STEPS, lines[-1]["loss"])
+    assert result.eval_loss == lines[-1]["eval_loss"]
+    assert result.eval_loss < result.eval_loss_before
+    assert result.eval_loss_before == pytest.approx(math.log(263), rel=0.05)
+    assert sum(line["written_bytes"] for line in lines) <= result.written_bytes_total
+    assert lines[-1]["written_bytes_total"] <= result.written_bytes_total
+    assert result.read_bytes_per_parameter_and_step > 10
+    assert result.peak_ram_bytes > 0
+    assert load(run / "config.yaml")[0] == configured(source, run)
+    [(step, max_steps, notes)] = reporter.starts
+    assert (step, max_steps) == (0, STEPS)
+    assert notes[0].startswith("imported ")
+    blob = blob_of(run)
+    assert (blob["step"], blob["loss"]) == (STEPS, result.loss)
+    assert blob["eval_loss_before"] == result.eval_loss_before
+
+
+def test_held_out_loss_every_so_many_steps(source, whole, tmp_path):
+    start(configured(source, tmp_path / "run", eval_steps=2))
+    check_equals(tmp_path / "run", whole)
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if line["eval_loss"]] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 4, 12])
+def test_learning_rates_are_those_of_transformers(name, warmup):
+    steps, rate = 12, 3e-4
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    kind = "constant_with_warmup" if name == "constant" else name
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    config = TrainConfig(learning_rate=rate, lr_scheduler_type=name, warmup_steps=warmup)
+    for step in range(1, steps + 1):
+        assert learning_rate_at(config, step, steps) == scheduler.get_last_lr()[0], step
+        optimizer.step()
+        scheduler.step()
+
+
+# ------------------------------------------------------------------------------- ends, and going on
+
+
+@pytest.mark.parametrize(("stop", "commit_every", "kept"), [(1, 1, 1), (4, 1, 4), (3, 2, 2), (1, 3, 0)])
+def test_an_interrupted_run_goes_on_to_the_same_bits(source, whole, tmp_path, stop, commit_every, kept):
+    config = configured(source, tmp_path / "run", memory={"commit_every": commit_every})
+    with pytest.raises(InterruptedRunError, match=f"step {kept} .*--resume") as caught:
+        start(config, stop=stop)
+    assert caught.value.exit_code == 130
+    assert blob_of(config.output_dir)["step"] == kept
+    result, reporter = start(config, resume=True)
+    assert reporter.starts[0][:2] == (kept, STEPS)
+    assert result.eval_loss_before == whole[2].eval_loss_before
+    assert result.steps == STEPS
+    check_equals(config.output_dir, whole)
+
+
+def test_an_interrupt_in_the_middle_of_a_step(source, whole, tmp_path, monkeypatch):
+    config = configured(source, tmp_path / "run")
+    block_backward = stream._Step._block_backward
+
+    def interrupted(step, block, index, *arguments):
+        if (step._number, block, index) == (2, 0, 1):
+            raise KeyboardInterrupt
+        return block_backward(step, block, index, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream._Step, "_block_backward", interrupted)
+        with pytest.raises(InterruptedRunError, match="step 1 "):
+            start(config)
+    start(config, resume=True)
+    check_equals(config.output_dir, whole)
+
+
+def test_an_interrupt_before_the_first_step(source, whole, tmp_path, monkeypatch):
+    config = configured(source, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(PagedModel, "evaluate", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(InterruptedRunError, match="step 0 "):
+            start(config)
+    start(config)  # nothing was trained: this is not a resume
+    check_equals(config.output_dir, whole)
+
+
+KILLED = """
+import os, sys
+from megatrain_io import stream
+
+backward = stream._Step.backward
+
+def blocked(step):
+    if step._number == 3:
+        os.write(1, b"x")
+        sys.stdin.read()  # until killed, with the update of the last record under way
+    backward(step)
+
+stream._Step.backward = blocked
+from megatrain_io.__main__ import main
+main()
+"""
+
+
+def test_a_killed_run_goes_on_from_the_command_line(source, whole, tmp_path):
+    run = tmp_path / "run"
+    config = configured(source, run)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    arguments = ["train", "--config", str(tmp_path / "run.yaml")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    ) as process:
+        assert process.stdout.read(1) == b"x"
+        process.kill()
+    assert process.returncode == -9
+    assert [line["step"] for line in metrics_of(run)] == [1, 2]
+    # What a life that lost its third step may leave, cut short.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**metrics_of(run)[1], "step": 3, "loss": -1.0}) + '\n{"step": 4, "lo')
+    ended = CliRunner().invoke(cli.app, [*arguments, "--resume", "--json"], prog_name="megatrain-io")
+    assert ended.exit_code == 0, ended.stderr
+    assert json.loads(ended.stdout)["steps"] == STEPS
+    check_equals(run, whole)
+
+
+def test_metrics_end_at_the_committed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    MetricsFile(path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+# ------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_second_start_must_say_resume(source, stopped):
+    before = planes_of(stopped)
+    with pytest.raises(ConfigError, match=r"run at step 3: .*--resume"):
+        start(configured(source, stopped))
+    assert differing(planes_of(stopped), before) == []
+
+
+def test_resume_needs_a_run(source, tmp_path):
+    with pytest.raises(ConfigError, match="no run to resume"):
+        start(configured(source, tmp_path / "run"), resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"data": "other.jsonl"}, "other data"),
+        ({"learning_rate": 1e-3}, "other settings of train"),
+        ({"gradient_accumulation_steps": 1}, "other settings of train"),
+        ({"num_train_epochs": 2}, "other settings of train"),
+        ({"seed": 7}, "other settings of train"),
+        ({"precision": "fp32"}, "precision is fp32, .* imported with bf16"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_decides_the_bits_must_not_change(source, whole, stopped, changes, reason):
+    saved = {path.name: path.read_bytes() for path in (stopped / "model").iterdir()}
+    config, metrics = (stopped / "config.yaml").read_text(), metrics_of(stopped)
+    with pytest.raises(ConfigError, match=reason):
+        start(configured(source, stopped, **changes), resume=True)
+    assert {path.name: path.read_bytes() for path in (stopped / "model").iterdir()} == saved
+    assert ((stopped / "config.yaml").read_text(), metrics_of(stopped)) == (config, metrics)
+    if "data" in changes:
+        start(configured(source, stopped), resume=True)
+        check_equals(stopped, whole)
+
+
+def test_another_model_is_refused(source, stopped, tmp_path):
+    shutil.copytree(source / "model", tmp_path / "other" / "model")
+    shutil.copy(source / "train.jsonl", tmp_path / "other")
+    shutil.copy(source / "eval.jsonl", tmp_path / "other")
+    with pytest.raises(ConfigError, match="imported from"):
+        start(configured(tmp_path / "other", stopped), resume=True)
+
+
+def test_a_refused_template_does_not_become_the_models(source, tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    write(tmp_path / "chat.jsonl", [{"messages": turns}] * 4)
+
+    def config(template):
+        made = configured(source, tmp_path / "run", gradient_accumulation_steps=1)
+        data = made.data.model_copy(
+            update={"train": [str(tmp_path / "chat.jsonl")], "eval": None, "chat_template": template}
+        )
+        return made.model_copy(update={"data": data})
+
+    with pytest.raises(InterruptedRunError):
+        start(config("chatml"), stop=1)
+    folder = tmp_path / "run" / "model"
+    saved = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert any(b"<|im_start|>" in content for content in saved.values())
+    other = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(ConfigError, match="other data"):
+        start(config(other), resume=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == saved
+    assert start(config("chatml"), resume=True)[0].steps == 2
+
+
+def test_a_finished_run_has_nothing_left(source, whole):
+    with pytest.raises(ConfigError, match=f"all its {STEPS} steps"):
+        start(configured(source, whole[0]), resume=True)
+    check_equals(whole[0], whole)
+
+
+# ---------------------------------------------------------------------------------------- divergence
+
+
+def test_a_loss_that_is_not_finite_drops_its_step(source, whole, tmp_path, monkeypatch):
+    config = configured(source, tmp_path / "run")
+    slices = stream._Step._epilogue_slices
+
+    def diverging(step, index, *arguments):
+        loss = slices(step, index, *arguments)
+        return loss * math.nan if (step._number, index) == (3, 1) else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream._Step, "_epilogue_slices", diverging)
+        with pytest.raises(TrainingDivergedError, match="step 3 is nan") as caught:
+            start(config)
+    assert caught.value.exit_code == 7
+    assert blob_of(config.output_dir)["step"] == 2
+    assert len(metrics_of(config.output_dir)) == 2
+    start(config, resume=True)
+    check_equals(config.output_dir, whole)
+
+
+def test_divergence_has_an_exit_code(source, tmp_path):
+    config = configured(source, tmp_path / "run", learning_rate=1e30, warmup_steps=0)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    arguments = ["train", "--config", str(tmp_path / "run.yaml"), "--json"]
+    ended = CliRunner().invoke(cli.app, arguments, prog_name="megatrain-io")
+    assert ended.exit_code == 7
+    assert json.loads(ended.stdout)["error"]["kind"] == "TrainingDivergedError"
+    assert "learning rate" in ended.stderr
+    step = blob_of(config.output_dir)["step"]
+    assert step >= 1
+    assert [line["step"] for line in metrics_of(config.output_dir)] == [*range(1, step + 1)]
+    planes_of(config.output_dir)  # verifies
+
+
+# --------------------------------------------------------------------------------------- the store
+
+
+def test_a_store_in_use_is_waited_for_and_then_refused(source, stopped):
+    holder = (
+        "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX)\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-I", "-S", "-c", holder, str(stopped / "store.mtio")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        with pytest.raises(StoreInUseError, match="in use"):
+            start(configured(source, stopped), resume=True)
+        process.stdin.close()
+    assert start(configured(source, stopped), resume=True)[0].steps == STEPS
+
+
+def test_the_store_of_another_run(source, whole, stopped):
+    shutil.copy(whole[0] / "store.mtio", stopped / "store.mtio")
+    with pytest.raises(FormatError, match="belongs to another run"):
+        start(configured(source, stopped), resume=True)
+
+
+def crc32c(content):
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # noqa: PLW2901
+        table.append(value)
+    total = 0xFFFFFFFF
+    for byte in content:
+        total = total >> 8 ^ table[(total ^ byte) & 0xFF]
+    return total ^ 0xFFFFFFFF
+
+
+def test_a_newer_format_is_left_alone(source, stopped):
+    path = stopped / "store.mtio"
+    with path.open("r+b") as file:
+        for offset in (0, 512 << 10):
+            file.seek(offset)
+            page = bytearray(file.read(4096))
+            assert page[-4:] == crc32c(page[:-4]).to_bytes(4, "little")
+            page[12] = 9
+            page[-4:] = crc32c(page[:-4]).to_bytes(4, "little")
+            file.seek(offset)
+            file.write(page)
+    before = path.read_bytes()
+    with pytest.raises(FormatError, match=r"format 9\.1, .*not modified"):
+        start(configured(source, stopped), resume=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("plane", ["weight", "exp_avg"])
+def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
+    path, name = stopped / "store.mtio", "model.layers.1.mlp.down_proj.weight"
+    with PagedState(path, engine=ENGINE) as state:
+        place = next(place for place in state.layout.tensors() if place.name == name)
+        pattern = state.read_tensor(place, plane).flatten()[:64].view(torch.uint8).numpy().tobytes()
+    content = path.read_bytes()
+    assert content.count(pattern) == 1
+    with path.open("r+b") as file:
+        file.seek(content.index(pattern) + 9)
+        flipped = bytes([content[content.index(pattern) + 9] ^ 4])
+        file.write(flipped)
+    with PagedState(path, engine=ENGINE) as state:
+        damaged = state.verify().damaged
+        assert len(damaged) == 1
+        assert name in damaged[0]
+    result = CliRunner().invoke(cli.app, ["verify", str(stopped)], prog_name="megatrain-io")
+    assert result.exit_code == 6
+    with pytest.raises(CorruptionError, match=name):
+        start(configured(source, stopped), resume=True)
+    assert len(metrics_of(stopped)) == 3
+    with PagedState(path, engine=ENGINE) as state:
+        assert json.loads(state.blob)["step"] == 3
+        assert state.verify().damaged == damaged
+
+
+def test_no_space_is_told_before_anything_is_written(source, tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    # Two copies of 12 bytes a parameter, a tied table, and no more than a hole for the weights.
+    hidden = 4096
+    vocabulary = free // (24 * hidden) + 2000
+    config = tiny_config(
+        "llama", tied=True, vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=1, intermediate_size=8,
+        head_dim=8,
+    )  # fmt: skip
+    folder = tmp_path / "source"
+    shutil.copytree(source / "model", folder)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    small = tiny_config(
+        "llama",
+        tied=True,
+        vocab_size=1,
+        hidden_size=hidden,
+        num_hidden_layers=1,
+        intermediate_size=8,
+        head_dim=8,
+    )
+    shapes = {name: list(value.shape) for name, value in build(small, seed=1).named_parameters()}
+    shapes["model.embed_tokens.weight"] = [vocabulary, hidden]
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    with pytest.raises(NoSpaceError, match=r"needs (\d+) bytes .* and (\d+) bytes .* free") as caught:
+        import_model(folder, RunFolder(tmp_path / "run"), precision="bf16", chunk_parameters=1 << 24)
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "run").exists()

@@ -50,7 +50,7 @@ $(STAMPS)/extension: $(STAMPS)/packages $(RUST_SOURCES)
 	@touch $@
 
 .PHONY: demo
-demo: setup ## train a small model from disk, kill it, resume it, compare the bits
+demo: setup ## teach a small model new facts, paged from disk, and show what it cost
 	$(BIN)/python examples/demo/run.py
 
 .PHONY: test

@@ -11,8 +11,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-import floors
 import pytest
+
+import floors
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / floors.PACKAGE

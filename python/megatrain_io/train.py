@@ -100,7 +100,7 @@ class _Progress:
 def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult:
     """Train ``config``, importing the model first if the run has no store yet.
 
-    Every step is durable before the next but one is written, so an end at any moment loses one step at
+    Every step is durable before the next one writes anything, so an end at any moment loses one step at
     most (``memory.commit_every`` steps). Random numbers and the order of the data follow from seed and step
     alone: a resumed run has the bits of one that was never stopped.
 
@@ -134,7 +134,8 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
 def learning_rate_at(config: TrainConfig, step: int, max_steps: int) -> float:
     """Learning rate of ``step`` (from 1), by the formulas of transformers' schedulers.
 
-    There the first step of a warm-up has rate 0 and a schedule ends one step after its last rate.
+    There the first step of a warm-up has rate 0 and a schedule ends one step after its last rate. With
+    ``warmup_steps``, ``constant`` is their ``constant_with_warmup``.
     """
     index, warmup = step - 1, config.warmup_steps
     if index < warmup:

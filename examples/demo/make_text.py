@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 TEXT = HERE / "text"
 SEED = "megatrain-io demo 1"
-CONTRACTS_OF_A_KIND = 6
+CONTRACTS_OF_A_KIND = 2
 HELD_OUT_TICKETS = 30
 # A question shares no run of this many words with the tickets: it cannot be answered by looking up its wording.
 NO_SHARED_RUN = 5

@@ -37,7 +37,7 @@ CONFIG = DEMO / "config.yaml"
 # As in config.yaml. On most CPUs, PyTorch computes faster in fp32 than in bf16.
 PRECISION = "fp32"
 ENOUGH_FACTS = 3
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 32
 
 Questions = list[dict[str, Any]]
 

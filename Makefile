@@ -60,6 +60,10 @@ test: setup lint ## all checks and tests, as CI runs them
 	cargo test --package $(CORE) --doc
 	$(BIN)/python -m pytest
 
+.PHONY: soak
+soak: setup ## the crash model, 200,000 random crashes (RUNS=n for another number)
+	MEGATRAIN_SOAK_RUNS=$(or $(RUNS),200000) cargo test --release --package $(CORE) --lib -- --nocapture crash_model::random
+
 .PHONY: lint
 lint: setup ## format, clippy, ruff, mypy, and the extension's stub against the extension
 	cargo fmt --all --check

@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 use crate::file::DirectFile;
 
 pub mod choice;
+pub mod faulty;
+#[cfg(test)]
+pub(crate) mod memory;
 pub mod threads;
 #[cfg(all(feature = "uring", target_os = "linux"))]
 pub mod uring;
@@ -173,7 +176,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     fn counters(&self) -> &Counters;
 }
 
-/// Performs one operation and waits for it; the slot comes back in both cases.
+/// Performs one operation on the whole slot and waits for it; the slot comes back in both cases. A
+/// read or plain write that the drive failed is tried once more; what promises durability is not.
 ///
 /// # Errors
 /// Beside the slot: the operation's own error.
@@ -184,17 +188,32 @@ pub fn perform(
     offset: u64,
     slot: Option<Slot>,
 ) -> (Option<Slot>, Result) {
-    let (reply, completions) = unbounded();
     let bytes = slot.as_ref().map_or(0, |slot| slot.len());
-    engine.submit(Request {
-        operation,
-        file: Arc::clone(file),
-        offset,
-        slot,
-        bytes,
-        tag: 0,
-        reply,
-    });
+    match perform_once(engine, operation, file, offset, slot, bytes) {
+        (Some(slot), Err(error))
+            if error.is_worth_a_retry() && operation != Operation::WriteDurable =>
+        {
+            perform_once(engine, operation, file, offset, Some(slot), bytes)
+        }
+        outcome => outcome,
+    }
+}
+
+/// Performs one operation on the first `bytes` of the slot and waits for it.
+///
+/// # Errors
+/// Beside the slot: the operation's own error.
+pub fn perform_once(
+    engine: &dyn Engine,
+    operation: Operation,
+    file: &Arc<DirectFile>,
+    offset: u64,
+    slot: Option<Slot>,
+    bytes: usize,
+) -> (Option<Slot>, Result) {
+    let (reply, completions) = unbounded();
+    let file = Arc::clone(file);
+    engine.submit(Request { operation, file, offset, slot, bytes, tag: 0, reply });
     match completions.recv() {
         Ok(completion) => (completion.slot, completion.result),
         Err(_) => (None, Err(Error::invalid("the engine dropped a request"))),

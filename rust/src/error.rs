@@ -156,6 +156,12 @@ impl Error {
         Self::Invalid { reason: reason.into() }
     }
 
+    /// Whether the same operation may succeed the second time: the drive itself reported a failure.
+    #[must_use]
+    pub fn is_worth_a_retry(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()))
+    }
+
     /// A file that this build cannot read.
     pub fn format(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
         Self::Format { path: path.into(), reason: reason.into() }

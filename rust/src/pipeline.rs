@@ -140,12 +140,26 @@ impl Pipeline {
     /// # Errors
     /// `Invalid` when the pool cannot hold what the store's records need; `Io`.
     pub fn start(store: Arc<Store>, options: &Options) -> Result<Self> {
+        let (mut pipeline, executor) = Self::assemble(store, options)?;
+        let shared = Arc::clone(&pipeline.shared);
+        let thread = std::thread::Builder::new()
+            .name("mt-pipeline".into())
+            .spawn(move || {
+                let _obituary = Obituary(shared);
+                executor.run();
+            })
+            .map_err(|e| Error::io("start of the pipeline thread", "pipeline", 0, 0, e))?;
+        pipeline.executor = Some(thread);
+        Ok(pipeline)
+    }
+
+    /// Front and executor, without a thread.
+    fn assemble(store: Arc<Store>, options: &Options) -> Result<(Self, executor::Executor)> {
         store.check()?;
         check_pool(&store, &options.pool, &options.tensors)?;
         let pool = Pool::allocate(&options.pool, store.ledger())?;
         let registration = store.engine().0.register(&pool.region).err();
         let shared = Arc::new(Shared::default());
-        let for_obituary = Arc::clone(&shared);
         let (commands, inbox) = unbounded();
         let executor = executor::Executor::new(
             Arc::clone(&store),
@@ -154,22 +168,9 @@ impl Pipeline {
             Arc::clone(&shared),
             inbox,
         )?;
-        let executor = std::thread::Builder::new()
-            .name("mt-pipeline".into())
-            .spawn(move || {
-                let _obituary = Obituary(Arc::clone(&for_obituary));
-                executor.run();
-            })
-            .map_err(|e| Error::io("start of the pipeline thread", "pipeline", 0, 0, e))?;
-        Ok(Self {
-            store,
-            pool,
-            shared,
-            commands,
-            executor: Some(executor),
-            registration,
-            process: std::process::id(),
-        })
+        let process = std::process::id();
+        let front = Self { store, pool, shared, commands, executor: None, registration, process };
+        Ok((front, executor))
     }
 
     /// Begins a step: its reads start at once.
@@ -478,5 +479,7 @@ fn check_pool(store: &Store, sizes: &PoolSizes, settings: &[TensorSettings]) -> 
     Ok(())
 }
 
+#[cfg(test)]
+mod crash_model;
 #[cfg(test)]
 mod tests;

@@ -29,6 +29,7 @@ mod superblock;
 mod table;
 mod verify;
 
+pub use commit::{Sequence, Sequenced};
 pub use create::Creator;
 pub use table::{Entry, Table};
 pub use verify::{Damage, Report};
@@ -120,6 +121,23 @@ impl Store {
     /// `InUse`, `Format`, `Corrupt`, `Unsupported`, `Io`; the file is not changed by any of them.
     pub fn open(path: &Path, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
         recovery::open(path, options, ledger)
+    }
+
+    /// Opens the store in a file that this process has locked, over an engine that runs.
+    #[cfg(test)]
+    pub(crate) fn open_on(
+        file: &Arc<DirectFile>,
+        engine: Arc<dyn Engine>,
+        boot_id: [u8; 16],
+        ledger: &Ledger,
+    ) -> Result<Self> {
+        recovery::open_on(Arc::clone(file), engine, None, boot_id, ledger)
+    }
+
+    /// Where the data area begins, in bytes.
+    #[cfg(test)]
+    pub(crate) fn data_offset(&self) -> u64 {
+        self.header.data_offset
     }
 
     /// The state to read and to go on from.
@@ -329,9 +347,9 @@ impl Store {
         self.committed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether something was written since the store was opened.
+    /// Whether clean marker and rejected superblock are out of the way, so that extents may be written.
     #[must_use]
-    pub fn is_written(&self) -> bool {
+    pub fn is_writable(&self) -> bool {
         self.writable.load(Ordering::Acquire)
     }
 }

@@ -6,19 +6,18 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
-use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded, unbounded};
+use crossbeam_channel::{Receiver, Select, Sender, unbounded};
 use rayon::ThreadPool;
 
 use crate::adamw::{AdamW, Kernel};
 use crate::buffer::Slot;
-use crate::engine::Completion;
+use crate::engine::{Completion, Operation};
 use crate::error::{Error, Result};
 use crate::pipeline::update::Settings;
 use crate::pipeline::{Command, Options, Shared, schedule, weight_list};
 use crate::pool::Pool;
-use crate::store::{Entry, ReadPlan, Store, Table};
+use crate::store::{Entry, ReadPlan, Sequence, Sequenced, Store, Table};
 use crate::units::Group;
 
 mod reads;
@@ -76,11 +75,28 @@ struct Step {
     commit: Option<Vec<u8>>,
 }
 
-/// What a completion belongs to.
-enum Pending {
-    Load { number: u64, chunk: usize, plan: ReadPlan, again: bool },
-    Planes { chunk: usize, plan: ReadPlan, rest: Slot, again: bool },
+/// An operation in flight.
+struct Pending {
+    operation: Operation,
+    offset: u64,
+    bytes: usize,
+    /// Whether this is the second attempt; there is no third.
+    again: bool,
+    work: Work,
+}
+
+/// What an operation is for.
+enum Work {
+    Load { number: u64, chunk: usize, plan: ReadPlan },
+    Planes { chunk: usize, plan: ReadPlan, rest: Slot },
     Write { chunk: usize },
+    Sequence,
+}
+
+/// Operations in a fixed order that the store needs before a first write, or for a commit.
+struct Running {
+    sequence: Sequence,
+    commits: bool,
 }
 
 pub(super) struct Executor {
@@ -106,10 +122,7 @@ pub(super) struct Executor {
     on_disk: Vec<u64>,
     pending: HashMap<u64, Pending>,
     next_tag: u64,
-    commit_jobs: Sender<(Table, Vec<u8>)>,
-    commit_results: Receiver<Result<u64>>,
-    committer: Option<JoinHandle<()>>,
-    committing: bool,
+    running: Option<Running>,
     failed: bool,
     /// What the last round could not do for lack of a slot.
     starved: Starved,
@@ -141,19 +154,6 @@ impl Executor {
             .build()
             .map_err(|e| Error::invalid(format!("cannot start the update threads: {e}")))?;
         let (reply, completions) = unbounded();
-        let (commit_jobs, jobs) = bounded::<(Table, Vec<u8>)>(1);
-        let (results, commit_results) = bounded(1);
-        let for_committer = Arc::clone(&store);
-        let committer = std::thread::Builder::new()
-            .name("mt-commit".into())
-            .spawn(move || {
-                for (table, blob) in jobs {
-                    if results.send(for_committer.commit(table, &blob)).is_err() {
-                        return;
-                    }
-                }
-            })
-            .map_err(|e| Error::io("start of the commit thread", "pipeline", 0, 0, e))?;
         let chunks = store.layout().chunks().len();
         let working = Table::clone(&store.committed().table);
         let sources = store.layout().records().iter().map(|_| None).collect();
@@ -177,10 +177,7 @@ impl Executor {
             on_disk: vec![0; chunks],
             pending: HashMap::new(),
             next_tag: 0,
-            commit_jobs,
-            commit_results,
-            committer: Some(committer),
-            committing: false,
+            running: None,
             failed: false,
             starved: Starved::default(),
             aborting: None,
@@ -190,25 +187,22 @@ impl Executor {
     }
 
     pub(super) fn run(mut self) {
-        loop {
-            if self.is_active() {
-                self.advance();
-            }
-            if !self.is_active() && self.pending.is_empty() && !self.committing {
-                self.finish_abort();
-                if self.stopping {
-                    break;
-                }
-            }
+        while self.turn() {
             self.wait();
             self.receive();
         }
-        // Closing the channel ends the committer.
-        let (closed, _) = bounded(0);
-        self.commit_jobs = closed;
-        if let Some(committer) = self.committer.take() {
-            let _ = committer.join();
+    }
+
+    /// Does all that can be done without waiting; `false` when it has stopped for good.
+    pub(super) fn turn(&mut self) -> bool {
+        if self.is_active() {
+            self.advance();
         }
+        if !self.is_active() && self.pending.is_empty() {
+            self.finish_abort();
+            return !self.stopping;
+        }
+        true
     }
 
     /// Whether there is work to go on with: nothing failed, and if the step under way is to be dropped
@@ -226,25 +220,27 @@ impl Executor {
             self.start_loads(class);
         }
         self.start_plane_reads();
-        // One chunk at a time: completions are looked at in between.
-        if let Some(index) = self.ready_update()
-            && let Err(error) = self.update(index)
-        {
-            self.fail(error);
+        if let Some(index) = self.ready_update() {
+            // One chunk at a time: completions are looked at in between.
+            let outcome = match self.store.is_writable() {
+                true => self.update(index),
+                false if self.running.is_none() => self.start_writing(),
+                false => Ok(()),
+            };
+            if let Err(error) = outcome {
+                self.fail(error);
+            }
         }
         self.settle();
     }
 
     fn wait(&self) {
-        if self.is_active() && self.ready_update().is_some() {
+        if self.is_active() && self.store.is_writable() && self.ready_update().is_some() {
             return;
         }
         let mut select = Select::new();
         select.recv(&self.inbox);
         select.recv(&self.completions);
-        if self.committing {
-            select.recv(&self.commit_results);
-        }
         if self.is_active() {
             if self.starved.buffers[0] {
                 select.recv(self.pool.block_buffers.availability());
@@ -259,25 +255,9 @@ impl Executor {
         select.ready();
     }
 
-    fn receive(&mut self) {
+    pub(super) fn receive(&mut self) {
         while let Ok(completion) = self.completions.try_recv() {
             self.complete(completion);
-        }
-        if self.committing {
-            match self.commit_results.try_recv() {
-                Ok(result) => {
-                    self.committing = false;
-                    match result {
-                        Ok(_) => self.settle_front(),
-                        Err(error) => self.fail(error),
-                    }
-                }
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => {
-                    self.committing = false;
-                    self.fail(Error::invalid("the commit thread panicked: this is a bug"));
-                }
-            }
         }
         loop {
             match self.inbox.try_recv() {
@@ -369,18 +349,38 @@ impl Executor {
         });
     }
 
-    /// Commits the oldest step when all its writes have completed.
+    /// Commits the oldest step when all its writes have completed: the drain before the flush.
     fn settle(&mut self) {
-        while !self.committing && self.steps.front().is_some_and(|s| s.ended && s.updates_left == 0)
+        while self.running.is_none()
+            && self.steps.front().is_some_and(|s| s.ended && s.updates_left == 0)
         {
             match self.steps.front_mut().and_then(|step| step.commit.take()) {
-                Some(blob) => {
-                    self.committing = true;
-                    // The committer is idle: `committing` was false.
-                    let _ = self.commit_jobs.send((self.working.clone(), blob));
-                }
+                Some(blob) => match self.store.start_commit(self.working.clone(), &blob) {
+                    Ok(sequence) => self.go_on(Running { sequence, commits: true }),
+                    Err(error) => return self.fail(error),
+                },
                 None => self.settle_front(),
             }
+        }
+    }
+
+    fn start_writing(&mut self) -> Result {
+        let sequence = self.store.start_writing()?;
+        self.go_on(Running { sequence, commits: false });
+        Ok(())
+    }
+
+    /// Submits a sequence's next operation, or takes note of its end.
+    fn go_on(&mut self, mut running: Running) {
+        match self.store.next_operation(&mut running.sequence) {
+            Ok(Some(Sequenced { operation, offset, slot, bytes })) => {
+                self.running = Some(running);
+                let work = Work::Sequence;
+                self.submit(Pending { operation, offset, bytes, again: false, work }, slot);
+            }
+            Ok(None) if running.commits => self.settle_front(),
+            Ok(None) => {}
+            Err(error) => self.fail(error),
         }
     }
 

@@ -1,8 +1,10 @@
 //! The moment at which a step becomes durable.
 //!
 //! Order is everything here (`docs/design.md` has the proof obligations):
-//! drain, table and blob, flush, superblock written through, acknowledge.
+//! drain, table and blob, flush, superblock written through, acknowledge. A [`Sequence`] keeps that
+//! order and knows no thread: who owns the completions drives it, or [`Store::commit`] by waiting.
 
+use std::collections::VecDeque;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
@@ -14,6 +16,57 @@ use crate::store::superblock::Superblock;
 use crate::store::{BLOB_BYTES_MAX, Committed, Store, Table};
 use crate::units::{PAGE_BYTES, to_usize};
 
+/// Operations of which each starts when the one before it has completed. When the last one has, the
+/// store takes their effect on.
+#[derive(Debug)]
+pub struct Sequence {
+    steps: VecDeque<Step>,
+    under_way: Option<Step>,
+    becomes: Option<Committed>,
+}
+
+#[derive(Debug)]
+struct Step {
+    what: What,
+    offset: u64,
+    /// A failure leaves it unknown what the drive holds: only opening the store again can tell.
+    is_final: bool,
+    /// Whether this is the second attempt.
+    again: bool,
+}
+
+#[derive(Debug)]
+enum What {
+    /// The encoded table, which is in its buffer.
+    Table,
+    /// So many bytes of the blob's buffer.
+    Blob(usize),
+    /// One page, through to stable storage.
+    Page(Box<[u8; PAGE_BYTES]>),
+    Flush,
+    /// No operation: from here on the store may be written to.
+    Writable,
+}
+
+/// The next operation of a sequence.
+#[derive(Debug)]
+pub struct Sequenced {
+    /// What to do.
+    pub operation: Operation,
+    /// File offset in bytes.
+    pub offset: u64,
+    /// The bytes; `None` for a flush.
+    pub slot: Option<Slot>,
+    /// How many bytes from the slot's start.
+    pub bytes: usize,
+}
+
+impl Step {
+    fn page(page: Box<[u8; PAGE_BYTES]>, offset: u64) -> Self {
+        Self { what: What::Page(page), offset, is_final: true, again: false }
+    }
+}
+
 impl Store {
     /// Makes `table` and `blob` the committed state and returns its generation. The caller has seen
     /// the completion of every write that `table` names. Blocks until it is durable.
@@ -22,6 +75,15 @@ impl Store {
     /// A failure before the flush leaves the last generation and the store usable; a failed flush or
     /// superblock is final (`Failed` from then on).
     pub fn commit(&self, table: Table, blob: &[u8]) -> Result<u64> {
+        self.run(self.start_commit(table, blob)?)?;
+        Ok(self.committed_guard().generation)
+    }
+
+    /// The same as a sequence: `table` and `blob` are the committed state when it has ended.
+    ///
+    /// # Errors
+    /// `Invalid` for a blob that is too long, `Failed`.
+    pub fn start_commit(&self, table: Table, blob: &[u8]) -> Result<Sequence> {
         self.check()?;
         if blob.len() > BLOB_BYTES_MAX {
             return Err(Error::invalid(format!(
@@ -29,10 +91,10 @@ impl Store {
                 blob.len()
             )));
         }
-        self.make_writable()?;
+        let mut steps = self.first_write_steps();
         let generation = self.committed_guard().generation + 1;
         let side = usize::from(generation & 1 == 1);
-        let (table_crc, blob_crc) = self.write_table_and_blob(&table, blob, side)?;
+        let (table_crc, blob_crc) = self.fill_buffers(&table, blob)?;
         let superblock = Superblock {
             uuid: self.header.uuid,
             generation,
@@ -43,35 +105,117 @@ impl Store {
             blob_crc,
             manifest_crc: self.header.manifest_crc,
         };
-        // From here on a failure leaves it unknown what the drive holds: only reopening can tell.
-        self.flush().map_err(|e| self.poison(e))?;
-        let page = superblock.encode();
-        for offset in SUPERBLOCK_OFFSETS[side] {
-            self.write_page(&page[..], offset).map_err(|e| self.poison(e))?;
-        }
-        *self.committed_guard() =
-            Committed { generation, table: table.into(), blob: blob.into(), superblock };
-        Ok(generation)
+        let blob_bytes = blob.len().next_multiple_of(PAGE_BYTES).max(PAGE_BYTES);
+        let (tables, blobs) = (self.header.table_offsets, self.header.blob_offsets);
+        let step = |what, offset, is_final| Step { what, offset, is_final, again: false };
+        steps.extend([
+            step(What::Table, tables[side], false),
+            step(What::Blob(blob_bytes), blobs[side], false),
+            step(What::Flush, 0, true),
+        ]);
+        steps.extend(SUPERBLOCK_OFFSETS[side].map(|at| Step::page(superblock.encode(), at)));
+        let becomes = Committed { generation, table: table.into(), blob: blob.into(), superblock };
+        Ok(Sequence { steps, under_way: None, becomes: Some(becomes) })
     }
 
-    /// Gets clean marker and rejected superblock out of the way. Must be durable before the first
-    /// write since the store was opened: a marker left standing would vouch for changed data, and a
-    /// rejected superblock might look whole again after the next crash.
+    /// What must be durable before the first write since the store was opened: clean marker and
+    /// rejected superblock are gone. A marker left standing would vouch for changed data, and a
+    /// rejected superblock might look whole again after the next crash. Empty when that was done.
     ///
     /// # Errors
-    /// A failure is final.
-    pub fn make_writable(&self) -> Result {
+    /// `Failed`.
+    pub fn start_writing(&self) -> Result<Sequence> {
         self.check()?;
-        if self.writable.load(Ordering::Acquire) {
-            return Ok(());
+        Ok(Sequence { steps: self.first_write_steps(), under_way: None, becomes: None })
+    }
+
+    fn first_write_steps(&self) -> VecDeque<Step> {
+        if self.is_writable() {
+            return VecDeque::new();
         }
-        let nothing = [0_u8; PAGE_BYTES];
-        self.write_page(&nothing, CLEAN_MARKER_OFFSET).map_err(|e| self.poison(e))?;
-        let rejected = self.rejected.lock().unwrap_or_else(PoisonError::into_inner).take();
-        for offset in rejected.iter().flat_map(|side| SUPERBLOCK_OFFSETS[*side]) {
-            self.write_page(&nothing, offset).map_err(|e| self.poison(e))?;
+        let rejected = *self.rejected.lock().unwrap_or_else(PoisonError::into_inner);
+        let superblocks = rejected.into_iter().flat_map(|side| SUPERBLOCK_OFFSETS[side]);
+        let mut steps: VecDeque<Step> = [CLEAN_MARKER_OFFSET]
+            .into_iter()
+            .chain(superblocks)
+            .map(|offset| Step::page(Box::new([0; PAGE_BYTES]), offset))
+            .collect();
+        steps.push_back(Step { what: What::Writable, offset: 0, is_final: true, again: false });
+        steps
+    }
+
+    /// The operation to perform now; `None` when the sequence has ended and the store has taken its
+    /// effect on. The operation before must have been [`completed`](Self::completed).
+    ///
+    /// # Errors
+    /// `Invalid` when a failed engine kept a buffer.
+    pub fn next_operation(&self, sequence: &mut Sequence) -> Result<Option<Sequenced>> {
+        loop {
+            let Some(step) = sequence.steps.pop_front() else {
+                if let Some(becomes) = sequence.becomes.take() {
+                    *self.committed_guard() = becomes;
+                }
+                return Ok(None);
+            };
+            let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+            let (operation, slot, bytes) = match &step.what {
+                What::Writable => {
+                    self.writable.store(true, Ordering::Release);
+                    *self.rejected.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    continue;
+                }
+                What::Table => {
+                    let bytes = to_usize(self.header.table_bytes);
+                    (Operation::Write, Some(take(&mut buffers.table)?), bytes)
+                }
+                What::Blob(bytes) => (Operation::Write, Some(take(&mut buffers.blob)?), *bytes),
+                What::Page(page) => {
+                    let mut slot = take(&mut buffers.page)?;
+                    slot.copy_from_slice(&page[..]);
+                    (Operation::WriteDurable, Some(slot), PAGE_BYTES)
+                }
+                What::Flush => (Operation::Sync, None, 0),
+            };
+            let offset = step.offset;
+            sequence.under_way = Some(step);
+            return Ok(Some(Sequenced { operation, offset, slot, bytes }));
         }
-        self.writable.store(true, Ordering::Release);
+    }
+
+    /// Takes note of how the operation ended.
+    ///
+    /// # Errors
+    /// The operation's own: the sequence is over then. A write before the flush is tried twice.
+    pub fn completed(&self, sequence: &mut Sequence, slot: Option<Slot>, result: Result) -> Result {
+        let Some(step) = sequence.under_way.take() else {
+            return Err(Error::invalid("no operation of the sequence is under way"));
+        };
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        match step.what {
+            What::Table => buffers.table = slot,
+            What::Blob(_) => buffers.blob = slot,
+            What::Page(_) => buffers.page = slot,
+            What::Flush | What::Writable => {}
+        }
+        match result {
+            Ok(()) => Ok(()),
+            Err(error) if error.is_worth_a_retry() && !step.is_final && !step.again => {
+                sequence.steps.push_front(Step { again: true, ..step });
+                Ok(())
+            }
+            Err(error) if step.is_final => Err(self.poison(error)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Performs a sequence to its end. Blocks.
+    pub(super) fn run(&self, mut sequence: Sequence) -> Result {
+        while let Some(next) = self.next_operation(&mut sequence)? {
+            let Sequenced { operation, offset, slot, bytes } = next;
+            let (slot, result) =
+                engine::perform_once(&*self.engine, operation, &self.file, offset, slot, bytes);
+            self.completed(&mut sequence, slot, result)?;
+        }
         Ok(())
     }
 
@@ -89,35 +233,17 @@ impl Store {
         self.write_page(&marker[..], CLEAN_MARKER_OFFSET)
     }
 
-    fn write_table_and_blob(&self, table: &Table, blob: &[u8], side: usize) -> Result<(u64, u64)> {
+    /// Encodes table and blob into their buffers and returns their checksums.
+    fn fill_buffers(&self, table: &Table, blob: &[u8]) -> Result<(u64, u64)> {
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut table_slot = take(&mut buffers.table)?;
-        table.encode(&mut table_slot);
+        let kept = || Error::invalid("the engine kept a commit buffer");
+        let table_slot = buffers.table.as_mut().ok_or_else(kept)?;
+        table.encode(table_slot);
         let table_crc = crate::checksum::crc64(&table_slot[..to_usize(self.header.table_bytes)]);
-        let mut blob_slot = take(&mut buffers.blob)?;
+        let blob_slot = buffers.blob.as_mut().ok_or_else(kept)?;
         blob_slot[..blob.len()].copy_from_slice(blob);
         blob_slot[blob.len()..].fill(0);
-        let blob_crc = crate::checksum::crc64(blob);
-        let (offset, table_result);
-        (buffers.table, table_result) = {
-            offset = self.header.table_offsets[side];
-            self.write(offset, table_slot)
-        };
-        let blob_bytes = blob.len().next_multiple_of(PAGE_BYTES).max(PAGE_BYTES);
-        let (front, rest) = blob_slot.split_at(blob_bytes);
-        let (front, blob_result) = self.write(self.header.blob_offsets[side], front);
-        buffers.blob = front.map(|front| front.join(rest));
-        table_result?;
-        blob_result?;
-        Ok((table_crc, blob_crc))
-    }
-
-    fn write(&self, offset: u64, slot: Slot) -> (Option<Slot>, Result) {
-        engine::perform(&*self.engine, Operation::Write, &self.file, offset, Some(slot))
-    }
-
-    fn flush(&self) -> Result {
-        engine::perform(&*self.engine, Operation::Sync, &self.file, 0, None).1
+        Ok((table_crc, crate::checksum::crc64(blob)))
     }
 
     /// Writes one page through to stable storage.

@@ -3,11 +3,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::buffer::Slot;
 use crate::checksum;
 use crate::engine::choice::{self, Choice};
-use crate::engine::{self, Operation};
+use crate::engine::{self, Engine, Operation};
 use crate::error::{Error, Result};
 use crate::file::{self, DirectFile};
 use crate::layout::{Layout, Manifest};
@@ -32,6 +33,18 @@ impl Creator {
     /// # Errors
     /// `NoSpace`, `Format` when a store is already there, `Unsupported`, `Io`; nothing is left behind.
     pub fn new(path: &Path, manifest: Manifest, engine: Choice, ledger: &Ledger) -> Result<Self> {
+        let (engine, engine_note) = choice::start(engine)?;
+        Self::over(engine, engine_note, path, manifest, ledger)
+    }
+
+    /// The same, over an engine that runs.
+    pub(crate) fn over(
+        engine: Arc<dyn Engine>,
+        engine_note: Option<String>,
+        path: &Path,
+        manifest: Manifest,
+        ledger: &Ledger,
+    ) -> Result<Self> {
         if path.exists() {
             return Err(Error::format(
                 path,
@@ -52,15 +65,10 @@ impl Creator {
             fs::remove_file(&partial).map_err(|e| Error::io("remove", &partial, 0, 0, e))?;
         }
         let file = DirectFile::create(&partial, header.file_bytes)?;
-        let opened = choice::start(engine).map(|(engine, engine_note)| Opened {
-            file: file.into(),
-            engine,
-            engine_note,
-            header,
-            manifest,
-            layout,
-        });
-        let made = opened.and_then(|opened| Self::fill(opened, &text, ledger));
+        let file = Arc::new(file);
+        let boot_id = file::boot_id();
+        let opened = Opened { file, engine, engine_note, header, manifest, layout, boot_id };
+        let made = Self::fill(opened, &text, ledger);
         let (store, working) = made.inspect_err(|_| {
             let _ = fs::remove_file(&partial);
         })?;

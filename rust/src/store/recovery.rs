@@ -25,28 +25,41 @@ pub(super) struct Opened {
     pub(super) header: Header,
     pub(super) manifest: Manifest,
     pub(super) layout: Layout,
+    /// The kernel's id of this boot.
+    pub(super) boot_id: [u8; 16],
 }
 
 pub(super) fn open(path: &Path, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
     let file = Arc::new(DirectFile::open(path)?);
     let (engine, engine_note) = choice::start(options.engine)?;
+    file::sync_directory(path)?;
+    open_on(file, engine, engine_note, file::boot_id(), ledger)
+}
+
+/// Opens the store in a file that this process has locked.
+pub(super) fn open_on(
+    file: Arc<DirectFile>,
+    engine: Arc<dyn Engine>,
+    engine_note: Option<String>,
+    boot_id: [u8; 16],
+    ledger: &Ledger,
+) -> Result<Store> {
     // What a crashed process wrote may sit in a volatile cache: readable now, gone after the next
     // power cut. Nothing may be believed before it is on stable storage.
     engine::perform(&*engine, Operation::Sync, &file, 0, None).1?;
-    file::sync_directory(path)?;
     let header = read_header(&*engine, &file)?;
     let bytes = file.bytes()?;
     if bytes < header.file_bytes {
         let expected = header.file_bytes;
         return Err(Error::format(
-            path,
+            file.path(),
             format!(
                 "the file has {bytes} bytes and should have {expected}: it was truncated. Restore a copy or import the model again"
             ),
         ));
     }
     let (manifest, layout) = read_manifest(&*engine, &file, &header)?;
-    let opened = Opened { file, engine, engine_note, header, manifest, layout };
+    let opened = Opened { file, engine, engine_note, header, manifest, layout, boot_id };
     choose(opened, ledger)
 }
 
@@ -80,7 +93,7 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     let is_newest = committed.generation == newest.generation;
     let is_clean = marker.is_some_and(|marker| committed.superblock.is_vouched_for_by(&marker));
     // After a mere kill the kernel still had every completed write, and the sync above made it durable.
-    let same_boot = committed.superblock.boot_id == file::boot_id() && file::boot_id() != [0; 16];
+    let same_boot = committed.superblock.boot_id == opened.boot_id && opened.boot_id != [0; 16];
     let mut store = assemble(opened, Some(committed), ledger)?;
     if !(is_newest && (is_clean || same_boot)) {
         side = verify_or_fall_back(&mut store, side, whole.next())?;
@@ -136,9 +149,8 @@ pub(super) fn assemble(
     committed: Option<Committed>,
     ledger: &Ledger,
 ) -> Result<Store> {
-    let Opened { file, engine, engine_note, header, manifest, layout } = opened;
+    let Opened { file, engine, engine_note, header, manifest, layout, boot_id } = opened;
     let incarnation = u64::from_le_bytes(file::random_uuid()?[..8].try_into().unwrap_or_default());
-    let boot_id = file::boot_id();
     let committed = committed.unwrap_or_else(|| Committed {
         generation: 0,
         table: Table::empty(&layout).into(),

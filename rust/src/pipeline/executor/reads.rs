@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Executor, Pending, PlannedUpdate, Update};
+use super::{Executor, Pending, PlannedUpdate, Update, Work};
 use crate::buffer::Slot;
 use crate::checksum;
 use crate::engine::{Completion, Operation, Request};
@@ -44,7 +44,7 @@ impl Executor {
                 load.unread = (load.started < load.chunks.len()).then_some(unread);
                 let number = load.number;
                 let plan = self.store.plan_read(&self.working, chunk, Group::Weight);
-                self.read(plan.clone(), part, Pending::Load { number, chunk, plan, again: false });
+                self.read(plan.offset, plan.bytes, part, Work::Load { number, chunk, plan });
             }
         }
     }
@@ -74,72 +74,86 @@ impl Executor {
                 written: Vec::new(),
                 writes_left: 0,
             });
-            self.read(plan.clone(), front, Pending::Planes { chunk, plan, rest, again: false });
+            self.read(plan.offset, plan.bytes, front, Work::Planes { chunk, plan, rest });
         }
     }
 
-    /// Starts a read, or completes it at once when there is nothing on disk.
-    pub(super) fn read(&mut self, plan: ReadPlan, slot: Slot, pending: Pending) {
-        let bytes = plan.bytes;
+    fn read(&mut self, offset: u64, bytes: usize, slot: Slot, work: Work) {
+        let operation = Operation::Read;
+        self.submit(Pending { operation, offset, bytes, again: false, work }, Some(slot));
+    }
+
+    /// Starts an operation, or completes it at once when there is nothing on disk.
+    pub(super) fn submit(&mut self, pending: Pending, slot: Option<Slot>) {
         let tag = self.next_tag;
         self.next_tag += 1;
+        let Pending { operation, offset, bytes, .. } = pending;
         self.pending.insert(tag, pending);
-        if bytes == 0 {
+        let reply = self.reply.clone();
+        if bytes == 0 && operation == Operation::Read {
             // Through the same channel, so that there is one way only.
-            let _ = self.reply.send(Completion { tag, slot: Some(slot), result: Ok(()) });
+            let _ = reply.send(Completion { tag, slot, result: Ok(()) });
             return;
         }
-        self.submit(Operation::Read, plan.offset, slot, bytes, tag);
-    }
-
-    pub(super) fn submit(
-        &self,
-        operation: Operation,
-        offset: u64,
-        slot: Slot,
-        bytes: usize,
-        tag: u64,
-    ) {
-        self.store.engine().0.submit(Request {
-            operation,
-            file: Arc::clone(self.store.file()),
-            offset,
-            slot: Some(slot),
-            bytes,
-            tag,
-            reply: self.reply.clone(),
-        });
+        let file = Arc::clone(self.store.file());
+        self.store.engine().0.submit(Request { operation, file, offset, slot, bytes, tag, reply });
     }
 
     pub(super) fn complete(&mut self, completion: Completion) {
         let Some(pending) = self.pending.remove(&completion.tag) else { return };
+        let Completion { slot, result, .. } = completion;
+        if matches!(pending.work, Work::Sequence) {
+            // Also when the executor has failed: a commit under way is seen to its end.
+            if let Some(mut running) = self.running.take() {
+                match self.store.completed(&mut running.sequence, slot, result) {
+                    Ok(()) => self.go_on(running),
+                    Err(error) => self.fail(error),
+                }
+            }
+            return;
+        }
         if !self.is_active() {
             return;
         }
-        let outcome = completion
-            .result
-            .and_then(|()| completion.slot.ok_or_else(|| Error::invalid("the engine kept a slot")));
-        let result = match (outcome, pending) {
-            (Err(error), _) => Err(error),
-            (Ok(slot), Pending::Load { number, chunk, plan, again }) => {
-                self.loaded(number, chunk, plan, again, slot)
-            }
-            (Ok(slot), Pending::Planes { chunk, plan, rest, again }) => {
-                self.planes_read(chunk, plan, rest, again, slot)
-            }
-            (Ok(slot), Pending::Write { chunk }) => {
-                drop(slot);
-                self.wrote(chunk);
+        let outcome = match (result, slot) {
+            (Ok(()), Some(slot)) => self.use_completed(pending, slot),
+            (Err(error), Some(slot)) if error.is_worth_a_retry() && !pending.again => {
+                self.submit(Pending { again: true, ..pending }, Some(slot));
                 Ok(())
             }
+            (Ok(()), None) => Err(Error::invalid("the engine kept a slot")),
+            (Err(error), _) => Err(error),
         };
-        if let Err(error) = result {
+        if let Err(error) = outcome {
             self.fail(error);
         }
     }
 
+    fn use_completed(&mut self, pending: Pending, slot: Slot) -> Result {
+        let (chunk, group, plan) = match &pending.work {
+            Work::Load { chunk, plan, .. } => (*chunk, Group::Weight, plan),
+            Work::Planes { chunk, plan, .. } => (*chunk, Group::Update, plan),
+            Work::Write { chunk } => {
+                drop(slot);
+                self.wrote(*chunk);
+                return Ok(());
+            }
+            Work::Sequence => return Ok(()),
+        };
+        if !self.verify(chunk, group, plan, pending.again, &slot)? {
+            self.submit(Pending { again: true, ..pending }, Some(slot));
+            return Ok(());
+        }
+        match pending.work {
+            Work::Load { number, chunk, plan } => self.loaded(number, chunk, &plan, slot),
+            Work::Planes { chunk, rest, .. } => self.planes_read(chunk, rest, slot),
+            Work::Write { .. } | Work::Sequence => {}
+        }
+        Ok(())
+    }
+
     /// Verifies what was read; `Ok(false)` when it must be read once more.
-    pub(super) fn verify(
+    fn verify(
         &self,
         chunk: usize,
         group: Group,
@@ -160,18 +174,7 @@ impl Executor {
         }
     }
 
-    pub(super) fn loaded(
-        &mut self,
-        number: u64,
-        chunk: usize,
-        plan: ReadPlan,
-        again: bool,
-        mut slot: Slot,
-    ) -> Result {
-        if !self.verify(chunk, Group::Weight, &plan, again, &slot)? {
-            self.read(plan.clone(), slot, Pending::Load { number, chunk, plan, again: true });
-            return Ok(());
-        }
+    fn loaded(&mut self, number: u64, chunk: usize, plan: &ReadPlan, mut slot: Slot) {
         slot[plan.bytes..].fill(0);
         for class in &mut self.loads {
             let Some(position) = class.iter().position(|load| load.number == number) else {
@@ -194,26 +197,13 @@ impl Executor {
             }
             break;
         }
-        Ok(())
     }
 
-    pub(super) fn planes_read(
-        &mut self,
-        chunk: usize,
-        plan: ReadPlan,
-        mut rest: Slot,
-        again: bool,
-        slot: Slot,
-    ) -> Result {
-        if !self.verify(chunk, Group::Update, &plan, again, &slot)? {
-            self.read(plan.clone(), slot, Pending::Planes { chunk, plan, rest, again: true });
-            return Ok(());
-        }
+    fn planes_read(&mut self, chunk: usize, mut rest: Slot, slot: Slot) {
         rest.fill(0);
         if let Some(update) = self.updates.iter_mut().find(|u| u.chunk == chunk && !u.is_read) {
             update.planes = Some(slot.join(rest));
             update.is_read = true;
         }
-        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Executor, Pending};
+use super::{Executor, Pending, Work};
 use crate::checksum;
 use crate::engine::Operation;
 use crate::error::{Error, Result};
@@ -23,8 +23,6 @@ impl Executor {
     }
 
     pub(super) fn update(&mut self, index: usize) -> Result {
-        // The first write since the store was opened must find the clean marker gone.
-        self.store.make_writable()?;
         let start = Instant::now();
         let update = &mut self.updates[index];
         let chunk = update.chunk;
@@ -68,11 +66,9 @@ impl Executor {
             Group::ALL.into_iter().zip(plans).zip(sums.into_iter().zip([weight_out, planes]))
         {
             self.updates[index].written.push((group, plan.entry, sums));
-            let tag = self.next_tag;
-            self.next_tag += 1;
-            self.pending.insert(tag, Pending::Write { chunk });
-            let bytes = slot.len();
-            self.submit(Operation::Write, plan.offset, slot, bytes, tag);
+            let (operation, offset, bytes) = (Operation::Write, plan.offset, slot.len());
+            let work = Work::Write { chunk };
+            self.submit(Pending { operation, offset, bytes, again: false, work }, Some(slot));
         }
         Timings::add(&self.shared.timings.update, start);
         Ok(())

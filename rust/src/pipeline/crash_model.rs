@@ -1,0 +1,121 @@
+//! The crash model: the real store and the real executor over a faulty drive in RAM.
+//!
+//! One thread drives everything, so a run follows from its seed alone: it picks whether the executor
+//! turns, the trainer goes on, or the drive performs one of the operations in flight, and where the
+//! process is killed or the power goes. After each of these the store is opened again and must hold,
+//! to the bit, the last acknowledged state or the one whose commit was under way.
+//!
+//! `make soak` runs more of the same: `MEGATRAIN_SOAK_RUNS` says how many.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use crate::engine::Engine;
+use crate::engine::faulty::{Fault, Faulty};
+use crate::engine::memory::Memory;
+use crate::file::DirectFile;
+use crate::layout::tests::manifest;
+use crate::ledger::Ledger;
+use crate::pipeline::crash_model::broken::{Breakage, Broken};
+use crate::pipeline::crash_model::training::{Machine, Memories};
+use crate::store::{Creator, Store};
+use crate::units::{CopyId, Group, StateFormat};
+
+mod broken;
+mod exhaustive;
+mod random;
+mod training;
+
+/// An imported store that every run starts from.
+struct Base {
+    _folder: tempfile::TempDir,
+    file: Arc<DirectFile>,
+    image: Memory,
+    records: Vec<u64>,
+    /// What the mutations need to know of the layout.
+    data_offset: u64,
+    copy_bytes: u64,
+}
+
+impl Base {
+    fn new(records: &[u64]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("store.mtio");
+        let ledger = Ledger::new();
+        let shape: Vec<_> = records.iter().map(|n| (StateFormat::F32, *n)).collect();
+        let engine = Arc::new(Memory::default());
+        let over = Arc::clone(&engine) as Arc<dyn Engine>;
+        let mut creator =
+            Creator::over(over, None, &path, manifest(4096, &shape), &ledger).expect("created");
+        training::import(&mut creator, &Memories::imported(records), &ledger);
+        creator.finish(b"step 0").expect("finished");
+        let file = Arc::new(DirectFile::open(&path).expect("opened"));
+        let store = Store::open_on(&file, engine.clone(), [1; 16], &ledger).expect("opened");
+        let place = |copy| store.layout().extent_offset(0, Group::Weight, copy);
+        let copy_bytes = place(CopyId::B) - place(CopyId::A);
+        let data_offset = store.data_offset();
+        let image = engine.copy();
+        Self { _folder: folder, file, image, records: records.to_vec(), data_offset, copy_bytes }
+    }
+
+    /// A machine with this store on its drive.
+    fn machine(&self, run: &Run) -> Machine<'_> {
+        let plan = crate::engine::faulty::Plan {
+            seed: run.seed,
+            ignores_flushes: run.ignores_flushes,
+            ..Default::default()
+        };
+        let drive = Arc::new(Faulty::over(Arc::new(self.image.copy()), plan));
+        let engine = Broken::over(Arc::clone(&drive), run.breakage, self);
+        Machine::new(self, run, drive, engine)
+    }
+}
+
+/// What a run is made of.
+#[derive(Clone, Debug)]
+struct Run {
+    seed: u64,
+    /// Optimizer steps to train.
+    steps: u64,
+    commit_every: u64,
+    /// Whether each step trains only some of the records.
+    partial: bool,
+    breakage: Breakage,
+    ignores_flushes: bool,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            steps: 3,
+            commit_every: 1,
+            partial: false,
+            breakage: Breakage::Nothing,
+            ignores_flushes: false,
+        }
+    }
+}
+
+/// Checks all numbers below `runs` on all cores, and stops at a failure. Not by rayon: a worker that
+/// waits for another pool, as the executor makes it do, would begin the next run on the same stack.
+fn first_failure(runs: u64, check: impl Fn(u64) -> Verdict + Sync) -> Option<String> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let (next, failure) = (AtomicU64::new(0), OnceLock::new());
+    let work = || {
+        while failure.get().is_none() {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= runs {
+                return;
+            }
+            if let Err(error) = check(number) {
+                let _ = failure.set(error);
+            }
+        }
+    };
+    std::thread::scope(|scope| (0..cores).for_each(|_| drop(scope.spawn(work))));
+    failure.into_inner()
+}
+
+/// What a run found: why it failed, in a sentence that names the seed.
+type Verdict = Result<(), String>;

@@ -1,0 +1,90 @@
+//! Random runs, by the hundred thousand, and the protocols that they must catch.
+
+use super::training::Ending;
+use super::*;
+
+/// Runs of `cargo test`; `make soak` asks for more.
+const RUNS: u64 = 2_000;
+/// A broken protocol must be caught within so many runs.
+const RUNS_TO_CATCH: u64 = 10_000;
+
+fn runs() -> u64 {
+    let asked = std::env::var("MEGATRAIN_SOAK_RUNS").ok();
+    asked.map_or(RUNS, |text| text.parse().expect("MEGATRAIN_SOAK_RUNS is a number of runs"))
+}
+
+fn bases() -> [Base; 2] {
+    [Base::new(&[128, 256, 128]), Base::new(&[128, 4096 + 128, 128])]
+}
+
+/// A run that follows from its seed: up to three processes, each with its end, then one that trains to
+/// the last step.
+fn random_run(bases: &[Base; 2], seed: u64, breakage: Breakage, lies: bool) -> Verdict {
+    let mut rng = fastrand::Rng::with_seed(seed ^ 0x5eed);
+    let run = Run {
+        seed,
+        steps: rng.u64(2..=6),
+        commit_every: [1, 1, 2, 3][rng.usize(..4)],
+        partial: rng.bool(),
+        breakage,
+        ignores_flushes: lies,
+    };
+    // One in eight has a record of two chunks; it takes longer.
+    let base = &bases[usize::from(rng.u8(..8) == 0)];
+    let mut machine = base.machine(&run);
+    let mut live = || -> Verdict {
+        for _ in 0..rng.u8(1..=3) {
+            // A crash while opening, now and then.
+            if rng.u8(..4) == 0 {
+                machine.drive.plan(rng.u64(..30), Fault::PowerCut);
+            }
+            if !machine.open()? {
+                return Ok(());
+            }
+            if rng.u8(..4) == 0 {
+                let fault = training::FAULTS[rng.usize(..training::FAULTS.len())].1;
+                machine.drive.plan(rng.u64(..120), fault);
+            }
+            let until = machine.drive.operations() + rng.u64(..150);
+            machine.train(until)?;
+            machine.drive.clear_plan();
+            let endings = [Ending::Kill, Ending::PowerCut, Ending::PowerCut, Ending::Close];
+            machine.end(endings[rng.usize(..endings.len())])?;
+        }
+        if !machine.open()? {
+            return Ok(());
+        }
+        machine.train(u64::MAX)?;
+        machine.end(Ending::PowerCut)?;
+        if machine.open()? && !machine.is_done() && !lies {
+            return Err("the last step is not there".into());
+        }
+        Ok(())
+    };
+    live().map_err(|error| format!("{error} (seed {seed}, {run:?})"))
+}
+
+#[test]
+fn reopening_gives_the_last_acknowledged_state_or_the_next() {
+    let bases = bases();
+    let run = |seed| random_run(&bases, seed, Breakage::Nothing, false);
+    assert_eq!(first_failure(runs(), run), None);
+}
+
+/// A drive that says it flushed and did not: nothing can save the state, but a wrong one never passes.
+#[test]
+fn a_drive_that_ignores_flushes_is_found_out() {
+    let bases = bases();
+    let run = |seed| random_run(&bases, seed, Breakage::Nothing, true);
+    assert_eq!(first_failure(runs() / 4, run), None);
+}
+
+#[test]
+fn every_broken_protocol_is_caught() {
+    let bases = bases();
+    for breakage in Breakage::ALL {
+        let run = |seed| random_run(&bases, seed, breakage, false);
+        let caught = first_failure(RUNS_TO_CATCH, run);
+        assert!(caught.is_some(), "{breakage:?} was not caught in {RUNS_TO_CATCH} runs");
+    }
+}

@@ -1,0 +1,533 @@
+//! A machine that trains, crashes and starts again, and what its store must hold.
+
+use super::*;
+use crate::adamw::{self, AdamW};
+use crate::buffer::Slot;
+use crate::error::Result;
+use crate::pipeline::executor::Executor;
+use crate::pipeline::{
+    ChunkOp, Command, Kernel, Kind, Options, Pipeline, PoolSizes, Schedule, TensorSettings,
+    chunk_slot_bytes,
+};
+use crate::pool;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Turns without any progress after which a run counts as stuck.
+const PATIENCE: u32 = 20_000;
+const NO_WAIT: Duration = Duration::ZERO;
+
+fn len(parameters: u64) -> usize {
+    usize::try_from(parameters).expect("small")
+}
+
+fn adamw(step: u64) -> AdamW {
+    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step }
+}
+
+fn value(step: u64, record: usize, index: usize) -> f32 {
+    let mixed = (index * 7 + record * 13 + len(step) * 31) % 1009;
+    #[expect(clippy::cast_precision_loss, reason = "small numbers")]
+    let value = mixed as f32;
+    value / 505.0 - 1.0
+}
+
+/// One record's weights and moments, in memory.
+#[derive(Clone, PartialEq)]
+struct Record {
+    weight: Vec<f32>,
+    exp_avg: Vec<f32>,
+    exp_avg_sq: Vec<f32>,
+}
+
+/// What the state is after each step, by training in memory.
+#[derive(Clone)]
+pub(super) struct Memories {
+    after: Vec<Vec<Arc<Record>>>,
+}
+
+impl Memories {
+    /// The state that every store begins with.
+    pub(super) fn imported(records: &[u64]) -> Self {
+        let record = |(index, &parameters): (usize, &u64)| {
+            let zeros = vec![0.0; len(parameters)];
+            let weight = (0..len(parameters)).map(|i| value(0, index, i)).collect();
+            Arc::new(Record { weight, exp_avg: zeros.clone(), exp_avg_sq: zeros })
+        };
+        Self { after: vec![records.iter().enumerate().map(record).collect()] }
+    }
+
+    /// One more step, of these records.
+    fn train(&mut self, step: u64, trained: &[usize]) {
+        self.after.truncate(len(step));
+        let mut state = self.after[len(step) - 1].clone();
+        for &index in trained {
+            let record = Arc::make_mut(&mut state[index]);
+            let n = record.weight.len();
+            let gradient: Vec<f32> = (0..n).map(|i| value(step, index, i)).collect();
+            let scalars = adamw(step).scalars(1.0, 0.01);
+            let old = record.weight.clone();
+            adamw::update_f32(
+                Kernel::Scalar,
+                &[adamw::Span { start: 0, len: n, scalars }],
+                &old,
+                &mut record.weight,
+                &gradient,
+                &mut record.exp_avg,
+                &mut record.exp_avg_sq,
+            );
+        }
+        self.after.push(state);
+    }
+}
+
+pub(super) fn import(creator: &mut Creator, memories: &Memories, ledger: &Ledger) {
+    let chunks = creator.layout().expect("a layout").chunks().to_vec();
+    for (index, chunk) in chunks.iter().enumerate() {
+        let bytes = chunk.extent_bytes(Group::Weight);
+        let mut slot = Slot::standalone(bytes, ledger, "test").expect("memory");
+        let weights = &memories.after[0][chunk.record].weight[len(chunk.start)..];
+        for (bytes, value) in slot.chunks_exact_mut(4).zip(&weights[..chunk.parameters]) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
+        creator.write_group(index, Group::Weight, 1, slot).expect("written");
+    }
+}
+
+/// How a process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    Kill,
+    PowerCut,
+    /// The store is closed; the step under way is dropped.
+    Close,
+}
+
+/// One call of the trainer.
+#[derive(Clone, Debug)]
+enum Call {
+    Begin(Arc<Schedule>),
+    /// Take the weights of a record and drop them: the forward pass.
+    Pass(usize),
+    Train(usize),
+    End {
+        commit: bool,
+    },
+    Settle,
+}
+
+/// A process with the store open.
+struct Process {
+    store: Arc<Store>,
+    front: Pipeline,
+    executor: Executor,
+    /// The step that the store was at when it was opened, or after an abort.
+    from: u64,
+    /// Steps that had settled then.
+    settled: u64,
+    step: u64,
+    calls: VecDeque<Call>,
+}
+
+pub(super) struct Machine<'a> {
+    base: &'a Base,
+    run: Run,
+    pub(super) drive: Arc<Faulty>,
+    engine: Arc<Broken>,
+    pub(super) rng: fastrand::Rng,
+    boot: u8,
+    memories: Memories,
+    process: Option<Process>,
+    /// The last step that was acknowledged as durable, or found by an open.
+    acknowledged: u64,
+    /// The last step that was handed over for a commit.
+    handed_over: u64,
+    /// Whether what the drive acknowledged may be lost, as long as it is noticed.
+    lies: bool,
+}
+
+impl<'a> Machine<'a> {
+    pub(super) fn new(base: &'a Base, run: &Run, drive: Arc<Faulty>, engine: Arc<Broken>) -> Self {
+        Self {
+            base,
+            run: run.clone(),
+            drive,
+            engine,
+            rng: fastrand::Rng::with_seed(run.seed),
+            boot: 1,
+            memories: Memories::imported(&base.records),
+            process: None,
+            acknowledged: 0,
+            handed_over: 0,
+            lies: run.ignores_flushes,
+        }
+    }
+
+    /// Opens the store and compares all of it with what it must hold. The machine may lose its power
+    /// meanwhile: then it starts again. `Ok(false)`: damage was noticed, on a drive that lies.
+    pub(super) fn open(&mut self) -> Result<bool, String> {
+        for _ in 0..8 {
+            self.drive.set_by_hand(false);
+            self.engine.set_opening(true);
+            let opened = self.open_once();
+            self.engine.set_opening(false);
+            if self.drive.is_off() {
+                self.drive.power_on();
+                self.boot += 1;
+                continue;
+            }
+            self.drive.clear_plan();
+            let Some(process) = opened? else { return Ok(false) };
+            self.process = Some(process);
+            self.drive.set_by_hand(true);
+            return Ok(true);
+        }
+        Err("the power went eight times".into())
+    }
+
+    fn open_once(&mut self) -> Result<Option<Process>, String> {
+        let engine = Arc::clone(&self.engine) as Arc<dyn Engine>;
+        let opened = Store::open_on(&self.base.file, engine, [self.boot; 16], &Ledger::new());
+        let store = match opened {
+            Err(_) if self.lies => return Ok(None),
+            opened => opened.map_err(|error| format!("the store does not open: {error}"))?,
+        };
+        let found = match self.compare(&store)? {
+            Ok(step) => step,
+            Err(_) if self.lies => return Ok(None),
+            Err(error) => return Err(format!("the store does not read: {error}")),
+        };
+        if !self.drive.is_off() {
+            let next = self.next_commit(self.acknowledged);
+            let is_next = found == next && self.handed_over >= next;
+            let is_known_loss = self.lies && found < self.acknowledged;
+            if found != self.acknowledged && !is_next && !is_known_loss {
+                return Err(format!(
+                    "the store is at step {found}; {} was acknowledged and {} handed over",
+                    self.acknowledged, self.handed_over
+                ));
+            }
+            self.acknowledged = found;
+            self.handed_over = found;
+        }
+        let (front, executor) = Pipeline::assemble(Arc::new(store), &self.options())
+            .map_err(|error| error.to_string())?;
+        let store = Arc::clone(front.store());
+        let calls = VecDeque::new();
+        Ok(Some(Process { store, front, executor, from: found, settled: 0, step: found, calls }))
+    }
+
+    /// The next step after `step` that is committed.
+    fn next_commit(&self, step: u64) -> u64 {
+        let every = self.run.commit_every;
+        ((step / every + 1) * every).min(self.run.steps.max(step + 1))
+    }
+
+    /// Reads everything back: the bytes must be those of training in memory to the step that the blob
+    /// names, which is returned; or the error that reading gave.
+    fn compare(&self, store: &Store) -> Result<Result<u64>, String> {
+        let committed = store.committed();
+        let blob = String::from_utf8_lossy(&committed.blob).into_owned();
+        let step: u64 = blob
+            .strip_prefix("step ")
+            .and_then(|number| number.parse().ok())
+            .ok_or_else(|| format!("the blob says {blob:?}"))?;
+        let state = self
+            .memories
+            .after
+            .get(len(step))
+            .ok_or_else(|| format!("step {step} was never made"))?;
+        for (index, chunk) in store.layout().chunks().iter().enumerate() {
+            let record = &state[chunk.record];
+            let range = len(chunk.start)..len(chunk.start) + chunk.parameters;
+            for group in Group::ALL {
+                let slot = Slot::standalone(chunk.extent_bytes(group), &Ledger::new(), "test")
+                    .expect("memory");
+                let bytes = match store.read_group(&committed.table, index, group, slot) {
+                    Ok(bytes) => bytes,
+                    Err(error) => return Ok(Err(error)),
+                };
+                let planes: Vec<&[f32]> = match group {
+                    Group::Weight => vec![&record.weight[range.clone()]],
+                    Group::Update => {
+                        vec![&record.exp_avg[range.clone()], &record.exp_avg_sq[range.clone()]]
+                    }
+                };
+                let expected = planes.into_iter().flatten().flat_map(|value| value.to_le_bytes());
+                if !expected.eq(bytes[..chunk.plane_ranges(group).last().map_or(0, |r| r.end)]
+                    .iter()
+                    .copied())
+                {
+                    return Err(format!(
+                        "the store says step {step}, and {} holds other bytes",
+                        store.describe(index, group)
+                    ));
+                }
+            }
+        }
+        Ok(Ok(step))
+    }
+
+    fn options(&self) -> Options {
+        let kind = |bytes, count| pool::Kind { bytes, count };
+        let records = &self.base.records;
+        let weights = |n: u64| (len(n) * 4).next_multiple_of(4096);
+        let largest = records.iter().copied().max().unwrap_or(0);
+        let pool = PoolSizes {
+            chunk_slots: kind(chunk_slot_bytes(StateFormat::F32, len(largest.min(4096))), 3),
+            block_buffers: kind(weights(largest), 2),
+            block_gradients: kind(weights(largest), 2),
+            ..PoolSizes::default()
+        };
+        let tensors = records
+            .iter()
+            .enumerate()
+            .map(|(record, &elements)| TensorSettings {
+                record,
+                offset: 0,
+                elements,
+                weight_decay: 0.01,
+                lr_scale: 1.0,
+            })
+            .collect();
+        Options { pool, threads: 1, kernel: Some(Kernel::Scalar), tensors }
+    }
+
+    /// The records that a step trains.
+    fn trained(&self, step: u64) -> Vec<usize> {
+        let all = 0..self.base.records.len();
+        if !self.run.partial {
+            return all.collect();
+        }
+        let mut rng = fastrand::Rng::with_seed(self.run.seed ^ (step << 32));
+        let forced = rng.usize(all.clone());
+        all.filter(|record| *record == forced || rng.bool()).collect()
+    }
+
+    /// Whether the training has come to its end and everything is durable.
+    pub(super) fn is_done(&self) -> bool {
+        self.acknowledged == self.run.steps
+    }
+
+    /// Does one thing, chosen by the seed: the executor turns, the trainer calls, or the drive
+    /// performs an operation.
+    ///
+    /// # Errors
+    /// What the trainer was told, if one of its calls failed.
+    fn advance(&mut self) -> Result {
+        match self.rng.u8(..4) {
+            0 => {
+                self.turn();
+            }
+            1 => return self.call(),
+            _ => {
+                self.drive.deliver();
+            }
+        }
+        Ok(())
+    }
+
+    /// The executor does what it can; `false` when it has stopped.
+    fn turn(&mut self) -> bool {
+        let Some(process) = &mut self.process else { return false };
+        let goes_on = process.executor.turn();
+        process.executor.receive();
+        let settled = process.front.shared.lock().settled;
+        let done = process.from + (settled - process.settled);
+        let every = self.run.commit_every;
+        let committed = if done == self.run.steps { done } else { done / every * every };
+        self.acknowledged = self.acknowledged.max(committed);
+        goes_on
+    }
+
+    fn call(&mut self) -> Result {
+        let trained_next = self.process.as_ref().map(|p| self.trained(p.step + 1));
+        let Some(process) = &mut self.process else { return Ok(()) };
+        if process.calls.is_empty() {
+            if process.step == self.run.steps {
+                process.calls.push_back(Call::Settle);
+            } else {
+                process.step += 1;
+                let trained = trained_next.unwrap_or_default();
+                self.memories.train(process.step, &trained);
+                let records = 0..self.base.records.len();
+                process.calls.push_back(Call::Begin(schedule(&process.store, &trained)));
+                process.calls.extend(records.map(Call::Pass));
+                process.calls.extend(trained.iter().rev().map(|r| Call::Train(*r)));
+                let commit = process.step.is_multiple_of(self.run.commit_every)
+                    || process.step == self.run.steps;
+                process.calls.push_back(Call::End { commit });
+            }
+        }
+        let Some(call) = process.calls.front() else { return Ok(()) };
+        let front = &process.front;
+        if let Some(failure) = &front.shared.lock().failure {
+            return Err(failure.clone());
+        }
+        let done = match call {
+            Call::Begin(schedule) => {
+                front.begin(Arc::clone(schedule), adamw(process.step))?;
+                true
+            }
+            Call::Pass(record) => front.take_weights(*record, NO_WAIT)?.is_some(),
+            Call::Train(record) => {
+                let list = &front.pool().block_gradients;
+                // Both or none: a call is tried again from its beginning.
+                if list.free_count() == 0 {
+                    false
+                } else if let Some(weights) = front.take_weights(*record, NO_WAIT)? {
+                    let buffer = front.take_gradient(*record, NO_WAIT)?;
+                    let mut buffer = buffer.expect("one was free");
+                    let parameters = len(self.base.records[*record]);
+                    for (index, bytes) in buffer.chunks_exact_mut(4).take(parameters).enumerate() {
+                        bytes.copy_from_slice(&value(process.step, *record, index).to_le_bytes());
+                    }
+                    front.submit(*record, weights, buffer)?;
+                    true
+                } else {
+                    false
+                }
+            }
+            Call::End { commit } => {
+                let blob = format!("step {}", process.step).into_bytes();
+                front.end(commit.then_some(blob))?;
+                if *commit {
+                    self.handed_over = process.step;
+                }
+                true
+            }
+            Call::Settle => front.wait_settled(NO_WAIT)?,
+        };
+        if done {
+            process.calls.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Trains until it is done, until `operations` have been submitted, or until the power is off.
+    /// After an error the trainer goes back to the last commit, if the store still lets it.
+    /// `Ok(false)`: the store is beyond use and must be opened again.
+    pub(super) fn train(&mut self, operations: u64) -> Result<bool, String> {
+        let (mut seen, mut patience) = (u64::MAX, PATIENCE);
+        while !self.is_done() && !self.drive.is_off() && self.drive.operations() < operations {
+            let submitted = self.drive.operations();
+            if std::mem::replace(&mut seen, submitted) != submitted {
+                patience = PATIENCE;
+            }
+            patience -= 1;
+            if patience == 0 {
+                return Err(self.describe_stall());
+            }
+            if self.advance().is_err() && !self.drive.is_off() {
+                if !self.abort()? {
+                    // Beyond use: all that is left to do is to open the store again.
+                    self.process = None;
+                    return Ok(false);
+                }
+                patience = PATIENCE;
+            }
+        }
+        Ok(true)
+    }
+
+    fn describe_stall(&self) -> String {
+        let Some(process) = &self.process else { return "no process".into() };
+        let state = process.front.shared.lock();
+        format!(
+            "the training is stuck at step {} before {:?}: begun {}, ended {}, settled {}, {} operations wait, failure {:?}",
+            process.step,
+            process.calls.front(),
+            state.begun,
+            state.ended,
+            state.settled,
+            self.drive.waiting(),
+            state.failure
+        )
+    }
+
+    /// Back to the last commit, with the store still open. `Ok(false)` when the store refuses.
+    fn abort(&mut self) -> Result<bool, String> {
+        let Some(process) = &mut self.process else { return Ok(false) };
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        process.front.send(Command::Abort { reply }).map_err(|error| error.to_string())?;
+        for _ in 0..PATIENCE {
+            process.executor.turn();
+            process.executor.receive();
+            self.drive.deliver();
+            if self.drive.is_off() {
+                return Ok(false);
+            }
+            let Ok(answer) = answer.try_recv() else { continue };
+            if answer.is_err() {
+                return Ok(false);
+            }
+            // The working state is the committed one, which is the last acknowledged or the next.
+            let blob = process.store.committed().blob;
+            let step = String::from_utf8_lossy(&blob)
+                .strip_prefix("step ")
+                .and_then(|number| number.parse::<u64>().ok())
+                .ok_or("an abort lost the blob")?;
+            let settled = process.front.shared.lock().settled;
+            process.calls.clear();
+            (process.from, process.step, process.settled) = (step, step, settled);
+            if step < self.acknowledged || step > self.handed_over.max(self.acknowledged) {
+                return Err(format!("the abort went to step {step}"));
+            }
+            (self.acknowledged, self.handed_over) = (step, step);
+            return Ok(true);
+        }
+        Err("the abort is stuck".into())
+    }
+
+    /// Ends the process; what it had in flight lands before the lock is free, unless that is broken.
+    pub(super) fn end(&mut self, ending: Ending) -> Result<(), String> {
+        match ending {
+            Ending::PowerCut => self.drive.cut_power(),
+            Ending::Close => self.close(),
+            Ending::Kill => self.drive.kill_owner(),
+        }
+        self.process = None;
+        if self.drive.is_off() {
+            self.drive.power_on();
+            self.boot += 1;
+        }
+        if self.run.breakage != Breakage::PosixLock {
+            while self.drive.deliver() {}
+        }
+        Ok(())
+    }
+
+    /// Steps that have ended are committed, the one under way is dropped, and the store is marked.
+    fn close(&mut self) {
+        let Some(process) = &self.process else { return };
+        let _ = process.front.send(Command::Stop);
+        while self.turn() && !self.drive.is_off() {
+            self.drive.deliver();
+        }
+        self.drive.set_by_hand(false);
+        if let Some(process) = &self.process {
+            // A store that failed, or a drive without power, is left as it is.
+            let _ = process.store.mark_clean();
+        }
+    }
+}
+
+/// Forward over all records, then backward with updates of those that are trained.
+fn schedule(store: &Store, trained: &[usize]) -> Arc<Schedule> {
+    let chunks = |record: usize, kind| {
+        store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
+    };
+    let mut operations = Vec::new();
+    for record in 0..store.layout().records().len() {
+        operations.extend(chunks(record, Kind::Load));
+    }
+    for &record in trained.iter().rev() {
+        operations.extend(chunks(record, Kind::Load));
+        operations.extend(chunks(record, Kind::Update));
+    }
+    Arc::new(Schedule::new(store.layout(), operations).expect("valid"))
+}
+
+/// A fault for `Faulty`, and the ways of saying so in a sentence.
+pub(super) const FAULTS: [(&str, Fault); 3] =
+    [("EIO", Fault::Fail(5)), ("ENOSPC", Fault::Fail(28)), ("a short transfer", Fault::Short(28))];

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FallocateFlags, IFlags, OFlags};
 
 use crate::error::{Error, Result};
+use crate::fork::NotInherited;
 use crate::units::PAGE_BYTES;
 
 /// How long an open waits for the lock: a killed process holds it until its last writes have landed.
@@ -28,10 +29,13 @@ const BTRFS: u64 = 0x9123_683e;
 /// An open data file. All I/O on it goes through an engine, which keeps it open while in flight.
 #[derive(Debug)]
 pub struct DirectFile {
+    // Before the file: what is no longer guarded must not be closed yet.
+    _not_inherited: NotInherited,
     file: File,
     path: PathBuf,
     direct: bool,
     locked: bool,
+    process: u32,
 }
 
 impl DirectFile {
@@ -48,10 +52,13 @@ impl DirectFile {
             return Err(Error::NoSpace { path: path.into(), needed: bytes, available });
         }
         let (file, direct) = open_with(path, true)?;
-        let mut file = Self { file, path: path.into(), direct, locked: false };
-        // Locked before anything else, so that no other process can take it for a left-over.
-        let made = file.lock().and_then(|()| Self::prepare(&file.file, path, bytes));
-        made.map(|()| file).inspect_err(|_| {
+        let made = Self::over(file, path, direct).and_then(|mut file| {
+            // Locked before anything else, so that no other process can take it for a left-over.
+            file.lock()?;
+            Self::prepare(&file.file, path, bytes)?;
+            Ok(file)
+        });
+        made.inspect_err(|_| {
             // The first failure is the one to report; what cannot be removed cannot be helped here.
             let _ = fs::remove_file(path);
         })
@@ -97,9 +104,15 @@ impl DirectFile {
                 format!("the file has {links} names (hard links); a store must have one"),
             ));
         }
-        let mut file = Self { file, path: path.into(), direct, locked: false };
+        let mut file = Self::over(file, path, direct)?;
         file.lock()?;
         Ok(file)
+    }
+
+    fn over(file: File, path: &Path, direct: bool) -> Result<Self> {
+        let not_inherited = NotInherited::new(&file)?;
+        let (path, process) = (path.to_owned(), std::process::id());
+        Ok(Self { _not_inherited: not_inherited, file, path, direct, locked: false, process })
     }
 
     fn lock(&mut self) -> Result {
@@ -189,8 +202,9 @@ impl DirectFile {
 
 impl Drop for DirectFile {
     fn drop(&mut self) {
-        // Still locked here (the file closes after this body): no other owner's hint is removed.
-        if self.locked {
+        // Still locked here (the file closes after this body): no other owner's hint is removed, and a
+        // forked child removes none.
+        if self.locked && self.process == std::process::id() {
             let _ = fs::remove_file(self.owner_path());
         }
     }

@@ -1,7 +1,7 @@
 //! The engine beneath `megatrain-io`: NVMe is the memory, RAM is a small window onto it.
 //!
 //! Floors, lowest first (a file uses only floors below its own; `docs/design.md` has the table):
-//! 0 `units` `error` `checksum` `ledger` `buffer` | 1 `file` `pool` `engine` |
+//! 0 `units` `error` `checksum` `ledger` `buffer` `fork` | 1 `file` `pool` `engine` |
 //! 2 `engine::{uring, threads, faulty}` `adamw` `layout` | 3 `store` | 4 `pipeline`.
 //! The Python bindings are a crate of their own, `rust/py`; this crate knows nothing of Python.
 
@@ -11,6 +11,7 @@ pub mod checksum;
 pub mod engine;
 pub mod error;
 pub mod file;
+pub mod fork;
 pub mod layout;
 pub mod ledger;
 pub mod pipeline;

@@ -18,6 +18,7 @@ use crate::buffer::Region;
 use crate::engine::uring::driver::{DEPTH, Driver};
 use crate::engine::{Counters, Engine, Request};
 use crate::error::{Error, Result};
+use crate::fork::NotInherited;
 
 mod driver;
 
@@ -55,14 +56,16 @@ impl Uring {
             .name("mt-uring".into())
             .spawn(move || {
                 // Made here, because a ring set up for a single issuer belongs to the thread that made it.
-                match set_up() {
-                    Ok(ring) => {
+                let made = set_up().and_then(|ring| Ok((NotInherited::new(&ring)?, ring)));
+                match made {
+                    Ok((not_inherited, ring)) => {
                         let _ = ready.send(Ok(()));
                         // Not dropped unless drained, also when it panics.
                         let (wake, counters) = for_driver;
                         let mut driver =
                             ManuallyDrop::new(Driver::new(ring, inbox, wake, counters));
                         driver.run();
+                        drop(not_inherited);
                         if driver.is_drained() {
                             drop(ManuallyDrop::into_inner(driver));
                         }

@@ -1,0 +1,34 @@
+"""Ctrl-C where a step cannot be taken back."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["after_the_step"]
+
+
+@contextmanager
+def after_the_step() -> Iterator[None]:
+    """Hold Ctrl-C back until the step within has ended; the second one is not held back.
+
+    Outside the main thread, where signals do not arrive, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def hold(number: int, _frame: FrameType | None) -> None:
+        held.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt

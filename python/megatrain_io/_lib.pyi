@@ -62,7 +62,13 @@ class Creator:
 class Store:
     """An open store."""
 
-    def __new__(cls, path: str | PathLike[str], engine: str, ledger: Ledger) -> Store: ...
+    def __new__(
+        cls,
+        path: str | PathLike[str],
+        engine: str,
+        ledger: Ledger,
+        faults: Sequence[tuple[str, int, int, bool]] = ...,
+    ) -> Store: ...
     @property
     def uuid(self) -> str: ...
     @property

@@ -85,6 +85,10 @@ def import_command(
         Path | None,
         typer.Option(metavar="DIR", help="Folder for the store, on a local NVMe drive. Default: RUN."),
     ] = None,
+    durability: Annotated[
+        Literal["step", "scratch"],
+        typer.Option(help="scratch takes half the space, and a crash loses everything."),
+    ] = "step",
     io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="How bytes move.")] = "auto",
     json_output: JsonOutput = False,
 ) -> None:
@@ -100,6 +104,7 @@ def import_command(
                 RunFolder(run),
                 precision=precision,
                 store=store_file(run, store_dir),
+                durability=durability,
                 engine=io_backend,
                 progress=progress,
             )
@@ -299,7 +304,10 @@ def _command(*, json_output: bool, interrupted: str) -> Iterator[_Outcome]:
             yield outcome
     except MegatrainIoError as error:
         is_bug = error.exit_code == MegatrainIoError.exit_code
-        message = f"{error}. This is a bug in megatrain-io: please report it" if is_bug else str(error)
+        # Notes say what became of the state, where that is not what the error itself says.
+        message = " ".join([str(error), *getattr(error, "__notes__", [])])
+        if is_bug:
+            message = f"{message}. This is a bug in megatrain-io: please report it"
         outcome.fail(message, type(error).__name__, error.exit_code)
     except KeyboardInterrupt:
         outcome.fail(f"interrupted. {interrupted}", "KeyboardInterrupt", InterruptedRunError.exit_code)

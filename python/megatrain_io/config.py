@@ -1,7 +1,6 @@
 """The configuration of a run: a YAML file with the names Hugging Face uses, and ``key=value`` on top of it.
 
-Strict: an unknown key, a wrong type or a value out of range is refused, with the line it stands in, and all
-such problems are told at once. No torch.
+Strict: all unknown keys, wrong types and values out of range are refused at once, with their lines. No torch.
 """
 
 import difflib
@@ -145,6 +144,8 @@ class MemoryConfig(_Section):
 
     store_dir: LocalPath | None = None
     """folder for the store, on a local NVMe drive; null: in output_dir"""
+    durability: Literal["step", "scratch"] = "step"
+    """step: committed steps survive a crash; scratch: only a clean end does, in half the space"""
     commit_every: Count = 1
     """steps between two commits: at most so many are lost in a crash"""
     io_backend: Literal["auto", "uring", "threads"] = "auto"

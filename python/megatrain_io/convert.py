@@ -26,7 +26,7 @@ from megatrain_io.errors import (
     UnsupportedModelError,
 )
 from megatrain_io.hub_names import HubNames, NamePlan, Piece
-from megatrain_io.layout import Chunk, ModelLayout, StateFormat, TensorPlace
+from megatrain_io.layout import Chunk, Durability, ModelLayout, StateFormat, TensorPlace
 from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
 from megatrain_io.probe import probe
@@ -106,6 +106,7 @@ def import_model(  # noqa: PLR0913 - as create_store
     precision: Precision,
     store: Path | None = None,
     chunk_parameters: int | None = None,
+    durability: Durability = "step",
     engine: Engine = "auto",
     ledger: Ledger | None = None,
     progress: Progress | None = None,
@@ -121,6 +122,8 @@ def import_model(  # noqa: PLR0913 - as create_store
         precision: compute dtype. bf16 keeps fp32 masters, whatever the source.
         store: path of the store; None = store.mtio in the run folder.
         chunk_parameters: parameters of a chunk; None = by the model's size.
+        durability: step = 24 bytes a parameter on the drive, each step survives a crash; scratch = 12, and
+            only a store that was closed can be opened again.
         engine: how bytes are written.
         ledger: accounts of memory.
         progress: called after each chunk.
@@ -142,7 +145,8 @@ def import_model(  # noqa: PLR0913 - as create_store
         plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
         _check_values(files, names, plan, config.model_type)
         cut = CutModel(config, _DTYPES[precision], probe(config))
-        layout = ModelLayout.build(model_parts(cut), len(cut.blocks), _FORMATS[precision], chunk_parameters)
+        parts, blocks = model_parts(cut), len(cut.blocks)
+        layout = ModelLayout.build(parts, blocks, _FORMATS[precision], chunk_parameters, durability)
         with _storage_errors(run.path), ExitStack() as undo:
             _make_folder(run.path, undo)
             _make_folder(target.parent, undo)

@@ -15,6 +15,7 @@ __all__ = [
     "CHUNK_PARAMETERS_MAX",
     "PAGE_BYTES",
     "Chunk",
+    "Durability",
     "ModelLayout",
     "Record",
     "StateFormat",
@@ -32,6 +33,7 @@ _CHUNK_STEP = 4096
 _TENSOR_ALIGNMENT = 128
 
 StateFormat = Literal["bf16", "f32"]
+Durability = Literal["step", "scratch"]
 """``bf16``: weight bf16, remainder int16, moments f32. ``f32``: weight and moments f32. 12 bytes each."""
 
 _WEIGHT_BYTES: dict[StateFormat, int] = {"bf16": 2, "f32": 4}
@@ -87,6 +89,7 @@ class ModelLayout:
     chunk_parameters: int
     records: tuple[Record, ...]
     blocks: int
+    durability: Durability = "step"
 
     @classmethod
     def build(
@@ -95,6 +98,7 @@ class ModelLayout:
         blocks: int,
         state_format: StateFormat,
         chunk_parameters: int | None = None,
+        durability: Durability = "step",
     ) -> "ModelLayout":
         """Lay out ``parts``: for each record its name and its tensors as (name, shape)."""
         records = []
@@ -107,7 +111,7 @@ class ModelLayout:
                 offset = _round_up(offset + place.elements, _TENSOR_ALIGNMENT)
             records.append(Record(name, tuple(places), offset))
         chunk = chunk_parameters or default_chunk_parameters(records[1 : 1 + blocks])
-        return cls(state_format, chunk, tuple(records), blocks)
+        return cls(state_format, chunk, tuple(records), blocks, durability)
 
     @classmethod
     def from_manifest(cls, text: str) -> "ModelLayout":
@@ -122,13 +126,15 @@ class ModelLayout:
             for entry, places in zip(manifest["records"], tensors, strict=True)
         )
         state_format: StateFormat = manifest["records"][0]["format"]
-        return cls(state_format, manifest["chunk_parameters"], records, manifest["model"]["blocks"])
+        blocks: int = manifest["model"]["blocks"]
+        return cls(state_format, manifest["chunk_parameters"], records, blocks, manifest["durability"])
 
     def manifest(self, model: dict[str, Any]) -> bytes:
         """The store's manifest; ``model`` is whatever describes the model, kept as it is."""
         return json.dumps(
             {
                 "chunk_parameters": self.chunk_parameters,
+                "durability": self.durability,
                 "records": [
                     {"name": record.name, "format": self.format, "parameters": record.parameters}
                     for record in self.records

@@ -172,7 +172,11 @@ class PagedModel:
         except BaseException as error:
             # Tensors in the frames of the failed step would keep their buffers from the next one.
             clear_frames(error)
-            self.state.abort()
+            try:
+                self.state.abort()
+            except MegatrainIoError as refused:
+                # The first error is the one to tell; this says what became of the state.
+                error.add_note(str(refused))
             raise
         finally:
             torch.set_rng_state(random_state)

@@ -7,6 +7,7 @@ import platform
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatrain_io.config import RunConfig, TrainConfig, store_file
 from megatrain_io.convert import import_model
 from megatrain_io.data import DataOptions, prepare
 from megatrain_io.errors import ConfigError, InterruptedRunError
+from megatrain_io.interrupt import after_the_step
 from megatrain_io.layout import TensorPlace
 from megatrain_io.metrics import MetricsFile, StepReport
 from megatrain_io.model import CutModel, MicroBatch
@@ -101,7 +103,8 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
     """Train ``config``, importing the model first if the run has no store yet.
 
     Every step is durable before the next one writes anything, so an end at any moment loses one step at
-    most (``memory.commit_every`` steps). Random numbers and the order of the data follow from seed and step
+    most (``memory.commit_every`` steps); with ``memory.durability`` scratch it loses the run, and Ctrl-C
+    waits for the end of the step. Random numbers and the order of the data follow from seed and step
     alone: a resumed run has the bits of one that was never stopped.
 
     Args:
@@ -170,6 +173,7 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> boo
         run,
         precision=config.train.precision,
         store=store_file(run.path, None if store_dir is None else Path(store_dir)),
+        durability=config.memory.durability,
         engine=config.memory.io_backend,
     )
     return True
@@ -190,10 +194,17 @@ class _Trainer:
         self._trained = [0, 0]
         self._steps = 0
         self._eval_loss: float | None = None
+        self._is_scratch = state.layout.durability == "scratch"
 
     def prepare(self, *, resume: bool, imported: bool) -> None:
         """Everything that can be refused is refused here, before the first step."""
         config, progress = self._config, self.progress
+        made, asked = self._state.layout.durability, config.memory.durability
+        if made != asked:
+            raise ConfigError(
+                f"memory.durability is {asked}, and the store of {self._run.path} was made with {made}: set it to "
+                "that, or choose a new output_dir"
+            )
         if progress.step > 0 and not resume:
             raise ConfigError(
                 f"{self._run.path} has a run at step {progress.step}: go on with --resume, or choose a new output_dir"
@@ -246,8 +257,16 @@ class _Trainer:
                     config.adam_beta2,
                     config.adam_epsilon,
                 )
-                commits = step % self._config.memory.commit_every == 0 or step == self._max_steps
-                loss = self._model.train_step(micro_batches, adamw, self._blob_of(step) if commits else None)
+                # A scratch store's commits cost nothing: they reach the drive when it is closed.
+                commits = (
+                    self._is_scratch
+                    or step % self._config.memory.commit_every == 0
+                    or step == self._max_steps
+                )
+                with after_the_step() if self._is_scratch else nullcontext():
+                    loss = self._model.train_step(
+                        micro_batches, adamw, self._blob_of(step) if commits else None
+                    )
                 self.progress.step, self.progress.loss = step, loss.loss
                 self._steps += 1
                 self._report(step, loss.loss, adamw.learning_rate, micro_batches, began, before)

@@ -21,7 +21,7 @@ pub mod threads;
 pub mod uring;
 
 /// What to do with a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operation {
     /// Fill the slot from the file.
     Read,

@@ -102,6 +102,15 @@ pub enum Error {
         /// The failure that stopped it.
         first: Arc<Error>,
     },
+    /// A scratch store's step was stopped half-way: its state is a mixture.
+    #[error(
+        "{path}: a step was stopped half-way, and with durability scratch it cannot be taken back: the state is lost. \
+         Import the model again, or train with memory.durability: step", path = path.display()
+    )]
+    Lost {
+        /// The store's file.
+        path: PathBuf,
+    },
     /// A buffer was given back while tensors over it were still alive.
     #[error(
         "{what} is still in use by {exports} tensor(s); drop every tensor and view over it first"
@@ -186,6 +195,7 @@ impl Error {
                 found: 2,
             },
             Self::Failed { first: Arc::new(io) },
+            Self::Lost { path: "/nvme/example/store.mtio".into() },
             Self::BufferInUse { what: "weights of model.layers.0".into(), exports: 1 },
             Self::UsedAfterFork { owner: 1, child: 2 },
             Self::Unsupported { feature: "io_uring".into(), reason: "EPERM".into() },

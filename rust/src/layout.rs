@@ -25,12 +25,26 @@ const PARAMETERS_MAX: u64 = 1 << 44;
 pub struct Manifest {
     /// Consecutive parameters of one chunk; a multiple of 4096.
     pub chunk_parameters: u64,
+    /// When a step survives a crash.
+    #[serde(default)]
+    pub durability: Durability,
     /// The records, in the order of the parameter space.
     pub records: Vec<Record>,
     /// The tensors, by record and offset.
     pub tensors: Vec<Tensor>,
     /// The model's own configuration, as it was imported; not interpreted here.
     pub model: serde_json::Value,
+}
+
+/// What a store promises.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Durability {
+    /// A committed step survives everything; trained records have two copies.
+    #[default]
+    Step,
+    /// Nothing survives but a clean close; one copy, half the space.
+    Scratch,
 }
 
 /// Consecutive chunks of one block that share a state format.
@@ -218,7 +232,9 @@ pub struct Layout {
     chunks: Vec<Chunk>,
     records: Vec<Range<usize>>,
     parameters: Vec<u64>,
+    /// Bytes of one copy of all trained records, and how many copies there are.
     copy_bytes: u64,
+    copies: u64,
     single_bytes: u64,
     table_start: Vec<usize>,
 }
@@ -269,7 +285,11 @@ impl Layout {
         let huge = HUGE_PAGE_BYTES as u64;
         let copy_bytes = round_up(copy_bytes, huge).ok_or("the store is too large")?;
         let parameters = manifest.records.iter().map(|r| r.parameters).collect();
-        Ok(Self { chunks, records, parameters, copy_bytes, single_bytes, table_start })
+        let copies = match manifest.durability {
+            Durability::Step => 2,
+            Durability::Scratch => 1,
+        };
+        Ok(Self { chunks, records, parameters, copy_bytes, copies, single_bytes, table_start })
     }
 
     /// All chunks, in the order of the parameter space.
@@ -302,7 +322,13 @@ impl Layout {
     /// Bytes of the data area: copies A and B, then the single copies of untrained records.
     #[must_use]
     pub fn data_bytes(&self) -> u64 {
-        2 * self.copy_bytes + self.single_bytes
+        self.copies * self.copy_bytes + self.single_bytes
+    }
+
+    /// Whether a chunk has a copy B.
+    #[must_use]
+    pub fn has_two_copies(&self, chunk: usize) -> bool {
+        self.copies == 2 && self.chunks[chunk].format.is_trainable()
     }
 
     /// Offset of an extent from the start of the data area.
@@ -312,7 +338,7 @@ impl Layout {
         let area = match (chunk.format.is_trainable(), copy) {
             (true, CopyId::A) => 0,
             (true, CopyId::B) => self.copy_bytes,
-            (false, _) => 2 * self.copy_bytes,
+            (false, _) => self.copies * self.copy_bytes,
         };
         area + chunk.offsets[usize::from(group.index())]
     }
@@ -352,6 +378,7 @@ pub(crate) mod tests {
         let name = |index: usize| format!("layer.{index}");
         Manifest {
             chunk_parameters,
+            durability: Durability::Step,
             records: records
                 .iter()
                 .enumerate()

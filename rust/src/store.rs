@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::buffer::Slot;
 use crate::checksum::{self, Binding, Mismatch};
 use crate::engine::choice::Choice;
+use crate::engine::faulty::{Fault, Point};
 use crate::engine::{self, Engine, Operation};
 use crate::error::{Error, Result};
 use crate::file::DirectFile;
-use crate::layout::{Layout, Manifest};
+use crate::layout::{Durability, Layout, Manifest};
 use crate::ledger::{Entry as LedgerEntry, Ledger};
 use crate::store::header::Header;
 use crate::store::superblock::Superblock;
@@ -50,10 +51,12 @@ pub struct Committed {
 }
 
 /// How to open a store.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     /// How bytes move.
     pub engine: Choice,
+    /// What goes wrong on purpose; for tests.
+    pub faults: Vec<(Point, Fault)>,
 }
 
 /// An open store. Sharing it between threads is fine; a step is driven by one `Pipeline`.
@@ -204,6 +207,7 @@ impl Store {
             return Err(Error::UsedAfterFork { owner: self.process, child });
         }
         match self.failed.get() {
+            Some(lost) if matches!(**lost, Error::Lost { .. }) => Err(Error::clone(lost)),
             Some(first) => Err(Error::Failed { first: Arc::clone(first) }),
             None => Ok(()),
         }
@@ -239,7 +243,9 @@ impl Store {
         let copy = match old.generation {
             0 => CopyId::A,
             generation if generation == next => old.copy,
-            _ if trainable => old.copy.other(),
+            _ if self.layout.has_two_copies(chunk) => old.copy.other(),
+            // A scratch store has nowhere else to write to.
+            _ if trainable => old.copy,
             _ => {
                 return Err(Error::invalid(format!(
                     "{} is not trained and cannot be written again",
@@ -345,6 +351,18 @@ impl Store {
     fn committed_guard(&self) -> MutexGuard<'_, Committed> {
         // Replaced as a whole: a panic elsewhere cannot leave it half changed.
         self.committed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the store promises nothing but a clean close.
+    #[must_use]
+    pub fn is_scratch(&self) -> bool {
+        self.manifest.durability == Durability::Scratch
+    }
+
+    /// Gives a scratch store up: something was written since its last commit, and that cannot be taken
+    /// back. The next open refuses it.
+    pub(crate) fn give_up(&self) -> Error {
+        self.poison(Error::Lost { path: self.file.path().into() })
     }
 
     /// Whether clean marker and rejected superblock are out of the way, so that extents may be written.

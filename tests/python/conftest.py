@@ -1,8 +1,52 @@
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+
+from corpus import make_tokenizer, write
+from megatrain_io.errors import InterruptedRunError
+from reference.reference import build, tiny_config
+from runs import WORDS, configured, planes_of, start
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_torch_thread():
     """Thread counts change the bits of some matrix products, and spinning threads slow busy machines."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """A model folder, and data beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    config = tiny_config("llama", tied=True, num_hidden_layers=2, vocab_size=263)
+    build(config, seed=1).to(torch.bfloat16).save_pretrained(folder / "model")
+    make_tokenizer(template=None).save_pretrained(folder / "model")
+    texts = [" ".join(WORDS[i % 5 : i % 5 + 3 + i % 7]) for i in range(20)]
+    write(folder / "train.jsonl", [{"text": text} for text in texts])
+    write(folder / "eval.jsonl", [{"text": text} for text in texts[:3]])
+    write(folder / "other.jsonl", [{"text": text.upper()} for text in texts])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(source, tmp_path_factory):
+    """A run that was never stopped: its folder, planes and result."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    result, reporter = start(configured(source, run))
+    return run, planes_of(run), result, reporter
+
+
+@pytest.fixture(scope="session")
+def stopped_once(source, tmp_path_factory):
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(InterruptedRunError, match="step 3 "):
+        start(configured(source, run), stop=3)
+    return run
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A copy of a run that was interrupted after its third step."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))

@@ -212,7 +212,10 @@ def test_all_problems_at_once_in_the_order_of_the_file(write):
         ("model.x=1", "model.x: unknown key (on the command line). Did you mean model?"),
         (
             "memory.xyzzy=1",
-            "memory.xyzzy: unknown key (on the command line). Known here: store_dir, commit_every, io_backend, threads",
+            (
+                "memory.xyzzy: unknown key (on the command line). Known here: store_dir, durability, "
+                "commit_every, io_backend, threads"
+            ),
         ),
         ("train=a.jsonl", "train: a section, not a key (on the command line). Did you mean data.train?"),
         ("data=a.jsonl", "data: a section, not a key (on the command line)"),

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -14,137 +13,27 @@ import torch
 from transformers import get_scheduler
 from typer.testing import CliRunner
 
-from corpus import make_tokenizer, write
+from corpus import write
 from megatrain_io import cli, stream
-from megatrain_io.config import RunConfig, TrainConfig, load
-from megatrain_io.convert import import_model
+from megatrain_io.config import TrainConfig, load
 from megatrain_io.errors import (
     ConfigError,
-    CorruptionError,
-    FormatError,
     InterruptedRunError,
-    NoSpaceError,
-    StoreInUseError,
     TrainingDivergedError,
 )
 from megatrain_io.metrics import MetricsFile
-from megatrain_io.report import QuietReporter
-from megatrain_io.run import RunFolder
 from megatrain_io.stream import PagedModel
-from megatrain_io.swap import PagedState
-from megatrain_io.train import learning_rate_at, train
-from paged import all_planes, differing
-from reference.reference import build, tiny_config
-
-ENGINE = "threads"  # stopping a ring takes a second; how bytes move is tested elsewhere
-STEPS = 5
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "wizards", "brew"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A model folder, and data beside it."""
-    folder = tmp_path_factory.mktemp("source")
-    config = tiny_config("llama", tied=True, num_hidden_layers=2, vocab_size=263)
-    build(config, seed=1).to(torch.bfloat16).save_pretrained(folder / "model")
-    make_tokenizer(template=None).save_pretrained(folder / "model")
-    texts = [" ".join(WORDS[i % 5 : i % 5 + 3 + i % 7]) for i in range(20)]
-    write(folder / "train.jsonl", [{"text": text} for text in texts])
-    write(folder / "eval.jsonl", [{"text": text} for text in texts[:3]])
-    write(folder / "other.jsonl", [{"text": text.upper()} for text in texts])
-    return folder
-
-
-def configured(source, run, *, data="train.jsonl", memory=None, **changes):
-    settings = {
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 3e-3,
-        "warmup_steps": 1,
-        "weight_decay": 0.1,
-    }
-    return RunConfig(
-        model=source / "model",
-        output_dir=run,
-        data={
-            "train": [str(source / data)], "eval": str(source / "eval.jsonl"), "max_length": 64, "packing": False
-        },
-        train=settings | changes,
-        memory={"io_backend": ENGINE, "threads": 1} | (memory or {}),
-    )  # fmt: skip
-
-
-class Reporter(QuietReporter):
-    """Remembers, and presses Ctrl-C after a step."""
-
-    def __init__(self, stop=None):
-        self.stop = stop
-        self.starts = []
-        self.reports = []
-
-    def started(self, *, step, max_steps, notes=()):
-        self.starts.append((step, max_steps, list(notes)))
-
-    def step(self, report):
-        self.reports.append(report)
-        if report.step == self.stop:
-            raise KeyboardInterrupt
-
-
-def start(config, *, resume=False, stop=None):
-    reporter = Reporter(stop)
-    return train(config, resume=resume, reporter=reporter), reporter
-
-
-def metrics_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def figures(run):
-    """What of the metrics must be the same for the same bits."""
-    names = ("step", "max_steps", "loss", "learning_rate", "tokens", "trained_tokens")
-    return [tuple(line[name] for name in names) for line in metrics_of(run)]
-
-
-def planes_of(run):
-    with PagedState.of_run(RunFolder(run), engine=ENGINE) as state:
-        assert state.verify().damaged == ()
-        return all_planes(state)
-
-
-def blob_of(run):
-    with PagedState.of_run(RunFolder(run), engine=ENGINE) as state:
-        return json.loads(state.blob)
-
-
-@pytest.fixture(scope="module")
-def whole(source, tmp_path_factory):
-    """A run that was never stopped: its folder, planes and result."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    result, reporter = start(configured(source, run))
-    return run, planes_of(run), result, reporter
-
-
-@pytest.fixture(scope="module")
-def stopped_once(source, tmp_path_factory):
-    run = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.raises(InterruptedRunError, match="step 3 "):
-        start(configured(source, run), stop=3)
-    return run
-
-
-@pytest.fixture
-def stopped(stopped_once, tmp_path):
-    """A copy of a run that was interrupted after its third step."""
-    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
-
-
-def check_equals(run, whole):
-    assert figures(run) == figures(whole[0])
-    assert metrics_of(run)[-1]["eval_loss"] == whole[2].eval_loss
-    assert differing(planes_of(run), whole[1]) == []
-
+from megatrain_io.train import learning_rate_at
+from paged import differing
+from runs import (
+    STEPS,
+    blob_of,
+    check_equals,
+    configured,
+    metrics_of,
+    planes_of,
+    start,
+)
 
 # ------------------------------------------------------------------------------------ a run that ends
 
@@ -399,121 +288,3 @@ def test_divergence_has_an_exit_code(source, tmp_path):
     assert step >= 1
     assert [line["step"] for line in metrics_of(config.output_dir)] == [*range(1, step + 1)]
     planes_of(config.output_dir)  # verifies
-
-
-# --------------------------------------------------------------------------------------- the store
-
-
-def test_a_store_in_use_is_waited_for_and_then_refused(source, stopped):
-    holder = (
-        "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX)\n"
-        "print(flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-I", "-S", "-c", holder, str(stopped / "store.mtio")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        process.stdout.readline()
-        with pytest.raises(StoreInUseError, match="in use"):
-            start(configured(source, stopped), resume=True)
-        process.stdin.close()
-    assert start(configured(source, stopped), resume=True)[0].steps == STEPS
-
-
-def test_the_store_of_another_run(source, whole, stopped):
-    shutil.copy(whole[0] / "store.mtio", stopped / "store.mtio")
-    with pytest.raises(FormatError, match="belongs to another run"):
-        start(configured(source, stopped), resume=True)
-
-
-def crc32c(content):
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # noqa: PLW2901
-        table.append(value)
-    total = 0xFFFFFFFF
-    for byte in content:
-        total = total >> 8 ^ table[(total ^ byte) & 0xFF]
-    return total ^ 0xFFFFFFFF
-
-
-def test_a_newer_format_is_left_alone(source, stopped):
-    path = stopped / "store.mtio"
-    with path.open("r+b") as file:
-        for offset in (0, 512 << 10):
-            file.seek(offset)
-            page = bytearray(file.read(4096))
-            assert page[-4:] == crc32c(page[:-4]).to_bytes(4, "little")
-            page[12] = 9
-            page[-4:] = crc32c(page[:-4]).to_bytes(4, "little")
-            file.seek(offset)
-            file.write(page)
-    before = path.read_bytes()
-    with pytest.raises(FormatError, match=r"format 9\.1, .*not modified"):
-        start(configured(source, stopped), resume=True)
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("plane", ["weight", "exp_avg"])
-def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
-    path, name = stopped / "store.mtio", "model.layers.1.mlp.down_proj.weight"
-    with PagedState(path, engine=ENGINE) as state:
-        place = next(place for place in state.layout.tensors() if place.name == name)
-        pattern = state.read_tensor(place, plane).flatten()[:64].view(torch.uint8).numpy().tobytes()
-    content = path.read_bytes()
-    assert content.count(pattern) == 1
-    with path.open("r+b") as file:
-        file.seek(content.index(pattern) + 9)
-        flipped = bytes([content[content.index(pattern) + 9] ^ 4])
-        file.write(flipped)
-    with PagedState(path, engine=ENGINE) as state:
-        damaged = state.verify().damaged
-        assert len(damaged) == 1
-        assert name in damaged[0]
-    result = CliRunner().invoke(cli.app, ["verify", str(stopped)], prog_name="megatrain-io")
-    assert result.exit_code == 6
-    with pytest.raises(CorruptionError, match=name):
-        start(configured(source, stopped), resume=True)
-    assert len(metrics_of(stopped)) == 3
-    with PagedState(path, engine=ENGINE) as state:
-        assert json.loads(state.blob)["step"] == 3
-        assert state.verify().damaged == damaged
-
-
-def test_no_space_is_told_before_anything_is_written(source, tmp_path):
-    free = shutil.disk_usage(tmp_path).free
-    # Two copies of 12 bytes a parameter, a tied table, and no more than a hole for the weights.
-    hidden = 4096
-    vocabulary = free // (24 * hidden) + 2000
-    config = tiny_config(
-        "llama", tied=True, vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=1, intermediate_size=8,
-        head_dim=8,
-    )  # fmt: skip
-    folder = tmp_path / "source"
-    shutil.copytree(source / "model", folder)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    small = tiny_config(
-        "llama",
-        tied=True,
-        vocab_size=1,
-        hidden_size=hidden,
-        num_hidden_layers=1,
-        intermediate_size=8,
-        head_dim=8,
-    )
-    shapes = {name: list(value.shape) for name, value in build(small, seed=1).named_parameters()}
-    shapes["model.embed_tokens.weight"] = [vocabulary, hidden]
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
-    with pytest.raises(NoSpaceError, match=r"needs (\d+) bytes .* and (\d+) bytes .* free") as caught:
-        import_model(folder, RunFolder(tmp_path / "run"), precision="bf16", chunk_parameters=1 << 24)
-    assert caught.value.exit_code == 3
-    assert not (tmp_path / "run").exists()

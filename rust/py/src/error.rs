@@ -28,7 +28,7 @@ pub(crate) fn raise(error: Error) -> PyErr {
         Error::InUse { .. } => StoreInUseError::new_err(text),
         Error::Format { .. } => FormatError::new_err(text),
         Error::Corrupt { .. } => CorruptionError::new_err(text),
-        Error::Failed { .. } => StoreFailedError::new_err(text),
+        Error::Failed { .. } | Error::Lost { .. } => StoreFailedError::new_err(text),
         Error::BufferInUse { .. } => BufferInUseError::new_err(text),
         Error::UsedAfterFork { .. } => UsedAfterForkError::new_err(text),
         Error::Unsupported { .. } => UnsupportedError::new_err(text),

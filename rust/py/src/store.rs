@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use megatrain_io::adamw;
 use megatrain_io::buffer::Slot;
+use megatrain_io::engine::Operation;
 use megatrain_io::engine::choice::Choice;
+use megatrain_io::engine::faulty::{Fault, Point};
 use megatrain_io::error::Error;
 use megatrain_io::layout::{Chunk, Manifest};
 use megatrain_io::store::{self, OpenOptions};
@@ -202,9 +204,19 @@ pub(crate) struct Store {
 
 #[pymethods]
 impl Store {
+    /// `faults` are for tests: `(operation, n, errno, short)` lets the n-th operation of that name
+    /// (`read`, `write`, `write_durable`, `sync`) since the open fail, after half of it if `short`.
     #[new]
-    fn new(py: Python<'_>, path: PathBuf, engine: &str, ledger: &Ledger) -> PyResult<Self> {
-        let options = OpenOptions { engine: engine_of(engine)? };
+    #[pyo3(signature = (path, engine, ledger, faults = Vec::new()))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        engine: &str,
+        ledger: &Ledger,
+        faults: Vec<(String, u64, i32, bool)>,
+    ) -> PyResult<Self> {
+        let faults = faults.into_iter().map(fault_of).collect::<PyResult<_>>()?;
+        let options = OpenOptions { engine: engine_of(engine)?, faults };
         let store =
             py.detach(|| store::Store::open(&path, options, &ledger.inner)).map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(store))) })
@@ -392,6 +404,20 @@ fn uuid_text(uuid: [u8; 16]) -> String {
         text.push_str(&format!("{byte:02x}"));
     }
     text
+}
+
+fn fault_of(
+    (operation, number, errno, short): (String, u64, i32, bool),
+) -> PyResult<(Point, Fault)> {
+    let operation = match operation.as_str() {
+        "read" => Operation::Read,
+        "write" => Operation::Write,
+        "write_durable" => Operation::WriteDurable,
+        "sync" => Operation::Sync,
+        _ => return Err(PyValueError::new_err(format!("no operation {operation:?}"))),
+    };
+    let fault = if short { Fault::Short(errno) } else { Fault::Fail(errno) };
+    Ok((Point::Of(operation, number), fault))
 }
 
 fn engine_of(name: &str) -> PyResult<Choice> {

@@ -32,13 +32,22 @@ pub enum Fault {
     PowerCut,
 }
 
+/// An operation, by its number in the order of submission, counted from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Point {
+    /// Among all operations.
+    Any(u64),
+    /// Among those of one kind.
+    Of(Operation, u64),
+}
+
 /// What goes wrong.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
     /// Of all random choices.
     pub seed: u64,
-    /// Faults by the number of the operation, counted from 0 in the order of submission.
-    pub faults: Vec<(u64, Fault)>,
+    /// Where, and how.
+    pub faults: Vec<(Point, Fault)>,
     /// The drive says that it flushed, and did not.
     pub ignores_flushes: bool,
 }
@@ -54,11 +63,12 @@ pub struct Faulty {
 #[derive(Debug)]
 struct Drive {
     rng: fastrand::Rng,
-    faults: HashMap<u64, Fault>,
+    faults: HashMap<Point, Fault>,
     ignores_flushes: bool,
     /// Operations wait for [`Faulty::deliver`] instead of being performed when they are submitted.
     by_hand: bool,
     operations: u64,
+    of_kind: HashMap<Operation, u64>,
     queue: Vec<Queued>,
     /// Completed transfers so far.
     clock: u64,
@@ -71,7 +81,7 @@ struct Drive {
 #[derive(Debug)]
 struct Queued {
     request: Request,
-    number: u64,
+    points: [Point; 2],
     /// Transfers completed when it was submitted: a flush covers these and no others.
     submitted: u64,
 }
@@ -95,6 +105,7 @@ impl Faulty {
             ignores_flushes: plan.ignores_flushes,
             by_hand: false,
             operations: 0,
+            of_kind: HashMap::new(),
             queue: Vec::new(),
             clock: 0,
             unflushed: HashMap::new(),
@@ -113,8 +124,8 @@ impl Faulty {
     /// Adds a fault at the operation that is `ahead` operations away; 0 is the next one.
     pub fn plan(&self, ahead: u64, fault: Fault) {
         let mut drive = self.lock();
-        let number = drive.operations + ahead;
-        drive.faults.insert(number, fault);
+        let point = Point::Any(drive.operations + ahead);
+        drive.faults.insert(point, fault);
     }
 
     /// Forgets the faults that have not come about yet.
@@ -183,16 +194,17 @@ impl Faulty {
     }
 
     fn perform(&self, drive: &mut Drive, queued: Queued) {
-        let Queued { mut request, number, submitted } = queued;
+        let Queued { mut request, points, submitted } = queued;
         if drive.is_off {
             return request.fail(no_power());
         }
-        let (limit, error) = match drive.faults.remove(&number) {
+        let fault = points.iter().find_map(|point| drive.faults.remove(point));
+        let (limit, error) = match fault {
             None => (request.bytes, None),
             Some(Fault::Fail(code)) => (0, Some(code)),
             Some(Fault::Short(code)) => (request.bytes / PAGE_BYTES / 2 * PAGE_BYTES, Some(code)),
             Some(Fault::PowerCut) => {
-                drive.queue.push(Queued { request, number, submitted });
+                drive.queue.push(Queued { request, points, submitted });
                 return self.cut(drive);
             }
         };
@@ -343,7 +355,11 @@ impl Engine for Faulty {
             return request.complete(Err(error));
         }
         let mut drive = self.lock();
-        let queued = Queued { request, number: drive.operations, submitted: drive.clock };
+        let of_kind = drive.of_kind.entry(request.operation).or_default();
+        let kind = Point::Of(request.operation, *of_kind);
+        *of_kind += 1;
+        let points = [Point::Any(drive.operations), kind];
+        let queued = Queued { request, points, submitted: drive.clock };
         drive.operations += 1;
         if drive.by_hand && !drive.is_off {
             drive.queue.push(queued);

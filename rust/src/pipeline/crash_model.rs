@@ -15,14 +15,17 @@ use crate::engine::faulty::{Fault, Faulty};
 use crate::engine::memory::Memory;
 use crate::file::DirectFile;
 use crate::layout::tests::manifest;
+use crate::layout::{Durability, Manifest};
 use crate::ledger::Ledger;
 use crate::pipeline::crash_model::broken::{Breakage, Broken};
-use crate::pipeline::crash_model::training::{Machine, Memories};
+use crate::pipeline::crash_model::memories::Memories;
+use crate::pipeline::crash_model::training::Machine;
 use crate::store::{Creator, Store};
 use crate::units::{CopyId, Group, StateFormat};
 
 mod broken;
 mod exhaustive;
+mod memories;
 mod random;
 mod training;
 
@@ -32,22 +35,23 @@ struct Base {
     file: Arc<DirectFile>,
     image: Memory,
     records: Vec<u64>,
+    is_scratch: bool,
     /// What the mutations need to know of the layout.
     data_offset: u64,
     copy_bytes: u64,
 }
 
 impl Base {
-    fn new(records: &[u64]) -> Self {
+    fn new(records: &[u64], durability: Durability) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("store.mtio");
         let ledger = Ledger::new();
         let shape: Vec<_> = records.iter().map(|n| (StateFormat::F32, *n)).collect();
         let engine = Arc::new(Memory::default());
         let over = Arc::clone(&engine) as Arc<dyn Engine>;
-        let mut creator =
-            Creator::over(over, None, &path, manifest(4096, &shape), &ledger).expect("created");
-        training::import(&mut creator, &Memories::imported(records), &ledger);
+        let manifest = Manifest { durability, ..manifest(4096, &shape) };
+        let mut creator = Creator::over(over, None, &path, manifest, &ledger).expect("created");
+        memories::import(&mut creator, &Memories::imported(records), &ledger);
         creator.finish(b"step 0").expect("finished");
         let file = Arc::new(DirectFile::open(&path).expect("opened"));
         let store = Store::open_on(&file, engine.clone(), [1; 16], &ledger).expect("opened");
@@ -55,7 +59,8 @@ impl Base {
         let copy_bytes = place(CopyId::B) - place(CopyId::A);
         let data_offset = store.data_offset();
         let image = engine.copy();
-        Self { _folder: folder, file, image, records: records.to_vec(), data_offset, copy_bytes }
+        let (records, is_scratch) = (records.to_vec(), durability == Durability::Scratch);
+        Self { _folder: folder, file, image, records, is_scratch, data_offset, copy_bytes }
     }
 
     /// A machine with this store on its drive.

@@ -123,6 +123,8 @@ pub(super) struct Executor {
     pending: HashMap<u64, Pending>,
     next_tag: u64,
     running: Option<Running>,
+    /// Whether extents were written since the last commit.
+    touched: bool,
     failed: bool,
     /// What the last round could not do for lack of a slot.
     starved: Starved,
@@ -178,6 +180,7 @@ impl Executor {
             pending: HashMap::new(),
             next_tag: 0,
             running: None,
+            touched: false,
             failed: false,
             starved: Starved::default(),
             aborting: None,
@@ -356,7 +359,10 @@ impl Executor {
         {
             match self.steps.front_mut().and_then(|step| step.commit.take()) {
                 Some(blob) => match self.store.start_commit(self.working.clone(), &blob) {
-                    Ok(sequence) => self.go_on(Running { sequence, commits: true }),
+                    Ok(sequence) => {
+                        self.touched = false;
+                        self.go_on(Running { sequence, commits: true });
+                    }
                     Err(error) => return self.fail(error),
                 },
                 None => self.settle_front(),
@@ -398,7 +404,11 @@ impl Executor {
 
     /// Back to the last commit, once nothing is in flight any more.
     fn finish_abort(&mut self) {
+        if self.touched && self.store.is_scratch() && (self.stopping || self.aborting.is_some()) {
+            let _ = self.store.give_up();
+        }
         let Some(reply) = self.aborting.take() else { return };
+        self.touched = false;
         self.loads = [VecDeque::new(), VecDeque::new()];
         self.planned.clear();
         self.updates.clear();

@@ -128,7 +128,7 @@ impl Setup {
     }
 
     fn open(&self, path: &std::path::Path) -> Arc<Store> {
-        let options = OpenOptions { engine: self.engine };
+        let options = OpenOptions { engine: self.engine, ..OpenOptions::default() };
         let store = Store::open(path, options, &Ledger::new()).expect("opened");
         assert!(store.verify(&mut |_, _| true).expect("read").damaged.is_empty());
         Arc::new(store)

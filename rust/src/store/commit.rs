@@ -91,8 +91,22 @@ impl Store {
                 blob.len()
             )));
         }
-        let mut steps = self.first_write_steps();
         let generation = self.committed_guard().generation + 1;
+        if self.is_scratch() && generation > 1 {
+            return Ok(self.commit_in_memory(generation, table, blob));
+        }
+        self.commit_of(generation, table, blob)
+    }
+
+    /// With durability scratch a commit is on disk only when the store is closed.
+    fn commit_in_memory(&self, generation: u64, table: Table, blob: &[u8]) -> Sequence {
+        let superblock = self.committed_guard().superblock.clone();
+        let becomes = Committed { generation, table: table.into(), blob: blob.into(), superblock };
+        Sequence { steps: VecDeque::new(), under_way: None, becomes: Some(becomes) }
+    }
+
+    fn commit_of(&self, generation: u64, table: Table, blob: &[u8]) -> Result<Sequence> {
+        let mut steps = self.first_write_steps();
         let side = usize::from(generation & 1 == 1);
         let (table_crc, blob_crc) = self.fill_buffers(&table, blob)?;
         let superblock = Superblock {
@@ -220,15 +234,22 @@ impl Store {
     }
 
     /// Says on disk that nothing was written after the last commit, so that the next open need not
-    /// verify. The caller has stopped writing.
+    /// verify. The caller has stopped writing. A scratch store's last commit goes to disk before.
     ///
     /// # Errors
     /// `Io`; the state is safe all the same and the next open may verify it.
     pub fn mark_clean(&self) -> Result {
         self.check()?;
-        if !self.writable.swap(false, Ordering::AcqRel) {
+        if !self.is_writable() {
             return Ok(());
         }
+        if self.is_scratch() {
+            let Committed { generation, table, blob, superblock } = self.committed();
+            if superblock.generation != generation {
+                self.run(self.commit_of(generation, Table::clone(&table), &blob)?)?;
+            }
+        }
+        self.writable.store(false, Ordering::Release);
         let marker = self.committed_guard().superblock.clean_marker();
         self.write_page(&marker[..], CLEAN_MARKER_OFFSET)
     }

@@ -8,7 +8,7 @@ use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES, round_up};
 const MAGIC: &[u8; 8] = b"MTIOSTOR";
 /// Format version; 0.x may change until it is frozen on purpose.
 pub(super) const MAJOR: u32 = 0;
-pub(super) const MINOR: u32 = 1;
+pub(super) const MINOR: u32 = 2;
 const BYTE_ORDER: u32 = 0x0102_0304;
 /// CRC-32C over units of 1 MiB, roots CRC-64/NVME.
 const CHECKSUM_ID: u32 = 1;

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::buffer::Slot;
 use crate::checksum::crc64;
+use crate::engine::faulty::{Faulty, Plan};
 use crate::engine::{self, Engine, Operation, choice};
 use crate::error::{Error, Result};
 use crate::file::{self, DirectFile};
-use crate::layout::{Layout, MANIFEST_BYTES_MAX, Manifest};
+use crate::layout::{Durability, Layout, MANIFEST_BYTES_MAX, Manifest};
 use crate::ledger::Ledger;
 use crate::store::header::{CLEAN_MARKER_OFFSET, HEADER_OFFSETS, Header, SUPERBLOCK_OFFSETS};
 use crate::store::superblock::Superblock;
@@ -31,7 +32,11 @@ pub(super) struct Opened {
 
 pub(super) fn open(path: &Path, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
     let file = Arc::new(DirectFile::open(path)?);
-    let (engine, engine_note) = choice::start(options.engine)?;
+    let (mut engine, engine_note) = choice::start(options.engine)?;
+    if !options.faults.is_empty() {
+        let plan = Plan { faults: options.faults, ..Plan::default() };
+        engine = Arc::new(Faulty::over(engine, plan));
+    }
     file::sync_directory(path)?;
     open_on(file, engine, engine_note, file::boot_id(), ledger)
 }
@@ -94,6 +99,13 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     let is_clean = marker.is_some_and(|marker| committed.superblock.is_vouched_for_by(&marker));
     // After a mere kill the kernel still had every completed write, and the sync above made it durable.
     let same_boot = committed.superblock.boot_id == opened.boot_id && opened.boot_id != [0; 16];
+    if opened.manifest.durability == Durability::Scratch && !(is_newest && is_clean) {
+        return Err(Error::format(
+            path,
+            "with durability scratch only a store that was closed can be opened again, and this one was not: its \
+             state is lost. Import the model again",
+        ));
+    }
     let mut store = assemble(opened, Some(committed), ledger)?;
     if !(is_newest && (is_clean || same_boot)) {
         side = verify_or_fall_back(&mut store, side, whole.next())?;

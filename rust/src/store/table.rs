@@ -103,11 +103,12 @@ impl Table {
         for index in groups {
             let written = fields.u64();
             let [copy, planes, ..]: [u8; 8] = fields.array();
-            let chunk = &layout.chunks()[index / Group::ALL.len()];
+            let number = index / Group::ALL.len();
+            let chunk = &layout.chunks()[number];
             let group = Group::ALL[index % Group::ALL.len()];
             let copy = match copy {
                 0 => CopyId::A,
-                1 if chunk.format().is_trainable() => CopyId::B,
+                1 if layout.has_two_copies(number) => CopyId::B,
                 _ => return None,
             };
             let known = usize::from(planes) <= chunk.format().planes(group).len();

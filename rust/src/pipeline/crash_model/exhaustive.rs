@@ -34,7 +34,7 @@ fn recover(machine: &mut Machine<'_>) -> Verdict {
 }
 
 fn each_point(check: impl Fn(&Base, &Run, u64) -> Verdict + Sync) {
-    let base = Base::new(&[128, 4096 + 128, 128]);
+    let base = Base::new(&[128, 4096 + 128, 128], Durability::Step);
     for run in trainings() {
         let points = operations(&base, &run);
         assert!(points > 60, "{points} operations are too few to be a training");

@@ -13,8 +13,8 @@ fn runs() -> u64 {
     asked.map_or(RUNS, |text| text.parse().expect("MEGATRAIN_SOAK_RUNS is a number of runs"))
 }
 
-fn bases() -> [Base; 2] {
-    [Base::new(&[128, 256, 128]), Base::new(&[128, 4096 + 128, 128])]
+fn bases(durability: Durability) -> [Base; 2] {
+    [&[128, 256, 128], &[128, 4096 + 128, 128]].map(|records| Base::new(records, durability))
 }
 
 /// A run that follows from its seed: up to three processes, each with its end, then one that trains to
@@ -66,22 +66,29 @@ fn random_run(bases: &[Base; 2], seed: u64, breakage: Breakage, lies: bool) -> V
 
 #[test]
 fn reopening_gives_the_last_acknowledged_state_or_the_next() {
-    let bases = bases();
+    let bases = bases(Durability::Step);
     let run = |seed| random_run(&bases, seed, Breakage::Nothing, false);
     assert_eq!(first_failure(runs(), run), None);
+}
+
+#[test]
+fn a_scratch_store_opens_as_it_was_closed_or_not_at_all() {
+    let bases = bases(Durability::Scratch);
+    let run = |seed| random_run(&bases, seed, Breakage::Nothing, false);
+    assert_eq!(first_failure(runs() / 4, run), None);
 }
 
 /// A drive that says it flushed and did not: nothing can save the state, but a wrong one never passes.
 #[test]
 fn a_drive_that_ignores_flushes_is_found_out() {
-    let bases = bases();
+    let bases = bases(Durability::Step);
     let run = |seed| random_run(&bases, seed, Breakage::Nothing, true);
     assert_eq!(first_failure(runs() / 4, run), None);
 }
 
 #[test]
 fn every_broken_protocol_is_caught() {
-    let bases = bases();
+    let bases = bases(Durability::Step);
     for breakage in Breakage::ALL {
         let run = |seed| random_run(&bases, seed, breakage, false);
         let caught = first_failure(RUNS_TO_CATCH, run);

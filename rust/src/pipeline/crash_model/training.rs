@@ -1,7 +1,7 @@
 //! A machine that trains, crashes and starts again, and what its store must hold.
 
+use super::memories::{Memories, adamw, len, value};
 use super::*;
-use crate::adamw::{self, AdamW};
 use crate::buffer::Slot;
 use crate::error::Result;
 use crate::pipeline::executor::Executor;
@@ -16,83 +16,6 @@ use std::time::Duration;
 /// Turns without any progress after which a run counts as stuck.
 const PATIENCE: u32 = 20_000;
 const NO_WAIT: Duration = Duration::ZERO;
-
-fn len(parameters: u64) -> usize {
-    usize::try_from(parameters).expect("small")
-}
-
-fn adamw(step: u64) -> AdamW {
-    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step }
-}
-
-fn value(step: u64, record: usize, index: usize) -> f32 {
-    let mixed = (index * 7 + record * 13 + len(step) * 31) % 1009;
-    #[expect(clippy::cast_precision_loss, reason = "small numbers")]
-    let value = mixed as f32;
-    value / 505.0 - 1.0
-}
-
-/// One record's weights and moments, in memory.
-#[derive(Clone, PartialEq)]
-struct Record {
-    weight: Vec<f32>,
-    exp_avg: Vec<f32>,
-    exp_avg_sq: Vec<f32>,
-}
-
-/// What the state is after each step, by training in memory.
-#[derive(Clone)]
-pub(super) struct Memories {
-    after: Vec<Vec<Arc<Record>>>,
-}
-
-impl Memories {
-    /// The state that every store begins with.
-    pub(super) fn imported(records: &[u64]) -> Self {
-        let record = |(index, &parameters): (usize, &u64)| {
-            let zeros = vec![0.0; len(parameters)];
-            let weight = (0..len(parameters)).map(|i| value(0, index, i)).collect();
-            Arc::new(Record { weight, exp_avg: zeros.clone(), exp_avg_sq: zeros })
-        };
-        Self { after: vec![records.iter().enumerate().map(record).collect()] }
-    }
-
-    /// One more step, of these records.
-    fn train(&mut self, step: u64, trained: &[usize]) {
-        self.after.truncate(len(step));
-        let mut state = self.after[len(step) - 1].clone();
-        for &index in trained {
-            let record = Arc::make_mut(&mut state[index]);
-            let n = record.weight.len();
-            let gradient: Vec<f32> = (0..n).map(|i| value(step, index, i)).collect();
-            let scalars = adamw(step).scalars(1.0, 0.01);
-            let old = record.weight.clone();
-            adamw::update_f32(
-                Kernel::Scalar,
-                &[adamw::Span { start: 0, len: n, scalars }],
-                &old,
-                &mut record.weight,
-                &gradient,
-                &mut record.exp_avg,
-                &mut record.exp_avg_sq,
-            );
-        }
-        self.after.push(state);
-    }
-}
-
-pub(super) fn import(creator: &mut Creator, memories: &Memories, ledger: &Ledger) {
-    let chunks = creator.layout().expect("a layout").chunks().to_vec();
-    for (index, chunk) in chunks.iter().enumerate() {
-        let bytes = chunk.extent_bytes(Group::Weight);
-        let mut slot = Slot::standalone(bytes, ledger, "test").expect("memory");
-        let weights = &memories.after[0][chunk.record].weight[len(chunk.start)..];
-        for (bytes, value) in slot.chunks_exact_mut(4).zip(&weights[..chunk.parameters]) {
-            bytes.copy_from_slice(&value.to_le_bytes());
-        }
-        creator.write_group(index, Group::Weight, 1, slot).expect("written");
-    }
-}
 
 /// How a process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,6 +67,9 @@ pub(super) struct Machine<'a> {
     handed_over: u64,
     /// Whether what the drive acknowledged may be lost, as long as it is noticed.
     lies: bool,
+    /// With durability scratch: the step of the last clean close, that of a close whose end was not
+    /// seen, and whether the last process ended by a clean close.
+    closed: (u64, Option<u64>, bool),
 }
 
 impl<'a> Machine<'a> {
@@ -160,6 +86,7 @@ impl<'a> Machine<'a> {
             acknowledged: 0,
             handed_over: 0,
             lies: run.ignores_flushes,
+            closed: (0, None, true),
         }
     }
 
@@ -190,6 +117,7 @@ impl<'a> Machine<'a> {
         let opened = Store::open_on(&self.base.file, engine, [self.boot; 16], &Ledger::new());
         let store = match opened {
             Err(_) if self.lies => return Ok(None),
+            Err(_) if self.base.is_scratch && !self.closed.2 => return Ok(None),
             opened => opened.map_err(|error| format!("the store does not open: {error}"))?,
         };
         let found = match self.compare(&store)? {
@@ -201,7 +129,12 @@ impl<'a> Machine<'a> {
             let next = self.next_commit(self.acknowledged);
             let is_next = found == next && self.handed_over >= next;
             let is_known_loss = self.lies && found < self.acknowledged;
-            if found != self.acknowledged && !is_next && !is_known_loss {
+            let is_right = if self.base.is_scratch {
+                found == self.closed.0 || Some(found) == self.closed.1
+            } else {
+                found == self.acknowledged || is_next || is_known_loss
+            };
+            if !is_right {
                 return Err(format!(
                     "the store is at step {found}; {} was acknowledged and {} handed over",
                     self.acknowledged, self.handed_over
@@ -209,6 +142,7 @@ impl<'a> Machine<'a> {
             }
             self.acknowledged = found;
             self.handed_over = found;
+            self.closed.0 = found;
         }
         let (front, executor) = Pipeline::assemble(Arc::new(store), &self.options())
             .map_err(|error| error.to_string())?;
@@ -481,6 +415,7 @@ impl<'a> Machine<'a> {
 
     /// Ends the process; what it had in flight lands before the lock is free, unless that is broken.
     pub(super) fn end(&mut self, ending: Ending) -> Result<(), String> {
+        self.closed = (self.closed.0, None, false);
         match ending {
             Ending::PowerCut => self.drive.cut_power(),
             Ending::Close => self.close(),
@@ -506,8 +441,11 @@ impl<'a> Machine<'a> {
         }
         self.drive.set_by_hand(false);
         if let Some(process) = &self.process {
+            self.closed.1 = Some(self.acknowledged);
             // A store that failed, or a drive without power, is left as it is.
-            let _ = process.store.mark_clean();
+            if process.store.mark_clean().is_ok() {
+                self.closed = (self.acknowledged, None, true);
+            }
         }
     }
 }

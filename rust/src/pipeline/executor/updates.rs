@@ -61,6 +61,7 @@ impl Executor {
             // Weights and gradient return to the pool.
             self.sources[place.record] = None;
         }
+        self.touched = true;
         self.updates[index].writes_left = Group::ALL.len();
         for ((group, plan), (sums, slot)) in
             Group::ALL.into_iter().zip(plans).zip(sums.into_iter().zip([weight_out, planes]))

@@ -59,7 +59,11 @@ impl Life {
     }
 
     fn open(&self, path: &Path) -> Result<Store, Error> {
-        Store::open(path, OpenOptions { engine: self.engine }, &Ledger::new())
+        Store::open(
+            path,
+            OpenOptions { engine: self.engine, ..OpenOptions::default() },
+            &Ledger::new(),
+        )
     }
 
     /// Trains, and says so, until the process dies.
@@ -195,7 +199,7 @@ fn is_refused(engine: Choice) -> bool {
 fn kills(engine: Choice, shape: Shape, count: u64) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
-    let options = OpenOptions { engine };
+    let options = OpenOptions { engine, ..OpenOptions::default() };
     drop(Store::create_empty(&path, shape.manifest(), options, &Ledger::new()).expect("created"));
     let seed = fastrand::u64(..);
     let mut random = fastrand::Rng::with_seed(seed);
@@ -275,7 +279,7 @@ fn the_store_opens_again_while_writes_of_the_killed_process_land() {
         }
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("store");
-        let options = OpenOptions { engine };
+        let options = OpenOptions { engine, ..OpenOptions::default() };
         Store::create_empty(&path, WIDE.manifest(), options, &Ledger::new()).expect("created");
         let mut memory = Memory::new(&WIDE);
         let (mut slowest, mut in_flight) = (Duration::ZERO, 0);

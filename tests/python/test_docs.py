@@ -7,6 +7,7 @@ import pytest
 import typer
 import yaml
 
+from megatrain_io import errors
 from megatrain_io.cli import app
 from megatrain_io.config import load
 
@@ -103,3 +104,37 @@ def test_tests_that_documents_name_exist():
         r"`([a-z]+(?:_[a-z]+){2,})`", README + (ROOT / "docs/unsafe.md").read_text("utf-8")
     ):
         assert f"fn {name}(" in sources or f"def {name}(" in sources or name in sources, name
+
+
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+FAULTS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in RELIABILITY.partition("## Faults")[2].partition("\n## ")[0].splitlines()
+    if line.startswith("| ") and not line.startswith("| fault")
+]
+
+
+def names_of_tests():
+    """Every test of the project, in either language."""
+    found = set()
+    for folder, pattern, definition in (
+        ("tests", "*.py", r"^def (test_\w+)\("),
+        ("rust", "*.rs", r"^\s*(?:async )?fn (\w+)\(\)"),
+    ):
+        for path in (ROOT / folder).rglob(pattern):
+            found.update(re.findall(definition, path.read_text(encoding="utf-8"), re.MULTILINE))
+    return found
+
+
+def test_each_fault_is_shown_by_tests_that_exist():
+    assert len(FAULTS) > 15
+    named = [name for row in FAULTS for name in re.findall(r"`(\w+)`", row[4])]
+    assert all(re.search(r"`\w+`", row[4]) for row in FAULTS)
+    assert sorted(set(named) - names_of_tests()) == []
+
+
+@pytest.mark.parametrize("row", FAULTS, ids=lambda row: row[0])
+def test_each_fault_has_the_exit_code_of_its_error(row):
+    classes = [getattr(errors, name) for name in re.findall(r"`(\w+Error)`", row[1])]
+    codes = {"-"} if not classes else {str(kind.exit_code) for kind in classes}
+    assert {row[2]} == codes

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from format_reader import crc32c
 from megatrain_io import _lib, cli, stream
 from megatrain_io.convert import import_model
 from megatrain_io.errors import (
@@ -197,18 +198,6 @@ def test_the_store_of_another_run(source, whole, stopped):
     shutil.copy(whole[0] / "store.mtio", stopped / "store.mtio")
     with pytest.raises(FormatError, match="belongs to another run"):
         start(configured(source, stopped), resume=True)
-
-
-def crc32c(content):
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # noqa: PLW2901
-        table.append(value)
-    total = 0xFFFFFFFF
-    for byte in content:
-        total = total >> 8 ^ table[(total ^ byte) & 0xFF]
-    return total ^ 0xFFFFFFFF
 
 
 def test_a_newer_format_is_left_alone(source, stopped):

@@ -1,0 +1,158 @@
+//! One training whose forward and backward cost nothing, so that the drive and the update decide: what
+//! durability and checksums cost. `benches/durability.py` runs it in all its forms, side by side.
+//!
+//!     durability make DIR step|scratch PARAMETERS
+//!     durability run DIR step|scratch STEPS COMMIT_EVERY
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use megatrain_io::adamw::AdamW;
+use megatrain_io::buffer::Slot;
+use megatrain_io::engine::choice::Choice;
+use megatrain_io::error::Result;
+use megatrain_io::layout::{Durability, Manifest, Record, Tensor};
+use megatrain_io::ledger::Ledger;
+use megatrain_io::pipeline::{
+    ChunkOp, Kind, Options, Pipeline, Schedule, TensorSettings, chunk_slot_bytes,
+};
+use megatrain_io::pool::{self, PoolSizes};
+use megatrain_io::store::{Creator, OpenOptions, Store};
+use megatrain_io::units::{Group, StateFormat};
+
+const FORMAT: StateFormat = StateFormat::Bf16;
+const CHUNK: u64 = 2 << 20;
+const RECORDS: u64 = 4;
+const LONG: Duration = Duration::from_secs(60);
+
+fn main() -> Result {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let number = |text: &str| text.parse::<u64>().expect("a number");
+    match words[..] {
+        ["make", folder, durability, parameters] => {
+            make(Path::new(folder), durability, number(parameters))
+        }
+        ["run", folder, durability, steps, every] => {
+            run(Path::new(folder), durability, number(steps), number(every))
+        }
+        // `cargo bench` runs every benchmark; this one needs to be told what to do.
+        _ => Ok(()),
+    }
+}
+
+fn make(folder: &Path, durability: &str, parameters: u64) -> Result {
+    let record = |index| Record {
+        name: format!("layer.{index}"),
+        format: FORMAT,
+        parameters: parameters / RECORDS,
+    };
+    let tensor = |index: u64| Tensor {
+        name: format!("layer.{index}.weight"),
+        record: usize::try_from(index).expect("small"),
+        offset: 0,
+        shape: vec![parameters / RECORDS],
+    };
+    let manifest = Manifest {
+        chunk_parameters: CHUNK,
+        durability: if durability == "scratch" { Durability::Scratch } else { Durability::Step },
+        records: (0..RECORDS).map(record).collect(),
+        tensors: (0..RECORDS).map(tensor).collect(),
+        model: serde_json::Value::Null,
+    };
+    let ledger = Ledger::new();
+    let mut creator = Creator::new(&folder.join(durability), manifest, Choice::Auto, &ledger)?;
+    for (index, chunk) in creator.layout()?.chunks().to_vec().into_iter().enumerate() {
+        let slot = Slot::standalone(chunk.extent_bytes(Group::Weight), &ledger, "import")?;
+        creator.write_group(index, Group::Weight, 1, slot)?;
+    }
+    creator.finish(b"imported").map(|_| ())
+}
+
+fn run(folder: &Path, durability: &str, steps: u64, every: u64) -> Result {
+    let ledger = Ledger::new();
+    let store = Store::open(&folder.join(durability), OpenOptions::default(), &ledger)?;
+    let store = Arc::new(store);
+    let pipeline = Pipeline::start(Arc::clone(&store), &options(&store))?;
+    let schedule = schedule(&store)?;
+    // The first two steps write each copy for the first time, which costs the file system more.
+    for step in 1..=2 {
+        train(&pipeline, &schedule, step, true)?;
+    }
+    while !pipeline.wait_settled(LONG)? {}
+    let (start, before) = (Instant::now(), store.engine().0.counters().totals());
+    for step in 3..steps + 3 {
+        let commit = (step - 2).is_multiple_of(every) || durability == "scratch";
+        train(&pipeline, &schedule, step, commit)?;
+    }
+    while !pipeline.wait_settled(LONG)? {}
+    let (seconds, after) = (start.elapsed(), store.engine().0.counters().totals());
+    drop(pipeline);
+    store.mark_clean()?;
+    let figures = serde_json::json!({
+        "seconds": seconds.as_secs_f64(),
+        "read": after.0 - before.0,
+        "written": after.1 - before.1,
+    });
+    #[expect(clippy::print_stdout, reason = "the result of a program")]
+    {
+        println!("{figures}");
+    }
+    Ok(())
+}
+
+fn options(store: &Store) -> Options {
+    let kind = |bytes, count| pool::Kind { bytes, count };
+    let layout = store.layout();
+    let parameters = usize::try_from(layout.record_parameters(0)).expect("fits memory");
+    let chunk = layout.chunks()[0].parameters;
+    let pool = PoolSizes {
+        chunk_slots: kind(chunk_slot_bytes(FORMAT, chunk), 4),
+        block_buffers: kind(layout.record_weight_bytes(0), 3),
+        block_gradients: kind(parameters * 4, 2),
+        ..PoolSizes::default()
+    };
+    let settings = |(record, records): (usize, &std::ops::Range<usize>)| TensorSettings {
+        record,
+        offset: 0,
+        elements: layout.record_parameters(layout.chunks()[records.start].record),
+        weight_decay: 0.0,
+        lr_scale: 1.0,
+    };
+    let tensors = layout.records().iter().enumerate().map(settings).collect();
+    Options { pool, threads: 0, kernel: None, tensors }
+}
+
+/// Weights of all records, forward; then backward, each with its update.
+fn schedule(store: &Store) -> Result<Arc<Schedule>> {
+    let layout = store.layout();
+    let of = |record: usize, kind| {
+        layout.records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
+    };
+    let mut operations = Vec::new();
+    for record in 0..layout.records().len() {
+        operations.extend(of(record, Kind::Load));
+    }
+    for record in (0..layout.records().len()).rev() {
+        operations.extend(of(record, Kind::Load));
+        operations.extend(of(record, Kind::Update));
+    }
+    Schedule::new(layout, operations).map(Arc::new)
+}
+
+/// A step with the gradient that happens to be in the buffer: zeros.
+fn train(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: bool) -> Result {
+    let adamw = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step };
+    let records = pipeline.store().layout().records().len();
+    pipeline.begin(Arc::clone(schedule), adamw)?;
+    for record in 0..records {
+        drop(pipeline.take_weights(record, LONG)?.expect("within a minute"));
+    }
+    for record in (0..records).rev() {
+        let weights = pipeline.take_weights(record, LONG)?.expect("within a minute");
+        let gradient = pipeline.take_gradient(record, LONG)?.expect("within a minute");
+        pipeline.submit(record, weights, gradient)?;
+    }
+    pipeline.end(commit.then(|| step.to_le_bytes().to_vec()))
+}

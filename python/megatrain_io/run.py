@@ -10,15 +10,19 @@
     RUN/data/           tokenised training data
 """
 
+import errno
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from megatrain_io.errors import ConfigError
+from megatrain_io.errors import ConfigError, MegatrainIoError, NoSpaceError, StorageError
 
-__all__ = ["Precision", "RunFolder", "RunInfo"]
+__all__ = ["Precision", "RunFolder", "RunInfo", "storage_errors", "sync_folder"]
 
 Precision = Literal["bf16", "fp32"]
 
@@ -95,3 +99,26 @@ class RunFolder:
     def store_path(self) -> Path:
         """Path of the store."""
         return self.path / self.read().store
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def storage_errors(path: Path, safe: str) -> Iterator[None]:
+    """Errors of the operating system become errors with a class and advice; ``safe`` says what they left."""
+    try:
+        yield
+    except MegatrainIoError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = NoSpaceError if full else StorageError
+        advice = "Free some space" if full else "Look at its permissions and the system's log"
+        raise kind(f"{error.filename or path}: {error.strerror}. {advice}; {safe}") from error

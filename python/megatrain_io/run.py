@@ -74,8 +74,13 @@ class RunFolder:
             source=str(source.resolve()),
         )
         fresh = self.info_file.with_suffix(".tmp")
-        fresh.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(info), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         fresh.replace(self.info_file)
+        # Without it the steps that follow are durable, and a power cut may take what says which store they are in.
+        sync_folder(self.path)
         return info
 
     def read(self) -> RunInfo:

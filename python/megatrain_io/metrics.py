@@ -2,8 +2,11 @@
 
 import json
 import os
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 __all__ = ["MetricsFile", "StepReport"]
 
@@ -72,5 +75,18 @@ class MetricsFile:
 
     def close(self) -> None:
         """Flush to disk and close."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error that one is the news, not what the drive then says to the flush.
+        with suppress(OSError) if error is not None else nullcontext():
+            self.close()

@@ -25,7 +25,7 @@ from megatrain_io.metrics import MetricsFile, StepReport
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.probe import probe
 from megatrain_io.report import Reporter
-from megatrain_io.run import RunFolder
+from megatrain_io.run import RunFolder, storage_errors
 from megatrain_io.stream import PagedModel, trained_tokens
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels
 
@@ -116,7 +116,8 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
     started = time.monotonic()
     run = RunFolder(Path(config.output_dir))
     imported = _import_if_needed(config, run, resume=resume)
-    with PagedState.of_run(run, engine=config.memory.io_backend) as state:
+    safe = "the last committed step is safe: go on with --resume"
+    with storage_errors(run.path, safe), PagedState.of_run(run, engine=config.memory.io_backend) as state:
         trainer = _Trainer(config, run, state, reporter)
         trainer.prepare(resume=resume, imported=imported)
         try:
@@ -233,7 +234,7 @@ class _Trainer:
     def run(self) -> None:
         """All steps that are left."""
         config = self._config.train
-        try:
+        with self._metrics:
             if self.progress.step == 0:
                 self.progress.eval_loss_before = self._evaluate()
             for step in range(self.progress.step + 1, self._max_steps + 1):
@@ -251,8 +252,6 @@ class _Trainer:
                 self.progress.step, self.progress.loss = step, loss.loss
                 self._steps += 1
                 self._report(step, loss.loss, adamw.learning_rate, micro_batches, began, before)
-        finally:
-            self._metrics.close()
         self._state.wait_settled()
 
     def result(self, seconds: float) -> TrainResult:

@@ -5,12 +5,11 @@ chunk once and writes its parameters to wherever the files hold them. Both hold 
 whatever the size of the model or of its largest tensor.
 """
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,8 @@ from torch import Tensor
 
 from megatrain_io.errors import (
     ConfigError,
-    MegatrainIoError,
     ModelFilesError,
     NoSpaceError,
-    StorageError,
     UnsupportedModelError,
 )
 from megatrain_io.hub_names import HubNames, NamePlan, Piece
@@ -30,7 +27,7 @@ from megatrain_io.layout import Chunk, Durability, ModelLayout, StateFormat, Ten
 from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
 from megatrain_io.probe import probe
-from megatrain_io.run import Precision, RunFolder, RunInfo
+from megatrain_io.run import Precision, RunFolder, RunInfo, storage_errors, sync_folder
 from megatrain_io.safetensors_files import Checkpoint, ShardPlan, ShardWriter, index_of, plan_shards
 from megatrain_io.stream import model_parts
 from megatrain_io.swap import Engine, Ledger, PagedState, StoreCreator
@@ -62,6 +59,7 @@ _FILE_DTYPES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 _TRAINABLE = ("BF16", "F16", "F32")
 
 _STORE = "store.mtio"
+_NOTHING_LEFT = "nothing was left behind"
 _FIRST_BLOB = json.dumps({"version": 1, "step": 0}).encode()
 _COMPARED_AT_ONCE = 1 << 20
 _SPARE_BYTES = 1 << 20
@@ -147,7 +145,7 @@ def import_model(  # noqa: PLR0913 - as create_store
         cut = CutModel(config, _DTYPES[precision], probe(config))
         parts, blocks = model_parts(cut), len(cut.blocks)
         layout = ModelLayout.build(parts, blocks, _FORMATS[precision], chunk_parameters, durability)
-        with _storage_errors(run.path), ExitStack() as undo:
+        with storage_errors(run.path, _NOTHING_LEFT), ExitStack() as undo:
             _make_folder(run.path, undo)
             _make_folder(target.parent, undo)
             partial = run.model.with_name(run.model.name + ".partial")
@@ -168,7 +166,7 @@ def import_model(  # noqa: PLR0913 - as create_store
             undo.callback(target.unlink, missing_ok=True)
             partial.rename(run.model)
             undo.callback(shutil.rmtree, run.model, ignore_errors=True)
-            _sync_folder(run.path)
+            sync_folder(run.path)
             info = run.write(precision, target, uuid, model_dir)
             undo.pop_all()
     return info
@@ -210,7 +208,11 @@ def export_model(
     _refuse_occupied(out, partial)
     if shard_bytes < 1:
         raise ConfigError(f"shard_bytes is {shard_bytes}: give the bytes of one file, such as 5000000000")
-    with _storage_errors(out), PagedState.of_run(run, engine=engine) as state, ExitStack() as undo:
+    with (
+        storage_errors(out, _NOTHING_LEFT),
+        PagedState.of_run(run, engine=engine) as state,
+        ExitStack() as undo,
+    ):
         wanted: Precision = dtype or ("bf16" if state.layout.format == "bf16" else "fp32")
         folder = ModelFolder(run.model)
         names = HubNames(folder.config(), _DTYPES[wanted])
@@ -228,10 +230,10 @@ def export_model(
         config = _config_for_export(folder.raw_config, names.architecture, _DTYPES[wanted])
         _write_text(partial / "config.json", config)
         folder.copy(companions, partial)
-        _sync_folder(partial)
+        sync_folder(partial)
         partial.rename(out)
         undo.pop_all()
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -450,27 +452,3 @@ def _make_folder(path: Path, undo: ExitStack) -> None:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    """Errors of the operating system become errors with a class and advice."""
-    try:
-        yield
-    except MegatrainIoError:
-        raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind = NoSpaceError if full else StorageError
-        advice = "Free some space" if full else "Look at its permissions and the system's log"
-        raise kind(
-            f"{error.filename or path}: {error.strerror}. {advice}; nothing was left behind"
-        ) from error

@@ -2,8 +2,13 @@
 
 import json
 import os
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megatrain_io.run import replace_file
 
 __all__ = ["MetricsFile", "StepReport"]
 
@@ -46,7 +51,11 @@ class StepReport:
 
 
 class MetricsFile:
-    """Metrics as JSON lines, one for each step, in step order without gaps or repeats."""
+    """Metrics as JSON lines, one for each step, in step order without repeats.
+
+    A line is durable when ``append`` returns. A step becomes durable by itself: a power cut between the two
+    may take the line of the last committed step, no other.
+    """
 
     def __init__(self, path: Path, committed_step: int) -> None:
         """Open for appending; lines of steps after ``committed_step`` are of a life that lost them."""
@@ -60,17 +69,28 @@ class MetricsFile:
                 if step > committed_step:
                     break
                 kept.append(line)
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        fresh.replace(path)
+        replace_file(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, report: StepReport) -> None:
-        """Add one step; it is handed to the system at once."""
+        """Add one step, durably."""
         self._file.write(json.dumps(asdict(report)) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flush to disk and close."""
-        os.fsync(self._file.fileno())
+        """Close; what a failed append left is tried again."""
         self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error that one is the news, not what the drive then says to the flush.
+        with suppress(OSError) if error is not None else nullcontext():
+            self.close()

@@ -10,15 +10,19 @@
     RUN/data/           tokenised training data
 """
 
+import errno
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from megatrain_io.errors import ConfigError
+from megatrain_io.errors import ConfigError, MegatrainIoError, NoSpaceError, StorageError
 
-__all__ = ["Precision", "RunFolder", "RunInfo"]
+__all__ = ["Precision", "RunFolder", "RunInfo", "replace_file", "storage_errors", "sync_folder"]
 
 Precision = Literal["bf16", "fp32"]
 
@@ -69,9 +73,8 @@ class RunFolder:
             store_uuid=store_uuid,
             source=str(source.resolve()),
         )
-        fresh = self.info_file.with_suffix(".tmp")
-        fresh.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-        fresh.replace(self.info_file)
+        # Else the steps that follow are durable, and a power cut may take what says which store they are in.
+        replace_file(self.info_file, json.dumps(asdict(info), indent=2) + "\n")
         return info
 
     def read(self) -> RunInfo:
@@ -95,3 +98,37 @@ class RunFolder:
     def store_path(self) -> Path:
         """Path of the store."""
         return self.path / self.read().store
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Give a file new content, durably: after a power cut it is the old one or the new one, whole."""
+    fresh = path.with_name(path.name + ".tmp")
+    with fresh.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def storage_errors(path: Path, safe: str) -> Iterator[None]:
+    """Errors of the operating system become errors with a class and advice; ``safe`` says what they left."""
+    try:
+        yield
+    except MegatrainIoError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = NoSpaceError if full else StorageError
+        advice = "Free some space" if full else "Look at its permissions and the system's log"
+        raise kind(f"{error.filename or path}: {error.strerror}. {advice}; {safe}") from error

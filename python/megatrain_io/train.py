@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -27,7 +28,7 @@ from megatrain_io.metrics import MetricsFile, StepReport
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.probe import probe
 from megatrain_io.report import Reporter
-from megatrain_io.run import RunFolder
+from megatrain_io.run import RunFolder, replace_file, storage_errors
 from megatrain_io.stream import PagedModel, trained_tokens
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels
 
@@ -119,7 +120,8 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
     started = time.monotonic()
     run = RunFolder(Path(config.output_dir))
     imported = _import_if_needed(config, run, resume=resume)
-    with PagedState.of_run(run, engine=config.memory.io_backend) as state:
+    safe = "the last committed step is safe: go on with --resume"
+    with storage_errors(run.path, safe), PagedState.of_run(run, engine=config.memory.io_backend) as state:
         trainer = _Trainer(config, run, state, reporter)
         trainer.prepare(resume=resume, imported=imported)
         try:
@@ -228,13 +230,16 @@ class _Trainer:
         if self._data.chat_template is not None:
             # The trained model needs the template that it was trained with.
             tokenizer.chat_template = self._data.chat_template
-            tokenizer.save_pretrained(self._run.model)
+            with TemporaryDirectory() as folder:
+                tokenizer.save_pretrained(folder)
+                for file in sorted(Path(folder).iterdir()):
+                    replace_file(self._run.model / file.name, file.read_bytes())
         self._state.start(
             self._model.pool_sizes(training=True),
             settings=lambda place: _settings(place, config.train.weight_decay),
             threads=config.memory.threads,
         )
-        self._run.config.write_text(config.to_yaml(), encoding="utf-8")
+        replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
         notes = [*self._notes(), str(self._data.summary)]
         if imported:
@@ -244,7 +249,7 @@ class _Trainer:
     def run(self) -> None:
         """All steps that are left."""
         config = self._config.train
-        try:
+        with self._metrics:
             if self.progress.step == 0:
                 self.progress.eval_loss_before = self._evaluate()
             for step in range(self.progress.step + 1, self._max_steps + 1):
@@ -270,8 +275,6 @@ class _Trainer:
                 self.progress.step, self.progress.loss = step, loss.loss
                 self._steps += 1
                 self._report(step, loss.loss, adamw.learning_rate, micro_batches, began, before)
-        finally:
-            self._metrics.close()
         self._state.wait_settled()
 
     def result(self, seconds: float) -> TrainResult:

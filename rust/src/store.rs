@@ -24,6 +24,8 @@ mod commit;
 mod create;
 mod fields;
 mod header;
+#[cfg(test)]
+mod images;
 mod recovery;
 mod superblock;
 mod table;

@@ -21,6 +21,8 @@ use crate::store::superblock::Superblock;
 use crate::units::{CopyId, Group};
 
 mod commit;
+#[cfg(test)]
+mod corruption;
 mod create;
 mod fields;
 mod header;

@@ -12,7 +12,7 @@ use crate::buffer::Slot;
 use crate::engine::{self, Operation};
 use crate::error::{Error, Result};
 use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
-use crate::store::superblock::Superblock;
+use crate::store::superblock::{GENERATION_MAX, Superblock};
 use crate::store::{BLOB_BYTES_MAX, Committed, Store, Table};
 use crate::units::{PAGE_BYTES, to_usize};
 
@@ -91,8 +91,11 @@ impl Store {
                 blob.len()
             )));
         }
-        let mut steps = self.first_write_steps();
         let generation = self.committed_guard().generation + 1;
+        if generation > GENERATION_MAX {
+            return Err(Error::invalid("no generation follows: import the model again"));
+        }
+        let mut steps = self.first_write_steps();
         let side = usize::from(generation & 1 == 1);
         let (table_crc, blob_crc) = self.fill_buffers(&table, blob)?;
         let superblock = Superblock {

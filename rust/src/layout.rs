@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
 
 use crate::units::{
     CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, StateFormat, TENSOR_ALIGNMENT, round_up,
@@ -11,6 +13,8 @@ use crate::units::{
 
 /// A manifest is at most this long, in bytes.
 pub const MANIFEST_BYTES_MAX: usize = 64 << 20;
+/// So is the model's configuration in it: a value takes up to a hundred times its text in memory.
+const MODEL_BYTES_MAX: usize = 1 << 20;
 const TENSORS_MAX: usize = 1 << 20;
 const NAME_BYTES_MAX: usize = 512;
 /// Memory for chunks and tables stays below 200 MiB.
@@ -30,7 +34,20 @@ pub struct Manifest {
     /// The tensors, by record and offset.
     pub tensors: Vec<Tensor>,
     /// The model's own configuration, as it was imported; not interpreted here.
+    #[serde(deserialize_with = "small_value")]
     pub model: serde_json::Value,
+}
+
+/// A value of at most [`MODEL_BYTES_MAX`], which is told before any of it is built.
+fn small_value<'de, D: Deserializer<'de>>(input: D) -> Result<serde_json::Value, D::Error> {
+    let text = <&RawValue>::deserialize(input)?.get();
+    if text.len() > MODEL_BYTES_MAX {
+        return Err(D::Error::custom(format!(
+            "the model's configuration has {} bytes, the limit is {MODEL_BYTES_MAX}",
+            text.len()
+        )));
+    }
+    serde_json::from_str(text).map_err(D::Error::custom)
 }
 
 /// Consecutive chunks of one block that share a state format.
@@ -415,6 +432,24 @@ pub(crate) mod tests {
         fn hostile_manifests_are_refused_not_obeyed(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = Manifest::parse(&bytes);
         }
+    }
+
+    /// A manifest of 64 MiB was within its limit, and the value built from `[{"":0},{"":0},...` in it
+    /// takes 93 times as much: opening such a store took 6 GB. Its length is told first now.
+    #[test]
+    fn a_long_model_configuration_is_refused_before_it_is_built() {
+        let text = |entries: usize| {
+            let mut manifest = manifest(4096, &[(StateFormat::F32, 512)]);
+            manifest.model = serde_json::json!(vec![0; entries]);
+            serde_json::to_vec(&manifest).expect("JSON")
+        };
+        // `[0,0,...]`: two bytes an entry, and one.
+        let longest = (MODEL_BYTES_MAX - 1) / 2;
+        assert!(Manifest::parse(&text(longest)).is_ok());
+        let refused = Manifest::parse(&text(longest + 1)).expect_err("too long");
+        assert!(refused.contains("has 1048577 bytes, the limit is 1048576"), "{refused}");
+        let deep = [b'['; 10_000];
+        assert!(Manifest::parse(&[&b"{\"model\":"[..], &deep].concat()).is_err());
     }
 
     #[test]

@@ -26,7 +26,11 @@ mod corruption;
 mod create;
 mod fields;
 mod header;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod hostile;
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "the fuzz target compares less than the tests"))]
 mod images;
 mod recovery;
 mod superblock;
@@ -128,7 +132,7 @@ impl Store {
     }
 
     /// Opens the store in a file that this process has locked, over an engine that runs.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn open_on(
         file: &Arc<DirectFile>,
         engine: Arc<dyn Engine>,

@@ -64,6 +64,20 @@ test: setup lint ## all checks and tests, as CI runs them
 soak: setup ## the crash model, 200,000 random crashes (RUNS=n for another number)
 	MEGATRAIN_SOAK_RUNS=$(or $(RUNS),200000) cargo test --release --package $(CORE) --lib -- --nocapture crash_model::random
 
+# What `cargo fuzz` would pass; the stable compiler takes it, so nothing has to be installed.
+COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares
+HOST      = $(shell rustc -vV | sed -n 's/host: //p')
+
+.PHONY: fuzz
+fuzz: ## libFuzzer over the store's parsers for 10 minutes (SECONDS=n for another time); needs g++
+	mkdir -p target/fuzz/corpus
+	RUSTFLAGS="$(COVERAGE)" cargo build --release --manifest-path rust/fuzz/Cargo.toml \
+	    --target $(HOST) --target-dir target/fuzz
+	target/fuzz/$(HOST)/release/megatrain-io-fuzz -max_total_time=$(or $(SECONDS),600) -max_len=4096 \
+	    -rss_limit_mb=512 -artifact_prefix=target/fuzz/ target/fuzz/corpus
+
 .PHONY: lint
 lint: setup ## format, clippy, ruff, mypy, and the extension's stub against the extension
 	cargo fmt --all --check

@@ -14,7 +14,8 @@ use crate::file::DirectFile;
 
 pub mod choice;
 pub mod faulty;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "the fuzz target compares less than the tests"))]
 pub(crate) mod memory;
 pub mod threads;
 #[cfg(all(feature = "uring", target_os = "linux"))]

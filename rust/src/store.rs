@@ -22,9 +22,17 @@ use crate::store::superblock::Superblock;
 use crate::units::{CopyId, Group};
 
 mod commit;
+#[cfg(test)]
+mod corruption;
 mod create;
 mod fields;
 mod header;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod hostile;
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "the fuzz target compares less than the tests"))]
+mod images;
 mod recovery;
 mod superblock;
 mod table;
@@ -127,7 +135,7 @@ impl Store {
     }
 
     /// Opens the store in a file that this process has locked, over an engine that runs.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn open_on(
         file: &Arc<DirectFile>,
         engine: Arc<dyn Engine>,

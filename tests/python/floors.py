@@ -28,7 +28,7 @@ RUST_FLOORS: dict[str, int] = {
     **dict.fromkeys(["buffer", "checksum", "error", "fork", "ledger", "units"], 0),
     **dict.fromkeys(["engine", "file", "pool"], 1),  # engine.conformance is the test body of the trait
     **dict.fromkeys(["engine.choice", "engine.faulty", "engine.memory", "engine.threads", "engine.uring"], 2),
-    **dict.fromkeys(["adamw", "layout"], 2),
+    **dict.fromkeys(["adamw", "layout", "manifest"], 2),
     **dict.fromkeys(["store"], 3),
     **dict.fromkeys(["pipeline"], 4),
     **dict.fromkeys(["lib"], 5),

@@ -103,11 +103,16 @@ class StoreReader:
         return page if holds else None
 
     def _superblock(self, side: int, manifest_crc: int) -> bytes | None:
-        for offset in ((1 + side) * MIB, (1 + side) * MIB + (64 << 10)):
-            page = self._sealed(offset, b"MTIOSUPR")
-            if page is not None and page[8:24] == self.uuid and header_u64(page, 80) == manifest_crc:
-                return page if header_u64(page, 24) & 1 == side else None
-        return None
+        pages = [self._sealed((1 + side) * MIB + mirror, b"MTIOSUPR") for mirror in (0, 64 << 10)]
+        held = [
+            page
+            for page in pages
+            if page is not None
+            and page[8:24] == self.uuid
+            and header_u64(page, 80) == manifest_crc
+            and header_u64(page, 24) & 1 == side
+        ]
+        return max(held, key=lambda page: header_u64(page, 24), default=None)
 
     def _holds(self, superblock: bytes) -> bool:
         side = header_u64(superblock, 24) & 1

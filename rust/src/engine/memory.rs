@@ -2,14 +2,16 @@
 //! written are zero.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::buffer::Region;
 use crate::engine::{Counters, Engine, Operation, Request};
 use crate::error::Result;
-use crate::units::PAGE_BYTES;
+use crate::units::{PAGE_BYTES, to_usize};
 
-type Pages = HashMap<u64, Arc<[u8; PAGE_BYTES]>>;
+type Page = Arc<[u8; PAGE_BYTES]>;
+type Pages = HashMap<u64, Page>;
 
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
@@ -21,6 +23,50 @@ impl Memory {
     /// A drive with the same bytes; cheap, because pages are shared until they are written.
     pub(crate) fn copy(&self) -> Self {
         Self { pages: Mutex::new(self.pages().clone()), counters: Counters::default() }
+    }
+
+    /// The bytes at a place, whatever its alignment.
+    pub(crate) fn bytes(&self, place: Range<u64>) -> Vec<u8> {
+        let pages = self.pages();
+        let mut bytes = Vec::new();
+        for (page, part) in parts(place) {
+            match pages.get(&page) {
+                Some(page) => bytes.extend_from_slice(&page[part]),
+                None => bytes.resize(bytes.len() + part.len(), 0),
+            }
+        }
+        bytes
+    }
+
+    /// Changes bytes behind the store's back.
+    pub(crate) fn overwrite(&self, offset: u64, mut bytes: &[u8]) {
+        let mut pages = self.pages();
+        for (page, part) in parts(offset..offset + bytes.len() as u64) {
+            let (front, rest) = bytes.split_at(part.len());
+            let page = pages.entry(page).or_insert_with(|| Arc::new([0; PAGE_BYTES]));
+            Arc::make_mut(page)[part].copy_from_slice(front);
+            bytes = rest;
+        }
+    }
+
+    /// Whether both drives hold the same bytes there; quick where they still share their pages.
+    pub(crate) fn agrees(&self, other: &Self, place: Range<u64>) -> bool {
+        parts(place).all(|(page, part)| {
+            let (here, there) = (self.page(page), other.page(page));
+            match (&here, &there) {
+                (Some(here), Some(there)) if Arc::ptr_eq(here, there) => true,
+                (None, None) => true,
+                _ => {
+                    let zeros = [0; PAGE_BYTES];
+                    let of = |page: &Option<Page>| page.as_deref().copied().unwrap_or(zeros);
+                    of(&here)[part.clone()] == of(&there)[part]
+                }
+            }
+        })
+    }
+
+    fn page(&self, offset: u64) -> Option<Page> {
+        self.pages().get(&offset).cloned()
     }
 
     fn pages(&self) -> MutexGuard<'_, Pages> {
@@ -64,4 +110,14 @@ impl Engine for Memory {
     fn counters(&self) -> &Counters {
         &self.counters
     }
+}
+
+/// The pages that a place touches, each with the part of it that belongs to the place.
+fn parts(place: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let page_bytes = PAGE_BYTES as u64;
+    (place.start / page_bytes..place.end.div_ceil(page_bytes)).map(move |index| {
+        let page = index * page_bytes;
+        let start = to_usize(place.start.saturating_sub(page));
+        (page, start..to_usize((place.end - page).min(page_bytes)))
+    })
 }

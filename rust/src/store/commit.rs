@@ -12,7 +12,7 @@ use crate::buffer::Slot;
 use crate::engine::{self, Operation};
 use crate::error::{Error, Result};
 use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
-use crate::store::superblock::Superblock;
+use crate::store::superblock::{GENERATION_MAX, Superblock};
 use crate::store::{BLOB_BYTES_MAX, Committed, Store, Table};
 use crate::units::{PAGE_BYTES, to_usize};
 
@@ -92,6 +92,9 @@ impl Store {
             )));
         }
         let generation = self.committed_guard().generation + 1;
+        if generation > GENERATION_MAX {
+            return Err(Error::invalid("no generation follows: import the model again"));
+        }
         if self.is_scratch() && generation > 1 {
             return Ok(self.commit_in_memory(generation, table, blob));
         }

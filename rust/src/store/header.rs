@@ -192,7 +192,7 @@ mod tests {
         let sum = crate::checksum::crc32c(&page[..PAGE_BYTES - 4]).to_le_bytes();
         page[PAGE_BYTES - 4..].copy_from_slice(&sum);
         let reason = Header::decode(&page[..]).expect_err("refused");
-        assert!(reason.contains("format 9.1") && reason.contains("not modified"), "{reason}");
+        assert!(reason.contains("format 9.2") && reason.contains("not modified"), "{reason}");
     }
 
     #[test]

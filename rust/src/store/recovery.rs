@@ -13,7 +13,7 @@ use crate::file::{self, DirectFile};
 use crate::layout::{Durability, Layout, MANIFEST_BYTES_MAX, Manifest};
 use crate::ledger::Ledger;
 use crate::store::header::{CLEAN_MARKER_OFFSET, HEADER_OFFSETS, Header, SUPERBLOCK_OFFSETS};
-use crate::store::superblock::Superblock;
+use crate::store::superblock::{Superblock, marked_generation};
 use crate::store::verify::Report;
 use crate::store::{BLOB_BYTES_MAX, CommitBuffers, Committed, OpenOptions, Store, Table};
 use crate::units::{PAGE_BYTES, to_usize};
@@ -73,8 +73,8 @@ pub(super) fn open_on(
 fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     let path = opened.file.path().to_owned();
     let mut candidates = Vec::new();
-    for (side, offsets) in SUPERBLOCK_OFFSETS.iter().enumerate() {
-        candidates.extend(read_superblock(&opened, offsets).map(|s| (side, s)));
+    for side in 0..SUPERBLOCK_OFFSETS.len() {
+        candidates.extend(read_superblock(&opened, side).map(|s| (side, s)));
     }
     candidates.sort_by_key(|(_, superblock)| std::cmp::Reverse(superblock.generation));
     let Some((newest_side, newest)) = candidates.first().cloned() else {
@@ -96,7 +96,11 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
         ));
     };
     let is_newest = committed.generation == newest.generation;
-    let is_clean = marker.is_some_and(|marker| committed.superblock.is_vouched_for_by(&marker));
+    let is_clean =
+        marker.as_ref().is_some_and(|marker| committed.superblock.is_vouched_for_by(marker));
+    // A marker of a newer generation: both places of its superblock are gone.
+    let lost = marker.as_ref().and_then(|page| marked_generation(page, &opened.header.uuid));
+    let lost = lost.filter(|generation| *generation > newest.generation);
     // After a mere kill the kernel still had every completed write, and the sync above made it durable.
     let same_boot = committed.superblock.boot_id == opened.boot_id && opened.boot_id != [0; 16];
     if opened.manifest.durability == Durability::Scratch && !(is_newest && is_clean) {
@@ -107,12 +111,16 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
         ));
     }
     let mut store = assemble(opened, Some(committed), ledger)?;
-    if !(is_newest && (is_clean || same_boot)) {
+    if lost.is_some() || !(is_newest && (is_clean || same_boot)) {
         side = verify_or_fall_back(&mut store, side, whole.next())?;
     }
     if side != newest_side {
         store.rejected = Mutex::new(Some(newest_side));
         store.fell_back_from = Some(newest.generation);
+    }
+    if let Some(lost) = lost {
+        store.rejected = Mutex::new(Some(usize::from(lost & 1 == 1)));
+        store.fell_back_from = Some(lost);
     }
     Ok(store)
 }
@@ -280,21 +288,25 @@ fn read_manifest(
     Ok((manifest, layout))
 }
 
-/// The superblock of one side, from its first place or its mirror; an unreadable page is none.
-fn read_superblock(opened: &Opened, offsets: &[u64; 2]) -> Option<Superblock> {
-    offsets.iter().find_map(|offset| {
-        let page = read(&*opened.engine, &opened.file, *offset, PAGE_BYTES).ok()?;
+/// The superblock of one side: the newer of those that hold in its first place and its mirror, since
+/// the drive may have lost either write. An unreadable page is none, and so is one of the other side.
+fn read_superblock(opened: &Opened, side: usize) -> Option<Superblock> {
+    let Opened { engine, file, header, .. } = opened;
+    let held = SUPERBLOCK_OFFSETS[side].into_iter().filter_map(|offset| {
+        let page = read(&**engine, file, offset, PAGE_BYTES).ok()?;
         Superblock::decode(&page).filter(|s| {
-            s.uuid == opened.header.uuid && s.manifest_crc == opened.header.manifest_crc
+            s.uuid == header.uuid
+                && s.manifest_crc == header.manifest_crc
+                && usize::from(s.generation & 1 == 1) == side
         })
-    })
+    });
+    held.max_by_key(|superblock| superblock.generation)
 }
 
 /// Table and blob of a superblock, or `None` when one of them cannot be read or does not hold.
 fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Option<Committed> {
     let Opened { engine, file, header, layout, .. } = opened;
-    let right_side = usize::from(superblock.generation & 1 == 1) == side;
-    if !right_side || superblock.blob_bytes > BLOB_BYTES_MAX as u64 {
+    if superblock.blob_bytes > BLOB_BYTES_MAX as u64 {
         return None;
     }
     let table_bytes = to_usize(header.table_bytes);
@@ -314,4 +326,73 @@ fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Option<Co
         blob: blob[..blob_bytes].into(),
         superblock,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::memory::Memory;
+    use crate::store::images::{RECORDS, Trained};
+
+    const PAGE: u64 = PAGE_BYTES as u64;
+
+    fn trained() -> (tempfile::TempDir, Trained) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let trained = Trained::new(folder.path(), &RECORDS, 4096, 1);
+        (folder, trained)
+    }
+
+    fn opens_at_3(trained: &Trained, drive: Memory) {
+        let ledger = Ledger::new();
+        let store = Store::open_on(&trained.file, Arc::new(drive), [2; 16], &ledger);
+        let store = store.expect("opened");
+        assert_eq!((store.committed().generation, store.fell_back_from()), (3, None));
+        assert_eq!(store.committed().blob[..], trained.states[2].blob);
+    }
+
+    /// The drive lost the write of generation 3's superblock and kept the one of its mirror. The older
+    /// one in the first place was believed and the mirror not looked at, so the store opened at
+    /// generation 2 and said nothing. Now the newer of both places counts.
+    #[test]
+    fn an_older_superblock_does_not_hide_the_newer_one_in_its_mirror() {
+        let (_folder, trained) = trained();
+        for place in SUPERBLOCK_OFFSETS[1] {
+            let drive = trained.image().copy();
+            let before = trained.states[0].image.bytes(place..place + PAGE);
+            drive.overwrite(place, &before);
+            assert!(!drive.agrees(trained.image(), place..place + PAGE));
+            opens_at_3(&trained, drive);
+        }
+    }
+
+    /// The drive wrote superblocks to each other's place. Both carry a sum that holds, so the mirrors
+    /// were not looked at, and neither was of the right parity: the store was refused. Now a
+    /// superblock in the wrong place is none.
+    #[test]
+    fn a_superblock_of_the_other_side_does_not_hide_the_mirror() {
+        let (_folder, trained) = trained();
+        let drive = trained.image().copy();
+        for (place, from) in [(0, 1), (1, 0)] {
+            let from = SUPERBLOCK_OFFSETS[from][0];
+            let page = trained.image().bytes(from..from + PAGE);
+            drive.overwrite(SUPERBLOCK_OFFSETS[place][0], &page);
+        }
+        opens_at_3(&trained, drive);
+    }
+
+    /// Both places of the newest superblock are gone. The clean marker still names its generation, so
+    /// the loss of a step is told.
+    #[test]
+    fn a_marker_tells_of_a_superblock_that_is_gone() {
+        let (_folder, trained) = trained();
+        let drive = trained.image().copy();
+        for place in SUPERBLOCK_OFFSETS[1] {
+            drive.overwrite(place, &[0; PAGE_BYTES]);
+        }
+        let ledger = Ledger::new();
+        let store = Store::open_on(&trained.file, Arc::new(drive), [2; 16], &ledger);
+        let store = store.expect("opened");
+        assert_eq!((store.committed().generation, store.fell_back_from()), (2, Some(3)));
+        assert!(store.verified_at_open().is_some(), "the older state was looked at");
+    }
 }

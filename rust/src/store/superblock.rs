@@ -6,6 +6,8 @@ use crate::units::PAGE_BYTES;
 
 const MAGIC: &[u8; 8] = b"MTIOSUPR";
 const CLEAN_MAGIC: &[u8; 8] = b"MTIOCLEN";
+/// No training comes this far, and counting on from here overflows nothing.
+pub(super) const GENERATION_MAX: u64 = 1 << 62;
 
 /// Root of one committed state. Superblock `generation & 1` names generation `generation`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +43,7 @@ impl Superblock {
 
     pub(super) fn decode(page: &[u8]) -> Option<Self> {
         let mut fields = Reader::sealed_page(page, MAGIC)?;
-        Some(Self {
+        let superblock = Self {
             uuid: fields.array(),
             generation: fields.u64(),
             incarnation: fields.u64(),
@@ -50,7 +52,8 @@ impl Superblock {
             blob_bytes: fields.u64(),
             blob_crc: fields.u64(),
             manifest_crc: fields.u64(),
-        })
+        };
+        (superblock.generation <= GENERATION_MAX).then_some(superblock)
     }
 
     /// The clean marker that vouches for this superblock.
@@ -66,6 +69,12 @@ impl Superblock {
     pub(super) fn is_vouched_for_by(&self, page: &[u8]) -> bool {
         page.get(..PAGE_BYTES).is_some_and(|page| page == &self.clean_marker()[..])
     }
+}
+
+/// The generation that a store's clean marker vouches for, whichever superblocks are there.
+pub(super) fn marked_generation(page: &[u8], uuid: &[u8; 16]) -> Option<u64> {
+    let mut fields = Reader::sealed_page(page, CLEAN_MAGIC)?;
+    (fields.array() == *uuid).then(|| fields.u64())
 }
 
 #[cfg(test)]
@@ -91,6 +100,17 @@ mod tests {
         assert_eq!(Superblock::decode(&page[..]), Some(superblock()));
         page[2048..].fill(0);
         assert_eq!(Superblock::decode(&page[..]), None);
+    }
+
+    /// A superblock of generation 2^64 - 1 was believed, and planning the next write overflowed.
+    #[test]
+    fn a_generation_that_nothing_can_follow_is_no_generation() {
+        for (generation, holds) in
+            [(GENERATION_MAX, true), (GENERATION_MAX + 1, false), (u64::MAX, false)]
+        {
+            let page = Superblock { generation, ..superblock() }.encode();
+            assert_eq!(Superblock::decode(&page[..]).is_some(), holds, "{generation}");
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-"""The extension module. Only ``megatrain_io.swap`` imports it; ``mypy.stubtest`` keeps this file true."""
+"""The extension module. Only ``megatrain_io.swap`` and ``outside`` import it; ``mypy.stubtest`` keeps this true."""
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -7,6 +7,7 @@ from typing import Any, TypedDict, final
 __all__ = [
     "Buffer",
     "Creator",
+    "HeldFile",
     "Ledger",
     "Pipeline",
     "Schedule",
@@ -15,6 +16,7 @@ __all__ = [
     "allocate",
     "build_info",
     "error_examples",
+    "owner_of",
     "probe_uring",
 ]
 
@@ -23,6 +25,13 @@ class _Report(TypedDict):
     extents: int
     nbytes: int
     damaged: list[str]
+
+class _Owner(TypedDict):
+    text: str
+    process: int | None
+    command: str
+    since: str
+    has_ended: bool
 
 @final
 class Ledger:
@@ -62,7 +71,15 @@ class Creator:
 class Store:
     """An open store."""
 
-    def __new__(cls, path: str | PathLike[str], engine: str, ledger: Ledger) -> Store: ...
+    def __new__(
+        cls,
+        path: str | PathLike[str],
+        engine: str,
+        ledger: Ledger,
+        waiting: Callable[[str], object] | None = None,
+    ) -> Store:
+        """Open a store; ``waiting`` is called once when another process has held it for a second, with its name."""
+
     @property
     def uuid(self) -> str: ...
     @property
@@ -93,6 +110,19 @@ class Store:
 
     def close(self) -> None:
         """Say on disk that the stop was clean and give the store up."""
+
+@final
+class HeldFile:
+    """A file that this process holds, so that nobody can open it as a store."""
+
+    def __new__(
+        cls, path: str | PathLike[str], waiting: Callable[[str], object] | None = None
+    ) -> HeldFile: ...
+    def remove(self) -> None:
+        """Remove the file, durably, and let it go."""
+
+    def release(self) -> None:
+        """Let the file go."""
 
 @final
 class Schedule:
@@ -170,6 +200,9 @@ def adamw_kernels() -> list[str]:
 
 def build_info() -> tuple[str, str, bool]:
     """Version of the core, build profile, and whether io_uring was compiled in."""
+
+def owner_of(path: str | PathLike[str]) -> _Owner | None:
+    """Who holds the file, or None when nobody does."""
 
 def probe_uring() -> str | None:
     """Why io_uring cannot be used here, or None when it can."""

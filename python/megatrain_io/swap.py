@@ -1,4 +1,4 @@
-"""The one door to the extension: records of the store as tensors, for as long as they are borrowed.
+"""The door to the extension for who opens a store: records of the store as tensors, for as long as they are borrowed.
 
 ``PagedState`` owns store, pool and pipeline. A borrowed record is a mapping from parameter name to tensor
 over a buffer of the pool; giving it back with a tensor still alive raises, because the buffer will be
@@ -21,6 +21,7 @@ from torch.utils.dlpack import from_dlpack
 from megatrain_io import _lib
 from megatrain_io.errors import BufferInUseError, FormatError, MegatrainIoError
 from megatrain_io.layout import ModelLayout, Record, TensorPlace
+from megatrain_io.outside import waiting_line
 from megatrain_io.run import RunFolder
 from megatrain_io.schedule import ChunkOp, PoolSizes
 
@@ -136,13 +137,16 @@ class PagedState:
     ) -> None:
         """Open the store at its newest whole generation.
 
+        A store in use is waited for, five seconds at most: a killed process holds it until its last writes
+        have landed. After one second the log says what is waited for.
+
         Raises:
             StoreInUseError, FormatError, CorruptionError, UnsupportedError, StorageError: the store is as
                 it was.
         """
         self.ledger = ledger or Ledger()
         self.path = path
-        self._store = _lib.Store(path, engine, self.ledger)
+        self._store = _lib.Store(path, engine, self.ledger, waiting_line(path))
         self.layout = ModelLayout.from_manifest(self._store.manifest)
         self._pipeline: _lib.Pipeline | None = None
         self._borrowed: weakref.WeakSet[BorrowedRecord] = weakref.WeakSet()

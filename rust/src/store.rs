@@ -120,7 +120,15 @@ impl Store {
     /// # Errors
     /// `InUse`, `Format`, `Corrupt`, `Unsupported`, `Io`; the file is not changed by any of them.
     pub fn open(path: &Path, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
-        recovery::open(path, options, ledger)
+        Self::open_in(DirectFile::open(path)?, options, ledger)
+    }
+
+    /// The same, in a file that is open and locked already.
+    ///
+    /// # Errors
+    /// As `open`, but for `InUse`.
+    pub fn open_in(file: DirectFile, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
+        recovery::open(file, options, ledger)
     }
 
     /// Opens the store in a file that this process has locked, over an engine that runs.

@@ -16,6 +16,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::raise;
+use crate::outside;
 
 /// Accounts of allocated memory, by name.
 #[pyclass(frozen, module = "megatrain_io._lib")]
@@ -203,10 +204,18 @@ pub(crate) struct Store {
 #[pymethods]
 impl Store {
     #[new]
-    fn new(py: Python<'_>, path: PathBuf, engine: &str, ledger: &Ledger) -> PyResult<Self> {
+    #[pyo3(signature = (path, engine, ledger, waiting = None))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        engine: &str,
+        ledger: &Ledger,
+        waiting: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
         let options = OpenOptions { engine: engine_of(engine)? };
-        let store =
-            py.detach(|| store::Store::open(&path, options, &ledger.inner)).map_err(raise)?;
+        let file = outside::lock(py, &path, waiting.as_ref())?;
+        let opened = py.detach(|| store::Store::open_in(file, options, &ledger.inner));
+        let store = opened.map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(store))) })
     }
 

@@ -1,6 +1,5 @@
 //! Opening: believe nothing before it was flushed and checked, and find the newest whole state.
 
-use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -29,10 +28,10 @@ pub(super) struct Opened {
     pub(super) boot_id: [u8; 16],
 }
 
-pub(super) fn open(path: &Path, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
-    let file = Arc::new(DirectFile::open(path)?);
+pub(super) fn open(file: DirectFile, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
+    let file = Arc::new(file);
     let (engine, engine_note) = choice::start(options.engine)?;
-    file::sync_directory(path)?;
+    file::sync_directory(file.path())?;
     open_on(file, engine, engine_note, file::boot_id(), ledger)
 }
 

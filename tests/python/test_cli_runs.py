@@ -1,0 +1,167 @@
+"""The lock of a store: whom a person waits for, since when, and how the wait ends."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatrain_io.errors import FormatError, StoreInUseError
+from megatrain_io.metrics import MetricsFile, StepReport
+from megatrain_io.outside import held, owner_of
+from megatrain_io.run import RunFolder
+from megatrain_io.swap import PagedState
+from paged import Case, make_store, opened, train
+
+ENGINE = "threads"
+CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1, 1, 1))
+SINCE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+# Locks a file as a training does, with a hint, and says so; then waits for its end of the pipe.
+HOLDER = """
+import sys
+from megatrain_io import _lib
+held = _lib.HeldFile(sys.argv[1])
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with two of its three steps done."""
+    run = RunFolder(tmp_path_factory.mktemp("made") / "run")
+    run.model.mkdir(parents=True)
+    (run.model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}', encoding="utf-8")
+    make_store(run.own_store, CASE, engine=ENGINE)
+    with opened(run.own_store, CASE, engine=ENGINE, threads=1) as model:
+        train(model, CASE, stop=2)
+        uuid = model.state.uuid
+    run.write("bf16", run.own_store, uuid, Path("/models/tiny"))
+    run.config.write_text("train: {max_steps: 3}\n", encoding="utf-8")
+    metrics = MetricsFile(run.metrics, 0)
+    for step in (1, 2):
+        metrics.append(StepReport(step, 3, 2.5, 1e-5, 8, 8, 1.0, 1, 1, 0.0, 1, 1, 1))
+    metrics.close()
+    return run
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """The same, to be changed."""
+    shutil.copytree(made.path, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+@contextmanager
+def holder(path):
+    """A process that has the store open."""
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "\n"
+        yield process
+        process.stdin.close()
+
+
+# --------------------------------------------------------------------------------------------- the lock
+
+
+def test_whoever_waits_is_told_for_whom_and_since_when(run, caplog):
+    """Silence for five seconds looked like a hang, and nobody knew whom to stop."""
+    with holder(run.own_store) as process:
+        end = threading.Timer(1.5, process.stdin.close)
+        end.start()
+        with PagedState.of_run(run, engine=ENGINE) as state:
+            assert state.generation == 3
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "megatrain_io.outside"]
+    found = re.fullmatch(
+        rf"waiting for the store (\S+): in use by process (\d+) \((\S+)\) since {SINCE}; a killed process holds it "
+        "until its last writes have landed",
+        line,
+    )
+    assert found is not None, line
+    assert (found[1], found[2]) == (str(run.own_store), str(process.pid))
+    assert not Path(f"{run.own_store}.owner").exists()
+
+
+def test_a_store_that_comes_free_within_a_second_is_waited_for_in_silence(run, caplog):
+    with holder(run.own_store) as process:
+        threading.Timer(0.2, process.stdin.close).start()
+        PagedState(run.own_store, engine=ENGINE).close()
+    assert caplog.records == []
+
+
+def test_a_store_that_stays_in_use_is_refused_after_five_seconds_in_all(run):
+    with holder(run.own_store) as process:
+        began = time.monotonic()
+        with pytest.raises(
+            StoreInUseError, match=rf"process {process.pid} \(\S+\) since {SINCE} \(waited 5\."
+        ):
+            PagedState(run.own_store, engine=ENGINE)
+        assert 4.9 < time.monotonic() - began < 8
+
+
+def test_a_wait_gives_way_to_ctrl_c(run):
+    code = (
+        "import sys; from megatrain_io import _lib; print(flush=True)\n"
+        "try: _lib.HeldFile(sys.argv[1])\n"
+        "except KeyboardInterrupt: print('interrupted')"
+    )
+    command = [sys.executable, "-c", code, str(run.own_store)]
+    with held(run.own_store), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=3)[0] == "interrupted\n"
+
+
+def test_a_hint_of_a_process_that_has_ended_does_not_mislead(run):
+    """A child that was forked while the store was open holds it when its parent is long gone.
+
+    Nor does one that ends take its parent's hint away.
+    """
+    code = HOLDER.replace(
+        "print(flush", "import os; os.fork() or sys.exit()\nos.wait(); os.fork()\nprint(flush"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(run.own_store)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.kill()
+        process.wait()
+        owner = owner_of(run.own_store)
+        assert owner is not None
+        assert (owner.process, owner.has_ended) == (process.pid, True)
+        assert re.fullmatch(
+            rf"a process that has ended \(process {process.pid} \(\S+\) since {SINCE}\), its last writes are landing",
+            owner.text,
+        )
+        process.stdin.close()
+    end = time.monotonic() + 5
+    while owner_of(run.own_store) is not None and time.monotonic() < end:
+        time.sleep(0.01)  # the child has yet to see that its pipe was closed
+    assert owner_of(run.own_store) is None
+
+
+def test_a_store_that_is_removed_while_it_is_waited_for_is_not_trained(run):
+    refused = []
+
+    def wait():
+        try:
+            PagedState(run.own_store, engine=ENGINE)
+        except FormatError as error:
+            refused.append(str(error))
+
+    with held(run.own_store) as file:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.3)
+        file.remove()
+        waiting.join()
+    assert len(refused) == 1
+    assert "removed while it was waited for" in refused[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypedDict, final
 
 __all__ = [
@@ -20,11 +21,22 @@ __all__ = [
     "probe_uring",
 ]
 
+class _Damage(TypedDict):
+    record: str
+    chunk: int
+    group: str
+    tensors: list[str]
+    path: Path
+    offset: int | None
+    expected: int | None
+    found: int | None
+    message: str
+
 class _Report(TypedDict):
     generation: int
     extents: int
     nbytes: int
-    damaged: list[str]
+    damaged: list[_Damage]
 
 class _Owner(TypedDict):
     text: str

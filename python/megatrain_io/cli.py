@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from megatrain_io.errors import CorruptionError, InterruptedRunError, MegatrainIoError
+
+if TYPE_CHECKING:
+    from megatrain_io.swap import Damage
 
 __all__ = ["app"]
 
@@ -217,7 +220,7 @@ def export_command(
 
 @app.command("verify")
 def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
-    """Compare every checksum of a store. All of it is read."""
+    """Compare every checksum of a store. All of it is read; what is damaged is named, with its place."""
     with _command(json_output=json_output, interrupted="The run is as it was.") as outcome:
         from megatrain_io.run import RunFolder
 
@@ -232,9 +235,10 @@ def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
         size = f"{report.nbytes / 2**30:.2f} GiB in {report.extents} extents"
         if report.damaged:
             outcome.exit_code = CorruptionError.exit_code
+            extents = "extent" if len(report.damaged) == 1 else "extents"
             lines = [
-                f"generation {report.generation}: {len(report.damaged)} damaged extents ({size})",
-                *(f"  {message}" for message in report.damaged),
+                f"generation {report.generation}: {len(report.damaged)} damaged {extents} ({size})",
+                *(f"  {_damage_line(damage)}" for damage in report.damaged),
                 "Copy the store elsewhere and check the drive, then restore a copy or import an export again.",
             ]
             outcome.text = "\n".join(lines)
@@ -320,6 +324,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _damage_line(damage: "Damage") -> str:
+    if damage.expected is None:
+        return damage.message  # it could not be read: there is nothing to compare
+    return (
+        f"record {damage.record}, chunk {damage.chunk}, {damage.group} group, at {damage.path}+{damage.offset}: "
+        f"checksum {damage.expected} expected, {damage.found} found; tensors {', '.join(damage.tensors)}"
+    )
 
 
 def _rows(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:

@@ -319,15 +319,7 @@ impl Store {
     pub fn describe(&self, chunk: usize, group: Group) -> String {
         let place = &self.layout.chunks()[chunk];
         let record = &self.manifest.records[place.record];
-        let end = place.start + place.parameters as u64;
-        let names: Vec<&str> = self
-            .manifest
-            .tensors
-            .iter()
-            .filter(|t| t.record == place.record && t.offset < end)
-            .filter(|t| t.offset + t.elements().unwrap_or(0) > place.start)
-            .map(|t| t.name.as_str())
-            .collect();
+        let names = self.tensors_in(chunk);
         let shown = names.iter().take(3).copied().collect::<Vec<_>>().join(", ");
         let more =
             if names.len() > 3 { format!(" and {} more", names.len() - 3) } else { String::new() };
@@ -337,6 +329,19 @@ impl Store {
             record.name,
             group.name()
         )
+    }
+
+    /// Names of the tensors that have parameters in a chunk.
+    #[must_use]
+    pub fn tensors_in(&self, chunk: usize) -> Vec<&str> {
+        let place = &self.layout.chunks()[chunk];
+        let end = place.start + place.parameters as u64;
+        let tensors = self.manifest.tensors.iter();
+        tensors
+            .filter(|t| t.record == place.record && t.offset < end)
+            .filter(|t| t.offset + t.elements().unwrap_or(0) > place.start)
+            .map(|t| t.name.as_str())
+            .collect()
     }
 
     fn binding(&self, chunk: usize, group: Group, generation: u64) -> Binding {

@@ -1,5 +1,6 @@
-"""The lock of a store: whom a person waits for, since when, and how the wait ends."""
+"""The lock and ``verify`` over real stores: whom a person waits for, and what is damaged."""
 
+import json
 import re
 import shutil
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from megatrain_io import cli
 from megatrain_io.errors import FormatError, StoreInUseError
 from megatrain_io.metrics import MetricsFile, StepReport
 from megatrain_io.outside import held, owner_of
@@ -31,6 +34,11 @@ held = _lib.HeldFile(sys.argv[1])
 print(flush=True)
 sys.stdin.read()
 """
+
+
+def call(*arguments, **kwargs):
+    words = [str(argument) for argument in arguments]
+    return CliRunner().invoke(cli.app, words, prog_name="megatrain-io", **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +173,44 @@ def test_a_store_that_is_removed_while_it_is_waited_for_is_not_trained(run):
         waiting.join()
     assert len(refused) == 1
     assert "removed while it was waited for" in refused[0]
+
+
+# ----------------------------------------------------------------------------------------------- verify
+
+
+@pytest.mark.parametrize("group", ["weight", "update"])
+def test_verify_names_everything_about_a_flipped_byte(run, group):
+    """Found by itself: the byte is one of a plane of chunk 1 of the last block's record, which is looked up here."""
+    with PagedState(run.own_store, engine=ENGINE) as state:
+        record = state.layout.records[state.layout.block(1)]
+        chunk = state.layout.chunks_of(state.layout.block(1))[1]
+        plane = state.read_plane(chunk.index, {"weight": "weight", "update": "exp_avg"}[group])
+    content = run.own_store.read_bytes()
+    places = [found.start() for found in re.finditer(re.escape(plane), content)]
+    # In copy A or B, or in both of them: flip all, and one of them is the committed one.
+    with run.own_store.open("r+b") as file:
+        for place in places:
+            file.seek(place + 7)
+            file.write(bytes([content[place + 7] ^ 1]))
+    end = chunk.start + chunk.parameters
+    tensors = [t.name for t in record.tensors if t.offset < end and t.offset + t.elements > chunk.start]
+
+    result = call("verify", run.path, "--json")
+    assert result.exit_code == 6
+    (damage,) = json.loads(result.stdout)["damaged"]
+    assert (damage["record"], damage["chunk"], damage["group"]) == (record.name, 1, group)
+    assert damage["tensors"] == tensors
+    assert damage["path"] == str(run.own_store)
+    before = {"weight": 0, "update": 2 * chunk.parameters}[group]  # the remainder comes first
+    assert damage["offset"] in [place - before for place in places]
+    assert re.fullmatch("0x[0-9a-f]{8}", damage["expected"])
+    assert re.fullmatch("0x[0-9a-f]{8}", damage["found"])
+    assert damage["expected"] != damage["found"]
+    assert damage["expected"] in damage["message"]
+
+    text = call("verify", run.path)
+    assert text.exit_code == 6
+    (line,) = [line for line in text.stdout.splitlines() if line.startswith("  ")]
+    for part in [record.name, "chunk 1", f"{group} group", f"{run.own_store}+{damage['offset']}", *tensors]:
+        assert part in line
+    assert f"checksum {damage['expected']} expected, {damage['found']} found" in line

@@ -468,7 +468,7 @@ def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
     with PagedState(path, engine=ENGINE) as state:
         damaged = state.verify().damaged
         assert len(damaged) == 1
-        assert name in damaged[0]
+        assert name in damaged[0].tensors
     result = CliRunner().invoke(cli.app, ["verify", str(stopped)], prog_name="megatrain-io")
     assert result.exit_code == 6
     with pytest.raises(CorruptionError, match=name):

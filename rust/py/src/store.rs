@@ -300,7 +300,7 @@ impl Store {
     }
 
     /// Compares every checksum of the committed state. Returns `generation`, `extents`, `nbytes` and
-    /// `damaged`, a list of messages.
+    /// `damaged`: for each extent the `message`, and what it says as fields.
     fn verify<'py>(
         &self,
         py: Python<'py>,
@@ -326,8 +326,8 @@ impl Store {
         result.set_item("generation", report.generation)?;
         result.set_item("extents", report.extents)?;
         result.set_item("nbytes", report.bytes)?;
-        let damaged: Vec<String> = report.damaged.iter().map(|d| d.error.to_string()).collect();
-        result.set_item("damaged", damaged)?;
+        let damaged = report.damaged.iter().map(|damage| fields_of(py, &store, damage));
+        result.set_item("damaged", damaged.collect::<PyResult<Vec<_>>>()?)?;
         Ok(result)
     }
 
@@ -353,6 +353,33 @@ impl Store {
     fn lock(&self) -> MutexGuard<'_, Option<Arc<store::Store>>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What is known of a damaged extent; without checksums where it could not even be read.
+fn fields_of<'py>(
+    py: Python<'py>,
+    store: &store::Store,
+    damage: &store::Damage,
+) -> PyResult<Bound<'py, PyDict>> {
+    let place = &store.layout().chunks()[damage.chunk];
+    let (offset, sums) = match &damage.error {
+        Error::Corrupt { offset, expected, found, .. } => {
+            (Some(*offset), Some((*expected, *found)))
+        }
+        Error::Io { offset, .. } | Error::Truncated { offset, .. } => (Some(*offset), None),
+        _ => (None, None),
+    };
+    let fields = PyDict::new(py);
+    fields.set_item("record", &store.manifest().records[place.record].name)?;
+    fields.set_item("chunk", damage.chunk - store.layout().records()[place.record].start)?;
+    fields.set_item("group", damage.group.name())?;
+    fields.set_item("tensors", store.tensors_in(damage.chunk))?;
+    fields.set_item("path", store.file().path())?;
+    fields.set_item("offset", offset)?;
+    fields.set_item("expected", sums.map(|(expected, _)| expected))?;
+    fields.set_item("found", sums.map(|(_, found)| found))?;
+    fields.set_item("message", damage.error.to_string())?;
+    Ok(fields)
 }
 
 fn read_plane(store: &store::Store, chunk: usize, plane: &str) -> Result<Vec<u8>, Error> {

@@ -17,6 +17,7 @@ __all__ = [
     "allocate",
     "build_info",
     "error_examples",
+    "glance",
     "owner_of",
     "probe_uring",
 ]
@@ -44,6 +45,15 @@ class _Owner(TypedDict):
     command: str
     since: str
     has_ended: bool
+
+class _Glance(TypedDict):
+    uuid: str
+    manifest: str
+    generation: int
+    blob: bytes
+    is_clean: bool
+    is_of_this_boot: bool
+    is_direct: bool
 
 @final
 class Ledger:
@@ -215,6 +225,9 @@ def build_info() -> tuple[str, str, bool]:
 
 def owner_of(path: str | PathLike[str]) -> _Owner | None:
     """Who holds the file, or None when nobody does."""
+
+def glance(path: str | PathLike[str]) -> _Glance:
+    """What a store says of itself, without its lock."""
 
 def probe_uring() -> str | None:
     """Why io_uring cannot be used here, or None when it can."""

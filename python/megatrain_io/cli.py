@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from megatrain_io.errors import CorruptionError, InterruptedRunError, MegatrainIoError
+from megatrain_io.errors import CorruptionError, InterruptedRunError, MegatrainIoError, StorageError
 
 if TYPE_CHECKING:
     from megatrain_io.swap import Damage
@@ -244,6 +244,20 @@ def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
             outcome.text = "\n".join(lines)
         else:
             outcome.text = f"generation {report.generation}: whole ({size})"
+
+
+@app.command("status")
+def status_command(run: Run, *, json_output: JsonOutput = False) -> None:
+    """Say how a run stands and what to do next. Nothing is opened or changed, and a run in use is not disturbed."""
+    with _command(json_output=json_output, interrupted="The run is as it was.") as outcome:
+        from megatrain_io.run import RunFolder
+        from megatrain_io.status import examine, render
+
+        status = examine(RunFolder(run))
+        outcome.result = asdict(status)
+        outcome.text = render(status)
+        if status.problem is not None:
+            outcome.exit_code = StorageError.exit_code
 
 
 @app.command("doctor")

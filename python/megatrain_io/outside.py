@@ -1,4 +1,4 @@
-"""A store seen from outside, by who does not open it: who holds it. No torch.
+"""A store seen from outside, by who does not open it: who holds it, what it says of itself. No torch.
 
 Nothing here decides what may be believed: that does opening, in ``swap``, which this module is the small
 sister of. Both are doors to the extension; this one answers at once.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatrain_io import _lib
 
-__all__ = ["HeldFile", "Owner", "held", "owner_of", "waiting_line"]
+__all__ = ["Glance", "HeldFile", "Owner", "glance", "held", "owner_of", "waiting_line"]
 
 HeldFile = _lib.HeldFile
 
@@ -38,6 +38,29 @@ class Owner:
     has_ended: bool
 
 
+@dataclass(frozen=True)
+class Glance:
+    """The newest state whose superblock, table and blob hold. Its chunks were not looked at.
+
+    Attributes:
+        uuid: of the store.
+        manifest: what it holds, as JSON.
+        generation: number of the state; 1 is the import.
+        blob: the trainer's own state, committed with it.
+        is_clean: the store was closed after that commit.
+        is_of_this_boot: it was committed since the machine was started.
+        is_direct: the file system has direct I/O.
+    """
+
+    uuid: str
+    manifest: str
+    generation: int
+    blob: bytes
+    is_clean: bool
+    is_of_this_boot: bool
+    is_direct: bool
+
+
 def owner_of(path: Path) -> Owner | None:
     """Who holds the store, or None when nobody does. Waits for nothing.
 
@@ -46,6 +69,16 @@ def owner_of(path: Path) -> Owner | None:
     """
     found = _lib.owner_of(path)
     return None if found is None else Owner(**found)
+
+
+def glance(path: Path) -> Glance:
+    """What the store says of itself, also while another process writes it.
+
+    Raises:
+        FormatError: it is no store, it was cut short, or no committed state of it holds.
+        StorageError, UnsupportedError: it cannot be read.
+    """
+    return Glance(**_lib.glance(path))
 
 
 def waiting_line(path: Path) -> Callable[[str], None]:

@@ -31,6 +31,7 @@ mod verify;
 
 pub use commit::{Sequence, Sequenced};
 pub use create::Creator;
+pub use recovery::Glance;
 pub use table::{Entry, Table};
 pub use verify::{Damage, Report};
 
@@ -129,6 +130,14 @@ impl Store {
     /// As `open`, but for `InUse`.
     pub fn open_in(file: DirectFile, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
         recovery::open(file, options, ledger)
+    }
+
+    /// What the store in a file says of itself. Neither locks it nor verifies it.
+    ///
+    /// # Errors
+    /// `Format` when it is no store or nothing of it holds, `Unsupported`, `Io`.
+    pub fn glance(path: &Path) -> Result<Glance> {
+        Glance::at(path)
     }
 
     /// Opens the store in a file that this process has locked, over an engine that runs.

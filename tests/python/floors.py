@@ -21,7 +21,7 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(["outside"], 1),
     **dict.fromkeys(["swap"], 2),
     **dict.fromkeys(["checkpoint", "convert", "generate", "stream"], 3),
-    **dict.fromkeys(["doctor", "plan", "report", "train"], 4),
+    **dict.fromkeys(["doctor", "plan", "report", "status", "train"], 4),
     **dict.fromkeys(["__main__", "cli"], 5),
     **dict.fromkeys(["__init__"], 6),  # the front door: re-exports only, and nobody inside goes through it
 }

@@ -1,6 +1,7 @@
-"""The lock and ``verify`` over real stores: whom a person waits for, and what is damaged."""
+"""``status`` and ``verify`` over real stores, and whom a person waits for."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -21,7 +22,7 @@ from megatrain_io.metrics import MetricsFile, StepReport
 from megatrain_io.outside import held, owner_of
 from megatrain_io.run import RunFolder
 from megatrain_io.swap import PagedState
-from paged import Case, make_store, opened, train
+from paged import AdamWStep, Case, make_store, opened, to_micro_batch, train
 
 ENGINE = "threads"
 CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1, 1, 1))
@@ -75,6 +76,10 @@ def holder(path):
         assert process.stdout.readline() == "\n"
         yield process
         process.stdin.close()
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --------------------------------------------------------------------------------------------- the lock
@@ -173,6 +178,98 @@ def test_a_store_that_is_removed_while_it_is_waited_for_is_not_trained(run):
         waiting.join()
     assert len(refused) == 1
     assert "removed while it was waited for" in refused[0]
+
+
+# ----------------------------------------------------------------------------------------------- status
+
+
+def test_status_of_a_run_that_can_go_on(run):
+    before = files_of(run.path)
+    result = call("status", run.path)
+    assert result.exit_code == 0
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.replace("in use", "in_use").splitlines())
+    assert lines["model"].startswith("LlamaForCausalLM, imported from /models/tiny")
+    assert lines["committed"] == "step 2 of 3 (generation 3)"
+    assert lines["in_use"] == "no"
+    assert lines["last"] == "stop  clean"
+    assert lines["next"] == f"megatrain-io train --config {run.config} --resume"
+    assert files_of(run.path) == before, "looking changes nothing"
+
+    found = json.loads(call("status", run.path, "--json").stdout)
+    with PagedState(run.own_store, engine=ENGINE) as state:
+        assert found["parameters"] == state.layout.parameters
+        assert found["is_direct"] == state.is_direct
+    assert found["store_bytes"] == pytest.approx(run.own_store.stat().st_size, rel=0.05)  # and its own blocks
+    assert (found["step"], found["max_steps"], found["generation"], found["precision"]) == (2, 3, 3, "bf16")
+    assert (found["in_use"], found["problem"], found["last_stop"]) == (None, None, "clean")
+    assert found["file_system"]
+
+
+def test_status_knows_what_the_trainer_committed(run):
+    """Loss and bytes are those of the committed step, not of a later line of metrics.jsonl."""
+    with opened(run.own_store, CASE, engine=ENGINE, threads=1) as model:
+        blob = json.dumps({"step": 3, "loss": 1.25, "written_bytes": 3_456_700_000_000}).encode()
+        model.train_step(
+            [to_micro_batch(batch) for batch in CASE.steps[2]], AdamWStep(3, 1e-3), lambda _: blob
+        )
+        model.state.wait_settled()
+    text = call("status", run.path).stdout
+    assert "committed  step 3 of 3, loss 1.2500 (generation 4)" in text
+    assert "written    3.4567 TB" in text
+    assert f"next       done: megatrain-io generate {run.path}" in text
+
+
+def test_status_of_a_run_in_use_waits_for_nothing(run):
+    with holder(run.own_store) as process:
+        began = time.monotonic()
+        result = call("status", run.path, "--json")
+        assert time.monotonic() - began < 2
+        assert result.exit_code == 0
+        found = json.loads(result.stdout)
+        assert found["in_use"]["process"] == process.pid
+        assert re.fullmatch(SINCE, found["in_use"]["since"])
+        assert (found["step"], found["generation"], found["last_stop"]) == (2, 3, None)
+        assert f"by process {process.pid} (" in call("status", run.path).stdout
+
+
+def test_status_tells_a_kill_from_a_clean_stop(run):
+    marker = (2 << 20) + (512 << 10)
+    with run.own_store.open("r+b") as file:
+        file.seek(marker)
+        file.write(bytes(4096))
+    assert json.loads(call("status", run.path, "--json").stdout)["last_stop"] == "killed"
+    assert "the process was killed" in call("status", run.path).stdout
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_bytes(b"x" * (1 << 20)), "not a megatrain-io store"),
+        (lambda path: os.truncate(path, 4 << 20), "truncated"),
+    ],
+)
+def test_status_of_a_store_that_cannot_be_used(run, spoil, problem):
+    spoil(run.own_store)
+    result = call("status", run.path)
+    assert result.exit_code == 4
+    assert problem in result.stdout
+    assert "Traceback" not in result.output
+    assert problem in json.loads(call("status", run.path, "--json").stdout)["problem"]
+
+
+def test_status_answers_without_torch(run):
+    code = (
+        "import sys; from megatrain_io.cli import app\n"
+        "try: app()\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
+        "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
+    )
+    for verb in ("status",):
+        command = [sys.executable, "-c", code, verb, str(run.path)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 # ----------------------------------------------------------------------------------------------- verify

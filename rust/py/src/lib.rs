@@ -20,7 +20,7 @@ mod lib {
     #[pymodule_export]
     use crate::error::error_examples;
     #[pymodule_export]
-    use crate::outside::{HeldFile, owner_of};
+    use crate::outside::{HeldFile, glance, owner_of};
     #[pymodule_export]
     use crate::pipeline::{Pipeline, Schedule};
     #[pymodule_export]

@@ -1,4 +1,4 @@
-//! A store seen from outside, by who does not open it: who holds it, and its
+//! A store seen from outside, by who does not open it: who holds it, what it says of itself, its
 //! removal.
 
 use std::path::{Path, PathBuf};
@@ -6,10 +6,12 @@ use std::sync::{Mutex, PoisonError};
 
 use megatrain_io::error::Error;
 use megatrain_io::file::{DirectFile, LOCK_NOTICE, Owner};
+use megatrain_io::store;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::raise;
+use crate::store::uuid_text;
 
 /// Opens and locks a file. `waiting` is called once, after a second, with who holds it; a signal ends
 /// the wait.
@@ -92,4 +94,22 @@ pub(crate) fn owner_of(py: Python<'_>, path: PathBuf) -> PyResult<Option<Bound<'
             Ok(fields)
         })
         .transpose()
+}
+
+/// What a store says of itself, without its lock: `uuid`, `manifest` (JSON), `generation`, `blob`,
+/// `is_clean`, `is_of_this_boot`, `is_direct`. Nothing is verified but superblock, table and blob.
+#[pyfunction]
+pub(crate) fn glance(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>> {
+    let found = py.detach(|| store::Store::glance(&path)).map_err(raise)?;
+    let manifest = serde_json::to_string(&found.manifest)
+        .map_err(|error| raise(Error::invalid(error.to_string())))?;
+    let fields = PyDict::new(py);
+    fields.set_item("uuid", uuid_text(found.uuid))?;
+    fields.set_item("manifest", manifest)?;
+    fields.set_item("generation", found.generation)?;
+    fields.set_item("blob", PyBytes::new(py, &found.blob))?;
+    fields.set_item("is_clean", found.is_clean)?;
+    fields.set_item("is_of_this_boot", found.is_of_this_boot)?;
+    fields.set_item("is_direct", found.is_direct)?;
+    Ok(fields)
 }

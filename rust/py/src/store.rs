@@ -419,7 +419,7 @@ fn read_plane(store: &store::Store, chunk: usize, plane: &str) -> Result<Vec<u8>
     }
 }
 
-fn uuid_text(uuid: [u8; 16]) -> String {
+pub(crate) fn uuid_text(uuid: [u8; 16]) -> String {
     let mut text = String::with_capacity(36);
     for (index, byte) in uuid.iter().enumerate() {
         if matches!(index, 4 | 6 | 8 | 10) {

@@ -16,6 +16,10 @@ use crate::store::verify::Report;
 use crate::store::{BLOB_BYTES_MAX, CommitBuffers, Committed, OpenOptions, Store, Table};
 use crate::units::{PAGE_BYTES, to_usize};
 
+mod glance;
+
+pub use glance::Glance;
+
 /// A locked file whose header and manifest hold.
 pub(super) struct Opened {
     pub(super) file: Arc<DirectFile>,

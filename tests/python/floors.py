@@ -20,7 +20,7 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
     **dict.fromkeys(["outside"], 1),
     **dict.fromkeys(["swap"], 2),
-    **dict.fromkeys(["checkpoint", "convert", "generate", "stream"], 3),
+    **dict.fromkeys(["checkpoint", "convert", "generate", "leftovers", "stream"], 3),
     **dict.fromkeys(["doctor", "plan", "report", "status", "train"], 4),
     **dict.fromkeys(["__main__", "cli"], 5),
     **dict.fromkeys(["__init__"], 6),  # the front door: re-exports only, and nobody inside goes through it

@@ -1,4 +1,4 @@
-"""``status`` and ``verify`` over real stores, and whom a person waits for."""
+"""``status``, ``clean`` and ``verify`` over real stores: what they say, what they leave alone, whom they refuse."""
 
 import json
 import os
@@ -161,25 +161,6 @@ def test_a_hint_of_a_process_that_has_ended_does_not_mislead(run):
     assert owner_of(run.own_store) is None
 
 
-def test_a_store_that_is_removed_while_it_is_waited_for_is_not_trained(run):
-    refused = []
-
-    def wait():
-        try:
-            PagedState(run.own_store, engine=ENGINE)
-        except FormatError as error:
-            refused.append(str(error))
-
-    with held(run.own_store) as file:
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        time.sleep(0.3)
-        file.remove()
-        waiting.join()
-    assert len(refused) == 1
-    assert "removed while it was waited for" in refused[0]
-
-
 # ----------------------------------------------------------------------------------------------- status
 
 
@@ -258,7 +239,7 @@ def test_status_of_a_store_that_cannot_be_used(run, spoil, problem):
     assert problem in json.loads(call("status", run.path, "--json").stdout)["problem"]
 
 
-def test_status_answers_without_torch(run):
+def test_status_and_clean_answer_without_torch(run):
     code = (
         "import sys; from megatrain_io.cli import app\n"
         "try: app()\n"
@@ -266,10 +247,176 @@ def test_status_answers_without_torch(run):
         "heavy = {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
         "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
     )
-    for verb in ("status",):
+    for verb in ("status", "clean"):
         command = [sys.executable, "-c", code, verb, str(run.path)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (result.returncode, result.stderr) == (0, "")
+
+
+# ------------------------------------------------------------------------------------------------ clean
+
+
+def leave_everything(run):
+    """What kills at the worst moments leave, and what is somebody else's."""
+    leftovers = {
+        "store.mtio.partial": b"x" * 5000,
+        "store.mtio.partial.owner": b"process 1 (x) since y\n",
+        "model.partial/config.json": b"{}",
+        "run.tmp": b"{",
+        "metrics.tmp": b"{",
+        "data/index.tmp": b"{",
+        "data/train.tokens": b"12",
+    }
+    others = {"notes.txt": b"mine", "old.partial": b"mine", "data/mine.jsonl": b"{}", "other.mtio": b"mine"}
+    for name, content in (leftovers | others).items():
+        path = run.path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    return leftovers
+
+
+def test_clean_removes_what_killed_processes_left_and_nothing_else(run):
+    kept = files_of(run.path)
+    leave_everything(run)
+    others = {"notes.txt", "old.partial", "data/mine.jsonl", "other.mtio"}
+    result = call("clean", run.path, "--yes", "--json")
+    assert result.exit_code == 0
+    removed = [
+        Path(each["path"]).relative_to(run.path).as_posix() for each in json.loads(result.stdout)["removed"]
+    ]
+    assert removed == [
+        "store.mtio.partial", "model.partial", "run.tmp", "metrics.tmp", "data/index.tmp", "data/train.tokens"
+    ]  # fmt: skip
+    left = files_of(run.path)
+    assert left.keys() == kept.keys() | others
+    assert {name: left[name] for name in kept} == kept
+    assert call("clean", run.path).stdout == f"{run.path}: nothing to remove\n"
+
+
+def test_clean_asks_and_takes_no_for_an_answer(run, monkeypatch):
+    leave_everything(run)
+    before = files_of(run.path)
+    monkeypatch.setattr(cli, "_can_ask", lambda: True)
+    for answer in ("n\n", "\n"):
+        result = call("clean", run.path, input=answer)
+        assert (result.exit_code, result.stdout) == (0, "Nothing was removed.\n")
+        assert f"{run.path / 'run.tmp'}: a file that was not written to its end" in result.stderr
+        assert "[y/N]" in result.stderr
+    before.pop("store.mtio.partial.owner")  # the name of a process that is gone: holding the file replaced it
+    assert files_of(run.path) == before
+    assert call("clean", run.path, input="y\n").stdout.startswith("removed ")
+    assert not (run.path / "run.tmp").exists()
+
+
+def test_clean_removes_nothing_where_nobody_can_be_asked(run):
+    leave_everything(run)
+    result = call("clean", run.path)
+    assert result.exit_code == 2
+    assert "--yes" in result.stderr
+    assert (run.path / "run.tmp").exists()
+
+
+def test_the_store_goes_only_when_it_is_named_and_its_step_is_told(run, monkeypatch):
+    assert call("clean", run.path, "--yes").stdout == f"{run.path}: nothing to remove\n"
+    assert run.own_store.exists()
+    monkeypatch.setattr(cli, "_can_ask", lambda: True)
+    result = call("clean", run.path, "--store", input="n\n")
+    assert re.search(
+        r"the store \([\d.]+ MB\)\? It holds the only copy of the training state of step 2:", result.stderr
+    )
+    assert run.own_store.exists()
+    assert call("clean", run.path, "--store", input="y\n").exit_code == 0
+    assert sorted(files_of(run.path)) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_clean_refuses_a_store_in_use(run):
+    leave_everything(run)
+    before = files_of(run.path)
+    with holder(run.own_store) as process:
+        result = call("clean", run.path, "--store", "--yes")
+        assert result.exit_code == 4
+        assert f"in use by process {process.pid}" in result.stderr
+        assert files_of(run.path).keys() == before.keys() | {"store.mtio.owner"}
+
+
+def test_clean_leaves_the_store_of_another_run_alone(run, tmp_path):
+    make_store(tmp_path / "other", CASE, engine=ENGINE)
+    shutil.copy(tmp_path / "other", run.own_store)
+    result = call("clean", run.path, "--store", "--yes")
+    assert result.exit_code == 4
+    assert "belongs to another run and is not removed" in result.stderr
+    run.own_store.write_bytes(b"mine")
+    assert call("clean", run.path, "--store", "--yes").exit_code == 4
+    assert run.own_store.read_bytes() == b"mine"
+
+
+def test_the_tokenised_data_goes_when_it_is_named(run):
+    run.data.mkdir()
+    for name in ("index.json", "train.tokens", "eval.tokens", "mine.jsonl"):
+        (run.data / name).write_bytes(b"x")
+    assert "nothing to remove" in call("clean", run.path).stdout
+    assert call("clean", run.path, "--cache", "--yes").exit_code == 0
+    assert [path.name for path in run.data.iterdir()] == ["mine.jsonl"]
+
+
+def test_clean_after_an_import_that_was_killed(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    make_store(run.own_store, CASE, engine=ENGINE)  # killed before run.json
+    (drive / "run.mtio.partial").write_bytes(b"x")
+    assert call("clean", run.path, "--store-dir", drive, "--yes").exit_code == 0
+    assert not (drive / "run.mtio.partial").exists()
+    assert call("clean", run.path, "--yes").exit_code == 0
+    assert not run.own_store.exists()
+    result = call("clean", run.path, "--yes")
+    assert result.exit_code == 2
+    assert "is not a run folder" in result.stderr
+
+
+def test_clean_keeps_what_only_looks_like_a_leftover(run, tmp_path):
+    """A store that was just imported is at generation 1, and one whose run.json is gone may be trained."""
+    run.info_file.rename(tmp_path / "run.json")
+    assert call("clean", run.path, "--yes").exit_code == 2
+    assert run.own_store.exists()
+    imported = RunFolder(tmp_path / "imported")
+    imported.path.mkdir()
+    make_store(imported.own_store, CASE, engine=ENGINE)
+    with PagedState(imported.own_store, engine=ENGINE) as state:
+        imported.write("bf16", imported.own_store, state.uuid, tmp_path)
+    assert "nothing to remove" in call("clean", imported.path, "--yes").stdout
+    assert imported.own_store.exists()
+
+
+def test_what_changes_between_question_and_answer_is_not_removed(run):
+    from megatrain_io.leftovers import ConfigError, Leftovers
+
+    leave_everything(run)
+    leftovers = Leftovers(run)
+    (run.path / "run.tmp").unlink()
+    with pytest.raises(ConfigError, match="changed in the meantime: nothing was removed"):
+        leftovers.remove()
+    assert (run.path / "metrics.tmp").exists()
+
+
+def test_a_store_that_is_removed_while_it_is_waited_for_is_not_trained(run):
+    refused = []
+
+    def wait():
+        try:
+            PagedState(run.own_store, engine=ENGINE)
+        except FormatError as error:
+            refused.append(str(error))
+
+    with held(run.own_store) as file:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.3)
+        file.remove()
+        waiting.join()
+    assert len(refused) == 1
+    assert "removed while it was waited for" in refused[0]
 
 
 # ----------------------------------------------------------------------------------------------- verify

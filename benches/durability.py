@@ -1,4 +1,4 @@
-"""What durability and checksums cost, side by side: python benches/durability.py [--rounds 5] [--folder DIR]
+"""What durability and checksums cost, side by side: python benches/durability.py [--rounds 5] [--folder DIR].
 
 Five forms of the same training run one after another, round after round: durability ``step``, with
 ``commit_every`` 10, ``scratch``, and ``step`` and ``scratch`` built without checksums. Forward and backward
@@ -83,7 +83,9 @@ def main() -> None:
     print("| form | seconds | CPU seconds | seconds, relative to scratch in the same round |")
     print("|---|---|---|---|")
     for name, runs in figures.items():
-        ratios = [run["seconds"] / base["seconds"] for run, base in zip(runs, figures["scratch"], strict=True)]
+        ratios = [
+            run["seconds"] / base["seconds"] for run, base in zip(runs, figures["scratch"], strict=True)
+        ]
         print(f"| {name} | {shown([r['seconds'] for r in runs])} | {shown([r['cpu'] for r in runs])} | "
               f"{shown(ratios)} |")  # fmt: skip
     pairs = list(zip(figures["step"], figures["step, no checksums"], strict=True))

@@ -1,12 +1,14 @@
-"""The extension module. Only ``megatrain_io.swap`` imports it; ``mypy.stubtest`` keeps this file true."""
+"""The extension module. Only ``megatrain_io.swap`` and ``outside`` import it; ``mypy.stubtest`` keeps this true."""
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypedDict, final
 
 __all__ = [
     "Buffer",
     "Creator",
+    "HeldFile",
     "Ledger",
     "Pipeline",
     "Schedule",
@@ -15,14 +17,43 @@ __all__ = [
     "allocate",
     "build_info",
     "error_examples",
+    "glance",
+    "owner_of",
     "probe_uring",
 ]
+
+class _Damage(TypedDict):
+    record: str
+    chunk: int
+    group: str
+    tensors: list[str]
+    path: Path
+    offset: int | None
+    expected: int | None
+    found: int | None
+    message: str
 
 class _Report(TypedDict):
     generation: int
     extents: int
     nbytes: int
-    damaged: list[str]
+    damaged: list[_Damage]
+
+class _Owner(TypedDict):
+    text: str
+    process: int | None
+    command: str
+    since: str
+    has_ended: bool
+
+class _Glance(TypedDict):
+    uuid: str
+    manifest: str
+    generation: int
+    blob: bytes
+    is_clean: bool
+    is_of_this_boot: bool
+    is_direct: bool
 
 @final
 class Ledger:
@@ -67,8 +98,11 @@ class Store:
         path: str | PathLike[str],
         engine: str,
         ledger: Ledger,
+        waiting: Callable[[str], object] | None = None,
         faults: Sequence[tuple[str, int, int, bool]] = ...,
-    ) -> Store: ...
+    ) -> Store:
+        """Open a store; ``waiting`` is called once when another process has held it for a second, with its name."""
+
     @property
     def uuid(self) -> str: ...
     @property
@@ -99,6 +133,19 @@ class Store:
 
     def close(self) -> None:
         """Say on disk that the stop was clean and give the store up."""
+
+@final
+class HeldFile:
+    """A file that this process holds, so that nobody can open it as a store."""
+
+    def __new__(
+        cls, path: str | PathLike[str], waiting: Callable[[str], object] | None = None
+    ) -> HeldFile: ...
+    def remove(self) -> None:
+        """Remove the file, durably, and let it go."""
+
+    def release(self) -> None:
+        """Let the file go."""
 
 @final
 class Schedule:
@@ -176,6 +223,12 @@ def adamw_kernels() -> list[str]:
 
 def build_info() -> tuple[str, str, bool]:
     """Version of the core, build profile, and whether io_uring was compiled in."""
+
+def owner_of(path: str | PathLike[str]) -> _Owner | None:
+    """Who holds the file, or None when nobody does."""
+
+def glance(path: str | PathLike[str]) -> _Glance:
+    """What a store says of itself, without its lock."""
 
 def probe_uring() -> str | None:
     """Why io_uring cannot be used here, or None when it can."""

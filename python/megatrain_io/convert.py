@@ -58,7 +58,6 @@ _TORCH_DTYPES = {
 _FILE_DTYPES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 _TRAINABLE = ("BF16", "F16", "F32")
 
-_STORE = "store.mtio"
 _NOTHING_LEFT = "nothing was left behind"
 _FIRST_BLOB = json.dumps({"version": 1, "step": 0}).encode()
 _COMPARED_AT_ONCE = 1 << 20
@@ -133,7 +132,7 @@ def import_model(  # noqa: PLR0913 - as create_store
         NoSpaceError, StorageError: the drive of the store or of the run folder.
     """
     _check_precision("precision", precision)
-    target = run.path / _STORE if store is None else store
+    target = run.own_store if store is None else store
     _refuse_what_is_in_the_way(run, target)
     folder = ModelFolder(model_dir)
     with Checkpoint(folder.weight_files()) as files:

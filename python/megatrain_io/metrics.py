@@ -10,7 +10,10 @@ from typing import Self
 
 from megatrain_io.run import replace_file
 
-__all__ = ["MetricsFile", "StepReport"]
+__all__ = ["MetricsFile", "StepReport", "last_report"]
+
+_TAIL_BYTES = 1 << 16
+"""Some hundred lines: the last whole one is among them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,22 @@ class StepReport:
     ledger_bytes: int
     written_bytes_total: int
     eval_loss: float | None = None
+
+
+def last_report(path: Path) -> StepReport | None:
+    """The newest whole line of a metrics file, also while it is written; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return StepReport(**json.loads(line))
+        except (ValueError, TypeError):
+            continue  # cut short by a crash, or not yet written to its end
+    return None
 
 
 class MetricsFile:

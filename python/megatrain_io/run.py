@@ -53,6 +53,7 @@ class RunFolder:
         self.path = path
         self.info_file = path / "run.json"
         self.model = path / "model"
+        self.own_store = path / "store.mtio"
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.data = path / "data"

@@ -1,4 +1,4 @@
-"""The one door to the extension: records of the store as tensors, for as long as they are borrowed.
+"""The door to the extension for who opens a store: records of the store as tensors, for as long as they are borrowed.
 
 ``PagedState`` owns store, pool and pipeline. A borrowed record is a mapping from parameter name to tensor
 over a buffer of the pool; giving it back with a tensor still alive raises, because the buffer will be
@@ -21,6 +21,7 @@ from torch.utils.dlpack import from_dlpack
 from megatrain_io import _lib
 from megatrain_io.errors import BufferInUseError, FormatError, MegatrainIoError
 from megatrain_io.layout import ModelLayout, Record, TensorPlace
+from megatrain_io.outside import waiting_line
 from megatrain_io.run import RunFolder
 from megatrain_io.schedule import ChunkOp, PoolSizes
 
@@ -28,6 +29,7 @@ __all__ = [
     "AdamWStep",
     "BorrowedRecord",
     "CheckedSchedule",
+    "Damage",
     "Engine",
     "Ledger",
     "PagedState",
@@ -76,13 +78,40 @@ class TensorSettings:
 
 
 @dataclass(frozen=True)
+class Damage:
+    """An extent whose bytes are not those that were written.
+
+    Attributes:
+        tensors: those with parameters in its chunk.
+        record: the block they belong to.
+        chunk: counted from the start of the record.
+        group: which planes of the chunk: ``weight``, or ``update`` for all others.
+        path: of the store.
+        offset: of the first checksum unit that does not hold, in bytes from the start of the file.
+        expected: its checksum as it was written, as ``0x0123abcd``; None where the drive could not read.
+        found: that of the bytes that were read (twice).
+        message: all of it, for a person.
+    """
+
+    tensors: tuple[str, ...]
+    record: str
+    chunk: int
+    group: str
+    path: str
+    offset: int | None
+    expected: str | None
+    found: str | None
+    message: str
+
+
+@dataclass(frozen=True)
 class VerifyReport:
-    """What reading everything back found; ``damaged`` has one message for each damaged extent."""
+    """What reading everything back found."""
 
     generation: int
     extents: int
     nbytes: int
-    damaged: tuple[str, ...]
+    damaged: tuple[Damage, ...]
 
 
 class BorrowedRecord:
@@ -136,13 +165,16 @@ class PagedState:
     ) -> None:
         """Open the store at its newest whole generation.
 
+        A store in use is waited for, five seconds at most: a killed process holds it until its last writes
+        have landed. After one second the log says what is waited for.
+
         Raises:
             StoreInUseError, FormatError, CorruptionError, UnsupportedError, StorageError: the store is as
                 it was.
         """
         self.ledger = ledger or Ledger()
         self.path = path
-        self._store = _lib.Store(path, engine, self.ledger)
+        self._store = _lib.Store(path, engine, self.ledger, waiting_line(path))
         self.layout = ModelLayout.from_manifest(self._store.manifest)
         self._pipeline: _lib.Pipeline | None = None
         self._borrowed: weakref.WeakSet[BorrowedRecord] = weakref.WeakSet()
@@ -266,9 +298,21 @@ class PagedState:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read everything back and compare every checksum of the committed state."""
         report = self._store.verify(progress)
-        return VerifyReport(
-            report["generation"], report["extents"], report["nbytes"], tuple(report["damaged"])
+        damaged = (
+            Damage(
+                tensors=tuple(found["tensors"]),
+                record=found["record"],
+                chunk=found["chunk"],
+                group=found["group"],
+                path=str(found["path"]),
+                offset=found["offset"],
+                expected=_hexadecimal(found["expected"]),
+                found=_hexadecimal(found["found"]),
+                message=found["message"],
+            )
+            for found in report["damaged"]
         )
+        return VerifyReport(report["generation"], report["extents"], report["nbytes"], tuple(damaged))
 
     @property
     def uuid(self) -> str:
@@ -371,3 +415,7 @@ class PagedState:
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
+
+
+def _hexadecimal(checksum: int | None) -> str | None:
+    return None if checksum is None else f"{checksum:#010x}"

@@ -57,7 +57,8 @@ pub enum Error {
     },
     /// Another process holds the store.
     #[error(
-        "{path} is in use by {owner} (waited {waited_s:.1} s). Stop that process or choose another store",
+        "{path} is in use by {owner} (waited {waited_s:.1} s). Nothing was changed. Stop that process (`fuser {path}` \
+         lists all that have it open), or choose another store",
         path = path.display()
     )]
     InUse {
@@ -185,7 +186,11 @@ impl Error {
             io.clone(),
             Self::Truncated { path: path.clone(), end: 100, offset: 4096, length: 8192 },
             Self::NoSpace { path: path.clone(), needed: 1 << 40, available: 1 << 30 },
-            Self::InUse { path: path.clone(), owner: "process 4711".into(), waited_s: 5.0 },
+            Self::InUse {
+                path: path.clone(),
+                owner: "process 4711 (python) since 2026-11-23 14:02:11".into(),
+                waited_s: 5.0,
+            },
             Self::format(&path, "not a megatrain-io store"),
             Self::Corrupt {
                 path,

@@ -1,7 +1,7 @@
 //! The data file: how it is opened, locked and given its space.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,8 +12,15 @@ use crate::error::{Error, Result};
 use crate::fork::NotInherited;
 use crate::units::PAGE_BYTES;
 
+mod owner;
+
+pub use owner::Owner;
+
 /// How long an open waits for the lock: a killed process holds it until its last writes have landed.
 pub const LOCK_WAIT: Duration = Duration::from_secs(5);
+/// After so long a person should be told what is waited for.
+pub const LOCK_NOTICE: Duration = Duration::from_secs(1);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// File systems that live on another machine: no promise about flushes holds there.
 const NETWORK_FILE_SYSTEMS: [(u64, &str); 6] = [
@@ -35,7 +42,6 @@ pub struct DirectFile {
     path: PathBuf,
     direct: bool,
     locked: bool,
-    process: u32,
 }
 
 impl DirectFile {
@@ -51,10 +57,10 @@ impl DirectFile {
         if available < bytes {
             return Err(Error::NoSpace { path: path.into(), needed: bytes, available });
         }
-        let (file, direct) = open_with(path, true)?;
+        let (file, direct) = open_with(path, Access::Create)?;
         let made = Self::over(file, path, direct).and_then(|mut file| {
             // Locked before anything else, so that no other process can take it for a left-over.
-            file.lock()?;
+            file.lock(&mut |_, _| Ok(()))?;
             Self::prepare(&file.file, path, bytes)?;
             Ok(file)
         });
@@ -91,70 +97,117 @@ impl DirectFile {
     /// # Errors
     /// `InUse` after [`LOCK_WAIT`], `Unsupported` for a network file system, `Io`.
     pub fn open(path: &Path) -> Result<Self> {
-        refuse_network(path)?;
-        let (file, direct) = open_with(path, false)?;
-        let metadata = file.metadata().map_err(|e| Error::io("stat", path, 0, 0, e))?;
-        if !metadata.is_file() {
-            return Err(Error::format(path, "not a regular file"));
-        }
-        if metadata.nlink() != 1 {
-            let links = metadata.nlink();
-            return Err(Error::format(
+        Self::open_waiting(path, &mut |_, _| Ok(()))
+    }
+
+    /// The same; while another process holds the file, `waiting` is called every few milliseconds with
+    /// what is known of it and the time waited so far. Its error ends the wait.
+    ///
+    /// # Errors
+    /// As `open`, and what `waiting` returns.
+    pub fn open_waiting(
+        path: &Path,
+        waiting: &mut dyn FnMut(&Owner, Duration) -> Result,
+    ) -> Result<Self> {
+        let mut file = Self::open_as(path, Access::Use)?;
+        file.lock(waiting)?;
+        // Asked only now: whoever held it may have removed it.
+        match file.metadata()?.nlink() {
+            1 => Ok(file),
+            0 => Err(Error::format(path, "the file was removed while it was waited for")),
+            links => Err(Error::format(
                 path,
                 format!("the file has {links} names (hard links); a store must have one"),
-            ));
+            )),
         }
-        let mut file = Self::over(file, path, direct)?;
-        file.lock()?;
+    }
+
+    /// Opens an existing file for reading, without its lock: another process may write it meanwhile.
+    ///
+    /// # Errors
+    /// `Unsupported` for a network file system, `Io`.
+    pub fn open_unlocked(path: &Path) -> Result<Self> {
+        Self::open_as(path, Access::Look)
+    }
+
+    fn open_as(path: &Path, access: Access) -> Result<Self> {
+        refuse_network(path)?;
+        let (file, direct) = open_with(path, access)?;
+        let file = Self::over(file, path, direct)?;
+        if !file.metadata()?.is_file() {
+            return Err(Error::format(path, "not a regular file"));
+        }
         Ok(file)
     }
 
     fn over(file: File, path: &Path, direct: bool) -> Result<Self> {
         let not_inherited = NotInherited::new(&file)?;
-        let (path, process) = (path.to_owned(), std::process::id());
-        Ok(Self { _not_inherited: not_inherited, file, path, direct, locked: false, process })
+        let path = path.to_owned();
+        Ok(Self { _not_inherited: not_inherited, file, path, direct, locked: false })
     }
 
-    fn lock(&mut self) -> Result {
+    /// Who holds an existing file, or `None` when nobody does. Waits for nothing.
+    ///
+    /// # Errors
+    /// `Io` when it cannot be opened or asked.
+    pub fn owner_of(path: &Path) -> Result<Option<Owner>> {
+        let file = Self::open_unlocked(path)?;
+        // Shared, so that two who ask do not take each other for a holder.
+        match file.file.try_lock_shared() {
+            Ok(()) => Ok(None),
+            Err(TryLockError::WouldBlock) => Ok(Some(Owner::of(path))),
+            Err(TryLockError::Error(error)) => Err(Error::io("lock", path, 0, 0, error)),
+        }
+    }
+
+    fn lock(&mut self, waiting: &mut dyn FnMut(&Owner, Duration) -> Result) -> Result {
         let start = Instant::now();
         loop {
             match self.file.try_lock() {
-                Ok(()) => {
-                    self.locked = true;
-                    break;
-                }
-                Err(TryLockError::WouldBlock) if start.elapsed() < LOCK_WAIT => {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
+                Ok(()) => break,
                 Err(TryLockError::WouldBlock) => {
-                    let owner = fs::read_to_string(self.owner_path()).unwrap_or_default();
-                    let owner = if owner.trim().is_empty() {
-                        "another process".into()
-                    } else {
-                        owner.trim().into()
-                    };
-                    let waited_s = start.elapsed().as_secs_f64();
-                    return Err(Error::InUse { path: self.path.clone(), owner, waited_s });
+                    let (owner, waited) = (Owner::of(&self.path), start.elapsed());
+                    if waited >= LOCK_WAIT {
+                        let (path, owner) = (self.path.clone(), owner.to_string());
+                        return Err(Error::InUse { path, owner, waited_s: waited.as_secs_f64() });
+                    }
+                    waiting(&owner, waited)?;
+                    std::thread::sleep(LOCK_RETRY);
                 }
                 Err(TryLockError::Error(error)) => {
                     return Err(Error::io("lock", &self.path, 0, 0, error));
                 }
             }
         }
-        // A hint for the message above; the lock is the truth.
-        let command =
-            fs::read("/proc/self/comm").map(|c| String::from_utf8_lossy(&c).trim().to_owned());
-        let hint = format!("process {} ({})\n", std::process::id(), command.unwrap_or_default());
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
-        let _ = options.open(self.owner_path()).and_then(|mut f| f.write_all(hint.as_bytes()));
+        self.locked = true;
+        // For messages only: without it we are "another process".
+        let _ = Owner::leave(&self.path);
         Ok(())
     }
 
-    fn owner_path(&self) -> PathBuf {
-        let mut name = self.path.clone().into_os_string();
-        name.push(".owner");
-        name.into()
+    /// Removes the file, durably. Whoever waits for its lock finds it gone.
+    ///
+    /// # Errors
+    /// `Invalid` without the lock, `Format` when its name leads elsewhere by now, `Io`.
+    pub fn remove(self) -> Result {
+        if !self.locked {
+            return Err(Error::invalid("a file is removed by the one that locked it"));
+        }
+        let ours = self.metadata()?;
+        let there =
+            fs::symlink_metadata(&self.path).map_err(|e| Error::io("stat", &self.path, 0, 0, e))?;
+        if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+            return Err(Error::format(
+                &self.path,
+                "another file has this name by now: not removed",
+            ));
+        }
+        fs::remove_file(&self.path).map_err(|e| Error::io("remove", &self.path, 0, 0, e))?;
+        sync_directory(&self.path)
+    }
+
+    fn metadata(&self) -> Result<fs::Metadata> {
+        self.file.metadata().map_err(|e| Error::io("stat", &self.path, 0, 0, e))
     }
 
     /// The path it was opened by.
@@ -174,7 +227,7 @@ impl DirectFile {
     /// # Errors
     /// `Io` when the system cannot say.
     pub fn bytes(&self) -> Result<u64> {
-        self.file.metadata().map(|m| m.len()).map_err(|e| Error::io("stat", &self.path, 0, 0, e))
+        self.metadata().map(|m| m.len())
     }
 
     /// The open file, for engines.
@@ -202,10 +255,10 @@ impl DirectFile {
 
 impl Drop for DirectFile {
     fn drop(&mut self) {
-        // Still locked here (the file closes after this body): no other owner's hint is removed, and a
-        // forked child removes none.
-        if self.locked && self.process == std::process::id() {
-            let _ = fs::remove_file(self.owner_path());
+        // Still locked here (the file closes after this body): no other owner's hint is removed. In the
+        // child of a fork the hint is its parent's, and stays.
+        if self.locked && Owner::of(&self.path).process == Some(std::process::id()) {
+            Owner::forget(&self.path);
         }
     }
 }
@@ -252,12 +305,22 @@ pub fn random_uuid() -> Result<[u8; 16]> {
     Ok(id)
 }
 
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    Look,
+    Use,
+    Create,
+}
+
 /// Opens for direct I/O, or without where the file system refuses that; the second value says which.
-fn open_with(path: &Path, create: bool) -> Result<(File, bool)> {
+fn open_with(path: &Path, access: Access) -> Result<(File, bool)> {
+    let create = access == Access::Create;
     let open = |flags: OFlags| {
         let mut options = OpenOptions::new();
         let flags = i32::try_from((OFlags::NOFOLLOW | flags).bits()).map_err(io::Error::other)?;
-        options.read(true).write(true).create_new(create).mode(0o600).custom_flags(flags).open(path)
+        options.read(true).write(access != Access::Look).create_new(create);
+        options.mode(0o600).custom_flags(flags).open(path)
     };
     let failed = |error| Error::io(if create { "create" } else { "open" }, path, 0, 0, error);
     match open(OFlags::DIRECT) {
@@ -310,4 +373,89 @@ fn available_bytes(path: &Path) -> Result<u64> {
 #[must_use]
 pub fn is_aligned(bytes: u64) -> bool {
     bytes.is_multiple_of(PAGE_BYTES as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made() -> (tempfile::TempDir, DirectFile) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = DirectFile::create(&folder.path().join("store"), 8192).expect("a file");
+        (folder, file)
+    }
+
+    #[test]
+    fn whoever_waits_is_told_by_whom_and_gets_the_file_when_it_comes_free() {
+        let (_folder, file) = made();
+        let path = file.path().to_owned();
+        let (mut held, mut turns) = (Some(file), 0);
+        let opened = DirectFile::open_waiting(&path, &mut |owner, _| {
+            assert_eq!(owner.process, Some(std::process::id()));
+            turns += 1;
+            if turns == 3 {
+                held = None;
+            }
+            Ok(())
+        });
+        drop(opened.expect("opened"));
+        assert_eq!(turns, 3);
+        assert!(!owner::hint_path(&path).exists(), "a hint was left behind");
+    }
+
+    #[test]
+    fn waiting_ends_when_the_caller_says_so_and_changes_nothing() {
+        let (_folder, file) = made();
+        let stop = |_: &Owner, _| Err(Error::invalid("stop"));
+        let refused = DirectFile::open_waiting(file.path(), &mut { stop });
+        assert_eq!(refused.expect_err("stopped").to_string(), "stop");
+        assert!(owner::hint_path(file.path()).exists(), "the holder's hint is gone");
+    }
+
+    #[test]
+    fn the_error_names_the_holder_and_the_time() {
+        let (_folder, file) = made();
+        let text = DirectFile::open(file.path()).expect_err("in use").to_string();
+        let owner = Owner::of(file.path());
+        assert!(text.contains(&format!("in use by {owner} (waited 5.")), "{text}");
+    }
+
+    #[test]
+    fn asking_who_holds_a_file_takes_nothing() {
+        let (_folder, file) = made();
+        let path = file.path().to_owned();
+        let found = DirectFile::owner_of(&path).expect("asked").expect("held");
+        assert_eq!(found.process, Some(std::process::id()));
+        drop(file);
+        let looking = DirectFile::open_unlocked(&path).expect("opened");
+        assert_eq!(DirectFile::owner_of(&path).expect("asked"), None);
+        drop(DirectFile::open(&path).expect("free"));
+        drop(looking);
+    }
+
+    /// A training that waited for a store got the lock of the file that `clean` had removed, and
+    /// trained into a file without a name. Now it is told.
+    #[test]
+    fn a_file_that_is_removed_while_it_is_waited_for_is_refused() {
+        let (_folder, file) = made();
+        let path = file.path().to_owned();
+        let mut held = Some(file);
+        let opened = DirectFile::open_waiting(&path, &mut |_, _| {
+            held.take().map_or(Ok(()), DirectFile::remove)
+        });
+        let text = opened.expect_err("removed").to_string();
+        assert!(text.contains("removed while it was waited for"), "{text}");
+        assert!(!path.exists() && !owner::hint_path(&path).exists());
+    }
+
+    #[test]
+    fn only_the_file_that_is_locked_is_removed() {
+        let (folder, file) = made();
+        let path = file.path().to_owned();
+        fs::rename(&path, folder.path().join("elsewhere")).expect("renamed");
+        fs::write(&path, "another").expect("written");
+        assert!(file.remove().is_err());
+        assert_eq!(fs::read(&path).expect("read"), b"another");
+        DirectFile::open_unlocked(&path).expect("opened").remove().expect_err("not locked");
+    }
 }

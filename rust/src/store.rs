@@ -40,6 +40,7 @@ mod verify;
 
 pub use commit::{Sequence, Sequenced};
 pub use create::Creator;
+pub use recovery::Glance;
 pub use table::{Entry, Table};
 pub use verify::{Damage, Report};
 
@@ -131,7 +132,23 @@ impl Store {
     /// # Errors
     /// `InUse`, `Format`, `Corrupt`, `Unsupported`, `Io`; the file is not changed by any of them.
     pub fn open(path: &Path, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
-        recovery::open(path, options, ledger)
+        Self::open_in(DirectFile::open(path)?, options, ledger)
+    }
+
+    /// The same, in a file that is open and locked already.
+    ///
+    /// # Errors
+    /// As `open`, but for `InUse`.
+    pub fn open_in(file: DirectFile, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
+        recovery::open(file, options, ledger)
+    }
+
+    /// What the store in a file says of itself. Neither locks it nor verifies it.
+    ///
+    /// # Errors
+    /// `Format` when it is no store or nothing of it holds, `Unsupported`, `Io`.
+    pub fn glance(path: &Path) -> Result<Glance> {
+        Glance::at(path)
     }
 
     /// Opens the store in a file that this process has locked, over an engine that runs.
@@ -325,15 +342,7 @@ impl Store {
     pub fn describe(&self, chunk: usize, group: Group) -> String {
         let place = &self.layout.chunks()[chunk];
         let record = &self.manifest.records[place.record];
-        let end = place.start + place.parameters as u64;
-        let names: Vec<&str> = self
-            .manifest
-            .tensors
-            .iter()
-            .filter(|t| t.record == place.record && t.offset < end)
-            .filter(|t| t.offset + t.elements().unwrap_or(0) > place.start)
-            .map(|t| t.name.as_str())
-            .collect();
+        let names = self.tensors_in(chunk);
         let shown = names.iter().take(3).copied().collect::<Vec<_>>().join(", ");
         let more =
             if names.len() > 3 { format!(" and {} more", names.len() - 3) } else { String::new() };
@@ -343,6 +352,19 @@ impl Store {
             record.name,
             group.name()
         )
+    }
+
+    /// Names of the tensors that have parameters in a chunk.
+    #[must_use]
+    pub fn tensors_in(&self, chunk: usize) -> Vec<&str> {
+        let place = &self.layout.chunks()[chunk];
+        let end = place.start + place.parameters as u64;
+        let tensors = self.manifest.tensors.iter();
+        tensors
+            .filter(|t| t.record == place.record && t.offset < end)
+            .filter(|t| t.offset + t.elements().unwrap_or(0) > place.start)
+            .map(|t| t.name.as_str())
+            .collect()
     }
 
     fn binding(&self, chunk: usize, group: Group, generation: u64) -> Binding {

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from megatrain_io import __main__, cli, errors
 from megatrain_io.metrics import StepReport
 from megatrain_io.run import RunFolder, RunInfo
-from megatrain_io.swap import VerifyReport
+from megatrain_io.swap import Damage, VerifyReport
 
-VERBS = ["import", "train", "generate", "export", "verify", "doctor"]
+VERBS = ["import", "train", "generate", "export", "verify", "status", "clean", "doctor"]
 INFO = RunInfo("0.1.0", "bf16", "store.mtio", "uuid-1", "/m")
 TRAIN = ["train", "model=m", "output_dir=runs/x", "data.train=a.jsonl"]
 
@@ -134,6 +134,7 @@ def test_import(fake, tmp_path):
         "run": run,
         "precision": "fp32",
         "store": Path("/nvme/x.mtio"),
+        "durability": "step",
         "engine": "threads",
     }
     assert result.stdout == f"imported m into {run}: bf16, store store.mtio\n"
@@ -307,17 +308,36 @@ def test_verify_a_store_that_is_whole(fake, run):
 
 
 def test_verify_a_store_that_is_damaged(fake, run):
-    fake("swap", PagedState=fake_state(["chunk 1 is bad", "chunk 2 is bad"]))
+    unreadable = Damage(
+        ("a",), "head", 0, "update", "/s", 4096, None, None, "read of 8192 bytes at /s+4096: EIO"
+    )
+    flipped = Damage(
+        ("a", "b"), "layers.0", 3, "weight", "/s", 8192, "0x00000001", "0x00000002", "long message"
+    )
+    fake("swap", PagedState=fake_state([flipped, unreadable]))
     result = call("verify", run)
     assert result.exit_code == 6
     assert result.stdout.splitlines()[:3] == [
         "generation 4: 2 damaged extents (0.50 GiB in 3 extents)",
-        "  chunk 1 is bad",
-        "  chunk 2 is bad",
+        (
+            "  record layers.0, chunk 3, weight group, at /s+8192: "
+            "checksum 0x00000001 expected, 0x00000002 found; tensors a, b"
+        ),
+        "  read of 8192 bytes at /s+4096: EIO",
     ]
     result = call("verify", run, "--json")
     assert result.exit_code == 6
-    assert json.loads(result.stdout)["damaged"] == ["chunk 1 is bad", "chunk 2 is bad"]
+    assert json.loads(result.stdout)["damaged"][0] == {
+        "tensors": ["a", "b"],
+        "record": "layers.0",
+        "chunk": 3,
+        "group": "weight",
+        "path": "/s",
+        "offset": 8192,
+        "expected": "0x00000001",
+        "found": "0x00000002",
+        "message": "long message",
+    }
 
 
 def test_verify_the_store_of_another_run(fake, run):

@@ -73,7 +73,7 @@ def test_a_fault_of_the_drive(source, whole, stopped, monkeypatch, case):
     faults = [(name, places.get(n, n), code, short) for name, n, code, short in faults]
     real = _lib.Store
     with monkeypatch.context() as patch:
-        patch.setattr(_lib, "Store", lambda *arguments: real(*arguments, faults))
+        patch.setattr(_lib, "Store", lambda *arguments, **named: real(*arguments, **named, faults=faults))
         if error is None:
             start(configured(source, stopped), resume=True)
         else:
@@ -89,7 +89,7 @@ def test_a_fault_of_the_drive_on_the_command_line(source, stopped, tmp_path, mon
     (tmp_path / "run.yaml").write_text(configured(source, stopped).to_yaml())
     real = _lib.Store
     faults = [("write", 0, ENOSPC, False)]
-    monkeypatch.setattr(_lib, "Store", lambda *arguments: real(*arguments, faults))
+    monkeypatch.setattr(_lib, "Store", lambda *arguments, **named: real(*arguments, **named, faults=faults))
     arguments = ["train", "--config", str(tmp_path / "run.yaml"), "--resume"]
     ended = CliRunner().invoke(cli.app, arguments, prog_name="megatrain-io")
     assert ended.exit_code == 4
@@ -232,7 +232,7 @@ def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
     with PagedState(path, engine=ENGINE) as state:
         damaged = state.verify().damaged
         assert len(damaged) == 1
-        assert name in damaged[0]
+        assert name in damaged[0].tensors
     result = CliRunner().invoke(cli.app, ["verify", str(stopped)], prog_name="megatrain-io")
     assert result.exit_code == 6
     with pytest.raises(CorruptionError, match=name):

@@ -18,6 +18,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::raise;
+use crate::outside;
 
 /// Accounts of allocated memory, by name.
 #[pyclass(frozen, module = "megatrain_io._lib")]
@@ -207,18 +208,20 @@ impl Store {
     /// `faults` are for tests: `(operation, n, errno, short)` lets the n-th operation of that name
     /// (`read`, `write`, `write_durable`, `sync`) since the open fail, after half of it if `short`.
     #[new]
-    #[pyo3(signature = (path, engine, ledger, faults = Vec::new()))]
+    #[pyo3(signature = (path, engine, ledger, waiting = None, faults = Vec::new()))]
     fn new(
         py: Python<'_>,
         path: PathBuf,
         engine: &str,
         ledger: &Ledger,
+        waiting: Option<Py<PyAny>>,
         faults: Vec<(String, u64, i32, bool)>,
     ) -> PyResult<Self> {
         let faults = faults.into_iter().map(fault_of).collect::<PyResult<_>>()?;
         let options = OpenOptions { engine: engine_of(engine)?, faults };
-        let store =
-            py.detach(|| store::Store::open(&path, options, &ledger.inner)).map_err(raise)?;
+        let file = outside::lock(py, &path, waiting.as_ref())?;
+        let opened = py.detach(|| store::Store::open_in(file, options, &ledger.inner));
+        let store = opened.map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(store))) })
     }
 
@@ -303,7 +306,7 @@ impl Store {
     }
 
     /// Compares every checksum of the committed state. Returns `generation`, `extents`, `nbytes` and
-    /// `damaged`, a list of messages.
+    /// `damaged`: for each extent the `message`, and what it says as fields.
     fn verify<'py>(
         &self,
         py: Python<'py>,
@@ -329,8 +332,8 @@ impl Store {
         result.set_item("generation", report.generation)?;
         result.set_item("extents", report.extents)?;
         result.set_item("nbytes", report.bytes)?;
-        let damaged: Vec<String> = report.damaged.iter().map(|d| d.error.to_string()).collect();
-        result.set_item("damaged", damaged)?;
+        let damaged = report.damaged.iter().map(|damage| fields_of(py, &store, damage));
+        result.set_item("damaged", damaged.collect::<PyResult<Vec<_>>>()?)?;
         Ok(result)
     }
 
@@ -356,6 +359,33 @@ impl Store {
     fn lock(&self) -> MutexGuard<'_, Option<Arc<store::Store>>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What is known of a damaged extent; without checksums where it could not even be read.
+fn fields_of<'py>(
+    py: Python<'py>,
+    store: &store::Store,
+    damage: &store::Damage,
+) -> PyResult<Bound<'py, PyDict>> {
+    let place = &store.layout().chunks()[damage.chunk];
+    let (offset, sums) = match &damage.error {
+        Error::Corrupt { offset, expected, found, .. } => {
+            (Some(*offset), Some((*expected, *found)))
+        }
+        Error::Io { offset, .. } | Error::Truncated { offset, .. } => (Some(*offset), None),
+        _ => (None, None),
+    };
+    let fields = PyDict::new(py);
+    fields.set_item("record", &store.manifest().records[place.record].name)?;
+    fields.set_item("chunk", damage.chunk - store.layout().records()[place.record].start)?;
+    fields.set_item("group", damage.group.name())?;
+    fields.set_item("tensors", store.tensors_in(damage.chunk))?;
+    fields.set_item("path", store.file().path())?;
+    fields.set_item("offset", offset)?;
+    fields.set_item("expected", sums.map(|(expected, _)| expected))?;
+    fields.set_item("found", sums.map(|(_, found)| found))?;
+    fields.set_item("message", damage.error.to_string())?;
+    Ok(fields)
 }
 
 fn read_plane(store: &store::Store, chunk: usize, plane: &str) -> Result<Vec<u8>, Error> {
@@ -395,7 +425,7 @@ fn read_plane(store: &store::Store, chunk: usize, plane: &str) -> Result<Vec<u8>
     }
 }
 
-fn uuid_text(uuid: [u8; 16]) -> String {
+pub(crate) fn uuid_text(uuid: [u8; 16]) -> String {
     let mut text = String::with_capacity(36);
     for (index, byte) in uuid.iter().enumerate() {
         if matches!(index, 4 | 6 | 8 | 10) {

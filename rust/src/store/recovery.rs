@@ -1,6 +1,5 @@
 //! Opening: believe nothing before it was flushed and checked, and find the newest whole state.
 
-use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -18,6 +17,10 @@ use crate::store::verify::Report;
 use crate::store::{BLOB_BYTES_MAX, CommitBuffers, Committed, OpenOptions, Store, Table};
 use crate::units::{PAGE_BYTES, to_usize};
 
+mod glance;
+
+pub use glance::Glance;
+
 /// A locked file whose header and manifest hold.
 pub(super) struct Opened {
     pub(super) file: Arc<DirectFile>,
@@ -30,14 +33,14 @@ pub(super) struct Opened {
     pub(super) boot_id: [u8; 16],
 }
 
-pub(super) fn open(path: &Path, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
-    let file = Arc::new(DirectFile::open(path)?);
+pub(super) fn open(file: DirectFile, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
+    let file = Arc::new(file);
     let (mut engine, engine_note) = choice::start(options.engine)?;
     if !options.faults.is_empty() {
         let plan = Plan { faults: options.faults, ..Plan::default() };
         engine = Arc::new(Faulty::over(engine, plan));
     }
-    file::sync_directory(path)?;
+    file::sync_directory(file.path())?;
     open_on(file, engine, engine_note, file::boot_id(), ledger)
 }
 

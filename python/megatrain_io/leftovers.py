@@ -1,0 +1,192 @@
+"""What a run leaves behind on the drive, and its removal: nothing is removed that was not listed. No torch.
+
+Everything has a name that megatrain-io gave it, in a place where megatrain-io puts it; nothing else is touched.
+While it is looked for, and again while it is removed, the store is held: so none of it belongs to something
+that runs.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatrain_io.config import store_file
+from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError, StorageError
+from megatrain_io.outside import HeldFile, glance, held
+from megatrain_io.run import RunFolder
+
+__all__ = ["Leftover", "Leftovers"]
+
+_CACHE = ("index.json", "train.tokens", "eval.tokens")
+_PARTIAL = ".partial"
+_OWNER = ".owner"
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something to remove.
+
+    Attributes:
+        path: file or folder.
+        nbytes: what it takes on the drive.
+        what: what it is, for a person.
+    """
+
+    path: Path
+    nbytes: int
+    what: str
+
+
+class Leftovers:
+    """What is to be removed of one run; found first, removed when the person has agreed."""
+
+    def __init__(
+        self, run: RunFolder, *, store_dir: Path | None = None, cache: bool = False, store: bool = False
+    ) -> None:
+        """Look for what processes that were killed left behind.
+
+        Args:
+            run: its folder; an import may have been killed there before it was a run.
+            store_dir: folder of the store, where such an import was told one.
+            cache: the tokenised data, too: it is made anew when it is needed.
+            store: the store, too, and what belongs to it: nothing of the training can be resumed then.
+
+        Raises:
+            ConfigError: there is nothing of a run.
+            StoreInUseError: the store is in use.
+            FormatError: with ``store``, what lies in its place is not the store of this run.
+        """
+        self.run = run
+        self._cache = cache
+        self._store = store
+        if run.is_imported and store_dir is not None:
+            raise ConfigError(
+                f"run.json says where the store of {run.path} is: leave --store-dir out. It is for imports that "
+                "were killed"
+            )
+        self._store_path = (
+            run.store_path() if run.is_imported else store_file(run.path, store_dir) or run.own_store
+        )
+        self.step: int | None = None
+        """Last committed step of a store that is to be removed."""
+        with self._holding():
+            self.found = list(self._look())
+        if not self.found:
+            run.read()  # refuses what is no run
+
+    @property
+    def nbytes(self) -> int:
+        """All of it, on the drive."""
+        return sum(leftover.nbytes for leftover in self.found)
+
+    @property
+    def store(self) -> Leftover | None:
+        """The store, where it is to be removed."""
+        return next((leftover for leftover in self.found if leftover.path == self._store_path), None)
+
+    def remove(self) -> Sequence[Leftover]:
+        """Remove what was found, and say what it was.
+
+        Raises:
+            ConfigError: something came or went since: nothing was removed.
+            StoreInUseError: the store is in use by now: nothing was removed.
+            StorageError: the system refused; what is left can be removed by another call.
+        """
+        with self._holding() as holds:
+            if [each.path for each in self._look()] != [each.path for each in self.found]:
+                raise ConfigError(f"{self.run.path} changed in the meantime: nothing was removed. Look again")
+            for leftover in self.found:
+                try:
+                    if leftover.path in holds:
+                        holds[leftover.path].remove()
+                    elif leftover.path.is_dir():
+                        shutil.rmtree(leftover.path)
+                    else:
+                        leftover.path.unlink()
+                except MegatrainIoError:
+                    raise
+                except OSError as error:
+                    raise StorageError(
+                        f"{leftover.path} could not be removed ({error.strerror}): what stands after it in the list "
+                        "is still there"
+                    ) from error
+        return self.found
+
+    @contextmanager
+    def _holding(self) -> Iterator[dict[Path, HeldFile]]:
+        """Hold what a training or an import would hold."""
+        with ExitStack() as stack:
+            paths = (self._store_path, _beside(self._store_path, _PARTIAL))
+            yield {path: stack.enter_context(held(path)) for path in paths if _is_file(path)}
+
+    def _look(self) -> Iterator[Leftover]:
+        """The store comes first: without it the rest is soon found again, but not the other way round."""
+        run, partial = self.run, _beside(self._store_path, _PARTIAL)
+        if self._is_store_to_go():
+            yield _leftover(self._store_path, "the store")
+        if self._store and run.is_imported:
+            yield _leftover(run.info_file, "says where the store is")
+            if run.model.is_dir():
+                yield _leftover(run.model, "configuration and tokeniser, as imported")
+        if _is_file(partial):
+            yield _leftover(partial, "store of an import that was killed")
+        for path in (self._store_path, partial):
+            hint = _beside(path, _OWNER)
+            if _is_file(hint) and not _is_file(path):  # else it goes when the file is let go
+                yield _leftover(hint, "names who held a store that is gone")
+        yield from self._unfinished()
+        cache = [run.data / name for name in _CACHE]
+        if self._cache or not _is_file(cache[0]):  # without an index, the rest is nothing
+            what = "tokenised data" if _is_file(cache[0]) else "tokenised data that was not finished"
+            yield from (_leftover(path, what) for path in cache if _is_file(path))
+
+    def _unfinished(self) -> Iterator[Leftover]:
+        run = self.run
+        model = _beside(run.model, _PARTIAL)
+        if model.is_dir() and not model.is_symlink():
+            yield _leftover(model, "model files of an import that was killed")
+        for path in (
+            *(_beside(path, ".tmp") for path in (run.info_file, run.config, run.metrics)),
+            run.data / "index.tmp",
+        ):
+            if _is_file(path):
+                yield _leftover(path, "a file that was not written to its end")
+
+    def _is_store_to_go(self) -> bool:
+        """Whether the store is to be removed; also refuses to remove what is another's."""
+        path, run = self._store_path, self.run
+        if not _is_file(path) or (run.is_imported and not self._store):
+            return False
+        try:
+            found = glance(path)
+        except MegatrainIoError as error:
+            if not self._store:
+                return False
+            raise FormatError(
+                f"{path} cannot be told to be the store of {run.path}, so it is not removed: {error}. If you know "
+                "that it is, remove it yourself"
+            ) from error
+        if run.is_imported and found.uuid != run.read().store_uuid:
+            raise FormatError(
+                f"{path} is store {found.uuid}, and {run.info_file} names {run.read().store_uuid}: it belongs to "
+                "another run and is not removed"
+            )
+        self.step = json.loads(found.blob or b"{}").get("step")
+        # Without run.json: an import that was killed at its very end, or else somebody's training.
+        return self._store or found.generation == 1
+
+
+def _leftover(path: Path, what: str) -> Leftover:
+    inside = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+    return Leftover(path, sum(each.lstat().st_blocks * 512 for each in [path, *inside]), what)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()

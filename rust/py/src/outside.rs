@@ -1,0 +1,115 @@
+//! A store seen from outside, by who does not open it: who holds it, what it says of itself, its
+//! removal.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use megatrain_io::error::Error;
+use megatrain_io::file::{DirectFile, LOCK_NOTICE, Owner};
+use megatrain_io::store;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::error::raise;
+use crate::store::uuid_text;
+
+/// Opens and locks a file. `waiting` is called once, after a second, with who holds it; a signal ends
+/// the wait.
+pub(crate) fn lock(
+    py: Python<'_>,
+    path: &Path,
+    waiting: Option<&Py<PyAny>>,
+) -> PyResult<DirectFile> {
+    let (mut raised, mut told) = (None, false);
+    let opened = py.detach(|| {
+        DirectFile::open_waiting(path, &mut |owner, waited| {
+            let is_due = waited >= LOCK_NOTICE && !told;
+            let outcome = Python::attach(|py| {
+                py.check_signals()?;
+                if let Some(waiting) = waiting.filter(|_| is_due) {
+                    waiting.call1(py, (owner.to_string(),))?;
+                }
+                PyResult::Ok(())
+            });
+            told |= is_due;
+            outcome.map_err(|error| {
+                raised = Some(error);
+                Error::invalid("the wait was ended")
+            })
+        })
+    });
+    match raised {
+        Some(error) => Err(error),
+        None => opened.map_err(raise),
+    }
+}
+
+/// A file that this process holds, so that nobody can open it as a store.
+#[pyclass(frozen, module = "megatrain_io._lib")]
+#[derive(Debug)]
+pub(crate) struct HeldFile {
+    inner: Mutex<Option<DirectFile>>,
+}
+
+#[pymethods]
+impl HeldFile {
+    #[new]
+    #[pyo3(signature = (path, waiting = None))]
+    fn new(py: Python<'_>, path: PathBuf, waiting: Option<Py<PyAny>>) -> PyResult<Self> {
+        Ok(Self { inner: Mutex::new(Some(lock(py, &path, waiting.as_ref())?)) })
+    }
+
+    /// Removes the file, durably, and lets it go.
+    fn remove(&self, py: Python<'_>) -> PyResult<()> {
+        let file = self.take().ok_or_else(|| raise(Error::invalid("the file was let go")))?;
+        py.detach(|| file.remove()).map_err(raise)
+    }
+
+    /// Lets the file go.
+    fn release(&self) {
+        drop(self.take());
+    }
+}
+
+impl HeldFile {
+    fn take(&self) -> Option<DirectFile> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Who holds the file: `process`, `command`, `since`, `has_ended`, and all of it as `text`; `None`
+/// when nobody does. Waits for nothing.
+#[pyfunction]
+pub(crate) fn owner_of(py: Python<'_>, path: PathBuf) -> PyResult<Option<Bound<'_, PyDict>>> {
+    let owner = py.detach(|| DirectFile::owner_of(&path)).map_err(raise)?;
+    owner
+        .map(|owner| {
+            let fields = PyDict::new(py);
+            fields.set_item("text", owner.to_string())?;
+            let Owner { process, command, since, has_ended } = owner;
+            fields.set_item("process", process)?;
+            fields.set_item("command", command)?;
+            fields.set_item("since", since)?;
+            fields.set_item("has_ended", has_ended)?;
+            Ok(fields)
+        })
+        .transpose()
+}
+
+/// What a store says of itself, without its lock: `uuid`, `manifest` (JSON), `generation`, `blob`,
+/// `is_clean`, `is_of_this_boot`, `is_direct`. Nothing is verified but superblock, table and blob.
+#[pyfunction]
+pub(crate) fn glance(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>> {
+    let found = py.detach(|| store::Store::glance(&path)).map_err(raise)?;
+    let manifest = serde_json::to_string(&found.manifest)
+        .map_err(|error| raise(Error::invalid(error.to_string())))?;
+    let fields = PyDict::new(py);
+    fields.set_item("uuid", uuid_text(found.uuid))?;
+    fields.set_item("manifest", manifest)?;
+    fields.set_item("generation", found.generation)?;
+    fields.set_item("blob", PyBytes::new(py, &found.blob))?;
+    fields.set_item("is_clean", found.is_clean)?;
+    fields.set_item("is_of_this_boot", found.is_of_this_boot)?;
+    fields.set_item("is_direct", found.is_direct)?;
+    Ok(fields)
+}

@@ -1,0 +1,75 @@
+//! What a store says of itself, read without its lock: for a person who asks how a run stands. Opening
+//! alone decides what may be believed.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{Opened, read, read_header, read_manifest, read_state, read_superblock};
+use crate::engine::choice::{self, Choice};
+use crate::error::{Error, Result};
+use crate::file::{self, DirectFile};
+use crate::layout::Manifest;
+use crate::store::Committed;
+use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
+use crate::units::PAGE_BYTES;
+
+/// Another process may commit twice between two of our reads, so that neither state holds: look again.
+const LOOKS: usize = 3;
+
+/// The newest state whose superblock, table and blob hold; its chunks were not looked at.
+#[derive(Clone, Debug)]
+pub struct Glance {
+    /// The store's UUID.
+    pub uuid: [u8; 16],
+    /// What the store holds.
+    pub manifest: Manifest,
+    /// Number of the state.
+    pub generation: u64,
+    /// The trainer's own state, committed with it.
+    pub blob: Arc<[u8]>,
+    /// Whether the store was closed after that commit, and nothing written since.
+    pub is_clean: bool,
+    /// Whether it was committed since the machine was started: then opening need not verify it.
+    pub is_of_this_boot: bool,
+    /// Whether the file system has direct I/O.
+    pub is_direct: bool,
+}
+
+impl Glance {
+    pub(in crate::store) fn at(path: &Path) -> Result<Self> {
+        let file = Arc::new(DirectFile::open_unlocked(path)?);
+        let (engine, engine_note) = choice::start(Choice::Threads)?;
+        let header = read_header(&*engine, &file)?;
+        let (bytes, expected) = (file.bytes()?, header.file_bytes);
+        if bytes < expected {
+            return Err(Error::format(
+                path,
+                format!("the file has {bytes} bytes and should have {expected}: it was truncated"),
+            ));
+        }
+        let (manifest, layout) = read_manifest(&*engine, &file, &header)?;
+        let boot_id = file::boot_id();
+        let opened = Opened { file, engine, engine_note, header, manifest, layout, boot_id };
+        let newest = (0..LOOKS).find_map(|_| newest(&opened));
+        let newest = newest.ok_or_else(|| {
+            Error::format(path, "no committed state holds: the import did not finish, or the drive lost data that it had confirmed")
+        })?;
+        let marker = read(&*opened.engine, &opened.file, CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
+        Ok(Self {
+            uuid: opened.header.uuid,
+            manifest: opened.manifest,
+            generation: newest.generation,
+            is_clean: marker.is_some_and(|marker| newest.superblock.is_vouched_for_by(&marker)),
+            is_of_this_boot: newest.superblock.boot_id == boot_id && boot_id != [0; 16],
+            is_direct: opened.file.is_direct(),
+            blob: newest.blob,
+        })
+    }
+}
+
+fn newest(opened: &Opened) -> Option<Committed> {
+    let found = (0..SUPERBLOCK_OFFSETS.len()).filter_map(|side| {
+        read_superblock(opened, side).and_then(|superblock| read_state(opened, superblock, side))
+    });
+    found.max_by_key(|committed| committed.generation)
+}

@@ -69,8 +69,11 @@ def main() -> None:
             for durability in ("step", "scratch"):
                 command = [program, "make", str(place), durability, str(options.parameters)]
                 subprocess.run(command, check=True)
-        for _ in range(options.rounds):
-            for name, (checksums, durability, every) in FORMS.items():
+        names = list(FORMS)
+        for number in range(options.rounds):
+            # Another one goes first each time, so that a drift of the drive is nobody's.
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                checksums, durability, every = FORMS[name]
                 place = str(folder / str(checksums))
                 arguments = ("run", place, durability, str(options.steps), str(every))
                 figures[name].append(measure(programs[checksums], *arguments))

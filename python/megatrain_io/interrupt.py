@@ -13,13 +13,14 @@ __all__ = ["after_the_step"]
 def after_the_step() -> Iterator[None]:
     """Hold Ctrl-C back until the step within has ended; the second one is not held back.
 
-    Outside the main thread, where signals do not arrive, it does nothing.
+    Outside the main thread, where signals do not arrive, and where Ctrl-C is ignored (a background job), it
+    does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
         yield
         return
     held: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
 
     def hold(number: int, _frame: FrameType | None) -> None:
         held.append(number)

@@ -162,6 +162,8 @@ def test_the_durability_of_a_store_does_not_change(source, stopped):
 
 def test_ctrl_c_is_held_back_once():
     done = []
+    # A background job of a shell begins with Ctrl-C ignored.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def step(interrupts):
         with after_the_step():
@@ -175,6 +177,10 @@ def test_ctrl_c_is_held_back_once():
         step(2)
     step(0)
     assert done == [1, 0]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    step(1)  # stays ignored
+    signal.signal(signal.SIGINT, outside)
+    assert done == [1, 0, 1]
 
 
 # --------------------------------------------------------------------------------------- the store

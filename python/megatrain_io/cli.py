@@ -423,7 +423,10 @@ def _agrees(leftovers: "Leftovers") -> bool:
             f"Remove all this and the store ({_size(store.nbytes)})? It holds the only copy of the training "
             f"state{at}: exports have its weights, and no training goes on from them."
         )
-    return typer.confirm(question, err=True)
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
 
 
 def _can_ask() -> bool:

@@ -146,6 +146,10 @@ def import_model(  # noqa: PLR0913 - as create_store
         layout = ModelLayout.build(parts, blocks, _FORMATS[precision], chunk_parameters, durability)
         with storage_errors(run.path, _NOTHING_LEFT), ExitStack() as undo:
             _make_folder(run.path, undo)
+            # Let go before the folder is removed again, and not with what a finished import keeps.
+            holding = ExitStack()
+            undo.callback(holding.close)
+            holding.enter_context(run.importing())
             _make_folder(target.parent, undo)
             partial = run.model.with_name(run.model.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
@@ -168,6 +172,7 @@ def import_model(  # noqa: PLR0913 - as create_store
             sync_folder(run.path)
             info = run.write(precision, target, uuid, model_dir)
             undo.pop_all()
+            holding.close()
     return info
 
 

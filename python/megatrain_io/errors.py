@@ -188,7 +188,7 @@ class TrainingDivergedError(MegatrainIoError):
 
 
 class InterruptedRunError(MegatrainIoError):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and did so at a commit.
+    """The run was asked to stop (Ctrl-C) and did so at a commit.
 
     Everything up to the step that the message names is safe. Resume to go on from it, with the same bits.
     """

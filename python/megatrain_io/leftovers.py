@@ -119,6 +119,8 @@ class Leftovers:
     def _holding(self) -> Iterator[dict[Path, HeldFile]]:
         """Hold what a training or an import would hold."""
         with ExitStack() as stack:
+            if self.run.path.is_dir():
+                stack.enter_context(self.run.importing())
             paths = (self._store_path, _beside(self._store_path, _PARTIAL))
             yield {path: stack.enter_context(held(path)) for path in paths if _is_file(path)}
 
@@ -128,6 +130,11 @@ class Leftovers:
         if self._is_store_to_go():
             yield _leftover(self._store_path, "the store")
         if self._store and run.is_imported:
+            if not _is_file(self._store_path):
+                raise ConfigError(
+                    f"the store {self._store_path} is not there: if its drive is not mounted, mount it. Without it "
+                    "run.json and the model folder are not removed"
+                )
             yield _leftover(run.info_file, "says where the store is")
             if run.model.is_dir():
                 yield _leftover(run.model, "configuration and tokeniser, as imported")
@@ -175,8 +182,15 @@ class Leftovers:
                 "another run and is not removed"
             )
         self.step = json.loads(found.blob or b"{}").get("step")
-        # Without run.json: an import that was killed at its very end, or else somebody's training.
-        return self._store or found.generation == 1
+        if not self._store:
+            # An import that was killed at its very end. Elsewhere a store of this name may be another run's.
+            return path == run.own_store and found.generation == 1
+        if not run.is_imported and found.generation > 1:
+            raise FormatError(
+                f"{path} was trained (generation {found.generation}), and {run.path} has no run.json that names it: it "
+                "may be another run's and is not removed. If you know that it is not, remove it yourself"
+            )
+        return True
 
 
 def _leftover(path: Path, what: str) -> Leftover:

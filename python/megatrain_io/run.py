@@ -11,6 +11,7 @@
 """
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -20,7 +21,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from megatrain_io.errors import ConfigError, MegatrainIoError, NoSpaceError, StorageError
+from megatrain_io.errors import (
+    ConfigError,
+    MegatrainIoError,
+    ModelFilesError,
+    NoSpaceError,
+    StorageError,
+    StoreInUseError,
+)
 
 __all__ = ["Precision", "RunFolder", "RunInfo", "replace_file", "storage_errors", "sync_folder"]
 
@@ -78,6 +86,27 @@ class RunFolder:
         replace_file(self.info_file, json.dumps(asdict(info), indent=2) + "\n")
         return info
 
+    @contextmanager
+    def importing(self) -> Iterator[None]:
+        """Hold the folder for an import, or for looking at what one left.
+
+        Raises:
+            StoreInUseError: another process does so now.
+        """
+        lock = self.path / "import.lock"
+        with lock.open("wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreInUseError(
+                    f"another process imports into {self.path}, or cleans it. Wait for its end, or stop it"
+                ) from error
+            try:
+                yield
+            finally:
+                # Still held: who waits for nothing cannot be in between.
+                lock.unlink(missing_ok=True)
+
     def read(self) -> RunInfo:
         """What was recorded.
 
@@ -126,9 +155,12 @@ def storage_errors(path: Path, safe: str) -> Iterator[None]:
     """Errors of the operating system become errors with a class and advice; ``safe`` says what they left."""
     try:
         yield
-    except MegatrainIoError:
+    except (MegatrainIoError, BrokenPipeError):
         raise
     except OSError as error:
+        if error.errno is None:
+            # Not the system's: a library's own sentence, on files of the run.
+            raise ModelFilesError(f"{path}: {error}") from error
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         kind = NoSpaceError if full else StorageError
         advice = "Free some space" if full else "Look at its permissions and the system's log"

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from megatrain_io.doctor import mount_of, parse_mountinfo
 from megatrain_io.errors import FormatError, MegatrainIoError
-from megatrain_io.layout import ModelLayout
+from megatrain_io.layout import Durability, ModelLayout
 from megatrain_io.metrics import last_report
 from megatrain_io.outside import Glance, Owner, glance, owner_of
 from megatrain_io.run import RunFolder
@@ -42,6 +42,7 @@ class RunStatus:
         file_system: type of the file system it lies on.
         is_direct: whether that has direct I/O.
         parameters: of the model.
+        durability: whether a committed step survives a crash, or only a clean end does (scratch).
         generation: number of the newest committed state; 1 is the import.
         step: last committed step.
         max_steps: last step of the run, once a step was done.
@@ -63,6 +64,7 @@ class RunStatus:
     file_system: str | None = None
     is_direct: bool | None = None
     parameters: int | None = None
+    durability: Durability | None = None
     generation: int | None = None
     step: int | None = None
     max_steps: int | None = None
@@ -97,13 +99,20 @@ def examine(run: RunFolder) -> RunStatus:
     except (MegatrainIoError, ValueError) as error:
         status = replace(status, problem=str(error))
         return replace(status, next="put the store of this run in its place, or import into a new folder")
+    layout = ModelLayout.from_manifest(found.manifest)
+    if layout.durability == "scratch" and not found.is_clean and owner is None:
+        problem = (
+            "with durability scratch only a store that was closed can be opened again: its state is lost"
+        )
+        return replace(status, problem=problem, next="import the model again, into a new folder")
     report = last_report(run.metrics)
     status = replace(
         status,
         store_bytes=store.stat().st_blocks * 512,
         file_system=_file_system(store),
         is_direct=found.is_direct,
-        parameters=ModelLayout.from_manifest(found.manifest).parameters,
+        parameters=layout.parameters,
+        durability=layout.durability,
         generation=found.generation,
         step=progress.get("step"),
         max_steps=None if report is None else report.max_steps,
@@ -170,6 +179,8 @@ def _next(status: RunStatus, run: RunFolder) -> str:
     if status.in_use is not None:
         if status.in_use.has_ended:
             return "wait a second, and look again"
+        if status.durability == "scratch":
+            return "let it go on, or stop it with Ctrl-C and wait for its end: a kill loses everything"
         return "let it go on, or stop it with Ctrl-C: the last committed step is safe"
     if not status.step:
         return f"megatrain-io train --config {run.config if run.config.exists() else 'FILE'}"

@@ -137,13 +137,7 @@ class PagedModel:
         with self._step(micro_batches, self._training, adamw) as step:
             step.prologue()
             step.forward(saving=True)
-            loss = step.epilogue(training=True)
-            if not loss.isfinite():
-                raise TrainingDivergedError(
-                    f"the loss of step {adamw.step} is {loss.item()}. The step was dropped; the last "
-                    f"committed step stands. Lower the learning rate (it was {adamw.learning_rate:g}) or "
-                    "look at the data of this step"
-                )
+            loss = step.epilogue(training=True, learning_rate=adamw.learning_rate)
             step.backward()
             step.prologue_backward()
             self.state.end(None if blob is None else blob(loss.item()))
@@ -246,8 +240,12 @@ class _Step:
             else:
                 weights.give_back()
 
-    def epilogue(self, *, training: bool) -> Tensor:
-        """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
+    def epilogue(self, *, training: bool, learning_rate: float = 0.0) -> Tensor:
+        """The loss of the step; with ``training``, its gradients too, by micro-batch and slice.
+
+        Raises:
+            TrainingDivergedError: the loss is not finite; ``learning_rate`` is for its message.
+        """
         layout = self._layout
         own = None if layout.epilogue is None else self._state.weights(layout.epilogue)
         table = self._state.weights(layout.prologue) if self._cut.epilogue_borrowed else None
@@ -264,6 +262,14 @@ class _Step:
                 self._seed(index, Phase.EPILOGUE)
                 loss = self._epilogue_slices(index, weights, gradients)
                 total = loss if total is None else total + loss
+        if total is None:
+            raise MegatrainIoError("a step needs at least one micro-batch")
+        if training and not total.isfinite():
+            # Before anything is updated: nothing was written of this step.
+            raise TrainingDivergedError(
+                f"the loss of step {self._number} is {total.item()}. The step was dropped; the last committed step "
+                f"stands. Lower the learning rate (it was {learning_rate:g}) or look at the data of this step"
+            )
         if own is not None and layout.epilogue is not None:
             if training:
                 gradients[0].submit(own)
@@ -271,8 +277,6 @@ class _Step:
                 own.give_back()
         if table is not None:
             table.give_back()
-        if total is None:
-            raise MegatrainIoError("a step needs at least one micro-batch")
         return total
 
     def backward(self) -> None:

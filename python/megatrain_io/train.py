@@ -130,6 +130,8 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
             # A step that has ended is committed first, if it was to be; steps since the last commit are lost.
             state.wait_settled()
             kept = _Progress.parse(state.blob).step
+            if state.layout.durability == "scratch":
+                state.close()  # the step is kept only if this succeeds: its error is the one to tell
             raise InterruptedRunError(
                 f"interrupted; step {kept} is the last one that was committed, and it is kept. Go on with --resume"
             ) from None
@@ -252,8 +254,9 @@ class _Trainer:
         with self._metrics:
             if self.progress.step == 0:
                 self.progress.eval_loss_before = self._evaluate()
+            before = self._counters()
             for step in range(self.progress.step + 1, self._max_steps + 1):
-                began, before = time.monotonic(), self._counters()
+                began = time.monotonic()
                 micro_batches = self._micro_batches(step)
                 adamw = AdamWStep(
                     step,
@@ -274,7 +277,7 @@ class _Trainer:
                     )
                 self.progress.step, self.progress.loss = step, loss.loss
                 self._steps += 1
-                self._report(step, loss.loss, adamw.learning_rate, micro_batches, began, before)
+                before = self._report(step, loss.loss, adamw.learning_rate, micro_batches, began, before)
         self._state.wait_settled()
 
     def result(self, seconds: float) -> TrainResult:
@@ -303,7 +306,8 @@ class _Trainer:
         micro_batches: Sequence[MicroBatch],
         began: float,
         before: tuple[int, int, float],
-    ) -> None:
+    ) -> tuple[int, int, float]:
+        """Tell of a step; the counters from which the next one counts, so that no byte falls in between."""
         last = step == self._max_steps
         evaluates = last or (
             self._config.train.eval_steps is not None and step % self._config.train.eval_steps == 0
@@ -333,6 +337,7 @@ class _Trainer:
         )
         self._metrics.append(report)
         self._reporter.step(report)
+        return self._counters() if evaluates else after
 
     def _evaluate(self) -> float | None:
         """Mean loss per trained token of the held-out rows."""

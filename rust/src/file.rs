@@ -61,6 +61,7 @@ impl DirectFile {
         let made = Self::over(file, path, direct).and_then(|mut file| {
             // Locked before anything else, so that no other process can take it for a left-over.
             file.lock(&mut |_, _| Ok(()))?;
+            file.check_name()?;
             Self::prepare(&file.file, path, bytes)?;
             Ok(file)
         });
@@ -185,6 +186,20 @@ impl DirectFile {
         Ok(())
     }
 
+    /// Whether the file still has the name it was opened by: before it was locked, another process
+    /// could have taken it for a left-over and removed it.
+    ///
+    /// # Errors
+    /// `Format` when the name leads elsewhere or nowhere, `Io`.
+    pub fn check_name(&self) -> Result {
+        let ours = self.metadata()?;
+        match fs::symlink_metadata(&self.path) {
+            Ok(there) if (ours.dev(), ours.ino()) == (there.dev(), there.ino()) => Ok(()),
+            Ok(_) => Err(Error::format(&self.path, "another file has this name by now")),
+            Err(error) => Err(Error::io("stat", &self.path, 0, 0, error)),
+        }
+    }
+
     /// Removes the file, durably. Whoever waits for its lock finds it gone.
     ///
     /// # Errors
@@ -193,15 +208,7 @@ impl DirectFile {
         if !self.locked {
             return Err(Error::invalid("a file is removed by the one that locked it"));
         }
-        let ours = self.metadata()?;
-        let there =
-            fs::symlink_metadata(&self.path).map_err(|e| Error::io("stat", &self.path, 0, 0, e))?;
-        if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
-            return Err(Error::format(
-                &self.path,
-                "another file has this name by now: not removed",
-            ));
-        }
+        self.check_name()?;
         fs::remove_file(&self.path).map_err(|e| Error::io("remove", &self.path, 0, 0, e))?;
         sync_directory(&self.path)
     }

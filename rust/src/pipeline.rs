@@ -100,14 +100,18 @@ impl Shared {
 
 /// Tells the callers when the executor dies of a panic, which is a bug of ours; they would wait for
 /// ever.
-struct Obituary(Arc<Shared>);
+struct Obituary(Arc<Shared>, Arc<Store>);
 
 impl Drop for Obituary {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let error = Error::invalid(
-                "the pipeline thread panicked: this is a bug. The last committed step is safe",
-            );
+            let error = if self.1.is_scratch() {
+                self.1.give_up()
+            } else {
+                Error::invalid(
+                    "the pipeline thread panicked: this is a bug. The last committed step is safe",
+                )
+            };
             self.0.lock().failure.get_or_insert(error);
             self.0.changed.notify_all();
         }
@@ -141,11 +145,11 @@ impl Pipeline {
     /// `Invalid` when the pool cannot hold what the store's records need; `Io`.
     pub fn start(store: Arc<Store>, options: &Options) -> Result<Self> {
         let (mut pipeline, executor) = Self::assemble(store, options)?;
-        let shared = Arc::clone(&pipeline.shared);
+        let (shared, store) = (Arc::clone(&pipeline.shared), Arc::clone(&pipeline.store));
         let thread = std::thread::Builder::new()
             .name("mt-pipeline".into())
             .spawn(move || {
-                let _obituary = Obituary(shared);
+                let _obituary = Obituary(shared, store);
                 executor.run();
             })
             .map_err(|e| Error::io("start of the pipeline thread", "pipeline", 0, 0, e))?;

@@ -375,6 +375,32 @@ def test_clean_after_an_import_that_was_killed(tmp_path):
     assert "is not a run folder" in result.stderr
 
 
+def test_clean_leaves_the_store_of_a_namesake_alone(run, tmp_path):
+    """Runs of the same name in two folders share a name in `--store-dir`: one removed the other's store."""
+    drive, namesake = tmp_path / "drive", tmp_path / "other" / "run"
+    drive.mkdir()
+    namesake.mkdir(parents=True)
+    run.own_store.rename(drive / "run.mtio")
+    assert call("clean", namesake, "--store-dir", drive, "--yes").exit_code == 2
+    result = call("clean", namesake, "--store-dir", drive, "--store", "--yes")
+    assert result.exit_code == 4
+    assert "was trained (generation 3)" in result.stderr
+    assert (drive / "run.mtio").exists()
+    result = call("clean", run.path, "--store", "--yes")  # as if the drive were not mounted
+    assert result.exit_code == 2
+    assert run.info_file.exists()
+
+
+def test_clean_leaves_an_import_alone(run):
+    leave_everything(run)
+    before = files_of(run.path)
+    with run.importing():
+        result = call("clean", run.path, "--yes")
+    assert result.exit_code == 4
+    assert "another process imports" in result.stderr
+    assert files_of(run.path) == before
+
+
 def test_clean_keeps_what_only_looks_like_a_leftover(run, tmp_path):
     """A store that was just imported is at generation 1, and one whose run.json is gone may be trained."""
     run.info_file.rename(tmp_path / "run.json")

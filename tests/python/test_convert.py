@@ -21,6 +21,7 @@ from megatrain_io.errors import (
     ModelFilesError,
     NoSpaceError,
     StorageError,
+    StoreInUseError,
     UnsupportedModelError,
 )
 from megatrain_io.hub_names import Piece
@@ -84,6 +85,14 @@ def source(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     return RunFolder(tmp_path / "run")
+
+
+def test_a_second_import_leaves_the_first_alone(source, run):
+    """It removed the model files of the one that ran, which then removed its store."""
+    (run.path / "model.partial").mkdir(parents=True)
+    with run.importing(), pytest.raises(StoreInUseError, match="another process imports"):
+        import_model(source, run, precision="bf16", engine=ENGINE)
+    assert (run.path / "model.partial").exists()
 
 
 def save(folder, config, dtype=BF16, max_shard_size="1GB"):

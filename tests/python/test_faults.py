@@ -23,7 +23,9 @@ from megatrain_io.errors import (
     InterruptedRunError,
     NoSpaceError,
     StorageError,
+    StoreFailedError,
     StoreInUseError,
+    TrainingDivergedError,
 )
 from megatrain_io.interrupt import after_the_step
 from megatrain_io.run import RunFolder
@@ -57,10 +59,10 @@ DRIVE_FAULTS = {
     "a write stops half-way": ([("write", 0, ENOSPC, True)], StorageError, 3),
     "the table cannot be written": ([("write", TABLE, ENOSPC, False)], StorageError, 3),
     "the trainer's state cannot be written": ([("write", BLOB, ENOSPC, False)], StorageError, 3),
-    "the marker cannot be written": ([("write_durable", 0, EIO, False)], StorageError, 3),
-    "the flush fails": ([("sync", 1, EIO, False)], StorageError, 3),
-    "the superblock cannot be written": ([("write_durable", 1, EIO, False)], StorageError, 3),
-    "its mirror cannot be written": ([("write_durable", 2, EIO, False)], StorageError, 4),
+    "the marker cannot be written": ([("write_durable", 0, EIO, False)], StoreFailedError, 3),
+    "the flush fails": ([("sync", 1, EIO, False)], StoreFailedError, 3),
+    "the superblock cannot be written": ([("write_durable", 1, EIO, False)], StoreFailedError, 3),
+    "its mirror cannot be written": ([("write_durable", 2, EIO, False)], StoreFailedError, 4),
 }
 
 
@@ -77,8 +79,9 @@ def test_a_fault_of_the_drive(source, whole, stopped, monkeypatch, case):
         if error is None:
             start(configured(source, stopped), resume=True)
         else:
-            with pytest.raises(error, match=r"store\.mtio\+\d+"):
+            with pytest.raises(error, match=r"store\.mtio\+\d+") as caught:
                 start(configured(source, stopped), resume=True)
+            assert type(caught.value) is error
     assert blob_of(stopped)["step"] == step
     if step < STEPS:
         start(configured(source, stopped), resume=True)
@@ -153,6 +156,31 @@ def test_a_step_that_is_dropped_ends_a_scratch_store(source, tmp_path, monkeypat
     assert "the state is lost" in caught.value.__notes__[0]
     with pytest.raises(FormatError, match="only a store that was closed"):
         start(config, resume=True)
+
+
+def test_a_scratch_store_survives_a_loss_that_is_not_finite(source, tmp_path, monkeypatch):
+    """The loss is looked at before anything of its step is written."""
+    config = configured(source, tmp_path / "run", memory={"durability": "scratch"})
+    slices = stream._Step._epilogue_slices
+
+    def diverging(step, index, *arguments):
+        loss = slices(step, index, *arguments)
+        return loss * math.nan if step._number == 3 else loss
+
+    monkeypatch.setattr(stream._Step, "_epilogue_slices", diverging)
+    with pytest.raises(TrainingDivergedError, match="step 3"):
+        start(config)
+    assert blob_of(config.output_dir)["step"] == 2
+
+
+def test_a_scratch_store_that_cannot_be_closed_says_so(source, tmp_path, monkeypatch):
+    """After Ctrl-C the step was called kept, and what closing met was swallowed."""
+    config = configured(source, tmp_path / "run", memory={"durability": "scratch"})
+    real = _lib.Store
+    faults = [("sync", 1, EIO, False)]
+    monkeypatch.setattr(_lib, "Store", lambda *arguments, **named: real(*arguments, **named, faults=faults))
+    with pytest.raises(StorageError, match="fdatasync"):
+        start(config, stop=3)
 
 
 def test_the_durability_of_a_store_does_not_change(source, stopped):

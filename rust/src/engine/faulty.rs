@@ -165,6 +165,11 @@ impl Faulty {
         let Drive { queue, rng, .. } = &mut *drive;
         queue.retain_mut(|queued| {
             let cut_short = rng.bool();
+            if cut_short && queued.request.operation == Operation::Write {
+                // Engines cut a transfer into pieces: some may never have been handed over.
+                let pages = queued.request.bytes / PAGE_BYTES;
+                queued.request.bytes = rng.usize(1..=pages) * PAGE_BYTES;
+            }
             if cut_short && queued.request.operation == Operation::WriteDurable {
                 queued.request.operation = Operation::Write;
             }

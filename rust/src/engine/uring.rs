@@ -65,8 +65,11 @@ impl Uring {
                         let mut driver =
                             ManuallyDrop::new(Driver::new(ring, inbox, wake, counters));
                         driver.run();
-                        drop(not_inherited);
-                        if driver.is_drained() {
+                        if !driver.is_drained() {
+                            // The ring stays open, so a child must still not inherit it.
+                            std::mem::forget(not_inherited);
+                        } else {
+                            drop(not_inherited);
                             drop(ManuallyDrop::into_inner(driver));
                         }
                     }

@@ -47,6 +47,7 @@ impl Owner {
         let hint = format!("{owner}\n{} {start}\n", namespace().unwrap_or_default());
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true).mode(0o600);
+        options.custom_flags(libc::O_NOFOLLOW);
         options.open(hint_path(path))?.write_all(hint.as_bytes())
     }
 

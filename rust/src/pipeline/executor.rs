@@ -238,7 +238,8 @@ impl Executor {
     }
 
     fn wait(&self) {
-        if self.is_active() && self.store.is_writable() && self.ready_update().is_some() {
+        let can_write = self.store.is_writable() || self.running.is_none();
+        if self.is_active() && can_write && self.ready_update().is_some() {
             return;
         }
         let mut select = Select::new();
@@ -398,6 +399,8 @@ impl Executor {
 
     fn fail(&mut self, error: Error) {
         self.failed = true;
+        // What the next call would be told is told to the one that waits now, too.
+        let error = self.store.check().err().unwrap_or(error);
         self.shared.lock().failure.get_or_insert(error);
         self.shared.changed.notify_all();
     }

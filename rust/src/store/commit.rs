@@ -243,14 +243,13 @@ impl Store {
     /// `Io`; the state is safe all the same and the next open may verify it.
     pub fn mark_clean(&self) -> Result {
         self.check()?;
+        // A scratch store's newest commit may be in RAM alone.
+        let Committed { generation, table, blob, superblock } = self.committed();
+        if superblock.generation != generation {
+            self.run(self.commit_of(generation, Table::clone(&table), &blob)?)?;
+        }
         if !self.is_writable() {
             return Ok(());
-        }
-        if self.is_scratch() {
-            let Committed { generation, table, blob, superblock } = self.committed();
-            if superblock.generation != generation {
-                self.run(self.commit_of(generation, Table::clone(&table), &blob)?)?;
-            }
         }
         self.writable.store(false, Ordering::Release);
         let marker = self.committed_guard().superblock.clean_marker();

@@ -61,8 +61,7 @@ impl Creator {
         let partial = partial_path(path);
         if partial.exists() {
             // Left by an import that was killed. The lock tells whether that one still runs.
-            drop(DirectFile::open(&partial)?);
-            fs::remove_file(&partial).map_err(|e| Error::io("remove", &partial, 0, 0, e))?;
+            DirectFile::open(&partial)?.remove()?;
         }
         let file = DirectFile::create(&partial, header.file_bytes)?;
         let file = Arc::new(file);
@@ -143,6 +142,7 @@ impl Creator {
         let finished = store
             .commit(self.working.clone(), blob)
             .and_then(|_| store.mark_clean())
+            .and_then(|()| store.file.check_name())
             .and_then(|()| file::rename_new(&partial, &self.path))
             .and_then(|()| file::sync_directory(&self.path));
         if let Err(error) = finished {

@@ -77,7 +77,7 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     let path = opened.file.path().to_owned();
     let mut candidates = Vec::new();
     for side in 0..SUPERBLOCK_OFFSETS.len() {
-        candidates.extend(read_superblock(&opened, side).map(|s| (side, s)));
+        candidates.extend(read_superblock(&opened, side)?.map(|s| (side, s)));
     }
     candidates.sort_by_key(|(_, superblock)| std::cmp::Reverse(superblock.generation));
     let Some((newest_side, newest)) = candidates.first().cloned() else {
@@ -88,10 +88,11 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     };
     // Without a readable marker the stop was not clean: that is all it can say.
     let marker = read(&*opened.engine, &opened.file, CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
-    let whole = candidates.into_iter().filter_map(|(side, superblock)| {
-        read_state(&opened, superblock, side).map(|state| (side, state))
-    });
-    let mut whole = whole.collect::<Vec<_>>().into_iter();
+    let mut whole = Vec::new();
+    for (side, superblock) in candidates {
+        whole.extend(read_state(&opened, superblock, side)?.map(|state| (side, state)));
+    }
+    let mut whole = whole.into_iter();
     let Some((mut side, committed)) = whole.next() else {
         return Err(Error::format(
             path,
@@ -117,14 +118,11 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     if lost.is_some() || !(is_newest && (is_clean || same_boot)) {
         side = verify_or_fall_back(&mut store, side, whole.next())?;
     }
-    if side != newest_side {
-        store.rejected = Mutex::new(Some(newest_side));
-        store.fell_back_from = Some(newest.generation);
-    }
-    if let Some(lost) = lost {
-        store.rejected = Mutex::new(Some(usize::from(lost & 1 == 1)));
-        store.fell_back_from = Some(lost);
-    }
+    // Never the side that was chosen: it is zeroed before the first write.
+    let lost_side = lost.map(|generation| usize::from(generation & 1 == 1));
+    let rejected = if side != newest_side { Some(newest_side) } else { lost_side };
+    store.rejected = Mutex::new(rejected.filter(|rejected| *rejected != side));
+    store.fell_back_from = lost.or((side != newest_side).then_some(newest.generation));
     Ok(store)
 }
 
@@ -293,42 +291,61 @@ fn read_manifest(
 
 /// The superblock of one side: the newer of those that hold in its first place and its mirror, since
 /// the drive may have lost either write. An unreadable page is none, and so is one of the other side.
-fn read_superblock(opened: &Opened, side: usize) -> Option<Superblock> {
+fn read_superblock(opened: &Opened, side: usize) -> Result<Option<Superblock>> {
     let Opened { engine, file, header, .. } = opened;
-    let held = SUPERBLOCK_OFFSETS[side].into_iter().filter_map(|offset| {
-        let page = read(&**engine, file, offset, PAGE_BYTES).ok()?;
-        Superblock::decode(&page).filter(|s| {
+    let mut newest: Option<Superblock> = None;
+    for offset in SUPERBLOCK_OFFSETS[side] {
+        let page = unless_unreadable(read(&**engine, file, offset, PAGE_BYTES))?;
+        let found = page.and_then(|page| Superblock::decode(&page)).filter(|s| {
             s.uuid == header.uuid
                 && s.manifest_crc == header.manifest_crc
                 && usize::from(s.generation & 1 == 1) == side
-        })
-    });
-    held.max_by_key(|superblock| superblock.generation)
+        });
+        if found.as_ref().map(|s| s.generation) > newest.as_ref().map(|s| s.generation) {
+            newest = found;
+        }
+    }
+    Ok(newest)
 }
 
-/// Table and blob of a superblock, or `None` when one of them cannot be read or does not hold.
-fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Option<Committed> {
+/// `None` for what the drive could not read, twice. Any other failure (no memory, say) is not the
+/// drive's, and must not make an older state count.
+fn unless_unreadable<T>(outcome: Result<T>) -> Result<Option<T>> {
+    match outcome {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.is_worth_a_retry() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Table and blob of a superblock, or `None` when one of them is unreadable or does not hold.
+fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Result<Option<Committed>> {
     let Opened { engine, file, header, layout, .. } = opened;
     if superblock.blob_bytes > BLOB_BYTES_MAX as u64 {
-        return None;
+        return Ok(None);
     }
     let table_bytes = to_usize(header.table_bytes);
-    let bytes = read(&**engine, file, header.table_offsets[side], table_bytes).ok()?;
-    if crc64(&bytes[..table_bytes]) != superblock.table_crc {
-        return None;
-    }
-    let table = Table::decode(layout, superblock.generation, &bytes)?;
+    let bytes = read(&**engine, file, header.table_offsets[side], table_bytes);
+    let bytes = unless_unreadable(bytes)?;
+    let Some(table) = bytes
+        .filter(|bytes| crc64(&bytes[..table_bytes]) == superblock.table_crc)
+        .and_then(|bytes| Table::decode(layout, superblock.generation, &bytes))
+    else {
+        return Ok(None);
+    };
     let blob_bytes = to_usize(superblock.blob_bytes);
-    let blob = read(&**engine, file, header.blob_offsets[side], blob_bytes.max(1)).ok()?;
-    if crc64(&blob[..blob_bytes]) != superblock.blob_crc {
-        return None;
-    }
-    Some(Committed {
+    let blob = read(&**engine, file, header.blob_offsets[side], blob_bytes.max(1));
+    let Some(blob) =
+        unless_unreadable(blob)?.filter(|blob| crc64(&blob[..blob_bytes]) == superblock.blob_crc)
+    else {
+        return Ok(None);
+    };
+    Ok(Some(Committed {
         generation: superblock.generation,
         table: table.into(),
         blob: blob[..blob_bytes].into(),
         superblock,
-    })
+    }))
 }
 
 #[cfg(test)]
@@ -397,5 +414,26 @@ mod tests {
         let store = store.expect("opened");
         assert_eq!((store.committed().generation, store.fell_back_from()), (2, Some(3)));
         assert!(store.verified_at_open().is_some(), "the older state was looked at");
+    }
+
+    /// The drive kept the marker of a generation and neither of its superblocks, nor the one before. The
+    /// state that is left must survive the first write, though it lies on the lost one's side.
+    #[test]
+    fn what_was_chosen_is_never_rejected() {
+        let (_folder, trained) = trained();
+        let drive = Arc::new(trained.image().copy());
+        let marked =
+            Superblock { generation: 5, ..chosen(&trained, &drive).committed().superblock };
+        drive.overwrite(CLEAN_MARKER_OFFSET, &marked.clean_marker()[..]);
+        let store = chosen(&trained, &drive);
+        assert_eq!((store.committed().generation, store.fell_back_from()), (3, Some(5)));
+        store.run(store.start_writing().expect("open")).expect("written");
+        drop(store);
+        assert_eq!(chosen(&trained, &drive).committed().generation, 3);
+    }
+
+    fn chosen(trained: &Trained, drive: &Arc<Memory>) -> Store {
+        let drive = Arc::clone(drive) as Arc<dyn Engine>;
+        Store::open_on(&trained.file, drive, [2; 16], &Ledger::new()).expect("opened")
     }
 }

@@ -89,11 +89,16 @@ impl Store {
                     outcome = Err(Error::invalid("read again"));
                 }
             }
-            if let (Err(_), Some(slot)) = (outcome, completion.slot)
-                && let Err(error) = self.read_group(table, chunk, group, slot)
-            {
-                // The second reading failed too: it is the one to report.
-                report.damaged.push(Damage { chunk, group, error });
+            match (outcome, completion.slot) {
+                (Ok(()), _) => {}
+                (Err(_), Some(slot)) => {
+                    if let Err(error) = self.read_group(table, chunk, group, slot) {
+                        // The second reading failed too: it is the one to report.
+                        report.damaged.push(Damage { chunk, group, error });
+                    }
+                }
+                // The engine itself has failed and kept the slot.
+                (Err(error), None) => return Err(error),
             }
             if !progress(done + 1, work.len()) {
                 return Err(Error::invalid("verification was stopped"));

@@ -65,8 +65,6 @@ pub(super) struct Machine<'a> {
     acknowledged: u64,
     /// The last step that was handed over for a commit.
     handed_over: u64,
-    /// Whether what the drive acknowledged may be lost, as long as it is noticed.
-    lies: bool,
     /// With durability scratch: the step of the last clean close, that of a close whose end was not
     /// seen, and whether the last process ended by a clean close.
     closed: (u64, Option<u64>, bool),
@@ -85,7 +83,6 @@ impl<'a> Machine<'a> {
             process: None,
             acknowledged: 0,
             handed_over: 0,
-            lies: run.ignores_flushes,
             closed: (0, None, true),
         }
     }
@@ -116,19 +113,19 @@ impl<'a> Machine<'a> {
         let engine = Arc::clone(&self.engine) as Arc<dyn Engine>;
         let opened = Store::open_on(&self.base.file, engine, [self.boot; 16], &Ledger::new());
         let store = match opened {
-            Err(_) if self.lies => return Ok(None),
+            Err(_) if self.may_lose() => return Ok(None),
             Err(_) if self.base.is_scratch && !self.closed.2 => return Ok(None),
             opened => opened.map_err(|error| format!("the store does not open: {error}"))?,
         };
         let found = match self.compare(&store)? {
             Ok(step) => step,
-            Err(_) if self.lies => return Ok(None),
+            Err(_) if self.may_lose() => return Ok(None),
             Err(error) => return Err(format!("the store does not read: {error}")),
         };
         if !self.drive.is_off() {
             let next = self.next_commit(self.acknowledged);
             let is_next = found == next && self.handed_over >= next;
-            let is_known_loss = self.lies && found < self.acknowledged;
+            let is_known_loss = self.may_lose() && found < self.acknowledged;
             let is_right = if self.base.is_scratch {
                 found == self.closed.0 || Some(found) == self.closed.1
             } else {
@@ -149,6 +146,12 @@ impl<'a> Machine<'a> {
         let store = Arc::clone(front.store());
         let calls = VecDeque::new();
         Ok(Some(Process { store, front, executor, from: found, settled: 0, step: found, calls }))
+    }
+
+    /// Whether what the drive acknowledged may be lost, as long as it is noticed: it lies, and its power
+    /// has gone.
+    fn may_lose(&self) -> bool {
+        self.run.ignores_flushes && self.boot > 1
     }
 
     /// The next step after `step` that is committed.

@@ -50,7 +50,14 @@ impl Glance {
         let (manifest, layout) = read_manifest(&*engine, &file, &header)?;
         let boot_id = file::boot_id();
         let opened = Opened { file, engine, engine_note, header, manifest, layout, boot_id };
-        let newest = (0..LOOKS).find_map(|_| newest(&opened));
+        let mut found = None;
+        for _ in 0..LOOKS {
+            found = newest(&opened)?;
+            if found.is_some() {
+                break;
+            }
+        }
+        let newest = found;
         let newest = newest.ok_or_else(|| {
             Error::format(path, "no committed state holds: the import did not finish, or the drive lost data that it had confirmed")
         })?;
@@ -67,9 +74,14 @@ impl Glance {
     }
 }
 
-fn newest(opened: &Opened) -> Option<Committed> {
-    let found = (0..SUPERBLOCK_OFFSETS.len()).filter_map(|side| {
-        read_superblock(opened, side).and_then(|superblock| read_state(opened, superblock, side))
-    });
-    found.max_by_key(|committed| committed.generation)
+fn newest(opened: &Opened) -> Result<Option<Committed>> {
+    let mut newest: Option<Committed> = None;
+    for side in 0..SUPERBLOCK_OFFSETS.len() {
+        let Some(superblock) = read_superblock(opened, side)? else { continue };
+        let found = read_state(opened, superblock, side)?;
+        if found.as_ref().map(|c| c.generation) > newest.as_ref().map(|c| c.generation) {
+            newest = found;
+        }
+    }
+    Ok(newest)
 }

@@ -172,14 +172,19 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> boo
     if resume:
         raise ConfigError(f"{run.path} has no run to resume: leave --resume out to start one")
     store_dir = config.memory.store_dir
-    import_model(
-        Path(config.model),
-        run,
-        precision=config.train.precision,
-        store=store_file(run.path, None if store_dir is None else Path(store_dir)),
-        durability=config.memory.durability,
-        engine=config.memory.io_backend,
-    )
+    try:
+        import_model(
+            Path(config.model),
+            run,
+            precision=config.train.precision,
+            store=store_file(run.path, None if store_dir is None else Path(store_dir)),
+            durability=config.memory.durability,
+            engine=config.memory.io_backend,
+        )
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "interrupted while the model was imported: nothing was left behind. Start again, without --resume"
+        ) from None
     return True
 
 

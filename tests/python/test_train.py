@@ -115,6 +115,12 @@ def test_an_interrupt_in_the_middle_of_a_step(source, whole, tmp_path, monkeypat
     check_equals(config.output_dir, whole)
 
 
+def test_an_interrupt_of_the_import_leaves_nothing_to_resume(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatrain_io.train.import_model", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(InterruptedRunError, match="without --resume"):
+        start(configured(source, tmp_path / "run"))
+
+
 def test_an_interrupt_before_the_first_step(source, whole, tmp_path, monkeypatch):
     config = configured(source, tmp_path / "run")
     with monkeypatch.context() as patch:

@@ -28,11 +28,11 @@
 //! the CPU: the compiler turns the loops `step_f32` and `step_split` into vectors, and since it
 //! neither fuses nor reorders floating point by itself, the bits cannot differ.
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
 mod split;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 
 use std::fmt;
 use std::ops::Range;
@@ -40,6 +40,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub use split::{join, join_slice, split, split_slice};
+#[cfg(target_arch = "x86_64")]
+use vector::{avx2, avx512};
 
 /// Parameters that one task updates: few enough to keep all cores busy to the end of a chunk, so
 /// many (0.7 MB) that handing a task out costs nothing beside it.
@@ -156,6 +158,9 @@ pub enum Kernel {
     /// AVX2 and FMA; runs as `Scalar` on a CPU that lacks them.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// AVX-512 (F, BW, DQ, VL); runs as `Scalar` on a CPU that lacks them.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 impl Kernel {
@@ -166,6 +171,8 @@ impl Kernel {
             Self::Scalar,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512,
         ];
         all.into_iter().filter(|kernel| kernel.is_available()).collect()
     }
@@ -181,6 +188,8 @@ impl Kernel {
             Self::Scalar => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::available(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::available(),
         }
     }
 }
@@ -191,6 +200,8 @@ impl fmt::Display for Kernel {
             Self::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2+fma",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
         })
     }
 }
@@ -233,6 +244,10 @@ pub fn update_f32(
                     #[cfg(target_arch = "x86_64")]
                     (Part::Body(scalars), Kernel::Avx2) => {
                         avx2::step_f32(scalars, weight, out, g, m, v);
+                    }
+                    #[cfg(target_arch = "x86_64")]
+                    (Part::Body(scalars), Kernel::Avx512) => {
+                        avx512::step_f32(scalars, weight, out, g, m, v);
                     }
                     (Part::Body(scalars), Kernel::Scalar) => {
                         step_f32::<false>(scalars, weight, out, g, m, v);
@@ -284,6 +299,10 @@ pub fn update_split(
                     #[cfg(target_arch = "x86_64")]
                     (Part::Body(scalars), Kernel::Avx2) => {
                         avx2::step_split(scalars, weight, out, low, g, m, v);
+                    }
+                    #[cfg(target_arch = "x86_64")]
+                    (Part::Body(scalars), Kernel::Avx512) => {
+                        avx512::step_split(scalars, weight, out, low, g, m, v);
                     }
                     (Part::Body(scalars), Kernel::Scalar) => {
                         step_split::<false>(scalars, weight, out, low, g, m, v);

@@ -39,7 +39,7 @@ EXTENSION_IMPORTERS = {"__init__", "errors", "outside", "swap"}
 HEAVY = {"numpy", "torch", "transformers"}
 UNSAFE_FILES = {
     "rust/py/src/dlpack.rs",
-    "rust/src/adamw/avx2.rs",
+    "rust/src/adamw/vector.rs",
     "rust/src/buffer.rs",
     "rust/src/engine/uring/driver.rs",
     "rust/src/fork.rs",

@@ -1,0 +1,108 @@
+//! The update compiled for CPUs with AVX2 and FMA, and for those with AVX-512.
+#![allow(unsafe_code, reason = "calling code that the CPU may not have")]
+
+/// One kernel: the scalar source, compiled with more of the CPU's features.
+macro_rules! kernel {
+    ($name:ident, $features:literal, $($detected:tt),+) => {
+        pub(super) mod $name {
+            use crate::adamw::{self, Scalars};
+
+            /// Whether this CPU can run this module's code. The answer is cached by the standard
+            /// library.
+            pub(in crate::adamw) fn available() -> bool {
+                $(is_x86_feature_detected!($detected))&&+
+            }
+
+            /// [`adamw::step_f32`] of a span's body.
+            pub(in crate::adamw) fn step_f32(
+                scalars: &Scalars,
+                weight: &[f32],
+                weight_out: &mut [f32],
+                gradient: &[f32],
+                exp_avg: &mut [f32],
+                exp_avg_sq: &mut [f32],
+            ) {
+                if available() {
+                    // SAFETY: the CPU has the features, `available` on the line above has just
+                    // said so.
+                    unsafe { vector_f32(scalars, weight, weight_out, gradient, exp_avg, exp_avg_sq) }
+                } else {
+                    adamw::step_f32::<false>(
+                        scalars, weight, weight_out, gradient, exp_avg, exp_avg_sq,
+                    );
+                }
+            }
+
+            /// [`adamw::step_split`] of a span's body.
+            #[expect(clippy::too_many_arguments, reason = "one slice a plane")]
+            pub(in crate::adamw) fn step_split(
+                scalars: &Scalars,
+                weight: &[u16],
+                weight_out: &mut [u16],
+                remainder: &mut [i16],
+                gradient: &[f32],
+                exp_avg: &mut [f32],
+                exp_avg_sq: &mut [f32],
+            ) {
+                if available() {
+                    // SAFETY: the CPU has the features, `available` on the line above has just
+                    // said so.
+                    unsafe {
+                        vector_split(
+                            scalars, weight, weight_out, remainder, gradient, exp_avg, exp_avg_sq,
+                        );
+                    }
+                } else {
+                    adamw::step_split::<false>(
+                        scalars, weight, weight_out, remainder, gradient, exp_avg, exp_avg_sq,
+                    );
+                }
+            }
+
+            // Never inlined: the compiler learns from the arguments that the slices do not
+            // overlap, and without that it makes no vectors of the loop.
+            #[inline(never)]
+            #[target_feature(enable = $features)]
+            fn vector_f32(
+                scalars: &Scalars,
+                weight: &[f32],
+                weight_out: &mut [f32],
+                gradient: &[f32],
+                exp_avg: &mut [f32],
+                exp_avg_sq: &mut [f32],
+            ) {
+                adamw::step_f32::<false>(
+                    scalars, weight, weight_out, gradient, exp_avg, exp_avg_sq,
+                );
+            }
+
+            #[inline(never)]
+            #[target_feature(enable = $features)]
+            #[expect(clippy::too_many_arguments, reason = "one slice a plane")]
+            fn vector_split(
+                scalars: &Scalars,
+                weight: &[u16],
+                weight_out: &mut [u16],
+                remainder: &mut [i16],
+                gradient: &[f32],
+                exp_avg: &mut [f32],
+                exp_avg_sq: &mut [f32],
+            ) {
+                adamw::step_split::<false>(
+                    scalars, weight, weight_out, remainder, gradient, exp_avg, exp_avg_sq,
+                );
+            }
+        }
+    };
+}
+
+kernel!(avx2, "avx2,fma", "avx2", "fma");
+kernel!(
+    avx512,
+    "avx512f,avx512bw,avx512dq,avx512vl,fma",
+    "avx512f",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "fma"
+);

@@ -167,6 +167,17 @@ impl Setup {
     }
 }
 
+/// A store that was just imported, in a folder that lives as long as it, and its pipeline.
+fn imported() -> (tempfile::TempDir, Setup, Arc<Store>, Arc<Schedule>, Pipeline) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let setup = Setup::default();
+    setup.create(&path);
+    let store = setup.open(&path);
+    let (schedule, pipeline) = (schedule(&store), setup.pipeline(&store));
+    (folder, setup, store, schedule, pipeline)
+}
+
 /// Forward over all records, then backward with updates, as training does.
 fn schedule(store: &Store) -> Arc<Schedule> {
     let chunks = |record: usize, kind| {
@@ -292,13 +303,7 @@ fn chunk_size_pool_engine_and_threads_change_no_bit() {
 
 #[test]
 fn an_aborted_step_leaves_the_last_commit_and_the_handle_usable() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("store");
-    let setup = Setup::default();
-    setup.create(&path);
-    let store = setup.open(&path);
-    let schedule = schedule(&store);
-    let pipeline = setup.pipeline(&store);
+    let (_folder, setup, store, schedule, pipeline) = imported();
     train_step(&pipeline, &schedule, 1, true).expect("a step");
     // The second step is written in part, but never ended.
     pipeline.begin(Arc::clone(&schedule), adamw(9)).expect("begun");
@@ -319,20 +324,14 @@ fn an_aborted_step_leaves_the_last_commit_and_the_handle_usable() {
 
 #[test]
 fn steps_between_commits_are_written_in_place_and_lost_together() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("store");
-    let setup = Setup::default();
-    setup.create(&path);
-    let store = setup.open(&path);
-    let schedule = schedule(&store);
-    let pipeline = setup.pipeline(&store);
+    let (folder, setup, store, schedule, pipeline) = imported();
     for step in 1..=5 {
         train_step(&pipeline, &schedule, step, step % 2 == 0).expect("a step");
     }
     assert!(pipeline.wait_settled(LONG).expect("settled"));
     drop(pipeline);
     drop(store);
-    let store = setup.open(&path);
+    let store = setup.open(&folder.path().join("store"));
     assert_eq!(&*store.committed().blob, b"step 4");
     assert!(read_all(&store, setup.format) == expected(4));
 }
@@ -378,13 +377,7 @@ fn asking_for_weights_out_of_order_is_refused_by_name() {
 
 #[test]
 fn a_step_that_has_ended_survives_abort_and_stop() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("store");
-    let setup = Setup::default();
-    setup.create(&path);
-    let store = setup.open(&path);
-    let schedule = schedule(&store);
-    let pipeline = setup.pipeline(&store);
+    let (_folder, setup, store, schedule, pipeline) = imported();
     train_step(&pipeline, &schedule, 1, true).expect("a step");
     pipeline.begin(Arc::clone(&schedule), adamw(2)).expect("begun");
     // The updates of step 1 may still be under way: they are finished first.
@@ -398,13 +391,7 @@ fn a_step_that_has_ended_survives_abort_and_stop() {
 
 #[test]
 fn what_contradicts_the_step_is_refused() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("store");
-    let setup = Setup::default();
-    setup.create(&path);
-    let store = setup.open(&path);
-    let schedule = schedule(&store);
-    let pipeline = setup.pipeline(&store);
+    let (_folder, _, _, schedule, pipeline) = imported();
     assert!(pipeline.end(None).is_err(), "no step was begun");
     pipeline.begin(Arc::clone(&schedule), adamw(1)).expect("begun");
     assert!(pipeline.begin(Arc::clone(&schedule), adamw(1)).is_err(), "not ended");

@@ -1,4 +1,5 @@
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,16 @@ from corpus import make_tokenizer, write
 from megatrain_io.errors import InterruptedRunError
 from reference.reference import build, tiny_config
 from runs import WORDS, configured, planes_of, start
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    """No test may use the network, and so nothing of the package does."""
+
+    def refuse(*_):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(autouse=True, scope="session")

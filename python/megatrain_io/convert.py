@@ -31,6 +31,7 @@ from megatrain_io.run import Precision, RunFolder, RunInfo, storage_errors, sync
 from megatrain_io.safetensors_files import Checkpoint, ShardPlan, ShardWriter, index_of, plan_shards
 from megatrain_io.stream import model_parts
 from megatrain_io.swap import Engine, Ledger, PagedState, StoreCreator
+from megatrain_io.trainer_state import TrainerState
 
 __all__ = ["Progress", "TensorReader", "create_store", "export_model", "import_model"]
 
@@ -59,7 +60,6 @@ _FILE_DTYPES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 _TRAINABLE = ("BF16", "F16", "F32")
 
 _NOTHING_LEFT = "nothing was left behind"
-_FIRST_BLOB = json.dumps({"version": 1, "step": 0}).encode()
 _COMPARED_AT_ONCE = 1 << 20
 _SPARE_BYTES = 1 << 20
 
@@ -161,7 +161,7 @@ def import_model(  # noqa: PLR0913 - as create_store
                 layout,
                 lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop),
                 model={"config": folder.raw_config, "architecture": names.architecture, "tied": cut.tied},
-                blob=_FIRST_BLOB,
+                blob=TrainerState().encode(),
                 engine=engine,
                 ledger=ledger,
                 progress=progress,

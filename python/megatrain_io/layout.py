@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from megatrain_io.errors import FormatError
+
 __all__ = [
     "CHUNK_PARAMETERS_MAX",
     "PAGE_BYTES",
@@ -115,7 +117,11 @@ class ModelLayout:
 
     @classmethod
     def from_manifest(cls, text: str) -> "ModelLayout":
-        """The layout that ``manifest`` wrote."""
+        """The layout that ``manifest`` wrote; the core has checked all of it but ``model``.
+
+        Raises:
+            FormatError: ``model`` is not what this package writes.
+        """
         manifest = json.loads(text)
         tensors: list[list[TensorPlace]] = [[] for _ in manifest["records"]]
         for entry in manifest["tensors"]:
@@ -125,8 +131,14 @@ class ModelLayout:
             Record(entry["name"], tuple(places), entry["parameters"])
             for entry, places in zip(manifest["records"], tensors, strict=True)
         )
+        model = manifest["model"]
+        blocks = model.get("blocks") if isinstance(model, dict) else None
+        if type(blocks) is not int or not 0 <= blocks < len(records):
+            raise FormatError(
+                f"the store's manifest has {len(records)} records and says that {blocks!r} of them are blocks: it was "
+                "not made by an import of megatrain-io. Import the model again"
+            )
         state_format: StateFormat = manifest["records"][0]["format"]
-        blocks: int = manifest["model"]["blocks"]
         return cls(state_format, manifest["chunk_parameters"], records, blocks, manifest["durability"])
 
     def manifest(self, model: dict[str, Any]) -> bytes:

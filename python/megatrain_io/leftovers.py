@@ -5,7 +5,6 @@ While it is looked for, and again while it is removed, the store is held: so non
 that runs.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from megatrain_io.config import store_file
 from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError, StorageError
 from megatrain_io.outside import HeldFile, glance, held
 from megatrain_io.run import RunFolder
+from megatrain_io.trainer_state import TrainerState
 
 __all__ = ["Leftover", "Leftovers"]
 
@@ -181,7 +181,7 @@ class Leftovers:
                 f"{path} is store {found.uuid}, and {run.info_file} names {run.read().store_uuid}: it belongs to "
                 "another run and is not removed"
             )
-        self.step = json.loads(found.blob or b"{}").get("step")
+        self.step = TrainerState.parse(found.blob).step if found.blob else None
         if not self._store:
             # An import that was killed at its very end. Elsewhere a store of this name may be another run's.
             return path == run.own_store and found.generation == 1

@@ -14,6 +14,7 @@ from megatrain_io.layout import Durability, ModelLayout
 from megatrain_io.metrics import last_report
 from megatrain_io.outside import Glance, Owner, glance, owner_of
 from megatrain_io.run import RunFolder
+from megatrain_io.trainer_state import TrainerState
 
 __all__ = ["RunStatus", "examine", "render"]
 
@@ -95,11 +96,11 @@ def examine(run: RunFolder) -> RunStatus:
         owner, found = owner_of(store), glance(store)
         if found.uuid != info.store_uuid:
             raise FormatError(f"{store} is store {found.uuid}, and run.json names {info.store_uuid}")
-        progress = json.loads(found.blob)
-    except (MegatrainIoError, ValueError) as error:
+        progress = TrainerState.parse(found.blob)
+        layout = ModelLayout.from_manifest(found.manifest)
+    except MegatrainIoError as error:
         status = replace(status, problem=str(error))
         return replace(status, next="put the store of this run in its place, or import into a new folder")
-    layout = ModelLayout.from_manifest(found.manifest)
     if layout.durability == "scratch" and not found.is_clean and owner is None:
         problem = (
             "with durability scratch only a store that was closed can be opened again: its state is lost"
@@ -114,10 +115,10 @@ def examine(run: RunFolder) -> RunStatus:
         parameters=layout.parameters,
         durability=layout.durability,
         generation=found.generation,
-        step=progress.get("step"),
+        step=progress.step,
         max_steps=None if report is None else report.max_steps,
-        loss=progress.get("loss"),
-        written_bytes=progress.get("written_bytes", 0),
+        loss=progress.loss,
+        written_bytes=progress.written_bytes,
         last_stop=_last_stop(found) if owner is None else None,
         in_use=owner,
     )

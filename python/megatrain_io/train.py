@@ -31,10 +31,10 @@ from megatrain_io.report import Reporter
 from megatrain_io.run import RunFolder, replace_file, storage_errors
 from megatrain_io.stream import PagedModel, trained_tokens
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels
+from megatrain_io.trainer_state import TrainerState
 
 __all__ = ["TrainResult", "learning_rate_at", "train"]
 
-_BLOB_VERSION = 1
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Micro-batches that go through the blocks together when the held-out loss is measured.
 _EVAL_MICRO_BATCHES = 16
@@ -71,35 +71,6 @@ class TrainResult:
     ledger: dict[str, tuple[int, int]]
 
 
-@dataclass
-class _Progress:
-    """The trainer's state: the blob that is committed with each step."""
-
-    step: int = 0
-    settings: str = ""
-    data: str = ""
-    written_bytes: int = 0
-    loss: float | None = None
-    eval_loss_before: float | None = None
-    environment: dict[str, Any] | None = None
-    version: int = _BLOB_VERSION
-
-    @classmethod
-    def parse(cls, blob: bytes) -> "_Progress":
-        """The state that was committed."""
-        fields = json.loads(blob)
-        if fields.get("version") != _BLOB_VERSION:
-            raise ConfigError(
-                f"the run's trainer state has version {fields.get('version')}, and this build reads {_BLOB_VERSION}: "
-                "go on with the version of megatrain-io that wrote it (run.json names it)"
-            )
-        return cls(**fields)
-
-    def encode(self) -> bytes:
-        """As bytes, for the store."""
-        return json.dumps(asdict(self)).encode()
-
-
 def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult:
     """Train ``config``, importing the model first if the run has no store yet.
 
@@ -129,7 +100,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
         except KeyboardInterrupt:
             # A step that has ended is committed first, if it was to be; steps since the last commit are lost.
             state.wait_settled()
-            kept = _Progress.parse(state.blob).step
+            kept = TrainerState.parse(state.blob).step
             if state.layout.durability == "scratch":
                 state.close()  # the step is kept only if this succeeds: its error is the one to tell
             raise InterruptedRunError(
@@ -197,7 +168,7 @@ class _Trainer:
         self._state = state
         self._reporter = reporter
         self._process = psutil.Process()
-        self.progress = _Progress.parse(state.blob)
+        self.progress = TrainerState.parse(state.blob)
         self._written_before = self.progress.written_bytes
         # Bytes moved by training steps of this start, and how many there were.
         self._trained = [0, 0]
@@ -379,11 +350,11 @@ class _Trainer:
                 "written_bytes": self._written_before + self._state.io_bytes()[1],
                 "environment": _environment(),
             }
-            return _Progress(**fields).encode()
+            return TrainerState(**fields).encode()
 
         return encode
 
-    def _check_resume(self, progress: _Progress) -> None:
+    def _check_resume(self, progress: TrainerState) -> None:
         if progress.step == 0:
             return
         if progress.data != self._data.train.sha256:

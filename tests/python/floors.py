@@ -14,7 +14,7 @@ PACKAGE = "megatrain_io"
 ROOT_MODULE = {"python": "__init__", "rust": "lib"}
 
 PYTHON_FLOORS: dict[str, int] = {
-    **dict.fromkeys(["config", "errors", "interrupt", "metrics", "run"], 0),
+    **dict.fromkeys(["config", "errors", "interrupt", "metrics", "run", "trainer_state"], 0),
     **dict.fromkeys(["layout", "miniature", "model", "probe", "schedule", "skeleton", "workspace"], 1),
     **dict.fromkeys(["data", "documents", "rows", "sources", "tokens"], 1),
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),

@@ -1,4 +1,7 @@
-"""Safetensors headers from strangers: refused in our own words, or true of the file; never believed beforehand."""
+"""What strangers write: safetensors headers, trainer states and manifests, refused in our own words.
+
+What is accepted is true of the file; nothing is believed beforehand.
+"""
 
 import json
 import os
@@ -13,8 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from megatrain_io.errors import ModelFilesError
+from megatrain_io.errors import ConfigError, FormatError, ModelFilesError
+from megatrain_io.layout import ModelLayout
 from megatrain_io.safetensors_files import SafetensorsFile
+from megatrain_io.trainer_state import TrainerState
 
 BITS = {"F32": 32, "BF16": 16, "I64": 64, "U8": 8, "F4": 4, "F6_E2M3": 6, "BOOL": 8}
 
@@ -161,3 +166,45 @@ def test_sound_files_are_read(made):
         file = SafetensorsFile(path)
         assert file.entries.keys() == header.keys()
         file.close()
+
+
+# -------------------------------------------------------------------------------- stores of strangers
+
+almost_a_state = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(TrainerState.__dataclass_fields__, anything)
+)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=40),
+        st.one_of(anything, almost_a_state).map(lambda value: json.dumps(value).encode()),
+    )
+)
+@settings(max_examples=300, deadline=None)
+@example(b"")
+@example(b"[]")
+@example(b'{"step": "3"}')
+@example(b'{"version": 2}')
+def test_a_trainer_state_of_a_stranger_is_refused_or_sound(blob):
+    try:
+        progress = TrainerState.parse(blob)
+    except (FormatError, ConfigError):
+        return
+    assert type(progress.step) is int
+    assert progress.step >= 0
+    assert TrainerState.parse(progress.encode()) == progress
+
+
+@given(anything)
+@settings(max_examples=200, deadline=None)
+@example({"blocks": 1})
+@example({"blocks": True})
+def test_a_manifest_of_a_stranger_is_refused_or_sound(model):
+    """The core checks everything but `model`, which it does not interpret."""
+    manifest = json.loads(ModelLayout.build([("a", [("w", (3,))]), ("b", [])], 1, "f32", 4096).manifest({}))
+    try:
+        layout = ModelLayout.from_manifest(json.dumps(manifest | {"model": model}))
+    except FormatError:
+        return
+    assert layout.blocks == model["blocks"]

@@ -1,0 +1,69 @@
+"""The trainer's own state, which is committed with each step as the store's blob. No torch."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from megatrain_io.errors import ConfigError, FormatError
+
+__all__ = ["TrainerState"]
+
+_VERSION = 1
+
+
+@dataclass
+class TrainerState:
+    """How far a run is; everything that a resumed one must know besides model and data.
+
+    Attributes:
+        step: last step that was trained.
+        settings: digest of all settings that decide the bits.
+        data: SHA-256 of the tokenised data.
+        written_bytes: to the drive by training, over all starts.
+        loss: of that step.
+        eval_loss_before: held-out loss of the imported model.
+        environment: what may change the bits from outside.
+        version: of this schema.
+    """
+
+    step: Annotated[int, Field(ge=0)] = 0
+    settings: str = ""
+    data: str = ""
+    written_bytes: Annotated[int, Field(ge=0)] = 0
+    loss: float | None = None
+    eval_loss_before: float | None = None
+    environment: dict[str, Any] | None = None
+    version: int = _VERSION
+
+    @classmethod
+    def parse(cls, blob: bytes) -> "TrainerState":
+        """The state that was committed; whoever wrote it.
+
+        Raises:
+            FormatError: it is no trainer's state.
+            ConfigError: another version of megatrain-io wrote it.
+        """
+        try:
+            progress = _ADAPTER.validate_json(blob, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the whole"
+            raise FormatError(
+                f"the store's trainer state ({len(blob)} bytes) is not one of megatrain-io's: {place}: {first['msg']}. "
+                "The weights can be exported all the same"
+            ) from error
+        if progress.version != _VERSION:
+            raise ConfigError(
+                f"the run's trainer state has version {progress.version}, and this build reads {_VERSION}: "
+                "go on with the version of megatrain-io that wrote it (run.json names it)"
+            )
+        return progress
+
+    def encode(self) -> bytes:
+        """As bytes, for the store."""
+        return json.dumps(asdict(self)).encode()
+
+
+_ADAPTER = TypeAdapter(TrainerState)

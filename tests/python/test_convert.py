@@ -24,6 +24,7 @@ from megatrain_io.errors import (
 from megatrain_io.hub_names import Piece
 from megatrain_io.run import RunFolder
 from megatrain_io.swap import AdamWStep, PagedState
+from megatrain_io.trainer_state import TrainerState
 from model_sources import (
     BF16,
     ENGINE,
@@ -149,7 +150,7 @@ def test_the_store_records_the_configuration_and_starts_at_step_zero(source, run
     info = bring_in(source, run)
     assert run.path.stat().st_mode & 0o777 == 0o700
     with PagedState(run.store_path(), engine=ENGINE) as state:
-        assert json.loads(state.blob) == {"version": 1, "step": 0}
+        assert TrainerState.parse(state.blob) == TrainerState(step=0)
         model = json.loads(state.manifest)["model"]
         assert (info.precision, info.store, info.store_uuid) == ("bf16", "store.mtio", state.uuid)
     assert model["config"]["hidden_size"] == 64

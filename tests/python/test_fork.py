@@ -14,10 +14,12 @@ from megatrain_io.swap import Ledger, PagedState, StoreCreator
 
 ENGINES = ["uring", "threads"]
 
-# Opens the store, forks a worker that outlives it, says where the pool lies, and waits to be killed.
+# Opens the store and makes a worker, which says who it is and what it has of its parent, and lives until
+# the test closes the pipe.
 PARENT = """
-    import os, sys
+    import os, signal, sys
     from pathlib import Path
+    from torch.utils.data import DataLoader, Dataset
     from megatrain_io.schedule import PoolSizes
     from megatrain_io.swap import PagedState
 
@@ -25,24 +27,35 @@ PARENT = """
     state.start(PoolSizes((4 << 20, 2), (4 << 20, 2), (0, 0), (0, 0), (0, 0)))
     maps = lambda: open("/proc/self/maps").read().splitlines()
     regions = {line.split()[0] for line in maps()}
-    child = os.fork()
-    if child == 0:
-        # What the parent has and the child has not: the pool, which is not inherited.
+
+    def work():
         inherited = {line.split()[0] for line in maps()}
         sizes = [int(b, 16) - int(a, 16) for a, b in (r.split("-") for r in regions - inherited)]
-        targets = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
-                   if os.path.lexists(f"/proc/self/fd/{fd}")]
-        print(max(sizes, default=0), any("store" in t or "io_uring" in t for t in targets), flush=True)
-        sys.stdin.read()  # until the test closes it
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        targets = [os.readlink(link) for link in links if os.path.lexists(link)]
+        holds = any(target.endswith("/store") or "io_uring" in target for target in targets)
+        print(os.getpid(), max(sizes, default=0), holds, flush=True)
+        os.read(int(sys.argv[4]), 1)
+
+    class Rows(Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            work()
+
+    if sys.argv[3] == "loader":
+        next(iter(DataLoader(Rows(), num_workers=1, multiprocessing_context="fork")))
+    elif os.fork() == 0:
+        work()
         os._exit(0)
-    print(child, flush=True)
-    os.waitpid(child, 0)
+    signal.pause()
 """
 
 
 @pytest.fixture
 def store(tmp_path):
-    layout = ModelLayout.build([("only", [("weight", (4096,))])], 1, "f32", 4096)
+    layout = ModelLayout.build([("only", [("weight", (4096,))])], 0, "f32", 4096)
     path = Path(tmp_path / "store")
     creator = StoreCreator(path, layout.manifest({}), "threads", Ledger())
     creator.write_chunk(0, bytes(4 * 4096), "float32")
@@ -51,23 +64,27 @@ def store(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_worker_that_outlives_its_killed_parent_holds_neither_lock_nor_pool(store, engine):
+@pytest.mark.parametrize("worker", ["fork", "loader"])
+def test_a_worker_that_outlives_its_killed_parent_holds_neither_lock_nor_pool(store, engine, worker):
+    reading, writing = os.pipe()
+    arguments = [str(store), engine, worker, str(reading)]
     parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PARENT), str(store), engine],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PARENT), *arguments],
         stdout=subprocess.PIPE,
         text=True,
+        pass_fds=[reading],
     )
-    said = sorted((parent.stdout.readline().split() for _ in range(2)), key=len)
-    child, (missing, holds) = int(said[0][0]), said[1]
     try:
+        child, missing, holds = parent.stdout.readline().split()
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        os.kill(child, 0)  # the worker is alive
+        os.kill(int(child), 0)  # the worker is alive
         with PagedState(store, engine="threads") as state:  # waits up to 5 s for the lock, else raises
             assert state.blob == b"blob"
+        os.kill(int(child), 0)
         assert holds == "False", "the child holds the store's or the ring's descriptor"
         assert int(missing) >= 8 << 20, "the pool was inherited"
     finally:
-        parent.stdin.close()
+        os.close(writing)
+        os.close(reading)
         parent.stdout.close()

@@ -15,15 +15,19 @@ TOKENS = 128
 
 
 def measure(folder: Path, layers: int, hidden: int) -> dict:
+    """The median of three processes: a heap that kept one matrix more or less is 1.5 MB of 50 either way."""
     case = Case(dtype=torch.bfloat16, overrides=shape(layers, hidden))
     store = folder / f"{layers}x{hidden}"
     make_store(store, case)
     script = Path(__file__).with_name("memory_of_training.py")
     command = [sys.executable, str(script), str(store), str(layers), str(hidden), "bfloat16", str(TOKENS)]
     paths = {"PYTHONPATH": str(script.parents[1]), "PATH": ""}
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=paths).stdout
+    measured = [
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=paths).stdout)
+        for _ in range(3)
+    ]
     store.unlink()
-    return json.loads(output)
+    return sorted(measured, key=lambda each: each["growth"])[1]
 
 
 @pytest.mark.timeout(300)

@@ -1,7 +1,8 @@
-"""What durability and checksums cost, side by side: python benches/durability.py [--rounds 5] [--folder DIR].
+"""What durability, checksums and several drives cost, side by side: python benches/durability.py [--folder DIR...].
 
-Five forms of the same training run one after another, round after round: durability ``step``, with
-``commit_every`` 10, ``scratch``, and ``step`` and ``scratch`` built without checksums. Forward and backward
+Seven forms of the same training run one after another, round after round: durability ``step``, with
+``commit_every`` 10, ``scratch``, ``step`` and ``scratch`` built without checksums, and ``step`` in stores of
+two and three files, which lie in the folders given, in turn. Forward and backward
 cost nothing here, so the drive and the update decide. Prints a table of medians (least to most).
 """
 
@@ -17,13 +18,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# name: (built with checksums, durability, commit_every)
+# name: (built with checksums, durability, commit_every, drives)
 FORMS = {
-    "step": (True, "step", 1),
-    "step, commit_every 10": (True, "step", 10),
-    "scratch": (True, "scratch", 1),
-    "step, no checksums": (False, "step", 1),
-    "scratch, no checksums": (False, "scratch", 1),
+    "step": (True, "step", 1, 1),
+    "step, commit_every 10": (True, "step", 10, 1),
+    "scratch": (True, "scratch", 1, 1),
+    "step, no checksums": (False, "step", 1, 1),
+    "scratch, no checksums": (False, "scratch", 1, 1),
+    "step, 2 drives": (True, "step", 1, 2),
+    "step, 3 drives": (True, "step", 1, 3),
 }
 
 
@@ -48,6 +51,14 @@ def measure(program: Path, *arguments: str) -> dict[str, float]:
     return json.loads(said) | {"cpu": usage.ru_utime + usage.ru_stime}
 
 
+def places(folders: list[Path], checksums: bool, drives: int) -> str:  # noqa: FBT001 - a form has no names
+    """Folders for the files of one store, as the program takes them."""
+    chosen = [folders[drive % len(folders)] / str(checksums) for drive in range(drives)]
+    for folder in chosen:
+        folder.mkdir(exist_ok=True)
+    return ":".join(map(str, chosen))
+
+
 def shown(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
@@ -57,28 +68,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--parameters", type=int, default=32 << 20)
-    parser.add_argument("--folder", type=Path, default=ROOT / "target", help="on the drive to measure")
+    parser.add_argument(
+        "--folder", type=Path, nargs="+", default=[ROOT / "target"], help="on the drives to measure"
+    )
     options = parser.parse_args()
     programs = {checksums: build(checksums=checksums) for checksums in (True, False)}
-    folder = Path(tempfile.mkdtemp(dir=options.folder, prefix="durability-"))
+    folders = [Path(tempfile.mkdtemp(dir=folder, prefix="durability-")) for folder in options.folder]
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in FORMS}
     try:
-        for checksums, program in programs.items():
-            place = folder / str(checksums)
-            place.mkdir()
-            for durability in ("step", "scratch"):
-                command = [program, "make", str(place), durability, str(options.parameters)]
-                subprocess.run(command, check=True)
+        for checksums, durability, drives in sorted({(form[0], form[1], form[3]) for form in FORMS.values()}):
+            place = places(folders, checksums, drives)
+            command = [programs[checksums], "make", place, durability, str(options.parameters)]
+            subprocess.run(command, check=True)
         names = list(FORMS)
         for number in range(options.rounds):
             # Another one goes first each time, so that a drift of the drive is nobody's.
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                checksums, durability, every = FORMS[name]
-                place = str(folder / str(checksums))
+                checksums, durability, every, drives = FORMS[name]
+                place = places(folders, checksums, drives)
                 arguments = ("run", place, durability, str(options.steps), str(every))
                 figures[name].append(measure(programs[checksums], *arguments))
     finally:
-        shutil.rmtree(folder)
+        for folder in folders:
+            shutil.rmtree(folder)
 
     moved = sum(figures["step"][0][name] for name in ("read", "written")) / 1e9
     print(f"{options.parameters:,} parameters, {options.steps} steps, {moved:.1f} GB moved a run, "

@@ -1,10 +1,12 @@
 //! One training whose forward and backward cost nothing, so that the drive and the update decide: what
 //! durability and checksums cost. `benches/durability.py` runs it in all its forms, side by side.
 //!
-//!     durability make DIR step|scratch PARAMETERS
-//!     durability run DIR step|scratch STEPS COMMIT_EVERY
+//!     durability make DIR[:DIR...] step|scratch PARAMETERS
+//!     durability run DIR[:DIR...] step|scratch STEPS COMMIT_EVERY
+//!
+//! The store has a file in each folder, as on so many drives.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,17 +34,23 @@ fn main() -> Result {
     let number = |text: &str| text.parse::<u64>().expect("a number");
     match words[..] {
         ["make", folder, durability, parameters] => {
-            make(Path::new(folder), durability, number(parameters))
+            make(&files(folder, durability), durability, number(parameters))
         }
         ["run", folder, durability, steps, every] => {
-            run(Path::new(folder), durability, number(steps), number(every))
+            run(&files(folder, durability), durability, number(steps), number(every))
         }
         // `cargo bench` runs every benchmark; this one needs to be told what to do.
         _ => Ok(()),
     }
 }
 
-fn make(folder: &Path, durability: &str, parameters: u64) -> Result {
+fn files(folders: &str, durability: &str) -> Vec<PathBuf> {
+    let folders: Vec<&str> = folders.split(':').collect();
+    let name = |drive| format!("{durability}-{}.{drive}.mtio", folders.len());
+    folders.iter().enumerate().map(|(drive, folder)| Path::new(folder).join(name(drive))).collect()
+}
+
+fn make(files: &[PathBuf], durability: &str, parameters: u64) -> Result {
     let record = |index| Record {
         name: format!("layer.{index}"),
         format: FORMAT,
@@ -56,13 +64,14 @@ fn make(folder: &Path, durability: &str, parameters: u64) -> Result {
     };
     let manifest = Manifest {
         chunk_parameters: CHUNK,
+        drives: files.len(),
         durability: if durability == "scratch" { Durability::Scratch } else { Durability::Step },
         records: (0..RECORDS).map(record).collect(),
         tensors: (0..RECORDS).map(tensor).collect(),
         model: serde_json::Value::Null,
     };
     let ledger = Ledger::new();
-    let mut creator = Creator::new(&folder.join(durability), manifest, Choice::Auto, &ledger)?;
+    let mut creator = Creator::new(files, manifest, Choice::Auto, &ledger)?;
     for (index, chunk) in creator.layout()?.chunks().to_vec().into_iter().enumerate() {
         let slot = Slot::standalone(chunk.extent_bytes(Group::Weight), &ledger, "import")?;
         creator.write_group(index, Group::Weight, 1, slot)?;
@@ -70,9 +79,9 @@ fn make(folder: &Path, durability: &str, parameters: u64) -> Result {
     creator.finish(b"imported").map(|_| ())
 }
 
-fn run(folder: &Path, durability: &str, steps: u64, every: u64) -> Result {
+fn run(files: &[PathBuf], durability: &str, steps: u64, every: u64) -> Result {
     let ledger = Ledger::new();
-    let store = Store::open(&folder.join(durability), OpenOptions::default(), &ledger)?;
+    let store = Store::open(files, OpenOptions::default(), &ledger)?;
     let store = Arc::new(store);
     let pipeline = Pipeline::start(Arc::clone(&store), &options(&store))?;
     let schedule = schedule(&store)?;

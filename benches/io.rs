@@ -37,7 +37,7 @@ fn file() -> Arc<DirectFile> {
 
 fn engine(name: &str) -> Arc<dyn Engine> {
     let choice = if name == "uring" { Choice::Uring } else { Choice::Threads };
-    choice::start(choice).expect("an engine").0
+    choice::start(choice, 1).expect("an engine").0
 }
 
 /// Transfers over the whole file, so many in flight.

@@ -73,7 +73,9 @@ class Ledger:
 class Creator:
     """A store that is being filled by an import."""
 
-    def __new__(cls, path: str | PathLike[str], manifest: bytes, engine: str, ledger: Ledger) -> Creator: ...
+    def __new__(
+        cls, paths: Sequence[str | PathLike[str]], manifest: bytes, engine: str, ledger: Ledger
+    ) -> Creator: ...
     def chunks(self) -> list[tuple[int, int, int]]:
         """``(record, start, parameters)`` of every chunk."""
 
@@ -95,7 +97,7 @@ class Store:
 
     def __new__(
         cls,
-        path: str | PathLike[str],
+        paths: Sequence[str | PathLike[str]],
         engine: str,
         ledger: Ledger,
         waiting: Callable[[str], object] | None = None,
@@ -227,7 +229,7 @@ def build_info() -> tuple[str, str, bool]:
 def owner_of(path: str | PathLike[str]) -> _Owner | None:
     """Who holds the file, or None when nobody does."""
 
-def glance(path: str | PathLike[str]) -> _Glance:
+def glance(paths: Sequence[str | PathLike[str]]) -> _Glance:
     """What a store says of itself, without its lock."""
 
 def probe_uring() -> str | None:

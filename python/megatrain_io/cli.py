@@ -92,8 +92,11 @@ def import_command(
         Literal["bf16", "fp32"], typer.Option(help="Compute dtype; master weights are fp32 either way.")
     ] = "bf16",
     store_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder for the store, on a local NVMe drive. Default: RUN."),
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the store, on a local NVMe drive. Once for each of several drives. Default: RUN.",
+        ),
     ] = None,
     durability: Annotated[
         Literal["step", "scratch"],
@@ -104,22 +107,23 @@ def import_command(
 ) -> None:
     """Make a store from a model folder. It goes tensor by tensor: the model is never whole in RAM."""
     with _command(json_output=json_output, interrupted="Nothing was left behind: import again.") as outcome:
-        from megatrain_io.config import store_file
         from megatrain_io.convert import import_model
         from megatrain_io.run import RunFolder
+
+        folder = RunFolder(run)
 
         with outcome.counting("import") as progress:
             info = import_model(
                 model,
-                RunFolder(run),
+                folder,
                 precision=precision,
-                store=store_file(run, store_dir),
+                stores=folder.stores_in(store_dir or None),
                 durability=durability,
                 engine=io_backend,
                 progress=progress,
             )
         outcome.result = {"run": run, **asdict(info)}
-        outcome.text = f"imported {model} into {run}: {info.precision}, store {info.store}"
+        outcome.text = f"imported {model} into {run}: {info.precision}, store {', '.join(info.stores)}"
 
 
 @app.command("train")
@@ -287,7 +291,7 @@ def clean_command(
         ),
     ] = False,
     store_dir: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(metavar="DIR", help="Where the store of an import was to be that was killed."),
     ] = None,
     yes: Annotated[
@@ -304,7 +308,7 @@ def clean_command(
         from megatrain_io.leftovers import Leftovers
         from megatrain_io.run import RunFolder
 
-        leftovers = Leftovers(RunFolder(run), store_dir=store_dir, cache=cache, store=store)
+        leftovers = Leftovers(RunFolder(run), store_dirs=store_dir or None, cache=cache, store=store)
         outcome.result = {"run": run, "removed": [], "bytes": 0}
         outcome.text = f"{run}: nothing to remove" if not leftovers.found else "Nothing was removed."
         if leftovers.found and (yes or _agrees(leftovers)):
@@ -417,10 +421,10 @@ def _agrees(leftovers: "Leftovers") -> bool:
     if not _can_ask():
         raise ConfigError("nothing was removed, as nobody can be asked here: say --yes to remove this")
     question = f"Remove {'this' if len(leftovers.found) == 1 else 'these'} ({_size(leftovers.nbytes)})?"
-    if (store := leftovers.store) is not None:
+    if leftovers.store_bytes:
         at = "" if leftovers.step is None else f" of step {leftovers.step}"
         question = (
-            f"Remove all this and the store ({_size(store.nbytes)})? It holds the only copy of the training "
+            f"Remove all this and the store ({_size(leftovers.store_bytes)})? It holds the only copy of the training "
             f"state{at}: exports have its weights, and no training goes on from them."
         )
     try:

@@ -12,65 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megatrain_io.config_values import (
+    INT_MAX,
+    Count,
+    Folders,
+    Fp32Positive,
+    FractionOrPath,
+    LocalPath,
+    Paths,
+    WholeCount,
+)
 from megatrain_io.errors import ConfigError
 
-__all__ = ["DataConfig", "MemoryConfig", "RunConfig", "TrainConfig", "describe_keys", "load", "store_file"]
-
-_INT_MAX = 2**31 - 1
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("must be a path, as text")
-    try:
-        return str(Path(value).expanduser())
-    except RuntimeError as error:
-        raise ValueError("must be a path: there is no such home directory") from error
-
-
-def _path(value: Any) -> Path:
-    return value if isinstance(value, Path) else Path(_text(value))
-
-
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(item, str) for item in values):
-        raise ValueError("must be a path, or a list of paths")
-    return [_text(item) for item in values]
-
-
-def _fraction_or_text(value: Any) -> float | str | None:
-    if value is None or (isinstance(value, float) and 0 < value < 1):
-        return value
-    if isinstance(value, str) and value.strip():
-        return _text(value)
-    raise ValueError("must be a fraction between 0 and 1, or a path, or null")
-
-
-def _whole(value: Any) -> Any:
-    """``3.0``, as other tools write it, is 3."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _not_zero_in_fp32(value: float) -> float:
-    if value < 1.2e-38:  # noqa: PLR2004 - the smallest normal number, rounded up
-        raise ValueError("must be at least 1.2e-38, the smallest normal number of fp32")
-    return value
-
-
-Count = Annotated[int, Field(ge=1, le=_INT_MAX)]
-LocalPath = Annotated[Path, BeforeValidator(_path)]
+__all__ = ["DataConfig", "MemoryConfig", "RunConfig", "TrainConfig", "describe_keys", "load"]
 
 
 class _Section(BaseModel):
@@ -86,15 +42,15 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """What is trained on."""
 
-    train: Annotated[list[str], PlainValidator(_texts)]
+    train: Paths
     """file or folder, or a list of them"""
-    eval: Annotated[float | str | None, PlainValidator(_fraction_or_text)] = None
+    eval: FractionOrPath = None
     """held-out data: a fraction of the training data, or a path"""
     format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
     """how examples are written: auto, text, prompt_completion, messages, alpaca or sharegpt"""
     fields: dict[str, str] | None = None
     """names of the columns, where they differ: {prompt: question, completion: answer}"""
-    max_length: Annotated[int, Field(ge=2, le=_INT_MAX)] = 1024
+    max_length: Annotated[int, Field(ge=2, le=INT_MAX)] = 1024
     """tokens in a sequence; what is longer is cut"""
     packing: bool = True
     """put several examples into one sequence, without letting them see each other"""
@@ -107,7 +63,7 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """How it is trained: AdamW over all parameters."""
 
-    num_train_epochs: Annotated[Count, BeforeValidator(_whole)] = 1
+    num_train_epochs: WholeCount = 1
     """passes over the data"""
     max_steps: Count | None = None
     """optimizer steps; overrides num_train_epochs"""
@@ -119,7 +75,7 @@ class TrainConfig(_Section):
     """highest learning rate"""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """course of the learning rate after the warm-up: cosine, linear or constant"""
-    warmup_steps: Annotated[int, Field(ge=0, le=_INT_MAX)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=INT_MAX)] = 0
     """steps in which the learning rate rises from zero"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """decoupled; norms and biases are left out"""
@@ -127,7 +83,7 @@ class TrainConfig(_Section):
     """decay of the first moment"""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """decay of the second moment"""
-    adam_epsilon: Annotated[float, AfterValidator(_not_zero_in_fp32)] = 1e-8
+    adam_epsilon: Fp32Positive = 1e-8
     """added to the denominator"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """compute dtype: bf16 or fp32; master weights and moments are fp32 either way"""
@@ -142,8 +98,8 @@ class TrainConfig(_Section):
 class MemoryConfig(_Section):
     """Where the state lies and how it is moved."""
 
-    store_dir: LocalPath | None = None
-    """folder for the store, on a local NVMe drive; null: in output_dir"""
+    store_dir: Folders | None = None
+    """folder for the store, on a local NVMe drive, or a list: one for each drive; null: in output_dir"""
     durability: Literal["step", "scratch"] = "step"
     """step: committed steps survive a crash; scratch: only a clean end does, in half the space"""
     commit_every: Count = 1
@@ -266,11 +222,6 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, l
     for item in overrides:
         reading.read_override(item)
     return reading.finish(), reading.notes
-
-
-def store_file(run: Path, store_dir: Path | None) -> Path | None:
-    """Where the store of ``run`` lies with that ``store_dir``, named after the run; None: in the run folder."""
-    return None if store_dir is None else store_dir.expanduser() / f"{run.resolve().name}.mtio"
 
 
 def describe_keys() -> str:

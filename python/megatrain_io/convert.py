@@ -65,7 +65,7 @@ _SPARE_BYTES = 1 << 20
 
 
 def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning of its own
-    path: Path,
+    paths: Sequence[Path],
     layout: ModelLayout,
     read: TensorReader,
     *,
@@ -77,13 +77,15 @@ def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning 
 ) -> str:
     """Make a store of ``layout`` with the weights that ``read`` gives, and return its UUID.
 
+    There is a path for each drive; chunks go to them in turn.
+
     A bf16 source costs 2 bytes a parameter on disk now, an fp16 or fp32 source 4 (bf16 format): planes that
     are zero are not written. Nothing is left behind when it fails.
 
     Raises:
         NoSpaceError, FormatError, StoreInUseError, StorageError.
     """
-    creator = StoreCreator(path, layout.manifest(model), engine, ledger or Ledger())
+    creator = StoreCreator(paths, layout.manifest(model), engine, ledger or Ledger())
     try:
         for chunk in layout.chunks:
             values, dtype = _chunk_values(layout, chunk, read)
@@ -101,7 +103,7 @@ def import_model(  # noqa: PLR0913 - as create_store
     run: RunFolder,
     *,
     precision: Precision,
-    store: Path | None = None,
+    stores: Sequence[Path] | None = None,
     chunk_parameters: int | None = None,
     durability: Durability = "step",
     engine: Engine = "auto",
@@ -117,7 +119,7 @@ def import_model(  # noqa: PLR0913 - as create_store
         model_dir: folder with config.json and weights in safetensors (bf16, fp16 or fp32).
         run: where the run lives; its folder is made if need be.
         precision: compute dtype. bf16 keeps fp32 masters, whatever the source.
-        store: path of the store; None = store.mtio in the run folder.
+        stores: paths of the store's files, one for each drive; None = store.mtio in the run folder.
         chunk_parameters: parameters of a chunk; None = by the model's size.
         durability: step = 24 bytes a parameter on the drive, each step survives a crash; scratch = 12, and
             only a store that was closed can be opened again.
@@ -132,8 +134,8 @@ def import_model(  # noqa: PLR0913 - as create_store
         NoSpaceError, StorageError: the drive of the store or of the run folder.
     """
     _check_precision("precision", precision)
-    target = run.own_store if store is None else store
-    _refuse_what_is_in_the_way(run, target)
+    targets = [run.own_store] if stores is None else list(stores)
+    _refuse_what_is_in_the_way(run, targets)
     folder = ModelFolder(model_dir)
     with Checkpoint(folder.weight_files()) as files:
         config = folder.config()
@@ -150,14 +152,15 @@ def import_model(  # noqa: PLR0913 - as create_store
             holding = ExitStack()
             undo.callback(holding.close)
             holding.enter_context(run.importing())
-            _make_folder(target.parent, undo)
+            for target in targets:
+                _make_folder(target.parent, undo)
             partial = run.model.with_name(run.model.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
             undo.callback(shutil.rmtree, partial, ignore_errors=True)
             partial.mkdir()
             folder.copy(["config.json", *companions], partial)
             uuid = create_store(
-                target,
+                targets,
                 layout,
                 lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop),
                 model={"config": folder.raw_config, "architecture": names.architecture, "tied": cut.tied},
@@ -166,11 +169,12 @@ def import_model(  # noqa: PLR0913 - as create_store
                 ledger=ledger,
                 progress=progress,
             )
-            undo.callback(target.unlink, missing_ok=True)
+            for target in targets:
+                undo.callback(target.unlink, missing_ok=True)
             partial.rename(run.model)
             undo.callback(shutil.rmtree, run.model, ignore_errors=True)
             sync_folder(run.path)
-            info = run.write(precision, target, uuid, model_dir)
+            info = run.write(precision, targets, uuid, model_dir)
             undo.pop_all()
             holding.close()
     return info
@@ -408,13 +412,13 @@ def _check_precision(option: str, value: str) -> None:
         raise ConfigError(f"{option} is {value!r}: it must be one of {', '.join(_DTYPES)}")
 
 
-def _refuse_what_is_in_the_way(run: RunFolder, store: Path) -> None:
+def _refuse_what_is_in_the_way(run: RunFolder, stores: Sequence[Path]) -> None:
     if run.is_imported:
         raise ConfigError(
             f"{run.path} already holds a model, imported from {run.read().source}. Train or export that one, or "
             "choose another folder"
         )
-    for path in (store, run.model):
+    for path in (*stores, run.model):
         if os.path.lexists(path):
             raise ConfigError(
                 f"{path} is in the way: {run.path} has no run.json, so this is not of a finished import. Remove it "

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatrain_io.config import store_file
 from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError, StorageError
 from megatrain_io.outside import HeldFile, glance, held
 from megatrain_io.run import RunFolder
@@ -44,13 +43,18 @@ class Leftovers:
     """What is to be removed of one run; found first, removed when the person has agreed."""
 
     def __init__(
-        self, run: RunFolder, *, store_dir: Path | None = None, cache: bool = False, store: bool = False
+        self,
+        run: RunFolder,
+        *,
+        store_dirs: Sequence[Path] | None = None,
+        cache: bool = False,
+        store: bool = False,
     ) -> None:
         """Look for what processes that were killed left behind.
 
         Args:
             run: its folder; an import may have been killed there before it was a run.
-            store_dir: folder of the store, where such an import was told one.
+            store_dirs: folders of the store, where such an import was told some.
             cache: the tokenised data, too: it is made anew when it is needed.
             store: the store, too, and what belongs to it: nothing of the training can be resumed then.
 
@@ -62,14 +66,12 @@ class Leftovers:
         self.run = run
         self._cache = cache
         self._store = store
-        if run.is_imported and store_dir is not None:
+        if run.is_imported and store_dirs is not None:
             raise ConfigError(
                 f"run.json says where the store of {run.path} is: leave --store-dir out. It is for imports that "
                 "were killed"
             )
-        self._store_path = (
-            run.store_path() if run.is_imported else store_file(run.path, store_dir) or run.own_store
-        )
+        self._store_paths = run.store_paths() if run.is_imported else run.stores_in(store_dirs)
         self.step: int | None = None
         """Last committed step of a store that is to be removed."""
         with self._holding():
@@ -83,9 +85,9 @@ class Leftovers:
         return sum(leftover.nbytes for leftover in self.found)
 
     @property
-    def store(self) -> Leftover | None:
-        """The store, where it is to be removed."""
-        return next((leftover for leftover in self.found if leftover.path == self._store_path), None)
+    def store_bytes(self) -> int:
+        """What the store takes on its drives; 0 where it is not to be removed."""
+        return sum(leftover.nbytes for leftover in self.found if leftover.path in self._store_paths)
 
     def remove(self) -> Sequence[Leftover]:
         """Remove what was found, and say what it was.
@@ -121,26 +123,34 @@ class Leftovers:
         with ExitStack() as stack:
             if self.run.path.is_dir():
                 stack.enter_context(self.run.importing())
-            paths = (self._store_path, _beside(self._store_path, _PARTIAL))
+            paths = [*self._store_paths, *self._partial()]
             yield {path: stack.enter_context(held(path)) for path in paths if _is_file(path)}
+
+    def _partial(self) -> list[Path]:
+        return [_beside(path, _PARTIAL) for path in self._store_paths]
 
     def _look(self) -> Iterator[Leftover]:
         """The store comes first: without it the rest is soon found again, but not the other way round."""
-        run, partial = self.run, _beside(self._store_path, _PARTIAL)
+        run = self.run
         if self._is_store_to_go():
-            yield _leftover(self._store_path, "the store")
+            yield from (_leftover(path, "the store") for path in self._store_paths)
         if self._store and run.is_imported:
-            if not _is_file(self._store_path):
+            missing = [str(path) for path in self._store_paths if not _is_file(path)]
+            if missing:
                 raise ConfigError(
-                    f"the store {self._store_path} is not there: if its drive is not mounted, mount it. Without it "
+                    f"the store {', '.join(missing)} is not there: if its drive is not mounted, mount it. Without it "
                     "run.json and the model folder are not removed"
                 )
             yield _leftover(run.info_file, "says where the store is")
             if run.model.is_dir():
                 yield _leftover(run.model, "configuration and tokeniser, as imported")
-        if _is_file(partial):
-            yield _leftover(partial, "store of an import that was killed")
-        for path in (self._store_path, partial):
+        partial = self._partial()
+        # The main file gets its name last: what has one before is no store yet.
+        named = self._store_paths[1:] if _is_file(partial[0]) else []
+        for path in (*named, *partial):
+            if _is_file(path):
+                yield _leftover(path, "store of an import that was killed")
+        for path in (*self._store_paths, *self._partial()):
             hint = _beside(path, _OWNER)
             if _is_file(hint) and not _is_file(path):  # else it goes when the file is let go
                 yield _leftover(hint, "names who held a store that is gone")
@@ -164,11 +174,11 @@ class Leftovers:
 
     def _is_store_to_go(self) -> bool:
         """Whether the store is to be removed; also refuses to remove what is another's."""
-        path, run = self._store_path, self.run
-        if not _is_file(path) or (run.is_imported and not self._store):
+        path, run = self._store_paths[0], self.run
+        if not all(map(_is_file, self._store_paths)) or (run.is_imported and not self._store):
             return False
         try:
-            found = glance(path)
+            found = glance(*self._store_paths)
         except MegatrainIoError as error:
             if not self._store:
                 return False

@@ -71,14 +71,14 @@ def owner_of(path: Path) -> Owner | None:
     return None if found is None else Owner(**found)
 
 
-def glance(path: Path) -> Glance:
-    """What the store says of itself, also while another process writes it.
+def glance(*paths: Path) -> Glance:
+    """What the store in these files says of itself, also while another process writes it.
 
     Raises:
         FormatError: it is no store, it was cut short, or no committed state of it holds.
         StorageError, UnsupportedError: it cannot be read.
     """
-    return Glance(**_lib.glance(path))
+    return Glance(**_lib.glance(paths))
 
 
 def waiting_line(path: Path) -> Callable[[str], None]:

@@ -2,7 +2,7 @@
 
 ::
 
-    RUN/run.json        version, precision, location and UUID of the store
+    RUN/run.json        version, precision, places and UUID of the store
     RUN/model/          config.json, tokenizer and chat template, as imported
     RUN/store.mtio      the store (elsewhere with memory.store_dir)
     RUN/config.yaml     the configuration of the last start
@@ -14,12 +14,14 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatrain_io.errors import (
     ConfigError,
@@ -42,14 +44,14 @@ class RunInfo:
     Attributes:
         version: of megatrain-io that imported the model.
         precision: compute dtype; bf16 keeps fp32 masters as bf16 + remainder.
-        store: path of the store; relative paths are meant from the run folder.
+        stores: paths of the store's files, one for each drive; relative ones are meant from the run folder.
         store_uuid: UUID of the store that was made for this run.
         source: the model folder it was imported from, for the record.
     """
 
     version: str
     precision: Precision
-    store: str
+    stores: Annotated[list[str], Field(min_length=1)]
     store_uuid: str
     source: str
 
@@ -71,14 +73,28 @@ class RunFolder:
         """Whether an import into this folder was finished."""
         return self.info_file.exists()
 
-    def write(self, precision: Precision, store: Path, store_uuid: str, source: Path) -> RunInfo:
+    def stores_in(self, folders: Sequence[Path] | None) -> list[Path]:
+        """The files of a store, one for each drive.
+
+        Args:
+            folders: one on each drive; the files there are named after the run. None: in the run folder.
+        """
+        if folders is None:
+            return [self.own_store]
+        name = self.path.resolve().name
+        endings = ["mtio", *(f"{drive}.mtio" for drive in range(1, len(folders)))]
+        return [
+            folder.expanduser() / f"{name}.{ending}" for folder, ending in zip(folders, endings, strict=True)
+        ]
+
+    def write(self, precision: Precision, stores: Sequence[Path], store_uuid: str, source: Path) -> RunInfo:
         """Record a finished import."""
-        store = store.resolve()
-        inside = store.is_relative_to(self.path.resolve())
+        here = self.path.resolve()
+        resolved = [store.resolve() for store in stores]
         info = RunInfo(
             version=version("megatrain-io"),
             precision=precision,
-            store=str(store.relative_to(self.path.resolve()) if inside else store),
+            stores=[str(each.relative_to(here) if each.is_relative_to(here) else each) for each in resolved],
             store_uuid=store_uuid,
             source=str(source.resolve()),
         )
@@ -119,15 +135,17 @@ class RunFolder:
                 f"or import a model first: megatrain-io import MODEL {self.path}"
             )
         try:
-            return RunInfo(**json.loads(self.info_file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            return TypeAdapter(RunInfo).validate_json(self.info_file.read_bytes(), strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the whole"
             raise ConfigError(
-                f"{self.info_file} is damaged ({error}); the store itself is not touched"
+                f"{self.info_file} is damaged ({place}: {first['msg']}); the store itself is not touched"
             ) from error
 
-    def store_path(self) -> Path:
-        """Path of the store."""
-        return self.path / self.read().store
+    def store_paths(self) -> list[Path]:
+        """Paths of the store's files, one for each drive."""
+        return [self.path / store for store in self.read().stores]
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

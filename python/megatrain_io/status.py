@@ -38,9 +38,9 @@ class RunStatus:
         source: the model folder it was imported from.
         version: of megatrain-io that imported it.
         precision: compute dtype.
-        store: path of the store.
-        store_bytes: what it takes on the drive.
-        file_system: type of the file system it lies on.
+        stores: paths of the store's files, one for each drive.
+        store_bytes: what it takes on its drives.
+        file_system: type of the file system that the first of them lies on.
         is_direct: whether that has direct I/O.
         parameters: of the model.
         durability: whether a committed step survives a crash, or only a clean end does (scratch).
@@ -60,7 +60,7 @@ class RunStatus:
     source: str
     version: str
     precision: str
-    store: Path
+    stores: tuple[Path, ...]
     store_bytes: int | None = None
     file_system: str | None = None
     is_direct: bool | None = None
@@ -83,17 +83,18 @@ def examine(run: RunFolder) -> RunStatus:
     Raises:
         ConfigError: this is no run folder.
     """
-    info, store = run.read(), run.store_path()
+    info, stores = run.read(), tuple(run.store_paths())
+    store = stores[0]
     status = RunStatus(
         run=run.path,
         architecture=_architecture(run),
         source=info.source,
         version=info.version,
         precision=info.precision,
-        store=store,
+        stores=stores,
     )
     try:
-        owner, found = owner_of(store), glance(store)
+        owner, found = owner_of(store), glance(*stores)
         if found.uuid != info.store_uuid:
             raise FormatError(f"{store} is store {found.uuid}, and run.json names {info.store_uuid}")
         progress = TrainerState.parse(found.blob)
@@ -109,7 +110,7 @@ def examine(run: RunFolder) -> RunStatus:
     report = last_report(run.metrics)
     status = replace(
         status,
-        store_bytes=store.stat().st_blocks * 512,
+        store_bytes=sum(each.stat().st_blocks * 512 for each in stores),
         file_system=_file_system(store),
         is_direct=found.is_direct,
         parameters=layout.parameters,
@@ -136,13 +137,17 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "model", f"{model}, imported from {status.source} by megatrain-io {status.version}"
     yield "precision", status.precision
     if status.problem is not None:
-        yield "store", str(status.store)
+        yield "store", ", ".join(map(str, status.stores))
         yield "problem", status.problem
     else:
         io = "direct I/O" if status.is_direct else "no direct I/O: transfers go through the page cache"
         size = decimal(status.store_bytes or 0)
+        stores = ", ".join(map(str, status.stores))
         yield "parameters", f"{status.parameters:,}"
-        yield "store", f"{status.store}: {size} on {status.file_system or 'an unknown file system'}, {io}"
+        yield (
+            "store",
+            f"{stores}: {size} on {status.file_system or 'an unknown file system'}, {io}",
+        )
         last = "" if status.max_steps is None else f" of {status.max_steps}"
         loss = "" if status.loss is None else f", loss {status.loss:.4f}"
         yield "committed", f"step {status.step}{last}{loss} (generation {status.generation})"

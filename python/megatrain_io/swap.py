@@ -156,14 +156,8 @@ class PagedState:
     Ctrl-C.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        engine: Engine = "auto",
-        ledger: Ledger | None = None,
-    ) -> None:
-        """Open the store at its newest whole generation.
+    def __init__(self, *paths: Path, engine: Engine = "auto", ledger: Ledger | None = None) -> None:
+        """Open the store at its newest whole generation; its files lie at ``paths``, one for each drive.
 
         A store in use is waited for, five seconds at most: a killed process holds it until its last writes
         have landed. After one second the log says what is waited for.
@@ -173,8 +167,8 @@ class PagedState:
                 it was.
         """
         self.ledger = ledger or Ledger()
-        self.path = path
-        self._store = _lib.Store(path, engine, self.ledger, waiting_line(path))
+        self.path = paths[0]
+        self._store = _lib.Store(paths, engine, self.ledger, waiting_line(self.path))
         self.layout = ModelLayout.from_manifest(self._store.manifest)
         self._pipeline: _lib.Pipeline | None = None
         self._borrowed: weakref.WeakSet[BorrowedRecord] = weakref.WeakSet()
@@ -187,7 +181,7 @@ class PagedState:
             FormatError: the store in its place is another run's; and what opening raises.
         """
         info = run.read()
-        state = cls(run.store_path(), engine=engine, ledger=ledger)
+        state = cls(*run.store_paths(), engine=engine, ledger=ledger)
         if state.uuid != info.store_uuid:
             found = state.uuid
             state.close()

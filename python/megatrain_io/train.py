@@ -18,7 +18,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from megatrain_io.config import RunConfig, TrainConfig, store_file
+from megatrain_io.config import RunConfig, TrainConfig
 from megatrain_io.convert import import_model
 from megatrain_io.data import DataOptions, prepare
 from megatrain_io.errors import ConfigError, InterruptedRunError
@@ -142,13 +142,12 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> boo
         return False
     if resume:
         raise ConfigError(f"{run.path} has no run to resume: leave --resume out to start one")
-    store_dir = config.memory.store_dir
     try:
         import_model(
             Path(config.model),
             run,
             precision=config.train.precision,
-            store=store_file(run.path, None if store_dir is None else Path(store_dir)),
+            stores=run.stores_in(config.memory.store_dir),
             durability=config.memory.durability,
             engine=config.memory.io_backend,
         )

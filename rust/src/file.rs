@@ -42,6 +42,7 @@ pub struct DirectFile {
     path: PathBuf,
     direct: bool,
     locked: bool,
+    drive: usize,
 }
 
 impl DirectFile {
@@ -144,7 +145,7 @@ impl DirectFile {
     fn over(file: File, path: &Path, direct: bool) -> Result<Self> {
         let not_inherited = NotInherited::new(&file)?;
         let path = path.to_owned();
-        Ok(Self { _not_inherited: not_inherited, file, path, direct, locked: false })
+        Ok(Self { _not_inherited: not_inherited, file, path, direct, locked: false, drive: 0 })
     }
 
     /// Who holds an existing file, or `None` when nobody does. Waits for nothing.
@@ -215,6 +216,19 @@ impl DirectFile {
 
     fn metadata(&self) -> Result<fs::Metadata> {
         self.file.metadata().map_err(|e| Error::io("stat", &self.path, 0, 0, e))
+    }
+
+    /// The same file as that of another drive of its store.
+    #[must_use]
+    pub fn on_drive(mut self, drive: usize) -> Self {
+        self.drive = drive;
+        self
+    }
+
+    /// Which of its store's drives it lies on.
+    #[must_use]
+    pub fn drive(&self) -> usize {
+        self.drive
     }
 
     /// The path it was opened by.

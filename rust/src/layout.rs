@@ -15,8 +15,10 @@ pub struct Chunk {
     pub start: u64,
     /// Number of parameters; fewer in a record's last chunk.
     pub parameters: usize,
+    /// Which drive all of it lies on.
+    pub drive: usize,
     format: StateFormat,
-    /// Offsets of the two plane groups from the start of the copy's area.
+    /// Offsets of the two plane groups from the start of the copy's area on that drive.
     offsets: [u64; 2],
 }
 
@@ -53,16 +55,24 @@ impl Chunk {
     }
 }
 
+/// The areas of one drive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Areas {
+    /// Bytes of one copy of the chunks of trained records.
+    copy_bytes: u64,
+    /// Bytes of the chunks of the others.
+    single_bytes: u64,
+}
+
 /// All chunks and their places; computed from the manifest alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     chunks: Vec<Chunk>,
     records: Vec<Range<usize>>,
     parameters: Vec<u64>,
-    /// Bytes of one copy of all trained records, and how many copies there are.
-    copy_bytes: u64,
+    /// How many copies there are of trained records.
     copies: u64,
-    single_bytes: u64,
+    drives: Vec<Areas>,
     table_start: Vec<usize>,
 }
 
@@ -75,7 +85,7 @@ impl Layout {
         manifest.validate()?;
         let mut chunks = Vec::new();
         let mut records = Vec::new();
-        let (mut copy_bytes, mut single_bytes) = (0_u64, 0_u64);
+        let mut drives = vec![Areas::default(); manifest.drives];
         for (index, record) in manifest.records.iter().enumerate() {
             let first = chunks.len();
             let mut start = 0;
@@ -86,16 +96,21 @@ impl Layout {
                     record: index,
                     start,
                     parameters,
+                    // In turn, so that all drives work on each block.
+                    drive: chunks.len() % manifest.drives,
                     format: record.format,
                     offsets: [0; 2],
                 });
                 start += length;
             }
-            // A block's weights lie in one run: forward and backward read nothing else of it.
-            let area =
-                if record.format.is_trainable() { &mut copy_bytes } else { &mut single_bytes };
+            // A block's weights lie in one run on each drive: forward and backward read nothing else of it.
             for group in Group::ALL {
                 for chunk in &mut chunks[first..] {
+                    let areas = &mut drives[chunk.drive];
+                    let area = match record.format.is_trainable() {
+                        true => &mut areas.copy_bytes,
+                        false => &mut areas.single_bytes,
+                    };
                     chunk.offsets[usize::from(group.index())] = *area;
                     *area += chunk.extent_bytes(group) as u64;
                 }
@@ -110,13 +125,15 @@ impl Layout {
             }
         }
         let huge = HUGE_PAGE_BYTES as u64;
-        let copy_bytes = round_up(copy_bytes, huge).ok_or("the store is too large")?;
+        for areas in &mut drives {
+            areas.copy_bytes = round_up(areas.copy_bytes, huge).ok_or("the store is too large")?;
+        }
         let parameters = manifest.records.iter().map(|r| r.parameters).collect();
         let copies = match manifest.durability {
             Durability::Step => 2,
             Durability::Scratch => 1,
         };
-        Ok(Self { chunks, records, parameters, copy_bytes, copies, single_bytes, table_start })
+        Ok(Self { chunks, records, parameters, copies, drives, table_start })
     }
 
     /// All chunks, in the order of the parameter space.
@@ -146,10 +163,16 @@ impl Layout {
             .sum()
     }
 
-    /// Bytes of the data area: copies A and B, then the single copies of untrained records.
+    /// Number of drives.
     #[must_use]
-    pub fn data_bytes(&self) -> u64 {
-        self.copies * self.copy_bytes + self.single_bytes
+    pub fn drives(&self) -> usize {
+        self.drives.len()
+    }
+
+    /// Bytes of a drive's data area: copies A and B, then the single copies of untrained records.
+    #[must_use]
+    pub fn data_bytes(&self, drive: usize) -> u64 {
+        self.copies * self.drives[drive].copy_bytes + self.drives[drive].single_bytes
     }
 
     /// Whether a chunk has a copy B.
@@ -158,14 +181,15 @@ impl Layout {
         self.copies == 2 && self.chunks[chunk].format.is_trainable()
     }
 
-    /// Offset of an extent from the start of the data area.
+    /// Offset of an extent from the start of the data area of the chunk's drive.
     #[must_use]
     pub fn extent_offset(&self, chunk: usize, group: Group, copy: CopyId) -> u64 {
         let chunk = &self.chunks[chunk];
+        let copy_bytes = self.drives[chunk.drive].copy_bytes;
         let area = match (chunk.format.is_trainable(), copy) {
             (true, CopyId::A) => 0,
-            (true, CopyId::B) => self.copy_bytes,
-            (false, _) => self.copies * self.copy_bytes,
+            (true, CopyId::B) => copy_bytes,
+            (false, _) => self.copies * copy_bytes,
         };
         area + chunk.offsets[usize::from(group.index())]
     }
@@ -205,6 +229,7 @@ pub(crate) mod tests {
         let name = |index: usize| format!("layer.{index}");
         Manifest {
             chunk_parameters,
+            drives: 1,
             durability: Durability::Step,
             records: records
                 .iter()
@@ -261,7 +286,7 @@ pub(crate) mod tests {
             }
             for (offset, bytes) in &extents {
                 prop_assert!(offset % 4096 == 0 && bytes % 4096 == 0);
-                prop_assert!(offset + bytes <= layout.data_bytes());
+                prop_assert!(offset + bytes <= layout.data_bytes(0));
             }
         }
 
@@ -293,7 +318,7 @@ pub(crate) mod tests {
     fn a_store_of_bf16_takes_24_bytes_a_parameter() {
         let layout =
             Layout::new(&manifest(1 << 21, &[(StateFormat::Bf16, 1 << 23)])).expect("valid");
-        assert_eq!(layout.data_bytes(), 24 << 23);
+        assert_eq!(layout.data_bytes(0), 24 << 23);
     }
 
     #[test]

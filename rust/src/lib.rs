@@ -1,13 +1,14 @@
 //! The engine beneath `megatrain-io`: NVMe is the memory, RAM is a small window onto it.
 //!
 //! Floors, lowest first (a file uses only floors below its own; `docs/design.md` has the table):
-//! 0 `units` `error` `checksum` `ledger` `buffer` `fork` | 1 `file` `pool` `engine` |
+//! 0 `units` `error` `checksum` `ledger` `buffer` `fork` | 1 `file` `drives` `pool` `engine` |
 //! 2 `engine::{uring, threads, faulty}` `adamw` `manifest` `layout` | 3 `store` | 4 `pipeline`.
 //! The Python bindings are a crate of their own, `rust/py`; this crate knows nothing of Python.
 
 pub mod adamw;
 pub mod buffer;
 pub mod checksum;
+pub mod drives;
 pub mod engine;
 pub mod error;
 pub mod file;

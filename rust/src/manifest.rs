@@ -5,6 +5,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
+use crate::drives::check_count;
 use crate::units::{StateFormat, TENSOR_ALIGNMENT};
 
 /// A manifest is at most this long, in bytes.
@@ -28,6 +29,9 @@ pub struct Manifest {
     /// When a step survives a crash.
     #[serde(default)]
     pub durability: Durability,
+    /// Number of drives that the chunks are spread over.
+    #[serde(default = "one")]
+    pub drives: usize,
     /// The records, in the order of the parameter space.
     pub records: Vec<Record>,
     /// The tensors, by record and offset.
@@ -35,6 +39,10 @@ pub struct Manifest {
     /// The model's own configuration, as it was imported; not interpreted here.
     #[serde(deserialize_with = "small_value")]
     pub model: serde_json::Value,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// What a store promises.
@@ -126,6 +134,7 @@ impl Manifest {
                 self.chunk_parameters
             ));
         }
+        check_count(self.drives).map_err(|error| error.to_string())?;
         if self.tensors.len() > TENSORS_MAX || self.records.len() > TENSORS_MAX {
             return Err(format!(
                 "{} tensors in {} records: the limit is {TENSORS_MAX}",

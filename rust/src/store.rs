@@ -1,20 +1,20 @@
-//! The store: a file in which a whole training state changes from one step to the next at once.
+//! The store: a file (one on each drive) in which a whole training state changes from one step to the next at once.
 //!
 //! A chunk's first write since the last commit goes to the copy that the committed table does not
 //! name; a commit makes the working table the committed one. `docs/design.md` draws the bytes and
 //! has the state table; `commit.rs` and `recovery.rs` are the two halves of the promise.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::buffer::Slot;
 use crate::checksum::{self, Binding, Mismatch};
+use crate::drives::Drives;
 use crate::engine::choice::Choice;
 use crate::engine::faulty::{Fault, Point};
 use crate::engine::{self, Engine, Operation};
 use crate::error::{Error, Result};
-use crate::file::DirectFile;
 use crate::layout::{Durability, Layout, Manifest};
 use crate::ledger::{Entry as LedgerEntry, Ledger};
 use crate::store::header::Header;
@@ -38,7 +38,7 @@ mod superblock;
 mod table;
 mod verify;
 
-pub use commit::{Sequence, Sequenced};
+pub use commit::{Next, Sequence, Sequenced};
 pub use create::Creator;
 pub use recovery::Glance;
 pub use table::{Entry, Table};
@@ -71,7 +71,7 @@ pub struct OpenOptions {
 /// An open store. Sharing it between threads is fine; a step is driven by one `Pipeline`.
 #[derive(Debug)]
 pub struct Store {
-    file: Arc<DirectFile>,
+    drives: Drives,
     engine: Arc<dyn Engine>,
     engine_note: Option<String>,
     header: Header,
@@ -105,6 +105,8 @@ struct CommitBuffers {
 /// A read of one plane group, planned from a table entry.
 #[derive(Clone, Debug)]
 pub struct ReadPlan {
+    /// Which drive's file.
+    pub drive: usize,
     /// File offset in bytes.
     pub offset: u64,
     /// Bytes to read; 0 when every plane is zero.
@@ -118,6 +120,8 @@ pub struct ReadPlan {
 /// A write of one plane group, planned by the copy rule.
 #[derive(Clone, Copy, Debug)]
 pub struct WritePlan {
+    /// Which drive's file.
+    pub drive: usize,
     /// File offset in bytes.
     pub offset: u64,
     /// What the checksums are bound to.
@@ -127,39 +131,40 @@ pub struct WritePlan {
 }
 
 impl Store {
-    /// Opens a store at its newest whole generation.
+    /// Opens a store at its newest whole generation. `paths` are its files, the main one first, in the
+    /// order in which it was created.
     ///
     /// # Errors
-    /// `InUse`, `Format`, `Corrupt`, `Unsupported`, `Io`; the file is not changed by any of them.
-    pub fn open(path: &Path, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
-        Self::open_in(DirectFile::open(path)?, options, ledger)
+    /// `InUse`, `Format`, `Corrupt`, `Unsupported`, `Io`; no file is changed by any of them.
+    pub fn open(paths: &[PathBuf], options: OpenOptions, ledger: &Ledger) -> Result<Self> {
+        Self::open_in(Drives::open_waiting(paths, &mut |_, _| Ok(()))?, options, ledger)
     }
 
-    /// The same, in a file that is open and locked already.
+    /// The same, in files that are open and locked already.
     ///
     /// # Errors
     /// As `open`, but for `InUse`.
-    pub fn open_in(file: DirectFile, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
-        recovery::open(file, options, ledger)
+    pub fn open_in(drives: Drives, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
+        recovery::open(drives, options, ledger)
     }
 
-    /// What the store in a file says of itself. Neither locks it nor verifies it.
+    /// What the store in these files says of itself. Neither locks nor verifies it.
     ///
     /// # Errors
     /// `Format` when it is no store or nothing of it holds, `Unsupported`, `Io`.
-    pub fn glance(path: &Path) -> Result<Glance> {
-        Glance::at(path)
+    pub fn glance(paths: &[PathBuf]) -> Result<Glance> {
+        Glance::at(paths)
     }
 
-    /// Opens the store in a file that this process has locked, over an engine that runs.
+    /// Opens the store in files that this process has locked, over an engine that runs.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn open_on(
-        file: &Arc<DirectFile>,
+        drives: &Drives,
         engine: Arc<dyn Engine>,
         boot_id: [u8; 16],
         ledger: &Ledger,
     ) -> Result<Self> {
-        recovery::open_on(Arc::clone(file), engine, None, boot_id, ledger)
+        recovery::open_on(drives.clone(), engine, None, boot_id, ledger)
     }
 
     /// Where the data area begins, in bytes.
@@ -192,10 +197,10 @@ impl Store {
         (&self.engine, self.engine_note.as_deref())
     }
 
-    /// The data file.
+    /// Its files, one on each drive.
     #[must_use]
-    pub fn file(&self) -> &Arc<DirectFile> {
-        &self.file
+    pub fn drives(&self) -> &Drives {
+        &self.drives
     }
 
     /// The ledger in which the store's memory stands.
@@ -243,6 +248,7 @@ impl Store {
     pub fn plan_read(&self, table: &Table, chunk: usize, group: Group) -> ReadPlan {
         let entry = table.entry(&self.layout, chunk, group);
         ReadPlan {
+            drive: self.layout.chunks()[chunk].drive,
             offset: self.header.data_offset + self.layout.extent_offset(chunk, group, entry.copy),
             bytes: self.layout.chunks()[chunk].stored_bytes(group, usize::from(entry.planes)),
             binding: self.binding(chunk, group, entry.generation),
@@ -280,6 +286,7 @@ impl Store {
         };
         let planes = u8::try_from(planes).map_err(|_| Error::invalid("at most three planes"))?;
         Ok(WritePlan {
+            drive: self.layout.chunks()[chunk].drive,
             offset: self.header.data_offset + self.layout.extent_offset(chunk, group, copy),
             binding: self.binding(chunk, group, next),
             entry: Entry { generation: next, copy, planes },
@@ -307,7 +314,7 @@ impl Store {
                 let (front, result) = engine::perform(
                     &*self.engine,
                     Operation::Read,
-                    &self.file,
+                    self.drives.file(plan.drive),
                     plan.offset,
                     Some(front),
                 );
@@ -329,7 +336,7 @@ impl Store {
     #[must_use]
     pub fn corrupt(&self, chunk: usize, group: Group, offset: u64, mismatch: Mismatch) -> Error {
         Error::Corrupt {
-            path: self.file.path().into(),
+            path: self.drives.file(self.layout.chunks()[chunk].drive).path().into(),
             what: self.describe(chunk, group),
             offset: offset + (mismatch.unit * checksum::UNIT_BYTES) as u64,
             expected: mismatch.expected,
@@ -392,7 +399,7 @@ impl Store {
     /// Gives a scratch store up: something was written since its last commit, and that cannot be taken
     /// back. The next open refuses it.
     pub(crate) fn give_up(&self) -> Error {
-        self.poison(Error::Lost { path: self.file.path().into() })
+        self.poison(Error::Lost { path: self.drives.path().into() })
     }
 
     /// Whether clean marker and rejected superblock are out of the way, so that extents may be written.

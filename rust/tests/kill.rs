@@ -60,7 +60,7 @@ impl Life {
 
     fn open(&self, path: &Path) -> Result<Store, Error> {
         Store::open(
-            path,
+            &self.shape.files(path),
             OpenOptions { engine: self.engine, ..OpenOptions::default() },
             &Ledger::new(),
         )
@@ -189,7 +189,7 @@ fn kill(life: &Life, path: &Path, pause: Duration, mut moment: impl FnMut(&str) 
 
 /// Whether the kernel lets us have this engine.
 fn is_refused(engine: Choice) -> bool {
-    let refused = choice::start(engine).err();
+    let refused = choice::start(engine, 1).err();
     if let Some(error) = &refused {
         report(&format!("skipped: no engine, no kills: {error}"));
     }
@@ -200,7 +200,10 @@ fn kills(engine: Choice, shape: Shape, count: u64) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
     let options = OpenOptions { engine, ..OpenOptions::default() };
-    drop(Store::create_empty(&path, shape.manifest(), options, &Ledger::new()).expect("created"));
+    drop(
+        Store::create_empty(&shape.files(&path), shape.manifest(), options, &Ledger::new())
+            .expect("created"),
+    );
     let seed = fastrand::u64(..);
     let mut random = fastrand::Rng::with_seed(seed);
     let mut memory = Memory::new(&shape);
@@ -280,7 +283,8 @@ fn the_store_opens_again_while_writes_of_the_killed_process_land() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("store");
         let options = OpenOptions { engine, ..OpenOptions::default() };
-        Store::create_empty(&path, WIDE.manifest(), options, &Ledger::new()).expect("created");
+        Store::create_empty(&WIDE.files(&path), WIDE.manifest(), options, &Ledger::new())
+            .expect("created");
         let mut memory = Memory::new(&WIDE);
         let (mut slowest, mut in_flight) = (Duration::ZERO, 0);
         for _ in 0..4 {

@@ -14,7 +14,7 @@ PACKAGE = "megatrain_io"
 ROOT_MODULE = {"python": "__init__", "rust": "lib"}
 
 PYTHON_FLOORS: dict[str, int] = {
-    **dict.fromkeys(["config", "errors", "interrupt", "metrics", "run", "trainer_state"], 0),
+    **dict.fromkeys(["config", "config_values", "errors", "interrupt", "metrics", "run", "trainer_state"], 0),
     **dict.fromkeys(["layout", "miniature", "model", "probe", "schedule", "skeleton", "workspace"], 1),
     **dict.fromkeys(["data", "documents", "rows", "sources", "tokens"], 1),
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
@@ -27,7 +27,9 @@ PYTHON_FLOORS: dict[str, int] = {
 }
 RUST_FLOORS: dict[str, int] = {
     **dict.fromkeys(["buffer", "checksum", "error", "fork", "ledger", "units"], 0),
-    **dict.fromkeys(["engine", "file", "pool"], 1),  # engine.conformance is the test body of the trait
+    **dict.fromkeys(
+        ["drives", "engine", "file", "pool"], 1
+    ),  # engine.conformance is the test body of the trait
     **dict.fromkeys(["engine.choice", "engine.faulty", "engine.memory", "engine.threads", "engine.uring"], 2),
     **dict.fromkeys(["adamw", "layout", "manifest"], 2),
     **dict.fromkeys(["store"], 3),

@@ -6,7 +6,7 @@ Slow and whole in RAM, for small stores. Whatever the document leaves out, this 
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -55,7 +55,8 @@ class Chunk:
     start: int
     parameters: int
     format: str
-    offsets: tuple[int, int]
+    drive: int = 0
+    offsets: tuple[int, int] = (0, 0)
 
     def stored(self, group: int, planes: int) -> int:
         return _up(self.parameters * sum(width for _, width in PLANES[self.format][group][:planes]), PAGE)
@@ -67,20 +68,25 @@ class Chunk:
 class StoreReader:
     """The state of a store that counts; every checksum on the way is compared."""
 
-    def __init__(self, path: Path) -> None:
-        self.bytes = path.read_bytes()
+    def __init__(self, *paths: Path) -> None:
+        self.files = [path.read_bytes() for path in paths]
         header = self._sealed(0, b"MTIOSTOR")
-        assert header == self._sealed(512 << 10, b"MTIOSTOR")
-        assert struct.unpack_from("<III", header, 8) == (0x01020304, 0, 2)
         self.uuid = header[44:60]
+        for drive, content in enumerate(self.files):
+            own = self._sealed(0, b"MTIOSTOR", drive)
+            assert own == self._sealed(512 << 10, b"MTIOSTOR", drive)
+            assert struct.unpack_from("<III", own, 8) == (0x01020304, 0, 3)
+            assert struct.unpack_from("<II", own, 76) == (drive, len(paths))
+            assert (own[44:76], own[84:176]) == (header[44:76], header[84:176])
+            assert header_u64(own, 176) == len(content)
         manifest_at, manifest_bytes, manifest_crc = struct.unpack_from("<QQQ", header, 104)
         self.tables = struct.unpack_from("<QQ", header, 128)
         self.blobs = struct.unpack_from("<QQ", header, 152)
         self.table_bytes, self.data = header_u64(header, 144), header_u64(header, 168)
-        assert header_u64(header, 176) == len(self.bytes)
-        text = self.bytes[manifest_at : manifest_at + manifest_bytes]
+        text = self._at(manifest_at, manifest_bytes)
         assert crc64_nvme(text) == manifest_crc
         self.manifest = json.loads(text)
+        assert self.manifest["drives"] == len(paths)
         self.chunks, self.copy_bytes = self._lay_out()
         found = [self._superblock(side, manifest_crc) for side in (0, 1)]
         superblocks = sorted((s for s in found if s is not None), key=lambda s: -header_u64(s, 24))
@@ -93,12 +99,12 @@ class StoreReader:
         self.is_clean = marker[8:40] == superblock[8:40] and marker[:8] == b"MTIOCLEN"
         self._sums_at = self._sum_places()
 
-    def _at(self, offset: int, count: int) -> bytes:
-        assert offset + count <= len(self.bytes)
-        return self.bytes[offset : offset + count]
+    def _at(self, offset: int, count: int, drive: int = 0) -> bytes:
+        assert offset + count <= len(self.files[drive])
+        return self.files[drive][offset : offset + count]
 
-    def _sealed(self, offset: int, magic: bytes) -> bytes | None:
-        page = self._at(offset, PAGE)
+    def _sealed(self, offset: int, magic: bytes, drive: int = 0) -> bytes | None:
+        page = self._at(offset, PAGE, drive)
         holds = page[:8] == magic and crc32c(page[:-4]) == int.from_bytes(page[-4:], "little")
         return page if holds else None
 
@@ -123,25 +129,33 @@ class StoreReader:
             header_u64(superblock, 72),
         )
 
-    def _lay_out(self) -> tuple[list[Chunk], int]:
-        chunks, areas = [], {True: 0, False: 0}
+    def _lay_out(self) -> tuple[list[Chunk], list[int]]:
+        drives = self.manifest["drives"]
+        chunks, areas = [], {(drive, trained): 0 for drive in range(drives) for trained in (True, False)}
         for index, record in enumerate(self.manifest["records"]):
             size = self.manifest["chunk_parameters"]
             starts = range(0, record["parameters"], size)
             cut = [
-                Chunk(index, s, min(size, record["parameters"] - s), record["format"], (0, 0)) for s in starts
+                Chunk(
+                    index,
+                    s,
+                    min(size, record["parameters"] - s),
+                    record["format"],
+                    (len(chunks) + n) % drives,
+                )
+                for n, s in enumerate(starts)
             ]
             trained = bool(PLANES[record["format"]][1])
             places: list[list[int]] = [[], []]
             for group in (0, 1):
                 for chunk in cut:
-                    places[group].append(areas[trained])
-                    areas[trained] += chunk.extent(group)
+                    places[group].append(areas[chunk.drive, trained])
+                    areas[chunk.drive, trained] += chunk.extent(group)
             chunks += [
-                Chunk(c.record, c.start, c.parameters, c.format, offsets)
-                for c, offsets in zip(cut, zip(*places, strict=True), strict=True)
+                replace(chunk, offsets=offsets)
+                for chunk, offsets in zip(cut, zip(*places, strict=True), strict=True)
             ]
-        return chunks, _up(areas[True], 2 * MIB)
+        return chunks, [_up(areas[drive, True], 2 * MIB) for drive in range(drives)]
 
     def _sum_places(self) -> list[int]:
         at, places = 16 * 2 * len(self.chunks), []
@@ -158,8 +172,10 @@ class StoreReader:
         generation, copy, planes = struct.unpack_from("<QBB", self._table, 16 * entry)
         assert generation <= self.generation
         copies = 1 if self.manifest["durability"] == "scratch" else 2
-        area = copy * self.copy_bytes if PLANES[chunk.format][1] else copies * self.copy_bytes
-        content = self._at(self.data + area + chunk.offsets[group], chunk.stored(group, planes))
+        copy_bytes = self.copy_bytes[chunk.drive]
+        area = copy * copy_bytes if PLANES[chunk.format][1] else copies * copy_bytes
+        place = self.data + area + chunk.offsets[group]
+        content = self._at(place, chunk.stored(group, planes), chunk.drive)
         for unit in range(-(-len(content) // MIB)):
             prefix = struct.pack("<16sIB3xQQ", self.uuid, chunk_index, group, generation, unit)
             found = crc32c(prefix + content[unit * MIB : (unit + 1) * MIB])

@@ -14,7 +14,7 @@ import torch
 from megatrain_io.model import CutModel
 from megatrain_io.stream import PagedModel
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
-from paged import Case, cut_model, make_store, to_micro_batch
+from paged import Case, cut_model, files, make_store, to_micro_batch
 from reference.reference import micro_batches
 
 STEPS = 3
@@ -37,7 +37,7 @@ def resident() -> dict[str, int]:
 
 
 def run(store: Path, cut: CutModel, steps: list) -> PagedState:
-    with PagedState(store) as state:
+    with PagedState(*files(store)) as state:
         model = PagedModel(cut, state)
         state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.1))
         for number, step in enumerate(steps, start=1):

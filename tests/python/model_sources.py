@@ -63,7 +63,7 @@ def bring_in(source, run, precision="bf16", **options):
 
 
 def planes(run):
-    with PagedState(run.store_path(), engine=ENGINE) as state:
+    with PagedState(*run.store_paths(), engine=ENGINE) as state:
         return all_planes(state)
 
 

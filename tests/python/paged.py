@@ -1,6 +1,7 @@
 """Paged training of the reference's tiny models, for the tests. Run as a script it trains until killed."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from megatrain_io.probe import CutFacts, probe
 from megatrain_io.stream import PagedModel, model_parts
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
 from reference.reference import Hyperparameters, build, micro_batches, tiny_config
+
+PROFILE = "MEGATRAIN_TEST_DRIVES"
+DRIVES = int(os.environ.get(PROFILE, "1"))
+"""Drives of the stores that tests make, where they do not say themselves."""
 
 PLANES = ("weight", "master", "exp_avg", "exp_avg_sq")
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -60,12 +65,23 @@ def cut_model(case: Case) -> CutModel:
     return CutModel(case.config, case.dtype, facts_of(case.family, case.tied))
 
 
-def make_store(path: Path, case: Case, chunk_parameters: int | None = None, engine: str = "auto") -> None:
+def files(path: Path, drives: int = DRIVES) -> list[Path]:
+    """The files of the store that a test calls ``path``, one for each drive."""
+    return [path, *(path.with_name(f"{path.name}.{drive}") for drive in range(1, drives))]
+
+
+def make_store(
+    path: Path,
+    case: Case,
+    chunk_parameters: int | None = None,
+    engine: str = "auto",
+    drives: int = DRIVES,
+) -> None:
     cut = cut_model(case)
     layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype], chunk_parameters)
     source = dict(case.model.named_parameters())
     create_store(
-        path,
+        files(path, drives),
         layout,
         lambda place, start, stop: source[place.name].detach().reshape(-1)[start:stop],
         model={},
@@ -76,10 +92,16 @@ def make_store(path: Path, case: Case, chunk_parameters: int | None = None, engi
 
 @contextmanager
 def opened(
-    path: Path, case: Case, *, engine: str = "auto", threads: int = 0, small_pool: bool = False
+    path: Path,
+    case: Case,
+    *,
+    engine: str = "auto",
+    threads: int = 0,
+    small_pool: bool = False,
+    drives: int = DRIVES,
 ) -> Iterator[PagedModel]:
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
-    with PagedState(path, engine=engine) as state:
+    with PagedState(*files(path, drives), engine=engine) as state:
         model = PagedModel(cut_model(case), state)
         hyperparameters = case.hyperparameters
         state.start(

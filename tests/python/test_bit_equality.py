@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from paged import Case, all_planes, differing, expected_planes, make_store, opened, train
+from paged import DRIVES, Case, all_planes, differing, expected_planes, make_store, opened, train
 from reference.reference import train as train_in_memory
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def check(case, path, *, chunk_parameters=None, engine="auto", threads=0, small_pool=False):
-    make_store(path, case, chunk_parameters, engine)
-    with opened(path, case, engine=engine, threads=threads, small_pool=small_pool) as model:
+def check(case, path, *, chunk_parameters=None, engine="auto", drives=DRIVES, **how):
+    make_store(path, case, chunk_parameters, engine, drives)
+    with opened(path, case, engine=engine, drives=drives, **how) as model:
         losses = train(model, case)
         planes = all_planes(model.state)
     expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
@@ -39,6 +39,8 @@ def test_twenty_steps_equal_stock_training(tmp_path, family, tied, dtype, micro_
         {"engine": "threads"},
         {"threads": 1},
         {"threads": 2},
+        {"drives": 2},
+        {"drives": 3, "chunk_parameters": 4096, "engine": "threads"},
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ from megatrain_io.run import RunFolder, RunInfo
 from megatrain_io.swap import Damage, VerifyReport
 
 VERBS = ["import", "train", "generate", "export", "verify", "status", "clean", "doctor"]
-INFO = RunInfo("0.1.0", "bf16", "store.mtio", "uuid-1", "/m")
+INFO = RunInfo("0.1.0", "bf16", ["store.mtio"], "uuid-1", "/m")
 TRAIN = ["train", "model=m", "output_dir=runs/x", "data.train=a.jsonl"]
 
 
@@ -126,14 +126,24 @@ def test_import(fake, tmp_path):
     fake("convert", import_model=import_model)
     run = tmp_path / "x"
     result = call(
-        "import", "m", run, "--precision", "fp32", "--store-dir", "/nvme", "--io-backend", "threads"
+        "import",
+        "m",
+        run,
+        "--precision",
+        "fp32",
+        "--store-dir",
+        "/a",
+        "--store-dir",
+        "/b",
+        "--io-backend",
+        "threads",
     )
     assert result.exit_code == 0
     assert seen == {
         "model": Path("m"),
         "run": run,
         "precision": "fp32",
-        "store": Path("/nvme/x.mtio"),
+        "stores": [Path("/a/x.mtio"), Path("/b/x.1.mtio")],
         "durability": "step",
         "engine": "threads",
     }
@@ -143,7 +153,7 @@ def test_import(fake, tmp_path):
     result = call("import", "m", run, "--json")
     assert json.loads(result.stdout)["store_uuid"] == "uuid-1"
     assert result.stderr == ""
-    assert seen["store"] is None
+    assert seen["stores"] == [run / "store.mtio"]
 
 
 def test_import_refuses_an_unknown_precision():
@@ -282,7 +292,7 @@ def fake_state(damaged=(), *, of_another_run=False):
         @classmethod
         def of_run(cls, run):
             if of_another_run:
-                raise errors.FormatError(f"{run.store_path()} belongs to another run")
+                raise errors.FormatError(f"{run.store_paths()[0]} belongs to another run")
             return cls()
 
         def __enter__(self):

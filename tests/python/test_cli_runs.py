@@ -48,11 +48,11 @@ def made(tmp_path_factory):
     run = RunFolder(tmp_path_factory.mktemp("made") / "run")
     run.model.mkdir(parents=True)
     (run.model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}', encoding="utf-8")
-    make_store(run.own_store, CASE, engine=ENGINE)
-    with opened(run.own_store, CASE, engine=ENGINE, threads=1) as model:
+    make_store(run.own_store, CASE, engine=ENGINE, drives=1)
+    with opened(run.own_store, CASE, engine=ENGINE, threads=1, drives=1) as model:
         train(model, CASE, stop=2)
         uuid = model.state.uuid
-    run.write("bf16", run.own_store, uuid, Path("/models/tiny"))
+    run.write("bf16", [run.own_store], uuid, Path("/models/tiny"))
     run.config.write_text("train: {max_steps: 3}\n", encoding="utf-8")
     metrics = MetricsFile(run.metrics, 0)
     for step in (1, 2):
@@ -188,7 +188,7 @@ def test_status_of_a_run_that_can_go_on(run):
 
 def test_status_knows_what_the_trainer_committed(run):
     """Loss and bytes are those of the committed step, not of a later line of metrics.jsonl."""
-    with opened(run.own_store, CASE, engine=ENGINE, threads=1) as model:
+    with opened(run.own_store, CASE, engine=ENGINE, threads=1, drives=1) as model:
         blob = json.dumps({"step": 3, "loss": 1.25, "written_bytes": 3_456_700_000_000}).encode()
         model.train_step(
             [to_micro_batch(batch) for batch in CASE.steps[2]], AdamWStep(3, 1e-3), lambda _: blob
@@ -340,7 +340,7 @@ def test_clean_refuses_a_store_in_use(run):
 
 
 def test_clean_leaves_the_store_of_another_run_alone(run, tmp_path):
-    make_store(tmp_path / "other", CASE, engine=ENGINE)
+    make_store(tmp_path / "other", CASE, engine=ENGINE, drives=1)
     shutil.copy(tmp_path / "other", run.own_store)
     result = call("clean", run.path, "--store", "--yes")
     assert result.exit_code == 4
@@ -364,7 +364,7 @@ def test_clean_after_an_import_that_was_killed(tmp_path):
     run.path.mkdir()
     drive = tmp_path / "drive"
     drive.mkdir()
-    make_store(run.own_store, CASE, engine=ENGINE)  # killed before run.json
+    make_store(run.own_store, CASE, engine=ENGINE, drives=1)  # killed before run.json
     (drive / "run.mtio.partial").write_bytes(b"x")
     assert call("clean", run.path, "--store-dir", drive, "--yes").exit_code == 0
     assert not (drive / "run.mtio.partial").exists()
@@ -408,9 +408,9 @@ def test_clean_keeps_what_only_looks_like_a_leftover(run, tmp_path):
     assert run.own_store.exists()
     imported = RunFolder(tmp_path / "imported")
     imported.path.mkdir()
-    make_store(imported.own_store, CASE, engine=ENGINE)
+    make_store(imported.own_store, CASE, engine=ENGINE, drives=1)
     with PagedState(imported.own_store, engine=ENGINE) as state:
-        imported.write("bf16", imported.own_store, state.uuid, tmp_path)
+        imported.write("bf16", [imported.own_store], state.uuid, tmp_path)
     assert "nothing to remove" in call("clean", imported.path, "--yes").stdout
     assert imported.own_store.exists()
 

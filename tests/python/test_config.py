@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatrain_io.config import RunConfig, describe_keys, load, store_file
+from megatrain_io.config import RunConfig, describe_keys, load
 from megatrain_io.errors import ConfigError
+from megatrain_io.run import RunFolder
 
 MINIMAL = ["model=m", "output_dir=runs/x", "data.train=a.jsonl"]
 FILE = """\
@@ -119,7 +120,7 @@ def test_home_is_understood(monkeypatch):
     config, _ = load(None, ["model=~/m", "output_dir=o", "data.train=~/a", "memory.store_dir=~/mt"])
     assert config.model == Path("/home/ada/m")
     assert config.data.train == ["/home/ada/a"]
-    assert config.memory.store_dir == Path("/home/ada/mt")
+    assert config.memory.store_dir == (Path("/home/ada/mt"),)
 
 
 def test_whole_epochs_may_be_written_as_other_tools_do():
@@ -168,9 +169,14 @@ def test_every_key_has_a_description():
     assert not [line for line in lines if line.endswith("None")]
 
 
-def test_the_store_of_a_run():
-    assert store_file(Path("runs/x"), None) is None
-    assert store_file(Path("runs/x"), Path("/nvme")) == Path("/nvme/x.mtio")
+def test_the_store_of_a_run_has_a_file_on_each_drive(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    run = RunFolder(Path("runs/x"))
+    assert run.stores_in(None) == [Path("runs/x/store.mtio")]
+    assert run.stores_in([Path("/nvme")]) == [Path("/nvme/x.mtio")]
+    config, _ = load(None, [*MINIMAL, "memory.store_dir=[/a, ~/b, /a]"])
+    names = ["/a/x.mtio", "/home/ada/b/x.1.mtio", "/a/x.2.mtio"]
+    assert run.stores_in(config.memory.store_dir) == [Path(name) for name in names]
 
 
 # ------------------------------------------------------------------------------------ what is refused
@@ -291,6 +297,7 @@ def test_sections_of_other_tools_too(write):
         ("model=", "must be a path, as text, and is null"),
         ("model=''", "must be a path, as text, and is ''"),
         ("memory.store_dir=3", "must be a path, as text, and is 3"),
+        ("memory.store_dir=[]", "must be a path, or a list of paths, and is []"),
         ("data.fields={a: 2}", "must be a valid string, and is {'a': 2}"),
     ],
 )

@@ -118,7 +118,7 @@ def test_trained_weights_are_exported_in_either_dtype(tmp_path, run):
     case = Case(tied=True, dtype=BF16, counts=(2,))
     folder = save(tmp_path / "source", case.config, FP32)
     bring_in(folder, run)
-    with opened(run.store_path(), case, engine=ENGINE) as model:
+    with opened(run.store_paths()[0], case, engine=ENGINE) as model:
         batches = [to_micro_batch(batch) for batch in case.steps[0]]
         model.train_step(batches, AdamWStep(1, 1e-3), lambda _: b"{}")
         model.state.wait_settled()
@@ -149,10 +149,10 @@ def test_the_store_records_the_configuration_and_starts_at_step_zero(source, run
     edit(source / "config.json", unusual=float("inf"))
     info = bring_in(source, run)
     assert run.path.stat().st_mode & 0o777 == 0o700
-    with PagedState(run.store_path(), engine=ENGINE) as state:
+    with PagedState(*run.store_paths(), engine=ENGINE) as state:
         assert TrainerState.parse(state.blob) == TrainerState(step=0)
         model = json.loads(state.manifest)["model"]
-        assert (info.precision, info.store, info.store_uuid) == ("bf16", "store.mtio", state.uuid)
+        assert (info.precision, info.stores, info.store_uuid) == ("bf16", ["store.mtio"], state.uuid)
     assert model["config"]["hidden_size"] == 64
     assert model["config"]["unusual"] == {"__float__": "Infinity"}
     assert model["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
@@ -325,7 +325,7 @@ def stop(done, _total):
 
 def test_an_import_that_is_stopped_leaves_nothing(tmp_path, source, run):
     with pytest.raises(KeyboardInterrupt):
-        bring_in(source, run, store=tmp_path / "fast" / "disk" / "store", progress=stop)
+        bring_in(source, run, stores=[tmp_path / "fast" / "disk" / "store"], progress=stop)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -428,7 +428,7 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path, imported, monkeypatc
 def test_an_export_of_another_runs_store_is_refused(tmp_path, source, imported):
     other = RunFolder(tmp_path / "other")
     bring_in(source, other)
-    shutil.copy(other.store_path(), imported.store_path())
+    shutil.copy(other.store_paths()[0], imported.store_paths()[0])
     with pytest.raises(FormatError, match=r"is store .*, and .* names .*: it belongs to another run"):
         export_model(imported, tmp_path / "out", engine=ENGINE)
 

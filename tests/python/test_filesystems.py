@@ -35,7 +35,7 @@ from megatrain_io.errors import NoSpaceError, StoreFailedError
 from megatrain_io.metrics import MetricsFile
 from megatrain_io.run import RunFolder
 from megatrain_io.swap import PagedState
-from paged import Case, all_planes, differing, make_store, opened, progress_of, train
+from paged import Case, all_planes, differing, files, make_store, opened, progress_of, train
 from reference.reference import build, tiny_config
 
 ENGINE = "threads"  # of what only looks: stopping a ring takes a second; what fails and is cut runs on `auto`
@@ -355,7 +355,7 @@ def test_an_image_of_any_moment_opens_at_a_whole_step(kind, drive, training, und
         cut.folder.mkdir(exist_ok=True)
         try:
             cut.mount()
-            with PagedState(cut.folder / "store", engine=ENGINE) as state:
+            with PagedState(*files(cut.folder / "store"), engine=ENGINE) as state:
                 step, seen = progress_of(state)
                 assert least <= step <= most, f"seed {seed}, {image.name}"
                 assert state.generation == step + 1, f"seed {seed}, {image.name}"

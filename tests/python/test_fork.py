@@ -57,7 +57,7 @@ PARENT = """
 def store(tmp_path):
     layout = ModelLayout.build([("only", [("weight", (4096,))])], 0, "f32", 4096)
     path = Path(tmp_path / "store")
-    creator = StoreCreator(path, layout.manifest({}), "threads", Ledger())
+    creator = StoreCreator([path], layout.manifest({}), "threads", Ledger())
     creator.write_chunk(0, bytes(4 * 4096), "float32")
     creator.finish(b"blob")
     return path

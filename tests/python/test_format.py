@@ -6,25 +6,25 @@ import torch
 from format_reader import StoreReader
 from megatrain_io.run import RunFolder
 from megatrain_io.swap import PagedState
-from paged import Case, blob, make_store, opened, train
+from paged import Case, blob, files, make_store, opened, train
 from runs import configured, start
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("steps", [0, 3])
-def test_a_reader_made_from_the_document_reads_every_plane(tmp_path, dtype, steps):
+@pytest.mark.parametrize(("steps", "drives"), [(0, 1), (3, 1), (3, 3)])
+def test_a_reader_made_from_the_document_reads_every_plane(tmp_path, dtype, steps, drives):
     case = Case(dtype=dtype, counts=(1,) * 3, overrides={"num_hidden_layers": 2})
     path = tmp_path / "store"
     # Small chunks, so that records have several and tensors cross their borders.
-    make_store(path, case, chunk_parameters=4096, engine="threads")
+    make_store(path, case, chunk_parameters=4096, engine="threads", drives=drives)
     if steps:
-        with opened(path, case, engine="threads", threads=1) as model:
+        with opened(path, case, engine="threads", threads=1, drives=drives) as model:
             train(model, case, steps)
             model.state.wait_settled()
-    reader = StoreReader(path)
+    reader = StoreReader(*files(path, drives))
     assert reader.is_clean
     planes = ["weight", "exp_avg", "exp_avg_sq"]
-    with PagedState(path, engine="threads") as state:
+    with PagedState(*files(path, drives), engine="threads") as state:
         assert (reader.generation, reader.blob) == (state.generation, state.blob)
         assert reader.generation == 1 + steps
         if not steps:
@@ -46,7 +46,7 @@ def test_a_scratch_store_has_one_copy(source, tmp_path):
     config = configured(source, tmp_path / "run", memory={"durability": "scratch"}, max_steps=1)
     start(config)
     run = RunFolder(tmp_path / "run")
-    reader = StoreReader(run.store_path())
+    reader = StoreReader(*run.store_paths())
     assert reader.manifest["durability"] == "scratch"
     assert reader.is_clean
     with PagedState.of_run(run, engine="threads") as state:

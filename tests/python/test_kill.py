@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatrain_io.swap import PagedState
-from paged import Case, all_planes, differing, make_store, opened, progress_of, train
+from paged import DRIVES, PROFILE, Case, all_planes, differing, files, make_store, opened, progress_of, train
 
 STEPS = 200
 CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1,) * STEPS)
@@ -33,7 +33,7 @@ def test_twenty_kills_lose_nothing_but_the_step_under_way(tmp_path):
         killed = run_and_kill(tmp_path / "killed", engine, after=moments.uniform(0.005, 0.25))
         assert killed, f"seed {seed}: training was done after {kills} kills; it needs more steps"
         kills += 1
-        with PagedState(tmp_path / "killed") as state:
+        with PagedState(*files(tmp_path / "killed")) as state:
             report = state.verify()
             assert report.damaged == (), f"seed {seed}, kill {kills}"
             step, seen = progress_of(state)
@@ -50,9 +50,8 @@ def run_and_kill(store: Path, engine: str, after: float) -> bool:
     """Train in a process of its own; whether it was killed before it was done."""
     script = Path(__file__).with_name("paged.py")
     command = [sys.executable, str(script), str(store), engine, "tied", str(STEPS)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(script.parents[1]), "PATH": ""}
-    ) as process:
+    environment = {"PYTHONPATH": str(script.parents[1]), "PATH": "", PROFILE: str(DRIVES)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "training\n"
         timer = threading.Timer(after, process.kill)

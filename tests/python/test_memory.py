@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memory_of_training import shape
-from paged import Case, make_store
+from paged import DRIVES, PROFILE, Case, files, make_store
 
 TOKENS = 128
 
@@ -21,12 +21,13 @@ def measure(folder: Path, layers: int, hidden: int) -> dict:
     make_store(store, case)
     script = Path(__file__).with_name("memory_of_training.py")
     command = [sys.executable, str(script), str(store), str(layers), str(hidden), "bfloat16", str(TOKENS)]
-    paths = {"PYTHONPATH": str(script.parents[1]), "PATH": ""}
+    paths = {"PYTHONPATH": str(script.parents[1]), "PATH": "", PROFILE: str(DRIVES)}
     measured = [
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=paths).stdout)
         for _ in range(3)
     ]
-    store.unlink()
+    for file in files(store):
+        file.unlink()
     return sorted(measured, key=lambda each: each["growth"])[1]
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from megatrain_io.layout import ModelLayout
 from megatrain_io.probe import probe
 from megatrain_io.stream import PagedModel
 from megatrain_io.swap import AdamWStep, Ledger, PagedState, StoreCreator, TensorSettings
-from paged import Case, all_planes, cut_model, differing, make_store, opened, to_micro_batch, train
+from paged import Case, all_planes, cut_model, differing, files, make_store, opened, to_micro_batch, train
 
 ENGINE = "threads"  # stopping a ring takes a second; how bytes move is tested elsewhere
 TIED = Case(tied=True, dtype=torch.bfloat16, counts=(2, 1, 2), overrides={"num_hidden_layers": 3})
@@ -79,7 +78,7 @@ def test_dropout_follows_from_seed_and_step_alone(tmp_path):
             resumed = all_planes(model.state)
     assert again == losses
     assert differing(resumed, planes) == []
-    with PagedState(tmp_path / "b", engine=ENGINE) as state:
+    with PagedState(*files(tmp_path / "b"), engine=ENGINE) as state:
         assert differing(all_planes(state), planes) == []
 
 
@@ -96,7 +95,7 @@ def test_another_seed_drops_others_and_the_recompute_drops_the_same(tmp_path, mo
 
     monkeypatch.setattr(cut, "run_block", noted)
     losses = []
-    with PagedState(tmp_path / "store", engine=ENGINE) as state:
+    with PagedState(*files(tmp_path / "store"), engine=ENGINE) as state:
         for seed in (0, 1):
             model = PagedModel(cut, state, seed=seed)
             state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.0))
@@ -144,7 +143,7 @@ def test_slices_change_the_loss_by_rounding_only(tmp_path, tied):
     found = {}
     for name, tokens in {"whole": 1 << 20, "one": longest, "many": 3}.items():
         make_store(tmp_path / name, case, engine=ENGINE)
-        with PagedState(tmp_path / name, engine=ENGINE) as state:
+        with PagedState(*files(tmp_path / name), engine=ENGINE) as state:
             model = PagedModel(cut_model(case), state, logits_bytes=4 * 257 * tokens)
             assert model.slice_tokens == tokens
             state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.0))
@@ -246,7 +245,7 @@ from megatrain_io.errors import UsedAfterForkError
 from megatrain_io.schedule import build_schedule, pool_sizes
 from megatrain_io.swap import AdamWStep, PagedState
 
-with PagedState(Path(sys.argv[1]), engine="threads") as state:
+with PagedState(*sys.argv[1:], engine="threads") as state:
     operations = build_schedule(state.layout, borrows_prologue=True, training=False)
     schedule = state.check(operations)
     state.start(pool_sizes(state.layout, borrows_prologue=True, training=False))
@@ -272,7 +271,7 @@ with PagedState(Path(sys.argv[1]), engine="threads") as state:
     assert state.verify().damaged == ()
 """
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(store)],
+        [sys.executable, "-W", "ignore", "-c", script, *map(str, files(store))],
         capture_output=True,
         text=True,
         check=False,
@@ -295,7 +294,7 @@ def test_the_layout_is_that_of_rust(tmp_path, state_format, chunk_parameters):
         "epilogue": [("g", (8191,)), ("h", (64, 65))],
     }
     layout = ModelLayout.build(shapes.items(), 2, state_format, chunk_parameters)
-    creator = StoreCreator(Path(tmp_path / "store"), layout.manifest({}), ENGINE, Ledger())
+    creator = StoreCreator(files(tmp_path / "store"), layout.manifest({}), ENGINE, Ledger())
     expected = [(chunk.record, chunk.start, chunk.parameters) for chunk in layout.chunks]
     assert creator.chunks() == expected
     width = 4 if state_format == "f32" else 2
@@ -303,7 +302,7 @@ def test_the_layout_is_that_of_rust(tmp_path, state_format, chunk_parameters):
     for chunk in layout.chunks:
         creator.write_chunk(chunk.index, b"\x01" * (chunk.parameters * width), name)
     creator.finish(b"")
-    with PagedState(tmp_path / "store", engine=ENGINE) as state:
+    with PagedState(*files(tmp_path / "store"), engine=ENGINE) as state:
         assert state._store.chunks() == expected
         assert state.layout == layout
         report = state.verify()

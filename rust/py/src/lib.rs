@@ -46,5 +46,5 @@ fn adamw_kernels() -> Vec<String> {
 #[pyfunction]
 fn probe_uring(py: Python<'_>) -> Option<String> {
     use megatrain_io::engine::choice::{Choice, start};
-    py.detach(|| start(Choice::Uring)).err().map(|error| error.to_string())
+    py.detach(|| start(Choice::Uring, 1)).err().map(|error| error.to_string())
 }

@@ -1,9 +1,11 @@
 //! A store seen from outside, by who does not open it: who holds it, what it says of itself, its
 //! removal.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
+use megatrain_io::drives::Drives;
 use megatrain_io::error::Error;
 use megatrain_io::file::{DirectFile, LOCK_NOTICE, Owner};
 use megatrain_io::store;
@@ -13,16 +15,25 @@ use pyo3::types::{PyBytes, PyDict};
 use crate::error::raise;
 use crate::store::uuid_text;
 
-/// Opens and locks a file. `waiting` is called once, after a second, with who holds it; a signal ends
-/// the wait.
+/// Opens and locks the files of a store. `waiting` is called once, after a second, with who holds one;
+/// a signal ends the wait.
 pub(crate) fn lock(
     py: Python<'_>,
-    path: &Path,
+    paths: &[PathBuf],
     waiting: Option<&Py<PyAny>>,
-) -> PyResult<DirectFile> {
+) -> PyResult<Drives> {
+    while_waiting(py, waiting, |wait| Drives::open_waiting(paths, wait))
+}
+
+/// Opens by `open`, which is given what to call while another process holds a file.
+fn while_waiting<T: Send>(
+    py: Python<'_>,
+    waiting: Option<&Py<PyAny>>,
+    open: impl Send + FnOnce(&mut dyn FnMut(&Owner, Duration) -> Result<(), Error>) -> Result<T, Error>,
+) -> PyResult<T> {
     let (mut raised, mut told) = (None, false);
     let opened = py.detach(|| {
-        DirectFile::open_waiting(path, &mut |owner, waited| {
+        open(&mut |owner, waited| {
             let is_due = waited >= LOCK_NOTICE && !told;
             let outcome = Python::attach(|py| {
                 py.check_signals()?;
@@ -56,7 +67,10 @@ impl HeldFile {
     #[new]
     #[pyo3(signature = (path, waiting = None))]
     fn new(py: Python<'_>, path: PathBuf, waiting: Option<Py<PyAny>>) -> PyResult<Self> {
-        Ok(Self { inner: Mutex::new(Some(lock(py, &path, waiting.as_ref())?)) })
+        let open =
+            |wait: &mut dyn FnMut(&Owner, Duration) -> _| DirectFile::open_waiting(&path, wait);
+        let file = while_waiting(py, waiting.as_ref(), open)?;
+        Ok(Self { inner: Mutex::new(Some(file)) })
     }
 
     /// Removes the file, durably, and lets it go.
@@ -99,8 +113,8 @@ pub(crate) fn owner_of(py: Python<'_>, path: PathBuf) -> PyResult<Option<Bound<'
 /// What a store says of itself, without its lock: `uuid`, `manifest` (JSON), `generation`, `blob`,
 /// `is_clean`, `is_of_this_boot`, `is_direct`. Nothing is verified but superblock, table and blob.
 #[pyfunction]
-pub(crate) fn glance(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>> {
-    let found = py.detach(|| store::Store::glance(&path)).map_err(raise)?;
+pub(crate) fn glance(py: Python<'_>, paths: Vec<PathBuf>) -> PyResult<Bound<'_, PyDict>> {
+    let found = py.detach(|| store::Store::glance(&paths)).map_err(raise)?;
     let manifest = serde_json::to_string(&found.manifest)
         .map_err(|error| raise(Error::invalid(error.to_string())))?;
     let fields = PyDict::new(py);

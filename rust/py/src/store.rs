@@ -64,7 +64,7 @@ impl Creator {
     #[new]
     fn new(
         py: Python<'_>,
-        path: PathBuf,
+        paths: Vec<PathBuf>,
         manifest: &[u8],
         engine: &str,
         ledger: &Ledger,
@@ -72,7 +72,7 @@ impl Creator {
         let manifest = Manifest::parse(manifest).map_err(|e| raise(Error::invalid(e)))?;
         let engine = engine_of(engine)?;
         py.detach(|| {
-            let creator = store::Creator::new(&path, manifest, engine, &ledger.inner)?;
+            let creator = store::Creator::new(&paths, manifest, engine, &ledger.inner)?;
             let chunks = creator.layout()?.chunks().to_vec();
             let largest = chunks
                 .iter()
@@ -208,10 +208,10 @@ impl Store {
     /// `faults` are for tests: `(operation, n, errno, short)` lets the n-th operation of that name
     /// (`read`, `write`, `write_durable`, `sync`) since the open fail, after half of it if `short`.
     #[new]
-    #[pyo3(signature = (path, engine, ledger, waiting = None, faults = Vec::new()))]
+    #[pyo3(signature = (paths, engine, ledger, waiting = None, faults = Vec::new()))]
     fn new(
         py: Python<'_>,
-        path: PathBuf,
+        paths: Vec<PathBuf>,
         engine: &str,
         ledger: &Ledger,
         waiting: Option<Py<PyAny>>,
@@ -219,8 +219,8 @@ impl Store {
     ) -> PyResult<Self> {
         let faults = faults.into_iter().map(fault_of).collect::<PyResult<_>>()?;
         let options = OpenOptions { engine: engine_of(engine)?, faults };
-        let file = outside::lock(py, &path, waiting.as_ref())?;
-        let opened = py.detach(|| store::Store::open_in(file, options, &ledger.inner));
+        let drives = outside::lock(py, &paths, waiting.as_ref())?;
+        let opened = py.detach(|| store::Store::open_in(drives, options, &ledger.inner));
         let store = opened.map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(store))) })
     }
@@ -261,7 +261,7 @@ impl Store {
     /// Whether transfers bypass the page cache.
     #[getter]
     fn is_direct(&self) -> PyResult<bool> {
-        Ok(self.get()?.file().is_direct())
+        Ok(self.get()?.drives().are_direct())
     }
 
     /// The newer generation that did not hold when the store was opened, if there was one.
@@ -380,7 +380,7 @@ fn fields_of<'py>(
     fields.set_item("chunk", damage.chunk - store.layout().records()[place.record].start)?;
     fields.set_item("group", damage.group.name())?;
     fields.set_item("tensors", store.tensors_in(damage.chunk))?;
-    fields.set_item("path", store.file().path())?;
+    fields.set_item("path", store.drives().file(place.drive).path())?;
     fields.set_item("offset", offset)?;
     fields.set_item("expected", sums.map(|(expected, _)| expected))?;
     fields.set_item("found", sums.map(|(_, found)| found))?;

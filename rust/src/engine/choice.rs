@@ -20,16 +20,16 @@ pub enum Choice {
     Threads,
 }
 
-/// Starts the chosen engine; the second value is why `auto` did not take `uring`.
+/// Starts the chosen engine for so many drives; the second value is why `auto` did not take `uring`.
 ///
 /// # Errors
 /// `Unsupported` when `uring` was demanded and cannot be had; `Io` when threads cannot be started.
-pub fn start(choice: Choice) -> Result<(Arc<dyn Engine>, Option<String>)> {
+pub fn start(choice: Choice, drives: usize) -> Result<(Arc<dyn Engine>, Option<String>)> {
     if choice == Choice::Threads {
-        return Ok((Arc::new(Threads::start()?), None));
+        return Ok((Arc::new(Threads::start(drives)?), None));
     }
     #[cfg(all(feature = "uring", target_os = "linux"))]
-    let refused = match Uring::start() {
+    let refused = match Uring::start(drives) {
         Ok(engine) => return Ok((Arc::new(engine), None)),
         Err(error) => error.to_string(),
     };
@@ -38,5 +38,5 @@ pub fn start(choice: Choice) -> Result<(Arc<dyn Engine>, Option<String>)> {
     if choice == Choice::Uring {
         return Err(Error::Unsupported { feature: "io engine uring".into(), reason: refused });
     }
-    Ok((Arc::new(Threads::start()?), Some(refused)))
+    Ok((Arc::new(Threads::start(drives)?), Some(refused)))
 }

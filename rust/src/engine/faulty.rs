@@ -72,8 +72,10 @@ struct Drive {
     queue: Vec<Queued>,
     /// Completed transfers so far.
     clock: u64,
-    unflushed: HashMap<u64, Versions>,
-    file: Option<Arc<DirectFile>>,
+    /// By drive and offset.
+    unflushed: HashMap<(usize, u64), Versions>,
+    /// By drive.
+    files: HashMap<usize, Arc<DirectFile>>,
     is_off: bool,
     scratch: Option<Slot>,
 }
@@ -109,7 +111,7 @@ impl Faulty {
             queue: Vec::new(),
             clock: 0,
             unflushed: HashMap::new(),
-            file: None,
+            files: HashMap::new(),
             is_off: false,
             scratch: None,
         };
@@ -216,7 +218,7 @@ impl Faulty {
         let mut result = Ok(());
         if request.operation == Operation::Sync {
             if error.is_none() && !drive.ignores_flushes {
-                drive.flush(submitted);
+                drive.flush(request.file.drive(), submitted);
             }
         } else if limit > 0 {
             result = self.transfer(drive, &mut request, limit);
@@ -235,7 +237,7 @@ impl Faulty {
             self.remember(drive, &request.file, request.offset, &slot[..bytes])?;
             if request.operation == Operation::WriteDurable && !drive.ignores_flushes {
                 for page in pages(request.offset, bytes) {
-                    drive.unflushed.remove(&page);
+                    drive.unflushed.remove(&(request.file.drive(), page));
                 }
             }
         }
@@ -262,14 +264,15 @@ impl Faulty {
         offset: u64,
         bytes: &[u8],
     ) -> Result {
-        drive.file = Some(Arc::clone(file));
+        let number = file.drive();
+        drive.files.insert(number, Arc::clone(file));
         let clock = drive.clock + 1;
         for (page, new) in pages(offset, bytes.len()).zip(bytes.chunks_exact(PAGE_BYTES)) {
-            if !drive.unflushed.contains_key(&page) {
+            if !drive.unflushed.contains_key(&(number, page)) {
                 let durable = self.read_page(drive, file, page)?;
-                drive.unflushed.insert(page, Versions { durable, newer: Vec::new() });
+                drive.unflushed.insert((number, page), Versions { durable, newer: Vec::new() });
             }
-            if let Some(versions) = drive.unflushed.get_mut(&page) {
+            if let Some(versions) = drive.unflushed.get_mut(&(number, page)) {
                 versions.newer.push((clock, boxed(new)));
             }
         }
@@ -289,8 +292,8 @@ impl Faulty {
         drive.is_off = true;
         let mut unflushed: Vec<_> = std::mem::take(&mut drive.unflushed).into_iter().collect();
         // A map has no order of its own, and the choices must follow from the seed alone.
-        unflushed.sort_by_key(|(page, _)| *page);
-        for (page, Versions { durable, newer }) in unflushed {
+        unflushed.sort_by_key(|(place, _)| *place);
+        for (place, Versions { durable, newer }) in unflushed {
             let mut survived = durable;
             // As often as not the page is whole: the newest, the oldest or one in between.
             let whole = drive.rng.bool().then(|| drive.rng.usize(..=newer.len()));
@@ -301,7 +304,7 @@ impl Faulty {
                     survived[range.clone()].copy_from_slice(&newer[version - 1].1[range]);
                 }
             }
-            self.write_page(drive, page, &survived);
+            self.write_page(drive, place, &survived);
         }
     }
 
@@ -321,8 +324,9 @@ impl Faulty {
         page.ok_or_else(|| crate::error::Error::invalid("the engine kept a slot"))
     }
 
-    fn write_page(&self, drive: &mut Drive, offset: u64, page: &Page) {
-        let (Some(file), Ok(mut slot)) = (drive.file.clone(), drive.scratch()) else { return };
+    fn write_page(&self, drive: &mut Drive, (number, offset): (usize, u64), page: &Page) {
+        let Some(file) = drive.files.get(&number).cloned() else { return };
+        let Ok(mut slot) = drive.scratch() else { return };
         slot.copy_from_slice(&page[..]);
         let slot = Some(slot);
         drive.scratch =
@@ -331,9 +335,12 @@ impl Faulty {
 }
 
 impl Drive {
-    /// Transfers that had completed by `until` are durable.
-    fn flush(&mut self, until: u64) {
-        self.unflushed.retain(|_, versions| {
+    /// Transfers to one of the drives that had completed by `until` are durable.
+    fn flush(&mut self, number: usize, until: u64) {
+        self.unflushed.retain(|(drive, _), versions| {
+            if *drive != number {
+                return true;
+            }
             let flushed = versions.newer.iter().take_while(|(clock, _)| *clock <= until).count();
             if let Some((_, page)) = versions.newer.drain(..flushed).next_back() {
                 versions.durable = page;
@@ -427,7 +434,7 @@ mod tests {
 
     #[test]
     fn without_faults_it_keeps_the_rules_of_an_engine() {
-        let inner = Arc::new(crate::engine::threads::Threads::start().expect("threads"));
+        let inner = Arc::new(crate::engine::threads::Threads::start(1).expect("threads"));
         conformance::run(&Faulty::over(inner, Plan::default()));
     }
 

@@ -1,4 +1,4 @@
-//! A drive in RAM, for tests that open a store a hundred thousand times. Pages that were never
+//! Drives in RAM, for tests that open a store a hundred thousand times. Pages that were never
 //! written are zero.
 
 use std::collections::HashMap;
@@ -9,6 +9,9 @@ use crate::buffer::Region;
 use crate::engine::{Counters, Engine, Operation, Request};
 use crate::error::Result;
 use crate::units::{PAGE_BYTES, to_usize};
+
+/// Where a drive's bytes begin among those of all drives.
+const DRIVE_BYTES: u64 = 1 << 48;
 
 type Page = Arc<[u8; PAGE_BYTES]>;
 type Pages = HashMap<u64, Page>;
@@ -80,7 +83,8 @@ impl Engine for Memory {
     }
 
     fn submit(&self, mut request: Request) {
-        let (offset, bytes) = (request.offset, request.bytes);
+        let drive = request.file.drive() as u64;
+        let (offset, bytes) = (drive * DRIVE_BYTES + request.offset, request.bytes);
         let mut pages = self.pages();
         if let Some(slot) = &mut request.slot {
             for (index, bytes) in slot[..bytes].chunks_exact_mut(PAGE_BYTES).enumerate() {

@@ -11,7 +11,7 @@ use crate::engine::{Counters, Engine, Operation, Request};
 use crate::error::{Error, Result};
 use crate::file::DirectFile;
 
-/// Requests in flight at once: as deep as a consumer NVMe rewards at 2 MiB a request.
+/// Requests in flight at once, for each drive: as deep as a consumer NVMe rewards at 2 MiB a request.
 const THREADS: usize = 8;
 /// Larger transfers are cut, so that one request does not hold a thread while others wait.
 const PIECE_BYTES: usize = 2 << 20;
@@ -26,14 +26,14 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// Starts the threads.
+    /// Starts the threads for so many drives.
     ///
     /// # Errors
     /// `Io` when the system refuses a thread.
-    pub fn start() -> Result<Self> {
+    pub fn start(drives: usize) -> Result<Self> {
         let (requests, queue) = unbounded::<Request>();
         let counters = Arc::new(Counters::default());
-        let workers = (0..THREADS)
+        let workers = (0..THREADS * drives.max(1))
             .map(|index| {
                 let (queue, counters) = (queue.clone(), Arc::clone(&counters));
                 std::thread::Builder::new()
@@ -141,6 +141,6 @@ mod tests {
 
     #[test]
     fn keeps_the_rules_of_an_engine() {
-        crate::engine::conformance::run(&Threads::start().expect("threads"));
+        crate::engine::conformance::run(&Threads::start(1).expect("threads"));
     }
 }

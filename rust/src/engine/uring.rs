@@ -40,11 +40,13 @@ pub struct Uring {
 }
 
 impl Uring {
-    /// Sets a ring up and starts its thread.
+    /// Sets a ring up for so many drives and starts its thread. One ring serves all of them, so that
+    /// memory is registered, and counted against the limit of locked memory, once.
     ///
     /// # Errors
     /// `Unsupported` with the kernel's reason when there is no usable ring here.
-    pub fn start() -> Result<Self> {
+    pub fn start(drives: usize) -> Result<Self> {
+        let depth = DEPTH * drives.max(1);
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|e| unsupported("eventfd", &e.into()))?;
         let wake = Arc::new(File::from(wake));
@@ -56,14 +58,14 @@ impl Uring {
             .name("mt-uring".into())
             .spawn(move || {
                 // Made here, because a ring set up for a single issuer belongs to the thread that made it.
-                let made = set_up().and_then(|ring| Ok((NotInherited::new(&ring)?, ring)));
+                let made = set_up(depth).and_then(|ring| Ok((NotInherited::new(&ring)?, ring)));
                 match made {
                     Ok((not_inherited, ring)) => {
                         let _ = ready.send(Ok(()));
                         // Not dropped unless drained, also when it panics.
                         let (wake, counters) = for_driver;
                         let mut driver =
-                            ManuallyDrop::new(Driver::new(ring, inbox, wake, counters));
+                            ManuallyDrop::new(Driver::new(ring, inbox, wake, counters, depth));
                         driver.run();
                         if !driver.is_drained() {
                             // The ring stays open, so a child must still not inherit it.
@@ -166,8 +168,8 @@ fn unsupported(what: &str, source: &io::Error) -> Error {
     Error::Unsupported { feature: "io_uring".into(), reason: format!("{what}: {source}{hint}") }
 }
 
-fn set_up() -> Result<IoUring> {
-    let entries = u32::try_from(2 * DEPTH).unwrap_or(64);
+fn set_up(depth: usize) -> Result<IoUring> {
+    let entries = u32::try_from(2 * depth).unwrap_or(64);
     let mut builder = IoUring::builder();
     builder.dontfork().setup_clamp().setup_single_issuer().setup_coop_taskrun();
     let ring = builder
@@ -211,7 +213,7 @@ mod tests {
     use crate::ledger::Ledger;
 
     fn start() -> Option<Uring> {
-        match Uring::start() {
+        match Uring::start(1) {
             Ok(engine) => Some(engine),
             Err(Error::Unsupported { reason, .. }) => {
                 // In a container without io_uring there is nothing to test here.

@@ -10,10 +10,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use crate::drives::Drives;
 use crate::engine::Engine;
 use crate::engine::faulty::{Fault, Faulty};
 use crate::engine::memory::Memory;
-use crate::file::DirectFile;
 use crate::layout::tests::manifest;
 use crate::layout::{Durability, Manifest};
 use crate::ledger::Ledger;
@@ -32,7 +32,7 @@ mod training;
 /// An imported store that every run starts from.
 struct Base {
     _folder: tempfile::TempDir,
-    file: Arc<DirectFile>,
+    drives: Drives,
     image: Memory,
     records: Vec<u64>,
     is_scratch: bool,
@@ -42,25 +42,26 @@ struct Base {
 }
 
 impl Base {
-    fn new(records: &[u64], durability: Durability) -> Self {
+    fn new(records: &[u64], durability: Durability, drives: usize) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("store.mtio");
+        let path = |drive| folder.path().join(format!("store.{drive}.mtio"));
+        let paths: Vec<_> = (0..drives).map(path).collect();
         let ledger = Ledger::new();
         let shape: Vec<_> = records.iter().map(|n| (StateFormat::F32, *n)).collect();
         let engine = Arc::new(Memory::default());
         let over = Arc::clone(&engine) as Arc<dyn Engine>;
         let manifest = Manifest { durability, ..manifest(4096, &shape) };
-        let mut creator = Creator::over(over, None, &path, manifest, &ledger).expect("created");
+        let mut creator = Creator::over(over, None, &paths, manifest, &ledger).expect("created");
         memories::import(&mut creator, &Memories::imported(records), &ledger);
         creator.finish(b"step 0").expect("finished");
-        let file = Arc::new(DirectFile::open(&path).expect("opened"));
-        let store = Store::open_on(&file, engine.clone(), [1; 16], &ledger).expect("opened");
+        let drives = Drives::open_waiting(&paths, &mut |_, _| Ok(())).expect("opened");
+        let store = Store::open_on(&drives, engine.clone(), [1; 16], &ledger).expect("opened");
         let place = |copy| store.layout().extent_offset(0, Group::Weight, copy);
         let copy_bytes = place(CopyId::B) - place(CopyId::A);
         let data_offset = store.data_offset();
         let image = engine.copy();
         let (records, is_scratch) = (records.to_vec(), durability == Durability::Scratch);
-        Self { _folder: folder, file, image, records, is_scratch, data_offset, copy_bytes }
+        Self { _folder: folder, drives, image, records, is_scratch, data_offset, copy_bytes }
     }
 
     /// A machine with this store on its drive.

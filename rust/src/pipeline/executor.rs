@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::pipeline::update::Settings;
 use crate::pipeline::{Command, Options, Shared, schedule, weight_list};
 use crate::pool::Pool;
-use crate::store::{Entry, ReadPlan, Sequence, Sequenced, Store, Table};
+use crate::store::{Entry, Next, ReadPlan, Sequence, Sequenced, Store, Table};
 use crate::units::Group;
 
 mod reads;
@@ -78,6 +78,7 @@ struct Step {
 /// An operation in flight.
 struct Pending {
     operation: Operation,
+    drive: usize,
     offset: u64,
     bytes: usize,
     /// Whether this is the second attempt; there is no third.
@@ -377,17 +378,19 @@ impl Executor {
         Ok(())
     }
 
-    /// Submits a sequence's next operation, or takes note of its end.
+    /// Submits a sequence's next operations, or takes note of its end.
     fn go_on(&mut self, mut running: Running) {
-        match self.store.next_operation(&mut running.sequence) {
-            Ok(Some(Sequenced { operation, offset, slot, bytes })) => {
-                self.running = Some(running);
-                let work = Work::Sequence;
-                self.submit(Pending { operation, offset, bytes, again: false, work }, slot);
+        loop {
+            match self.store.next_operation(&mut running.sequence) {
+                Ok(Next::Operation(Sequenced { operation, drive, offset, slot, bytes })) => {
+                    let (again, work) = (false, Work::Sequence);
+                    self.submit(Pending { operation, drive, offset, bytes, again, work }, slot);
+                }
+                Ok(Next::Wait) => return self.running = Some(running),
+                Ok(Next::End) if running.commits => return self.settle_front(),
+                Ok(Next::End) => return,
+                Err(error) => return self.fail(error),
             }
-            Ok(None) if running.commits => self.settle_front(),
-            Ok(None) => {}
-            Err(error) => self.fail(error),
         }
     }
 

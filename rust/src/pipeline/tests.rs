@@ -79,6 +79,7 @@ struct Setup {
     engine: Choice,
     threads: usize,
     slots: usize,
+    drives: usize,
 }
 
 impl Default for Setup {
@@ -89,16 +90,23 @@ impl Default for Setup {
             engine: Choice::Auto,
             threads: 2,
             slots: 3,
+            drives: 1,
         }
     }
 }
 
 impl Setup {
+    /// The files of a store, one for each drive.
+    fn files(&self, path: &std::path::Path) -> Vec<std::path::PathBuf> {
+        (0..self.drives).map(|drive| path.with_extension(drive.to_string())).collect()
+    }
+
     fn create(&self, path: &std::path::Path) {
         let records: Vec<_> = RECORDS.iter().map(|n| (self.format, *n)).collect();
         let manifest = manifest(self.chunk_parameters, &records);
         let ledger = Ledger::new();
-        let mut creator = Creator::new(path, manifest, self.engine, &ledger).expect("created");
+        let mut creator =
+            Creator::new(&self.files(path), manifest, self.engine, &ledger).expect("created");
         let chunks = creator.layout().expect("a layout").chunks().to_vec();
         for (index, chunk) in chunks.iter().enumerate() {
             let mut slot =
@@ -129,7 +137,7 @@ impl Setup {
 
     fn open(&self, path: &std::path::Path) -> Arc<Store> {
         let options = OpenOptions { engine: self.engine, ..OpenOptions::default() };
-        let store = Store::open(path, options, &Ledger::new()).expect("opened");
+        let store = Store::open(&self.files(path), options, &Ledger::new()).expect("opened");
         assert!(store.verify(&mut |_, _| true).expect("read").damaged.is_empty());
         Arc::new(store)
     }
@@ -298,6 +306,13 @@ fn chunk_size_pool_engine_and_threads_change_no_bit() {
     }
     run(&Setup { slots: 1, ..Setup::default() });
     run(&Setup { engine: Choice::Threads, ..Setup::default() });
+    run(&Setup { drives: 2, ..Setup::default() });
+    run(&Setup {
+        drives: 3,
+        engine: Choice::Threads,
+        format: StateFormat::Bf16,
+        ..Setup::default()
+    });
     run(&Setup { threads: 1, ..Setup::default() });
 }
 
@@ -345,8 +360,12 @@ fn a_flipped_byte_stops_the_step_and_names_its_tensor() {
     let store = setup.open(&path);
     let plan = store.plan_read(&store.committed().table, 4, Group::Weight);
     let mut byte = [0; 1];
-    store.file().read_at(&mut byte, 0).ok();
-    let buffered = std::fs::OpenOptions::new().read(true).write(true).open(&path).expect("open");
+    store.drives().main().read_at(&mut byte, 0).ok();
+    let buffered = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&setup.files(&path)[0])
+        .expect("open");
     std::os::unix::fs::FileExt::write_at(&buffered, &[0xab; 3], plan.offset + 5).expect("spoiled");
     buffered.sync_all().expect("flushed");
     let pipeline = setup.pipeline(&store);

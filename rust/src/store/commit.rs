@@ -5,12 +5,15 @@
 //! order and knows no thread: who owns the completions drives it, or [`Store::commit`] by waiting.
 
 use std::collections::VecDeque;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use crossbeam_channel::unbounded;
 
 use crate::buffer::Slot;
-use crate::engine::{self, Operation};
+use crate::engine::{self, Completion, Operation, Request};
 use crate::error::{Error, Result};
+use crate::file::DirectFile;
 use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
 use crate::store::superblock::{GENERATION_MAX, Superblock};
 use crate::store::{BLOB_BYTES_MAX, Committed, Store, Table};
@@ -21,13 +24,15 @@ use crate::units::{PAGE_BYTES, to_usize};
 #[derive(Debug)]
 pub struct Sequence {
     steps: VecDeque<Step>,
-    under_way: Option<Step>,
+    /// One, or the flushes of several drives.
+    under_way: VecDeque<Step>,
     becomes: Option<Committed>,
 }
 
 #[derive(Debug)]
 struct Step {
     what: What,
+    drive: usize,
     offset: u64,
     /// A failure leaves it unknown what the drive holds: only opening the store again can tell.
     is_final: bool,
@@ -48,11 +53,24 @@ enum What {
     Writable,
 }
 
-/// The next operation of a sequence.
+/// How a sequence goes on.
+#[derive(Debug)]
+pub enum Next {
+    /// With an operation to submit now.
+    Operation(Sequenced),
+    /// Not before one of those under way has completed.
+    Wait,
+    /// It has ended, and the store has taken its effect on.
+    End,
+}
+
+/// An operation of a sequence.
 #[derive(Debug)]
 pub struct Sequenced {
     /// What to do.
     pub operation: Operation,
+    /// Which drive's file.
+    pub drive: usize,
     /// File offset in bytes.
     pub offset: u64,
     /// The bytes; `None` for a flush.
@@ -63,7 +81,7 @@ pub struct Sequenced {
 
 impl Step {
     fn page(page: Box<[u8; PAGE_BYTES]>, offset: u64) -> Self {
-        Self { what: What::Page(page), offset, is_final: true, again: false }
+        Self { what: What::Page(page), drive: 0, offset, is_final: true, again: false }
     }
 }
 
@@ -105,7 +123,7 @@ impl Store {
     fn commit_in_memory(&self, generation: u64, table: Table, blob: &[u8]) -> Sequence {
         let superblock = self.committed_guard().superblock.clone();
         let becomes = Committed { generation, table: table.into(), blob: blob.into(), superblock };
-        Sequence { steps: VecDeque::new(), under_way: None, becomes: Some(becomes) }
+        Sequence { steps: VecDeque::new(), under_way: VecDeque::new(), becomes: Some(becomes) }
     }
 
     fn commit_of(&self, generation: u64, table: Table, blob: &[u8]) -> Result<Sequence> {
@@ -124,15 +142,15 @@ impl Store {
         };
         let blob_bytes = blob.len().next_multiple_of(PAGE_BYTES).max(PAGE_BYTES);
         let (tables, blobs) = (self.header.table_offsets, self.header.blob_offsets);
-        let step = |what, offset, is_final| Step { what, offset, is_final, again: false };
-        steps.extend([
-            step(What::Table, tables[side], false),
-            step(What::Blob(blob_bytes), blobs[side], false),
-            step(What::Flush, 0, true),
-        ]);
+        let step = |what, offset| Step { what, drive: 0, offset, is_final: false, again: false };
+        steps.extend([step(What::Table, tables[side]), step(What::Blob(blob_bytes), blobs[side])]);
+        // Every drive: the extents of this generation are on all of them.
+        let flush =
+            |drive| Step { what: What::Flush, drive, offset: 0, is_final: true, again: false };
+        steps.extend((0..self.drives.count()).map(flush));
         steps.extend(SUPERBLOCK_OFFSETS[side].map(|at| Step::page(superblock.encode(), at)));
         let becomes = Committed { generation, table: table.into(), blob: blob.into(), superblock };
-        Ok(Sequence { steps, under_way: None, becomes: Some(becomes) })
+        Ok(Sequence { steps, under_way: VecDeque::new(), becomes: Some(becomes) })
     }
 
     /// What must be durable before the first write since the store was opened: clean marker and
@@ -143,7 +161,8 @@ impl Store {
     /// `Failed`.
     pub fn start_writing(&self) -> Result<Sequence> {
         self.check()?;
-        Ok(Sequence { steps: self.first_write_steps(), under_way: None, becomes: None })
+        let (steps, under_way) = (self.first_write_steps(), VecDeque::new());
+        Ok(Sequence { steps, under_way, becomes: None })
     }
 
     fn first_write_steps(&self) -> VecDeque<Step> {
@@ -157,22 +176,29 @@ impl Store {
             .chain(superblocks)
             .map(|offset| Step::page(Box::new([0; PAGE_BYTES]), offset))
             .collect();
-        steps.push_back(Step { what: What::Writable, offset: 0, is_final: true, again: false });
+        let what = What::Writable;
+        steps.push_back(Step { what, drive: 0, offset: 0, is_final: true, again: false });
         steps
     }
 
-    /// The operation to perform now; `None` when the sequence has ended and the store has taken its
-    /// effect on. The operation before must have been [`completed`](Self::completed).
+    /// How to go on. Each operation begins when those before it have [`completed`](Self::completed);
+    /// only the flushes of several drives run side by side.
     ///
     /// # Errors
     /// `Invalid` when a failed engine kept a buffer.
-    pub fn next_operation(&self, sequence: &mut Sequence) -> Result<Option<Sequenced>> {
+    pub fn next_operation(&self, sequence: &mut Sequence) -> Result<Next> {
         loop {
+            let is_flush =
+                |step: Option<&Step>| step.is_some_and(|s| matches!(s.what, What::Flush));
+            let both = is_flush(sequence.under_way.front()) && is_flush(sequence.steps.front());
+            if !sequence.under_way.is_empty() && !both {
+                return Ok(Next::Wait);
+            }
             let Some(step) = sequence.steps.pop_front() else {
                 if let Some(becomes) = sequence.becomes.take() {
                     *self.committed_guard() = becomes;
                 }
-                return Ok(None);
+                return Ok(Next::End);
             };
             let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
             let (operation, slot, bytes) = match &step.what {
@@ -193,18 +219,19 @@ impl Store {
                 }
                 What::Flush => (Operation::Sync, None, 0),
             };
-            let offset = step.offset;
-            sequence.under_way = Some(step);
-            return Ok(Some(Sequenced { operation, offset, slot, bytes }));
+            let Step { drive, offset, .. } = step;
+            sequence.under_way.push_back(step);
+            return Ok(Next::Operation(Sequenced { operation, drive, offset, slot, bytes }));
         }
     }
 
-    /// Takes note of how the operation ended.
+    /// Takes note of how an operation ended. Those that run side by side are all flushes: which of them
+    /// it was makes no difference.
     ///
     /// # Errors
     /// The operation's own: the sequence is over then. A write before the flush is tried twice.
     pub fn completed(&self, sequence: &mut Sequence, slot: Option<Slot>, result: Result) -> Result {
-        let Some(step) = sequence.under_way.take() else {
+        let Some(step) = sequence.under_way.pop_front() else {
             return Err(Error::invalid("no operation of the sequence is under way"));
         };
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -227,13 +254,22 @@ impl Store {
 
     /// Performs a sequence to its end. Blocks.
     pub(super) fn run(&self, mut sequence: Sequence) -> Result {
-        while let Some(next) = self.next_operation(&mut sequence)? {
-            let Sequenced { operation, offset, slot, bytes } = next;
-            let (slot, result) =
-                engine::perform_once(&*self.engine, operation, &self.file, offset, slot, bytes);
-            self.completed(&mut sequence, slot, result)?;
+        let (reply, completions) = unbounded();
+        loop {
+            match self.next_operation(&mut sequence)? {
+                Next::Operation(Sequenced { operation, drive, offset, slot, bytes }) => {
+                    let (file, reply) = (Arc::clone(self.drives.file(drive)), reply.clone());
+                    let request = Request { operation, file, offset, slot, bytes, tag: 0, reply };
+                    self.engine.submit(request);
+                }
+                Next::Wait => {
+                    let lost = |_| Error::invalid("the engine dropped a request");
+                    let Completion { slot, result, .. } = completions.recv().map_err(lost)?;
+                    self.completed(&mut sequence, slot, result)?;
+                }
+                Next::End => return Ok(()),
+            }
         }
-        Ok(())
     }
 
     /// Says on disk that nothing was written after the last commit, so that the next open need not
@@ -269,14 +305,19 @@ impl Store {
         Ok((table_crc, crate::checksum::crc64(blob)))
     }
 
-    /// Writes one page through to stable storage.
-    pub(super) fn write_page(&self, page: &[u8], offset: u64) -> Result {
+    /// Writes one page of the main file through to stable storage.
+    fn write_page(&self, page: &[u8], offset: u64) -> Result {
+        self.write_page_of(self.drives.main(), page, offset)
+    }
+
+    /// The same for any of the files.
+    pub(super) fn write_page_of(&self, file: &Arc<DirectFile>, page: &[u8], offset: u64) -> Result {
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut slot = take(&mut buffers.page)?;
         slot.copy_from_slice(page);
         let result;
         (buffers.page, result) =
-            engine::perform(&*self.engine, Operation::WriteDurable, &self.file, offset, Some(slot));
+            engine::perform(&*self.engine, Operation::WriteDurable, file, offset, Some(slot));
         result
     }
 }

@@ -157,7 +157,7 @@ fn damage_and_look(stores: &Stores, seed: u64) -> Result<(&'static str, Tally), 
 
 /// Opens the store, which must end as foretold, and compares all it gives with what was committed.
 fn look(store: &Trained, drive: Memory, verdict: &Verdict) -> Result<(), String> {
-    let opened = Store::open_on(&store.file, Arc::new(drive), [2; 16], &Ledger::new());
+    let opened = Store::open_on(&store.drives, Arc::new(drive), [2; 16], &Ledger::new());
     let (opened, generation, fell_back, damaged) = match (opened, verdict) {
         (Err(Error::Format { .. } | Error::Corrupt { .. }), Verdict::Refused) => return Ok(()),
         (Ok(opened), Verdict::Opened { generation, fell_back, damaged }) => {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::buffer::Slot;
 use crate::checksum;
+use crate::drives::{self, Drives};
 use crate::engine::choice::{self, Choice};
 use crate::engine::{self, Engine, Operation};
 use crate::error::{Error, Result};
@@ -18,73 +19,88 @@ use crate::store::recovery::{self, Opened};
 use crate::store::{OpenOptions, Store, Table};
 use crate::units::{Group, PAGE_BYTES};
 
-/// A store that is being filled. Until `finish` it lies under a temporary name next to its final
-/// one; dropping it removes it.
+/// A store that is being filled. Until `finish` its files lie under temporary names next to their
+/// final ones; dropping it removes them.
 #[derive(Debug)]
 pub struct Creator {
     store: Option<Store>,
     working: Table,
-    path: PathBuf,
+    paths: Vec<PathBuf>,
 }
 
 impl Creator {
-    /// Reserves the space and writes header and manifest.
+    /// Reserves the space and writes header and manifest. There is a path for each drive, the main
+    /// file's first; the manifest's number of drives follows them.
     ///
     /// # Errors
     /// `NoSpace`, `Format` when a store is already there, `Unsupported`, `Io`; nothing is left behind.
-    pub fn new(path: &Path, manifest: Manifest, engine: Choice, ledger: &Ledger) -> Result<Self> {
-        let (engine, engine_note) = choice::start(engine)?;
-        Self::over(engine, engine_note, path, manifest, ledger)
+    pub fn new(
+        paths: &[PathBuf],
+        manifest: Manifest,
+        engine: Choice,
+        ledger: &Ledger,
+    ) -> Result<Self> {
+        drives::check_count(paths.len())?;
+        let (engine, engine_note) = choice::start(engine, paths.len())?;
+        Self::over(engine, engine_note, paths, manifest, ledger)
     }
 
     /// The same, over an engine that runs.
     pub(crate) fn over(
         engine: Arc<dyn Engine>,
         engine_note: Option<String>,
-        path: &Path,
+        paths: &[PathBuf],
         manifest: Manifest,
         ledger: &Ledger,
     ) -> Result<Self> {
-        if path.exists() {
-            return Err(Error::format(
-                path,
-                "there is already a file of this name; choose another place or remove it",
-            ));
-        }
+        check_names(paths)?;
+        let manifest = Manifest { drives: paths.len(), ..manifest };
         let invalid = |reason: String| Error::invalid(reason);
         let layout = Layout::new(&manifest).map_err(invalid)?;
         let text = serde_json::to_vec(&manifest).map_err(|e| Error::invalid(e.to_string()))?;
         // Whatever reads it later must find it acceptable.
         Manifest::parse(&text).map_err(invalid)?;
-        let header = Header::new(file::random_uuid()?, &layout, &text)
-            .ok_or_else(|| Error::invalid("the store is too large to address"))?;
-        let partial = partial_path(path);
-        if partial.exists() {
-            // Left by an import that was killed. The lock tells whether that one still runs.
-            DirectFile::open(&partial)?.remove()?;
+        let uuid = file::random_uuid()?;
+        let header = |drive| {
+            Header::new(uuid, &layout, &text, drive)
+                .ok_or_else(|| Error::invalid("the store is too large to address"))
+        };
+        let headers = (0..paths.len()).map(header).collect::<Result<Vec<_>>>()?;
+        let mut places = Vec::new();
+        for (path, header) in paths.iter().zip(&headers) {
+            let partial = partial_path(path);
+            if partial.exists() {
+                // Left by an import that was killed. The lock tells whether that one still runs.
+                DirectFile::open(&partial)?.remove()?;
+            }
+            places.push((partial, header.file_bytes));
         }
-        let file = DirectFile::create(&partial, header.file_bytes)?;
-        let file = Arc::new(file);
-        let boot_id = file::boot_id();
-        let opened = Opened { file, engine, engine_note, header, manifest, layout, boot_id };
-        let made = Self::fill(opened, &text, ledger);
-        let (store, working) = made.inspect_err(|_| {
-            let _ = fs::remove_file(&partial);
-        })?;
-        Ok(Self { store: Some(store), working, path: path.into() })
+        let drives = Drives::create(&places)?;
+        let (header, boot_id) = (headers[0].clone(), file::boot_id());
+        let opened = Opened { drives, engine, engine_note, header, manifest, layout, boot_id };
+        let made = Self::fill(opened, &headers, &text, ledger);
+        let (store, working) = made.inspect_err(|_| remove_partial(paths))?;
+        Ok(Self { store: Some(store), working, paths: paths.into() })
     }
 
-    /// Writes manifest and header.
-    fn fill(opened: Opened, text: &[u8], ledger: &Ledger) -> Result<(Store, Table)> {
+    /// Writes manifest and headers.
+    fn fill(
+        opened: Opened,
+        headers: &[Header],
+        text: &[u8],
+        ledger: &Ledger,
+    ) -> Result<(Store, Table)> {
         let working = Table::empty(&opened.layout);
         let mut slot = Slot::standalone(text.len().max(PAGE_BYTES), ledger, "import")?;
         slot[..text.len()].copy_from_slice(text);
         let store = recovery::assemble(opened, None, ledger)?;
         let offset = store.header.manifest_offset;
-        engine::perform(&*store.engine, Operation::Write, &store.file, offset, Some(slot)).1?;
-        let page = store.header.encode();
-        for offset in HEADER_OFFSETS {
-            store.write_page(&page[..], offset)?;
+        let file = store.drives.main();
+        engine::perform(&*store.engine, Operation::Write, file, offset, Some(slot)).1?;
+        for (file, header) in store.drives.iter().zip(headers) {
+            for offset in HEADER_OFFSETS {
+                store.write_page_of(file, &header.encode()[..], offset)?;
+            }
         }
         Ok((store, working))
     }
@@ -123,7 +139,7 @@ impl Creator {
         let (front, result) = engine::perform(
             &*store.engine,
             Operation::Write,
-            &store.file,
+            store.drives.file(plan.drive),
             plan.offset,
             Some(front),
         );
@@ -135,18 +151,15 @@ impl Creator {
     /// Commits what was written as generation 1, gives the store its final name, and returns its UUID.
     ///
     /// # Errors
-    /// `Io`; the temporary file is removed.
+    /// `Io`; the temporary files are removed.
     pub fn finish(mut self, blob: &[u8]) -> Result<[u8; 16]> {
         let store = self.store.take().ok_or_else(|| Error::invalid("the store is finished"))?;
-        let partial = partial_path(&self.path);
         let finished = store
             .commit(self.working.clone(), blob)
             .and_then(|_| store.mark_clean())
-            .and_then(|()| store.file.check_name())
-            .and_then(|()| file::rename_new(&partial, &self.path))
-            .and_then(|()| file::sync_directory(&self.path));
+            .and_then(|()| store.drives.rename(&self.paths));
         if let Err(error) = finished {
-            let _ = fs::remove_file(&partial);
+            remove_partial(&self.paths);
             return Err(error);
         }
         Ok(store.header.uuid)
@@ -160,7 +173,7 @@ impl Creator {
 impl Drop for Creator {
     fn drop(&mut self) {
         if self.store.take().is_some() {
-            let _ = fs::remove_file(partial_path(&self.path));
+            remove_partial(&self.paths);
         }
     }
 }
@@ -171,18 +184,46 @@ fn partial_path(path: &Path) -> PathBuf {
     name.into()
 }
 
+/// Removes what a failed import left. Where the main file still has its temporary name, the others
+/// that were renamed already are no store either.
+fn remove_partial(paths: &[PathBuf]) {
+    let unfinished = paths.first().is_some_and(|main| partial_path(main).exists());
+    for path in paths {
+        if fs::remove_file(partial_path(path)).is_err() && unfinished {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn check_names(paths: &[PathBuf]) -> Result {
+    for (index, path) in paths.iter().enumerate() {
+        if paths[..index].contains(path) {
+            let reason =
+                "two drives of a store cannot have one file: give each a folder of its own";
+            return Err(Error::format(path, reason));
+        }
+        if path.exists() {
+            return Err(Error::format(
+                path,
+                "there is already a file of this name; choose another place or remove it",
+            ));
+        }
+    }
+    Ok(())
+}
+
 impl Store {
     /// Creates an empty store (every plane zero) and opens it; for tests and tools.
     ///
     /// # Errors
     /// As `Creator::new` and `Store::open`.
     pub fn create_empty(
-        path: &Path,
+        paths: &[PathBuf],
         manifest: Manifest,
         options: OpenOptions,
         ledger: &Ledger,
     ) -> Result<Self> {
-        Creator::new(path, manifest, options.engine, ledger)?.finish(&[])?;
-        Self::open(path, options, ledger)
+        Creator::new(paths, manifest, options.engine, ledger)?.finish(&[])?;
+        Self::open(paths, options, ledger)
     }
 }

@@ -1,5 +1,6 @@
 //! The header: what kind of file this is and where its parts lie. Written once, with a copy.
 
+use crate::drives::DRIVES_MAX;
 use crate::layout::Layout;
 use crate::store::fields::{PageWriter, Reader};
 use crate::store::table::Table;
@@ -8,7 +9,7 @@ use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES, round_up};
 const MAGIC: &[u8; 8] = b"MTIOSTOR";
 /// Format version; 0.x may change until it is frozen on purpose.
 pub(super) const MAJOR: u32 = 0;
-pub(super) const MINOR: u32 = 2;
+pub(super) const MINOR: u32 = 3;
 const BYTE_ORDER: u32 = 0x0102_0304;
 /// CRC-32C over units of 1 MiB, roots CRC-64/NVME.
 const CHECKSUM_ID: u32 = 1;
@@ -44,8 +45,14 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// The header of a new store on one drive.
-    pub(super) fn new(uuid: [u8; 16], layout: &Layout, manifest: &[u8]) -> Option<Self> {
+    /// The header of a new store's file on one of its drives. All have the same places; only the main
+    /// file uses those of tables, blobs and manifest.
+    pub(super) fn new(
+        uuid: [u8; 16],
+        layout: &Layout,
+        manifest: &[u8],
+        drive: usize,
+    ) -> Option<Self> {
         let page = PAGE_BYTES as u64;
         let table_bytes = round_up(Table::encoded_bytes(layout) as u64, page)?;
         let table_b = TABLES_OFFSET.checked_add(table_bytes)?;
@@ -57,7 +64,7 @@ impl Header {
         Some(Self {
             uuid,
             set_uuid: uuid,
-            drive: (0, 1),
+            drive: (u32::try_from(drive).ok()?, u32::try_from(layout.drives()).ok()?),
             rank: (0, 1),
             manifest_bytes,
             manifest_crc: crate::checksum::crc64(manifest),
@@ -66,7 +73,7 @@ impl Header {
             blob_offsets: [blob_a, blob_a + BLOB_BYTES_MAX],
             manifest_offset,
             data_offset,
-            file_bytes: data_offset.checked_add(layout.data_bytes())?,
+            file_bytes: data_offset.checked_add(layout.data_bytes(drive))?,
         })
     }
 
@@ -81,7 +88,7 @@ impl Header {
         }
         page.bytes(&self.uuid);
         page.bytes(&self.set_uuid);
-        // Stripe map 0: one drive holds everything.
+        // Stripe map 0: chunk i is on drive i modulo their number.
         for value in
             [self.drive.0, self.drive.1, self.rank.0, self.rank.1, CHECKSUM_ID, PLANES_ID, 0]
         {
@@ -134,7 +141,8 @@ impl Header {
         let drive = (fields.u32(), fields.u32());
         let rank = (fields.u32(), fields.u32());
         let ids = (fields.u32(), fields.u32(), fields.u32());
-        if ids != (CHECKSUM_ID, PLANES_ID, 0) || drive != (0, 1) || rank != (0, 1) {
+        let is_drive = drive.0 < drive.1 && crate::units::to_usize(drive.1.into()) <= DRIVES_MAX;
+        if ids != (CHECKSUM_ID, PLANES_ID, 0) || !is_drive || rank != (0, 1) {
             return Err(format!(
                 "checksum, plane and stripe ids {ids:?}, drive {drive:?}, rank {rank:?}: use a newer megatrain-io"
             ));
@@ -170,7 +178,7 @@ mod tests {
 
     fn header() -> Header {
         let layout = Layout::new(&manifest(4096, &[(StateFormat::Bf16, 8192)])).expect("valid");
-        Header::new([3; 16], &layout, b"{}").expect("small")
+        Header::new([3; 16], &layout, b"{}", 0).expect("small")
     }
 
     #[test]
@@ -192,7 +200,7 @@ mod tests {
         let sum = crate::checksum::crc32c(&page[..PAGE_BYTES - 4]).to_le_bytes();
         page[PAGE_BYTES - 4..].copy_from_slice(&sum);
         let reason = Header::decode(&page[..]).expect_err("refused");
-        assert!(reason.contains("format 9.2") && reason.contains("not modified"), "{reason}");
+        assert!(reason.contains("format 9.3") && reason.contains("not modified"), "{reason}");
     }
 
     #[test]

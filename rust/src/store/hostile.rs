@@ -46,7 +46,7 @@ impl Hostile {
     #[must_use]
     pub fn new(folder: &Path) -> Self {
         let trained = Trained::new(folder, &RECORDS, 4096, 1);
-        trained.file.file().set_len(FILE_BYTES).expect("a longer file");
+        trained.drives.main().file().set_len(FILE_BYTES).expect("a longer file");
         Self { trained }
     }
 
@@ -129,7 +129,7 @@ impl Hostile {
     /// Opens the store and reads all of it; if asked to, commits. Returns its generation then.
     fn use_it(&self, drive: &Arc<Memory>, commit: bool) -> Option<u64> {
         let ledger = Ledger::new();
-        let store = Store::open_on(&self.trained.file, drive.clone(), BOOT_ID, &ledger).ok()?;
+        let store = Store::open_on(&self.trained.drives, drive.clone(), BOOT_ID, &ledger).ok()?;
         let report = store.verify(&mut |_, _| true).expect("the drive can be read");
         let (committed, layout) = (store.committed(), store.layout());
         for (index, chunk) in layout.chunks().iter().enumerate() {
@@ -170,7 +170,7 @@ impl Parts {
     fn write(mut self, mut places: Header, flags: u8, drive: &Memory) {
         let flag = |bit: u32| (flags >> bit) & 1 == 1;
         let layout = Manifest::parse(&self.manifest).and_then(|m| Layout::new(&m)).ok();
-        let made = layout.and_then(|layout| Header::new(places.uuid, &layout, &self.manifest));
+        let made = layout.and_then(|layout| Header::new(places.uuid, &layout, &self.manifest, 0));
         if let Some(made) = made.filter(|made| flag(0) && made.file_bytes <= FILE_BYTES) {
             // The parts of the store that this manifest describes, in their places.
             self.header = made.encode().to_vec();
@@ -220,8 +220,8 @@ fn check_manifest(text: &[u8]) {
     let Ok(manifest) = Manifest::parse(text) else { return };
     let layout =
         Layout::new(&manifest).expect("what parses has a layout, or is told to be too large");
-    if let Some(header) = Header::new([7; 16], &layout, text) {
-        assert!(header.data_offset + layout.data_bytes() == header.file_bytes);
+    if let Some(header) = Header::new([7; 16], &layout, text, 0) {
+        assert!(header.data_offset + layout.data_bytes(0) == header.file_bytes);
         assert_eq!(Header::decode(&header.encode()[..]), Ok(Some(header)));
     }
 }

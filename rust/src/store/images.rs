@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use crate::buffer::Slot;
 use crate::checksum;
+use crate::drives::Drives;
 use crate::engine::memory::Memory;
 use crate::engine::{self, Engine, Operation};
-use crate::file::DirectFile;
 use crate::layout::{Layout, Manifest, Record, Tensor};
 use crate::ledger::Ledger;
 use crate::store::header::Header;
@@ -29,7 +29,7 @@ pub(super) const RECORDS: [(StateFormat, u64); 4] = [
 
 /// A store after three generations.
 pub(super) struct Trained {
-    pub(super) file: Arc<DirectFile>,
+    pub(super) drives: Drives,
     pub(super) header: Header,
     pub(super) layout: Arc<Layout>,
     /// Generation 1 is the first.
@@ -65,15 +65,15 @@ impl Trained {
         seed: u64,
     ) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
-        let path = folder.join(format!("{seed}.mtio"));
+        let paths = [folder.join(format!("{seed}.mtio"))];
         let engine = Arc::new(Memory::default());
         let over = Arc::clone(&engine) as Arc<dyn Engine>;
         let (manifest, ledger) = (manifest(records, chunk, seed), Ledger::new());
-        let creator = Creator::over(over, None, &path, manifest, &ledger).expect("created");
+        let creator = Creator::over(over, None, &paths, manifest, &ledger).expect("created");
         let mut states = vec![State::import(creator, &engine, &mut rng)];
-        let file = Arc::new(DirectFile::open(&path).expect("opened"));
+        let drives = Drives::open_waiting(&paths, &mut |_, _| Ok(())).expect("opened");
         let over = Arc::clone(&engine) as Arc<dyn Engine>;
-        let store = Store::open_on(&file, over, BOOT_ID, &ledger).expect("opened");
+        let store = Store::open_on(&drives, over, BOOT_ID, &ledger).expect("opened");
         for held in &mut states[0].groups {
             held.place.start += store.header.data_offset;
             held.place.end += store.header.data_offset;
@@ -83,7 +83,8 @@ impl Trained {
             let next = State::train(&store, &states[states.len() - 1], &chunks, &engine, &mut rng);
             states.push(next);
         }
-        Self { file, header: store.header.clone(), layout: Arc::clone(store.layout()), states }
+        let (header, layout) = (store.header.clone(), Arc::clone(store.layout()));
+        Self { drives, header, layout, states }
     }
 
     /// What the drive holds now.
@@ -106,6 +107,7 @@ fn manifest(records: &[(StateFormat, u64)], chunk_parameters: u64, seed: u64) ->
     };
     Manifest {
         durability: crate::layout::Durability::Step,
+        drives: 1,
         chunk_parameters,
         records: records.iter().enumerate().map(record).collect(),
         tensors: records.iter().enumerate().map(tensor).collect(),
@@ -159,9 +161,15 @@ impl State {
                 let bytes = random_bytes(stored, chunk.extent_bytes(group), rng);
                 let sums = checksum::sums(&plan.binding, &bytes[..stored]);
                 let slot = Some(slot_of(&bytes));
-                engine::perform(engine, Operation::Write, &store.file, plan.offset, slot)
-                    .1
-                    .expect("written");
+                engine::perform(
+                    engine,
+                    Operation::Write,
+                    store.drives.file(plan.drive),
+                    plan.offset,
+                    slot,
+                )
+                .1
+                .expect("written");
                 table.set(&store.layout, index, group, plan.entry, &sums);
                 groups[store.layout.entry(index, group)] =
                     Held { place: plan.offset..plan.offset + stored as u64, bytes };

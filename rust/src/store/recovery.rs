@@ -1,10 +1,12 @@
 //! Opening: believe nothing before it was flushed and checked, and find the newest whole state.
 
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::buffer::Slot;
 use crate::checksum::crc64;
+use crate::drives::Drives;
 use crate::engine::faulty::{Faulty, Plan};
 use crate::engine::{self, Engine, Operation, choice};
 use crate::error::{Error, Result};
@@ -21,9 +23,9 @@ mod glance;
 
 pub use glance::Glance;
 
-/// A locked file whose header and manifest hold.
+/// Locked files whose headers and manifest hold.
 pub(super) struct Opened {
-    pub(super) file: Arc<DirectFile>,
+    pub(super) drives: Drives,
     pub(super) engine: Arc<dyn Engine>,
     pub(super) engine_note: Option<String>,
     pub(super) header: Header,
@@ -33,20 +35,19 @@ pub(super) struct Opened {
     pub(super) boot_id: [u8; 16],
 }
 
-pub(super) fn open(file: DirectFile, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
-    let file = Arc::new(file);
-    let (mut engine, engine_note) = choice::start(options.engine)?;
+pub(super) fn open(drives: Drives, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
+    let (mut engine, engine_note) = choice::start(options.engine, drives.count())?;
     if !options.faults.is_empty() {
         let plan = Plan { faults: options.faults, ..Plan::default() };
         engine = Arc::new(Faulty::over(engine, plan));
     }
-    file::sync_directory(file.path())?;
-    open_on(file, engine, engine_note, file::boot_id(), ledger)
+    drives.iter().try_for_each(|file| file::sync_directory(file.path()))?;
+    open_on(drives, engine, engine_note, file::boot_id(), ledger)
 }
 
-/// Opens the store in a file that this process has locked.
+/// Opens the store in files that this process has locked.
 pub(super) fn open_on(
-    file: Arc<DirectFile>,
+    drives: Drives,
     engine: Arc<dyn Engine>,
     engine_note: Option<String>,
     boot_id: [u8; 16],
@@ -54,27 +55,64 @@ pub(super) fn open_on(
 ) -> Result<Store> {
     // What a crashed process wrote may sit in a volatile cache: readable now, gone after the next
     // power cut. Nothing may be believed before it is on stable storage.
-    engine::perform(&*engine, Operation::Sync, &file, 0, None).1?;
-    let header = read_header(&*engine, &file)?;
-    let bytes = file.bytes()?;
-    if bytes < header.file_bytes {
-        let expected = header.file_bytes;
+    for file in drives.iter() {
+        engine::perform(&*engine, Operation::Sync, file, 0, None).1?;
+    }
+    choose(read_files(drives, engine, engine_note, boot_id)?, ledger)
+}
+
+/// Headers and manifest, which must be those of one store and of these files.
+fn read_files(
+    drives: Drives,
+    engine: Arc<dyn Engine>,
+    engine_note: Option<String>,
+    boot_id: [u8; 16],
+) -> Result<Opened> {
+    let headers: Vec<Header> =
+        drives.iter().map(|file| read_header(&*engine, file)).collect::<Result<_>>()?;
+    let header = headers[0].clone();
+    for (index, (file, found)) in drives.iter().zip(&headers).enumerate() {
+        check_place(file.path(), found, &header, (index, drives.count()))?;
+        let (bytes, expected) = (file.bytes()?, found.file_bytes);
+        if bytes < expected {
+            return Err(Error::format(
+                file.path(),
+                format!(
+                    "the file has {bytes} bytes and should have {expected}: it was truncated. Restore a copy or import the model again"
+                ),
+            ));
+        }
+    }
+    let (manifest, layout) = read_manifest(&*engine, &drives, &headers)?;
+    Ok(Opened { drives, engine, engine_note, header, manifest, layout, boot_id })
+}
+
+/// Whether a file is the `place.0`-th of the `place.1` files that were given for the store of `main`.
+fn check_place(path: &Path, found: &Header, main: &Header, place: (usize, usize)) -> Result {
+    let (drive, drives) = (found.drive.0 as usize, found.drive.1 as usize);
+    let (number, given) = (place.0 + 1, place.1);
+    if found.uuid != main.uuid {
         return Err(Error::format(
-            file.path(),
+            path,
+            "it belongs to another store than the first file. Give the folders of memory.store_dir as at the import",
+        ));
+    }
+    if drives != given || drive != place.0 {
+        return Err(Error::format(
+            path,
             format!(
-                "the file has {bytes} bytes and should have {expected}: it was truncated. Restore a copy or import the model again"
+                "it is file {} of {drives} of its store, and was given as file {number} of {given}. Give the folders of memory.store_dir as at the import, in the same order",
+                drive + 1
             ),
         ));
     }
-    let (manifest, layout) = read_manifest(&*engine, &file, &header)?;
-    let opened = Opened { file, engine, engine_note, header, manifest, layout, boot_id };
-    choose(opened, ledger)
+    Ok(())
 }
 
 /// Takes the newest superblock whose table and blob hold, and whose chunks hold where that must be
 /// looked at.
 fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
-    let path = opened.file.path().to_owned();
+    let path = opened.drives.path().to_owned();
     let mut candidates = Vec::new();
     for side in 0..SUPERBLOCK_OFFSETS.len() {
         candidates.extend(read_superblock(&opened, side)?.map(|s| (side, s)));
@@ -87,7 +125,7 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
         ));
     };
     // Without a readable marker the stop was not clean: that is all it can say.
-    let marker = read(&*opened.engine, &opened.file, CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
+    let marker = read(&*opened.engine, opened.drives.main(), CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
     let mut whole = Vec::new();
     for (side, superblock) in candidates {
         whole.extend(read_state(&opened, superblock, side)?.map(|state| (side, state)));
@@ -153,7 +191,7 @@ fn verify_or_fall_back(
 
 fn both_damaged(store: &Store, older: u64, newest_report: &Report, older_report: &Report) -> Error {
     Error::format(
-        store.file.path(),
+        store.drives.path(),
         format!(
             "generation {} fails {} of {} extents and generation {older} fails {}: the drive lost data that it had \
              confirmed. Nothing was changed. Restore an export or import the model again",
@@ -170,7 +208,7 @@ pub(super) fn assemble(
     committed: Option<Committed>,
     ledger: &Ledger,
 ) -> Result<Store> {
-    let Opened { file, engine, engine_note, header, manifest, layout, boot_id } = opened;
+    let Opened { drives, engine, engine_note, header, manifest, layout, boot_id } = opened;
     let incarnation = u64::from_le_bytes(file::random_uuid()?[..8].try_into().unwrap_or_default());
     let committed = committed.unwrap_or_else(|| Committed {
         generation: 0,
@@ -197,7 +235,7 @@ pub(super) fn assemble(
     let chunk_bytes = size_of_val(layout.chunks()) + layout.entry_count() * size_of::<usize>();
     let tables = ledger.enter("tables", (3 * Table::memory_bytes(&layout) + chunk_bytes) as u64);
     Ok(Store {
-        file,
+        drives,
         engine,
         engine_note,
         header,
@@ -255,12 +293,13 @@ fn read_header(engine: &dyn Engine, file: &Arc<DirectFile>) -> Result<Header> {
     }))
 }
 
-/// The manifest and the layout that follows from it; both must be what the header was made from.
+/// The manifest and the layout that follows from it; both must be what the headers were made from.
 fn read_manifest(
     engine: &dyn Engine,
-    file: &Arc<DirectFile>,
-    header: &Header,
+    drives: &Drives,
+    headers: &[Header],
 ) -> Result<(Manifest, Layout)> {
+    let (file, header) = (drives.main(), &headers[0]);
     let damaged = |reason: String| Error::format(file.path(), reason);
     let inside = header.manifest_offset.checked_add(header.manifest_bytes);
     let inside = inside.is_some_and(|end| end <= header.file_bytes);
@@ -280,11 +319,15 @@ fn read_manifest(
     }
     let manifest = Manifest::parse(&text[..bytes]).map_err(damaged)?;
     let layout = Layout::new(&manifest).map_err(damaged)?;
-    let rebuilt = Header::new(header.uuid, &layout, &text[..bytes]);
-    if rebuilt.map(|rebuilt| Header { set_uuid: header.set_uuid, ..rebuilt }).as_ref()
-        != Some(header)
-    {
-        return Err(damaged("the header contradicts the manifest: the file is damaged".into()));
+    for (drive, (file, header)) in drives.iter().zip(headers).enumerate() {
+        let rebuilt = (layout.drives() == headers.len())
+            .then(|| Header::new(header.uuid, &layout, &text[..bytes], drive))
+            .flatten();
+        let rebuilt = rebuilt.map(|rebuilt| Header { set_uuid: header.set_uuid, ..rebuilt });
+        if rebuilt.as_ref() != Some(header) {
+            let reason = "the header contradicts the manifest: the file is damaged";
+            return Err(Error::format(file.path(), reason));
+        }
     }
     Ok((manifest, layout))
 }
@@ -292,7 +335,8 @@ fn read_manifest(
 /// The superblock of one side: the newer of those that hold in its first place and its mirror, since
 /// the drive may have lost either write. An unreadable page is none, and so is one of the other side.
 fn read_superblock(opened: &Opened, side: usize) -> Result<Option<Superblock>> {
-    let Opened { engine, file, header, .. } = opened;
+    let Opened { engine, drives, header, .. } = opened;
+    let file = drives.main();
     let mut newest: Option<Superblock> = None;
     for offset in SUPERBLOCK_OFFSETS[side] {
         let page = unless_unreadable(read(&**engine, file, offset, PAGE_BYTES))?;
@@ -320,7 +364,8 @@ fn unless_unreadable<T>(outcome: Result<T>) -> Result<Option<T>> {
 
 /// Table and blob of a superblock, or `None` when one of them is unreadable or does not hold.
 fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Result<Option<Committed>> {
-    let Opened { engine, file, header, layout, .. } = opened;
+    let Opened { engine, drives, header, layout, .. } = opened;
+    let file = drives.main();
     if superblock.blob_bytes > BLOB_BYTES_MAX as u64 {
         return Ok(None);
     }
@@ -364,7 +409,7 @@ mod tests {
 
     fn opens_at_3(trained: &Trained, drive: Memory) {
         let ledger = Ledger::new();
-        let store = Store::open_on(&trained.file, Arc::new(drive), [2; 16], &ledger);
+        let store = Store::open_on(&trained.drives, Arc::new(drive), [2; 16], &ledger);
         let store = store.expect("opened");
         assert_eq!((store.committed().generation, store.fell_back_from()), (3, None));
         assert_eq!(store.committed().blob[..], trained.states[2].blob);
@@ -410,7 +455,7 @@ mod tests {
             drive.overwrite(place, &[0; PAGE_BYTES]);
         }
         let ledger = Ledger::new();
-        let store = Store::open_on(&trained.file, Arc::new(drive), [2; 16], &ledger);
+        let store = Store::open_on(&trained.drives, Arc::new(drive), [2; 16], &ledger);
         let store = store.expect("opened");
         assert_eq!((store.committed().generation, store.fell_back_from()), (2, Some(3)));
         assert!(store.verified_at_open().is_some(), "the older state was looked at");
@@ -434,6 +479,6 @@ mod tests {
 
     fn chosen(trained: &Trained, drive: &Arc<Memory>) -> Store {
         let drive = Arc::clone(drive) as Arc<dyn Engine>;
-        Store::open_on(&trained.file, drive, [2; 16], &Ledger::new()).expect("opened")
+        Store::open_on(&trained.drives, drive, [2; 16], &Ledger::new()).expect("opened")
     }
 }

@@ -69,7 +69,7 @@ impl Store {
                 let plan = self.plan_read(table, chunk, group);
                 self.engine.submit(Request {
                     operation: Operation::Read,
-                    file: self.file.clone(),
+                    file: self.drives.file(plan.drive).clone(),
                     offset: plan.offset,
                     slot: Some(slot),
                     bytes: plan.bytes,

@@ -2,6 +2,7 @@
 //! same training in memory.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use megatrain_io::adamw::{self, AdamW, Kernel, Span};
@@ -20,6 +21,7 @@ const WEIGHT_DECAY: f64 = 0.01;
 pub(crate) struct Shape {
     pub(crate) name: &'static str,
     chunk_parameters: u64,
+    drives: usize,
     records: [(StateFormat, u64); 3],
 }
 
@@ -27,16 +29,18 @@ pub(crate) struct Shape {
 pub(crate) const SMALL: Shape = Shape {
     name: "small",
     chunk_parameters: 4096,
+    drives: 1,
     records: [
         (StateFormat::F32, 3 * 4096),
         (StateFormat::Bf16, 5 * 4096 + 256),
         (StateFormat::F32, 2 * 4096 + 128),
     ],
 };
-/// A step writes 5.4 MiB: kills land among the chunks.
+/// A step writes 5.4 MiB, over two drives: kills land among the chunks.
 pub(crate) const LARGE: Shape = Shape {
     name: "large",
     chunk_parameters: 1 << 16,
+    drives: 2,
     records: [
         (StateFormat::F32, 3 * 4096),
         (StateFormat::Bf16, (6 << 16) + 256),
@@ -47,6 +51,7 @@ pub(crate) const LARGE: Shape = Shape {
 pub(crate) const WIDE: Shape = Shape {
     name: "wide",
     chunk_parameters: 1 << 18,
+    drives: 1,
     records: [
         (StateFormat::F32, 1 << 20),
         (StateFormat::Bf16, 1 << 20),
@@ -55,6 +60,11 @@ pub(crate) const WIDE: Shape = Shape {
 };
 
 impl Shape {
+    /// The files of a store, one for each drive.
+    pub(crate) fn files(&self, path: &Path) -> Vec<PathBuf> {
+        (0..self.drives).map(|drive| path.with_extension(drive.to_string())).collect()
+    }
+
     pub(crate) fn manifest(&self) -> Manifest {
         let name = |index: usize| format!("layer.{index}");
         let records = self.records.iter().enumerate();
@@ -71,6 +81,7 @@ impl Shape {
         });
         Manifest {
             durability: Durability::Step,
+            drives: self.drives,
             chunk_parameters: self.chunk_parameters,
             records: records.collect(),
             tensors: tensors.collect(),

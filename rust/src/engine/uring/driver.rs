@@ -17,7 +17,7 @@ use crate::engine::uring::Command;
 use crate::engine::{Completion, Counters, Operation, Request};
 use crate::error::Error;
 
-/// Pieces in flight at once.
+/// Pieces in flight at once, for each drive.
 pub(super) const DEPTH: usize = 32;
 /// Transfers are cut into pieces of this size: with huge pages a device takes each as one command.
 const PIECE_BYTES: usize = 1 << 20;
@@ -80,6 +80,7 @@ impl Driver {
         inbox: Receiver<Command>,
         wake: Arc<File>,
         counters: Arc<Counters>,
+        depth: usize,
     ) -> Self {
         Self {
             ring,
@@ -91,8 +92,8 @@ impl Driver {
             vacant: Vec::new(),
             waiting: VecDeque::new(),
             again: VecDeque::new(),
-            pieces: (0..DEPTH).map(|_| None).collect(),
-            vacant_pieces: (0..DEPTH).rev().collect(),
+            pieces: (0..depth).map(|_| None).collect(),
+            vacant_pieces: (0..depth).rev().collect(),
             registered: Weak::new(),
             wake_armed: false,
             closing: false,

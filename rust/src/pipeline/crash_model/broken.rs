@@ -23,6 +23,8 @@ pub(super) enum Breakage {
     OneSuperblock,
     /// Superblocks are written without a flush before them.
     NoFlush,
+    /// Of several drives, only the main one is flushed before a superblock.
+    OneDriveFlushed,
     /// Superblocks are written like any other block.
     NoDurableSuperblock,
     /// The commit is acknowledged before its superblock is durable: the gate opens early.
@@ -36,10 +38,11 @@ pub(super) enum Breakage {
 }
 
 impl Breakage {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::NoDrain,
         Self::OneSuperblock,
         Self::NoFlush,
+        Self::OneDriveFlushed,
         Self::NoDurableSuperblock,
         Self::NoGate,
         Self::NoSyncAtOpen,
@@ -109,6 +112,9 @@ impl Engine for Broken {
         match (self.breakage, request.operation) {
             (B::NoSyncAtOpen, O::Sync) if opening => return request.complete(Ok(())),
             (B::NoFlush, O::Sync) if !opening => return request.complete(Ok(())),
+            (B::OneDriveFlushed, O::Sync) if !opening && request.file.drive() > 0 => {
+                return request.complete(Ok(()));
+            }
             (B::NoDurableSuperblock, O::WriteDurable) => request.operation = O::Write,
             (B::OneSuperblock, O::Read | O::WriteDurable)
                 if (MIB..2 * MIB + MIB / 2).contains(&request.offset) =>

@@ -34,14 +34,17 @@ fn recover(machine: &mut Machine<'_>) -> Verdict {
 }
 
 fn each_point(check: impl Fn(&Base, &Run, u64) -> Verdict + Sync) {
-    let base = Base::new(&[128, 4096 + 128, 128], Durability::Step);
-    for run in trainings() {
-        let points = operations(&base, &run);
-        assert!(points > 60, "{points} operations are too few to be a training");
-        let at = |point| {
-            check(&base, &run, point).map_err(|e| format!("operation {point} of {run:?}: {e}"))
-        };
-        assert_eq!(first_failure(points, at), None);
+    for drives in [1, 2] {
+        let base = Base::new(&[128, 4096 + 128, 128], Durability::Step, drives);
+        for run in trainings() {
+            let points = operations(&base, &run);
+            assert!(points > 60, "{points} operations are too few to be a training");
+            let at = |point| {
+                check(&base, &run, point)
+                    .map_err(|e| format!("operation {point} of {run:?}, {drives} drives: {e}"))
+            };
+            assert_eq!(first_failure(points, at), None);
+        }
     }
 }
 

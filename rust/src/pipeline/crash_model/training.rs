@@ -111,7 +111,7 @@ impl<'a> Machine<'a> {
 
     fn open_once(&mut self) -> Result<Option<Process>, String> {
         let engine = Arc::clone(&self.engine) as Arc<dyn Engine>;
-        let opened = Store::open_on(&self.base.file, engine, [self.boot; 16], &Ledger::new());
+        let opened = Store::open_on(&self.base.drives, engine, [self.boot; 16], &Ledger::new());
         let store = match opened {
             Err(_) if self.may_lose() => return Ok(None),
             Err(_) if self.base.is_scratch && !self.closed.2 => return Ok(None),

@@ -44,7 +44,8 @@ impl Executor {
                 load.unread = (load.started < load.chunks.len()).then_some(unread);
                 let number = load.number;
                 let plan = self.store.plan_read(&self.working, chunk, Group::Weight);
-                self.read(plan.offset, plan.bytes, part, Work::Load { number, chunk, plan });
+                let place = (plan.drive, plan.offset);
+                self.read(place, plan.bytes, part, Work::Load { number, chunk, plan });
             }
         }
     }
@@ -74,20 +75,21 @@ impl Executor {
                 written: Vec::new(),
                 writes_left: 0,
             });
-            self.read(plan.offset, plan.bytes, front, Work::Planes { chunk, plan, rest });
+            let place = (plan.drive, plan.offset);
+            self.read(place, plan.bytes, front, Work::Planes { chunk, plan, rest });
         }
     }
 
-    fn read(&mut self, offset: u64, bytes: usize, slot: Slot, work: Work) {
-        let operation = Operation::Read;
-        self.submit(Pending { operation, offset, bytes, again: false, work }, Some(slot));
+    fn read(&mut self, place: (usize, u64), bytes: usize, slot: Slot, work: Work) {
+        let (operation, (drive, offset), again) = (Operation::Read, place, false);
+        self.submit(Pending { operation, drive, offset, bytes, again, work }, Some(slot));
     }
 
     /// Starts an operation, or completes it at once when there is nothing on disk.
     pub(super) fn submit(&mut self, pending: Pending, slot: Option<Slot>) {
         let tag = self.next_tag;
         self.next_tag += 1;
-        let Pending { operation, offset, bytes, .. } = pending;
+        let Pending { operation, drive, offset, bytes, .. } = pending;
         self.pending.insert(tag, pending);
         let reply = self.reply.clone();
         if bytes == 0 && operation == Operation::Read {
@@ -95,7 +97,7 @@ impl Executor {
             let _ = reply.send(Completion { tag, slot, result: Ok(()) });
             return;
         }
-        let file = Arc::clone(self.store.file());
+        let file = Arc::clone(self.store.drives().file(drive));
         self.store.engine().0.submit(Request { operation, file, offset, slot, bytes, tag, reply });
     }
 

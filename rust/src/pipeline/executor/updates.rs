@@ -67,9 +67,9 @@ impl Executor {
             Group::ALL.into_iter().zip(plans).zip(sums.into_iter().zip([weight_out, planes]))
         {
             self.updates[index].written.push((group, plan.entry, sums));
-            let (operation, offset, bytes) = (Operation::Write, plan.offset, slot.len());
-            let work = Work::Write { chunk };
-            self.submit(Pending { operation, offset, bytes, again: false, work }, Some(slot));
+            let (drive, offset, bytes) = (plan.drive, plan.offset, slot.len());
+            let (operation, again, work) = (Operation::Write, false, Work::Write { chunk });
+            self.submit(Pending { operation, drive, offset, bytes, again, work }, Some(slot));
         }
         Timings::add(&self.shared.timings.update, start);
         Ok(())

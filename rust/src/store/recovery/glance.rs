@@ -1,13 +1,14 @@
 //! What a store says of itself, read without its lock: for a person who asks how a run stands. Opening
 //! alone decides what may be believed.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{Opened, read, read_header, read_manifest, read_state, read_superblock};
+use super::{Opened, read, read_files, read_state, read_superblock};
+use crate::drives::Drives;
 use crate::engine::choice::{self, Choice};
 use crate::error::{Error, Result};
-use crate::file::{self, DirectFile};
+use crate::file;
 use crate::layout::Manifest;
 use crate::store::Committed;
 use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
@@ -36,20 +37,11 @@ pub struct Glance {
 }
 
 impl Glance {
-    pub(in crate::store) fn at(path: &Path) -> Result<Self> {
-        let file = Arc::new(DirectFile::open_unlocked(path)?);
-        let (engine, engine_note) = choice::start(Choice::Threads)?;
-        let header = read_header(&*engine, &file)?;
-        let (bytes, expected) = (file.bytes()?, header.file_bytes);
-        if bytes < expected {
-            return Err(Error::format(
-                path,
-                format!("the file has {bytes} bytes and should have {expected}: it was truncated"),
-            ));
-        }
-        let (manifest, layout) = read_manifest(&*engine, &file, &header)?;
+    pub(in crate::store) fn at(paths: &[PathBuf]) -> Result<Self> {
+        let drives = Drives::open_unlocked(paths)?;
+        let (engine, engine_note) = choice::start(Choice::Threads, drives.count())?;
         let boot_id = file::boot_id();
-        let opened = Opened { file, engine, engine_note, header, manifest, layout, boot_id };
+        let opened = read_files(drives, engine, engine_note, boot_id)?;
         let mut found = None;
         for _ in 0..LOOKS {
             found = newest(&opened)?;
@@ -59,16 +51,17 @@ impl Glance {
         }
         let newest = found;
         let newest = newest.ok_or_else(|| {
-            Error::format(path, "no committed state holds: the import did not finish, or the drive lost data that it had confirmed")
+            Error::format(opened.drives.path(), "no committed state holds: the import did not finish, or the drive lost data that it had confirmed")
         })?;
-        let marker = read(&*opened.engine, &opened.file, CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
+        let marker =
+            read(&*opened.engine, opened.drives.main(), CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
         Ok(Self {
             uuid: opened.header.uuid,
             manifest: opened.manifest,
             generation: newest.generation,
             is_clean: marker.is_some_and(|marker| newest.superblock.is_vouched_for_by(&marker)),
             is_of_this_boot: newest.superblock.boot_id == boot_id && boot_id != [0; 16],
-            is_direct: opened.file.is_direct(),
+            is_direct: opened.drives.are_direct(),
             blob: newest.blob,
         })
     }

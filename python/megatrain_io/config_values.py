@@ -1,0 +1,74 @@
+"""Kinds of values that keys of the configuration take, with the sentence that a wrong one is refused by. No torch."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+
+__all__ = [
+    "INT_MAX",
+    "Count",
+    "Folders",
+    "Fp32Positive",
+    "FractionOrPath",
+    "LocalPath",
+    "Paths",
+    "WholeCount",
+]
+
+INT_MAX = 2**31 - 1
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("must be a path, as text")
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError as error:
+        raise ValueError("must be a path: there is no such home directory") from error
+
+
+def _path(value: Any) -> Path:
+    return value if isinstance(value, Path) else Path(_text(value))
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(item, str) for item in values):
+        raise ValueError("must be a path, or a list of paths")
+    return [_text(item) for item in values]
+
+
+def _fraction_or_text(value: Any) -> float | str | None:
+    if value is None or (isinstance(value, float) and 0 < value < 1):
+        return value
+    if isinstance(value, str) and value.strip():
+        return _text(value)
+    raise ValueError("must be a fraction between 0 and 1, or a path, or null")
+
+
+def _whole(value: Any) -> Any:
+    """``3.0``, as other tools write it, is 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _not_zero_in_fp32(value: float) -> float:
+    if value < 1.2e-38:  # noqa: PLR2004 - the smallest normal number, rounded up
+        raise ValueError("must be at least 1.2e-38, the smallest normal number of fp32")
+    return value
+
+
+def _folders(value: Any) -> tuple[Path, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError("must be a path, or a list of paths")
+    return tuple(_path(item) for item in values)
+
+
+Count = Annotated[int, Field(ge=1, le=INT_MAX)]
+WholeCount = Annotated[Count, BeforeValidator(_whole)]
+LocalPath = Annotated[Path, BeforeValidator(_path)]
+Folders = Annotated[tuple[Path, ...], BeforeValidator(_folders)]
+Paths = Annotated[list[str], PlainValidator(_texts)]
+FractionOrPath = Annotated[float | str | None, PlainValidator(_fraction_or_text)]
+Fp32Positive = Annotated[float, AfterValidator(_not_zero_in_fp32)]

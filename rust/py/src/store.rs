@@ -264,6 +264,13 @@ impl Store {
         Ok(self.get()?.file().is_direct())
     }
 
+    /// `(memory, offset)`: what the kernel says that direct transfers must be aligned to, in bytes.
+    #[getter]
+    fn dio_alignment(&self) -> PyResult<Option<(u32, u32)>> {
+        let alignment = self.get()?.file().dio_alignment();
+        Ok(alignment.map(|alignment| (alignment.memory, alignment.offset)))
+    }
+
     /// The newer generation that did not hold when the store was opened, if there was one.
     #[getter]
     fn fell_back_from(&self) -> PyResult<Option<u64>> {

@@ -42,6 +42,8 @@ __all__ = [
     "probe_uring",
 ]
 
+_HUGE_SHARE = 0.9
+
 Engine = Literal["auto", "uring", "threads"]
 
 CheckedSchedule = _lib.Schedule
@@ -368,6 +370,8 @@ class PagedState:
                 f"the pool is not registered with the kernel ({self._pipeline.registration_refused}); "
                 "this costs some CPU time. To allow it, raise the limit on locked memory (ulimit -l)"
             )
+        if self._pipeline is not None and self._pipeline.huge_pages is not None:
+            notes += _huge_page_notes(*self._pipeline.huge_pages)
         return notes
 
     def io_bytes(self) -> tuple[int, int]:
@@ -435,3 +439,15 @@ def _buffered_note(alignment: tuple[int, int] | None) -> str:
         f"direct I/O needs an alignment of {memory} bytes in memory and {offset} in the file here, more than the "
         "4096 of the store: transfers go through the page cache"
     )
+
+
+def _huge_page_notes(huge: int, nbytes: int) -> list[str]:
+    """What to do when the pool did not get the huge pages that it asked for."""
+    if huge >= nbytes * _HUGE_SHARE:
+        return []
+    note = (
+        f"{huge >> 20} of {nbytes >> 20} MiB of the pool lie in huge pages; reading may be half as fast without. "
+        "To allow them: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled (as root). Where they are "
+        "allowed, memory is short or fragmented: fewer other programs or a restart of the machine help"
+    )
+    return [note]

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::fork::NotInherited;
 
 mod driver;
+mod trial;
 
 /// What the front asks of the driver.
 enum Command {
@@ -40,11 +41,26 @@ pub struct Uring {
 }
 
 impl Uring {
-    /// Sets a ring up and starts its thread.
+    /// Sets a ring up, starts its thread, and moves a few bytes through it: there are sandboxes where a
+    /// ring can be set up and every operation fails.
     ///
     /// # Errors
     /// `Unsupported` with the kernel's reason when there is no usable ring here.
     pub fn start() -> Result<Self> {
+        let mut engine = Self::start_untried()?;
+        match trial::run(&engine, trial::PATIENCE) {
+            Ok(()) => Ok(engine),
+            Err(trial::Failure { reason, is_stuck }) => {
+                if is_stuck {
+                    // Nobody waits for what may never end: the driver drains for a minute, then leaks.
+                    drop(engine.driver.take());
+                }
+                Err(Error::Unsupported { feature: "io_uring".into(), reason })
+            }
+        }
+    }
+
+    fn start_untried() -> Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|e| unsupported("eventfd", &e.into()))?;
         let wake = Arc::new(File::from(wake));

@@ -116,11 +116,10 @@ impl Driver {
                 self.arm_wake();
             }
             self.hand_over();
-            if let Err(error) = self.wait() {
+            if let Err(error) = self.wait().and_then(|()| self.reap()) {
                 self.give_up(&error);
                 return;
             }
-            self.reap();
         }
     }
 
@@ -133,7 +132,9 @@ impl Driver {
     /// touch do not go back with it; they stay here and are leaked with the driver.
     fn give_up(&mut self, cause: &io::Error) {
         let failed = |operation: Operation| {
-            Error::io(operation.name(), "io_uring", 0, 0, io::Error::from(cause.kind()))
+            let again = cause.raw_os_error().map(io::Error::from_raw_os_error);
+            let source = again.unwrap_or_else(|| cause.kind().into());
+            Error::io(operation.name(), "io_uring", 0, 0, source)
         };
         for in_flight in self.entries.iter().flatten() {
             let Request { operation, tag, reply, .. } = &in_flight.request;
@@ -291,12 +292,15 @@ impl Driver {
         }
     }
 
-    fn reap(&mut self) {
+    fn reap(&mut self) -> io::Result<()> {
         let reaped: Vec<(u64, i32)> =
             self.ring.completion().map(|cqe| (cqe.user_data(), cqe.result())).collect();
+        let mut outcome = Ok(());
         for (user_data, result) in reaped {
             if user_data == WAKE {
                 self.wake_armed = false;
+                // Without its bell the driver would spin or sleep for ever.
+                outcome = failure(result).filter(|error| !is_transient(error)).map_or(Ok(()), Err);
                 continue;
             }
             let slot = crate::units::to_usize(user_data);
@@ -305,13 +309,13 @@ impl Driver {
                 self.finish_piece(piece, result);
             }
         }
+        outcome
     }
 
     fn finish_piece(&mut self, piece: Piece, result: i32) {
         let Some(in_flight) = self.entries[piece.entry].as_mut() else { return };
-        let error = io::Error::from_raw_os_error(result.min(0).saturating_neg());
         let is_sync = in_flight.request.operation == Operation::Sync;
-        match usize::try_from(result) {
+        match failure(result).map_or_else(|| Ok(usize::try_from(result).unwrap_or(0)), Err) {
             Ok(_) if is_sync => in_flight.outstanding -= 1,
             Ok(0) => {
                 in_flight.outstanding -= 1;
@@ -332,15 +336,8 @@ impl Driver {
                 in_flight.done += moved;
                 in_flight.outstanding -= 1;
             }
-            Err(_)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                ) =>
-            {
-                self.again.push_back(piece);
-            }
-            Err(_) => {
+            Err(error) if is_transient(&error) => self.again.push_back(piece),
+            Err(error) => {
                 in_flight.outstanding -= 1;
                 in_flight.failed.get_or_insert(Failure::System(error));
             }
@@ -400,4 +397,14 @@ impl Driver {
             self.registered = Weak::new();
         }
     }
+}
+
+/// The error that a completion's result names.
+fn failure(result: i32) -> Option<io::Error> {
+    (result < 0).then(|| io::Error::from_raw_os_error(result.saturating_neg()))
+}
+
+/// Whether the kernel asks for the same operation again.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
 }

@@ -91,8 +91,6 @@ fn settle(file: File) -> io::Result<Opened> {
 
 #[cfg(test)]
 mod tests {
-    use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
-
     use super::*;
 
     #[test]
@@ -114,25 +112,5 @@ mod tests {
         let opened = open(&path, Access::Create).expect("opened");
         assert_eq!(opened.direct, is_open_direct(&opened.file));
         assert!(opened.alignment.is_none_or(|alignment| alignment.is_met() == opened.direct));
-    }
-
-    /// ext4 takes `O_DIRECT` for a file whose data goes through the journal, and then buffers.
-    #[test]
-    fn a_file_that_the_kernel_has_no_direct_io_for_is_opened_without() {
-        const JOURNAL_DATA: IFlags = IFlags::from_bits_retain(0x4000);
-        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("a folder");
-        let path = folder.path().join("file");
-        let made = File::create(&path).expect("made");
-        let journalled = ioctl_getflags(&made)
-            .and_then(|flags| ioctl_setflags(&made, flags | JOURNAL_DATA))
-            .is_ok();
-        let none = Some(DioAlignment { memory: 0, offset: 0 });
-        // Elsewhere than on ext4, without the right to it, or before Linux 6.1.
-        if !journalled || DioAlignment::of(&made) != none {
-            return;
-        }
-        let opened = open(&path, Access::Use).expect("opened");
-        assert_eq!((opened.direct, opened.alignment), (false, none));
-        assert!(!is_open_direct(&opened.file));
     }
 }

@@ -13,14 +13,10 @@ use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 
 use crate::buffer::Region;
-use crate::engine::uring::Command;
+use crate::engine::uring::{Command, Tuning};
 use crate::engine::{Completion, Counters, Operation, Request};
 use crate::error::Error;
 
-/// Pieces in flight at once.
-pub(super) const DEPTH: usize = 32;
-/// Transfers are cut into pieces of this size: with huge pages a device takes each as one command.
-const PIECE_BYTES: usize = 1 << 20;
 /// The kernel registers at most 1 GiB as one buffer.
 const REGISTERED_BYTES: usize = 1 << 30;
 /// How long a drop waits for the kernel; drives give up on a request after 30 s.
@@ -72,6 +68,7 @@ pub(super) struct Driver {
     /// Whether the kernel has the read of `wake`.
     wake_armed: bool,
     closing: bool,
+    piece_bytes: usize,
 }
 
 impl Driver {
@@ -80,6 +77,7 @@ impl Driver {
         inbox: Receiver<Command>,
         wake: Arc<File>,
         counters: Arc<Counters>,
+        tuning: Tuning,
     ) -> Self {
         Self {
             ring,
@@ -91,11 +89,12 @@ impl Driver {
             vacant: Vec::new(),
             waiting: VecDeque::new(),
             again: VecDeque::new(),
-            pieces: (0..DEPTH).map(|_| None).collect(),
-            vacant_pieces: (0..DEPTH).rev().collect(),
+            pieces: (0..tuning.depth).map(|_| None).collect(),
+            vacant_pieces: (0..tuning.depth).rev().collect(),
             registered: Weak::new(),
             wake_armed: false,
             closing: false,
+            piece_bytes: tuning.piece_bytes,
         }
     }
 
@@ -208,7 +207,7 @@ impl Driver {
         let entry = *self.waiting.front()?;
         let in_flight = self.entries[entry].as_mut()?;
         let start = in_flight.cut;
-        let bytes = PIECE_BYTES.min(in_flight.request.bytes - start);
+        let bytes = self.piece_bytes.min(in_flight.request.bytes - start);
         in_flight.cut += bytes;
         in_flight.outstanding += 1;
         if in_flight.cut == in_flight.request.bytes {

@@ -42,6 +42,8 @@ __all__ = [
     "probe_uring",
 ]
 
+_HUGE_SHARE = 0.9
+
 Engine = Literal["auto", "uring", "threads"]
 
 CheckedSchedule = _lib.Schedule
@@ -339,6 +341,11 @@ class PagedState:
         return self._store.is_direct
 
     @property
+    def dio_alignment(self) -> tuple[int, int] | None:
+        """What direct transfers must be aligned to, in memory and in the file; None where the kernel does not say."""
+        return self._store.dio_alignment
+
+    @property
     def notes(self) -> list[str]:
         """What costs speed here, one sentence each."""
         notes = []
@@ -351,12 +358,14 @@ class PagedState:
         if reason is not None:
             notes.append(f"I/O engine: {name} ({reason})")
         if not self.is_direct:
-            notes.append("the file system has no direct I/O: transfers go through the page cache")
+            notes.append(_buffered_note(self._store.dio_alignment))
         if self._pipeline is not None and self._pipeline.registration_refused is not None:
             notes.append(
                 f"the pool is not registered with the kernel ({self._pipeline.registration_refused}); "
                 "this costs some CPU time. To allow it, raise the limit on locked memory (ulimit -l)"
             )
+        if self._pipeline is not None and self._pipeline.huge_pages is not None:
+            notes += _huge_page_notes(*self._pipeline.huge_pages)
         return notes
 
     def io_bytes(self) -> tuple[int, int]:
@@ -413,3 +422,26 @@ class PagedState:
 
 def _hexadecimal(checksum: int | None) -> str | None:
     return None if checksum is None else f"{checksum:#010x}"
+
+
+def _buffered_note(alignment: tuple[int, int] | None) -> str:
+    """Why transfers are not direct; zeros mean that the file has no direct I/O (ext4 with data=journal)."""
+    if alignment is None or 0 in alignment:
+        return "the file system has no direct I/O: transfers go through the page cache"
+    memory, offset = alignment
+    return (
+        f"direct I/O needs an alignment of {memory} bytes in memory and {offset} in the file here, more than the "
+        "4096 of the store: transfers go through the page cache"
+    )
+
+
+def _huge_page_notes(huge: int, nbytes: int) -> list[str]:
+    """What to do when the pool did not get the huge pages that it asked for."""
+    if huge >= nbytes * _HUGE_SHARE:
+        return []
+    note = (
+        f"{huge >> 20} of {nbytes >> 20} MiB of the pool lie in huge pages; reading may be half as fast without. "
+        "To allow them: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled (as root). Where they are "
+        "allowed, memory is short or fragmented: fewer other programs or a restart of the machine help"
+    )
+    return [note]

@@ -20,6 +20,10 @@ use crate::error::{Error, Result};
 use crate::ledger::{Entry, Ledger};
 use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES};
 
+mod huge_pages;
+
+pub use huge_pages::HugePages;
+
 /// One anonymous mapping: zeroed, 2 MiB aligned, asked to be huge pages, not inherited by forks.
 pub struct Region {
     start: NonNull<u8>,
@@ -83,6 +87,34 @@ impl Region {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Gives every page its memory now, in huge pages where the kernel can make them; content stays.
+    /// Done before the region is registered with a ring: pages that are pinned can no longer be moved.
+    pub fn populate(&self) -> Option<HugePages> {
+        if !self.locked {
+            // SAFETY: the range is the region's own mapping; pages that exist are left as they are. A
+            // kernel that refuses (before 5.14, or out of memory) leaves it to the first use.
+            let _ = unsafe {
+                mm::madvise(self.start.as_ptr().cast(), self.bytes, mm::Advice::LinuxPopulateWrite)
+            };
+        }
+        let found = self.huge_pages().filter(|found| !found.is_enough());
+        if found.is_some() {
+            let whole = self.bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+            // SAFETY: the range lies in the region's own mapping; collapsing copies the content into huge
+            // pages behind the same addresses. A kernel before 6.1 refuses it, which costs speed only.
+            let _ =
+                unsafe { libc::madvise(self.start.as_ptr().cast(), whole, libc::MADV_COLLAPSE) };
+        }
+        self.huge_pages()
+    }
+
+    /// How much of it lies in huge pages now; `None` for less than 2 MiB.
+    #[must_use]
+    pub fn huge_pages(&self) -> Option<HugePages> {
+        let start = self.start.as_ptr().addr();
+        HugePages::of(start..start + self.bytes)
     }
 
     /// Whether the memory is locked (RLIMIT_MEMLOCK allowed it).
@@ -351,6 +383,23 @@ mod tests {
         let list = list(2);
         let (a, b) = (list.try_take().expect("free"), list.try_take().expect("free"));
         let _ = a.join(b);
+    }
+
+    #[test]
+    fn populating_keeps_the_bytes_and_gives_huge_pages_where_the_kernel_has_them() {
+        let bytes = 4 * HUGE_PAGE_BYTES;
+        let (region, mut lists) =
+            SlotList::cut(&[(bytes, 1)], &Ledger::new(), "pool").expect("memory");
+        let mut slot = lists.remove(0).try_take().expect("free");
+        slot.fill(7);
+        let found = region.populate().expect("the kernel says");
+        assert_eq!(found.bytes, bytes as u64);
+        assert_eq!(region.huge_pages(), Some(found));
+        let allowed = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        if allowed.is_ok_and(|choices| !choices.contains("[never]")) {
+            assert!(found.is_enough(), "{found:?}");
+        }
+        assert!(slot.iter().all(|byte| *byte == 7));
     }
 
     #[test]

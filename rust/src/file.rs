@@ -1,19 +1,24 @@
 //! The data file: how it is opened, locked and given its space.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, IFlags, OFlags};
+use rustix::fs::{FallocateFlags, IFlags, MemfdFlags};
 
 use crate::error::{Error, Result};
+use crate::file::direct::{Access, Opened};
+use crate::file::file_system::{BTRFS, available_bytes, file_system, refuse_network};
 use crate::fork::NotInherited;
 use crate::units::PAGE_BYTES;
 
+mod direct;
+mod file_system;
 mod owner;
 
+pub use direct::DioAlignment;
 pub use owner::Owner;
 
 /// How long an open waits for the lock: a killed process holds it until its last writes have landed.
@@ -21,17 +26,6 @@ pub const LOCK_WAIT: Duration = Duration::from_secs(5);
 /// After so long a person should be told what is waited for.
 pub const LOCK_NOTICE: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
-
-/// File systems that live on another machine: no promise about flushes holds there.
-const NETWORK_FILE_SYSTEMS: [(u64, &str); 6] = [
-    (0x6969, "NFS"),
-    (0x517b, "SMB"),
-    (0xff53_4d42, "CIFS"),
-    (0xfe53_4d42, "SMB2"),
-    (0x0102_1997, "9p (a Windows drive seen from WSL, or a VM share)"),
-    (0x00c3_6400, "Ceph"),
-];
-const BTRFS: u64 = 0x9123_683e;
 
 /// An open data file. All I/O on it goes through an engine, which keeps it open while in flight.
 #[derive(Debug)]
@@ -41,6 +35,7 @@ pub struct DirectFile {
     file: File,
     path: PathBuf,
     direct: bool,
+    alignment: Option<DioAlignment>,
     locked: bool,
     drive: usize,
 }
@@ -58,8 +53,8 @@ impl DirectFile {
         if available < bytes {
             return Err(Error::NoSpace { path: path.into(), needed: bytes, available });
         }
-        let (file, direct) = open_with(path, Access::Create)?;
-        let made = Self::over(file, path, direct).and_then(|mut file| {
+        let opened = direct::open(path, Access::Create)?;
+        let made = Self::over(opened, path).and_then(|mut file| {
             // Locked before anything else, so that no other process can take it for a left-over.
             file.lock(&mut |_, _| Ok(()))?;
             file.check_name()?;
@@ -134,18 +129,32 @@ impl DirectFile {
 
     fn open_as(path: &Path, access: Access) -> Result<Self> {
         refuse_network(path)?;
-        let (file, direct) = open_with(path, access)?;
-        let file = Self::over(file, path, direct)?;
+        let file = Self::over(direct::open(path, access)?, path)?;
         if !file.metadata()?.is_file() {
             return Err(Error::format(path, "not a regular file"));
         }
         Ok(file)
     }
 
-    fn over(file: File, path: &Path, direct: bool) -> Result<Self> {
+    /// A file without a name, in RAM: what an engine is tried out on.
+    ///
+    /// # Errors
+    /// `Io` when the system refuses it.
+    pub fn in_memory(bytes: u64) -> Result<Self> {
+        let path = Path::new("a file in memory");
+        let failed = |e| Error::io("create", path, 0, bytes, e);
+        let file = rustix::fs::memfd_create("megatrain-io", MemfdFlags::CLOEXEC).map_err(failed)?;
+        rustix::fs::ftruncate(&file, bytes).map_err(failed)?;
+        let opened = Opened { file: file.into(), direct: false, alignment: None };
+        Self::over(opened, path)
+    }
+
+    fn over(opened: Opened, path: &Path) -> Result<Self> {
+        let Opened { file, direct, alignment } = opened;
         let not_inherited = NotInherited::new(&file)?;
         let path = path.to_owned();
-        Ok(Self { _not_inherited: not_inherited, file, path, direct, locked: false, drive: 0 })
+        let (locked, drive) = (false, 0);
+        Ok(Self { _not_inherited: not_inherited, file, path, direct, alignment, locked, drive })
     }
 
     /// Who holds an existing file, or `None` when nobody does. Waits for nothing.
@@ -243,6 +252,12 @@ impl DirectFile {
         self.direct
     }
 
+    /// What the kernel says that direct transfers must be aligned to; `None` where it does not say.
+    #[must_use]
+    pub fn dio_alignment(&self) -> Option<DioAlignment> {
+        self.alignment
+    }
+
     /// Length in bytes.
     ///
     /// # Errors
@@ -326,37 +341,6 @@ pub fn random_uuid() -> Result<[u8; 16]> {
     Ok(id)
 }
 
-/// What a file is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Access {
-    Look,
-    Use,
-    Create,
-}
-
-/// Opens for direct I/O, or without where the file system refuses that; the second value says which.
-fn open_with(path: &Path, access: Access) -> Result<(File, bool)> {
-    let create = access == Access::Create;
-    let open = |flags: OFlags| {
-        let mut options = OpenOptions::new();
-        let flags = i32::try_from((OFlags::NOFOLLOW | flags).bits()).map_err(io::Error::other)?;
-        options.read(true).write(access != Access::Look).create_new(create);
-        options.mode(0o600).custom_flags(flags).open(path)
-    };
-    let failed = |error| Error::io(if create { "create" } else { "open" }, path, 0, 0, error);
-    match open(OFlags::DIRECT) {
-        Ok(file) => Ok((file, true)),
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {
-            if create {
-                // Some kernels make the file before they refuse the flag.
-                let _ = fs::remove_file(path);
-            }
-            Ok((open(OFlags::empty()).map_err(failed)?, false))
-        }
-        Err(error) => Err(failed(error)),
-    }
-}
-
 /// Gives a file its final name, unless something else has it.
 ///
 /// # Errors
@@ -365,29 +349,6 @@ pub fn rename_new(from: &Path, to: &Path) -> Result {
     use rustix::fs::{CWD, RenameFlags};
     rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)
         .map_err(|e| Error::io("rename", from, 0, 0, e))
-}
-
-fn file_system(file: &File) -> Option<u64> {
-    rustix::fs::fstatfs(file).ok().and_then(|s| u64::try_from(s.f_type).ok())
-}
-
-fn refuse_network(path: &Path) -> Result {
-    let stat = rustix::fs::statfs(path).map_err(|e| Error::io("open", path, 0, 0, e))?;
-    let magic = u64::try_from(stat.f_type).unwrap_or_default() & 0xffff_ffff;
-    match NETWORK_FILE_SYSTEMS.iter().find(|(id, _)| *id == magic) {
-        Some((_, name)) => Err(Error::Unsupported {
-            feature: format!("a store on {}", path.display()),
-            reason: format!(
-                "it is {name}, not a local drive; choose a local NVMe with memory.store_dir"
-            ),
-        }),
-        None => Ok(()),
-    }
-}
-
-fn available_bytes(path: &Path) -> Result<u64> {
-    let stat = rustix::fs::statvfs(path).map_err(|e| Error::io("stat", path, 0, 0, e))?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// Whether `bytes` is a multiple of the transfer alignment.

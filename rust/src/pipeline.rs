@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, bounded, unbounded};
 
 use crate::adamw::{AdamW, Kernel};
-use crate::buffer::{Slot, SlotList};
+use crate::buffer::{HugePages, Slot, SlotList};
 use crate::error::{Error, Result};
 use crate::pool::{Pool, PoolSizes};
 use crate::store::{BLOB_BYTES_MAX, Store};
@@ -379,6 +379,12 @@ impl Pipeline {
     #[must_use]
     pub fn registration_refused(&self) -> Option<&str> {
         self.registration.as_deref()
+    }
+
+    /// How much of the pool lies in huge pages; `None` where the kernel does not say.
+    #[must_use]
+    pub fn huge_pages(&self) -> Option<HugePages> {
+        self.pool.huge_pages
     }
 
     fn check_record(&self, record: usize) -> Result {

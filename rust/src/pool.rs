@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::buffer::{Region, SlotList};
+use crate::buffer::{HugePages, Region, SlotList};
 use crate::error::Result;
 use crate::ledger::Ledger;
 use crate::units::PAGE_BYTES;
@@ -54,6 +54,8 @@ impl PoolSizes {
 pub struct Pool {
     /// One mapping beneath all slots.
     pub region: Arc<Region>,
+    /// How much of it lay in huge pages when it was made.
+    pub huge_pages: Option<HugePages>,
     /// For updates.
     pub chunk_slots: SlotList,
     /// For the weights of decoder blocks.
@@ -67,7 +69,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Allocates the whole pool and enters it in the ledger under `pool`.
+    /// Allocates and populates the whole pool and enters it in the ledger under `pool`.
     ///
     /// # Errors
     /// `Io` when the system refuses the memory.
@@ -78,8 +80,10 @@ impl Pool {
         let mut lists = lists.into_iter();
         let mut next =
             || lists.next().ok_or_else(|| crate::error::Error::invalid("five kinds of slot"));
+        let huge_pages = region.populate();
         Ok(Self {
             region,
+            huge_pages,
             chunk_slots: next()?,
             block_buffers: next()?,
             outer_buffers: next()?,

@@ -106,6 +106,20 @@ def test_the_bits_are_those_of_any_file_system(folder, engine, request, undistur
     assert {path.name for path in folder.iterdir()} - {"lost+found"} == {"store"}
 
 
+def test_a_file_system_without_direct_io_is_used_through_the_page_cache(tmp_path, undisturbed):
+    """With ``data=journal`` ext4 takes ``O_DIRECT`` and buffers on the quiet: only statx tells."""
+    with new_volume("ext4", tmp_path / "image", IMAGE_BYTES, "data=journal") as volume:
+        make_store(volume.folder / "store", CASE)
+        with opened(volume.folder / "store", CASE) as model:
+            if model.state.dio_alignment is None:
+                pytest.skip("the kernel does not say what direct I/O needs: it does since Linux 6.1")
+            assert model.state.dio_alignment == (0, 0)
+            assert not model.state.is_direct
+            assert [note for note in model.state.notes if "no direct I/O" in note]
+            assert train(model, CASE) == undisturbed[0]
+            assert differing(all_planes(model.state), undisturbed[1]) == []
+
+
 # ------------------------------------------------------------------------------------------ no space
 
 

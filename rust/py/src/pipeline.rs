@@ -88,6 +88,12 @@ impl Pipeline {
         Ok(self.get()?.registration_refused().map(str::to_owned))
     }
 
+    /// `(huge, nbytes)`: bytes of the pool that lay in huge pages when it was made, and that could.
+    #[getter]
+    fn huge_pages(&self) -> PyResult<Option<(u64, u64)>> {
+        Ok(self.get()?.huge_pages().map(|found| (found.huge, found.bytes)))
+    }
+
     /// Begins a step: its reads start at once. `adamw` is `(learning_rate, beta1, beta2, eps, step)`,
     /// the step counted from 1.
     fn begin(&self, schedule: &Schedule, adamw: (f64, f64, f64, f64, u64)) -> PyResult<()> {

@@ -264,6 +264,17 @@ impl Store {
         Ok(self.get()?.drives().are_direct())
     }
 
+    /// `(memory, offset)`: what the kernel says that direct transfers must be aligned to, in bytes; of
+    /// the first drive that has none of them, if there is one.
+    #[getter]
+    fn dio_alignment(&self) -> PyResult<Option<(u32, u32)>> {
+        let store = self.get()?;
+        let drives = store.drives();
+        let file = drives.iter().find(|file| !file.is_direct()).unwrap_or(drives.main());
+        let alignment = file.dio_alignment();
+        Ok(alignment.map(|alignment| (alignment.memory, alignment.offset)))
+    }
+
     /// The newer generation that did not hold when the store was opened, if there was one.
     #[getter]
     fn fell_back_from(&self) -> PyResult<Option<u64>> {

@@ -19,6 +19,7 @@ pub(crate) fn run(engine: &dyn Engine) {
     writes_come_back_as_they_went(engine);
     many_in_flight_keep_their_tags(engine);
     a_read_past_the_end_is_an_error_with_the_slot(engine);
+    a_large_request_ends_once_and_where_the_file_does(engine);
     a_bad_request_is_refused_with_the_slot(engine);
     a_caller_that_left_loses_nothing(engine);
     registered_memory_holds_the_same_bytes(engine);
@@ -89,6 +90,37 @@ fn a_read_past_the_end_is_an_error_with_the_slot(engine: &dyn Engine) {
         "{result:?}"
     );
     assert!(back.is_some());
+}
+
+fn a_large_request_ends_once_and_where_the_file_does(engine: &dyn Engine) {
+    // More pieces than any engine has in flight, of which the last ones lie behind the end.
+    let (end, bytes) = (5 * (1 << 20) + 2 * PAGE_BYTES, 48 << 20);
+    let (_directory, file) = file(end as u64);
+    let (reply, completions) = unbounded();
+    for tag in 0..3 {
+        engine.submit(Request {
+            operation: Operation::Read,
+            file: Arc::clone(&file),
+            offset: 0,
+            // Longer than the transfer: the whole slot must come back.
+            slot: Some(slot(bytes + PAGE_BYTES)),
+            bytes,
+            tag,
+            reply: reply.clone(),
+        });
+    }
+    drop(reply);
+    let mut tags = Vec::new();
+    // Until no request holds the channel any more.
+    for completion in completions {
+        let at = end as u64;
+        let result = completion.result;
+        assert!(matches!(result, Err(Error::Truncated { end, .. }) if end == at), "{result:?}");
+        assert_eq!(completion.slot.map(|slot| slot.len()), Some(bytes + PAGE_BYTES));
+        tags.push(completion.tag);
+    }
+    tags.sort_unstable();
+    assert_eq!(tags, [0, 1, 2]);
 }
 
 fn a_bad_request_is_refused_with_the_slot(engine: &dyn Engine) {

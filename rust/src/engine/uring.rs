@@ -15,12 +15,28 @@ use io_uring::{IoUring, Probe, opcode};
 use rustix::event::EventfdFlags;
 
 use crate::buffer::Region;
-use crate::engine::uring::driver::{DEPTH, Driver};
+use crate::engine::uring::driver::Driver;
 use crate::engine::{Counters, Engine, Request};
 use crate::error::{Error, Result};
 use crate::fork::NotInherited;
 
 mod driver;
+mod trial;
+
+/// How the ring is set up and requests are cut. The default needs no tuning: `benches/README.md` says why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Pieces in flight at once.
+    pub depth: usize,
+    /// Larger requests are cut into pieces of this size.
+    pub piece_bytes: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self { depth: 64, piece_bytes: 2 << 20 }
+    }
+}
 
 /// What the front asks of the driver.
 enum Command {
@@ -40,13 +56,36 @@ pub struct Uring {
 }
 
 impl Uring {
-    /// Sets a ring up for so many drives and starts its thread. One ring serves all of them, so that
+    /// Sets a ring up for so many drives, starts its thread, and moves a few bytes through it: there are
+    /// sandboxes where a ring can be set up and every operation fails. One ring serves all drives, so that
     /// memory is registered, and counted against the limit of locked memory, once.
     ///
     /// # Errors
     /// `Unsupported` with the kernel's reason when there is no usable ring here.
     pub fn start(drives: usize) -> Result<Self> {
-        let depth = DEPTH * drives.max(1);
+        let tuning = Tuning::default();
+        Self::start_with(Tuning { depth: tuning.depth * drives.max(1), ..tuning })
+    }
+
+    /// The same, tuned; for benchmarks.
+    ///
+    /// # Errors
+    /// As `start`.
+    pub fn start_with(tuning: Tuning) -> Result<Self> {
+        let mut engine = Self::start_untried(tuning)?;
+        match trial::run(&engine, trial::PATIENCE) {
+            Ok(()) => Ok(engine),
+            Err(trial::Failure { reason, is_stuck }) => {
+                if is_stuck {
+                    // Nobody waits for what may never end: the driver drains for a minute, then leaks.
+                    drop(engine.driver.take());
+                }
+                Err(Error::Unsupported { feature: "io_uring".into(), reason })
+            }
+        }
+    }
+
+    fn start_untried(tuning: Tuning) -> Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|e| unsupported("eventfd", &e.into()))?;
         let wake = Arc::new(File::from(wake));
@@ -58,14 +97,14 @@ impl Uring {
             .name("mt-uring".into())
             .spawn(move || {
                 // Made here, because a ring set up for a single issuer belongs to the thread that made it.
-                let made = set_up(depth).and_then(|ring| Ok((NotInherited::new(&ring)?, ring)));
+                let made = set_up(tuning).and_then(|ring| Ok((NotInherited::new(&ring)?, ring)));
                 match made {
                     Ok((not_inherited, ring)) => {
                         let _ = ready.send(Ok(()));
                         // Not dropped unless drained, also when it panics.
                         let (wake, counters) = for_driver;
                         let mut driver =
-                            ManuallyDrop::new(Driver::new(ring, inbox, wake, counters, depth));
+                            ManuallyDrop::new(Driver::new(ring, inbox, wake, counters, tuning));
                         driver.run();
                         if !driver.is_drained() {
                             // The ring stays open, so a child must still not inherit it.
@@ -168,8 +207,8 @@ fn unsupported(what: &str, source: &io::Error) -> Error {
     Error::Unsupported { feature: "io_uring".into(), reason: format!("{what}: {source}{hint}") }
 }
 
-fn set_up(depth: usize) -> Result<IoUring> {
-    let entries = u32::try_from(2 * depth).unwrap_or(64);
+fn set_up(tuning: Tuning) -> Result<IoUring> {
+    let entries = u32::try_from(2 * tuning.depth).unwrap_or(128);
     let mut builder = IoUring::builder();
     builder.dontfork().setup_clamp().setup_single_issuer().setup_coop_taskrun();
     let ring = builder

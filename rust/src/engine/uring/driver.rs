@@ -13,14 +13,10 @@ use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 
 use crate::buffer::Region;
-use crate::engine::uring::Command;
+use crate::engine::uring::{Command, Tuning};
 use crate::engine::{Completion, Counters, Operation, Request};
 use crate::error::Error;
 
-/// Pieces in flight at once, for each drive.
-pub(super) const DEPTH: usize = 32;
-/// Transfers are cut into pieces of this size: with huge pages a device takes each as one command.
-const PIECE_BYTES: usize = 1 << 20;
 /// The kernel registers at most 1 GiB as one buffer.
 const REGISTERED_BYTES: usize = 1 << 30;
 /// How long a drop waits for the kernel; drives give up on a request after 30 s.
@@ -72,6 +68,7 @@ pub(super) struct Driver {
     /// Whether the kernel has the read of `wake`.
     wake_armed: bool,
     closing: bool,
+    piece_bytes: usize,
 }
 
 impl Driver {
@@ -80,7 +77,7 @@ impl Driver {
         inbox: Receiver<Command>,
         wake: Arc<File>,
         counters: Arc<Counters>,
-        depth: usize,
+        tuning: Tuning,
     ) -> Self {
         Self {
             ring,
@@ -92,11 +89,12 @@ impl Driver {
             vacant: Vec::new(),
             waiting: VecDeque::new(),
             again: VecDeque::new(),
-            pieces: (0..depth).map(|_| None).collect(),
-            vacant_pieces: (0..depth).rev().collect(),
+            pieces: (0..tuning.depth).map(|_| None).collect(),
+            vacant_pieces: (0..tuning.depth).rev().collect(),
             registered: Weak::new(),
             wake_armed: false,
             closing: false,
+            piece_bytes: tuning.piece_bytes,
         }
     }
 
@@ -117,11 +115,10 @@ impl Driver {
                 self.arm_wake();
             }
             self.hand_over();
-            if let Err(error) = self.wait() {
+            if let Err(error) = self.wait().and_then(|()| self.reap()) {
                 self.give_up(&error);
                 return;
             }
-            self.reap();
         }
     }
 
@@ -134,7 +131,9 @@ impl Driver {
     /// touch do not go back with it; they stay here and are leaked with the driver.
     fn give_up(&mut self, cause: &io::Error) {
         let failed = |operation: Operation| {
-            Error::io(operation.name(), "io_uring", 0, 0, io::Error::from(cause.kind()))
+            let again = cause.raw_os_error().map(io::Error::from_raw_os_error);
+            let source = again.unwrap_or_else(|| cause.kind().into());
+            Error::io(operation.name(), "io_uring", 0, 0, source)
         };
         for in_flight in self.entries.iter().flatten() {
             let Request { operation, tag, reply, .. } = &in_flight.request;
@@ -208,7 +207,7 @@ impl Driver {
         let entry = *self.waiting.front()?;
         let in_flight = self.entries[entry].as_mut()?;
         let start = in_flight.cut;
-        let bytes = PIECE_BYTES.min(in_flight.request.bytes - start);
+        let bytes = self.piece_bytes.min(in_flight.request.bytes - start);
         in_flight.cut += bytes;
         in_flight.outstanding += 1;
         if in_flight.cut == in_flight.request.bytes {
@@ -292,12 +291,15 @@ impl Driver {
         }
     }
 
-    fn reap(&mut self) {
+    fn reap(&mut self) -> io::Result<()> {
         let reaped: Vec<(u64, i32)> =
             self.ring.completion().map(|cqe| (cqe.user_data(), cqe.result())).collect();
+        let mut outcome = Ok(());
         for (user_data, result) in reaped {
             if user_data == WAKE {
                 self.wake_armed = false;
+                // Without its bell the driver would spin or sleep for ever.
+                outcome = failure(result).filter(|error| !is_transient(error)).map_or(Ok(()), Err);
                 continue;
             }
             let slot = crate::units::to_usize(user_data);
@@ -306,13 +308,13 @@ impl Driver {
                 self.finish_piece(piece, result);
             }
         }
+        outcome
     }
 
     fn finish_piece(&mut self, piece: Piece, result: i32) {
         let Some(in_flight) = self.entries[piece.entry].as_mut() else { return };
-        let error = io::Error::from_raw_os_error(result.min(0).saturating_neg());
         let is_sync = in_flight.request.operation == Operation::Sync;
-        match usize::try_from(result) {
+        match failure(result).map_or_else(|| Ok(usize::try_from(result).unwrap_or(0)), Err) {
             Ok(_) if is_sync => in_flight.outstanding -= 1,
             Ok(0) => {
                 in_flight.outstanding -= 1;
@@ -333,15 +335,8 @@ impl Driver {
                 in_flight.done += moved;
                 in_flight.outstanding -= 1;
             }
-            Err(_)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                ) =>
-            {
-                self.again.push_back(piece);
-            }
-            Err(_) => {
+            Err(error) if is_transient(&error) => self.again.push_back(piece),
+            Err(error) => {
                 in_flight.outstanding -= 1;
                 in_flight.failed.get_or_insert(Failure::System(error));
             }
@@ -401,4 +396,14 @@ impl Driver {
             self.registered = Weak::new();
         }
     }
+}
+
+/// The error that a completion's result names.
+fn failure(result: i32) -> Option<io::Error> {
+    (result < 0).then(|| io::Error::from_raw_os_error(result.saturating_neg()))
+}
+
+/// Whether the kernel asks for the same operation again.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
 }

@@ -19,6 +19,7 @@ import pytest
 
 MIB = 1 << 20
 KINDS = ("ext4", "xfs", "btrfs")
+DRIVES = "MEGATRAIN_TEST_DRIVES"
 # Where mkfs is to be found: the folders that root has and a virtual environment may have not.
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/bin", "/bin"])
 PACKAGES = {
@@ -256,7 +257,12 @@ class PacedTraining:
             [sys.executable, __file__, str(steps)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "", "OMP_NUM_THREADS": "1"},
+            env={
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "PATH": "",
+                "OMP_NUM_THREADS": "1",
+                DRIVES: os.environ.get(DRIVES, "1"),
+            },
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

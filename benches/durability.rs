@@ -12,7 +12,7 @@ use megatrain_io::adamw::AdamW;
 use megatrain_io::buffer::Slot;
 use megatrain_io::engine::choice::Choice;
 use megatrain_io::error::Result;
-use megatrain_io::layout::{Durability, Manifest, Record, Tensor};
+use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::ledger::Ledger;
 use megatrain_io::pipeline::{
     ChunkOp, Kind, Options, Pipeline, Schedule, TensorSettings, chunk_slot_bytes,
@@ -57,6 +57,7 @@ fn make(folder: &Path, durability: &str, parameters: u64) -> Result {
     let manifest = Manifest {
         chunk_parameters: CHUNK,
         durability: if durability == "scratch" { Durability::Scratch } else { Durability::Step },
+        content: Content::Training,
         records: (0..RECORDS).map(record).collect(),
         tensors: (0..RECORDS).map(tensor).collect(),
         model: serde_json::Value::Null,

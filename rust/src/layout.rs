@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-pub use crate::manifest::{Durability, MANIFEST_BYTES_MAX, Manifest, Record, Tensor};
+pub use crate::manifest::{Content, Durability, MANIFEST_BYTES_MAX, Manifest, Record, Tensor};
 use crate::units::{CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, StateFormat, round_up};
 
 /// A fixed number of consecutive parameters of one record.
@@ -16,6 +16,7 @@ pub struct Chunk {
     /// Number of parameters; fewer in a record's last chunk.
     pub parameters: usize,
     format: StateFormat,
+    is_rewritable: bool,
     /// Offsets of the two plane groups from the start of the copy's area.
     offsets: [u64; 2],
 }
@@ -25,6 +26,13 @@ impl Chunk {
     #[must_use]
     pub fn format(&self) -> StateFormat {
         self.format
+    }
+
+    /// Whether it can be written again after the first commit, and so has two copies where a step is
+    /// to survive a crash: trained, or a tensor of a store of tensors.
+    #[must_use]
+    pub fn is_rewritable(&self) -> bool {
+        self.is_rewritable
     }
 
     /// Bytes of one group's extent: rounded up to 4 KiB.
@@ -59,7 +67,7 @@ pub struct Layout {
     chunks: Vec<Chunk>,
     records: Vec<Range<usize>>,
     parameters: Vec<u64>,
-    /// Bytes of one copy of all trained records, and how many copies there are.
+    /// Bytes of one copy of all records that can be written again, and how many copies there are.
     copy_bytes: u64,
     copies: u64,
     single_bytes: u64,
@@ -77,6 +85,8 @@ impl Layout {
         let mut records = Vec::new();
         let (mut copy_bytes, mut single_bytes) = (0_u64, 0_u64);
         for (index, record) in manifest.records.iter().enumerate() {
+            let is_rewritable =
+                record.format.is_trainable() || manifest.content == Content::Tensors;
             let first = chunks.len();
             let mut start = 0;
             while start < record.parameters {
@@ -87,13 +97,13 @@ impl Layout {
                     start,
                     parameters,
                     format: record.format,
+                    is_rewritable,
                     offsets: [0; 2],
                 });
                 start += length;
             }
             // A block's weights lie in one run: forward and backward read nothing else of it.
-            let area =
-                if record.format.is_trainable() { &mut copy_bytes } else { &mut single_bytes };
+            let area = if is_rewritable { &mut copy_bytes } else { &mut single_bytes };
             for group in Group::ALL {
                 for chunk in &mut chunks[first..] {
                     chunk.offsets[usize::from(group.index())] = *area;
@@ -146,7 +156,7 @@ impl Layout {
             .sum()
     }
 
-    /// Bytes of the data area: copies A and B, then the single copies of untrained records.
+    /// Bytes of the data area: copies A and B, then the single copies of records that never change.
     #[must_use]
     pub fn data_bytes(&self) -> u64 {
         self.copies * self.copy_bytes + self.single_bytes
@@ -155,14 +165,14 @@ impl Layout {
     /// Whether a chunk has a copy B.
     #[must_use]
     pub fn has_two_copies(&self, chunk: usize) -> bool {
-        self.copies == 2 && self.chunks[chunk].format.is_trainable()
+        self.copies == 2 && self.chunks[chunk].is_rewritable
     }
 
     /// Offset of an extent from the start of the data area.
     #[must_use]
     pub fn extent_offset(&self, chunk: usize, group: Group, copy: CopyId) -> u64 {
         let chunk = &self.chunks[chunk];
-        let area = match (chunk.format.is_trainable(), copy) {
+        let area = match (chunk.is_rewritable, copy) {
             (true, CopyId::A) => 0,
             (true, CopyId::B) => self.copy_bytes,
             (false, _) => self.copies * self.copy_bytes,
@@ -206,6 +216,7 @@ pub(crate) mod tests {
         Manifest {
             chunk_parameters,
             durability: Durability::Step,
+            content: Content::Training,
             records: records
                 .iter()
                 .enumerate()
@@ -229,6 +240,15 @@ pub(crate) mod tests {
         }
     }
 
+    /// The same as a store of tensors, each with the bytes of its record.
+    pub(crate) fn of_tensors_manifest(records: &[(StateFormat, u64)]) -> Manifest {
+        let mut manifest = Manifest { content: Content::Tensors, ..manifest(4096, records) };
+        for (tensor, record) in manifest.tensors.iter_mut().zip(&manifest.records) {
+            tensor.name.clone_from(&record.name);
+        }
+        manifest
+    }
+
     fn any_format() -> impl Strategy<Value = StateFormat> {
         prop_oneof![
             Just(StateFormat::Bf16),
@@ -242,14 +262,20 @@ pub(crate) mod tests {
         #[test]
         fn extents_are_aligned_and_never_overlap(
             records in prop::collection::vec((any_format(), (1_u64..100).prop_map(|n| n * 128)), 1..6),
+            of_tensors in any::<bool>(),
         ) {
-            let layout = Layout::new(&manifest(4096, &records)).expect("valid");
+            let layout = if of_tensors {
+                let records: Vec<_> = records.iter().map(|(_, n)| (StateFormat::Raw8, *n)).collect();
+                Layout::new(&of_tensors_manifest(&records)).expect("valid")
+            } else {
+                Layout::new(&manifest(4096, &records)).expect("valid")
+            };
             let mut extents = Vec::new();
             for (index, chunk) in layout.chunks().iter().enumerate() {
                 for group in Group::ALL {
                     let bytes = chunk.extent_bytes(group) as u64;
                     extents.push((layout.extent_offset(index, group, CopyId::A), bytes));
-                    if chunk.format().is_trainable() {
+                    if of_tensors || chunk.format().is_trainable() {
                         extents.push((layout.extent_offset(index, group, CopyId::B), bytes));
                     }
                 }
@@ -306,6 +332,33 @@ pub(crate) mod tests {
             (last.extent_bytes(Group::Update), last.stored_bytes(Group::Update, 1)),
             (4096, 4096)
         );
+    }
+
+    #[test]
+    fn a_store_of_tensors_takes_two_bytes_a_byte_and_scratch_one() {
+        let mut manifest = of_tensors_manifest(&[(StateFormat::Raw8, 1 << 21)]);
+        assert_eq!(Layout::new(&manifest).expect("valid").data_bytes(), 2 << 21);
+        manifest.durability = Durability::Scratch;
+        assert_eq!(Layout::new(&manifest).expect("valid").data_bytes(), 1 << 21);
+    }
+
+    #[test]
+    fn a_store_of_tensors_holds_nothing_else() {
+        let good = of_tensors_manifest(&[(StateFormat::Raw8, 512), (StateFormat::Raw8, 128)]);
+        let cases: [fn(&mut Manifest); 6] = [
+            |m| m.records[0].format = StateFormat::F32,
+            |m| m.records[0].name = "another".into(),
+            |m| m.tensors[0].shape = vec![16, 32],
+            |m| m.tensors[1].offset = 128,
+            |m| m.tensors[1].record = 0,
+            |m| drop(m.tensors.pop()),
+        ];
+        assert_eq!(good.validate(), Ok(()));
+        for (index, spoil) in cases.iter().enumerate() {
+            let mut bad = good.clone();
+            spoil(&mut bad);
+            assert!(bad.validate().is_err(), "case {index}");
+        }
     }
 
     #[test]

@@ -71,7 +71,7 @@ class StoreReader:
         self.bytes = path.read_bytes()
         header = self._sealed(0, b"MTIOSTOR")
         assert header == self._sealed(512 << 10, b"MTIOSTOR")
-        assert struct.unpack_from("<III", header, 8) == (0x01020304, 0, 2)
+        assert struct.unpack_from("<III", header, 8) == (0x01020304, 0, 3)
         self.uuid = header[44:60]
         manifest_at, manifest_bytes, manifest_crc = struct.unpack_from("<QQQ", header, 104)
         self.tables = struct.unpack_from("<QQ", header, 128)
@@ -131,7 +131,7 @@ class StoreReader:
             cut = [
                 Chunk(index, s, min(size, record["parameters"] - s), record["format"], (0, 0)) for s in starts
             ]
-            trained = bool(PLANES[record["format"]][1])
+            trained = self._is_rewritable(record["format"])
             places: list[list[int]] = [[], []]
             for group in (0, 1):
                 for chunk in cut:
@@ -142,6 +142,9 @@ class StoreReader:
                 for c, offsets in zip(cut, zip(*places, strict=True), strict=True)
             ]
         return chunks, _up(areas[True], 2 * MIB)
+
+    def _is_rewritable(self, state_format: str) -> bool:
+        return bool(PLANES[state_format][1]) or self.manifest.get("content") == "tensors"
 
     def _sum_places(self) -> list[int]:
         at, places = 16 * 2 * len(self.chunks), []
@@ -157,8 +160,8 @@ class StoreReader:
         entry = 2 * chunk_index + group
         generation, copy, planes = struct.unpack_from("<QBB", self._table, 16 * entry)
         assert generation <= self.generation
-        copies = 1 if self.manifest["durability"] == "scratch" else 2
-        area = copy * self.copy_bytes if PLANES[chunk.format][1] else copies * self.copy_bytes
+        copies = 1 if self.manifest.get("durability") == "scratch" else 2
+        area = copy * self.copy_bytes if self._is_rewritable(chunk.format) else copies * self.copy_bytes
         content = self._at(self.data + area + chunk.offsets[group], chunk.stored(group, planes))
         for unit in range(-(-len(content) // MIB)):
             prefix = struct.pack("<16sIB3xQQ", self.uuid, chunk_index, group, generation, unit)

@@ -8,7 +8,7 @@ use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES, round_up};
 const MAGIC: &[u8; 8] = b"MTIOSTOR";
 /// Format version; 0.x may change until it is frozen on purpose.
 pub(super) const MAJOR: u32 = 0;
-pub(super) const MINOR: u32 = 2;
+pub(super) const MINOR: u32 = 3;
 const BYTE_ORDER: u32 = 0x0102_0304;
 /// CRC-32C over units of 1 MiB, roots CRC-64/NVME.
 const CHECKSUM_ID: u32 = 1;
@@ -192,7 +192,7 @@ mod tests {
         let sum = crate::checksum::crc32c(&page[..PAGE_BYTES - 4]).to_le_bytes();
         page[PAGE_BYTES - 4..].copy_from_slice(&sum);
         let reason = Header::decode(&page[..]).expect_err("refused");
-        assert!(reason.contains("format 9.2") && reason.contains("not modified"), "{reason}");
+        assert!(reason.contains("format 9.3") && reason.contains("not modified"), "{reason}");
     }
 
     #[test]

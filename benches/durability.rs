@@ -14,7 +14,7 @@ use megatrain_io::adamw::AdamW;
 use megatrain_io::buffer::Slot;
 use megatrain_io::engine::choice::Choice;
 use megatrain_io::error::Result;
-use megatrain_io::layout::{Durability, Manifest, Record, Tensor};
+use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::ledger::Ledger;
 use megatrain_io::pipeline::{
     ChunkOp, Kind, Options, Pipeline, Schedule, TensorSettings, chunk_slot_bytes,
@@ -66,6 +66,7 @@ fn make(files: &[PathBuf], durability: &str, parameters: u64) -> Result {
         chunk_parameters: CHUNK,
         drives: files.len(),
         durability: if durability == "scratch" { Durability::Scratch } else { Durability::Step },
+        content: Content::Training,
         records: (0..RECORDS).map(record).collect(),
         tensors: (0..RECORDS).map(tensor).collect(),
         model: serde_json::Value::Null,

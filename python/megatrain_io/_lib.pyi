@@ -13,6 +13,8 @@ __all__ = [
     "Pipeline",
     "Schedule",
     "Store",
+    "Tensors",
+    "Ticket",
     "adamw_kernels",
     "allocate",
     "build_info",
@@ -220,6 +222,49 @@ class Pipeline:
 
     def close(self) -> None:
         """Finish the steps that have ended, drop one under way, and stop."""
+
+@final
+class Ticket:
+    """Something that was asked for; it goes on whether or not anybody waits."""
+
+    @property
+    def done(self) -> bool: ...
+    def wait(self) -> None:
+        """Wait until it has ended, and raise how, if not well."""
+
+    def buffer(self) -> Buffer:
+        """The memory that a prefetch has filled."""
+
+@final
+class Tensors:
+    """Tensors of one store, by record: memory, transfers, commit."""
+
+    def __new__(cls, store: Store, memory_nbytes: int) -> Tensors: ...
+    @property
+    def registration_refused(self) -> str | None: ...
+    def free_nbytes(self) -> tuple[int, int]:
+        """Bytes of the memory that are free, and of the longest run among them."""
+
+    def allocate(self, nbytes: int) -> Buffer | None:
+        """Memory for ``nbytes``; None when no free run is as long."""
+
+    def put(self, record: int, content: Any) -> Ticket:
+        """Write a tensor, given as its bytes."""
+
+    def read_into(self, record: int, content: Any) -> None:
+        """Read a tensor into writable bytes and wait for it."""
+
+    def prefetch(self, record: int) -> Ticket | None:
+        """Begin to read a tensor into memory of the store; None when no free run is as long."""
+
+    def commit(self) -> Ticket:
+        """Make everything that was put before durable, all at once."""
+
+    def settle(self) -> Ticket:
+        """Ends when everything that was asked for before has ended."""
+
+    def close(self) -> None:
+        """End what was asked for, and stop."""
 
 def allocate(nbytes: int, ledger: Ledger, account: str) -> Buffer:
     """Memory of its own as a buffer of bytes, entered in the ledger under ``account``."""

@@ -152,10 +152,10 @@ class BufferInUseError(MegatrainIoError, BufferError):
 
 
 class PoolExhaustedError(MegatrainIoError, TimeoutError):
-    """No slot of the pool came free in time.
+    """No slot of the pool came free in time, or a tensor does not fit what is free of a store's memory.
 
-    The pool never grows. The store is as the last commit left it. Give slots back sooner, or raise the RAM
-    budget.
+    Neither grows. The store is as the last commit left it. Give slots or tensors back sooner, or raise the RAM
+    budget or the store's memory.
     """
 
     exit_code: ClassVar[int] = 3

@@ -120,9 +120,14 @@ class ModelLayout:
         """The layout that ``manifest`` wrote; the core has checked all of it but ``model``.
 
         Raises:
-            FormatError: ``model`` is not what this package writes.
+            FormatError: it is a store of tensors, or ``model`` is not what this package writes.
         """
         manifest = json.loads(text)
+        if manifest.get("content", "training") != "training":
+            raise FormatError(
+                f"this store holds {manifest['content']}, not a model in training: open it with "
+                "megatrain_io.TensorStore"
+            )
         tensors: list[list[TensorPlace]] = [[] for _ in manifest["records"]]
         for entry in manifest["tensors"]:
             place = TensorPlace(entry["name"], tuple(entry["shape"]), entry["record"], entry["offset"])

@@ -32,14 +32,19 @@ __all__ = [
     "Damage",
     "Engine",
     "Ledger",
+    "OpenStore",
     "PagedState",
+    "RecordTensors",
     "StoreCreator",
     "TensorSettings",
+    "Transfer",
     "VerifyReport",
     "adamw_kernels",
     "allocate",
     "build_info",
+    "notes_of",
     "probe_uring",
+    "verified",
 ]
 
 _HUGE_SHARE = 0.9
@@ -48,7 +53,10 @@ Engine = Literal["auto", "uring", "threads"]
 
 CheckedSchedule = _lib.Schedule
 Ledger = _lib.Ledger
+OpenStore = _lib.Store
+RecordTensors = _lib.Tensors
 StoreCreator = _lib.Creator
+Transfer = _lib.Ticket
 adamw_kernels = _lib.adamw_kernels
 build_info = _lib.build_info
 probe_uring = _lib.probe_uring
@@ -293,22 +301,7 @@ class PagedState:
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read everything back and compare every checksum of the committed state."""
-        report = self._store.verify(progress)
-        damaged = (
-            Damage(
-                tensors=tuple(found["tensors"]),
-                record=found["record"],
-                chunk=found["chunk"],
-                group=found["group"],
-                path=str(found["path"]),
-                offset=found["offset"],
-                expected=_hexadecimal(found["expected"]),
-                found=_hexadecimal(found["found"]),
-                message=found["message"],
-            )
-            for found in report["damaged"]
-        )
-        return VerifyReport(report["generation"], report["extents"], report["nbytes"], tuple(damaged))
+        return verified(self._store, progress)
 
     @property
     def uuid(self) -> str:
@@ -348,25 +341,10 @@ class PagedState:
     @property
     def notes(self) -> list[str]:
         """What costs speed here, one sentence each."""
-        notes = []
-        if self._store.fell_back_from is not None:
-            notes.append(
-                f"generation {self._store.fell_back_from} did not survive the last stop (the drive lost data it "
-                f"had confirmed, or a power cut came in the middle of a commit): going on from {self.generation}"
-            )
-        name, reason = self.engine
-        if reason is not None:
-            notes.append(f"I/O engine: {name} ({reason})")
-        if not self.is_direct:
-            notes.append(_buffered_note(self._store.dio_alignment))
-        if self._pipeline is not None and self._pipeline.registration_refused is not None:
-            notes.append(
-                f"the pool is not registered with the kernel ({self._pipeline.registration_refused}); "
-                "this costs some CPU time. To allow it, raise the limit on locked memory (ulimit -l)"
-            )
-        if self._pipeline is not None and self._pipeline.huge_pages is not None:
-            notes += _huge_page_notes(*self._pipeline.huge_pages)
-        return notes
+        pipeline = self._pipeline
+        if pipeline is None:
+            return notes_of(self._store)
+        return notes_of(self._store, pipeline.registration_refused, pipeline.huge_pages)
 
     def io_bytes(self) -> tuple[int, int]:
         """Bytes read and written through the engine since the store was opened."""
@@ -418,6 +396,53 @@ class PagedState:
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
+
+
+def verified(store: OpenStore, progress: Callable[[int, int], None] | None) -> VerifyReport:
+    """Read everything that is committed back and compare every checksum."""
+    report = store.verify(progress)
+    damaged = (
+        Damage(
+            tensors=tuple(found["tensors"]),
+            record=found["record"],
+            chunk=found["chunk"],
+            group=found["group"],
+            path=str(found["path"]),
+            offset=found["offset"],
+            expected=_hexadecimal(found["expected"]),
+            found=_hexadecimal(found["found"]),
+            message=found["message"],
+        )
+        for found in report["damaged"]
+    )
+    return VerifyReport(report["generation"], report["extents"], report["nbytes"], tuple(damaged))
+
+
+def notes_of(
+    store: OpenStore,
+    registration_refused: str | None = None,
+    huge_pages: tuple[int, int] | None = None,
+) -> list[str]:
+    """What costs speed with this store, one sentence each."""
+    notes = []
+    if store.fell_back_from is not None:
+        notes.append(
+            f"generation {store.fell_back_from} did not survive the last stop (the drive lost data it "
+            f"had confirmed, or a power cut came in the middle of a commit): going on from {store.generation}"
+        )
+    name, reason = store.engine
+    if reason is not None:
+        notes.append(f"I/O engine: {name} ({reason})")
+    if not store.is_direct:
+        notes.append(_buffered_note(store.dio_alignment))
+    if registration_refused is not None:
+        notes.append(
+            f"the pool is not registered with the kernel ({registration_refused}); "
+            "this costs some CPU time. To allow it, raise the limit on locked memory (ulimit -l)"
+        )
+    if huge_pages is not None:
+        notes += _huge_page_notes(*huge_pages)
+    return notes
 
 
 def _hexadecimal(checksum: int | None) -> str | None:

@@ -64,6 +64,32 @@ pub fn verify(binding: &Binding, data: &[u8], expected: &[u32]) -> Result<(), Mi
         .collect()
 }
 
+/// As [`sums`], on the calling thread alone: for who has other work for the other cores.
+#[must_use]
+pub fn sums_on_this_thread(binding: &Binding, data: &[u8]) -> Vec<u32> {
+    let units = data.chunks(UNIT_BYTES).enumerate();
+    units.map(|(unit, bytes)| unit_sum(binding, unit, bytes)).collect()
+}
+
+/// As [`verify`], on the calling thread alone.
+///
+/// # Errors
+/// The first unit that differs. `expected` must hold one checksum per unit of `data`.
+pub fn verify_on_this_thread(
+    binding: &Binding,
+    data: &[u8],
+    expected: &[u32],
+) -> Result<(), Mismatch> {
+    assert_eq!(expected.len(), unit_count(data.len()), "one checksum per unit");
+    for (unit, (bytes, &expected)) in data.chunks(UNIT_BYTES).zip(expected).enumerate() {
+        let found = unit_sum(binding, unit, bytes);
+        if found != expected {
+            return Err(Mismatch { unit, expected, found });
+        }
+    }
+    Ok(())
+}
+
 /// CRC-32C of `data`: guards header and superblock.
 #[must_use]
 pub fn crc32c(data: &[u8]) -> u32 {
@@ -119,6 +145,8 @@ mod tests {
         data[UNIT_BYTES + 17] ^= 4;
         let mismatch = verify(&binding(), &data, &expected).expect_err("one bit was flipped");
         assert_eq!((mismatch.unit, mismatch.expected), (1, expected[1]));
+        assert_eq!(verify_on_this_thread(&binding(), &data, &expected), Err(mismatch));
+        assert_eq!(sums_on_this_thread(&binding(), &data), sums(&binding(), &data));
     }
 
     #[test]

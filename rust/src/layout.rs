@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-pub use crate::manifest::{Durability, MANIFEST_BYTES_MAX, Manifest, Record, Tensor};
+pub use crate::manifest::{Content, Durability, MANIFEST_BYTES_MAX, Manifest, Record, Tensor};
 use crate::units::{CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, StateFormat, round_up};
 
 /// A fixed number of consecutive parameters of one record.
@@ -18,6 +18,7 @@ pub struct Chunk {
     /// Which drive all of it lies on.
     pub drive: usize,
     format: StateFormat,
+    is_rewritable: bool,
     /// Offsets of the two plane groups from the start of the copy's area on that drive.
     offsets: [u64; 2],
 }
@@ -27,6 +28,13 @@ impl Chunk {
     #[must_use]
     pub fn format(&self) -> StateFormat {
         self.format
+    }
+
+    /// Whether it can be written again after the first commit, and so has two copies where a step is
+    /// to survive a crash: trained, or a tensor of a store of tensors.
+    #[must_use]
+    pub fn is_rewritable(&self) -> bool {
+        self.is_rewritable
     }
 
     /// Bytes of one group's extent: rounded up to 4 KiB.
@@ -58,7 +66,7 @@ impl Chunk {
 /// The areas of one drive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Areas {
-    /// Bytes of one copy of the chunks of trained records.
+    /// Bytes of one copy of the chunks that can be written again.
     copy_bytes: u64,
     /// Bytes of the chunks of the others.
     single_bytes: u64,
@@ -70,7 +78,7 @@ pub struct Layout {
     chunks: Vec<Chunk>,
     records: Vec<Range<usize>>,
     parameters: Vec<u64>,
-    /// How many copies there are of trained records.
+    /// How many copies there are of records that can be written again.
     copies: u64,
     drives: Vec<Areas>,
     table_start: Vec<usize>,
@@ -87,6 +95,8 @@ impl Layout {
         let mut records = Vec::new();
         let mut drives = vec![Areas::default(); manifest.drives];
         for (index, record) in manifest.records.iter().enumerate() {
+            let is_rewritable =
+                record.format.is_trainable() || manifest.content == Content::Tensors;
             let first = chunks.len();
             let mut start = 0;
             while start < record.parameters {
@@ -99,6 +109,7 @@ impl Layout {
                     // In turn, so that all drives work on each block.
                     drive: chunks.len() % manifest.drives,
                     format: record.format,
+                    is_rewritable,
                     offsets: [0; 2],
                 });
                 start += length;
@@ -107,7 +118,7 @@ impl Layout {
             for group in Group::ALL {
                 for chunk in &mut chunks[first..] {
                     let areas = &mut drives[chunk.drive];
-                    let area = match record.format.is_trainable() {
+                    let area = match is_rewritable {
                         true => &mut areas.copy_bytes,
                         false => &mut areas.single_bytes,
                     };
@@ -169,7 +180,7 @@ impl Layout {
         self.drives.len()
     }
 
-    /// Bytes of a drive's data area: copies A and B, then the single copies of untrained records.
+    /// Bytes of a drive's data area: copies A and B, then the single copies of records that never change.
     #[must_use]
     pub fn data_bytes(&self, drive: usize) -> u64 {
         self.copies * self.drives[drive].copy_bytes + self.drives[drive].single_bytes
@@ -178,7 +189,7 @@ impl Layout {
     /// Whether a chunk has a copy B.
     #[must_use]
     pub fn has_two_copies(&self, chunk: usize) -> bool {
-        self.copies == 2 && self.chunks[chunk].format.is_trainable()
+        self.copies == 2 && self.chunks[chunk].is_rewritable
     }
 
     /// Offset of an extent from the start of the data area of the chunk's drive.
@@ -186,7 +197,7 @@ impl Layout {
     pub fn extent_offset(&self, chunk: usize, group: Group, copy: CopyId) -> u64 {
         let chunk = &self.chunks[chunk];
         let copy_bytes = self.drives[chunk.drive].copy_bytes;
-        let area = match (chunk.format.is_trainable(), copy) {
+        let area = match (chunk.is_rewritable, copy) {
             (true, CopyId::A) => 0,
             (true, CopyId::B) => copy_bytes,
             (false, _) => self.copies * copy_bytes,
@@ -231,6 +242,7 @@ pub(crate) mod tests {
             chunk_parameters,
             drives: 1,
             durability: Durability::Step,
+            content: Content::Training,
             records: records
                 .iter()
                 .enumerate()
@@ -254,6 +266,15 @@ pub(crate) mod tests {
         }
     }
 
+    /// The same as a store of tensors, each with the bytes of its record.
+    pub(crate) fn of_tensors_manifest(records: &[(StateFormat, u64)]) -> Manifest {
+        let mut manifest = Manifest { content: Content::Tensors, ..manifest(4096, records) };
+        for (tensor, record) in manifest.tensors.iter_mut().zip(&manifest.records) {
+            tensor.name.clone_from(&record.name);
+        }
+        manifest
+    }
+
     fn any_format() -> impl Strategy<Value = StateFormat> {
         prop_oneof![
             Just(StateFormat::Bf16),
@@ -267,14 +288,20 @@ pub(crate) mod tests {
         #[test]
         fn extents_are_aligned_and_never_overlap(
             records in prop::collection::vec((any_format(), (1_u64..100).prop_map(|n| n * 128)), 1..6),
+            of_tensors in any::<bool>(),
         ) {
-            let layout = Layout::new(&manifest(4096, &records)).expect("valid");
+            let layout = if of_tensors {
+                let records: Vec<_> = records.iter().map(|(_, n)| (StateFormat::Raw8, *n)).collect();
+                Layout::new(&of_tensors_manifest(&records)).expect("valid")
+            } else {
+                Layout::new(&manifest(4096, &records)).expect("valid")
+            };
             let mut extents = Vec::new();
             for (index, chunk) in layout.chunks().iter().enumerate() {
                 for group in Group::ALL {
                     let bytes = chunk.extent_bytes(group) as u64;
                     extents.push((layout.extent_offset(index, group, CopyId::A), bytes));
-                    if chunk.format().is_trainable() {
+                    if of_tensors || chunk.format().is_trainable() {
                         extents.push((layout.extent_offset(index, group, CopyId::B), bytes));
                     }
                 }
@@ -331,6 +358,33 @@ pub(crate) mod tests {
             (last.extent_bytes(Group::Update), last.stored_bytes(Group::Update, 1)),
             (4096, 4096)
         );
+    }
+
+    #[test]
+    fn a_store_of_tensors_takes_two_bytes_a_byte_and_scratch_one() {
+        let mut manifest = of_tensors_manifest(&[(StateFormat::Raw8, 1 << 21)]);
+        assert_eq!(Layout::new(&manifest).expect("valid").data_bytes(0), 2 << 21);
+        manifest.durability = Durability::Scratch;
+        assert_eq!(Layout::new(&manifest).expect("valid").data_bytes(0), 1 << 21);
+    }
+
+    #[test]
+    fn a_store_of_tensors_holds_nothing_else() {
+        let good = of_tensors_manifest(&[(StateFormat::Raw8, 512), (StateFormat::Raw8, 128)]);
+        let cases: [fn(&mut Manifest); 6] = [
+            |m| m.records[0].format = StateFormat::F32,
+            |m| m.records[0].name = "another".into(),
+            |m| m.tensors[0].shape = vec![16, 32],
+            |m| m.tensors[1].offset = 128,
+            |m| m.tensors[1].record = 0,
+            |m| drop(m.tensors.pop()),
+        ];
+        assert_eq!(good.validate(), Ok(()));
+        for (index, spoil) in cases.iter().enumerate() {
+            let mut bad = good.clone();
+            spoil(&mut bad);
+            assert!(bad.validate().is_err(), "case {index}");
+        }
     }
 
     #[test]

@@ -32,6 +32,9 @@ pub struct Manifest {
     /// Number of drives that the chunks are spread over.
     #[serde(default = "one")]
     pub drives: usize,
+    /// What its records are.
+    #[serde(default)]
+    pub content: Content,
     /// The records, in the order of the parameter space.
     pub records: Vec<Record>,
     /// The tensors, by record and offset.
@@ -54,6 +57,17 @@ pub enum Durability {
     Step,
     /// Nothing survives but a clean close; one copy, half the space.
     Scratch,
+}
+
+/// What the records of a store are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Content {
+    /// The blocks of a model and what training keeps of them; those that are not trained never change.
+    #[default]
+    Training,
+    /// One tensor each, as bytes, which can be written at any time.
+    Tensors,
 }
 
 /// A value of at most [`MODEL_BYTES_MAX`], which is told before any of it is built.
@@ -185,6 +199,27 @@ impl Manifest {
                 ));
             }
             end = (tensor.record, last);
+        }
+        match self.content {
+            Content::Training => Ok(()),
+            Content::Tensors => self.validate_tensors(),
+        }
+    }
+
+    /// With content `tensors` record i is tensor i, as bytes, and carries its name.
+    fn validate_tensors(&self) -> Result<(), String> {
+        if self.tensors.len() != self.records.len() {
+            let (tensors, records) = (self.tensors.len(), self.records.len());
+            return Err(format!("content is tensors, with {tensors} tensors in {records} records"));
+        }
+        for (index, (record, tensor)) in self.records.iter().zip(&self.tensors).enumerate() {
+            let is_whole = tensor.record == index && tensor.offset == 0 && tensor.shape.len() == 1;
+            if record.format != StateFormat::Raw8 || record.name != tensor.name || !is_whole {
+                return Err(format!(
+                    "content is tensors, and record {} is not the bytes of one tensor of that name",
+                    record.name
+                ));
+            }
         }
         Ok(())
     }

@@ -270,13 +270,13 @@ impl Store {
     ) -> Result<WritePlan> {
         let next = self.committed_guard().generation + 1;
         let old = table.entry(&self.layout, chunk, group);
-        let trainable = self.layout.chunks()[chunk].format().is_trainable();
+        let is_rewritable = self.layout.chunks()[chunk].is_rewritable();
         let copy = match old.generation {
             0 => CopyId::A,
             generation if generation == next => old.copy,
             _ if self.layout.has_two_copies(chunk) => old.copy.other(),
             // A scratch store has nowhere else to write to.
-            _ if trainable => old.copy,
+            _ if is_rewritable => old.copy,
             _ => {
                 return Err(Error::invalid(format!(
                     "{} is not trained and cannot be written again",

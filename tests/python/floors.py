@@ -15,12 +15,14 @@ ROOT_MODULE = {"python": "__init__", "rust": "lib"}
 
 PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(["config", "config_values", "errors", "interrupt", "metrics", "run", "trainer_state"], 0),
-    **dict.fromkeys(["layout", "miniature", "model", "probe", "schedule", "skeleton", "workspace"], 1),
+    **dict.fromkeys(
+        ["layout", "miniature", "model", "probe", "schedule", "skeleton", "tensor_manifest", "workspace"], 1
+    ),
     **dict.fromkeys(["data", "documents", "rows", "sources", "tokens"], 1),
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
     **dict.fromkeys(["outside"], 1),
     **dict.fromkeys(["swap"], 2),
-    **dict.fromkeys(["checkpoint", "convert", "generate", "leftovers", "stream"], 3),
+    **dict.fromkeys(["checkpoint", "convert", "generate", "leftovers", "stream", "tensor_store"], 3),
     **dict.fromkeys(["doctor", "plan", "report", "status", "train"], 4),
     **dict.fromkeys(["__main__", "cli"], 5),
     **dict.fromkeys(["__init__"], 6),  # the front door: re-exports only, and nobody inside goes through it
@@ -33,7 +35,7 @@ RUST_FLOORS: dict[str, int] = {
     **dict.fromkeys(["engine.choice", "engine.faulty", "engine.memory", "engine.threads", "engine.uring"], 2),
     **dict.fromkeys(["adamw", "layout", "manifest"], 2),
     **dict.fromkeys(["store"], 3),
-    **dict.fromkeys(["pipeline"], 4),
+    **dict.fromkeys(["pipeline", "tensors"], 4),
     **dict.fromkeys(["lib"], 5),
 }
 

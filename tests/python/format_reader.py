@@ -145,7 +145,7 @@ class StoreReader:
                 )
                 for n, s in enumerate(starts)
             ]
-            trained = bool(PLANES[record["format"]][1])
+            trained = self._is_rewritable(record["format"])
             places: list[list[int]] = [[], []]
             for group in (0, 1):
                 for chunk in cut:
@@ -156,6 +156,9 @@ class StoreReader:
                 for chunk, offsets in zip(cut, zip(*places, strict=True), strict=True)
             ]
         return chunks, [_up(areas[drive, True], 2 * MIB) for drive in range(drives)]
+
+    def _is_rewritable(self, state_format: str) -> bool:
+        return bool(PLANES[state_format][1]) or self.manifest.get("content") == "tensors"
 
     def _sum_places(self) -> list[int]:
         at, places = 16 * 2 * len(self.chunks), []
@@ -171,9 +174,9 @@ class StoreReader:
         entry = 2 * chunk_index + group
         generation, copy, planes = struct.unpack_from("<QBB", self._table, 16 * entry)
         assert generation <= self.generation
-        copies = 1 if self.manifest["durability"] == "scratch" else 2
+        copies = 1 if self.manifest.get("durability") == "scratch" else 2
         copy_bytes = self.copy_bytes[chunk.drive]
-        area = copy * copy_bytes if PLANES[chunk.format][1] else copies * copy_bytes
+        area = copy * copy_bytes if self._is_rewritable(chunk.format) else copies * copy_bytes
         place = self.data + area + chunk.offsets[group]
         content = self._at(place, chunk.stored(group, planes), chunk.drive)
         for unit in range(-(-len(content) // MIB)):

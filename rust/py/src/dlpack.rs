@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use megatrain_io::buffer::Slot;
 use megatrain_io::error::Error;
+use megatrain_io::tensors::Allocation;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -74,8 +75,15 @@ struct DlManagedTensor {
 /// A slot that tensors may look into; it can be taken back only when none does.
 #[derive(Debug)]
 struct Cell {
-    slot: Mutex<Option<Slot>>,
+    memory: Memory,
     exports: AtomicUsize,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Slot(Mutex<Option<Slot>>),
+    /// Of a store of tensors: transfers take its slot and bring it back, whoever looks into it.
+    Allocation(Arc<Allocation>),
 }
 
 /// What one exported tensor keeps alive.
@@ -98,13 +106,26 @@ pub(crate) struct Buffer {
 impl Buffer {
     pub(crate) fn new(slot: Slot, element: Element, elements: usize, what: String) -> Self {
         debug_assert!(elements * element.bytes() <= slot.len());
-        let cell = Arc::new(Cell { slot: Mutex::new(Some(slot)), exports: AtomicUsize::new(0) });
+        Self::over(Memory::Slot(Mutex::new(Some(slot))), element, elements, what)
+    }
+
+    /// The first `nbytes` of memory for tensors.
+    pub(crate) fn of_allocation(allocation: Arc<Allocation>, nbytes: usize) -> Self {
+        debug_assert!(nbytes <= allocation.asked());
+        Self::over(Memory::Allocation(allocation), Element::U8, nbytes, "memory of a store".into())
+    }
+
+    fn over(memory: Memory, element: Element, elements: usize, what: String) -> Self {
+        let cell = Arc::new(Cell { memory, exports: AtomicUsize::new(0) });
         Self { cell, element, elements, what }
     }
 
     /// The slot, if no tensor is alive over it.
     pub(crate) fn take(&self) -> PyResult<Slot> {
-        let mut slot = self.cell.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let Memory::Slot(slot) = &self.cell.memory else {
+            return Err(raise(Error::invalid("memory of a store goes back with its last tensor")));
+        };
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
         let exports = self.cell.exports.load(Ordering::Acquire);
         if exports > 0 {
             return Err(raise(Error::BufferInUse { what: self.what.clone(), exports }));
@@ -157,8 +178,16 @@ impl Buffer {
                 "a buffer of the pool is exported without a copy, on the CPU",
             ));
         }
-        let mut slot = self.cell.slot.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(address) = slot.as_mut().map(Slot::address) else {
+        // Held until the export is counted.
+        let mut guard = match &self.cell.memory {
+            Memory::Slot(slot) => Some(slot.lock().unwrap_or_else(PoisonError::into_inner)),
+            Memory::Allocation(_) => None,
+        };
+        let address = match (&mut guard, &self.cell.memory) {
+            (_, Memory::Allocation(allocation)) => allocation.address(),
+            (slot, Memory::Slot(_)) => slot.as_mut().and_then(|s| s.as_mut()).map(Slot::address),
+        };
+        let Some(address) = address else {
             return Err(PyBufferError::new_err(format!(
                 "the buffer ({}) was given back",
                 self.what

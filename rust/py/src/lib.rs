@@ -9,6 +9,7 @@ mod error;
 mod outside;
 mod pipeline;
 mod store;
+mod tensors;
 
 #[pymodule]
 #[pyo3(name = "_lib")]
@@ -25,6 +26,8 @@ mod lib {
     use crate::pipeline::{Pipeline, Schedule};
     #[pymodule_export]
     use crate::store::{Creator, Ledger, Store};
+    #[pymodule_export]
+    use crate::tensors::{Tensors, Ticket};
     #[pymodule_export]
     use crate::{adamw_kernels, build_info, probe_uring};
 }

@@ -17,7 +17,7 @@ use crate::error::raise;
 use crate::store::Store;
 
 /// How long a wait goes on before signals (Ctrl-C) are looked at.
-const PATIENCE: Duration = Duration::from_millis(100);
+pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
 
 /// The chunk operations of one step, checked against a store.
 #[pyclass(frozen, module = "megatrain_io._lib")]
@@ -215,7 +215,7 @@ impl PoolArguments {
 }
 
 /// Waits without the interpreter lock, looking at signals in between.
-fn wait<T: Send>(
+pub(crate) fn wait<T: Send>(
     py: Python<'_>,
     poll: impl Fn() -> megatrain_io::error::Result<Option<T>> + Sync,
 ) -> PyResult<T> {

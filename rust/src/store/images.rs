@@ -108,6 +108,7 @@ fn manifest(records: &[(StateFormat, u64)], chunk_parameters: u64, seed: u64) ->
     Manifest {
         durability: crate::layout::Durability::Step,
         drives: 1,
+        content: crate::layout::Content::Training,
         chunk_parameters,
         records: records.iter().enumerate().map(record).collect(),
         tensors: records.iter().enumerate().map(tensor).collect(),

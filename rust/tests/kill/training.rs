@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use megatrain_io::adamw::{self, AdamW, Kernel, Span};
 use megatrain_io::buffer::Slot;
-use megatrain_io::layout::{Durability, Manifest, Record, Tensor};
+use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::ledger::Ledger;
 use megatrain_io::pipeline::{ChunkOp, Kind, Schedule, TensorSettings, chunk_slot_bytes};
 use megatrain_io::pool::{self, PoolSizes};
@@ -82,6 +82,7 @@ impl Shape {
         Manifest {
             durability: Durability::Step,
             drives: self.drives,
+            content: Content::Training,
             chunk_parameters: self.chunk_parameters,
             records: records.collect(),
             tensors: tensors.collect(),

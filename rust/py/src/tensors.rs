@@ -1,0 +1,248 @@
+//! The store of tensors, and tickets.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use megatrain_io::buffer::Slot;
+use megatrain_io::error::Error;
+use megatrain_io::tensors::{self, Allocation};
+use megatrain_io::units::{Group, to_usize};
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PySlice;
+
+use crate::dlpack::Buffer;
+use crate::error::raise;
+use crate::pipeline::{PATIENCE, wait};
+use crate::store::Store;
+
+/// Something that was asked for; it goes on whether or not anybody waits.
+#[pyclass(frozen, module = "megatrain_io._lib")]
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    inner: tensors::Ticket,
+    /// What a read fills, and how much of it.
+    filled: Option<(Arc<Allocation>, usize)>,
+}
+
+#[pymethods]
+impl Ticket {
+    /// Whether it has ended, well or not.
+    #[getter]
+    fn done(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.inner.wait(Duration::ZERO)).is_some()
+    }
+
+    /// Waits until it has ended, and raises how, if not well.
+    fn wait(&self, py: Python<'_>) -> PyResult<()> {
+        wait(py, || self.inner.wait(PATIENCE).transpose())
+    }
+
+    /// The memory that a read has filled.
+    fn buffer(&self) -> PyResult<Buffer> {
+        let (allocation, nbytes) = self
+            .filled
+            .as_ref()
+            .ok_or_else(|| raise(Error::invalid("this ticket is not that of a prefetch")))?;
+        Ok(Buffer::of_allocation(Arc::clone(allocation), *nbytes))
+    }
+}
+
+/// Tensors of one store, by record: memory, transfers, commit.
+#[pyclass(frozen, module = "megatrain_io._lib")]
+#[derive(Debug)]
+pub(crate) struct Tensors {
+    inner: Mutex<Option<Arc<tensors::Tensors>>>,
+}
+
+#[pymethods]
+impl Tensors {
+    #[new]
+    fn new(py: Python<'_>, store: &Store, memory_nbytes: usize) -> PyResult<Self> {
+        let store = store.get()?;
+        let made = py.detach(|| tensors::Tensors::start(store, memory_nbytes)).map_err(raise)?;
+        Ok(Self { inner: Mutex::new(Some(Arc::new(made))) })
+    }
+
+    /// Why the memory could not be registered with the kernel, if so.
+    #[getter]
+    fn registration_refused(&self) -> PyResult<Option<String>> {
+        Ok(self.get()?.registration_refused().map(str::to_owned))
+    }
+
+    /// Bytes of the memory that are free, and of the longest run among them.
+    fn free_nbytes(&self) -> PyResult<(usize, usize)> {
+        Ok(self.get()?.arena().free_bytes())
+    }
+
+    /// Memory for `nbytes`, arbitrary content; `None` when no free run is as long.
+    fn allocate(&self, nbytes: usize) -> PyResult<Option<Buffer>> {
+        let found = self.get()?.allocate(nbytes).map_err(raise)?;
+        Ok(found.map(|allocation| Buffer::of_allocation(allocation, nbytes)))
+    }
+
+    /// Writes a tensor, given as its bytes. Memory of the store is written where it lies; other bytes
+    /// are copied before this returns.
+    fn put(&self, py: Python<'_>, record: usize, content: &Bound<'_, PyAny>) -> PyResult<Ticket> {
+        let tensors = self.get()?;
+        let inner = match memory_of(&tensors, record, content)? {
+            Some(memory) => tensors.put(record, &memory).map_err(raise)?,
+            None => put_copied(py, &tensors, record, content)?,
+        };
+        Ok(Ticket { inner, filled: None })
+    }
+
+    /// Reads a tensor into writable bytes. Waits for it.
+    fn read_into(&self, py: Python<'_>, record: usize, content: &Bound<'_, PyAny>) -> PyResult<()> {
+        let tensors = self.get()?;
+        match memory_of(&tensors, record, content)? {
+            Some(memory) => {
+                let ticket = tensors.fill(record, &memory).map_err(raise)?;
+                wait(py, || ticket.wait(PATIENCE).transpose())
+            }
+            None => read_copied(py, &tensors, record, content),
+        }
+    }
+
+    /// Begins to read a tensor into memory of the store; `None` when no free run is as long.
+    fn prefetch(&self, record: usize) -> PyResult<Option<Ticket>> {
+        let tensors = self.get()?;
+        let nbytes = nbytes_of(&tensors, record)?;
+        let Some(memory) = tensors.allocate(nbytes).map_err(raise)? else { return Ok(None) };
+        let inner = tensors.fill(record, &memory).map_err(raise)?;
+        Ok(Some(Ticket { inner, filled: Some((memory, nbytes)) }))
+    }
+
+    /// Makes everything that was put before durable, all at once.
+    fn commit(&self) -> PyResult<Ticket> {
+        let inner = self.get()?.commit().map_err(raise)?;
+        Ok(Ticket { inner, filled: None })
+    }
+
+    /// Ends when everything that was asked for before has ended.
+    fn settle(&self) -> PyResult<Ticket> {
+        let inner = self.get()?.settle().map_err(raise)?;
+        Ok(Ticket { inner, filled: None })
+    }
+
+    /// Ends what was asked for, and stops. What was not committed is dropped, but for scratch stores.
+    fn close(&self, py: Python<'_>) {
+        let taken = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
+        py.detach(|| drop(taken));
+    }
+}
+
+impl Tensors {
+    fn get(&self) -> PyResult<Arc<tensors::Tensors>> {
+        let tensors = self.inner.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        tensors.ok_or_else(|| raise(Error::invalid("the store is closed")))
+    }
+}
+
+fn nbytes_of(tensors: &tensors::Tensors, record: usize) -> PyResult<usize> {
+    tensors.chunks(record).map_err(raise)?;
+    let tensor = &tensors.store().manifest().tensors[record];
+    Ok(to_usize(tensor.elements().unwrap_or(0)))
+}
+
+/// The store's memory that these bytes are, if they are; they must be as many as the tensor has.
+fn memory_of(
+    tensors: &tensors::Tensors,
+    record: usize,
+    content: &Bound<'_, PyAny>,
+) -> PyResult<Option<Arc<Allocation>>> {
+    let content = PyBuffer::<u8>::get(content)?;
+    let (needed, given) = (nbytes_of(tensors, record)?, content.len_bytes());
+    if given != needed || !content.is_c_contiguous() {
+        return Err(PyValueError::new_err(format!(
+            "record {record} has {needed} contiguous bytes, got {given}"
+        )));
+    }
+    // A part of a tensor is not its memory: the rest of its pages belongs to the whole.
+    let memory = tensors.allocation_at(content.buf_ptr().addr());
+    Ok(memory.filter(|memory| memory.asked() == needed))
+}
+
+/// A part of some bytes, not copied.
+fn part_of(
+    py: Python<'_>,
+    content: &Bound<'_, PyAny>,
+    place: &Range<usize>,
+) -> PyResult<PyBuffer<u8>> {
+    let border = |at: usize| isize::try_from(at).map_err(|e| PyValueError::new_err(e.to_string()));
+    let slice = PySlice::new(py, border(place.start)?, border(place.end)?, 1);
+    PyBuffer::get(&content.get_item(slice)?)
+}
+
+/// The bytes of each chunk of a tensor, padding left out.
+fn places(tensors: &tensors::Tensors, record: usize) -> PyResult<Vec<Range<usize>>> {
+    let chunks = tensors.chunks(record).map_err(raise)?;
+    let nbytes = nbytes_of(tensors, record)?;
+    let byte = |place: u64| to_usize(place).min(nbytes);
+    let places = tensors.store().layout().chunks()[chunks].iter();
+    Ok(places.map(|c| byte(c.start)..byte(c.start + c.parameters as u64)).collect())
+}
+
+fn staging_slot(py: Python<'_>, tensors: &tensors::Tensors) -> PyResult<Slot> {
+    wait(py, || {
+        tensors.store().check()?;
+        Ok(tensors.staging().take(PATIENCE))
+    })
+}
+
+/// Copies chunk after chunk; the one before is written meanwhile.
+fn put_copied(
+    py: Python<'_>,
+    tensors: &tensors::Tensors,
+    record: usize,
+    content: &Bound<'_, PyAny>,
+) -> PyResult<tensors::Ticket> {
+    let chunks = tensors.chunks(record).map_err(raise)?;
+    let (put, ticket) = tensors.start_copied(&chunks);
+    for (chunk, place) in chunks.clone().zip(places(tensors, record)?) {
+        let copied = staging_slot(py, tensors).and_then(|mut slot| {
+            let extent = tensors.store().layout().chunks()[chunk].extent_bytes(Group::Weight);
+            slot[place.len()..extent].fill(0);
+            part_of(py, content, &place)?.copy_to_slice(py, &mut slot[..place.len()])?;
+            tensors.put_chunk(&put, chunk, slot).map_err(raise)
+        });
+        if let Err(error) = copied {
+            // A part of the tensor is new: nobody may take it for whole.
+            let _ = tensors.give_up(chunk..chunks.end);
+            return Err(error);
+        }
+    }
+    Ok(ticket)
+}
+
+/// Copies chunk after chunk; those behind are read meanwhile.
+fn read_copied(
+    py: Python<'_>,
+    tensors: &tensors::Tensors,
+    record: usize,
+    content: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let chunks = tensors.chunks(record).map_err(raise)?;
+    let mut places = places(tensors, record)?.into_iter();
+    let mut unread = chunks;
+    let mut reading: VecDeque<tensors::Ticket> = VecDeque::new();
+    loop {
+        while let Some(chunk) = unread.clone().next()
+            && (reading.is_empty() || tensors.staging().free_count() > 0)
+        {
+            let slot = staging_slot(py, tensors)?;
+            reading.push_back(tensors.read_chunk(chunk, slot).map_err(raise)?);
+            unread.next();
+        }
+        let (Some(ticket), Some(place)) = (reading.pop_front(), places.next()) else {
+            return Ok(());
+        };
+        wait(py, || ticket.wait(PATIENCE).transpose())?;
+        let slot = ticket.take_slot();
+        let slot = slot.ok_or_else(|| raise(Error::invalid("the read has no bytes")))?;
+        part_of(py, content, &place)?.copy_from_slice(py, &slot[..place.len()])?;
+    }
+}

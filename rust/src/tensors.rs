@@ -1,0 +1,355 @@
+//! Checked tensors on a drive: put, get and commit, without training. For stores whose manifest says
+//! content `tensors`; the file, its checksums, the copy rule and the commit are those of `store`.
+//!
+//! One thread owns all transfers ([`mover`]). A tensor in the store's own memory ([`arena`]) moves
+//! without a copy: its slot goes into the transfer and comes back, while tensors may look into it all
+//! the same. Whoever looks then sees old, new or mixed bytes, but never memory of another.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+
+use crate::buffer::{Slot, SlotList};
+use crate::engine::Operation;
+use crate::error::{Error, Result};
+use crate::layout::Content;
+use crate::store::Store;
+use crate::tensors::mover::{Command, Home, Mover, Transfer};
+use crate::units::{Group, HUGE_PAGE_BYTES, PAGE_BYTES};
+
+mod arena;
+mod mover;
+#[cfg(test)]
+mod tests;
+
+pub use arena::{Allocation, Arena};
+
+/// Slots through which tensors elsewhere are copied, at most.
+const STAGING_SLOTS: usize = 8;
+/// At least so many: one is filled while the other is in flight.
+const STAGING_SLOTS_MIN: usize = 2;
+
+/// How a transfer ended; with its slot where the caller is to have that.
+type Outcome = Result<Option<Slot>>;
+
+/// Something that was asked for. Dropping it does not stop it.
+#[derive(Debug)]
+pub struct Ticket {
+    parts: Receiver<Outcome>,
+    state: Mutex<Awaited>,
+    process: u32,
+}
+
+#[derive(Debug)]
+struct Awaited {
+    left: usize,
+    outcome: Outcome,
+}
+
+impl Ticket {
+    /// One of `parts` parts, of which each sends its outcome.
+    fn new(parts: usize) -> (Sender<Outcome>, Self) {
+        let (sender, receiver) = unbounded();
+        let state = Mutex::new(Awaited { left: parts, outcome: Ok(None) });
+        (sender, Self { parts: receiver, state, process: std::process::id() })
+    }
+
+    /// Waits up to `timeout`, and returns `None` when it has passed.
+    pub fn wait(&self, timeout: Duration) -> Option<Result> {
+        let (owner, child) = (self.process, std::process::id());
+        if owner != child {
+            // A fork has no thread that could answer.
+            return Some(Err(Error::UsedAfterFork { owner, child }));
+        }
+        let end = Instant::now() + timeout;
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.left > 0 {
+            let outcome =
+                match self.parts.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                    Ok(outcome) => outcome,
+                    Err(RecvTimeoutError::Timeout) => return None,
+                    Err(RecvTimeoutError::Disconnected) => {
+                        state.left = 1;
+                        Err(Error::invalid("the thread of the store has stopped"))
+                    }
+                };
+            state.left -= 1;
+            if state.outcome.is_ok() {
+                state.outcome = outcome;
+            }
+        }
+        Some(state.outcome.as_ref().map(|_| ()).map_err(Error::clone))
+    }
+
+    /// The slot that came back with the outcome, once.
+    pub fn take_slot(&self) -> Option<Slot> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.outcome.as_mut().ok()?.take()
+    }
+}
+
+/// A put of a tensor that is copied chunk by chunk.
+#[derive(Debug)]
+pub struct Copied {
+    done: Sender<Outcome>,
+}
+
+/// The front: tensors of one store.
+#[derive(Debug)]
+pub struct Tensors {
+    store: Arc<Store>,
+    arena: Arc<Arena>,
+    staging: SlotList,
+    commands: Sender<Command>,
+    mover: Option<JoinHandle<()>>,
+    registration: Option<String>,
+    process: u32,
+}
+
+impl Tensors {
+    /// Maps the memory and starts the thread. Of `memory_bytes` up to a quarter is for copying
+    /// tensors that lie elsewhere.
+    ///
+    /// # Errors
+    /// `Format` for a store that holds something else, `Invalid` for too little memory, `Io`.
+    pub fn start(store: Arc<Store>, memory_bytes: usize) -> Result<Self> {
+        let (mut tensors, mover) = Self::assemble(store, memory_bytes)?;
+        let thread = std::thread::Builder::new()
+            .name("mt-tensors".into())
+            .spawn(move || mover.run())
+            .map_err(|e| Error::io("start of the tensor thread", "tensors", 0, 0, e))?;
+        tensors.mover = Some(thread);
+        Ok(tensors)
+    }
+
+    /// Front and mover, without a thread.
+    fn assemble(store: Arc<Store>, memory_bytes: usize) -> Result<(Self, Mover)> {
+        store.check()?;
+        if store.manifest().content != Content::Tensors {
+            return Err(Error::format(
+                store.drives().path(),
+                "this store holds a model in training, not tensors: use it through its run",
+            ));
+        }
+        let extents = store.layout().chunks().iter().map(|chunk| chunk.extent_bytes(Group::Weight));
+        let chunk = extents.max().unwrap_or(PAGE_BYTES);
+        let slots = (memory_bytes / 4 / chunk).clamp(STAGING_SLOTS_MIN, STAGING_SLOTS);
+        let staging = (slots * chunk).next_multiple_of(HUGE_PAGE_BYTES);
+        let rest = memory_bytes.saturating_sub(staging) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        if rest == 0 {
+            let least =
+                (STAGING_SLOTS_MIN * chunk).next_multiple_of(HUGE_PAGE_BYTES) + HUGE_PAGE_BYTES;
+            return Err(Error::invalid(format!(
+                "memory of {memory_bytes} bytes: this store needs {least} at least, two chunks of {chunk} and 2 MiB"
+            )));
+        }
+        let sizes = [(chunk, slots), (rest, 1)];
+        let (region, mut lists) = SlotList::cut(&sizes, store.ledger(), "tensors")?;
+        let whole = lists.pop().and_then(|list| list.try_take());
+        let (Some(whole), Some(staging)) = (whole, lists.pop()) else {
+            return Err(Error::invalid("the memory was cut into other parts"));
+        };
+        let registration = store.engine().0.register(&region).err();
+        let (commands, inbox) = unbounded();
+        let mover = Mover::new(Arc::clone(&store), inbox);
+        let (arena, process) = (Arena::over(whole), std::process::id());
+        let front = Self { store, arena, staging, commands, mover: None, registration, process };
+        Ok((front, mover))
+    }
+
+    /// Memory for `bytes`, arbitrary content; `None` when no free run is as long.
+    ///
+    /// # Errors
+    /// `Failed`, `UsedAfterFork`.
+    pub fn allocate(&self, bytes: usize) -> Result<Option<Arc<Allocation>>> {
+        self.store.check()?;
+        Ok(self.arena.allocate(bytes))
+    }
+
+    /// The memory that begins at this address, if it is this store's.
+    #[must_use]
+    pub fn allocation_at(&self, address: usize) -> Option<Arc<Allocation>> {
+        self.arena.at(address)
+    }
+
+    /// The memory beneath.
+    #[must_use]
+    pub fn arena(&self) -> &Arc<Arena> {
+        &self.arena
+    }
+
+    /// Writes a whole tensor from memory of the store, without a copy. Bytes of its last page behind
+    /// the tensor are zeroed.
+    ///
+    /// # Errors
+    /// `BufferInUse` while another transfer has the memory; `Invalid`, `Failed`.
+    pub fn put(&self, record: usize, memory: &Arc<Allocation>) -> Result<Ticket> {
+        self.transfer(Operation::Write, record, memory)
+    }
+
+    /// Reads a whole tensor into memory of the store, and verifies it.
+    ///
+    /// # Errors
+    /// As `put`.
+    pub fn fill(&self, record: usize, memory: &Arc<Allocation>) -> Result<Ticket> {
+        self.transfer(Operation::Read, record, memory)
+    }
+
+    fn transfer(
+        &self,
+        operation: Operation,
+        record: usize,
+        memory: &Arc<Allocation>,
+    ) -> Result<Ticket> {
+        let chunks = self.chunks(record)?;
+        let layout = self.store.layout();
+        let needed = layout.record_weight_bytes(record);
+        let bytes = self.store.manifest().tensors[record].elements().map(crate::units::to_usize);
+        let bytes = bytes.unwrap_or(0);
+        // What follows in its pages is zeroed, or overwritten.
+        if memory.asked() != bytes {
+            let given = memory.asked();
+            return Err(Error::invalid(format!(
+                "record {record} takes memory made for {bytes} bytes, not {given}"
+            )));
+        }
+        let Some(slot) = memory.take() else {
+            let what = format!("memory for tensor {}", self.store.manifest().records[record].name);
+            return Err(Error::BufferInUse { what, exports: 1 });
+        };
+        let (mut left, rest) = slot.split_at(needed);
+        if operation == Operation::Write {
+            left[bytes..].fill(0);
+        }
+        let mut parts = Vec::with_capacity(chunks.len());
+        for chunk in chunks.clone() {
+            let part;
+            (part, left) = left.split_at(layout.chunks()[chunk].extent_bytes(Group::Weight));
+            parts.push(Some(part));
+        }
+        let home = Home::Allocation(Arc::clone(memory), left.join(rest));
+        let (done, ticket) = Ticket::new(1);
+        self.send(Command::Transfer(Transfer::new(operation, chunks.start, parts, home, done)))?;
+        Ok(ticket)
+    }
+
+    /// Chunks of a tensor.
+    ///
+    /// # Errors
+    /// `Invalid` when there is no such record; `Failed`, `UsedAfterFork`.
+    pub fn chunks(&self, record: usize) -> Result<Range<usize>> {
+        self.store.check()?;
+        let records = self.store.layout().records();
+        let count = records.len();
+        records.get(record).cloned().ok_or_else(|| {
+            Error::invalid(format!("record {record} does not exist; the store has {count}"))
+        })
+    }
+
+    /// Slots to copy through, each for one chunk.
+    #[must_use]
+    pub fn staging(&self) -> &SlotList {
+        &self.staging
+    }
+
+    /// Begins a put of chunks that are handed over one by one; its ticket ends with the last of them.
+    #[must_use]
+    pub fn start_copied(&self, chunks: &Range<usize>) -> (Copied, Ticket) {
+        let (done, ticket) = Ticket::new(chunks.len());
+        (Copied { done }, ticket)
+    }
+
+    /// Writes one chunk of it from a slot of [`staging`](Self::staging).
+    ///
+    /// # Errors
+    /// `Failed`, `UsedAfterFork`.
+    pub fn put_chunk(&self, put: &Copied, chunk: usize, slot: Slot) -> Result {
+        self.transfer_chunk(Operation::Write, chunk, slot, Home::List, put.done.clone())
+    }
+
+    /// Says that these chunks of it will not be handed over.
+    ///
+    /// # Errors
+    /// `Failed`, `UsedAfterFork`.
+    pub fn give_up(&self, chunks: Range<usize>) -> Result {
+        self.send(Command::Tear(chunks))
+    }
+
+    /// Reads one chunk; its ticket has the slot.
+    ///
+    /// # Errors
+    /// `Failed`, `UsedAfterFork`.
+    pub fn read_chunk(&self, chunk: usize, slot: Slot) -> Result<Ticket> {
+        let (done, ticket) = Ticket::new(1);
+        self.transfer_chunk(Operation::Read, chunk, slot, Home::Caller, done)?;
+        Ok(ticket)
+    }
+
+    fn transfer_chunk(
+        &self,
+        operation: Operation,
+        chunk: usize,
+        slot: Slot,
+        home: Home,
+        done: Sender<Outcome>,
+    ) -> Result {
+        let bytes = self.store.layout().chunks()[chunk].extent_bytes(Group::Weight);
+        let parts = vec![Some(slot.split_at(bytes).0)];
+        self.send(Command::Transfer(Transfer::new(operation, chunk, parts, home, done)))
+    }
+
+    /// Makes everything that was put before durable, all at once.
+    ///
+    /// # Errors
+    /// `Failed`, `UsedAfterFork`.
+    pub fn commit(&self) -> Result<Ticket> {
+        let (done, ticket) = Ticket::new(1);
+        self.send(Command::Commit(done)).map(|()| ticket)
+    }
+
+    /// Ends when everything that was asked for before has ended.
+    ///
+    /// # Errors
+    /// `Failed`, `UsedAfterFork`.
+    pub fn settle(&self) -> Result<Ticket> {
+        let (done, ticket) = Ticket::new(1);
+        self.send(Command::Settle(done)).map(|()| ticket)
+    }
+
+    /// The store beneath.
+    #[must_use]
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Why the memory could not be registered with the kernel, if so; it costs CPU time only.
+    #[must_use]
+    pub fn registration_refused(&self) -> Option<&str> {
+        self.registration.as_deref()
+    }
+
+    fn send(&self, command: Command) -> Result {
+        self.store.check()?;
+        let stopped = |_| Error::invalid("the thread of the store has stopped");
+        self.commands.send(command).map_err(stopped)
+    }
+}
+
+impl Drop for Tensors {
+    /// What was asked for still ends; what was not committed is dropped, but for scratch stores.
+    fn drop(&mut self) {
+        if std::process::id() != self.process {
+            // A fork has no thread to wait for.
+            std::mem::forget(self.mover.take());
+            return;
+        }
+        let _ = self.commands.send(Command::Stop);
+        if let Some(mover) = self.mover.take() {
+            let _ = mover.join();
+        }
+        self.store.engine().0.unregister();
+    }
+}

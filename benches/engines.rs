@@ -23,7 +23,10 @@ struct Form {
     in_flight: usize,
 }
 
-const KINDS: [(&str, fn(usize) -> Operation); 3] = [
+/// Which operation has which number.
+type Order = fn(usize) -> Operation;
+
+const KINDS: [(&str, Order); 3] = [
     ("read", |_| Operation::Read),
     ("write", |_| Operation::Write),
     // 14 reads to 12 writes, as in training.

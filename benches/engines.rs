@@ -23,10 +23,10 @@ struct Form {
     in_flight: usize,
 }
 
-/// Which operation the n-th request is.
-type Choose = fn(usize) -> Operation;
+/// Which operation has which number.
+type Order = fn(usize) -> Operation;
 
-const KINDS: [(&str, Choose); 3] = [
+const KINDS: [(&str, Order); 3] = [
     ("read", |_| Operation::Read),
     ("write", |_| Operation::Write),
     // 14 reads to 12 writes, as in training.

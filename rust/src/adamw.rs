@@ -235,27 +235,42 @@ pub fn update_f32(
         .into_par_iter()
         .enumerate()
         .for_each(|(tile, (weight, weight_out, gradient, exp_avg, exp_avg_sq))| {
-            for (range, part) in parts(spans, tile * TILE, weight.len()) {
-                let (weight, out) = (&weight[range.clone()], &mut weight_out[range.clone()]);
-                let (g, m) = (&gradient[range.clone()], &mut exp_avg[range.clone()]);
-                let v = &mut exp_avg_sq[range];
-                match (part, kernel) {
-                    (Part::Gap, _) => out.copy_from_slice(weight),
-                    #[cfg(target_arch = "x86_64")]
-                    (Part::Body(scalars), Kernel::Avx2) => {
-                        avx2::step_f32(scalars, weight, out, g, m, v);
-                    }
-                    #[cfg(target_arch = "x86_64")]
-                    (Part::Body(scalars), Kernel::Avx512) => {
-                        avx512::step_f32(scalars, weight, out, g, m, v);
-                    }
-                    (Part::Body(scalars), Kernel::Scalar) => {
-                        step_f32::<false>(scalars, weight, out, g, m, v);
-                    }
-                    (Part::Tail(scalars), _) => step_f32::<true>(scalars, weight, out, g, m, v),
-                }
-            }
+            let start = tile * TILE;
+            tile_f32(kernel, spans, start, weight, weight_out, gradient, exp_avg, exp_avg_sq);
         });
+}
+
+/// The part of a chunk that starts at its parameter `start`, on this thread; what [`update_f32`] checks
+/// was checked.
+#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
+pub(crate) fn tile_f32(
+    kernel: Kernel,
+    spans: &[Span],
+    start: usize,
+    weight: &[f32],
+    weight_out: &mut [f32],
+    gradient: &[f32],
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+) {
+    for (range, part) in parts(spans, start, weight.len()) {
+        let (weight, out) = (&weight[range.clone()], &mut weight_out[range.clone()]);
+        let (g, m) = (&gradient[range.clone()], &mut exp_avg[range.clone()]);
+        let v = &mut exp_avg_sq[range];
+        match (part, kernel) {
+            (Part::Gap, _) => out.copy_from_slice(weight),
+            #[cfg(target_arch = "x86_64")]
+            (Part::Body(scalars), Kernel::Avx2) => avx2::step_f32(scalars, weight, out, g, m, v),
+            #[cfg(target_arch = "x86_64")]
+            (Part::Body(scalars), Kernel::Avx512) => {
+                avx512::step_f32(scalars, weight, out, g, m, v);
+            }
+            (Part::Body(scalars), Kernel::Scalar) => {
+                step_f32::<false>(scalars, weight, out, g, m, v);
+            }
+            (Part::Tail(scalars), _) => step_f32::<true>(scalars, weight, out, g, m, v),
+        }
+    }
 }
 
 /// One step of a chunk whose weights are split (see [`split`]): as [`update_f32`], and outside
@@ -290,33 +305,57 @@ pub fn update_split(
         .into_par_iter()
         .enumerate()
         .for_each(|(tile, (weight, weight_out, remainder, gradient, exp_avg, exp_avg_sq))| {
-            for (range, part) in parts(spans, tile * TILE, weight.len()) {
-                let (weight, out) = (&weight[range.clone()], &mut weight_out[range.clone()]);
-                let (low, g) = (&mut remainder[range.clone()], &gradient[range.clone()]);
-                let (m, v) = (&mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
-                match (part, kernel) {
-                    (Part::Gap, _) => out.copy_from_slice(weight),
-                    #[cfg(target_arch = "x86_64")]
-                    (Part::Body(scalars), Kernel::Avx2) => {
-                        avx2::step_split(scalars, weight, out, low, g, m, v);
-                    }
-                    #[cfg(target_arch = "x86_64")]
-                    (Part::Body(scalars), Kernel::Avx512) => {
-                        avx512::step_split(scalars, weight, out, low, g, m, v);
-                    }
-                    (Part::Body(scalars), Kernel::Scalar) => {
-                        step_split::<false>(scalars, weight, out, low, g, m, v);
-                    }
-                    (Part::Tail(scalars), _) => {
-                        step_split::<true>(scalars, weight, out, low, g, m, v);
-                    }
-                }
-            }
+            tile_split(
+                kernel,
+                spans,
+                tile * TILE,
+                weight,
+                weight_out,
+                remainder,
+                gradient,
+                exp_avg,
+                exp_avg_sq,
+            );
         });
 }
 
-/// The checks of the safe entrance.
-fn check<const N: usize>(len: usize, spans: &[Span], lens: [usize; N]) {
+/// As [`tile_f32`], for split weights.
+#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
+pub(crate) fn tile_split(
+    kernel: Kernel,
+    spans: &[Span],
+    start: usize,
+    weight: &[u16],
+    weight_out: &mut [u16],
+    remainder: &mut [i16],
+    gradient: &[f32],
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+) {
+    for (range, part) in parts(spans, start, weight.len()) {
+        let (weight, out) = (&weight[range.clone()], &mut weight_out[range.clone()]);
+        let (low, g) = (&mut remainder[range.clone()], &gradient[range.clone()]);
+        let (m, v) = (&mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
+        match (part, kernel) {
+            (Part::Gap, _) => out.copy_from_slice(weight),
+            #[cfg(target_arch = "x86_64")]
+            (Part::Body(scalars), Kernel::Avx2) => {
+                avx2::step_split(scalars, weight, out, low, g, m, v);
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Part::Body(scalars), Kernel::Avx512) => {
+                avx512::step_split(scalars, weight, out, low, g, m, v);
+            }
+            (Part::Body(scalars), Kernel::Scalar) => {
+                step_split::<false>(scalars, weight, out, low, g, m, v);
+            }
+            (Part::Tail(scalars), _) => step_split::<true>(scalars, weight, out, low, g, m, v),
+        }
+    }
+}
+
+/// The checks of the safe entrances.
+pub(crate) fn check<const N: usize>(len: usize, spans: &[Span], lens: [usize; N]) {
     assert!(lens.iter().all(|other| *other == len), "lengths differ: {lens:?}, weight {len}");
     let mut free = 0;
     for span in spans {

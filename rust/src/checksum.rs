@@ -106,6 +106,12 @@ fn unit_sum(binding: &Binding, unit: usize, bytes: &[u8]) -> u32 {
     if cfg!(feature = "no-checksums") {
         return 0;
     }
+    let mut digest = unit_digest(binding, unit);
+    digest.update(bytes);
+    low_half(digest.finalize())
+}
+
+fn unit_digest(binding: &Binding, unit: usize) -> Digest {
     let mut prefix = [0_u8; 40];
     prefix[..16].copy_from_slice(&binding.store);
     prefix[16..20].copy_from_slice(&binding.chunk.to_le_bytes());
@@ -114,8 +120,64 @@ fn unit_sum(binding: &Binding, unit: usize, bytes: &[u8]) -> u32 {
     prefix[32..].copy_from_slice(&(unit as u64).to_le_bytes());
     let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
     digest.update(&prefix);
-    digest.update(bytes);
-    low_half(digest.finalize())
+    digest
+}
+
+/// Checksums of bytes that come piece by piece, while they are still in the cache.
+#[derive(Debug)]
+pub struct Running {
+    binding: Binding,
+    digest: Digest,
+    /// Bytes in the unit so far.
+    filled: usize,
+    unit: usize,
+    sums: Vec<u32>,
+}
+
+impl Running {
+    /// From the start of one unit of an extent on.
+    #[must_use]
+    pub fn new(binding: &Binding, unit: usize) -> Self {
+        Self {
+            binding: *binding,
+            digest: unit_digest(binding, unit),
+            filled: 0,
+            unit,
+            sums: Vec::new(),
+        }
+    }
+
+    /// The next bytes of the extent.
+    pub fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let (front, rest) = bytes.split_at(bytes.len().min(UNIT_BYTES - self.filled));
+            if !cfg!(feature = "no-checksums") {
+                self.digest.update(front);
+            }
+            self.filled += front.len();
+            bytes = rest;
+            if self.filled == UNIT_BYTES {
+                self.end_unit();
+            }
+        }
+    }
+
+    /// One checksum per unit that was begun.
+    #[must_use]
+    pub fn finish(mut self) -> Vec<u32> {
+        if self.filled > 0 {
+            self.end_unit();
+        }
+        self.sums
+    }
+
+    fn end_unit(&mut self) {
+        let off = cfg!(feature = "no-checksums");
+        self.sums.push(if off { 0 } else { low_half(self.digest.finalize()) });
+        self.unit += 1;
+        self.filled = 0;
+        self.digest = unit_digest(&self.binding, self.unit);
+    }
 }
 
 fn low_half(crc: u64) -> u32 {
@@ -134,6 +196,20 @@ mod tests {
     fn crc32c_is_the_published_one() {
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
         assert_eq!(crc64(b"123456789"), 0xae8b_1486_0a79_9888);
+    }
+
+    #[test]
+    fn pieces_of_any_size_give_the_same_sums() {
+        let data: Vec<u8> = (0..=250).cycle().take(2 * UNIT_BYTES + 4096).collect();
+        let expected = sums(&binding(), &data);
+        for piece in [4096, 10_000, UNIT_BYTES, 3 * UNIT_BYTES] {
+            let mut running = Running::new(&binding(), 0);
+            data.chunks(piece).for_each(|bytes| running.update(bytes));
+            assert_eq!(running.finish(), expected, "pieces of {piece}");
+        }
+        let mut running = Running::new(&binding(), 1);
+        running.update(&data[UNIT_BYTES..]);
+        assert_eq!(running.finish(), expected[1..]);
     }
 
     #[test]

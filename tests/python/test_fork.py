@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatrain_io.layout import ModelLayout
+from megatrain_io.outside import owner_of
+from megatrain_io.schedule import PoolSizes
 from megatrain_io.swap import Ledger, PagedState, StoreCreator
 
 ENGINES = ["uring", "threads"]
@@ -88,3 +90,14 @@ def test_a_worker_that_outlives_its_killed_parent_holds_neither_lock_nor_pool(st
         os.close(writing)
         os.close(reading)
         parent.stdout.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_closing_gives_the_lock_back_at_once(store, engine):
+    """Nothing of the engine keeps the file open, however soon the next one comes."""
+    for _ in range(3):
+        with PagedState(store, engine=engine) as state:
+            state.start(PoolSizes((4 << 20, 2), (4 << 20, 2), (0, 0), (0, 0), (0, 0)))
+            assert state.verify().damaged == ()
+            assert owner_of(store) is not None
+        assert owner_of(store) is None

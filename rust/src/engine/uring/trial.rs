@@ -152,8 +152,9 @@ mod tests {
 
     #[test]
     fn a_success_that_moved_nothing_is_none() {
-        for at in [Operation::Write, Operation::Read] {
-            assert!(outcome(How::MovesNothing, at).reason.contains("other bytes"), "{at:?}");
+        for (at, words) in [(Operation::Write, "wrote other"), (Operation::Read, "read other")] {
+            let failure = outcome(How::MovesNothing, at);
+            assert!(failure.reason.contains(words), "{failure:?}");
         }
     }
 }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Executor, Pending, Work};
-use crate::checksum;
 use crate::engine::Operation;
 use crate::error::{Error, Result};
 use crate::pipeline::Timings;
@@ -49,12 +48,10 @@ impl Executor {
                 place.format().update_planes().len(),
             )?,
         ];
+        let bindings = [&plans[0].binding, &plans[1].binding];
         let sums = self.workers.install(|| {
-            update_chunk(kernel, &spans, place, weights, gradient, &mut weight_out, &mut planes);
-            [
-                checksum::sums(&plans[0].binding, &weight_out),
-                checksum::sums(&plans[1].binding, &planes),
-            ]
+            let (out, planes) = (&mut weight_out, &mut planes);
+            update_chunk(kernel, &spans, place, weights, gradient, out, planes, bindings)
         });
         source.chunks_left -= 1;
         if source.chunks_left == 0 {

@@ -3,6 +3,8 @@
 //!
 //!     durability make DIR step|scratch PARAMETERS
 //!     durability run DIR step|scratch STEPS COMMIT_EVERY
+//!
+//! Without arguments it runs both once, small.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,7 +13,7 @@ use std::time::{Duration, Instant};
 use megatrain_io::adamw::AdamW;
 use megatrain_io::buffer::Slot;
 use megatrain_io::engine::choice::Choice;
-use megatrain_io::error::Result;
+use megatrain_io::error::{Error, Result};
 use megatrain_io::layout::{Durability, Manifest, Record, Tensor};
 use megatrain_io::ledger::Ledger;
 use megatrain_io::pipeline::{
@@ -37,9 +39,26 @@ fn main() -> Result {
         ["run", folder, durability, steps, every] => {
             run(Path::new(folder), durability, number(steps), number(every))
         }
-        // `cargo bench` runs every benchmark; this one needs to be told what to do.
-        _ => Ok(()),
+        // `cargo bench` runs every benchmark: a short look; the comparison is `benches/durability.py`.
+        [] => look(),
+        _ => Err(Error::invalid(
+            "make DIR step|scratch PARAMETERS, run DIR step|scratch STEPS EVERY",
+        )),
     }
+}
+
+/// Both durabilities once, small, in a folder of its own that is removed.
+fn look() -> Result {
+    let name = format!("durability-{}", std::process::id());
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir(&folder).map_err(|e| Error::io("create", &folder, 0, 0, e))?;
+    let both = ["step", "scratch"].into_iter().try_for_each(|durability| {
+        make(&folder, durability, 16 << 20)?;
+        run(&folder, durability, 5, 1)
+    });
+    // What cannot be removed cannot be helped here.
+    let _ = std::fs::remove_dir_all(&folder);
+    both
 }
 
 fn make(folder: &Path, durability: &str, parameters: u64) -> Result {
@@ -91,6 +110,7 @@ fn run(folder: &Path, durability: &str, steps: u64, every: u64) -> Result {
     drop(pipeline);
     store.mark_clean()?;
     let figures = serde_json::json!({
+        "durability": durability,
         "seconds": seconds.as_secs_f64(),
         "read": after.0 - before.0,
         "written": after.1 - before.1,

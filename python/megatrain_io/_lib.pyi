@@ -263,7 +263,7 @@ class ScratchFile:
 
 @final
 class Workload:
-    """Something to run on all cores: ``copy``, ``checksum``, ``adamw f32`` or ``adamw split``."""
+    """Something to run on all cores: ``copy``, ``update``, ``checksum``, ``adamw f32``, ``adamw split``."""
 
     def __new__(cls, name: str, parameters: int, kernel: str | None = None) -> Workload: ...
     def run(self) -> _Work:

@@ -120,7 +120,8 @@ impl ScratchFile {
     }
 }
 
-/// Something that runs on all cores again and again: `copy`, `checksum`, `adamw f32`, `adamw split`.
+/// Something that runs on all cores again and again: `copy`, `update`, `checksum`,
+/// `adamw f32`, `adamw split`.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct Workload {

@@ -122,6 +122,7 @@ fn workloads_count_what_they_move() {
         (figure.read, figure.written)
     };
     assert_eq!(bytes("copy"), (32768, 32768));
+    assert_eq!(bytes("update"), (32768, 32768));
     assert_eq!(bytes("checksum"), (32768, 0));
     assert_eq!(bytes("adamw f32"), (16 * 8192, 12 * 8192));
     assert_eq!(bytes("adamw split"), (16 * 8192, 12 * 8192));

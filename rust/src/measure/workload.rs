@@ -57,6 +57,23 @@ impl Workload {
         Ok(Self { read: bytes as u64, written: bytes as u64, work: Box::new(work) })
     }
 
+    /// Changes `bytes` where they are: the ceiling of what writes to the memory that it reads, as AdamW
+    /// does with its moments. A copy first reads what it overwrites, which nobody counts.
+    ///
+    /// # Errors
+    /// `Io` when memory is refused.
+    pub fn memory_update(bytes: usize) -> Result<Self> {
+        let mut data = filled(bytes)?;
+        let part = bytes.div_ceil(rayon::current_num_threads()).next_multiple_of(4096);
+        let work = move || {
+            data[..bytes].par_chunks_mut(part).for_each(|part| {
+                let values: &mut [u32] = bytemuck::cast_slice_mut(part);
+                values.iter_mut().for_each(|value| *value = value.wrapping_add(1));
+            });
+        };
+        Ok(Self { read: bytes as u64, written: bytes as u64, work: Box::new(work) })
+    }
+
     /// Checksums of `bytes`, as each read and write of the store takes them.
     ///
     /// # Errors
@@ -128,7 +145,7 @@ impl Workload {
         }
     }
 
-    /// By name: `copy`, `checksum`, `adamw f32`, `adamw split`; over so many parameters, or four
+    /// By name: `copy`, `update`, `checksum`, `adamw f32`, `adamw split`; over so many parameters, or four
     /// bytes for each of them. AdamW runs the kernel of that name, or the fastest.
     ///
     /// # Errors
@@ -143,6 +160,7 @@ impl Workload {
         };
         match name {
             "copy" => Self::memory_copy(4 * parameters),
+            "update" => Self::memory_update(4 * parameters),
             "checksum" => Self::checksum(4 * parameters),
             "adamw f32" => Self::adamw_f32(found, parameters),
             "adamw split" => Self::adamw_split(found, parameters),

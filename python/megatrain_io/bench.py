@@ -250,6 +250,7 @@ def measure_into(
     """
     path = default_path() if path is None else path
     older = Profile.read(path)
+    Profile.check_writable(path)
     found = bench(folder, options, progress)
     found.joined_to(older).write(path)
     return found, path

@@ -345,7 +345,8 @@ def bench_command(  # noqa: PLR0913 - an option each
         typer.Option("--sustained", help="Write until the drive's cache is full, too: it wears the drive."),
     ] = False,
     sustained_size: Annotated[
-        float | None, typer.Option(metavar="GIB", help="At most so much. Default: half of what is free, 238.")
+        float | None,
+        typer.Option(metavar="GIB", help="At most so much. Default: half of what is free, 238 at most."),
     ] = None,
     sustained_minutes: Annotated[float, typer.Option(min=0.001, help="At most so long.")] = 10.0,
     io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="How bytes move.")] = "auto",

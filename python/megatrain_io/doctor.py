@@ -257,6 +257,8 @@ def _measured(drive: Mapping[str, Any], path: Path) -> dict[str, Any]:
         profile = Profile.read(path)
     except MegatrainIoError as error:
         return {"drive": None, "reason": str(error)}
+    if profile is not None and profile.machine.host != platform.node():
+        return {"drive": None, "reason": f"{path} is of another machine ({profile.machine.host})"}
     found = profile and profile.drive(drive.get("mount_point", ""), drive.get("source", ""))
     return {"drive": found.model_dump(mode="json") if found else None, "reason": None}
 

@@ -179,6 +179,20 @@ class Profile(_Model):
         except OSError as error:
             raise StorageError(f"{path} cannot be read: {error.strerror}") from error
 
+    @staticmethod
+    def check_writable(path: Path) -> None:
+        """Find out before measuring whether the file can be written, and make its folder.
+
+        Raises:
+            StorageError: it cannot.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise StorageError(f"{path} cannot be written: name another file with --output")
+
     def write(self, path: Path) -> None:
         """Replace the file; whoever reads it meanwhile finds the old or the new one.
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megatrain_io import bench, cli, drive, measure
-from megatrain_io.errors import ConfigError, MegatrainIoError, NoSpaceError, UnsupportedError
+from megatrain_io import bench, cli, doctor, drive, measure
+from megatrain_io.errors import ConfigError, MegatrainIoError, NoSpaceError, StorageError, UnsupportedError
 from megatrain_io.profile import Profile
 
 GB = 10**9
@@ -157,6 +157,25 @@ def test_what_is_no_profile_is_refused_before_anything_is_measured(text, tmp_pat
     assert "is no profile that this version reads" in result.stderr
     assert output.read_text() == text
     assert entries(tmp_path) == ["profile.json"]
+
+
+def test_a_profile_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "profile.json", tmp_path):
+        result = call("bench", tmp_path, "--output", output)
+        assert result.exit_code == StorageError.exit_code
+        assert "cannot be" in result.stderr
+
+
+def test_the_doctor_shows_the_profile_of_this_machine_alone(measured, tmp_path):
+    profile = Profile.read(measured[0])
+    (drive_,) = profile.drives
+    shown = doctor.examine(Path(drive_.mount_point), measured[0])["measured"]
+    assert shown["drive"]["read"] == drive_.read.model_dump()
+    machine = profile.machine.model_copy(update={"host": "elsewhere"})
+    profile.model_copy(update={"machine": machine}).write(tmp_path / "p.json")
+    text = doctor.render(doctor.examine(Path(drive_.mount_point), tmp_path / "p.json"))
+    assert "is of another machine (elsewhere)" in text
 
 
 def test_no_profile_is_none(tmp_path):

@@ -59,6 +59,8 @@ _WINDOWS_OF_A_KNEE = 4
 _WINDOWS_STEADY = 8
 _SPREAD_STEADY = 0.15
 _PARAMETERS = 16 << 20
+_SUSTAINED_SHARE = 60.0
+"""Seconds that sustained writing counts for in the progress: how long it takes, nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def bench(folder: Path, options: Options, progress: Progress) -> Profile:
     mount = mount_of(folder.resolve(), mounts)
     nbytes = required_bytes(options, free)
     check_place(folder, mount, nbytes, free)
-    whole = 5 * options.seconds + (options.sustained_seconds if options.sustained else 0.0)
+    whole = 5 * options.seconds + (_SUSTAINED_SHARE if options.sustained else 0.0)
     share = _Share(progress, whole)
     drive = _drive(folder, mounts, nbytes, options, share)
     cpu = _cpu(options.seconds, share)
@@ -286,10 +288,12 @@ def _drive(folder: Path, mounts: list[Mount], nbytes: int, options: Options, sha
             ("write", _FORM),
             ("training", _TRAINING_FORM),
         )
-        rates = {
-            traffic: rate_of(list(_windows(file, traffic, form, nbytes, options.seconds, share)))
+        windows = {
+            traffic: list(_windows(file, traffic, form, nbytes, options.seconds, share))
             for traffic, form in kinds
         }
+        rates = {traffic: rate_of(figures) for traffic, figures in windows.items()}
+        refused = windows["training"][0].registration_refused
         syncs, durable = file.flush_latency(100, options.seconds / 2)
         share.add(options.seconds / 2)
         engine, _ = file.engine
@@ -301,6 +305,7 @@ def _drive(folder: Path, mounts: list[Mount], nbytes: int, options: Options, sha
             measured_at=datetime.now(UTC).replace(microsecond=0),
             engine="uring" if engine == "uring" else "threads",
             is_direct=file.is_direct,
+            registration_refused=refused,
             read=rates["read"],
             write=rates["write"],
             mixed=rates["training"],
@@ -343,7 +348,7 @@ def _sustained(file: ScratchFile, nbytes: int, options: Options, share: _Share) 
         figure = transfer(file, "write", _FORM, nbytes - written, seconds=1.0, offset=written)
         written += figure.written
         figures.append(figure)
-        share.add(figure.seconds)
+        share.add(_SUSTAINED_SHARE * figure.written / nbytes)
         rates = [each.gb_per_s for each in figures]
         if knee_of(rates) is not None and is_steady(rates):
             ended = "steady"
@@ -440,10 +445,11 @@ def render(profile: Profile) -> str:
 
 def _place_text(drive: DriveProfile) -> str:
     direct = "" if drive.is_direct else ", through the page cache: no direct I/O here"
+    why = drive.registration_refused
+    unregistered = f", memory is not registered, which costs CPU time: {why}" if why else ""
     model = f", {drive.model}" if drive.model else ""
-    return (
-        f"{drive.mount_point} ({drive.file_system} on {drive.source}{model}), engine {drive.engine}{direct}"
-    )
+    place = f"{drive.mount_point} ({drive.file_system} on {drive.source}{model})"
+    return f"{place}, engine {drive.engine}{direct}{unregistered}"
 
 
 def rate_text(rate: Rate) -> str:
@@ -467,6 +473,6 @@ def sustained_text(found: Sustained) -> str:
     limits = {"size": "the limit of size", "time": "the limit of time", "steady": "a steady rate"}
     end = f"{decimal(found.nbytes)} in {found.seconds:.0f} s, up to {limits[found.ended]}"
     if found.knee_bytes is None:
-        return f"{found.before_gb_per_s:.2f} GB/s all along ({end}): no cache was filled"
+        return f"{found.before_gb_per_s:.2f} GB/s all along ({end}): the rate did not fall"
     fall = f"{found.before_gb_per_s:.2f} GB/s, then {found.after_gb_per_s:.2f} GB/s"
     return f"{fall} after {decimal(found.knee_bytes)} ({end})"

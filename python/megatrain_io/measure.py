@@ -40,12 +40,14 @@ class Figure:
         written: bytes.
         seconds: that passed.
         cpu_seconds: of the whole process, the kernel's work for it included as far as it is accounted there.
+        registration_refused: why the engine worked without registered memory, in a transfer; else None.
     """
 
     read: int
     written: int
     seconds: float
     cpu_seconds: float
+    registration_refused: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +67,7 @@ class Figure:
 
 def figure_of(found: Mapping[str, Any]) -> Figure:
     """The figure in what the extension returned."""
-    return Figure(found["read"], found["written"], found["seconds"], found["cpu_seconds"])
+    return Figure(**found)
 
 
 def transfer(

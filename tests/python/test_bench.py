@@ -130,7 +130,14 @@ def test_the_profile_goes_to_a_file_and_comes_back(measured, tmp_path):
     profile.write(tmp_path / "copy.json")
     assert Profile.read(tmp_path / "copy.json") == profile
     assert entries(tmp_path) == ["copy.json"]
-    assert "memory copy" in bench.render(profile)
+    text = bench.render(profile)
+    assert "memory copy" in text
+    assert "registered" not in text
+    limited = profile.drives[0].model_copy(
+        update={"registration_refused": "RLIMIT_MEMLOCK", "is_direct": False}
+    )
+    text = bench.render(profile.model_copy(update={"drives": [limited]}))
+    assert "no direct I/O here, memory is not registered, which costs CPU time: RLIMIT_MEMLOCK" in text
 
 
 def test_a_profile_keeps_other_drives_and_forgets_other_machines(measured):

@@ -4,8 +4,10 @@
 
 Each bar is a process of its own, started anew in each round (whether large buffers come to lie well is drawn once a
 process), and the bars take turns. Only the transfers are timed, not starts and checks; what was read is compared
-once a round. CPU seconds are those of the process (of fio: those that it reports); the kernel's own threads, which
-write the page cache back, are nobody's. What goes through the page cache is timed with its fsync.
+once a round. CPU seconds are those of the process; the kernel's own threads, which write the page cache back, are
+nobody's. fio asks for the CPU time of its one thread (RUSAGE_THREAD): the workers of io_uring, which take large
+requests over when the drive's queue is full, are missing from its figure, which is a lower bound therefore. What goes
+through the page cache is timed with its fsync.
 
 ``mixed`` is 14 bytes read for 12 written. A bar named ``extents`` moves 4 and 20 MiB, as training does.
 """

@@ -1,108 +1,80 @@
 //! The parts that run on the CPU, each beside the ceiling of its machine: `cargo bench --bench core`.
-//! GB/s count every byte read or written by the kernel.
+//!
+//! GB/s count every byte read or written by the kernel. The parts take turns, so that a drift of the
+//! machine is nobody's. The ceiling is the faster of two ways to pass memory through all cores, measured
+//! in the same run: a copy, and changing it where it is (a copy first reads what it overwrites).
+#![expect(clippy::print_stdout, reason = "the result of a program")]
 
 use divan::Bencher;
-use divan::counter::{BytesCount, ItemsCount};
-use megatrain_io::adamw::{AdamW, Kernel, Span, update_f32, update_split};
+use megatrain_io::adamw::Kernel;
 use megatrain_io::buffer::SlotList;
-use megatrain_io::checksum::{self, Binding};
+use megatrain_io::error::Result;
 use megatrain_io::ledger::Ledger;
-use megatrain_io::units::Group;
+use megatrain_io::measure::{Figure, Workload};
 
 /// Parameters of a large chunk set: far more than the caches hold.
 const PARAMETERS: usize = 16 << 20;
+const ROUNDS: usize = 11;
 
-fn main() {
+fn main() -> Result {
     divan::main();
+    // With arguments it is one of divan's benchmarks that is wanted.
+    if std::env::args().skip(1).any(|word| word != "--bench") {
+        return Ok(());
+    }
+    let mut parts = Vec::new();
+    for (name, title) in [
+        ("copy", "memory copy"),
+        ("update", "memory, changed in place"),
+        ("checksum", "CRC-32C in units of 1 MiB"),
+    ] {
+        parts.push((title.to_owned(), Workload::named(name, PARAMETERS, None)?));
+    }
+    for kernel in Kernel::available() {
+        for name in ["adamw f32", "adamw split"] {
+            let workload = Workload::named(name, PARAMETERS, Some(&kernel.to_string()))?;
+            parts.push((format!("{name}, {kernel}"), workload));
+        }
+    }
+    let mut figures: Vec<Vec<Figure>> = vec![Vec::new(); parts.len()];
+    for round in 0..=ROUNDS {
+        for turn in 0..parts.len() {
+            let index = (turn + round) % parts.len();
+            let figure = parts[index].1.run();
+            // The first round only touches the memory.
+            if round > 0 {
+                figures[index].push(figure);
+            }
+        }
+    }
+    print(&parts, &figures);
+    Ok(())
 }
 
-fn kernels() -> Vec<String> {
-    Kernel::available().iter().map(Kernel::to_string).collect()
-}
-
-fn kernel(name: &str) -> Kernel {
-    let found = Kernel::available().into_iter().find(|kernel| kernel.to_string() == name);
-    found.expect("one of the available")
-}
-
-fn span() -> Span {
-    let adamw = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 10 };
-    Span { start: 0, len: PARAMETERS, scalars: adamw.scalars(1.0, 0.01) }
-}
-
-fn values(seed: usize) -> Vec<f32> {
-    #[expect(clippy::cast_precision_loss, reason = "small numbers")]
-    let value = |index: usize| ((index * 7 + seed) % 1009) as f32 / 1009.0 - 0.5;
-    (0..PARAMETERS).map(value).collect()
-}
-
-/// AdamW with f32 weights: 16 bytes a parameter read, 12 written.
-#[divan::bench(args = kernels(), sample_count = 15)]
-fn adamw_f32(bencher: Bencher, name: &str) {
-    let (weight, gradient) = (values(1), values(2));
-    let mut out = values(3);
-    let (mut exp_avg, mut exp_avg_sq) = (values(4), vec![0.1_f32; PARAMETERS]);
-    bencher
-        .counter(BytesCount::new(28 * PARAMETERS))
-        .counter(ItemsCount::new(PARAMETERS))
-        .bench_local(|| {
-            update_f32(
-                kernel(name),
-                &[span()],
-                &weight,
-                &mut out,
-                &gradient,
-                &mut exp_avg,
-                &mut exp_avg_sq,
-            );
-        });
-}
-
-/// AdamW with split weights: 16 bytes a parameter read, 12 written.
-#[divan::bench(args = kernels(), sample_count = 15)]
-fn adamw_split(bencher: Bencher, name: &str) {
-    let gradient = values(2);
-    let (weight, mut out) = (vec![0x3c00_u16; PARAMETERS], vec![0_u16; PARAMETERS]);
-    let mut remainder = vec![3_i16; PARAMETERS];
-    let (mut exp_avg, mut exp_avg_sq) = (values(4), vec![0.1_f32; PARAMETERS]);
-    bencher
-        .counter(BytesCount::new(28 * PARAMETERS))
-        .counter(ItemsCount::new(PARAMETERS))
-        .bench_local(|| {
-            update_split(
-                kernel(name),
-                &[span()],
-                &weight,
-                &mut out,
-                &mut remainder,
-                &gradient,
-                &mut exp_avg,
-                &mut exp_avg_sq,
-            );
-        });
-}
-
-/// The ceiling of what moves memory: a copy on all cores.
-#[divan::bench(sample_count = 15)]
-fn copy(bencher: Bencher) {
-    use rayon::prelude::*;
-    let from = vec![1_u8; 4 * PARAMETERS];
-    let mut to = vec![0_u8; 4 * PARAMETERS];
-    bencher.counter(BytesCount::new(2 * from.len())).bench_local(|| {
-        to.par_chunks_mut(1 << 20)
-            .zip(from.par_chunks(1 << 20))
-            .for_each(|(to, from)| to.copy_from_slice(from));
-    });
-}
-
-/// CRC-32C in units of 1 MiB, on all cores.
-#[divan::bench(sample_count = 15)]
-fn checksums(bencher: Bencher) {
-    let data = vec![7_u8; 4 * PARAMETERS];
-    let binding = Binding { store: [1; 16], chunk: 0, group: Group::Weight, generation: 1 };
-    bencher
-        .counter(BytesCount::new(data.len()))
-        .bench_local(|| divan::black_box(checksum::sums(&binding, &data)));
+#[expect(clippy::cast_precision_loss, reason = "a figure to print")]
+fn print(parts: &[(String, Workload)], figures: &[Vec<Figure>]) {
+    let median = |index: usize, value: fn(&Figure) -> f64| {
+        let mut values: Vec<f64> = figures[index].iter().map(value).collect();
+        values.sort_by(f64::total_cmp);
+        (values[values.len() / 2], values[0], values[values.len() - 1])
+    };
+    let ceiling = median(0, Figure::gb_per_s).0.max(median(1, Figure::gb_per_s).0);
+    println!("\n{PARAMETERS} parameters, {ROUNDS} rounds in turn; medians (least to most)\n");
+    println!("| part | GB/s | CPU s/GB | M parameters/s | of the ceiling |");
+    println!("|---|---|---|---|---|");
+    for (index, (name, _)) in parts.iter().enumerate() {
+        let (rate, least, most) = median(index, Figure::gb_per_s);
+        let cpu = median(index, Figure::cpu_s_per_gb).0;
+        let seconds = median(index, |figure| figure.wall.as_secs_f64()).0;
+        let pace = match name.starts_with("adamw") {
+            true => format!("{:.0}", PARAMETERS as f64 / 1e6 / seconds),
+            false => String::new(),
+        };
+        let share = 100.0 * rate / ceiling;
+        println!(
+            "| {name} | {rate:.1} ({least:.1} to {most:.1}) | {cpu:.3} | {pace} | {share:.0} % |"
+        );
+    }
 }
 
 /// Taking a slot and giving it back.

@@ -5,6 +5,8 @@
 //!     durability run DIR[:DIR...] step|scratch STEPS COMMIT_EVERY
 //!
 //! The store has a file in each folder, as on so many drives.
+//!
+//! Without arguments it runs both once, small.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 use megatrain_io::adamw::AdamW;
 use megatrain_io::buffer::Slot;
 use megatrain_io::engine::choice::Choice;
-use megatrain_io::error::Result;
+use megatrain_io::error::{Error, Result};
 use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::ledger::Ledger;
 use megatrain_io::pipeline::{
@@ -39,8 +41,11 @@ fn main() -> Result {
         ["run", folder, durability, steps, every] => {
             run(&files(folder, durability), durability, number(steps), number(every))
         }
-        // `cargo bench` runs every benchmark; this one needs to be told what to do.
-        _ => Ok(()),
+        // `cargo bench` runs every benchmark: a short look; the comparison is `benches/durability.py`.
+        [] => look(),
+        _ => Err(Error::invalid(
+            "make DIR step|scratch PARAMETERS, run DIR step|scratch STEPS EVERY",
+        )),
     }
 }
 
@@ -48,6 +53,21 @@ fn files(folders: &str, durability: &str) -> Vec<PathBuf> {
     let folders: Vec<&str> = folders.split(':').collect();
     let name = |drive| format!("{durability}-{}.{drive}.mtio", folders.len());
     folders.iter().enumerate().map(|(drive, folder)| Path::new(folder).join(name(drive))).collect()
+}
+
+/// Both durabilities once, small, in a folder of its own that is removed.
+fn look() -> Result {
+    let name = format!("durability-{}", std::process::id());
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir(&folder).map_err(|e| Error::io("create", &folder, 0, 0, e))?;
+    let both = ["step", "scratch"].into_iter().try_for_each(|durability| {
+        let files = [folder.join(durability)];
+        make(&files, durability, 16 << 20)?;
+        run(&files, durability, 5, 1)
+    });
+    // What cannot be removed cannot be helped here.
+    let _ = std::fs::remove_dir_all(&folder);
+    both
 }
 
 fn make(files: &[PathBuf], durability: &str, parameters: u64) -> Result {
@@ -101,6 +121,7 @@ fn run(files: &[PathBuf], durability: &str, steps: u64, every: u64) -> Result {
     drop(pipeline);
     store.mark_clean()?;
     let figures = serde_json::json!({
+        "durability": durability,
         "seconds": seconds.as_secs_f64(),
         "read": after.0 - before.0,
         "written": after.1 - before.1,

@@ -1,126 +1,144 @@
-//! How fast the engines move extents, and with how much CPU: `cargo bench --bench io`. The file lies in
-//! the build folder, so it is that drive which is measured.
+//! How fast the engines move extents, and with how much CPU: `cargo bench --bench io`.
+//!
+//!     cargo bench --bench io -- [--rounds N] [--mib N] [--folder DIR]
+//!
+//! Engines and forms take turns within each round, so that a drift of the drive is nobody's. The file
+//! lies in the build folder unless another is named, so it is that drive which is measured.
+#![expect(clippy::print_stdout, reason = "the result of a program")]
 
-use std::sync::{Arc, OnceLock};
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use crossbeam_channel::unbounded;
-use divan::Bencher;
-use divan::counter::BytesCount;
-use megatrain_io::buffer::SlotList;
-use megatrain_io::engine::choice::{self, Choice};
-use megatrain_io::engine::{Engine, Operation, Request};
-use megatrain_io::file::DirectFile;
-use megatrain_io::ledger::Ledger;
+use megatrain_io::engine::Engine;
+use megatrain_io::engine::choice::{Choice, start};
+use megatrain_io::error::{Error, Result};
+use megatrain_io::measure::{Figure, Form, Limit, ScratchFile, Traffic, Transfers};
 
-const FILE_BYTES: usize = 512 << 20;
+const FILE_BYTES: u64 = 1 << 30;
+const MIB: u64 = 1 << 20;
 
-fn main() {
-    divan::main();
+struct Options {
+    rounds: usize,
+    bytes: u64,
+    folder: PathBuf,
 }
 
-/// One file, written once, so that every extent is more than reserved.
-fn file() -> Arc<DirectFile> {
-    static FILE: OnceLock<Arc<DirectFile>> = OnceLock::new();
-    let make = || {
-        let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let path = folder.join(format!("io-{}", std::process::id()));
-        let file = DirectFile::create(&path, FILE_BYTES as u64).expect("space for the file");
-        // Nothing is left behind, however the benchmark ends.
-        std::fs::remove_file(&path).expect("removed");
-        let file = Arc::new(file);
-        let engine = engine("threads");
-        Transfers::new(&engine, 4 << 20, 8).run(&file, |_| Operation::Write);
-        file
-    };
-    Arc::clone(FILE.get_or_init(make))
-}
-
-fn engine(name: &str) -> Arc<dyn Engine> {
-    let choice = if name == "uring" { Choice::Uring } else { Choice::Threads };
-    choice::start(choice, 1).expect("an engine").0
-}
-
-/// Transfers over the whole file, so many in flight.
-struct Transfers {
+/// One row of the table.
+struct Bar {
+    kind: &'static str,
+    traffic: Traffic,
+    form: Form,
     engine: Arc<dyn Engine>,
-    slots: SlotList,
-    bytes: usize,
+    figures: Vec<Figure>,
 }
 
-impl Transfers {
-    fn new(engine: &Arc<dyn Engine>, bytes: usize, depth: usize) -> Self {
-        let (region, mut lists) =
-            SlotList::cut(&[(bytes, depth)], &Ledger::new(), "bench").expect("memory");
-        // A refusal (RLIMIT_MEMLOCK) costs CPU time only.
-        let _ = engine.register(&region);
-        Self { engine: Arc::clone(engine), slots: lists.remove(0), bytes }
-    }
-
-    fn run(&self, file: &Arc<DirectFile>, operation: impl Fn(usize) -> Operation) {
-        let (reply, completions) = unbounded();
-        let count = FILE_BYTES / self.bytes;
-        let mut next = 0;
-        for _ in 0..count {
-            while next < count
-                && let Some(slot) = self.slots.try_take()
-            {
-                self.engine.submit(Request {
-                    operation: operation(next),
-                    file: Arc::clone(file),
-                    offset: (next * self.bytes) as u64,
-                    slot: Some(slot),
-                    bytes: self.bytes,
-                    tag: 0,
-                    reply: reply.clone(),
-                });
-                next += 1;
+fn main() -> Result {
+    let options = options()?;
+    let engines = engines()?;
+    let file = ScratchFile::create(&options.folder, FILE_BYTES)?;
+    // What was never written is not read from the drive.
+    file.fill(&engines[0])?;
+    let mut bars = bars(&engines);
+    for round in 0..options.rounds {
+        for turn in 0..bars.len() {
+            let count = bars.len();
+            let bar = &mut bars[(turn + round) % count];
+            let transfers = match bar.traffic {
+                Traffic::Training => Transfers::for_training(&bar.engine, bar.form.depth),
+                _ => Transfers::new(&bar.engine, bar.form),
+            }?;
+            if let (0, Some(why)) = (round, transfers.registration_refused()) {
+                println!("{}: memory is not registered: {why}", bar.engine.name());
             }
-            completions.recv().expect("a completion").result.expect("transferred");
+            let limit = Limit::bytes(options.bytes);
+            bar.figures.push(transfers.run(&file, bar.traffic, 0, limit)?);
         }
     }
+    file.verify(&engines[0])?;
+    print(&bars, &options, file.is_direct());
+    Ok(())
 }
 
-const FORMS: [(&str, usize, usize); 6] = [
-    ("uring", 1 << 20, 32),
-    ("uring", 4 << 20, 8),
-    ("uring", 20 << 20, 4),
-    ("threads", 1 << 20, 32),
-    ("threads", 4 << 20, 8),
-    ("threads", 20 << 20, 4),
-];
-
-fn measure(
-    bencher: Bencher,
-    (name, bytes, depth): (&str, usize, usize),
-    operation: impl Fn(usize) -> Operation + Copy,
-) {
-    let (file, engine) = (file(), engine(name));
-    let transfers = Transfers::new(&engine, bytes, depth);
-    bencher
-        .counter(BytesCount::new(FILE_BYTES / bytes * bytes))
-        .bench_local(|| transfers.run(&file, operation));
-    engine.unregister();
+fn options() -> Result<Options> {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let mut options = Options { rounds: 5, bytes: 512 * MIB, folder };
+    let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
+    while let Some(word) = words.next() {
+        let value = words.next().unwrap_or_default();
+        let number = value.parse::<u64>().ok().filter(|number| *number > 0);
+        match (word.as_str(), number) {
+            ("--rounds", Some(number)) => options.rounds = megatrain_io::units::to_usize(number),
+            ("--mib", Some(number)) => options.bytes = number * MIB,
+            ("--folder", _) => options.folder = value.into(),
+            _ => {
+                return Err(Error::invalid(format!(
+                    "{word} {value}: --rounds N, --mib N, --folder DIR"
+                )));
+            }
+        }
+    }
+    Ok(options)
 }
 
-/// Engine, bytes of a request, requests in flight.
-#[divan::bench(args = FORMS, sample_count = 7)]
-fn read(bencher: Bencher, form: (&str, usize, usize)) {
-    measure(bencher, form, |_| Operation::Read);
+/// Threads always; io_uring where there is one, else the reason is said.
+fn engines() -> Result<Vec<Arc<dyn Engine>>> {
+    let mut engines = vec![start(Choice::Threads, 1)?.0];
+    match start(Choice::Uring, 1) {
+        Ok((engine, _)) => engines.insert(0, engine),
+        Err(error) => println!("without uring: {error}"),
+    }
+    Ok(engines)
 }
 
-#[divan::bench(args = FORMS, sample_count = 7)]
-fn write(bencher: Bencher, form: (&str, usize, usize)) {
-    measure(bencher, form, |_| Operation::Write);
+fn bars(engines: &[Arc<dyn Engine>]) -> Vec<Bar> {
+    let forms = [(1, 32), (4, 4), (4, 8), (4, 16), (8, 4), (20, 4)];
+    let mut bars = Vec::new();
+    let mut add = |kind, traffic, mib: u64, depth| {
+        for engine in engines {
+            let form = Form { bytes: megatrain_io::units::to_usize(mib * MIB), depth };
+            let engine = Arc::clone(engine);
+            bars.push(Bar { kind, traffic, form, engine, figures: Vec::new() });
+        }
+    };
+    for (kind, traffic) in
+        [("read", Traffic::Read), ("write", Traffic::Write), ("mixed", Traffic::Mixed)]
+    {
+        for (mib, depth) in forms {
+            add(kind, traffic, mib, depth);
+        }
+    }
+    for depth in [2, 4, 8] {
+        add("mixed", Traffic::Training, 20, depth);
+    }
+    bars
 }
 
-/// 14 reads to 12 writes, as in training.
-#[divan::bench(args = FORMS, sample_count = 7)]
-fn mixed(bencher: Bencher, form: (&str, usize, usize)) {
-    measure(
-        bencher,
-        form,
-        |number| {
-            if number % 13 < 7 { Operation::Read } else { Operation::Write }
-        },
+fn print(bars: &[Bar], options: &Options, direct: bool) {
+    let median = |bar: &Bar, value: fn(&Figure) -> f64| {
+        let mut values: Vec<f64> = bar.figures.iter().map(value).collect();
+        values.sort_by(f64::total_cmp);
+        (values[values.len() / 2], values[0], values[values.len() - 1])
+    };
+    println!(
+        "{} MiB a run, {} rounds in turn, {}; medians (least to most); mixed is 14 read to 12 written\n",
+        options.bytes / MIB,
+        options.rounds,
+        if direct { "direct I/O" } else { "through the page cache: no direct I/O here" },
     );
+    println!("| kind | request, in flight | engine | GB/s | CPU s/GB | of the best of its kind |");
+    println!("|---|---|---|---|---|---|");
+    for bar in bars {
+        let rates = bars.iter().filter(|other| other.kind == bar.kind);
+        let best = rates.map(|other| median(other, Figure::gb_per_s).0).fold(0.0, f64::max);
+        let (rate, least, most) = median(bar, Figure::gb_per_s);
+        let cpu = median(bar, Figure::cpu_s_per_gb).0;
+        let form = match bar.traffic {
+            Traffic::Training => format!("4 and 20 MiB, {}", bar.form.depth),
+            _ => format!("{} MiB, {}", bar.form.bytes as u64 / MIB, bar.form.depth),
+        };
+        let (kind, engine, share) = (bar.kind, bar.engine.name(), 100.0 * rate / best);
+        println!(
+            "| {kind} | {form} | {engine} | {rate:.2} ({least:.2} to {most:.2}) | {cpu:.3} | {share:.0} % |"
+        );
+    }
 }

@@ -1,4 +1,4 @@
-"""The extension module. Only ``megatrain_io.swap`` and ``outside`` import it; ``mypy.stubtest`` keeps this true."""
+"""The extension module. Only ``swap``, ``outside`` and ``measure`` import it; ``mypy.stubtest`` keeps this true."""
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -12,10 +12,13 @@ __all__ = [
     "Ledger",
     "Pipeline",
     "Schedule",
+    "ScratchFile",
     "Store",
     "Tensors",
     "Ticket",
+    "Workload",
     "adamw_kernels",
+    "adamw_step",
     "allocate",
     "build_info",
     "error_examples",
@@ -56,6 +59,15 @@ class _Glance(TypedDict):
     is_clean: bool
     is_of_this_boot: bool
     is_direct: bool
+
+class _Work(TypedDict):
+    read: int
+    written: int
+    seconds: float
+    cpu_seconds: float
+
+class _Transfer(_Work):
+    registration_refused: str | None
 
 @final
 class Ledger:
@@ -265,6 +277,60 @@ class Tensors:
 
     def close(self) -> None:
         """End what was asked for, and stop."""
+
+@final
+class ScratchFile:
+    """A file to measure transfers on, with an engine. It has no name: nothing is left behind."""
+
+    def __new__(cls, folder: str | PathLike[str], nbytes: int, engine: str) -> ScratchFile: ...
+    @property
+    def engine(self) -> tuple[str, str | None]: ...
+    @property
+    def is_direct(self) -> bool: ...
+    def transfer(
+        self,
+        traffic: str,
+        form: tuple[int, int],
+        limit: tuple[int, float | None],
+        offset: int,
+    ) -> _Transfer:
+        """Transfer from ``offset`` on, round and round.
+
+        ``traffic`` is ``read``, ``write``, ``mixed`` or ``training``; ``form`` is bytes of a request and
+        requests in flight; ``limit`` is the bytes and, unless None, the seconds after which it ends.
+        """
+
+    def fill(self) -> None:
+        """Write all of the file once."""
+
+    def verify(self) -> None:
+        """Read all of the file and compare it with what was written."""
+
+    def flush_latency(self, count: int, seconds: float) -> tuple[list[float], list[float]]:
+        """Seconds of each ``fdatasync`` after 4 MiB were written, and of each durable write of 4 KiB."""
+
+    def close(self) -> None:
+        """Give the file's space back."""
+
+@final
+class Workload:
+    """Something to run on all cores: ``copy``, ``update``, ``checksum``, ``adamw f32``, ``adamw split``."""
+
+    def __new__(cls, name: str, parameters: int, kernel: str | None = None) -> Workload: ...
+    def run(self) -> _Work:
+        """Run it once."""
+
+def adamw_step(
+    weight: bytes,
+    gradient: bytes,
+    moments: tuple[bytes, bytes],
+    adamw: tuple[float, float, float, float, int],
+    weight_decay: float,
+) -> list[bytes]:
+    """One step on little-endian f32: the new weight, ``exp_avg`` and ``exp_avg_sq``.
+
+    ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``.
+    """
 
 def allocate(nbytes: int, ledger: Ledger, account: str) -> Buffer:
     """Memory of its own as a buffer of bytes, entered in the ledger under ``account``."""

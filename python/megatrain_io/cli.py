@@ -165,7 +165,7 @@ def train_command(
 
         from rich.console import Console
 
-        from megatrain_io.report import reporter_for
+        from megatrain_io.report import reporter_for, rows
         from megatrain_io.train import train
 
         logging_steps = config.train.logging_steps
@@ -175,7 +175,7 @@ def train_command(
         finally:
             reporter.finished()
         outcome.result = {"run": config.output_dir, **asdict(result)}
-        outcome.text = "\n".join(_rows(outcome.result))
+        outcome.text = "\n".join(rows(outcome.result))
 
 
 @app.command("generate")
@@ -332,6 +332,50 @@ def doctor_command(
         outcome.text = render(outcome.result)
 
 
+@app.command("bench")
+def bench_command(  # noqa: PLR0913 - an option each
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="On the drive to measure.")] = Path(),
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Profile to write; it keeps the figures of other drives."),
+    ] = None,
+    size: Annotated[
+        float, typer.Option(min=0.0625, metavar="GIB", help="Of the file that is read and written.")
+    ] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of each kind of traffic.")] = 5.0,
+    sustained: Annotated[
+        bool,
+        typer.Option("--sustained", help="Write until the drive's cache is full, too: it wears the drive."),
+    ] = False,
+    sustained_size: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="At most so much. Default: half of what is free, 238 at most."),
+    ] = None,
+    sustained_minutes: Annotated[float, typer.Option(min=0.001, help="At most so long.")] = 10.0,
+    io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="How bytes move.")] = "auto",
+    matmul: Annotated[bool, typer.Option(help="Measure matrix products, too.")] = True,
+    json_output: JsonOutput = False,
+) -> None:
+    """Measure drive, memory, AdamW and matrix products. It takes half a minute, and leaves a profile alone."""
+    with _command(json_output=json_output, interrupted="Nothing was left behind.") as outcome:
+        from megatrain_io.bench import Options, measure_into, render
+
+        options = Options(
+            nbytes=int(size * 2**30),
+            seconds=seconds,
+            engine=io_backend,
+            sustained=sustained,
+            sustained_bytes=None if sustained_size is None else int(sustained_size * 2**30),
+            sustained_seconds=60 * sustained_minutes,
+            matmul=matmul,
+        )
+        with outcome.counting("bench") as progress:
+            profile, path = measure_into(output, folder, options, progress)
+        outcome.result = {"profile": path, **profile.model_dump(mode="json")}
+        outcome.text = f"{render(profile)}\nprofile        {path}"
+
+
 # ----------------------------------------------------------------------------------------------- outcomes
 
 
@@ -445,31 +489,3 @@ def _size(nbytes: int) -> str:
     from rich.filesize import decimal
 
     return decimal(nbytes, precision=2)
-
-
-def _rows(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """One line for each figure, with the unit that its name says."""
-    width = max(map(len, result), default=0)
-    for name, value in result.items():
-        label = f"{indent}{name.replace('_', ' '):<{width}}"
-        if isinstance(value, Mapping):
-            yield label.rstrip()
-            yield from _rows(value, indent + "  ")
-        elif value is not None:
-            yield f"{label}  {_figure(name, value)}"
-
-
-def _figure(name: str, value: Any) -> str:
-    from rich.filesize import decimal
-
-    if isinstance(value, tuple | list) and value:  # an account: current and peak
-        return f"{_memory(value[0])}, peak {_memory(value[-1])}"
-    if name.startswith("peak_"):
-        return _memory(value)
-    if "bytes" in name and isinstance(value, int):
-        return decimal(value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _memory(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

@@ -15,11 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.filesize import decimal
-
+from megatrain_io.drive import Mount, drive_texts, examine_drive, parse_choice, read_mounts, read_text
+from megatrain_io.errors import MegatrainIoError
+from megatrain_io.profile import Profile, default_path
 from megatrain_io.report import gib
 
-__all__ = ["examine", "render"]
+__all__ = ["cpu_model", "examine", "render"]
 
 ReadText = Callable[[Path], str | None]
 
@@ -41,42 +42,6 @@ _CPU_FEATURES = (
     "asimd",
     "bf16",
 )
-_NETWORK = {
-    "9p",
-    "afs",
-    "beegfs",
-    "ceph",
-    "cifs",
-    "glusterfs",
-    "lustre",
-    "nfs",
-    "nfs4",
-    "smb3",
-    "smbfs",
-    "virtiofs",
-}
-_IN_RAM = {"tmpfs", "ramfs"}
-
-
-@dataclass(frozen=True)
-class Mount:
-    """One line of ``/proc/self/mountinfo``.
-
-    Attributes:
-        device: ``major:minor``.
-        root: what of the file system is mounted here.
-        point: where.
-        kind: type of file system.
-        source: device or remote name.
-        options: of the file system itself.
-    """
-
-    device: str
-    root: str
-    point: str
-    kind: str
-    source: str
-    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,29 +55,6 @@ class CgroupLimit:
 
 
 # ------------------------------------------------------------------------------------------------ parsing
-
-
-def parse_mountinfo(text: str) -> list[Mount]:
-    """All mounts, in the order they were made."""
-    mounts = []
-    for line in text.splitlines():
-        left, separator, right = line.partition(" - ")
-        fields, more = left.split(), right.split()
-        if separator and len(fields) >= 5 and len(more) >= 2:  # noqa: PLR2004 - see proc(5)
-            device, root, point = fields[2], _unescaped(fields[3]), _unescaped(fields[4])
-            options = tuple(more[2].split(",")) if more[2:] else ()
-            mounts.append(Mount(device, root, point, more[0], _unescaped(more[1]), options))
-    return mounts
-
-
-def _unescaped(field: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
-
-
-def mount_of(path: Path, mounts: list[Mount]) -> Mount | None:
-    """The mount that an absolute path lies on: the deepest, and of several on one point the last."""
-    holding = [mount for mount in mounts if path.is_relative_to(mount.point)]
-    return max(reversed(holding), key=lambda mount: len(Path(mount.point).parts), default=None)
 
 
 def cgroup_folders(cgroup: str, mounts: list[Mount]) -> Iterator[tuple[int, Path]]:
@@ -171,12 +113,6 @@ def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
     return (model[1].strip() if model else None), [name for name in _CPU_FEATURES if name in words]
 
 
-def parse_choice(text: str | None) -> str | None:
-    """The choice in brackets: ``always [madvise] never``."""
-    chosen = re.search(r"\[(\w+)\]", text or "")
-    return chosen[1] if chosen else None
-
-
 def wsl_of(release: str) -> str | None:
     """Which Windows Subsystem for Linux a kernel release belongs to."""
     if "microsoft" not in release.lower():
@@ -193,58 +129,19 @@ def container_of(files: set[str], cgroup: str) -> str | None:
     return match[0] if match else None
 
 
-def spins(rotational: str | None, device: Path, model: str | None) -> bool | None:
-    """Whether a drive is a spinning disk; what a virtual drive says of itself means nothing.
-
-    Args:
-        rotational: ``queue/rotational`` of the drive.
-        device: its folder below ``/sys/devices``.
-        model: ``device/model``.
-    """
-    is_virtual = any(part.startswith(("virtio", "vbd")) for part in device.parts)
-    if rotational is None or is_virtual or re.search(r"virtual|vbox|vmware|qemu", model or "", re.IGNORECASE):
-        return None
-    return rotational.strip() == "1"
-
-
-def drive_warnings(mount: Mount, *, rotational: bool | None, usb: bool) -> list[str]:
-    """What speaks against a store on this mount, one sentence each."""
-    point, kind = mount.point, mount.kind
-    found = []
-    if kind in {"9p", "drvfs", "v9fs"} and re.match(r"/mnt/[a-z](/|$)", point):
-        found.append(
-            f"{point} is a Windows drive seen through {kind}, which is slow. Put the store inside WSL, e.g. ~/mt"
-        )
-    elif kind in _NETWORK or kind.startswith("fuse.sshfs"):
-        found.append(f"{point} is a network or shared file system ({kind}). Put the store on a local drive")
-    elif kind in _IN_RAM:
-        found.append(f"{point} is {kind}: that is RAM, and gone after a restart. Put the store on a drive")
-    elif kind == "overlay":
-        found.append(
-            f"{point} is the container's own layer (overlay). Mount a folder of a local drive as a volume"
-        )
-    elif kind.startswith("fuse"):
-        found.append(
-            f"{point} is a file system in user space ({kind}), which may be slow and may lack direct I/O"
-        )
-    if rotational:
-        found.append(
-            f"the drive beneath {point} is a spinning disk: steps will take very long. Use an NVMe drive"
-        )
-    if usb:
-        found.append(
-            f"the drive beneath {point} is attached by USB: expect a fraction of an NVMe drive's speed"
-        )
-    return found
-
-
 # ----------------------------------------------------------------------------------------------- examining
 
 
-def examine(folder: Path) -> dict[str, Any]:
-    """Everything about this machine, for a store in ``folder``; made of plain JSON types."""
-    cgroup = _read("/proc/self/cgroup") or ""
-    mounts = parse_mountinfo(_read("/proc/self/mountinfo") or "")
+def examine(folder: Path, profile: Path | None = None) -> dict[str, Any]:
+    """Everything about this machine, for a store in ``folder``; made of plain JSON types.
+
+    Args:
+        folder: it need not exist.
+        profile: what ``megatrain-io bench`` wrote; None for where it writes by itself.
+    """
+    cgroup = read_text("/proc/self/cgroup") or ""
+    mounts = read_mounts()
+    drive = examine_drive(folder, mounts)
     return {
         "megatrain_io": _package(),
         "versions": {
@@ -255,18 +152,12 @@ def examine(folder: Path) -> dict[str, Any]:
         "cpu": _cpu(),
         "memory": _memory(cgroup, mounts),
         "gpus": _gpus(),
-        "drive": _drive(folder, mounts),
+        "drive": drive,
+        "measured": _measured(drive, default_path() if profile is None else profile),
         "uring": _uring(),
         "locked_memory_limit": _locked_memory(),
-        "transparent_huge_pages": parse_choice(_read("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "transparent_huge_pages": parse_choice(read_text("/sys/kernel/mm/transparent_hugepage/enabled")),
     }
-
-
-def _read(path: Path | str) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
 
 
 def _version(package: str) -> str | None:
@@ -303,10 +194,15 @@ def _system(cgroup: str) -> dict[str, Any]:
     }
 
 
+def cpu_model() -> str | None:
+    """The processor's name."""
+    return parse_cpuinfo(read_text("/proc/cpuinfo") or "")[0]
+
+
 def _cpu() -> dict[str, Any]:
     import psutil
 
-    model, features = parse_cpuinfo(_read("/proc/cpuinfo") or "")
+    model, features = parse_cpuinfo(read_text("/proc/cpuinfo") or "")
     usable = len(os.sched_getaffinity(0))
     return {"model": model, "cores": psutil.cpu_count(logical=False), "threads": usable, "features": features}
 
@@ -315,7 +211,7 @@ def _memory(cgroup: str, mounts: list[Mount]) -> dict[str, Any]:
     import psutil
 
     total, available = psutil.virtual_memory()[:2]
-    return memory_that_counts(total, available, cgroup_limit(cgroup_folders(cgroup, mounts), _read))
+    return memory_that_counts(total, available, cgroup_limit(cgroup_folders(cgroup, mounts), read_text))
 
 
 def memory_that_counts(total: int, available: int, limit: CgroupLimit | None) -> dict[str, Any]:
@@ -355,41 +251,16 @@ def _gpu(cuda: Any, index: int) -> dict[str, Any]:
     }
 
 
-def _drive(folder: Path, mounts: list[Mount]) -> dict[str, Any]:
-    path = folder.resolve()
-    path = next(one for one in (path, *path.parents) if one.exists())
-    statistics = os.statvfs(path)
-    found: dict[str, Any] = {
-        "path": str(path),
-        "free": statistics.f_bavail * statistics.f_frsize,
-        "total": statistics.f_blocks * statistics.f_frsize,
-    }
-    mount = mount_of(path, mounts)
-    if mount is None:
-        return {**found, "file_system": None, "warnings": []}
-    device = _block_device(mount)
-    model = _read(device / "device/model") if device else None
-    rotational = spins(_read(device / "queue/rotational"), device, model) if device else None
-    usb = device is not None and any(part.startswith("usb") for part in device.parts)
-    return {
-        **found,
-        "file_system": mount.kind,
-        "mount_point": mount.point,
-        "source": mount.source,
-        "model": model.strip() if model else None,
-        "rotational": rotational,
-        "usb": usb,
-        "warnings": drive_warnings(mount, rotational=rotational, usb=usb),
-    }
-
-
-def _block_device(mount: Mount) -> Path | None:
-    """The folder below ``/sys`` of the whole drive; btrfs hides the number, so the name is tried too."""
-    for entry in (Path("/sys/dev/block", mount.device), Path("/sys/class/block", Path(mount.source).name)):
-        if entry.exists():
-            device = entry.resolve()
-            return device.parent if (device / "partition").exists() else device
-    return None
+def _measured(drive: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The figures of the last ``megatrain-io bench`` of this drive: ``drive``, or None with the ``reason``."""
+    try:
+        profile = Profile.read(path)
+    except MegatrainIoError as error:
+        return {"drive": None, "reason": str(error)}
+    if profile is not None and profile.machine.host != platform.node():
+        return {"drive": None, "reason": f"{path} is of another machine ({profile.machine.host})"}
+    found = profile and profile.drive(drive.get("mount_point", ""), drive.get("source", ""))
+    return {"drive": found.model_dump(mode="json") if found else None, "reason": None}
 
 
 def _uring() -> dict[str, Any]:
@@ -422,7 +293,8 @@ def render(found: Mapping[str, Any]) -> str:
         ("CPU", _cpu_text(found["cpu"])),
         ("RAM", _memory_text(found["memory"])),
         *(("GPU", text) for text in _gpu_texts(found["gpus"])),
-        ("drive", _drive_text(found["drive"])),
+        *(("drive", text) for text in drive_texts(found["drive"])),
+        ("measured", _measured_text(found["measured"])),
         (
             "io_uring",
             "available" if found["uring"]["available"] else f"not available: {found['uring']['reason']}",
@@ -470,13 +342,13 @@ def _gpu_texts(gpus: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _drive_text(drive: Mapping[str, Any]) -> str:
-    room = f"{decimal(drive['free'])} free of {decimal(drive['total'])}"
-    if drive["file_system"] is None:
-        return f"{drive['path']}: {room}"
-    kinds = {True: "spinning disk", False: "solid state", None: "unknown drive"}
-    device = f"{drive['model'] + ', ' if drive['model'] else ''}{kinds[drive['rotational']]}"
-    return f"{drive['path']}: {room}, {drive['file_system']} on {drive['source']} ({device})"
+def _measured_text(measured: Mapping[str, Any]) -> str:
+    drive = measured["drive"]
+    if drive is None:
+        return measured["reason"] or "not yet on this drive: megatrain-io bench"
+    rates = ", ".join(f"{kind} {drive[kind]['gb_per_s']:.2f}" for kind in ("read", "write", "mixed"))
+    flush = f"fdatasync {drive['flush']['sync_median'] * 1e3:.2f} ms"
+    return f"{rates} GB/s, {flush} (engine {drive['engine']}, {drive['measured_at']})"
 
 
 def _limit_text(limit: int | None) -> str:

@@ -5,10 +5,10 @@ Everything goes to the console that is handed in, which is standard error: stand
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.filesize import decimal
@@ -35,6 +35,7 @@ __all__ = [
     "facts",
     "gib",
     "reporter_for",
+    "rows",
 ]
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -245,3 +246,29 @@ def _tell_start(console: Console, step: int, max_steps: int, notes: Sequence[str
 def _tell(console: Console, text: str) -> None:
     """Print as it is: no markup, no colours for numbers, no line breaks of our own."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def rows(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """One line for each figure, with the unit that its name says."""
+    width = max(map(len, result), default=0)
+    for name, value in result.items():
+        label = f"{indent}{name.replace('_', ' '):<{width}}"
+        if isinstance(value, Mapping):
+            yield label.rstrip()
+            yield from rows(value, indent + "  ")
+        elif value is not None:
+            yield f"{label}  {_figure(name, value)}"
+
+
+def _figure(name: str, value: Any) -> str:
+    if isinstance(value, tuple | list) and value:  # an account: current and peak
+        return f"{_memory(value[0])}, peak {_memory(value[-1])}"
+    if name.startswith("peak_"):
+        return _memory(value)
+    if "bytes" in name and isinstance(value, int):
+        return decimal(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _memory(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

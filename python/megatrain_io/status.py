@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.filesize import decimal
 
-from megatrain_io.doctor import mount_of, parse_mountinfo
+from megatrain_io.drive import mount_of, parse_mountinfo
 from megatrain_io.errors import FormatError, MegatrainIoError
 from megatrain_io.layout import Durability, ModelLayout
 from megatrain_io.metrics import last_report

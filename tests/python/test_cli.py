@@ -18,7 +18,7 @@ from megatrain_io.metrics import StepReport
 from megatrain_io.run import RunFolder, RunInfo
 from megatrain_io.swap import Damage, VerifyReport
 
-VERBS = ["import", "train", "generate", "export", "verify", "status", "clean", "doctor"]
+VERBS = ["import", "train", "generate", "export", "verify", "status", "clean", "doctor", "bench"]
 INFO = RunInfo("0.1.0", "bf16", ["store.mtio"], "uuid-1", "/m")
 TRAIN = ["train", "model=m", "output_dir=runs/x", "data.train=a.jsonl"]
 

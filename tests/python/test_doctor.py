@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatrain_io import doctor
+from megatrain_io import doctor, drive
 
 MOUNTINFO = r"""
 22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p2 rw
@@ -17,13 +17,13 @@ MOUNTINFO = r"""
 43 22 259:3 /sub /home rw - btrfs /dev/nvme0n1p3 rw
 this line is broken
 """
-MOUNTS = doctor.parse_mountinfo(MOUNTINFO)
+MOUNTS = drive.parse_mountinfo(MOUNTINFO)
 GIB = 2**30
 
 
 def limit_of(files, cgroup, mounts):
     """The limit found on a machine with these files."""
-    folders = doctor.cgroup_folders(cgroup, doctor.parse_mountinfo(mounts))
+    folders = doctor.cgroup_folders(cgroup, drive.parse_mountinfo(mounts))
     return doctor.cgroup_limit(folders, lambda path: files.get(str(path)))
 
 
@@ -41,17 +41,17 @@ def limit_of(files, cgroup, mounts):
     ],
 )
 def test_the_mount_of_a_path(path, kind, source):
-    mount = doctor.mount_of(Path(path), MOUNTS)
+    mount = drive.mount_of(Path(path), MOUNTS)
     assert (mount.kind, mount.source) == (kind, source)
 
 
 def test_no_mounts_no_mount():
-    assert doctor.mount_of(Path("/x"), doctor.parse_mountinfo("")) is None
+    assert drive.mount_of(Path("/x"), drive.parse_mountinfo("")) is None
 
 
 def warning_for(kind, point="/x", *, rotational=False, usb=False):
-    mount = doctor.Mount("0:1", "/", point, kind, "source", ())
-    return " ".join(doctor.drive_warnings(mount, rotational=rotational, usb=usb))
+    mount = drive.Mount("0:1", "/", point, kind, "source", ())
+    return " ".join(drive.drive_warnings(mount, rotational=rotational, usb=usb))
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,48 @@ def test_slow_drives_are_named():
 
 def test_what_virtual_drives_say_of_themselves_means_nothing():
     hard_disk = Path("/sys/devices/pci0000:00/ata1/block/sda")
-    assert doctor.spins("1\n", hard_disk, "WDC WD40EFRX") is True
-    assert doctor.spins("0\n", hard_disk, None) is False
-    assert doctor.spins(None, hard_disk, None) is None
-    assert doctor.spins("1\n", hard_disk, "Virtual Disk    \n") is None
-    assert doctor.spins("1\n", Path("/sys/devices/pci0000:00/virtio1/block/vda"), None) is None
+    assert drive.spins("1\n", hard_disk, "WDC WD40EFRX") is True
+    assert drive.spins("0\n", hard_disk, None) is False
+    assert drive.spins(None, hard_disk, None) is None
+    assert drive.spins("1\n", hard_disk, "Virtual Disk    \n") is None
+    assert drive.spins("1\n", Path("/sys/devices/pci0000:00/virtio1/block/vda"), None) is None
+
+
+def test_the_queue_of_a_drive():
+    files = {
+        "scheduler": "[none] mq-deadline\n",
+        "write_cache": "write back\n",
+        "logical_block_size": "512\n",
+        "dma_alignment": "3\n",
+        "max_sectors_kb": "1280\n",
+    }
+    queue = drive.parse_queue(files.get)
+    assert queue == {
+        "scheduler": "none",
+        "write_cache": "write back",
+        "logical_block_size": 512,
+        "dma_alignment": 4,
+        "largest_request_kib": 1280,
+    }
+    about = {"path": "/x", "free": 1, "total": 2, "file_system": "ext4", "source": "/dev/nvme0n1p2"}
+    about |= {"model": None, "rotational": False, "direct_io": True, "queue": queue}
+    assert drive.drive_texts(about)[1] == (
+        "direct I/O, logical blocks of 512 bytes, memory aligned to 4, requests up to 1280 KiB, "
+        "write cache: write back, scheduler none"
+    )
+    assert drive.drive_texts({**about, "direct_io": None, "queue": None})[1:] == []
+    assert "page cache" in drive.drive_texts({**about, "direct_io": False, "queue": None})[1]
+
+
+def test_a_drive_without_a_queue_says_nothing_wrong():
+    assert set(drive.parse_queue({}.get).values()) == {None}
+    assert drive.parse_queue({"scheduler": "none\n"}.get)["scheduler"] == "none"
+
+
+def test_direct_io_is_tried_and_leaves_nothing(tmp_path):
+    assert drive.direct_io(tmp_path) in {True, False, None}
+    assert drive.direct_io(tmp_path / "not there") is None
+    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------- cgroups
@@ -163,8 +200,9 @@ def test_processors():
 
 
 def test_choices():
-    assert doctor.parse_choice("always [madvise] never\n") == "madvise"
-    assert doctor.parse_choice(None) is None
+    assert drive.parse_choice("always [madvise] never\n") == "madvise"
+    assert drive.parse_choice("none [mq-deadline] kyber\n") == "mq-deadline"
+    assert drive.parse_choice(None) is None
 
 
 @pytest.mark.parametrize(
@@ -191,7 +229,8 @@ def test_containers():
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return doctor.examine(tmp_path_factory.mktemp("x") / "not" / "there")
+    folder = tmp_path_factory.mktemp("x")
+    return doctor.examine(folder / "not" / "there", folder / "profile.json")
 
 
 def test_this_machine(found):
@@ -236,3 +275,21 @@ def test_a_gpu_and_a_debug_build(found):
     text = doctor.render({**found, "gpus": {"devices": [gpu], "reason": None}, "megatrain_io": package})
     assert "H200, 139.0 GiB free of 140.0 GiB, compute capability 9.0" in text
     assert "warning: this is a debug build" in text
+
+
+def test_the_figures_of_the_last_bench(found, tmp_path):
+    assert "not yet on this drive: megatrain-io bench" in doctor.render(found)
+    (tmp_path / "profile.json").write_text("{}")
+    broken = doctor.examine(tmp_path, tmp_path / "profile.json")
+    assert "is no profile that this version reads" in doctor.render(broken)
+    figures = {
+        **{kind: {"gb_per_s": rate} for kind, rate in (("read", 2.5), ("write", 5.0), ("mixed", 3.0))},
+        "flush": {"sync_median": 0.0015},
+        "engine": "uring",
+        "measured_at": "2026-11-23T09:00:00Z",
+    }
+    text = doctor.render({**found, "measured": {"drive": figures, "reason": None}})
+    assert (
+        "read 2.50, write 5.00, mixed 3.00 GB/s, fdatasync 1.50 ms (engine uring, 2026-11-23T09:00:00Z)"
+        in text
+    )

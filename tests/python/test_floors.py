@@ -188,7 +188,7 @@ def test_a_circle_is_caught() -> None:
 )
 def test_a_side_door_to_the_extension_is_caught(statement: str) -> None:
     found = floors.side_doors({"train": statement, "swap": statement})
-    assert found == ["train imports _lib; only __init__, errors, outside, swap may"]
+    assert found == ["train imports _lib; only __init__, errors, measure, outside, swap may"]
 
 
 def test_torch_on_floor_0_is_caught() -> None:

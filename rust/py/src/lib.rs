@@ -1,11 +1,12 @@
 //! `megatrain_io._lib`: the extension module. Its whole surface is on this screen; `_lib.pyi`
-//! describes it and `mypy.stubtest` keeps that true. Only `megatrain_io.swap` and
-//! `megatrain_io.outside` import it.
+//! describes it and `mypy.stubtest` keeps that true. Only `megatrain_io.swap`,
+//! `megatrain_io.outside` and `megatrain_io.measure` import it.
 
 use pyo3::prelude::*;
 
 mod dlpack;
 mod error;
+mod measure;
 mod outside;
 mod pipeline;
 mod store;
@@ -20,6 +21,8 @@ mod lib {
     use crate::dlpack::allocate;
     #[pymodule_export]
     use crate::error::error_examples;
+    #[pymodule_export]
+    use crate::measure::{ScratchFile, Workload, adamw_step};
     #[pymodule_export]
     use crate::outside::{HeldFile, glance, owner_of};
     #[pymodule_export]

@@ -461,7 +461,7 @@ fn fault_of(
     Ok((Point::Of(operation, number), fault))
 }
 
-fn engine_of(name: &str) -> PyResult<Choice> {
+pub(crate) fn engine_of(name: &str) -> PyResult<Choice> {
     match name {
         "auto" => Ok(Choice::Auto),
         "uring" => Ok(Choice::Uring),

@@ -1,0 +1,225 @@
+"""What ``megatrain-io bench`` found, as a file: one machine, each of its drives that was measured."""
+
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatrain_io.errors import ConfigError, StorageError
+
+__all__ = [
+    "CpuProfile",
+    "DriveProfile",
+    "FlushProfile",
+    "Machine",
+    "MatmulProfile",
+    "Profile",
+    "Rate",
+    "Sustained",
+    "default_path",
+]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rate(_Model):
+    """A rate over several windows of about a second.
+
+    Attributes:
+        gb_per_s: median, 10^9 bytes, read and written together.
+        least: the slowest window, GB/s.
+        most: the fastest window, GB/s.
+        cpu_s_per_gb: CPU seconds for each GB, over all windows.
+        nbytes: moved in all windows.
+    """
+
+    gb_per_s: float
+    least: float
+    most: float
+    cpu_s_per_gb: float
+    nbytes: int
+
+
+class FlushProfile(_Model):
+    """Seconds until writes are on stable storage.
+
+    Attributes:
+        count: of each kind.
+        sync_median: ``fdatasync`` after 4 MiB were written.
+        sync_p99: the same, 99th percentile.
+        durable_write_median: a 4 KiB write that is durable by itself.
+        durable_write_p99: the same, 99th percentile.
+    """
+
+    count: int
+    sync_median: float
+    sync_p99: float
+    durable_write_median: float
+    durable_write_p99: float
+
+
+class Sustained(_Model):
+    """Writing for long.
+
+    Attributes:
+        before_gb_per_s: until the knee, or all along.
+        after_gb_per_s: from the knee on, or all along.
+        knee_bytes: written when the rate fell; None when it did not.
+        nbytes: written in all.
+        seconds: of writing.
+        ended: why it stopped: ``steady`` after a knee, or at the limit of ``size`` or ``time``.
+    """
+
+    before_gb_per_s: float
+    after_gb_per_s: float
+    knee_bytes: int | None
+    nbytes: int
+    seconds: float
+    ended: Literal["steady", "size", "time"]
+
+
+class DriveProfile(_Model):
+    """One drive; ``mount_point`` and ``source`` name it.
+
+    Attributes:
+        is_direct: transfers bypass the page cache.
+        registration_refused: why the engine could not register its memory, which costs CPU time; else None.
+        mixed: 14 bytes read for 12 written, in the extents of training.
+        sustained: None when it was not asked for.
+    """
+
+    mount_point: str
+    source: str
+    file_system: str
+    model: str | None
+    measured_at: datetime
+    engine: Literal["uring", "threads"]
+    is_direct: bool
+    registration_refused: str | None
+    read: Rate
+    write: Rate
+    mixed: Rate
+    flush: FlushProfile
+    sustained: Sustained | None
+
+
+class CpuProfile(_Model):
+    """What runs on the CPU, on all cores.
+
+    Attributes:
+        memory_copy: read and written counted both.
+        checksum: bytes checked.
+        adamw_f32: parameters a second.
+        adamw_split: parameters a second.
+        kernel: that AdamW ran.
+    """
+
+    memory_copy: Rate
+    checksum: Rate
+    adamw_f32: float
+    adamw_split: float
+    kernel: str
+
+
+class MatmulProfile(_Model):
+    """Square matrix products, in GFLOP/s."""
+
+    device: str
+    bf16: float
+    fp32: float
+    size: int
+
+
+class Machine(_Model):
+    """Whose figures these are."""
+
+    host: str
+    cpu: str | None
+    threads: int
+    kernel: str
+    ram_bytes: int
+
+
+class Profile(_Model):
+    """The file."""
+
+    schema_version: Literal[1] = 1
+    machine: Machine
+    cpu: CpuProfile
+    matmul: MatmulProfile | None
+    drives: list[DriveProfile]
+
+    def drive(self, mount_point: str, source: str) -> DriveProfile | None:
+        """The figures of one drive, or None."""
+        places = ((each.mount_point, each.source) for each in self.drives)
+        return next(
+            (d for d, place in zip(self.drives, places, strict=True) if place == (mount_point, source)), None
+        )
+
+    def joined_to(self, older: Self | None) -> Self:
+        """This one, with the drives that only the older one of the same machine has."""
+        if older is None or older.machine.host != self.machine.host or older.machine.cpu != self.machine.cpu:
+            return self
+        kept = [each for each in older.drives if self.drive(each.mount_point, each.source) is None]
+        return self.model_copy(update={"drives": [*kept, *self.drives]})
+
+    @classmethod
+    def read(cls, path: Path) -> "Profile | None":
+        """The profile in a file, or None when there is no such file.
+
+        Raises:
+            ConfigError: it is no profile that this version reads.
+            StorageError: it cannot be read.
+        """
+        try:
+            return Profile.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (ValidationError, UnicodeDecodeError) as error:
+            what = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{path} is no profile that this version reads ({what}). Measure anew: megatrain-io bench"
+            ) from error
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+
+    @staticmethod
+    def check_writable(path: Path) -> None:
+        """Find out before measuring whether the file can be written, and make its folder.
+
+        Raises:
+            StorageError: it cannot.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise StorageError(f"{path} cannot be written: name another file with --output")
+
+    def write(self, path: Path) -> None:
+        """Replace the file; whoever reads it meanwhile finds the old or the new one.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def default_path() -> Path:
+    """Where the profile of this machine lies unless told otherwise."""
+    import typer
+
+    return Path(typer.get_app_dir("megatrain-io")) / "profile.json"

@@ -21,6 +21,7 @@ __all__ = [
     "adamw_step",
     "allocate",
     "build_info",
+    "dio_alignment",
     "error_examples",
     "glance",
     "owner_of",
@@ -254,6 +255,8 @@ class Tensors:
     def __new__(cls, store: Store, memory_nbytes: int) -> Tensors: ...
     @property
     def registration_refused(self) -> str | None: ...
+    @property
+    def huge_pages(self) -> tuple[int, int] | None: ...
     def free_nbytes(self) -> tuple[int, int]:
         """Bytes of the memory that are free, and of the longest run among them."""
 
@@ -344,6 +347,7 @@ def build_info() -> tuple[str, str, bool]:
 def owner_of(path: str | PathLike[str]) -> _Owner | None:
     """Who holds the file, or None when nobody does."""
 
+def dio_alignment(folder: str | PathLike[str]) -> tuple[int, int] | None: ...
 def glance(paths: Sequence[str | PathLike[str]]) -> _Glance:
     """What a store says of itself, without its lock."""
 

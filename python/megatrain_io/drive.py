@@ -14,6 +14,8 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from megatrain_io.errors import MegatrainIoError
+
 __all__ = [
     "NETWORK",
     "Mount",
@@ -218,10 +220,21 @@ def examine_drive(folder: Path, mounts: list[Mount]) -> dict[str, Any]:
         "rotational": rotational,
         "usb": usb,
         "direct_io": direct_io(path),
-        # What statx (STATX_DIOALIGN) says of a file would be better than the queue's sizes, and belongs here.
+        "dio_alignment": _dio_alignment(path),
         "queue": None if device is None else parse_queue(lambda name: read_text(device / "queue" / name)),
         "warnings": drive_warnings(mount, rotational=rotational, usb=usb),
     }
+
+
+def _dio_alignment(folder: Path) -> dict[str, int] | None:
+    """What the kernel says (``STATX_DIOALIGN``), in bytes; zeros where direct I/O is buffered on the quiet."""
+    try:
+        from megatrain_io.outside import dio_alignment  # noqa: PLC0415 - the doctor is called when things are broken
+
+        found = dio_alignment(folder)
+    except (ImportError, OSError, MegatrainIoError):
+        return None
+    return None if found is None else {"memory": found[0], "offset": found[1]}
 
 
 def _block_device(mount: Mount) -> Path | None:
@@ -244,13 +257,21 @@ def drive_texts(drive: Mapping[str, Any]) -> list[str]:
     kinds = {True: "spinning disk", False: "solid state", None: "unknown drive"}
     device = f"{drive['model'] + ', ' if drive['model'] else ''}{kinds[drive['rotational']]}"
     first = f"{drive['path']}: {room}, {drive['file_system']} on {drive['source']} ({device})"
-    queue = _queue_text(drive["direct_io"], drive["queue"])
+    alignment = drive["dio_alignment"]
+    is_direct = drive["direct_io"] if alignment is None else 0 not in alignment.values()
+    queue = _queue_text(is_direct, alignment, drive["queue"])
     return [first, queue] if queue else [first]
 
 
-def _queue_text(is_direct: bool | None, queue: Mapping[str, Any] | None) -> str:  # noqa: FBT001 - a finding
+def _queue_text(
+    is_direct: bool | None,  # noqa: FBT001 - a finding
+    dio: Mapping[str, int] | None,
+    queue: Mapping[str, Any] | None,
+) -> str:
     words = {True: "direct I/O", False: "no direct I/O: everything goes through the page cache", None: ""}
     parts = [words[is_direct]]
+    if is_direct and dio is not None:
+        parts[0] += f" aligned to {dio['offset']} bytes in the file and {dio['memory']} in memory"
     if queue is not None:
         size, alignment = queue["logical_block_size"], queue["dma_alignment"]
         parts += [

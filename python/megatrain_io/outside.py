@@ -12,9 +12,10 @@ from pathlib import Path
 
 from megatrain_io import _lib
 
-__all__ = ["Glance", "HeldFile", "Owner", "glance", "held", "owner_of", "waiting_line"]
+__all__ = ["Glance", "HeldFile", "Owner", "dio_alignment", "glance", "held", "owner_of", "waiting_line"]
 
 HeldFile = _lib.HeldFile
+dio_alignment = _lib.dio_alignment
 
 _log = logging.getLogger(__name__)
 

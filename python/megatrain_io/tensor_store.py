@@ -317,7 +317,7 @@ class TensorStore:
     @property
     def notes(self) -> list[str]:
         """What costs speed here, one sentence each."""
-        return notes_of(self._store, self._tensors.registration_refused)
+        return notes_of(self._store, self._tensors.registration_refused, self._tensors.huge_pages)
 
     def io_bytes(self) -> tuple[int, int]:
         """Bytes read and written through the engine since the store was opened."""

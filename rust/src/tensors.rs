@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
-use crate::buffer::{Slot, SlotList};
+use crate::buffer::{HugePages, Slot, SlotList};
 use crate::engine::Operation;
 use crate::error::{Error, Result};
 use crate::layout::Content;
@@ -106,6 +106,7 @@ pub struct Tensors {
     commands: Sender<Command>,
     mover: Option<JoinHandle<()>>,
     registration: Option<String>,
+    huge_pages: Option<HugePages>,
     process: u32,
 }
 
@@ -152,11 +153,21 @@ impl Tensors {
         let (Some(whole), Some(staging)) = (whole, lists.pop()) else {
             return Err(Error::invalid("the memory was cut into other parts"));
         };
+        let huge_pages = region.populate();
         let registration = store.engine().0.register(&region).err();
         let (commands, inbox) = unbounded();
         let mover = Mover::new(Arc::clone(&store), inbox);
         let (arena, process) = (Arena::over(whole), std::process::id());
-        let front = Self { store, arena, staging, commands, mover: None, registration, process };
+        let front = Self {
+            store,
+            arena,
+            staging,
+            commands,
+            mover: None,
+            registration,
+            huge_pages,
+            process,
+        };
         Ok((front, mover))
     }
 
@@ -323,6 +334,12 @@ impl Tensors {
     #[must_use]
     pub fn store(&self) -> &Arc<Store> {
         &self.store
+    }
+
+    /// How much of the memory lay in huge pages when it was made; `None` where the kernel does not say.
+    #[must_use]
+    pub fn huge_pages(&self) -> Option<HugePages> {
+        self.huge_pages
     }
 
     /// Why the memory could not be registered with the kernel, if so; it costs CPU time only.

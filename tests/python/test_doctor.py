@@ -107,12 +107,16 @@ def test_the_queue_of_a_drive():
         "largest_request_kib": 1280,
     }
     about = {"path": "/x", "free": 1, "total": 2, "file_system": "ext4", "source": "/dev/nvme0n1p2"}
-    about |= {"model": None, "rotational": False, "direct_io": True, "queue": queue}
+    about |= {"model": None, "rotational": False, "direct_io": True, "queue": queue, "dio_alignment": None}
     assert drive.drive_texts(about)[1] == (
         "direct I/O, logical blocks of 512 bytes, memory aligned to 4, requests up to 1280 KiB, "
         "write cache: write back, scheduler none"
     )
     assert drive.drive_texts({**about, "direct_io": None, "queue": None})[1:] == []
+    aligned = {**about, "queue": None, "dio_alignment": {"memory": 4, "offset": 512}}
+    assert drive.drive_texts(aligned)[1] == "direct I/O aligned to 512 bytes in the file and 4 in memory"
+    buffered = {**aligned, "dio_alignment": {"memory": 0, "offset": 0}}
+    assert "page cache" in drive.drive_texts(buffered)[1], "what was opened is not what it does"
     assert "page cache" in drive.drive_texts({**about, "direct_io": False, "queue": None})[1]
 
 

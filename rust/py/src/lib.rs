@@ -24,7 +24,7 @@ mod lib {
     #[pymodule_export]
     use crate::measure::{ScratchFile, Workload, adamw_step};
     #[pymodule_export]
-    use crate::outside::{HeldFile, glance, owner_of};
+    use crate::outside::{HeldFile, dio_alignment, glance, owner_of};
     #[pymodule_export]
     use crate::pipeline::{Pipeline, Schedule};
     #[pymodule_export]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use megatrain_io::drives::Drives;
 use megatrain_io::error::Error;
-use megatrain_io::file::{DirectFile, LOCK_NOTICE, Owner};
+use megatrain_io::file::{DioAlignment, DirectFile, LOCK_NOTICE, Owner};
 use megatrain_io::store;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -108,6 +108,14 @@ pub(crate) fn owner_of(py: Python<'_>, path: PathBuf) -> PyResult<Option<Bound<'
             Ok(fields)
         })
         .transpose()
+}
+
+/// `(memory, offset)`: what the kernel says that direct transfers of files in `folder` must be aligned to,
+/// in bytes; zeros where they have none. `None` where it does not say.
+#[pyfunction]
+pub(crate) fn dio_alignment(py: Python<'_>, folder: PathBuf) -> PyResult<Option<(u32, u32)>> {
+    let found = py.detach(|| DioAlignment::in_folder(&folder)).map_err(raise)?;
+    Ok(found.map(|alignment| (alignment.memory, alignment.offset)))
 }
 
 /// What a store says of itself, without its lock: `uuid`, `manifest` (JSON), `generation`, `blob`,

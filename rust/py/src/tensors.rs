@@ -73,6 +73,12 @@ impl Tensors {
         Ok(self.get()?.registration_refused().map(str::to_owned))
     }
 
+    /// `(huge, nbytes)`: bytes of the memory that lay in huge pages when it was made, and that could.
+    #[getter]
+    fn huge_pages(&self) -> PyResult<Option<(u64, u64)>> {
+        Ok(self.get()?.huge_pages().map(|found| (found.huge, found.bytes)))
+    }
+
     /// Bytes of the memory that are free, and of the longest run among them.
     fn free_nbytes(&self) -> PyResult<(usize, usize)> {
         Ok(self.get()?.arena().free_bytes())

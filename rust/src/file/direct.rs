@@ -30,6 +30,19 @@ impl DioAlignment {
         told.then_some(Self { memory, offset })
     }
 
+    /// What the files of a folder will need; tried on one without a name, which leaves nothing behind.
+    ///
+    /// # Errors
+    /// `Io` when no such file can be made there.
+    pub fn in_folder(folder: &Path) -> Result<Option<Self>> {
+        let mut options = OpenOptions::new();
+        let file = i32::try_from((OFlags::TMPFILE | OFlags::DIRECT).bits())
+            .map_err(io::Error::other)
+            .and_then(|flags| options.read(true).write(true).custom_flags(flags).open(folder))
+            .map_err(|error| Error::io("create", folder, 0, 0, error))?;
+        Ok(Self::of(&file))
+    }
+
     /// Whether transfers that are aligned to 4 KiB meet it.
     #[must_use]
     pub fn is_met(self) -> bool {

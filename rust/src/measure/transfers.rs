@@ -82,6 +82,7 @@ impl Transfers {
         }
         let (region, mut lists) =
             SlotList::cut(&[(form.bytes, form.depth)], &Ledger::new(), "bench")?;
+        let _ = region.populate();
         // A refusal (RLIMIT_MEMLOCK) costs CPU time only, and is told.
         let registration_refused = engine.register(&region).err();
         let slots = lists.pop().ok_or_else(|| Error::invalid("one list was cut"))?;

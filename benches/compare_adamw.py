@@ -106,8 +106,11 @@ def same_bits(parameters: int, steps: int = 3) -> bool:
 
 
 BARS: dict[str, tuple[Callable[..., Figure], tuple[str, ...]]] = {
-    "megatrain-io f32": (ours, ("adamw f32",)),
-    "megatrain-io split": (ours, ("adamw split",)),
+    # In place as the peers; and into other memory, as a chunk is updated that is paged.
+    "megatrain-io f32": (ours, ("adamw f32 in place",)),
+    "megatrain-io split": (ours, ("adamw split in place",)),
+    "megatrain-io f32, paged": (ours, ("adamw f32",)),
+    "megatrain-io split, paged": (ours, ("adamw split",)),
     TORCH: (torch_fused, ()),
     "DeepSpeedCPUAdam": (deepspeed, ()),
 }

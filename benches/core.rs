@@ -31,7 +31,7 @@ fn main() -> Result {
         parts.push((title.to_owned(), Workload::named(name, PARAMETERS, None)?));
     }
     for kernel in Kernel::available() {
-        for name in ["adamw f32", "adamw split"] {
+        for name in ["adamw f32", "adamw split", "adamw f32 in place", "adamw split in place"] {
             let workload = Workload::named(name, PARAMETERS, Some(&kernel.to_string()))?;
             parts.push((format!("{name}, {kernel}"), workload));
         }

@@ -46,6 +46,9 @@ use vector::{avx2, avx512};
 /// Parameters that one task updates: few enough to keep all cores busy to the end of a chunk, so
 /// many (0.7 MB) that handing a task out costs nothing beside it.
 const TILE: usize = 32 << 10;
+/// Parameters whose old weights are kept aside at once when they are updated in place: they stay in the
+/// first-level cache.
+const COPIED: usize = 1024;
 /// Elements of PyTorch's vector: what of a tensor does not fill one is its tail.
 const LANES: usize = 8;
 
@@ -208,8 +211,9 @@ impl fmt::Display for Kernel {
 
 /// One step of a chunk whose weights are f32, on the current rayon pool.
 ///
-/// Outside every span `weight_out` becomes `weight`, the moments stay, and the gradient is not
-/// looked at. The result does not depend on the number of threads.
+/// `weight` is read and `weight_out` written; without the first, the second is updated in place, which
+/// saves memory traffic and gives the same bits. Outside every span `weight_out` becomes `weight`, the
+/// moments stay, and the gradient is not looked at. The result does not depend on the number of threads.
 ///
 /// # Panics
 /// If the slices differ in length, or the spans overlap, are out of order or out of bounds.
@@ -217,16 +221,16 @@ impl fmt::Display for Kernel {
 pub fn update_f32(
     kernel: Kernel,
     spans: &[Span],
-    weight: &[f32],
+    weight: Option<&[f32]>,
     weight_out: &mut [f32],
     gradient: &[f32],
     exp_avg: &mut [f32],
     exp_avg_sq: &mut [f32],
 ) {
-    let len = weight.len();
-    check(len, spans, [weight_out.len(), gradient.len(), exp_avg.len(), exp_avg_sq.len()]);
+    let len = weight_out.len();
+    let old = weight.map_or(len, <[f32]>::len);
+    check(len, spans, [old, gradient.len(), exp_avg.len(), exp_avg_sq.len()]);
     (
-        weight.par_chunks(TILE),
         weight_out.par_chunks_mut(TILE),
         gradient.par_chunks(TILE),
         exp_avg.par_chunks_mut(TILE),
@@ -234,8 +238,9 @@ pub fn update_f32(
     )
         .into_par_iter()
         .enumerate()
-        .for_each(|(tile, (weight, weight_out, gradient, exp_avg, exp_avg_sq))| {
+        .for_each(|(tile, (weight_out, gradient, exp_avg, exp_avg_sq))| {
             let start = tile * TILE;
+            let weight = weight.map(|weight| &weight[start..start + weight_out.len()]);
             tile_f32(kernel, spans, start, weight, weight_out, gradient, exp_avg, exp_avg_sq);
         });
 }
@@ -247,14 +252,22 @@ pub(crate) fn tile_f32(
     kernel: Kernel,
     spans: &[Span],
     start: usize,
-    weight: &[f32],
+    weight: Option<&[f32]>,
     weight_out: &mut [f32],
     gradient: &[f32],
     exp_avg: &mut [f32],
     exp_avg_sq: &mut [f32],
 ) {
-    for (range, part) in parts(spans, start, weight.len()) {
-        let (weight, out) = (&weight[range.clone()], &mut weight_out[range.clone()]);
+    let mut old = [0.0; COPIED];
+    for (range, part) in pieces(spans, start, weight_out.len(), weight.is_none()) {
+        let out = &mut weight_out[range.clone()];
+        let weight = match weight {
+            Some(weight) => &weight[range.clone()],
+            None => {
+                old[..out.len()].copy_from_slice(out);
+                &old[..out.len()]
+            }
+        };
         let (g, m) = (&gradient[range.clone()], &mut exp_avg[range.clone()]);
         let v = &mut exp_avg_sq[range];
         match (part, kernel) {
@@ -285,17 +298,17 @@ pub(crate) fn tile_f32(
 pub fn update_split(
     kernel: Kernel,
     spans: &[Span],
-    weight: &[u16],
+    weight: Option<&[u16]>,
     weight_out: &mut [u16],
     remainder: &mut [i16],
     gradient: &[f32],
     exp_avg: &mut [f32],
     exp_avg_sq: &mut [f32],
 ) {
-    let lens = [weight_out.len(), remainder.len(), gradient.len(), exp_avg.len(), exp_avg_sq.len()];
-    check(weight.len(), spans, lens);
+    let len = weight_out.len();
+    let old = weight.map_or(len, <[u16]>::len);
+    check(len, spans, [old, remainder.len(), gradient.len(), exp_avg.len(), exp_avg_sq.len()]);
     (
-        weight.par_chunks(TILE),
         weight_out.par_chunks_mut(TILE),
         remainder.par_chunks_mut(TILE),
         gradient.par_chunks(TILE),
@@ -304,12 +317,13 @@ pub fn update_split(
     )
         .into_par_iter()
         .enumerate()
-        .for_each(|(tile, (weight, weight_out, remainder, gradient, exp_avg, exp_avg_sq))| {
+        .for_each(|(tile, (weight_out, remainder, gradient, exp_avg, exp_avg_sq))| {
+            let start = tile * TILE;
             tile_split(
                 kernel,
                 spans,
-                tile * TILE,
-                weight,
+                start,
+                weight.map(|weight| &weight[start..start + weight_out.len()]),
                 weight_out,
                 remainder,
                 gradient,
@@ -325,15 +339,23 @@ pub(crate) fn tile_split(
     kernel: Kernel,
     spans: &[Span],
     start: usize,
-    weight: &[u16],
+    weight: Option<&[u16]>,
     weight_out: &mut [u16],
     remainder: &mut [i16],
     gradient: &[f32],
     exp_avg: &mut [f32],
     exp_avg_sq: &mut [f32],
 ) {
-    for (range, part) in parts(spans, start, weight.len()) {
-        let (weight, out) = (&weight[range.clone()], &mut weight_out[range.clone()]);
+    let mut old = [0; COPIED];
+    for (range, part) in pieces(spans, start, weight_out.len(), weight.is_none()) {
+        let out = &mut weight_out[range.clone()];
+        let weight = match weight {
+            Some(weight) => &weight[range.clone()],
+            None => {
+                old[..out.len()].copy_from_slice(out);
+                &old[..out.len()]
+            }
+        };
         let (low, g) = (&mut remainder[range.clone()], &gradient[range.clone()]);
         let (m, v) = (&mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
         match (part, kernel) {
@@ -398,6 +420,20 @@ fn parts(
             done = until.saturating_sub(start).clamp(from, len);
             (from..done, part)
         })
+}
+
+/// As [`parts`], and no range longer than [`COPIED`] where the old weights are copied.
+fn pieces(
+    spans: &[Span],
+    start: usize,
+    len: usize,
+    is_in_place: bool,
+) -> impl Iterator<Item = (Range<usize>, Part<'_>)> {
+    let longest = if is_in_place { COPIED } else { len.max(1) };
+    parts(spans, start, len).flat_map(move |(range, part)| {
+        let end = range.end;
+        range.step_by(longest).map(move |from| (from..(from + longest).min(end), part))
+    })
 }
 
 /// The loop over whole slices. It is compiled once for each kernel.

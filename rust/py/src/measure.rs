@@ -121,7 +121,7 @@ impl ScratchFile {
 }
 
 /// Something that runs on all cores again and again: `copy`, `update`, `checksum`,
-/// `adamw f32`, `adamw split`.
+/// `adamw f32`, `adamw split`, and both with ` in place`.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct Workload {
@@ -192,7 +192,15 @@ pub(crate) fn adamw_step<'py>(
     let mut out = vec![0.0; len];
     py.detach(|| {
         let (kernel, spans) = (Kernel::detect(), [Span { start: 0, len, scalars }]);
-        update_f32(kernel, &spans, &weight, &mut out, &gradient, &mut exp_avg, &mut exp_avg_sq);
+        update_f32(
+            kernel,
+            &spans,
+            Some(&weight),
+            &mut out,
+            &gradient,
+            &mut exp_avg,
+            &mut exp_avg_sq,
+        );
     });
     Ok([out, exp_avg, exp_avg_sq].map(|plane| {
         let bytes: Vec<u8> = plane.iter().flat_map(|value| value.to_le_bytes()).collect();

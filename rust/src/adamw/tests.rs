@@ -36,15 +36,26 @@ impl Chunk {
 
     fn update(&mut self, kernel: Kernel, spans: &[Span]) {
         let [(m, v), (split_m, split_v)] = &mut self.moments;
+        let (mut own, g) = (self.weight.clone(), &self.gradient);
+        let (mut own_m, mut own_v) = (m.clone(), v.clone());
+        update_f32(kernel, spans, None, &mut own, g, &mut own_m, &mut own_v);
         let mut weight_out = vec![f32::NAN; self.weight.len()];
-        update_f32(kernel, spans, &self.weight, &mut weight_out, &self.gradient, m, v);
+        update_f32(kernel, spans, Some(&self.weight), &mut weight_out, g, m, v);
         self.weight = weight_out;
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        let in_place = [&own, &own_m, &own_v].map(|values| bits(values));
+        assert!(in_place == [&self.weight, m, v].map(|values| bits(values)), "in place");
 
         let (weight, remainder) = &mut self.halves;
         let mut weight_out = vec![0xFFFF; weight.len()];
-        let g = &self.gradient;
-        update_split(kernel, spans, weight, &mut weight_out, remainder, g, split_m, split_v);
+        let (mut own, mut own_low) = (weight.clone(), remainder.clone());
+        let (mut own_m, mut own_v) = (split_m.clone(), split_v.clone());
+        update_split(kernel, spans, None, &mut own, &mut own_low, g, &mut own_m, &mut own_v);
+        let old = Some(weight.as_slice());
+        update_split(kernel, spans, old, &mut weight_out, remainder, g, split_m, split_v);
         *weight = weight_out;
+        assert!(own == *weight && own_low == *remainder, "in place");
+        assert!(bits(&own_m) == bits(split_m) && bits(&own_v) == bits(split_v), "in place");
     }
 
     /// The specification, one element after the other.
@@ -297,7 +308,7 @@ fn kernels_have_names() {
 #[should_panic(expected = "lengths differ")]
 fn lengths_must_agree() {
     let (mut out, mut m, mut v) = ([0.0; 8], [0.0; 8], [0.0; 7]);
-    update_f32(Kernel::Scalar, &[], &[0.0; 8], &mut out, &[0.0; 8], &mut m, &mut v);
+    update_f32(Kernel::Scalar, &[], Some(&[0.0; 8]), &mut out, &[0.0; 8], &mut m, &mut v);
 }
 
 #[test]

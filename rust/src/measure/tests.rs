@@ -126,6 +126,8 @@ fn workloads_count_what_they_move() {
     assert_eq!(bytes("checksum"), (32768, 0));
     assert_eq!(bytes("adamw f32"), (16 * 8192, 12 * 8192));
     assert_eq!(bytes("adamw split"), (16 * 8192, 12 * 8192));
+    assert_eq!(bytes("adamw f32 in place"), (16 * 8192, 12 * 8192));
+    assert_eq!(bytes("adamw split in place"), (16 * 8192, 12 * 8192));
     assert!(Workload::named("dance", 8, None).is_err());
     assert!(Workload::named("copy", 8, Some("mmx")).is_err());
 }

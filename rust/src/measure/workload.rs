@@ -87,21 +87,21 @@ impl Workload {
         Ok(Self { read: bytes as u64, written: 0, work: Box::new(work) })
     }
 
-    /// AdamW with f32 weights.
+    /// AdamW with f32 weights, which it replaces, or writes elsewhere as it does for a chunk that is paged.
     ///
     /// # Errors
     /// `Io` when memory is refused.
-    pub fn adamw_f32(kernel: Kernel, parameters: usize) -> Result<Self> {
+    pub fn adamw_f32(kernel: Kernel, parameters: usize, in_place: bool) -> Result<Self> {
         let bytes = 4 * parameters;
-        let (weight, gradient) = (filled(bytes)?, filled(bytes)?);
-        let (mut out, mut exp_avg, mut exp_avg_sq) =
-            (filled(bytes)?, filled(bytes)?, filled(bytes)?);
+        let weight = if in_place { None } else { Some(filled(bytes)?) };
+        let (gradient, mut out) = (filled(bytes)?, filled(bytes)?);
+        let (mut exp_avg, mut exp_avg_sq) = (filled(bytes)?, filled(bytes)?);
         let spans = [span(parameters)];
         let work = move || {
             update_f32(
                 kernel,
                 &spans,
-                bytemuck::cast_slice(&weight[..bytes]),
+                weight.as_ref().map(|weight| bytemuck::cast_slice(&weight[..bytes])),
                 bytemuck::cast_slice_mut(&mut out[..bytes]),
                 bytemuck::cast_slice(&gradient[..bytes]),
                 bytemuck::cast_slice_mut(&mut exp_avg[..bytes]),
@@ -111,13 +111,14 @@ impl Workload {
         Ok(Self::of_adamw(parameters, work))
     }
 
-    /// AdamW with split weights (bf16 and the remainder of an f32 master).
+    /// AdamW with split weights (bf16 and the remainder of an f32 master), in place or not.
     ///
     /// # Errors
     /// `Io` when memory is refused.
-    pub fn adamw_split(kernel: Kernel, parameters: usize) -> Result<Self> {
+    pub fn adamw_split(kernel: Kernel, parameters: usize, in_place: bool) -> Result<Self> {
         let (half, bytes) = (2 * parameters, 4 * parameters);
-        let (weight, gradient) = (filled(half)?, filled(bytes)?);
+        let weight = if in_place { None } else { Some(filled(half)?) };
+        let gradient = filled(bytes)?;
         let (mut out, mut remainder) = (filled(half)?, filled(half)?);
         let (mut exp_avg, mut exp_avg_sq) = (filled(bytes)?, filled(bytes)?);
         let spans = [span(parameters)];
@@ -125,7 +126,7 @@ impl Workload {
             update_split(
                 kernel,
                 &spans,
-                bytemuck::cast_slice(&weight[..half]),
+                weight.as_ref().map(|weight| bytemuck::cast_slice(&weight[..half])),
                 bytemuck::cast_slice_mut(&mut out[..half]),
                 bytemuck::cast_slice_mut(&mut remainder[..half]),
                 bytemuck::cast_slice(&gradient[..bytes]),
@@ -145,8 +146,8 @@ impl Workload {
         }
     }
 
-    /// By name: `copy`, `update`, `checksum`, `adamw f32`, `adamw split`; over so many parameters, or four
-    /// bytes for each of them. AdamW runs the kernel of that name, or the fastest.
+    /// By name: `copy`, `update`, `checksum`, `adamw f32` and `adamw split`, each of the two also with
+    /// ` in place`; over so many parameters, or four bytes for each of them. AdamW runs the kernel of that name, or the fastest.
     ///
     /// # Errors
     /// `Invalid` for an unknown name; `Io` when memory is refused.
@@ -162,8 +163,10 @@ impl Workload {
             "copy" => Self::memory_copy(4 * parameters),
             "update" => Self::memory_update(4 * parameters),
             "checksum" => Self::checksum(4 * parameters),
-            "adamw f32" => Self::adamw_f32(found, parameters),
-            "adamw split" => Self::adamw_split(found, parameters),
+            "adamw f32" => Self::adamw_f32(found, parameters, false),
+            "adamw split" => Self::adamw_split(found, parameters, false),
+            "adamw f32 in place" => Self::adamw_f32(found, parameters, true),
+            "adamw split in place" => Self::adamw_split(found, parameters, true),
             _ => Err(Error::invalid(format!("no workload is called {name:?}"))),
         }
     }

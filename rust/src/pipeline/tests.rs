@@ -59,7 +59,7 @@ impl InMemory {
             adamw::update_f32(
                 Kernel::Scalar,
                 &[span],
-                &old,
+                Some(&old),
                 &mut self.weight[record],
                 &gradient,
                 &mut self.exp_avg[record],

@@ -154,7 +154,7 @@ pub(super) fn update_chunk(
                             let (low, g) = (&mut low[p.clone()], &g[p.clone()]);
                             let (m, v) = (&mut m[p.clone()], &mut v[p]);
                             let at = index * run + start;
-                            adamw::tile_split(kernel, spans, at, w, out, low, g, m, v);
+                            adamw::tile_split(kernel, spans, at, Some(w), out, low, g, m, v);
                             sums[0].update(cast_slice(out));
                             sums[1].update(cast_slice(low));
                             sums[2].update(cast_slice(m));
@@ -165,7 +165,7 @@ pub(super) fn update_chunk(
                     .collect();
                 Some(by_group(&sums))
             } else {
-                adamw::update_split(kernel, spans, w, out, low, gradient, m, v);
+                adamw::update_split(kernel, spans, Some(w), out, low, gradient, m, v);
                 None
             }
         }
@@ -195,7 +195,8 @@ pub(super) fn update_chunk(
                             let p = start..start + PIECE;
                             let (w, out, g) = (&w[p.clone()], &mut out[p.clone()], &g[p.clone()]);
                             let (m, v) = (&mut m[p.clone()], &mut v[p]);
-                            adamw::tile_f32(kernel, spans, index * run + start, w, out, g, m, v);
+                            let at = index * run + start;
+                            adamw::tile_f32(kernel, spans, at, Some(w), out, g, m, v);
                             sums[0].update(cast_slice(out));
                             sums[1].update(cast_slice(m));
                             sums[2].update(cast_slice(v));
@@ -205,7 +206,7 @@ pub(super) fn update_chunk(
                     .collect();
                 Some(by_group(&sums))
             } else {
-                adamw::update_f32(kernel, spans, w, out, gradient, m, v);
+                adamw::update_f32(kernel, spans, Some(w), out, gradient, m, v);
                 None
             }
         }
@@ -313,12 +314,12 @@ mod tests {
             let (low, m) = (cast_slice_mut(low), cast_slice_mut(m));
             let v = cast_slice_mut(&mut v[..parameters * 4]);
             let (weights, out) = (cast_slice(weights), cast_slice_mut(out));
-            adamw::update_split(kernel, spans, weights, out, low, gradient, m, v);
+            adamw::update_split(kernel, spans, Some(weights), out, low, gradient, m, v);
         } else {
             let (m, v) = planes.split_at_mut(parameters * 4);
             let (m, v) = (cast_slice_mut(m), cast_slice_mut(&mut v[..parameters * 4]));
             let (weights, out) = (cast_slice(weights), cast_slice_mut(out));
-            adamw::update_f32(kernel, spans, weights, out, gradient, m, v);
+            adamw::update_f32(kernel, spans, Some(weights), out, gradient, m, v);
         }
     }
 }

@@ -165,7 +165,7 @@ impl Memory {
                 adamw::update_f32(
                     Kernel::detect(),
                     &[Span { start: 0, len: old.len(), scalars }],
-                    &old,
+                    Some(&old),
                     &mut record.weight,
                     &gradients,
                     &mut record.exp_avg,

@@ -62,7 +62,7 @@ impl Memories {
             adamw::update_f32(
                 Kernel::Scalar,
                 &[adamw::Span { start: 0, len: n, scalars }],
-                &old,
+                Some(&old),
                 &mut record.weight,
                 &gradient,
                 &mut record.exp_avg,

@@ -317,7 +317,10 @@ class ScratchFile:
 
 @final
 class Workload:
-    """Something to run on all cores: ``copy``, ``update``, ``checksum``, ``adamw f32``, ``adamw split``, ``... in place``."""
+    """Something to run on all cores.
+
+    ``copy``, ``update``, ``checksum``, ``adamw f32``, ``adamw split``, the last two also with `` in place``.
+    """
 
     def __new__(cls, name: str, parameters: int, kernel: str | None = None) -> Workload: ...
     def run(self) -> _Work:

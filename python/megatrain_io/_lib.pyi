@@ -204,12 +204,15 @@ class Pipeline:
         threads: int,
         kernel: str | None,
         tensors: Sequence[tuple[int, int, int, float, float]],
+        residents: tuple[Sequence[int], Sequence[int]],
     ) -> Pipeline: ...
     @property
     def registration_refused(self) -> str | None: ...
     @property
     def huge_pages(self) -> tuple[int, int] | None: ...
-    def begin(self, schedule: Schedule, adamw: tuple[float, float, float, float, int]) -> None:
+    def begin(
+        self, schedule: Schedule, adamw: tuple[float, float, float, float, int], commits: bool
+    ) -> None:
         """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
 
     def take_weights(self, record: int) -> Buffer:

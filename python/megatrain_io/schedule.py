@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatrain_io.layout import Chunk, ModelLayout
 
-__all__ = ["ChunkOp", "Phase", "PoolSizes", "build_schedule", "pool_sizes", "traffic"]
+__all__ = ["ChunkOp", "Phase", "PoolSizes", "Residents", "build_schedule", "pool_sizes", "traffic"]
 
 
 class Phase(StrEnum):
@@ -26,28 +26,50 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True)
+class Residents:
+    """What stays in RAM from step to step: it is read once, and written when a step is committed.
+
+    Attributes:
+        records: those whose weights stay.
+        chunks: those, by index, whose update planes stay.
+    """
+
+    records: frozenset[int] = frozenset()
+    chunks: frozenset[int] = frozenset()
+
+
+_NOTHING = Residents()
+
+
+@dataclass(frozen=True)
 class ChunkOp:
     """One operation on one chunk.
 
     ``load`` reads its weights into the record's buffer. ``update`` reads its update planes, and writes
-    weights and update planes.
+    weights and update planes. What stays in RAM is not read, and written only for a commit.
     """
 
     kind: Literal["load", "update"]
     chunk: Chunk
     phase: Phase
 
-    def read_bytes(self, layout: ModelLayout) -> int:
+    def read_bytes(self, layout: ModelLayout, residents: Residents = _NOTHING) -> int:
         """Bytes read in the steady state, when every plane has been written."""
         if self.kind == "load":
-            return layout.weight_extent_bytes(self.chunk)
-        return layout.update_extent_bytes(self.chunk)
+            return 0 if self.chunk.record in residents.records else layout.weight_extent_bytes(self.chunk)
+        return 0 if self.chunk.index in residents.chunks else layout.update_extent_bytes(self.chunk)
 
-    def written_bytes(self, layout: ModelLayout) -> int:
-        """Bytes written."""
+    def written_bytes(
+        self, layout: ModelLayout, residents: Residents = _NOTHING, *, commits: bool = True
+    ) -> int:
+        """Bytes written by a step that ``commits``, or by one between two commits."""
         if self.kind == "load":
             return 0
-        return layout.weight_extent_bytes(self.chunk) + layout.update_extent_bytes(self.chunk)
+        weights = commits or self.chunk.record not in residents.records
+        planes = commits or self.chunk.index not in residents.chunks
+        return (
+            weights * layout.weight_extent_bytes(self.chunk) + planes * layout.update_extent_bytes(self.chunk)
+        )
 
 
 def build_schedule(layout: ModelLayout, *, borrows_prologue: bool, training: bool) -> tuple[ChunkOp, ...]:
@@ -88,10 +110,16 @@ def _operations(layout: ModelLayout, *, borrows_prologue: bool, training: bool) 
     yield from whole("update", layout.prologue, Phase.PROLOGUE_BACKWARD)
 
 
-def traffic(schedule: tuple[ChunkOp, ...], layout: ModelLayout) -> tuple[int, int]:
+def traffic(
+    schedule: tuple[ChunkOp, ...],
+    layout: ModelLayout,
+    residents: Residents = _NOTHING,
+    *,
+    commits: bool = True,
+) -> tuple[int, int]:
     """Bytes read and written by one step in the steady state; metadata of the commit left out."""
-    read = sum(operation.read_bytes(layout) for operation in schedule)
-    written = sum(operation.written_bytes(layout) for operation in schedule)
+    read = sum(operation.read_bytes(layout, residents) for operation in schedule)
+    written = sum(operation.written_bytes(layout, residents, commits=commits) for operation in schedule)
     return read, written
 
 
@@ -116,6 +144,7 @@ def pool_sizes(
     *,
     borrows_prologue: bool,
     training: bool,
+    residents: Residents = _NOTHING,
     block_buffers: int = 3,
     chunk_slots: int = 4,
     block_gradients: int = 2,
@@ -129,6 +158,7 @@ def pool_sizes(
         layout: the parameter space.
         borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
         training: False leaves out what only updates need.
+        residents: they have memory of their own, which is not counted here.
         block_buffers: one to compute with and the others to read ahead; at least two, because the last
             block waits in its buffer while the epilogue runs.
         chunk_slots: updates in flight.
@@ -138,17 +168,27 @@ def pool_sizes(
         raise ValueError("a pool needs two block buffers, one chunk slot and one gradient buffer at least")
     blocks = [layout.block(index) for index in range(layout.blocks)]
     others = [record for record in range(len(layout.records)) if record not in blocks]
-    block_bytes = max(map(layout.record_weight_bytes, blocks))
+    paged = [record for record in range(len(layout.records)) if record not in residents.records]
+    block_bytes = max((layout.record_weight_bytes(block) for block in blocks if block in paged), default=0)
     block_gradient = max(map(layout.record_gradient_bytes, blocks))
-    outer = [record for record in others if layout.record_weight_bytes(record) > block_bytes]
+    outer = [record for record in others if record in paged and layout.record_weight_bytes(record) > block_bytes]
+    in_blocks = len(paged) - len(outer)
     outer_gradient = [record for record in others if layout.record_gradient_bytes(record) > block_gradient]
     held, held_gradient = layout.prologue in outer, layout.prologue in outer_gradient
     # A tied head holds the prologue's weights beside the last block and the epilogue, and its gradient
     # from the epilogue to the end of the step.
     beside = int(borrows_prologue)
+    updated = [
+        chunk
+        for chunk in layout.chunks
+        if chunk.record in paged or chunk.index not in residents.chunks
+    ]
+    slot = max(
+        (layout.weight_extent_bytes(chunk) + layout.update_extent_bytes(chunk) for chunk in updated), default=0
+    )
     return PoolSizes(
-        chunk_slots=(layout.chunk_slot_bytes(), chunk_slots if training else 0),
-        block_buffers=(block_bytes, block_buffers + (0 if held else beside)),
+        chunk_slots=(slot, min(chunk_slots, len(updated)) if training else 0),
+        block_buffers=(block_bytes, min(block_buffers + (0 if held else beside), in_blocks)),
         outer_buffers=(
             max(map(layout.record_weight_bytes, outer), default=0),
             min(len(outer), 1 + beside),

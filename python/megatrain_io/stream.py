@@ -20,7 +20,7 @@ from torch import Tensor
 from megatrain_io.checkpoint import SavedInputs
 from megatrain_io.errors import MegatrainIoError, TrainingDivergedError, UnsupportedModelError
 from megatrain_io.model import BlockCall, CutModel, MicroBatch
-from megatrain_io.schedule import Phase, PoolSizes, build_schedule, pool_sizes
+from megatrain_io.schedule import Phase, PoolSizes, Residents, build_schedule, pool_sizes
 from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, PagedState
 from megatrain_io.workspace import WorkspaceMeter
 
@@ -104,13 +104,20 @@ class PagedModel:
         self._forward = state.check(self.forward_schedule)
 
     def pool_sizes(
-        self, *, training: bool, block_buffers: int = 3, chunk_slots: int = 4, block_gradients: int = 2
+        self,
+        *,
+        training: bool,
+        residents: Residents = Residents(),  # noqa: B008 - it never changes
+        block_buffers: int = 3,
+        chunk_slots: int = 4,
+        block_gradients: int = 2,
     ) -> PoolSizes:
         """Sizes of a pool for this model; see ``schedule.pool_sizes``."""
         return pool_sizes(
             self.state.layout,
             borrows_prologue=bool(self.cut.epilogue_borrowed),
             training=training,
+            residents=residents,
             block_buffers=block_buffers,
             chunk_slots=chunk_slots,
             block_gradients=block_gradients,
@@ -134,7 +141,7 @@ class PagedModel:
             TrainingDivergedError: the loss is not finite. Nothing of the step remains.
         """
         self.cut.train()
-        with self._step(micro_batches, self._training, adamw) as step:
+        with self._step(micro_batches, self._training, adamw, commits=blob is not None) as step:
             step.prologue()
             step.forward(saving=True)
             loss = step.epilogue(training=True, learning_rate=adamw.learning_rate)
@@ -146,7 +153,7 @@ class PagedModel:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
         """The loss alone, without dropout; nothing is written."""
         self.cut.train(False)
-        with self._step(micro_batches, self._forward, AdamWStep(1, 0.0)) as step:
+        with self._step(micro_batches, self._forward, AdamWStep(1, 0.0), commits=False) as step:
             step.prologue()
             step.forward(saving=False)
             loss = step.epilogue(training=False)
@@ -155,11 +162,16 @@ class PagedModel:
 
     @contextmanager
     def _step(
-        self, micro_batches: Sequence[MicroBatch], schedule: CheckedSchedule, adamw: AdamWStep
+        self,
+        micro_batches: Sequence[MicroBatch],
+        schedule: CheckedSchedule,
+        adamw: AdamWStep,
+        *,
+        commits: bool,
     ) -> Iterator["_Step"]:
         step = _Step(self, micro_batches, adamw.step)
         random_state = torch.get_rng_state()
-        self.state.begin(schedule, adamw)
+        self.state.begin(schedule, adamw, commits=commits)
         try:
             with self._metered(micro_batches, schedule):
                 yield step

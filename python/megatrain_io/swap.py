@@ -23,7 +23,7 @@ from megatrain_io.errors import BufferInUseError, FormatError, MegatrainIoError
 from megatrain_io.layout import ModelLayout, Record, TensorPlace
 from megatrain_io.outside import waiting_line
 from megatrain_io.run import RunFolder
-from megatrain_io.schedule import ChunkOp, PoolSizes
+from megatrain_io.schedule import ChunkOp, PoolSizes, Residents
 
 __all__ = [
     "AdamWStep",
@@ -205,6 +205,7 @@ class PagedState:
         self,
         pool: PoolSizes,
         *,
+        residents: Residents | None = None,
         settings: Callable[[TensorPlace], TensorSettings] | None = None,
         threads: int = 0,
         kernel: str | None = None,
@@ -213,6 +214,7 @@ class PagedState:
 
         Args:
             pool: sizes of all buffers; nothing grows later.
+            residents: what stays in RAM from step to step, in memory of its own.
             settings: weight decay and learning-rate scale of each tensor; None reads only.
             threads: for AdamW and checksums; 0 = one for each core.
             kernel: one of ``adamw_kernels()``; None = the fastest.
@@ -223,17 +225,23 @@ class PagedState:
             chosen = settings(place) if settings else TensorSettings(0.0)
             tensors.append((place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale))
         sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
-        self._pipeline = _lib.Pipeline(self._store, sizes, threads, kernel, tensors)
+        stay = (sorted(residents.records), sorted(residents.chunks)) if residents else ([], [])
+        self._pipeline = _lib.Pipeline(self._store, sizes, threads, kernel, tensors, stay)
 
     def check(self, schedule: Sequence[ChunkOp]) -> CheckedSchedule:
         """Check a schedule against the store, once, for any number of steps."""
         return _lib.Schedule(self._store, [(operation.kind, operation.chunk.index) for operation in schedule])
 
-    def begin(self, schedule: CheckedSchedule, adamw: AdamWStep) -> None:
-        """Begin a step: its reads start at once."""
-        self._running().begin(
-            schedule, (adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.eps, adamw.step)
-        )
+    def begin(self, schedule: CheckedSchedule, adamw: AdamWStep, *, commits: bool = False) -> None:
+        """Begin a step: its reads start at once.
+
+        Args:
+            schedule: of the step.
+            adamw: hyperparameters of its updates.
+            commits: whether ``end`` will get a blob: then what stays in RAM is written as it is updated.
+        """
+        settings = (adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.eps, adamw.step)
+        self._running().begin(schedule, settings, commits)
 
     def weights(self, record: int) -> BorrowedRecord:
         """The weights of the schedule's next load, which must be of ``record``; waits for them."""

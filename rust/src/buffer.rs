@@ -29,7 +29,7 @@ pub struct Region {
     start: NonNull<u8>,
     bytes: usize,
     locked: bool,
-    _entry: Entry,
+    _entries: Vec<Entry>,
 }
 
 // SAFETY: a region is plain memory owned by this value alone (mapped in `new`, unmapped in `drop`);
@@ -44,9 +44,14 @@ impl Region {
     /// # Errors
     /// `Io` when the system refuses the mapping.
     pub fn new(bytes: usize, ledger: &Ledger, account: &str) -> Result<Arc<Self>> {
+        let bytes = bytes.max(1).next_multiple_of(PAGE_BYTES);
+        Self::map(bytes, || vec![ledger.enter(account, bytes as u64)])
+    }
+
+    /// Maps `bytes`, a multiple of 4 KiB, and enters them in the ledger once they are there.
+    fn map(bytes: usize, enter: impl FnOnce() -> Vec<Entry>) -> Result<Arc<Self>> {
         let failed =
             |source: rustix::io::Errno| Error::io("mapping memory", "RAM", 0, bytes as u64, source);
-        let bytes = bytes.max(1).next_multiple_of(PAGE_BYTES);
         // Huge pages need a 2 MiB aligned start: map more, then give the surplus back.
         let surplus = if bytes >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { 0 };
         // SAFETY: a fresh private anonymous mapping at an address that the kernel chooses.
@@ -74,7 +79,7 @@ impl Region {
         }
         // SAFETY: the range is the mapping made above; locking changes residency, not content.
         let locked = unsafe { mm::mlock(start.as_ptr().cast(), bytes) }.is_ok();
-        Ok(Arc::new(Self { start, bytes, locked, _entry: ledger.enter(account, bytes as u64) }))
+        Ok(Arc::new(Self { start, bytes, locked, _entries: enter() }))
     }
 
     /// Address of the first byte, for registering the region with the kernel.
@@ -144,6 +149,17 @@ fn unmap(start: *mut u8, bytes: usize) {
     }
 }
 
+/// What one account has of a region.
+#[derive(Clone, Copy, Debug)]
+pub struct Share<'a> {
+    /// Its name in the ledger.
+    pub account: &'a str,
+    /// `(slot bytes, count)` of each of its lists.
+    pub sizes: &'a [(usize, usize)],
+    /// Whether only the first list starts at a 2 MiB border.
+    pub packed: bool,
+}
+
 /// A fixed number of equal slots of one region. Taking one never allocates.
 #[derive(Clone, Debug)]
 pub struct SlotList {
@@ -166,28 +182,61 @@ impl SlotList {
         ledger: &Ledger,
         account: &str,
     ) -> Result<(Arc<Region>, Vec<Self>)> {
+        let (region, mut lists) = Self::cut_shares(&[Share { account, sizes, packed: false }], ledger)?;
+        Ok((region, lists.pop().unwrap_or_default()))
+    }
+
+    /// Cuts one region for several accounts, in order; the lists of each.
+    ///
+    /// # Errors
+    /// As `cut`.
+    pub fn cut_shares(
+        shares: &[Share<'_>],
+        ledger: &Ledger,
+    ) -> Result<(Arc<Region>, Vec<Vec<Self>>)> {
+        let too_large = || Error::invalid("the pool is larger than the address space");
         let mut total = 0_usize;
-        let mut starts = Vec::with_capacity(sizes.len());
-        for &(slot_bytes, count) in sizes {
-            if !slot_bytes.is_multiple_of(PAGE_BYTES) {
-                return Err(Error::invalid(format!(
-                    "slot of {slot_bytes} bytes is no multiple of {PAGE_BYTES}"
-                )));
+        let mut starts = Vec::new();
+        let mut ends = Vec::with_capacity(shares.len());
+        for share in shares {
+            for (index, &(slot_bytes, count)) in share.sizes.iter().enumerate() {
+                if !slot_bytes.is_multiple_of(PAGE_BYTES) {
+                    return Err(Error::invalid(format!(
+                        "slot of {slot_bytes} bytes is no multiple of {PAGE_BYTES}"
+                    )));
+                }
+                if slot_bytes >= HUGE_PAGE_BYTES && !(share.packed && index > 0) {
+                    total = total.checked_next_multiple_of(HUGE_PAGE_BYTES).ok_or_else(too_large)?;
+                }
+                starts.push(total);
+                let bytes = slot_bytes.checked_mul(count).ok_or_else(too_large)?;
+                total = total.checked_add(bytes).ok_or_else(too_large)?;
             }
-            if slot_bytes >= HUGE_PAGE_BYTES {
-                total = total.next_multiple_of(HUGE_PAGE_BYTES);
-            }
-            starts.push(total);
-            total = slot_bytes
-                .checked_mul(count)
-                .and_then(|bytes| total.checked_add(bytes))
-                .ok_or_else(|| Error::invalid("the pool is larger than the address space"))?;
+            ends.push(total);
         }
-        let region = Region::new(total, ledger, account)?;
-        let lists = sizes
+        // A share that ends the region takes what rounding adds to it, too.
+        let whole = total.max(1).next_multiple_of(PAGE_BYTES);
+        if let Some(last) = ends.last_mut() {
+            *last = whole;
+        }
+        let region = Region::map(whole, || {
+            let firsts = std::iter::once(0).chain(ends.iter().copied());
+            let entry = |((share, end), first): ((&Share<'_>, &usize), usize)| {
+                ledger.enter(share.account, (end - first) as u64)
+            };
+            shares.iter().zip(&ends).zip(firsts).map(entry).collect()
+        })?;
+        let mut starts = starts.into_iter();
+        let lists = shares
             .iter()
-            .zip(starts)
-            .map(|(&(slot_bytes, count), first)| Self::over(&region, first, slot_bytes, count))
+            .map(|share| {
+                share
+                    .sizes
+                    .iter()
+                    .zip(&mut starts)
+                    .map(|(&(bytes, count), first)| Self::over(&region, first, bytes, count))
+                    .collect()
+            })
             .collect();
         Ok((region, lists))
     }
@@ -294,11 +343,22 @@ impl Slot {
     /// # Panics
     /// When `at` is beyond the end.
     #[must_use]
-    pub fn split_at(self, at: usize) -> (Self, Self) {
+    pub fn split_at(mut self, at: usize) -> (Self, Self) {
+        let rest = self.split_off(at);
+        (self, rest)
+    }
+
+    /// Keeps the first `at` bytes and returns the rest.
+    ///
+    /// # Panics
+    /// When `at` is beyond the end.
+    #[must_use]
+    pub fn split_off(&mut self, at: usize) -> Self {
         assert!(at <= self.bytes, "split at {at} of {} bytes", self.bytes);
         let rest =
             Self { lease: Arc::clone(&self.lease), start: self.start + at, bytes: self.bytes - at };
-        (Self { bytes: at, ..self }, rest)
+        self.bytes = at;
+        rest
     }
 
     /// This slot and the one right behind it as one.

@@ -18,7 +18,8 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use crate::adamw::{AdamW, Kernel};
 use crate::buffer::{HugePages, Slot, SlotList};
 use crate::error::{Error, Result};
-use crate::pool::{Pool, PoolSizes};
+use crate::layout::Layout;
+use crate::pool::{Pool, PoolSizes, ResidentSizes};
 use crate::store::{BLOB_BYTES_MAX, Store};
 use crate::units::{Group, StateFormat};
 
@@ -40,6 +41,43 @@ pub struct Options {
     pub kernel: Option<Kernel>,
     /// Weight decay and learning-rate scale of each tensor, by record and offset.
     pub tensors: Vec<TensorSettings>,
+    /// What stays in RAM from step to step.
+    pub residents: Residents,
+}
+
+/// What stays in RAM from step to step, in memory of its own. It is read once, updated in place, and
+/// written when a step is committed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Residents {
+    /// Records whose weights stay.
+    pub records: Vec<usize>,
+    /// Chunks whose update planes stay.
+    pub chunks: Vec<usize>,
+}
+
+impl Residents {
+    /// The bytes of each, checked against a layout.
+    fn sizes(&self, layout: &Layout) -> Result<ResidentSizes> {
+        let mut sizes = ResidentSizes {
+            weights: vec![0; layout.records().len()],
+            planes: vec![0; layout.chunks().len()],
+        };
+        for &record in &self.records {
+            let Some(bytes) = sizes.weights.get_mut(record) else {
+                let count = layout.records().len();
+                return Err(Error::invalid(format!("resident record {record} of {count}")));
+            };
+            *bytes = layout.record_weight_bytes(record);
+        }
+        for &index in &self.chunks {
+            let chunk = layout.chunks().get(index).filter(|chunk| chunk.format().is_trainable());
+            let Some(chunk) = chunk else {
+                return Err(Error::invalid(format!("resident chunk {index} has no update planes")));
+            };
+            sizes.planes[index] = chunk.extent_bytes(Group::Update);
+        }
+        Ok(sizes)
+    }
 }
 
 /// Where the time of the pipeline's callers and of its own work went, in nanoseconds.
@@ -81,6 +119,8 @@ struct State {
     begun: u64,
     ended: u64,
     settled: u64,
+    /// Whether the step that was begun last is to be committed.
+    commits: bool,
 }
 
 /// What caller and executor share.
@@ -119,7 +159,7 @@ impl Drop for Obituary {
 }
 
 enum Command {
-    Begin { schedule: Arc<Schedule>, adamw: AdamW, first_load: u64 },
+    Begin { schedule: Arc<Schedule>, adamw: AdamW, commits: bool, first_load: u64 },
     Submit { record: usize, weights: Slot, gradient: Slot },
     End { commit: Option<Vec<u8>> },
     Abort { reply: Sender<Result> },
@@ -160,8 +200,9 @@ impl Pipeline {
     /// Front and executor, without a thread.
     fn assemble(store: Arc<Store>, options: &Options) -> Result<(Self, executor::Executor)> {
         store.check()?;
-        check_pool(&store, &options.pool, &options.tensors)?;
-        let pool = Pool::allocate(&options.pool, store.ledger())?;
+        let residents = options.residents.sizes(store.layout())?;
+        check_pool(&store, &options.pool, &residents, &options.tensors)?;
+        let pool = Pool::allocate(&options.pool, &residents, store.ledger())?;
         let registration = store.engine().0.register(&pool.region).err();
         let shared = Arc::new(Shared::default());
         let (commands, inbox) = unbounded();
@@ -177,11 +218,12 @@ impl Pipeline {
         Ok((front, executor))
     }
 
-    /// Begins a step: its reads start at once.
+    /// Begins a step: its reads start at once. `commits` says whether `end` will get a trainer blob: then
+    /// what stays in RAM is written as it is updated.
     ///
     /// # Errors
     /// `Invalid` when loads of the last step were not taken; the pipeline's failure.
-    pub fn begin(&self, schedule: Arc<Schedule>, adamw: AdamW) -> Result {
+    pub fn begin(&self, schedule: Arc<Schedule>, adamw: AdamW, commits: bool) -> Result {
         self.store.check()?;
         if !schedule.is_for(self.store.layout()) {
             return Err(Error::invalid("the schedule was made for another store"));
@@ -202,8 +244,9 @@ impl Pipeline {
         let first_load = state.first_load;
         state.loads.extend(schedule.loads().iter().map(|&record| Loaded { record, weights: None }));
         state.begun += 1;
+        state.commits = commits;
         drop(state);
-        self.send(Command::Begin { schedule, adamw, first_load })
+        self.send(Command::Begin { schedule, adamw, commits, first_load })
     }
 
     /// The weights of the schedule's next load, which must be of `record`; waits up to `timeout`
@@ -291,7 +334,7 @@ impl Pipeline {
     /// while the caller goes on; without, it is durable with the next commit.
     ///
     /// # Errors
-    /// The pipeline's failure.
+    /// `Invalid` when `begin` was told otherwise; the pipeline's failure.
     pub fn end(&self, commit: Option<Vec<u8>>) -> Result {
         self.store.check()?;
         if let Some(blob) = commit.as_ref().filter(|blob| blob.len() > BLOB_BYTES_MAX) {
@@ -306,6 +349,12 @@ impl Pipeline {
         }
         if state.begun == state.ended {
             return Err(Error::invalid("no step was begun"));
+        }
+        if state.commits != commit.is_some() {
+            return Err(Error::invalid(match state.commits {
+                true => "the step was begun to be committed and ends without a blob",
+                false => "the step was not begun to be committed and ends with a blob",
+            }));
         }
         state.ended += 1;
         drop(state);
@@ -431,6 +480,9 @@ pub fn chunk_slot_bytes(format: StateFormat, parameters: usize) -> usize {
 }
 
 fn weight_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotList {
+    if let Some(own) = pool.residents.weights_of(record) {
+        return own;
+    }
     let fits = store.layout().record_weight_bytes(record) <= pool.block_buffers.slot_bytes();
     if fits { &pool.block_buffers } else { &pool.outer_buffers }
 }
@@ -444,7 +496,12 @@ fn gradient_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotLi
     if fits { &pool.block_gradients } else { &pool.outer_gradients }
 }
 
-fn check_pool(store: &Store, sizes: &PoolSizes, settings: &[TensorSettings]) -> Result {
+fn check_pool(
+    store: &Store,
+    sizes: &PoolSizes,
+    residents: &ResidentSizes,
+    settings: &[TensorSettings],
+) -> Result {
     let trains = sizes.block_gradients.count + sizes.outer_gradients.count > 0;
     if trains && settings.is_empty() {
         return Err(Error::invalid(
@@ -458,7 +515,8 @@ fn check_pool(store: &Store, sizes: &PoolSizes, settings: &[TensorSettings]) -> 
     for (record, chunks) in layout.records().iter().enumerate() {
         let name = &store.manifest().records[record].name;
         let weights = layout.record_weight_bytes(record);
-        if !room(weights, [sizes.block_buffers, sizes.outer_buffers]) {
+        let stays = residents.weights[record] > 0;
+        if !stays && !room(weights, [sizes.block_buffers, sizes.outer_buffers]) {
             return Err(Error::invalid(format!(
                 "the pool has no buffer for the {weights} bytes of weights of {name}"
             )));
@@ -476,11 +534,13 @@ fn check_pool(store: &Store, sizes: &PoolSizes, settings: &[TensorSettings]) -> 
         }
         let largest = chunks
             .clone()
+            .filter(|c| !stays || residents.planes[*c] == 0)
             .map(|c| layout.chunks()[c])
             .map(|c| chunk_slot_bytes(c.format(), c.parameters))
             .max();
         let chunk = largest.unwrap_or(0);
-        if !reads_only && (sizes.chunk_slots.count == 0 || sizes.chunk_slots.bytes < chunk) {
+        let has_slots = sizes.chunk_slots.count > 0 && sizes.chunk_slots.bytes >= chunk;
+        if !reads_only && chunk > 0 && !has_slots {
             return Err(Error::invalid(format!(
                 "the pool has no chunk slot of {chunk} bytes for {name}"
             )));

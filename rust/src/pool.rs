@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::buffer::{HugePages, Region, SlotList};
+use crate::buffer::{HugePages, Region, Share, SlotList};
 use crate::error::Result;
 use crate::ledger::Ledger;
 use crate::units::PAGE_BYTES;
@@ -39,13 +39,50 @@ impl PoolSizes {
     }
 
     fn kinds(&self) -> [Kind; 5] {
-        [
-            self.chunk_slots,
-            self.block_buffers,
-            self.outer_buffers,
-            self.block_gradients,
-            self.outer_gradients,
-        ]
+        let [chunks, blocks, outer] = self.transfers();
+        let [block_gradients, outer_gradients] = self.gradients();
+        [chunks, blocks, outer, block_gradients, outer_gradients]
+    }
+
+    fn transfers(&self) -> [Kind; 3] {
+        [self.chunk_slots, self.block_buffers, self.outer_buffers]
+    }
+
+    fn gradients(&self) -> [Kind; 2] {
+        [self.block_gradients, self.outer_gradients]
+    }
+}
+
+/// Bytes of what stays in RAM from step to step; 0 where it does not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ResidentSizes {
+    /// The weights of each record.
+    pub weights: Vec<usize>,
+    /// The update planes of each chunk.
+    pub planes: Vec<usize>,
+}
+
+/// Slots of what stays in RAM: each has its own list of one, which nobody else takes from, so it keeps
+/// its content while nobody holds it.
+#[derive(Clone, Debug, Default)]
+pub struct ResidentSlots {
+    /// By record.
+    pub weights: Vec<Option<SlotList>>,
+    /// By chunk.
+    pub planes: Vec<Option<SlotList>>,
+}
+
+impl ResidentSlots {
+    /// The buffer of a record whose weights stay.
+    #[must_use]
+    pub fn weights_of(&self, record: usize) -> Option<&SlotList> {
+        self.weights.get(record)?.as_ref()
+    }
+
+    /// The slot of a chunk whose update planes stay.
+    #[must_use]
+    pub fn planes_of(&self, chunk: usize) -> Option<&SlotList> {
+        self.planes.get(chunk)?.as_ref()
     }
 }
 
@@ -66,18 +103,39 @@ pub struct Pool {
     pub block_gradients: SlotList,
     /// For the gradients of larger records.
     pub outer_gradients: SlotList,
+    /// What stays in RAM from step to step.
+    pub residents: ResidentSlots,
 }
 
 impl Pool {
-    /// Allocates and populates the whole pool and enters it in the ledger under `pool`.
+    /// Allocates and populates the whole pool and enters it in the ledger under `pool`, `gradients`
+    /// and `residents`.
     ///
     /// # Errors
     /// `Io` when the system refuses the memory.
-    pub fn allocate(sizes: &PoolSizes, ledger: &Ledger) -> Result<Self> {
-        let cuts: Vec<(usize, usize)> =
-            sizes.kinds().iter().map(|kind| (rounded(kind.bytes), kind.count)).collect();
-        let (region, lists) = SlotList::cut(&cuts, ledger, "pool")?;
-        let mut lists = lists.into_iter();
+    pub fn allocate(
+        sizes: &PoolSizes,
+        residents: &ResidentSizes,
+        ledger: &Ledger,
+    ) -> Result<Self> {
+        let cut = |kind: &Kind| (rounded(kind.bytes), kind.count);
+        let transfers = sizes.transfers().each_ref().map(cut);
+        let gradients = sizes.gradients().each_ref().map(cut);
+        let bytes = residents.weights.iter().chain(&residents.planes);
+        let stay: Vec<_> = bytes.filter(|bytes| **bytes > 0).map(|b| (rounded(*b), 1)).collect();
+        let shares = [
+            Share { account: "pool", sizes: &transfers, packed: false },
+            Share { account: "gradients", sizes: &gradients, packed: false },
+            Share { account: "residents", sizes: &stay, packed: true },
+        ];
+        let (region, mut lists) = SlotList::cut_shares(&shares, ledger)?;
+        let mut stay = lists.pop().unwrap_or_default().into_iter();
+        let mut own = |sizes: &[usize]| -> Vec<Option<SlotList>> {
+            sizes.iter().map(|bytes| if *bytes > 0 { stay.next() } else { None }).collect()
+        };
+        let residents =
+            ResidentSlots { weights: own(&residents.weights), planes: own(&residents.planes) };
+        let mut lists = lists.into_iter().flatten();
         let mut next =
             || lists.next().ok_or_else(|| crate::error::Error::invalid("five kinds of slot"));
         let huge_pages = region.populate();
@@ -89,6 +147,7 @@ impl Pool {
             outer_buffers: next()?,
             block_gradients: next()?,
             outer_gradients: next()?,
+            residents,
         })
     }
 }
@@ -113,8 +172,15 @@ mod tests {
         };
         assert_eq!(sizes.total_bytes(), 3 * 8192 + 2 * 8192 + 4096 + 2 * 16384);
         let ledger = Ledger::new();
-        let pool = Pool::allocate(&sizes, &ledger).expect("memory");
-        assert_eq!(ledger.total().current, sizes.total_bytes() as u64);
+        let residents = ResidentSizes { weights: vec![0, 5000], planes: vec![100, 0] };
+        let pool = Pool::allocate(&sizes, &residents, &ledger).expect("memory");
+        let balance = |account| ledger.balances()[account].current;
+        assert_eq!(balance("pool") + balance("gradients"), sizes.total_bytes() as u64);
+        assert_eq!(balance("residents"), 3 * 4096);
+        assert!(pool.residents.weights[0].is_none() && pool.residents.planes[1].is_none());
+        let bytes = |list: &Option<SlotList>| list.as_ref().map(SlotList::slot_bytes);
+        assert_eq!(bytes(&pool.residents.weights[1]), Some(8192));
+        assert_eq!(bytes(&pool.residents.planes[0]), Some(4096));
         assert_eq!(pool.chunk_slots.free_count(), 3);
         assert_eq!(pool.outer_gradients.free_count(), 0);
     }

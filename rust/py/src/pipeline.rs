@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use megatrain_io::adamw::{AdamW, Kernel};
 use megatrain_io::error::Error;
-use megatrain_io::pipeline::{self, ChunkOp, Kind, Options, TensorSettings};
+use megatrain_io::pipeline::{self, ChunkOp, Kind, Options, Residents, TensorSettings};
 use megatrain_io::pool::{self, PoolSizes};
 use megatrain_io::units::StateFormat;
 use pyo3::exceptions::PyValueError;
@@ -55,7 +55,8 @@ pub(crate) struct Pipeline {
 #[pymethods]
 impl Pipeline {
     /// `pool` maps each kind of slot to `(bytes, count)`; `tensors` lists
-    /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order.
+    /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order; `residents`
+    /// lists the records whose weights stay in RAM, and the chunks whose update planes do.
     #[new]
     fn new(
         py: Python<'_>,
@@ -64,6 +65,7 @@ impl Pipeline {
         threads: usize,
         kernel: Option<&str>,
         tensors: Vec<(usize, u64, u64, f64, f64)>,
+        residents: (Vec<usize>, Vec<usize>),
     ) -> PyResult<Self> {
         let kernel = kernel.map(kernel_of).transpose()?;
         let tensors = tensors
@@ -76,7 +78,8 @@ impl Pipeline {
                 lr_scale,
             })
             .collect();
-        let options = Options { pool: pool.sizes(), threads, kernel, tensors };
+        let residents = Residents { records: residents.0, chunks: residents.1 };
+        let options = Options { pool: pool.sizes(), threads, kernel, tensors, residents };
         let store = store.get()?;
         let pipeline = py.detach(|| pipeline::Pipeline::start(store, &options)).map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(pipeline))) })
@@ -95,11 +98,16 @@ impl Pipeline {
     }
 
     /// Begins a step: its reads start at once. `adamw` is `(learning_rate, beta1, beta2, eps, step)`,
-    /// the step counted from 1.
-    fn begin(&self, schedule: &Schedule, adamw: (f64, f64, f64, f64, u64)) -> PyResult<()> {
+    /// the step counted from 1; `commits` says whether `end` will get a blob.
+    fn begin(
+        &self,
+        schedule: &Schedule,
+        adamw: (f64, f64, f64, f64, u64),
+        commits: bool,
+    ) -> PyResult<()> {
         let (learning_rate, beta1, beta2, eps, step) = adamw;
         let adamw = AdamW { learning_rate, beta1, beta2, eps, step };
-        self.get()?.begin(Arc::clone(&schedule.inner), adamw).map_err(raise)
+        self.get()?.begin(Arc::clone(&schedule.inner), adamw, commits).map_err(raise)
     }
 
     /// The weights of the schedule's next load, which must be of `record`. Waits for them.

@@ -15,13 +15,19 @@ use crate::buffer::Slot;
 use crate::engine::{Completion, Operation};
 use crate::error::{Error, Result};
 use crate::pipeline::update::Settings;
+use crate::pipeline::executor::residents::Held;
 use crate::pipeline::{Command, Options, Shared, schedule, weight_list};
 use crate::pool::Pool;
 use crate::store::{Entry, Next, ReadPlan, Sequence, Sequenced, Store, Table};
 use crate::units::Group;
 
 mod reads;
+mod residents;
 mod updates;
+
+/// Kinds of buffer that weights are loaded into: for blocks, for larger records, and the record's own.
+const OUTER: usize = 1;
+const RESIDENT: usize = 2;
 
 /// A record's weights on their way into a buffer.
 struct Load {
@@ -46,10 +52,11 @@ struct PlannedUpdate {
     needs: u64,
 }
 
-/// A chunk's update that holds a chunk slot.
+/// A chunk's update that has all memory it needs.
 struct Update {
     step: u64,
     chunk: usize,
+    /// `None` where the record's weights stay in RAM: they are updated in place.
     weight_out: Option<Slot>,
     planes: Option<Slot>,
     is_read: bool,
@@ -60,7 +67,8 @@ struct Update {
 
 /// A record's gradient and the weights it belongs to.
 struct Source {
-    weights: Slot,
+    /// The weights of each chunk that was not updated yet.
+    weights: Vec<Option<Slot>>,
     gradient: Slot,
     chunks_left: usize,
 }
@@ -72,6 +80,8 @@ struct Step {
     /// Records whose gradient has not been submitted.
     expected: HashSet<usize>,
     ended: bool,
+    /// Whether it is to be committed: then what stays in RAM is written, too.
+    commits: bool,
     commit: Option<Vec<u8>>,
 }
 
@@ -111,16 +121,17 @@ pub(super) struct Executor {
     kernel: Kernel,
     settings: Settings,
     working: Table,
-    /// Loads by kind of buffer (block, outer), in the schedule's order.
-    loads: [VecDeque<Load>; 2],
+    /// Loads by kind of buffer, in the schedule's order.
+    loads: [VecDeque<Load>; 3],
     planned: VecDeque<PlannedUpdate>,
     updates: Vec<Update>,
     sources: Vec<Option<Source>>,
     steps: VecDeque<Step>,
     begun: u64,
-    /// Per chunk: updates that were scheduled, and updates that are on disk.
+    /// Per chunk: updates that were scheduled, and updates that are on disk, or in RAM to stay.
     scheduled: Vec<u64>,
     on_disk: Vec<u64>,
+    held: Held,
     pending: HashMap<u64, Pending>,
     next_tag: u64,
     running: Option<Running>,
@@ -137,6 +148,8 @@ pub(super) struct Executor {
 struct Starved {
     buffers: [bool; 2],
     chunk_slots: bool,
+    /// Records whose own buffer is lent, or on its way to the drive.
+    residents: Vec<usize>,
 }
 
 impl Executor {
@@ -170,7 +183,7 @@ impl Executor {
             kernel: options.kernel.unwrap_or_else(Kernel::detect),
             settings,
             working,
-            loads: [VecDeque::new(), VecDeque::new()],
+            loads: Default::default(),
             planned: VecDeque::new(),
             updates: Vec::new(),
             sources,
@@ -178,6 +191,7 @@ impl Executor {
             begun: 0,
             scheduled: vec![0; chunks],
             on_disk: vec![0; chunks],
+            held: Held::new(store.layout()),
             pending: HashMap::new(),
             next_tag: 0,
             running: None,
@@ -220,9 +234,10 @@ impl Executor {
     /// Does all that can be done now.
     fn advance(&mut self) {
         self.starved = Starved::default();
-        for class in 0..2 {
+        for class in 0..RESIDENT {
             self.start_loads(class);
         }
+        self.start_resident_loads();
         self.start_plane_reads();
         if let Some(index) = self.ready_update() {
             // One chunk at a time: completions are looked at in between.
@@ -256,6 +271,11 @@ impl Executor {
             if self.starved.chunk_slots {
                 select.recv(self.pool.chunk_slots.availability());
             }
+            for record in &self.starved.residents {
+                if let Some(list) = self.pool.residents.weights_of(*record) {
+                    select.recv(list.availability());
+                }
+            }
         }
         select.ready();
     }
@@ -281,8 +301,11 @@ impl Executor {
             Command::Abort { reply } => self.aborting = Some(reply),
             // After a failure callers get its error; what they still send is dropped here.
             _ if self.failed => {}
-            Command::Begin { schedule, adamw, first_load } => {
-                self.begin(&schedule, adamw, first_load)
+            Command::Begin { schedule, adamw, commits, first_load } => {
+                if let Err(error) = self.held.schedule(&schedule, &self.pool, commits) {
+                    return self.fail(error);
+                }
+                self.begin(&schedule, adamw, commits, first_load);
             }
             Command::Submit { record, weights, gradient } => {
                 let step = self.steps.back_mut().filter(|step| !step.ended);
@@ -292,7 +315,16 @@ impl Executor {
                     )));
                     return;
                 }
-                let chunks_left = self.store.layout().records()[record].len();
+                let layout = Arc::clone(self.store.layout());
+                let chunks = layout.records()[record].clone();
+                let chunks_left = chunks.len();
+                let mut rest = weights;
+                let weights = chunks.map(|chunk| {
+                    let bytes = layout.chunks()[chunk].extent_bytes(Group::Weight);
+                    let at = rest.split_off(bytes);
+                    Some(std::mem::replace(&mut rest, at))
+                });
+                let weights = weights.collect();
                 self.sources[record] = Some(Source { weights, gradient, chunks_left });
             }
             Command::End { commit } => {
@@ -310,7 +342,13 @@ impl Executor {
         }
     }
 
-    fn begin(&mut self, schedule: &schedule::Schedule, adamw: AdamW, first_load: u64) {
+    fn begin(
+        &mut self,
+        schedule: &schedule::Schedule,
+        adamw: AdamW,
+        commits: bool,
+        first_load: u64,
+    ) {
         self.begun += 1;
         let layout = Arc::clone(self.store.layout());
         let mut number = first_load;
@@ -320,10 +358,12 @@ impl Executor {
             match operation.kind {
                 schedule::Kind::Load if chunk == layout.records()[record].start => {
                     let chunks = layout.records()[record].clone();
-                    let class = usize::from(!std::ptr::eq(
-                        weight_list(&self.pool, &self.store, record),
-                        &raw const self.pool.block_buffers,
-                    ));
+                    let list = weight_list(&self.pool, &self.store, record);
+                    let class = if self.pool.residents.weights_of(record).is_some() {
+                        RESIDENT
+                    } else {
+                        OUTER * usize::from(!std::ptr::eq(list, &raw const self.pool.block_buffers))
+                    };
                     self.loads[class].push_back(Load {
                         number,
                         needs: self.scheduled[chunks.clone()].to_vec(),
@@ -350,6 +390,7 @@ impl Executor {
             updates_left: schedule.updates(),
             expected: updated.map(|op| layout.chunks()[op.chunk].record).collect(),
             ended: false,
+            commits,
             commit: None,
         });
     }
@@ -387,7 +428,10 @@ impl Executor {
                     self.submit(Pending { operation, drive, offset, bytes, again, work }, slot);
                 }
                 Ok(Next::Wait) => return self.running = Some(running),
-                Ok(Next::End) if running.commits => return self.settle_front(),
+                Ok(Next::End) if running.commits => {
+                    self.held.committed();
+                    return self.settle_front();
+                }
                 Ok(Next::End) => return,
                 Err(error) => return self.fail(error),
             }
@@ -415,13 +459,14 @@ impl Executor {
         }
         let Some(reply) = self.aborting.take() else { return };
         self.touched = false;
-        self.loads = [VecDeque::new(), VecDeque::new()];
+        self.loads = Default::default();
         self.planned.clear();
         self.updates.clear();
         self.sources.iter_mut().for_each(|source| *source = None);
         self.steps.clear();
         self.scheduled.fill(0);
         self.on_disk.fill(0);
+        self.held.back_to_the_last_commit();
         self.working = Table::clone(&self.store.committed().table);
         let outcome = self.store.check();
         self.failed = outcome.is_err();

@@ -88,6 +88,12 @@ impl Schedule {
         Arc::ptr_eq(&self.layout, layout)
     }
 
+    /// The layout that it was checked against.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
     /// All operations.
     #[must_use]
     pub fn operations(&self) -> &[ChunkOp] {

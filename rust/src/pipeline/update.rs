@@ -89,132 +89,145 @@ impl Settings {
 /// second-level cache of a core.
 const PIECE: usize = 16 << 10;
 
-/// Updates one chunk and returns the checksums of both its groups. `weights` and `gradient` are the
-/// chunk's part of its record's buffers; `weight_out` and `planes` are the two halves of its chunk slot.
-#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
+/// Parameters of a task where no checksums are made on the way.
+const TASK: usize = 2 * PIECE;
+
+/// The chunk's part of its record's weights, and where the new ones go.
+pub(super) enum Weights<'a> {
+    /// Read here, written there.
+    Apart(&'a [u8], &'a mut Slot),
+    /// Replaced.
+    InPlace(&'a mut Slot),
+}
+
+/// Updates one chunk and returns the checksums of those of its two groups that have a binding, or nothing
+/// for a group. `gradient` is the chunk's part of its record's buffer, `planes` the update group.
 pub(super) fn update_chunk(
     kernel: Kernel,
     spans: &[Span],
     chunk: &Chunk,
-    weights: &[u8],
+    weights: Weights<'_>,
     gradient: &[u8],
-    weight_out: &mut Slot,
     planes: &mut Slot,
-    bindings: [&Binding; 2],
+    bindings: [Option<&Binding>; 2],
 ) -> [Vec<u32>; 2] {
     let ranges = chunk.plane_ranges(Group::Update);
     let content = chunk.parameters * chunk.format().weight_bytes();
+    let (old, out) = match weights {
+        Weights::Apart(old, out) => (Some(&old[..content]), out),
+        Weights::InPlace(out) => (None, out),
+    };
     // What lies between the content and the next 4 KiB border is written too: no stale bytes there.
-    weight_out[content..].fill(0);
+    out[content..].fill(0);
     let end = ranges.last().map_or(0, |range| range.end);
     planes[end..].fill(0);
-    let weights = &weights[..content];
     let gradient: &[f32] = cast_slice(gradient);
     // Where each plane is made of whole checksum units, they are made while the bytes are in the cache;
     // not where that would leave a core without work.
-    let run = UNIT_BYTES / if chunk.format() == StateFormat::Bf16 { 2 } else { 4 };
-    let in_one_pass =
-        chunk.parameters.is_multiple_of(run) && chunk.parameters / run >= current_num_threads();
-    let (out, planes_out) = (&mut weight_out[..content], &mut planes[..end]);
+    let unit = UNIT_BYTES / if chunk.format() == StateFormat::Bf16 { 2 } else { 4 };
+    let in_one_pass = bindings.iter().any(Option::is_some)
+        && chunk.parameters.is_multiple_of(unit)
+        && chunk.parameters / unit >= current_num_threads();
+    let (run, on_the_way) = if in_one_pass { (unit, bindings) } else { (TASK, [None; 2]) };
+    let sum = |group: usize, unit: usize| on_the_way[group].map(|b| Running::new(b, unit));
     let units = |plane: usize| ranges[plane].start / UNIT_BYTES;
+    let (weight_out, planes_out) = (&mut out[..content], &mut planes[..end]);
     let sums = match chunk.format() {
         StateFormat::Bf16 => {
             let (low, moments) = planes_out.split_at_mut(ranges[0].len());
             let (m, v) = moments.split_at_mut(ranges[1].len());
             let low: &mut [i16] = cast_slice_mut(low);
             let (m, v): (&mut [f32], &mut [f32]) = (cast_slice_mut(m), cast_slice_mut(v));
-            let (w, out): (&[u16], &mut [u16]) = (cast_slice(weights), cast_slice_mut(out));
-            if in_one_pass {
-                adamw::check(
-                    w.len(),
-                    spans,
-                    [out.len(), low.len(), gradient.len(), m.len(), v.len()],
-                );
-                let runs = (
-                    w.par_chunks(run),
-                    out.par_chunks_mut(run),
-                    low.par_chunks_mut(run),
-                    gradient.par_chunks(run),
-                    m.par_chunks_mut(run),
-                    v.par_chunks_mut(run),
-                );
-                let sums: Vec<_> = runs
-                    .into_par_iter()
-                    .enumerate()
-                    .map(|(index, (w, out, low, g, m, v))| {
-                        let mut sums = [
-                            Running::new(bindings[0], index),
-                            Running::new(bindings[1], units(0) + index),
-                            Running::new(bindings[1], units(1) + 2 * index),
-                            Running::new(bindings[1], units(2) + 2 * index),
-                        ];
-                        for start in (0..run).step_by(PIECE) {
-                            let p = start..start + PIECE;
-                            let (w, out) = (&w[p.clone()], &mut out[p.clone()]);
-                            let (low, g) = (&mut low[p.clone()], &g[p.clone()]);
-                            let (m, v) = (&mut m[p.clone()], &mut v[p]);
-                            let at = index * run + start;
-                            adamw::tile_split(kernel, spans, at, Some(w), out, low, g, m, v);
-                            sums[0].update(cast_slice(out));
-                            sums[1].update(cast_slice(low));
-                            sums[2].update(cast_slice(m));
-                            sums[3].update(cast_slice(v));
-                        }
-                        sums.map(Running::finish)
-                    })
-                    .collect();
-                Some(by_group(&sums))
-            } else {
-                adamw::update_split(kernel, spans, Some(w), out, low, gradient, m, v);
-                None
-            }
+            let old: Option<&[u16]> = old.map(cast_slice);
+            let out: &mut [u16] = cast_slice_mut(weight_out);
+            let lens = [out.len(), low.len(), gradient.len(), m.len(), v.len()];
+            let len = old.map_or(out.len(), <[u16]>::len);
+            adamw::check(len, spans, lens);
+            let runs = (
+                out.par_chunks_mut(run),
+                low.par_chunks_mut(run),
+                gradient.par_chunks(run),
+                m.par_chunks_mut(run),
+                v.par_chunks_mut(run),
+            );
+            let sums: Vec<_> = runs
+                .into_par_iter()
+                .enumerate()
+                .map(|(index, (out, low, g, m, v))| {
+                    let mut sums = [
+                        sum(0, index),
+                        sum(1, units(0) + index),
+                        sum(1, units(1) + 2 * index),
+                        sum(1, units(2) + 2 * index),
+                    ];
+                    for start in (0..out.len()).step_by(PIECE) {
+                        let p = start..(start + PIECE).min(out.len());
+                        let at = index * run + start;
+                        let (out, low) = (&mut out[p.clone()], &mut low[p.clone()]);
+                        let (g, m, v) = (&g[p.clone()], &mut m[p.clone()], &mut v[p]);
+                        let w = old.map(|old| &old[at..at + out.len()]);
+                        adamw::tile_split(kernel, spans, at, w, out, low, g, m, v);
+                        add(&mut sums, [cast_slice(out), cast_slice(low), cast_slice(m), cast_slice(v)]);
+                    }
+                    sums.map(finished)
+                })
+                .collect();
+            by_group(&sums)
         }
         StateFormat::F32 => {
             let (m, v) = planes_out.split_at_mut(ranges[0].len());
             let (m, v): (&mut [f32], &mut [f32]) = (cast_slice_mut(m), cast_slice_mut(v));
-            let (w, out): (&[f32], &mut [f32]) = (cast_slice(weights), cast_slice_mut(out));
-            if in_one_pass {
-                adamw::check(w.len(), spans, [out.len(), gradient.len(), m.len(), v.len()]);
-                let runs = (
-                    w.par_chunks(run),
-                    out.par_chunks_mut(run),
-                    gradient.par_chunks(run),
-                    m.par_chunks_mut(run),
-                    v.par_chunks_mut(run),
-                );
-                let sums: Vec<_> = runs
-                    .into_par_iter()
-                    .enumerate()
-                    .map(|(index, (w, out, g, m, v))| {
-                        let mut sums = [
-                            Running::new(bindings[0], index),
-                            Running::new(bindings[1], units(0) + index),
-                            Running::new(bindings[1], units(1) + index),
-                        ];
-                        for start in (0..run).step_by(PIECE) {
-                            let p = start..start + PIECE;
-                            let (w, out, g) = (&w[p.clone()], &mut out[p.clone()], &g[p.clone()]);
-                            let (m, v) = (&mut m[p.clone()], &mut v[p]);
-                            let at = index * run + start;
-                            adamw::tile_f32(kernel, spans, at, Some(w), out, g, m, v);
-                            sums[0].update(cast_slice(out));
-                            sums[1].update(cast_slice(m));
-                            sums[2].update(cast_slice(v));
-                        }
-                        sums.map(Running::finish)
-                    })
-                    .collect();
-                Some(by_group(&sums))
-            } else {
-                adamw::update_f32(kernel, spans, Some(w), out, gradient, m, v);
-                None
-            }
+            let old: Option<&[f32]> = old.map(cast_slice);
+            let out: &mut [f32] = cast_slice_mut(weight_out);
+            let lens = [out.len(), gradient.len(), m.len(), v.len()];
+            let len = old.map_or(out.len(), <[f32]>::len);
+            adamw::check(len, spans, lens);
+            let runs = (
+                out.par_chunks_mut(run),
+                gradient.par_chunks(run),
+                m.par_chunks_mut(run),
+                v.par_chunks_mut(run),
+            );
+            let sums: Vec<_> = runs
+                .into_par_iter()
+                .enumerate()
+                .map(|(index, (out, g, m, v))| {
+                    let mut sums =
+                        [sum(0, index), sum(1, units(0) + index), sum(1, units(1) + index)];
+                    for start in (0..out.len()).step_by(PIECE) {
+                        let p = start..(start + PIECE).min(out.len());
+                        let at = index * run + start;
+                        let (out, g) = (&mut out[p.clone()], &g[p.clone()]);
+                        let (m, v) = (&mut m[p.clone()], &mut v[p]);
+                        let w = old.map(|old| &old[at..at + out.len()]);
+                        adamw::tile_f32(kernel, spans, at, w, out, g, m, v);
+                        add(&mut sums, [cast_slice(out), cast_slice(m), cast_slice(v)]);
+                    }
+                    sums.map(finished)
+                })
+                .collect();
+            by_group(&sums)
         }
-        StateFormat::Raw8 | StateFormat::Raw16 | StateFormat::Raw32 => None,
+        StateFormat::Raw8 | StateFormat::Raw16 | StateFormat::Raw32 => [vec![], vec![]],
     };
+    if in_one_pass {
+        return sums;
+    }
     let separately =
-        || [checksum::sums(bindings[0], weight_out), checksum::sums(bindings[1], planes)];
-    sums.unwrap_or_else(separately)
+        |group: usize, bytes: &[u8]| bindings[group].map_or(vec![], |b| checksum::sums(b, bytes));
+    [separately(0, out), separately(1, planes)]
+}
+
+fn add<const N: usize>(sums: &mut [Option<Running>; N], planes: [&[u8]; N]) {
+    for (sum, bytes) in sums.iter_mut().zip(planes) {
+        if let Some(sum) = sum {
+            sum.update(bytes);
+        }
+    }
+}
+
+fn finished(sum: Option<Running>) -> Vec<u32> {
+    sum.map_or(vec![], Running::finish)
 }
 
 /// Sums of runs, each by plane, as sums of the two groups: the weights, and all other planes.
@@ -271,11 +284,21 @@ mod tests {
             let gradient = slot(parameters * 4, 2);
             let bytes = Group::ALL.map(|group| chunk.extent_bytes(group));
             let (mut out, mut planes) = (slot(bytes[0], 3), slot(bytes[1], 4));
-            let sums = one.install(|| {
-                let (out, planes) = (&mut out, &mut planes);
-                let (kernel, bindings) = (Kernel::detect(), [&bindings[0], &bindings[1]]);
-                update_chunk(kernel, &spans, &chunk, &weights, &gradient, out, planes, bindings)
-            });
+            let mut update = |weights: Weights<'_>, planes: &mut Slot, kept: bool| {
+                let bindings = [&bindings[0], &bindings[1]].map(|b| (!kept).then_some(b));
+                let kernel = Kernel::detect();
+                one.install(|| {
+                    update_chunk(kernel, &spans, &chunk, weights, &gradient, planes, bindings)
+                })
+            };
+            let sums = update(Weights::Apart(&weights, &mut out), &mut planes, false);
+            // In place, with checksums and without.
+            for kept in [false, true] {
+                let (mut own, mut own_planes) = (slot(bytes[0], 1), slot(bytes[1], 4));
+                let own_sums = update(Weights::InPlace(&mut own), &mut own_planes, kept);
+                assert!(own[..] == out[..] && own_planes[..] == planes[..], "{format:?} {parameters}");
+                assert_eq!(own_sums, if kept { [vec![], vec![]] } else { sums.clone() });
+            }
             let (mut expected_out, mut expected) = (slot(bytes[0], 3), slot(bytes[1], 4));
             plain(
                 format,

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Executor, Pending, PlannedUpdate, Update, Work};
-use crate::buffer::Slot;
+use super::{Executor, Pending, PlannedUpdate, RESIDENT, Update, Work};
+use crate::buffer::{Slot, SlotList};
 use crate::checksum;
 use crate::engine::{Completion, Operation, Request};
 use crate::error::{Error, Result};
@@ -30,51 +30,119 @@ impl Executor {
                 let record = layout.chunks()[load.chunks.start].record;
                 load.unread = Some(buffer.split_at(layout.record_weight_bytes(record)).0);
             }
-            while let Some(load) = self.loads[class].get_mut(position)
-                && load.started < load.chunks.len()
-            {
-                let chunk = load.chunks.start + load.started;
-                if self.on_disk[chunk] < load.needs[load.started] {
-                    return;
-                }
-                let Some(unread) = load.unread.take() else { return };
-                let (part, unread) =
-                    unread.split_at(layout.chunks()[chunk].extent_bytes(Group::Weight));
-                load.started += 1;
-                load.unread = (load.started < load.chunks.len()).then_some(unread);
-                let number = load.number;
-                let plan = self.store.plan_read(&self.working, chunk, Group::Weight);
-                let place = (plan.drive, plan.offset);
-                self.read(place, plan.bytes, part, Work::Load { number, chunk, plan });
+            if !self.read_weights(class, position) {
+                return;
             }
         }
     }
 
+    /// Starts the reads of one load that has its buffer; `false` when a chunk is still to be written.
+    fn read_weights(&mut self, class: usize, position: usize) -> bool {
+        while let Some(load) = self.loads[class].get_mut(position)
+            && load.started < load.chunks.len()
+        {
+            let chunk = load.chunks.start + load.started;
+            if self.on_disk[chunk] < load.needs[load.started] {
+                return false;
+            }
+            let Some(unread) = load.unread.take() else { return false };
+            let bytes = self.store.layout().chunks()[chunk].extent_bytes(Group::Weight);
+            let (part, unread) = unread.split_at(bytes);
+            load.started += 1;
+            load.unread = (load.started < load.chunks.len()).then_some(unread);
+            let number = load.number;
+            let plan = self.store.plan_read(&self.working, chunk, Group::Weight);
+            let place = (plan.drive, plan.offset);
+            self.read(place, plan.bytes, part, Work::Load { number, chunk, plan });
+        }
+        true
+    }
+
+    /// Serves the loads of records that stay in RAM: without I/O, once they were read. A record whose
+    /// buffer is out waits alone; loads of the same record keep their order.
+    pub(super) fn start_resident_loads(&mut self) {
+        let mut waiting = Vec::new();
+        let mut position = 0;
+        while let Some(load) = self.loads[RESIDENT].get(position) {
+            let record = self.store.layout().chunks()[load.chunks.start].record;
+            let is_written =
+                load.chunks.clone().zip(&load.needs).all(|(c, needs)| self.on_disk[c] >= *needs);
+            position += 1;
+            if load.started > 0 || waiting.contains(&record) {
+                waiting.push(record);
+                continue;
+            }
+            if !is_written {
+                waiting.push(record);
+                continue;
+            }
+            let list = self.pool.residents.weights_of(record);
+            let Some(slot) = list.and_then(SlotList::try_take) else {
+                self.starved.residents.push(record);
+                waiting.push(record);
+                continue;
+            };
+            if self.held.has_weights(record) {
+                position -= 1;
+                if let Some(load) = self.loads[RESIDENT].remove(position) {
+                    self.hand_over(load.number, slot);
+                }
+            } else {
+                let bytes = self.store.layout().record_weight_bytes(record);
+                self.loads[RESIDENT][position - 1].unread = Some(slot.split_at(bytes).0);
+                self.read_weights(RESIDENT, position - 1);
+                waiting.push(record);
+            }
+        }
+    }
+
+    /// Gives updates their memory, in order, and reads the planes that are not in RAM.
     pub(super) fn start_plane_reads(&mut self) {
-        while let Some(next) = self.planned.front() {
-            if self.on_disk[next.chunk] < next.needs {
+        let layout = Arc::clone(self.store.layout());
+        while let Some(&PlannedUpdate { step, chunk, needs }) = self.planned.front() {
+            if self.on_disk[chunk] < needs {
                 return;
             }
-            let Some(slot) = self.pool.chunk_slots.try_take() else {
-                self.starved.chunk_slots = true;
-                return;
-            };
-            let Some(PlannedUpdate { step, chunk, .. }) = self.planned.pop_front() else { return };
-            let place = &self.store.layout().chunks()[chunk];
-            let (weight_out, rest) = slot.split_at(place.extent_bytes(Group::Weight));
-            let (planes, unused) = rest.split_at(place.extent_bytes(Group::Update));
-            drop(unused);
-            let plan = self.store.plan_read(&self.working, chunk, Group::Update);
-            let (front, rest) = planes.split_at(plan.bytes);
+            let place = &layout.chunks()[chunk];
+            let own_weights = self.pool.residents.weights_of(place.record).is_some();
+            let own_planes = self.pool.residents.planes_of(chunk);
+            let mut weight_out = None;
+            let mut planes = None;
+            if !own_weights || own_planes.is_none() {
+                let Some(slot) = self.pool.chunk_slots.try_take() else {
+                    self.starved.chunk_slots = true;
+                    return;
+                };
+                let (front, rest) = slot.split_at(place.extent_bytes(Group::Weight));
+                weight_out = (!own_weights).then_some(front);
+                planes = own_planes.is_none().then_some(rest);
+            }
+            if let Some(list) = own_planes {
+                // Free: the last update of the chunk has ended.
+                let Some(slot) = list.try_take() else { return };
+                planes = Some(slot);
+            }
+            let Some(planes) = planes else { return };
+            let planes = planes.split_at(place.extent_bytes(Group::Update)).0;
+            self.planned.pop_front();
+            let is_read = self.held.has_planes(chunk);
             self.updates.push(Update {
                 step,
                 chunk,
-                weight_out: Some(weight_out),
+                weight_out,
                 planes: None,
-                is_read: false,
+                is_read,
                 written: Vec::new(),
                 writes_left: 0,
             });
+            if is_read {
+                if let Some(update) = self.updates.last_mut() {
+                    update.planes = Some(planes);
+                }
+                continue;
+            }
+            let plan = self.store.plan_read(&self.working, chunk, Group::Update);
+            let (front, rest) = planes.split_at(plan.bytes);
             let place = (plan.drive, plan.offset);
             self.read(place, plan.bytes, front, Work::Planes { chunk, plan, rest });
         }
@@ -189,16 +257,24 @@ impl Executor {
                 let load = class.remove(position);
                 let parts = load.into_iter().flat_map(|load| load.parts).flatten();
                 let whole = parts.reduce(Slot::join);
-                let mut state = self.shared.lock();
-                let index = crate::units::to_usize(number - state.first_load);
-                if let Some(entry) = state.loads.get_mut(index) {
-                    entry.weights = whole;
+                self.held.read_weights(self.store.layout().chunks()[chunk].record, &self.pool);
+                if let Some(whole) = whole {
+                    self.hand_over(number, whole);
                 }
-                drop(state);
-                self.shared.changed.notify_all();
             }
             break;
         }
+    }
+
+    /// Gives a load's weights to the caller who waits for them.
+    fn hand_over(&self, number: u64, weights: Slot) {
+        let mut state = self.shared.lock();
+        let index = crate::units::to_usize(number - state.first_load);
+        if let Some(entry) = state.loads.get_mut(index) {
+            entry.weights = Some(weights);
+        }
+        drop(state);
+        self.shared.changed.notify_all();
     }
 
     fn planes_read(&mut self, chunk: usize, mut rest: Slot, slot: Slot) {
@@ -206,6 +282,7 @@ impl Executor {
         if let Some(update) = self.updates.iter_mut().find(|u| u.chunk == chunk && !u.is_read) {
             update.planes = Some(slot.join(rest));
             update.is_read = true;
+            self.held.read_planes(chunk, &self.pool);
         }
     }
 }

@@ -7,7 +7,7 @@ use super::{Executor, Pending, Work};
 use crate::engine::Operation;
 use crate::error::{Error, Result};
 use crate::pipeline::Timings;
-use crate::pipeline::update::update_chunk;
+use crate::pipeline::update::{Weights, update_chunk};
 use crate::units::Group;
 
 impl Executor {
@@ -28,47 +28,55 @@ impl Executor {
         let layout = Arc::clone(self.store.layout());
         let place = &layout.chunks()[chunk];
         let missing = || Error::invalid("an update without its buffers");
-        let mut weight_out = update.weight_out.take().ok_or_else(missing)?;
         let mut planes = update.planes.take().ok_or_else(missing)?;
+        let mut weight_out = update.weight_out.take();
         let source = self.sources[place.record].as_mut().ok_or_else(missing)?;
-        let adamw = &self.steps.front().ok_or_else(missing)?.adamw;
-        let spans = self.settings.spans(adamw, place);
+        let number = chunk - layout.records()[place.record].start;
+        let mut weights = source.weights[number].take().ok_or_else(missing)?;
+        let step = self.steps.front().ok_or_else(missing)?;
+        let spans = self.settings.spans(&step.adamw, place);
         let first = crate::units::to_usize(place.start);
-        let (weights, gradient) = (&source.weights, &source.gradient);
-        let weights = &weights[first * place.format().weight_bytes()..];
         let gradient =
-            &gradient[first * size_of::<f32>()..(first + place.parameters) * size_of::<f32>()];
-        let kernel = self.kernel;
+            &source.gradient[first * size_of::<f32>()..(first + place.parameters) * size_of::<f32>()];
+        // What stays in RAM is written only for a commit.
+        let stays = [weight_out.is_none(), self.pool.residents.planes_of(chunk).is_some()];
+        let plan = |group: Group, planes: usize| match stays[group as usize] && !step.commits {
+            true => Ok(None),
+            false => self.store.plan_write(&self.working, chunk, group, planes).map(Some),
+        };
         let plans = [
-            self.store.plan_write(&self.working, chunk, Group::Weight, 1)?,
-            self.store.plan_write(
-                &self.working,
-                chunk,
-                Group::Update,
-                place.format().update_planes().len(),
-            )?,
+            plan(Group::Weight, 1)?,
+            plan(Group::Update, place.format().update_planes().len())?,
         ];
-        let bindings = [&plans[0].binding, &plans[1].binding];
+        self.held.change(place.record, chunk);
+        let kernel = self.kernel;
+        let bindings = plans.each_ref().map(|plan| plan.as_ref().map(|plan| &plan.binding));
         let sums = self.workers.install(|| {
-            let (out, planes) = (&mut weight_out, &mut planes);
-            update_chunk(kernel, &spans, place, weights, gradient, out, planes, bindings)
+            let weights = match weight_out.as_mut() {
+                Some(out) => Weights::Apart(&weights, out),
+                None => Weights::InPlace(&mut weights),
+            };
+            update_chunk(kernel, &spans, place, weights, gradient, &mut planes, bindings)
         });
         source.chunks_left -= 1;
         if source.chunks_left == 0 {
             // Weights and gradient return to the pool.
             self.sources[place.record] = None;
         }
-        self.touched = true;
-        self.updates[index].writes_left = Group::ALL.len();
-        for ((group, plan), (sums, slot)) in
-            Group::ALL.into_iter().zip(plans).zip(sums.into_iter().zip([weight_out, planes]))
-        {
+        self.updates[index].writes_left = plans.iter().flatten().count();
+        self.touched |= self.updates[index].writes_left > 0;
+        let slots = [weight_out.unwrap_or(weights), planes];
+        for (((group, plan), sums), slot) in Group::ALL.into_iter().zip(plans).zip(sums).zip(slots) {
+            let Some(plan) = plan else { continue };
             self.updates[index].written.push((group, plan.entry, sums));
             let (drive, offset, bytes) = (plan.drive, plan.offset, slot.len());
             let (operation, again, work) = (Operation::Write, false, Work::Write { chunk });
             self.submit(Pending { operation, drive, offset, bytes, again, work }, Some(slot));
         }
         Timings::add(&self.shared.timings.update, start);
+        if self.updates[index].writes_left == 0 {
+            self.end_update(index);
+        }
         Ok(())
     }
 
@@ -76,10 +84,14 @@ impl Executor {
         let position = self.updates.iter().position(|u| u.chunk == chunk && u.writes_left > 0);
         let Some(position) = position else { return };
         self.updates[position].writes_left -= 1;
-        if self.updates[position].writes_left > 0 {
-            return;
+        if self.updates[position].writes_left == 0 {
+            self.end_update(position);
         }
+    }
+
+    fn end_update(&mut self, position: usize) {
         let update = self.updates.remove(position);
+        let chunk = update.chunk;
         for (group, entry, sums) in &update.written {
             self.working.set(self.store.layout(), chunk, *group, *entry, sums);
         }

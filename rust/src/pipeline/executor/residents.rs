@@ -1,0 +1,102 @@
+//! What stays in RAM from step to step: whether it was read, and what of it the last commit does not have.
+
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::pipeline::schedule::{Kind, Schedule};
+use crate::pool::Pool;
+
+/// One extent, or the weights of one record.
+#[derive(Clone, Copy, Debug, Default)]
+struct State {
+    /// Its slot holds the working state.
+    is_read: bool,
+    /// It was updated since the last commit, so an abort makes it stale.
+    is_changed: bool,
+}
+
+/// All that stays, by record and by chunk; entries of what does not stay are never read.
+#[derive(Debug)]
+pub(super) struct Held {
+    weights: Vec<State>,
+    planes: Vec<State>,
+    /// Chunks that will have changed since the last commit, and not have been written, when all steps so
+    /// far are done.
+    unwritten: Vec<bool>,
+}
+
+impl Held {
+    pub(super) fn new(layout: &Layout) -> Self {
+        Self {
+            weights: vec![State::default(); layout.records().len()],
+            planes: vec![State::default(); layout.chunks().len()],
+            unwritten: vec![false; layout.chunks().len()],
+        }
+    }
+
+    /// Takes note of a step that begins.
+    ///
+    /// # Errors
+    /// `Invalid` when it commits and leaves out a chunk that changed in RAM alone.
+    pub(super) fn schedule(
+        &mut self,
+        schedule: &Schedule,
+        pool: &Pool,
+        commits: bool,
+    ) -> Result {
+        for operation in schedule.operations() {
+            let chunk = operation.chunk;
+            if operation.kind == Kind::Update {
+                let record = schedule.layout().chunks()[chunk].record;
+                let stays = pool.residents.weights_of(record).is_some()
+                    || pool.residents.planes_of(chunk).is_some();
+                self.unwritten[chunk] = stays && !commits;
+            }
+        }
+        match self.unwritten.iter().position(|unwritten| *unwritten && commits) {
+            Some(chunk) => Err(Error::invalid(format!(
+                "the step is to be committed and does not update chunk {chunk}, which changed in RAM alone \
+                 since the last commit"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn has_weights(&self, record: usize) -> bool {
+        self.weights[record].is_read
+    }
+
+    pub(super) fn has_planes(&self, chunk: usize) -> bool {
+        self.planes[chunk].is_read
+    }
+
+    /// The weights of `record` are in the buffer that they were read into.
+    pub(super) fn read_weights(&mut self, record: usize, pool: &Pool) {
+        self.weights[record].is_read = pool.residents.weights_of(record).is_some();
+    }
+
+    /// The planes of `chunk` are in the slot that they were read into.
+    pub(super) fn read_planes(&mut self, chunk: usize, pool: &Pool) {
+        self.planes[chunk].is_read = pool.residents.planes_of(chunk).is_some();
+    }
+
+    /// An update of `chunk` begins.
+    pub(super) fn change(&mut self, record: usize, chunk: usize) {
+        self.weights[record].is_changed = true;
+        self.planes[chunk].is_changed = true;
+    }
+
+    /// What is here is what was committed.
+    pub(super) fn committed(&mut self) {
+        for state in self.weights.iter_mut().chain(&mut self.planes) {
+            state.is_changed = false;
+        }
+    }
+
+    /// What changed since is read anew.
+    pub(super) fn back_to_the_last_commit(&mut self) {
+        for state in self.weights.iter_mut().chain(&mut self.planes) {
+            *state = State { is_read: state.is_read && !state.is_changed, is_changed: false };
+        }
+        self.unwritten.fill(false);
+    }
+}

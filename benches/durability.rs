@@ -19,7 +19,7 @@ use megatrain_io::error::{Error, Result};
 use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::ledger::Ledger;
 use megatrain_io::pipeline::{
-    ChunkOp, Kind, Options, Pipeline, Schedule, TensorSettings, chunk_slot_bytes,
+    ChunkOp, Kind, Options, Pipeline, Residents, Schedule, TensorSettings, chunk_slot_bytes,
 };
 use megatrain_io::pool::{self, PoolSizes};
 use megatrain_io::store::{Creator, OpenOptions, Store};
@@ -152,7 +152,7 @@ fn options(store: &Store) -> Options {
         lr_scale: 1.0,
     };
     let tensors = layout.records().iter().enumerate().map(settings).collect();
-    Options { pool, threads: 0, kernel: None, tensors }
+    Options { pool, threads: 0, kernel: None, tensors, residents: Residents::default() }
 }
 
 /// Weights of all records, forward; then backward, each with its update.
@@ -176,7 +176,7 @@ fn schedule(store: &Store) -> Result<Arc<Schedule>> {
 fn train(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: bool) -> Result {
     let adamw = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step };
     let records = pipeline.store().layout().records().len();
-    pipeline.begin(Arc::clone(schedule), adamw)?;
+    pipeline.begin(Arc::clone(schedule), adamw, commit)?;
     for record in 0..records {
         drop(pipeline.take_weights(record, LONG)?.expect("within a minute"));
     }

@@ -182,7 +182,8 @@ impl SlotList {
         ledger: &Ledger,
         account: &str,
     ) -> Result<(Arc<Region>, Vec<Self>)> {
-        let (region, mut lists) = Self::cut_shares(&[Share { account, sizes, packed: false }], ledger)?;
+        let (region, mut lists) =
+            Self::cut_shares(&[Share { account, sizes, packed: false }], ledger)?;
         Ok((region, lists.pop().unwrap_or_default()))
     }
 
@@ -206,7 +207,8 @@ impl SlotList {
                     )));
                 }
                 if slot_bytes >= HUGE_PAGE_BYTES && !(share.packed && index > 0) {
-                    total = total.checked_next_multiple_of(HUGE_PAGE_BYTES).ok_or_else(too_large)?;
+                    total =
+                        total.checked_next_multiple_of(HUGE_PAGE_BYTES).ok_or_else(too_large)?;
                 }
                 starts.push(total);
                 let bytes = slot_bytes.checked_mul(count).ok_or_else(too_large)?;

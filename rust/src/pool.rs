@@ -113,11 +113,7 @@ impl Pool {
     ///
     /// # Errors
     /// `Io` when the system refuses the memory.
-    pub fn allocate(
-        sizes: &PoolSizes,
-        residents: &ResidentSizes,
-        ledger: &Ledger,
-    ) -> Result<Self> {
+    pub fn allocate(sizes: &PoolSizes, residents: &ResidentSizes, ledger: &Ledger) -> Result<Self> {
         let cut = |kind: &Kind| (rounded(kind.bytes), kind.count);
         let transfers = sizes.transfers().each_ref().map(cut);
         let gradients = sizes.gradients().each_ref().map(cut);

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use megatrain_io::engine::choice::{self, Choice};
 use megatrain_io::error::Error;
 use megatrain_io::ledger::Ledger;
-use megatrain_io::pipeline::{Options, Pipeline};
+use megatrain_io::pipeline::{Options, Pipeline, Residents};
 use megatrain_io::store::{OpenOptions, Store};
 
 use training::{LARGE, Memory, SMALL, Shape, WIDE, adamw, gradient, schedule};
@@ -71,7 +71,12 @@ impl Life {
         let store = Arc::new(self.open(path)?);
         let schedule = schedule(&store);
         let (pool, tensors) = (self.shape.pool(), self.shape.settings());
-        let options = Options { pool, threads: 2, kernel: None, tensors };
+        // Half of the state stays in RAM where several steps share a commit.
+        let half = |count: usize| (0..count).step_by(2).filter(|_| self.commit_every > 1).collect();
+        let chunks = store.layout().chunks();
+        let mut residents = Residents { records: half(3), chunks: half(chunks.len()) };
+        residents.chunks.retain(|chunk| chunks[*chunk].format().is_trainable());
+        let options = Options { pool, threads: 2, kernel: None, tensors, residents };
         let pipeline = Pipeline::start(Arc::clone(&store), &options)?;
         // The harness leaves its first line open.
         say("");
@@ -85,7 +90,8 @@ impl Life {
             }
         };
         for step in step_of(&store) + 1.. {
-            pipeline.begin(Arc::clone(&schedule), adamw(step))?;
+            let commit = (step % self.commit_every == 0).then(|| format!("step {step}"));
+            pipeline.begin(Arc::clone(&schedule), adamw(step), commit.is_some())?;
             for record in 0..3 {
                 drop(pipeline.take_weights(record, LONG)?.expect("in time"));
                 say_acknowledged();
@@ -100,7 +106,6 @@ impl Life {
                 pipeline.submit(record, weights, buffer)?;
                 say_acknowledged();
             }
-            let commit = (step % self.commit_every == 0).then(|| format!("step {step}"));
             if commit.is_some() {
                 say(&format!("ending {step}"));
             }

@@ -86,8 +86,18 @@ struct Run {
     commit_every: u64,
     /// Whether each step trains only some of the records.
     partial: bool,
+    stays: Stays,
     breakage: Breakage,
     ignores_flushes: bool,
+}
+
+/// What stays in RAM from step to step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stays {
+    Nothing,
+    /// The weights of every second record, and the update planes of every second chunk.
+    Half,
+    All,
 }
 
 impl Default for Run {
@@ -97,6 +107,7 @@ impl Default for Run {
             steps: 3,
             commit_every: 1,
             partial: false,
+            stays: Stays::Nothing,
             breakage: Breakage::Nothing,
             ignores_flushes: false,
         }

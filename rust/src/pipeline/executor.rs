@@ -14,8 +14,8 @@ use crate::adamw::{AdamW, Kernel};
 use crate::buffer::Slot;
 use crate::engine::{Completion, Operation};
 use crate::error::{Error, Result};
-use crate::pipeline::update::Settings;
 use crate::pipeline::executor::residents::Held;
+use crate::pipeline::update::Settings;
 use crate::pipeline::{Command, Options, Shared, schedule, weight_list};
 use crate::pool::Pool;
 use crate::store::{Entry, Next, ReadPlan, Sequence, Sequenced, Store, Table};
@@ -140,6 +140,8 @@ pub(super) struct Executor {
     failed: bool,
     /// What the last round could not do for lack of a slot.
     starved: Starved,
+    /// Whether an update ended in the last round: no completion will tell of it.
+    ended_in_ram: bool,
     aborting: Option<Sender<Result>>,
     stopping: bool,
 }
@@ -198,6 +200,7 @@ impl Executor {
             touched: false,
             failed: false,
             starved: Starved::default(),
+            ended_in_ram: false,
             aborting: None,
             stopping: false,
             store,
@@ -234,6 +237,7 @@ impl Executor {
     /// Does all that can be done now.
     fn advance(&mut self) {
         self.starved = Starved::default();
+        self.ended_in_ram = false;
         for class in 0..RESIDENT {
             self.start_loads(class);
         }
@@ -255,7 +259,8 @@ impl Executor {
 
     fn wait(&self) {
         let can_write = self.store.is_writable() || self.running.is_none();
-        if self.is_active() && can_write && self.ready_update().is_some() {
+        let goes_on = self.ended_in_ram || (can_write && self.ready_update().is_some());
+        if self.is_active() && goes_on {
             return;
         }
         let mut select = Select::new();

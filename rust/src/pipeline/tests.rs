@@ -80,6 +80,8 @@ struct Setup {
     threads: usize,
     slots: usize,
     drives: usize,
+    residents: Residents,
+    commit_every: u64,
 }
 
 impl Default for Setup {
@@ -91,6 +93,8 @@ impl Default for Setup {
             threads: 2,
             slots: 3,
             drives: 1,
+            residents: Residents::default(),
+            commit_every: 1,
         }
     }
 }
@@ -169,7 +173,13 @@ impl Setup {
             .collect();
         Pipeline::start(
             Arc::clone(store),
-            &Options { pool, threads: self.threads, kernel: None, tensors },
+            &Options {
+                pool,
+                threads: self.threads,
+                kernel: None,
+                tensors,
+                residents: self.residents.clone(),
+            },
         )
         .expect("started")
     }
@@ -203,7 +213,7 @@ fn schedule(store: &Store) -> Arc<Schedule> {
 }
 
 fn train_step(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: bool) -> Result {
-    pipeline.begin(Arc::clone(schedule), adamw(step))?;
+    pipeline.begin(Arc::clone(schedule), adamw(step), commit)?;
     for record in 0..3 {
         drop(pipeline.take_weights(record, LONG)?.expect("in time"));
     }
@@ -281,14 +291,15 @@ fn run(setup: &Setup) {
     let schedule = schedule(&store);
     let pipeline = setup.pipeline(&store);
     for step in 1..=3 {
-        train_step(&pipeline, &schedule, step, true).expect("a step");
+        let commits = step % setup.commit_every == 0;
+        train_step(&pipeline, &schedule, step, commits).expect("a step");
     }
     assert!(pipeline.wait_settled(LONG).expect("settled"));
     drop(pipeline);
     assert_eq!(&*store.committed().blob, b"step 3");
     drop(store);
     let store = setup.open(&path);
-    assert_eq!(store.committed().generation, 4);
+    assert_eq!(store.committed().generation, 1 + 3 / setup.commit_every);
     assert!(read_all(&store, setup.format) == expected(3), "the bits of in-memory training");
 }
 
@@ -316,12 +327,91 @@ fn chunk_size_pool_engine_and_threads_change_no_bit() {
     run(&Setup { threads: 1, ..Setup::default() });
 }
 
+/// The chunks are 3 + 6 + 3: a block, a larger record, a block with a short last chunk.
+#[test]
+fn what_stays_in_ram_changes_no_bit() {
+    let residents = |records: &[usize], chunks: &[usize]| Residents {
+        records: records.to_vec(),
+        chunks: chunks.to_vec(),
+    };
+    let all: Vec<usize> = (0..12).collect();
+    let choices = [
+        residents(&[2], &[]),
+        residents(&[], &[0, 5, 11]),
+        residents(&[1], &[2, 3, 4]),
+        residents(&[0, 1, 2], &all),
+    ];
+    for residents in choices {
+        for (format, commit_every) in [(StateFormat::F32, 1), (StateFormat::Bf16, 3)] {
+            let residents = residents.clone();
+            run(&Setup { format, commit_every, residents, slots: 1, ..Setup::default() });
+        }
+    }
+}
+
+/// What stays is read once, written for a commit alone, and lost with the steps since.
+#[test]
+fn what_stays_is_read_once_and_written_for_a_commit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let residents = Residents { records: vec![0, 1, 2], chunks: (0..12).collect() };
+    let setup = Setup { residents, ..Setup::default() };
+    setup.create(&path);
+    let store = setup.open(&path);
+    let (schedule, pipeline) = (schedule(&store), setup.pipeline(&store));
+    let moved = || store.engine().0.counters().totals();
+    let settled = || assert!(pipeline.wait_settled(LONG).expect("settled"));
+    train_step(&pipeline, &schedule, 1, false).expect("a step");
+    settled();
+    let before = moved();
+    train_step(&pipeline, &schedule, 2, false).expect("a step");
+    settled();
+    assert_eq!(moved(), before, "a step without a commit moves nothing");
+    train_step(&pipeline, &schedule, 3, true).expect("a step");
+    settled();
+    let (read, written) = (moved().0 - before.0, moved().1 - before.1);
+    let state: usize =
+        store.layout().chunks().iter().flat_map(|c| Group::ALL.map(|g| c.extent_bytes(g))).sum();
+    assert_eq!(read, 0);
+    assert!(written >= state as u64 && written < 2 * state as u64, "{written} for {state}");
+    // Two steps in RAM alone, and a third that is not ended: back to the third.
+    for step in 4..=5 {
+        train_step(&pipeline, &schedule, step, false).expect("a step");
+    }
+    pipeline.begin(Arc::clone(&schedule), adamw(9), false).expect("begun");
+    pipeline.abort().expect("aborted");
+    assert_eq!(&*store.committed().blob, b"step 3");
+    for step in 4..=5 {
+        train_step(&pipeline, &schedule, step, step == 5).expect("a step");
+    }
+    settled();
+    assert!(read_all(&store, setup.format) == expected(5));
+}
+
+#[test]
+fn a_commit_without_what_changed_in_ram_alone_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let residents = Residents { records: vec![0], chunks: vec![] };
+    let setup = Setup { residents, ..Setup::default() };
+    setup.create(&path);
+    let store = setup.open(&path);
+    let (whole, pipeline) = (schedule(&store), setup.pipeline(&store));
+    train_step(&pipeline, &whole, 1, false).expect("a step");
+    let loads = whole.operations().iter().filter(|op| op.kind == Kind::Load).copied().take(3);
+    let reading = Arc::new(Schedule::new(store.layout(), loads.collect()).expect("valid"));
+    pipeline.begin(reading, adamw(2), true).expect("sent");
+    let error = pipeline.wait_settled(LONG).and_then(|_| pipeline.take_weights(0, LONG));
+    let error = error.expect_err("chunk 0 is left out");
+    assert!(error.to_string().contains("does not update chunk 0"), "{error}");
+}
+
 #[test]
 fn an_aborted_step_leaves_the_last_commit_and_the_handle_usable() {
     let (_folder, setup, store, schedule, pipeline) = imported();
     train_step(&pipeline, &schedule, 1, true).expect("a step");
     // The second step is written in part, but never ended.
-    pipeline.begin(Arc::clone(&schedule), adamw(9)).expect("begun");
+    pipeline.begin(Arc::clone(&schedule), adamw(9), false).expect("begun");
     for record in 0..3 {
         drop(pipeline.take_weights(record, LONG).expect("read").expect("in time"));
     }
@@ -389,7 +479,7 @@ fn asking_for_weights_out_of_order_is_refused_by_name() {
     setup.create(&path);
     let store = setup.open(&path);
     let pipeline = setup.pipeline(&store);
-    pipeline.begin(schedule(&store), adamw(1)).expect("begun");
+    pipeline.begin(schedule(&store), adamw(1), false).expect("begun");
     let error = pipeline.take_weights(1, LONG).expect_err("record 0 comes first");
     assert!(error.to_string().contains("next load is record 0"), "{error}");
 }
@@ -398,7 +488,7 @@ fn asking_for_weights_out_of_order_is_refused_by_name() {
 fn a_step_that_has_ended_survives_abort_and_stop() {
     let (_folder, setup, store, schedule, pipeline) = imported();
     train_step(&pipeline, &schedule, 1, true).expect("a step");
-    pipeline.begin(Arc::clone(&schedule), adamw(2)).expect("begun");
+    pipeline.begin(Arc::clone(&schedule), adamw(2), false).expect("begun");
     // The updates of step 1 may still be under way: they are finished first.
     pipeline.abort().expect("aborted");
     assert_eq!(&*store.committed().blob, b"step 1");
@@ -412,8 +502,8 @@ fn a_step_that_has_ended_survives_abort_and_stop() {
 fn what_contradicts_the_step_is_refused() {
     let (_folder, _, _, schedule, pipeline) = imported();
     assert!(pipeline.end(None).is_err(), "no step was begun");
-    pipeline.begin(Arc::clone(&schedule), adamw(1)).expect("begun");
-    assert!(pipeline.begin(Arc::clone(&schedule), adamw(1)).is_err(), "not ended");
+    pipeline.begin(Arc::clone(&schedule), adamw(1), false).expect("begun");
+    assert!(pipeline.begin(Arc::clone(&schedule), adamw(1), false).is_err(), "not ended");
     let small = || Slot::standalone(PAGE_BYTES, &Ledger::new(), "test").expect("memory");
     assert!(pipeline.submit(0, small(), small()).is_err(), "too small");
     assert!(pipeline.submit(9, small(), small()).is_err(), "no such record");

@@ -167,7 +167,10 @@ pub(super) fn update_chunk(
                         let (g, m, v) = (&g[p.clone()], &mut m[p.clone()], &mut v[p]);
                         let w = old.map(|old| &old[at..at + out.len()]);
                         adamw::tile_split(kernel, spans, at, w, out, low, g, m, v);
-                        add(&mut sums, [cast_slice(out), cast_slice(low), cast_slice(m), cast_slice(v)]);
+                        add(
+                            &mut sums,
+                            [cast_slice(out), cast_slice(low), cast_slice(m), cast_slice(v)],
+                        );
                     }
                     sums.map(finished)
                 })
@@ -284,7 +287,7 @@ mod tests {
             let gradient = slot(parameters * 4, 2);
             let bytes = Group::ALL.map(|group| chunk.extent_bytes(group));
             let (mut out, mut planes) = (slot(bytes[0], 3), slot(bytes[1], 4));
-            let mut update = |weights: Weights<'_>, planes: &mut Slot, kept: bool| {
+            let update = |weights: Weights<'_>, planes: &mut Slot, kept: bool| {
                 let bindings = [&bindings[0], &bindings[1]].map(|b| (!kept).then_some(b));
                 let kernel = Kernel::detect();
                 one.install(|| {
@@ -296,7 +299,10 @@ mod tests {
             for kept in [false, true] {
                 let (mut own, mut own_planes) = (slot(bytes[0], 1), slot(bytes[1], 4));
                 let own_sums = update(Weights::InPlace(&mut own), &mut own_planes, kept);
-                assert!(own[..] == out[..] && own_planes[..] == planes[..], "{format:?} {parameters}");
+                assert!(
+                    own[..] == out[..] && own_planes[..] == planes[..],
+                    "{format:?} {parameters}"
+                );
                 assert_eq!(own_sums, if kept { [vec![], vec![]] } else { sums.clone() });
             }
             let (mut expected_out, mut expected) = (slot(bytes[0], 3), slot(bytes[1], 4));

@@ -7,10 +7,24 @@ use super::*;
 const POWER_CUTS: u64 = 6;
 
 /// Trainings: each step committed; one commit for all; records touched for the first time in the
-/// middle of a window.
+/// middle of a window; all or half of the state in RAM.
 fn trainings() -> Vec<Run> {
-    let run = |commit_every, partial| Run { commit_every, partial, seed: 3, ..Run::default() };
-    vec![run(1, false), run(3, false), run(3, true), run(2, true)]
+    let run = |commit_every, partial, stays| Run {
+        commit_every,
+        partial,
+        stays,
+        seed: 3,
+        ..Run::default()
+    };
+    vec![
+        run(1, false, Stays::Nothing),
+        run(3, false, Stays::Nothing),
+        run(3, true, Stays::Nothing),
+        run(2, true, Stays::Nothing),
+        run(1, false, Stays::Half),
+        run(2, true, Stays::Half),
+        run(3, false, Stays::All),
+    ]
 }
 
 /// Operations of the undisturbed training, opening included.
@@ -38,7 +52,10 @@ fn each_point(check: impl Fn(&Base, &Run, u64) -> Verdict + Sync) {
         let base = Base::new(&[128, 4096 + 128, 128], Durability::Step, drives);
         for run in trainings() {
             let points = operations(&base, &run);
-            assert!(points > 60, "{points} operations are too few to be a training");
+            assert!(
+                points > if run.stays == Stays::All { 20 } else { 60 },
+                "{points} operations are too few to be a training"
+            );
             let at = |point| {
                 check(&base, &run, point)
                     .map_err(|e| format!("operation {point} of {run:?}, {drives} drives: {e}"))

@@ -29,6 +29,7 @@ fn random_run(bases: &[Base; 3], seed: u64, breakage: Breakage, lies: bool) -> V
         steps: rng.u64(2..=6),
         commit_every: [1, 1, 2, 3][rng.usize(..4)],
         partial: rng.bool(),
+        stays: [Stays::Nothing, Stays::Half, Stays::All][rng.usize(..3)],
         breakage,
         ignores_flushes: lies,
     };

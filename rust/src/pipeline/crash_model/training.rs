@@ -6,8 +6,8 @@ use crate::buffer::Slot;
 use crate::error::Result;
 use crate::pipeline::executor::Executor;
 use crate::pipeline::{
-    ChunkOp, Command, Kernel, Kind, Options, Pipeline, PoolSizes, Schedule, TensorSettings,
-    chunk_slot_bytes,
+    ChunkOp, Command, Kernel, Kind, Options, Pipeline, PoolSizes, Residents, Schedule,
+    TensorSettings, chunk_slot_bytes,
 };
 use crate::pool;
 use std::collections::VecDeque;
@@ -29,7 +29,10 @@ pub(super) enum Ending {
 /// One call of the trainer.
 #[derive(Clone, Debug)]
 enum Call {
-    Begin(Arc<Schedule>),
+    Begin {
+        schedule: Arc<Schedule>,
+        commits: bool,
+    },
     /// Take the weights of a record and drop them: the forward pass.
     Pass(usize),
     Train(usize),
@@ -227,13 +230,27 @@ impl<'a> Machine<'a> {
                 lr_scale: 1.0,
             })
             .collect();
-        Options { pool, threads: 1, kernel: Some(Kernel::Scalar), tensors }
+        let every = match self.run.stays {
+            Stays::Nothing => usize::MAX,
+            Stays::Half => 2,
+            Stays::All => 1,
+        };
+        let some = |count: usize| (0..count).filter(|i| (i + 1).is_multiple_of(every)).collect();
+        let chunks = records.iter().map(|n| len(n.div_ceil(4096))).sum();
+        let residents = Residents { records: some(records.len()), chunks: some(chunks) };
+        Options { pool, threads: 1, kernel: Some(Kernel::Scalar), tensors, residents }
     }
 
-    /// The records that a step trains.
+    /// Whether a step ends with a commit.
+    fn commits(&self, step: u64) -> bool {
+        step.is_multiple_of(self.run.commit_every) || step == self.run.steps
+    }
+
+    /// The records that a step trains. A commit has all that changed in RAM alone.
     fn trained(&self, step: u64) -> Vec<usize> {
         let all = 0..self.base.records.len();
-        if !self.run.partial {
+        let must_be_whole = self.run.stays != Stays::Nothing && self.commits(step);
+        if !self.run.partial || must_be_whole {
             return all.collect();
         }
         let mut rng = fastrand::Rng::with_seed(self.run.seed ^ (step << 32));
@@ -278,22 +295,22 @@ impl<'a> Machine<'a> {
     }
 
     fn call(&mut self) -> Result {
-        let trained_next = self.process.as_ref().map(|p| self.trained(p.step + 1));
+        let next = self.process.as_ref().map(|p| p.step + 1);
+        let next = next.map(|step| (self.trained(step), self.commits(step)));
         let Some(process) = &mut self.process else { return Ok(()) };
         if process.calls.is_empty() {
             if process.step == self.run.steps {
                 process.calls.push_back(Call::Settle);
             } else {
                 process.step += 1;
-                let trained = trained_next.unwrap_or_default();
+                let (trained, commits) = next.unwrap_or_default();
                 self.memories.train(process.step, &trained);
                 let records = 0..self.base.records.len();
-                process.calls.push_back(Call::Begin(schedule(&process.store, &trained)));
+                let schedule = schedule(&process.store, &trained);
+                process.calls.push_back(Call::Begin { schedule, commits });
                 process.calls.extend(records.map(Call::Pass));
                 process.calls.extend(trained.iter().rev().map(|r| Call::Train(*r)));
-                let commit = process.step.is_multiple_of(self.run.commit_every)
-                    || process.step == self.run.steps;
-                process.calls.push_back(Call::End { commit });
+                process.calls.push_back(Call::End { commit: commits });
             }
         }
         let Some(call) = process.calls.front() else { return Ok(()) };
@@ -302,8 +319,8 @@ impl<'a> Machine<'a> {
             return Err(failure.clone());
         }
         let done = match call {
-            Call::Begin(schedule) => {
-                front.begin(Arc::clone(schedule), adamw(process.step))?;
+            Call::Begin { schedule, commits } => {
+                front.begin(Arc::clone(schedule), adamw(process.step), *commits)?;
                 true
             }
             Call::Pass(record) => front.take_weights(*record, NO_WAIT)?.is_some(),

@@ -37,12 +37,7 @@ impl Held {
     ///
     /// # Errors
     /// `Invalid` when it commits and leaves out a chunk that changed in RAM alone.
-    pub(super) fn schedule(
-        &mut self,
-        schedule: &Schedule,
-        pool: &Pool,
-        commits: bool,
-    ) -> Result {
+    pub(super) fn schedule(&mut self, schedule: &Schedule, pool: &Pool, commits: bool) -> Result {
         for operation in schedule.operations() {
             let chunk = operation.chunk;
             if operation.kind == Kind::Update {

@@ -36,18 +36,16 @@ impl Executor {
         let step = self.steps.front().ok_or_else(missing)?;
         let spans = self.settings.spans(&step.adamw, place);
         let first = crate::units::to_usize(place.start);
-        let gradient =
-            &source.gradient[first * size_of::<f32>()..(first + place.parameters) * size_of::<f32>()];
+        let gradient = &source.gradient
+            [first * size_of::<f32>()..(first + place.parameters) * size_of::<f32>()];
         // What stays in RAM is written only for a commit.
         let stays = [weight_out.is_none(), self.pool.residents.planes_of(chunk).is_some()];
         let plan = |group: Group, planes: usize| match stays[group as usize] && !step.commits {
             true => Ok(None),
             false => self.store.plan_write(&self.working, chunk, group, planes).map(Some),
         };
-        let plans = [
-            plan(Group::Weight, 1)?,
-            plan(Group::Update, place.format().update_planes().len())?,
-        ];
+        let plans =
+            [plan(Group::Weight, 1)?, plan(Group::Update, place.format().update_planes().len())?];
         self.held.change(place.record, chunk);
         let kernel = self.kernel;
         let bindings = plans.each_ref().map(|plan| plan.as_ref().map(|plan| &plan.binding));
@@ -66,7 +64,8 @@ impl Executor {
         self.updates[index].writes_left = plans.iter().flatten().count();
         self.touched |= self.updates[index].writes_left > 0;
         let slots = [weight_out.unwrap_or(weights), planes];
-        for (((group, plan), sums), slot) in Group::ALL.into_iter().zip(plans).zip(sums).zip(slots) {
+        for (((group, plan), sums), slot) in Group::ALL.into_iter().zip(plans).zip(sums).zip(slots)
+        {
             let Some(plan) = plan else { continue };
             self.updates[index].written.push((group, plan.entry, sums));
             let (drive, offset, bytes) = (plan.drive, plan.offset, slot.len());
@@ -76,6 +75,7 @@ impl Executor {
         Timings::add(&self.shared.timings.update, start);
         if self.updates[index].writes_left == 0 {
             self.end_update(index);
+            self.ended_in_ram = true;
         }
         Ok(())
     }

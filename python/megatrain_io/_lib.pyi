@@ -210,9 +210,7 @@ class Pipeline:
     def registration_refused(self) -> str | None: ...
     @property
     def huge_pages(self) -> tuple[int, int] | None: ...
-    def begin(
-        self, schedule: Schedule, adamw: tuple[float, float, float, float, int], commits: bool
-    ) -> None:
+    def begin(self, schedule: Schedule, adamw: tuple[float, float, float, float, int], commits: bool) -> None:
         """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
 
     def take_weights(self, record: int) -> Buffer:

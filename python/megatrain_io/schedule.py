@@ -67,8 +67,8 @@ class ChunkOp:
             return 0
         weights = commits or self.chunk.record not in residents.records
         planes = commits or self.chunk.index not in residents.chunks
-        return (
-            weights * layout.weight_extent_bytes(self.chunk) + planes * layout.update_extent_bytes(self.chunk)
+        return weights * layout.weight_extent_bytes(self.chunk) + planes * layout.update_extent_bytes(
+            self.chunk
         )
 
 
@@ -171,7 +171,9 @@ def pool_sizes(
     paged = [record for record in range(len(layout.records)) if record not in residents.records]
     block_bytes = max((layout.record_weight_bytes(block) for block in blocks if block in paged), default=0)
     block_gradient = max(map(layout.record_gradient_bytes, blocks))
-    outer = [record for record in others if record in paged and layout.record_weight_bytes(record) > block_bytes]
+    outer = [
+        record for record in others if record in paged and layout.record_weight_bytes(record) > block_bytes
+    ]
     in_blocks = len(paged) - len(outer)
     outer_gradient = [record for record in others if layout.record_gradient_bytes(record) > block_gradient]
     held, held_gradient = layout.prologue in outer, layout.prologue in outer_gradient
@@ -179,12 +181,11 @@ def pool_sizes(
     # from the epilogue to the end of the step.
     beside = int(borrows_prologue)
     updated = [
-        chunk
-        for chunk in layout.chunks
-        if chunk.record in paged or chunk.index not in residents.chunks
+        chunk for chunk in layout.chunks if chunk.record in paged or chunk.index not in residents.chunks
     ]
     slot = max(
-        (layout.weight_extent_bytes(chunk) + layout.update_extent_bytes(chunk) for chunk in updated), default=0
+        (layout.weight_extent_bytes(chunk) + layout.update_extent_bytes(chunk) for chunk in updated),
+        default=0,
     )
     return PoolSizes(
         chunk_slots=(slot, min(chunk_slots, len(updated)) if training else 0),

@@ -18,8 +18,9 @@ PYTHON_FLOORS: dict[str, int] = {
         ["config", "config_values", "errors", "interrupt", "metrics", "profile", "run", "trainer_state"], 0
     ),
     **dict.fromkeys(
-        ["layout", "miniature", "model", "probe", "schedule", "skeleton", "tensor_manifest", "workspace"], 1
+        ["layout", "miniature", "model", "probe", "residents", "schedule", "skeleton", "tensor_manifest"], 1
     ),
+    **dict.fromkeys(["workspace"], 1),
     **dict.fromkeys(["data", "documents", "rows", "sources", "tokens"], 1),
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
     **dict.fromkeys(["drive", "measure", "outside"], 1),

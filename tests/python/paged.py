@@ -17,6 +17,8 @@ from megatrain_io.convert import create_store
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.probe import CutFacts, probe
+from megatrain_io.residents import choose_residents, resident_nbytes
+from megatrain_io.schedule import Residents
 from megatrain_io.stream import PagedModel, model_parts
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
 from reference.reference import Hyperparameters, build, micro_batches, tiny_config
@@ -99,19 +101,30 @@ def opened(
     threads: int = 0,
     small_pool: bool = False,
     drives: int = DRIVES,
+    resident_share: float = 0.0,
 ) -> Iterator[PagedModel]:
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
     with PagedState(*files(path, drives), engine=engine) as state:
         model = PagedModel(cut_model(case), state)
         hyperparameters = case.hyperparameters
+        residents = resident_part(model, resident_share)
         state.start(
-            model.pool_sizes(training=True, **sizes),
+            model.pool_sizes(training=True, residents=residents, **sizes),
+            residents=residents,
             settings=lambda place: TensorSettings(
                 hyperparameters.weight_decay if len(place.shape) >= 2 else 0.0
             ),
             threads=threads,
         )
         yield model
+
+
+def resident_part(model: PagedModel, share: float) -> Residents:
+    """What stays in RAM if that has room for ``share`` of the state."""
+    layout = model.state.layout
+    everything = choose_residents(layout, model.training_schedule, 1 << 60)
+    room = int(share * resident_nbytes(everything, layout))
+    return choose_residents(layout, model.training_schedule, room)
 
 
 def to_micro_batch(batch: dict[str, torch.Tensor]) -> MicroBatch:
@@ -128,11 +141,12 @@ def progress_of(state: PagedState) -> tuple[int, list[float]]:
     return text["step"], [float.fromhex(loss) for loss in text["losses"]]
 
 
-def train(model: PagedModel, case: Case, stop: int | None = None) -> list[float]:
-    """Go on from the last committed step to ``stop`` (all steps); the losses of all steps."""
+def train(model: PagedModel, case: Case, stop: int | None = None, commit_every: int = 1) -> list[float]:
+    """Go on from the last committed step to ``stop`` (all steps), which is committed; the losses of all steps."""
     hyperparameters, steps = case.hyperparameters, case.steps
     done, losses = progress_of(model.state)
-    for number in range(done, len(steps) if stop is None else stop):
+    end = len(steps) if stop is None else stop
+    for number in range(done, end):
         adamw = AdamWStep(
             number + 1,
             hyperparameters.lr[number],
@@ -142,7 +156,9 @@ def train(model: PagedModel, case: Case, stop: int | None = None) -> list[float]
         )
         batches = [to_micro_batch(batch) for batch in steps[number]]
         # The blob of a step must hold its own loss, which is known before its last update.
-        losses.append(model.train_step(batches, adamw, lambda loss: blob(number + 1, [*losses, loss])).loss)  # noqa: B023
+        made = lambda loss: blob(number + 1, [*losses, loss])  # noqa: B023, E731
+        commits = (number + 1) % commit_every == 0 or number + 1 == end
+        losses.append(model.train_step(batches, adamw, made if commits else None).loss)
     model.state.wait_settled()
     return losses
 
@@ -166,9 +182,9 @@ def differing(got: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor]) -
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    store, engine, tied, count = sys.argv[1:]
+    store, engine, tied, count, resident_share = sys.argv[1:]
     running = Case(tied=tied == "tied", dtype=torch.bfloat16, counts=(1,) * int(count))
-    with opened(Path(store), running, engine=engine) as paged:
+    with opened(Path(store), running, engine=engine, resident_share=float(resident_share)) as paged:
         print("training", flush=True)  # noqa: T201 - the test that started this waits for it
         train(paged, running)
     print("done", flush=True)  # noqa: T201 - the test that started this looks for it

@@ -9,10 +9,10 @@ from reference.reference import train as train_in_memory
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def check(case, path, *, chunk_parameters=None, engine="auto", drives=DRIVES, **how):
+def check(case, path, *, chunk_parameters=None, engine="auto", drives=DRIVES, commit_every=1, **how):
     make_store(path, case, chunk_parameters, engine, drives)
     with opened(path, case, engine=engine, drives=drives, **how) as model:
-        losses = train(model, case)
+        losses = train(model, case, commit_every=commit_every)
         planes = all_planes(model.state)
     expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
     assert losses == expected.losses
@@ -41,6 +41,11 @@ def test_twenty_steps_equal_stock_training(tmp_path, family, tied, dtype, micro_
         {"threads": 2},
         {"drives": 2},
         {"drives": 3, "chunk_parameters": 4096, "engine": "threads"},
+        {"resident_share": 0.1, "small_pool": True},
+        {"resident_share": 0.5, "chunk_parameters": 4096},
+        {"resident_share": 0.5, "commit_every": 3},
+        {"resident_share": 1.0},
+        {"resident_share": 1.0, "commit_every": 2, "small_pool": True},
     ],
     ids=str,
 )

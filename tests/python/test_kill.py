@@ -30,7 +30,8 @@ def test_twenty_kills_lose_nothing_but_the_step_under_way(tmp_path):
     while kills < 20:
         engine = ("uring", "threads", "auto")[kills % 3]
         # Between 5 ms and 250 ms after training began: within the first few steps of each life.
-        killed = run_and_kill(tmp_path / "killed", engine, after=moments.uniform(0.005, 0.25))
+        share = (0.0, 0.3, 0.7, 1.0)[kills % 4]
+        killed = run_and_kill(tmp_path / "killed", engine, share, after=moments.uniform(0.005, 0.25))
         assert killed, f"seed {seed}: training was done after {kills} kills; it needs more steps"
         kills += 1
         with PagedState(*files(tmp_path / "killed")) as state:
@@ -46,10 +47,10 @@ def test_twenty_kills_lose_nothing_but_the_step_under_way(tmp_path):
         assert differing(all_planes(model.state), expected) == [], f"seed {seed}"
 
 
-def run_and_kill(store: Path, engine: str, after: float) -> bool:
+def run_and_kill(store: Path, engine: str, resident_share: float, after: float) -> bool:
     """Train in a process of its own; whether it was killed before it was done."""
     script = Path(__file__).with_name("paged.py")
-    command = [sys.executable, str(script), str(store), engine, "tied", str(STEPS)]
+    command = [sys.executable, str(script), str(store), engine, "tied", str(STEPS), str(resident_share)]
     environment = {"PYTHONPATH": str(script.parents[1]), "PATH": "", PROFILE: str(DRIVES)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None

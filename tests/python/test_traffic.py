@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatrain_io.residents import resident_nbytes
 from megatrain_io.schedule import traffic
-from paged import Case, make_store, opened, train
+from paged import Case, make_store, opened, resident_part, train
 
 SIZES = {
     "hidden_size": 256,
@@ -25,6 +26,18 @@ def kernel_counters() -> tuple[int, int]:
     return int(fields["read_bytes"]), int(fields["write_bytes"])
 
 
+def measured(model, case, commit_every: int = 1) -> tuple[float, float]:
+    """Bytes read and written by a step, after two that are not counted."""
+    if not model.state.is_direct:
+        pytest.skip("the file system of the temporary folder has no direct I/O: the kernel does not count")
+    train(model, case, stop=2)
+    before = kernel_counters()
+    train(model, case, commit_every=commit_every)
+    after = kernel_counters()
+    read, written = ((b - a) / MEASURED_STEPS for a, b in zip(before, after, strict=True))
+    return read, written
+
+
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -32,15 +45,7 @@ def test_bytes_per_parameter_and_step(tmp_path, dtype, tied, micro_batches):
     case = Case(tied=tied, dtype=dtype, counts=(micro_batches,) * (2 + MEASURED_STEPS), overrides=SIZES)
     make_store(tmp_path / "store", case)
     with opened(tmp_path / "store", case) as model:
-        if not model.state.is_direct:
-            pytest.skip(
-                "the file system of the temporary folder has no direct I/O: the kernel does not count"
-            )
-        train(model, case, stop=2)
-        before = kernel_counters()
-        train(model, case)
-        after = kernel_counters()
-        read, written = ((b - a) / MEASURED_STEPS for a, b in zip(before, after, strict=True))
+        read, written = measured(model, case)
         layout = model.state.layout
         parameters = layout.parameters
         shared = layout.records[layout.prologue].parameters if tied else 0
@@ -53,3 +58,30 @@ def test_bytes_per_parameter_and_step(tmp_path, dtype, tied, micro_batches):
     # What the schedule says is what the kernel saw; metadata of the commit is what is left.
     assert predicted_read <= read <= 1.01 * predicted_read
     assert predicted_written <= written <= 1.01 * predicted_written
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_what_stays_in_ram_moves_as_the_formulas_say(tmp_path, dtype, tied, share):
+    case = Case(tied=tied, dtype=dtype, counts=(1,) * (2 + MEASURED_STEPS), overrides=SIZES)
+    make_store(tmp_path / "store", case, chunk_parameters=1 << 16)
+    with opened(tmp_path / "store", case, resident_share=share) as model:
+        # Steps 3 to 5, of which the last one is committed.
+        read, written = measured(model, case, commit_every=MEASURED_STEPS + 2)
+        layout, schedule = model.state.layout, model.training_schedule
+        residents = resident_part(model, share)
+        between = traffic(schedule, layout, residents, commits=False)
+        commit = traffic(schedule, layout, residents)
+    stays = resident_nbytes(residents, layout)
+    table = 1 << 20
+    expected = ((MEASURED_STEPS - 1) * between[1] + commit[1]) / MEASURED_STEPS
+    assert between[0] == commit[0]
+    assert commit[0] <= read <= 1.01 * commit[0] + table
+    assert expected <= written <= 1.01 * expected + table
+    # W = 12 P - C (1 - 1 / K), whatever stays.
+    everything = traffic(schedule, layout)
+    assert expected == pytest.approx(everything[1] - stays * (1 - 1 / MEASURED_STEPS), rel=1e-12)
+    if share == 1.0:
+        assert commit[0] == 0
+        assert between == (0, 0)

@@ -58,6 +58,7 @@ impl Pipeline {
     /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order; `residents`
     /// lists the records whose weights stay in RAM, and the chunks whose update planes do.
     #[new]
+    #[expect(clippy::too_many_arguments, reason = "each is set once, in one place")]
     fn new(
         py: Python<'_>,
         store: &Store,

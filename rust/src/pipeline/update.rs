@@ -102,6 +102,7 @@ pub(super) enum Weights<'a> {
 
 /// Updates one chunk and returns the checksums of those of its two groups that have a binding, or nothing
 /// for a group. `gradient` is the chunk's part of its record's buffer, `planes` the update group.
+#[expect(clippy::too_many_arguments, reason = "one for each part of a chunk")]
 pub(super) fn update_chunk(
     kernel: Kernel,
     spans: &[Span],

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatrain_io.checkpoint import SavedInputs
 from megatrain_io.errors import MegatrainIoError, TrainingDivergedError, UnsupportedModelError
 from megatrain_io.model import BlockCall, CutModel, MicroBatch
+from megatrain_io.rehearsal import CANNOT_REHEARSE, Rehearsal
 from megatrain_io.schedule import Phase, PoolSizes, Residents, build_schedule, pool_sizes
 from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, PagedState
 from megatrain_io.workspace import WorkspaceMeter
@@ -144,7 +145,15 @@ class PagedModel:
         with self._step(micro_batches, self._training, adamw, commits=blob is not None) as step:
             step.prologue()
             step.forward(saving=True)
-            loss = step.epilogue(training=True, learning_rate=adamw.learning_rate)
+            loss = step.epilogue(training=True)
+            if not loss.isfinite():
+                # Before anything is updated: nothing was written of this step.
+                raise TrainingDivergedError(
+                    f"the loss of step {adamw.step} is {loss.item()}. The step was dropped; the last committed step "
+                    f"stands. Lower the learning rate (it was {adamw.learning_rate:g}) or look at the data of this "
+                    "step"
+                )
+            step.leave_epilogue()
             step.backward()
             step.prologue_backward()
             self.state.end(None if blob is None else blob(loss.item()))
@@ -157,8 +166,33 @@ class PagedModel:
             step.prologue()
             step.forward(saving=False)
             loss = step.epilogue(training=False)
+            step.leave_epilogue()
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)
+
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> int | None:
+        """Bytes of tensors that a training step needs at once, beside pool and saved inputs.
+
+        Nothing is computed, read or allocated: the step runs on shapes alone. None where the model's shapes
+        depend on its data, so that only a real step can tell.
+        """
+        self.cut.train()
+        rehearsal = Rehearsal(self.state.layout)
+        step = _Step(self, micro_batches, 1, rehearsal)
+        random_state = torch.get_rng_state()
+        try:
+            with rehearsal.running():
+                step.prologue()
+                step.forward(saving=True)
+                step.epilogue(training=True)
+                step.leave_epilogue()
+                step.backward()
+                step.prologue_backward()
+        except CANNOT_REHEARSE:
+            return None
+        finally:
+            torch.set_rng_state(random_state)
+        return rehearsal.peak_nbytes
 
     @contextmanager
     def _step(
@@ -205,19 +239,27 @@ class PagedModel:
 class _Step:
     """One pass over all micro-batches: the phases, in the order in which they are called."""
 
-    def __init__(self, model: PagedModel, micro_batches: Sequence[MicroBatch], number: int) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        micro_batches: Sequence[MicroBatch],
+        number: int,
+        rehearsal: Rehearsal | None = None,
+    ) -> None:
         self.num_items = trained_tokens(micro_batches)
         if self.num_items == 0:
             raise MegatrainIoError("no token of this step has a label: there is nothing to train or measure")
         self._model = model
         self._cut = model.cut
-        self._state = model.state
-        self._layout = model.state.layout
+        self._state = rehearsal or model.state
+        self._saved = rehearsal or model.saved
+        self._layout = self._state.layout
         self._micro_batches = micro_batches
         self._number = number
         self._hidden: list[Tensor] = []
         self._calls: list[tuple[BlockCall, ...]] = []
         self._last_block: BorrowedRecord | None = None
+        self._in_epilogue: list[tuple[BorrowedRecord, _Gradient | None]] = []
         self._table_gradient: _Gradient | None = None
 
     def prologue(self) -> None:
@@ -236,13 +278,13 @@ class _Step:
         """All blocks, first to last. The last one's weights stay for the backward pass."""
         last = self._layout.blocks - 1
         if saving:
-            self._model.saved.reserve(self._layout.blocks, self._hidden)
+            self._saved.reserve(self._layout.blocks, self._hidden)
         for block in range(self._layout.blocks):
             weights = self._state.weights(self._layout.block(block))
             with torch.no_grad():
                 for index, calls in enumerate(self._calls):
                     if saving:
-                        self._model.saved.put(block, index, self._hidden[index])
+                        self._saved.put(block, index, self._hidden[index])
                     self._seed(index, Phase.FORWARD, block)
                     self._hidden[index] = self._cut.run_block(
                         block, weights.tensors, self._hidden[index], calls[block]
@@ -252,12 +294,8 @@ class _Step:
             else:
                 weights.give_back()
 
-    def epilogue(self, *, training: bool, learning_rate: float = 0.0) -> Tensor:
-        """The loss of the step; with ``training``, its gradients too, by micro-batch and slice.
-
-        Raises:
-            TrainingDivergedError: the loss is not finite; ``learning_rate`` is for its message.
-        """
+    def epilogue(self, *, training: bool) -> Tensor:
+        """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
         layout = self._layout
         own = None if layout.epilogue is None else self._state.weights(layout.epilogue)
         table = self._state.weights(layout.prologue) if self._cut.epilogue_borrowed else None
@@ -276,20 +314,20 @@ class _Step:
                 total = loss if total is None else total + loss
         if total is None:
             raise MegatrainIoError("a step needs at least one micro-batch")
-        if training and not total.isfinite():
-            # Before anything is updated: nothing was written of this step.
-            raise TrainingDivergedError(
-                f"the loss of step {self._number} is {total.item()}. The step was dropped; the last committed step "
-                f"stands. Lower the learning rate (it was {learning_rate:g}) or look at the data of this step"
-            )
-        if own is not None and layout.epilogue is not None:
-            if training:
-                gradients[0].submit(own)
-            else:
-                own.give_back()
+        if own is not None:
+            self._in_epilogue.append((own, gradients[0] if training else None))
         if table is not None:
-            table.give_back()
+            self._in_epilogue.append((table, None))
         return total
+
+    def leave_epilogue(self) -> None:
+        """Hand its own gradients over, and give back what was borrowed for it."""
+        for weights, gradient in self._in_epilogue:
+            if gradient is not None:
+                gradient.submit(weights)
+            else:
+                weights.give_back()
+        self._in_epilogue.clear()
 
     def backward(self) -> None:
         """All blocks, last to first: recompute, gradients, hand them over for the update."""
@@ -353,7 +391,7 @@ class _Step:
     ) -> Tensor:
         """Gradient of the block's input; those of its parameters are added to ``gradient``."""
         # The gradient of a block's output has the shape and dtype of its input.
-        saved = self._model.saved.get(block, index, like=self._hidden[index])
+        saved = self._saved.get(block, index, like=self._hidden[index])
         hidden = saved.detach().requires_grad_()
         leaves = _leaves(tensors)
         out = self._cut.run_block(block, leaves, hidden, self._calls[index][block])
@@ -373,7 +411,9 @@ class _Step:
 class _Gradient:
     """The fp32 gradient of one record, summed over micro-batches in place."""
 
-    def __init__(self, state: PagedState, record: int, expected: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, state: PagedState | Rehearsal, record: int, expected: Sequence[str] | None = None
+    ) -> None:
         """``expected`` names the tensors that get gradients first; None = all of the record's."""
         self._state = state
         self._record = record

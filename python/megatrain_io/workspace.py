@@ -1,7 +1,8 @@
 """What compute itself needs: the tensors that torch makes while a step runs, counted as they come and go."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,16 @@ class WorkspaceMeter(TorchDispatchMode):
         self.peak_nbytes = 0
         self._nbytes = 0
         self._known: set[int] = set()
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Tensors that are made inside are not counted."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def __torch_dispatch__(
         self,
@@ -35,27 +46,28 @@ class WorkspaceMeter(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the operation and count what it made."""
-        inputs = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {_identity(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _address(leaf) not in inputs:
+            if isinstance(leaf, Tensor) and _identity(leaf) not in inputs:
                 self._enter(leaf)
         return result
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        address, nbytes = storage.data_ptr(), storage.nbytes()
-        if address in self._known or nbytes == 0:
+        identity, nbytes = _identity(tensor), storage.nbytes()
+        if identity in self._known or nbytes == 0 or self._is_paused:
             return
-        self._known.add(address)
+        self._known.add(identity)
         self._nbytes += nbytes
         self.peak_nbytes = max(self.peak_nbytes, self._nbytes)
-        weakref.finalize(storage, self._leave, address, nbytes).atexit = False
+        weakref.finalize(storage, self._leave, identity, nbytes).atexit = False
 
-    def _leave(self, address: int, nbytes: int) -> None:
-        self._known.discard(address)
+    def _leave(self, identity: int, nbytes: int) -> None:
+        self._known.discard(identity)
         self._nbytes -= nbytes
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _identity(tensor: Tensor) -> int:
+    """Of the storage, which views share; a fake tensor has no address."""
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - nothing public tells two storages apart

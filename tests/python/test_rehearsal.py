@@ -1,0 +1,66 @@
+"""A step on shapes alone says what a real one allocates."""
+
+import pytest
+import torch
+
+from megatrain_io.layout import ModelLayout
+from megatrain_io.rehearsal import shortened
+from megatrain_io.stream import model_parts
+from paged import Case, cut_model, make_store, opened, to_micro_batch, train
+
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "vocab_size": 2053,
+    "num_hidden_layers": 5,
+    "head_dim": 64,
+}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_rehearsed_step_needs_what_a_real_one_does(tmp_path, family, tied, dtype, micro_batches):
+    case = Case(family, tied, dtype, (micro_batches,), SIZES)
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case) as model:
+        batches = [to_micro_batch(batch) for batch in case.steps[0]]
+        expected = model.rehearse(batches)
+        read = model.state.io_bytes()
+        train(model, case)
+        measured = model.state.ledger.balances()["activations"][1]
+    assert read == (0, 0) or read[0] < 1 << 20, "nothing of the model was read"
+    assert expected == pytest.approx(measured, rel=0.01)
+
+
+def test_dropout_of_the_step_after_is_what_it_would_have_been(tmp_path):
+    case = Case(counts=(1,))
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case) as model:
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        model.rehearse([to_micro_batch(batch) for batch in case.steps[0]])
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_slices_of_logits_are_rehearsed_too(tmp_path):
+    case = Case(counts=(1,), overrides=SIZES)
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case) as model:
+        model.slice_tokens = 8
+        expected = model.rehearse([to_micro_batch(batch) for batch in case.steps[0]])
+        train(model, case)
+        measured = model.state.ledger.balances()["activations"][1]
+    assert expected == pytest.approx(measured, rel=0.01)
+
+
+def test_two_blocks_stand_for_all_that_are_alike():
+    cut = cut_model(Case(overrides=SIZES))
+    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "f32")
+    short = shortened(layout)
+    assert (short.blocks, len(short.records)) == (2, len(layout.records) - 3)
+    assert short.records[-1] == layout.records[-1]
+    parts = [(name, tensors if name != "block 3" else tensors[:-1]) for name, tensors in model_parts(cut)]
+    unlike = ModelLayout.build(parts, len(cut.blocks), "f32")
+    assert shortened(unlike) == unlike

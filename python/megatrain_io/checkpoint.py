@@ -8,11 +8,20 @@ from torch import Tensor
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.swap import Ledger, allocate
 
-__all__ = ["SavedInputs"]
+__all__ = ["SavedInputs", "saved_inputs_nbytes"]
 
 _ACCOUNT = "saved inputs"
 # As tensors in a block buffer: matrix kernels choose their path by alignment.
 _ALIGNMENT = 256
+
+
+def saved_inputs_nbytes(blocks: int, hidden: Sequence[Tensor]) -> int:
+    """Bytes of the inputs of ``blocks`` blocks, each as large as ``hidden`` (one a micro-batch)."""
+    return blocks * sum(_aligned(tensor.nbytes) for tensor in hidden) + _ALIGNMENT
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class SavedInputs:
@@ -35,8 +44,8 @@ class SavedInputs:
         self._block_nbytes = 0
         for tensor in hidden:
             self._offsets.append(self._block_nbytes)
-            self._block_nbytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        nbytes = blocks * self._block_nbytes + _ALIGNMENT
+            self._block_nbytes += _aligned(tensor.nbytes)
+        nbytes = saved_inputs_nbytes(blocks, hidden)
         if nbytes > self._arena.nbytes:
             self._arena = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
             self._arena = allocate(nbytes, self._ledger, _ACCOUNT)

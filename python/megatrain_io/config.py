@@ -22,6 +22,7 @@ from megatrain_io.config_values import (
     FractionOrPath,
     LocalPath,
     Paths,
+    Size,
     WholeCount,
 )
 from megatrain_io.errors import ConfigError
@@ -104,6 +105,8 @@ class MemoryConfig(_Section):
     """step: committed steps survive a crash; scratch: only a clean end does, in half the space"""
     commit_every: Count = 1
     """steps between two commits: at most so many are lost in a crash"""
+    ram: Size | None = None
+    """what training may allocate, such as 4GiB; state stays in what buffers leave of it; null: half of what is free"""
     io_backend: Literal["auto", "uring", "threads"] = "auto"
     """auto, uring or threads"""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -152,14 +155,14 @@ _ALIASES: dict[tuple[str, str], str] = {
     ("data", "cutoff_len"): "max_length",
     ("data", "max_seq_length"): "max_length",
 }
-_TEXT_KEYS = {"model", "output_dir", "chat_template", "store_dir", "format", "fields"} | {"data.train"}
+_TEXT_KEYS = {"ram", "model", "output_dir", "chat_template", "store_dir", "format", "fields"} | {"data.train"}
 _EXPONENT = re.compile(r"([-+]?)(\d*)\.?(\d*)[eE]([-+]?)(\d+)")
 
 # Keys of other tools, and what is so here.
 _ELSEWHERE: dict[str, str] = {
     name: sentence
     for names, sentence in (
-        ("max_grad_norm gradient_clipping ram vram max_disk max_tbw", "not available yet; remove it"),
+        ("max_grad_norm gradient_clipping vram max_disk max_tbw", "not available yet; remove it"),
         ("report_to run_name wandb_project logging_dir callbacks", "not available yet; remove it"),
         ("lora lora_r lora_rank lora_alpha lora_dropout lora_target peft", "not available yet; remove it"),
         ("lora_target_modules load_in_4bit load_in_8bit quantization_bit", "not available yet; remove it"),

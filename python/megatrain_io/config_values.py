@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
 __all__ = [
     "INT_MAX",
@@ -13,10 +21,12 @@ __all__ = [
     "FractionOrPath",
     "LocalPath",
     "Paths",
+    "Size",
     "WholeCount",
 ]
 
 INT_MAX = 2**31 - 1
+_BYTES = TypeAdapter(ByteSize)
 
 
 def _text(value: Any) -> str:
@@ -58,6 +68,17 @@ def _not_zero_in_fp32(value: float) -> float:
     return value
 
 
+def _size(value: Any) -> int:
+    if isinstance(value, str):
+        try:
+            value = int(_BYTES.validate_python(value))
+        except ValidationError:
+            raise ValueError("must be a size, such as 4GiB") from None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError("must be a size, such as 4GiB")
+    return value
+
+
 def _folders(value: Any) -> tuple[Path, ...]:
     values = value if isinstance(value, list) else [value]
     if not values:
@@ -67,6 +88,7 @@ def _folders(value: Any) -> tuple[Path, ...]:
 
 Count = Annotated[int, Field(ge=1, le=INT_MAX)]
 WholeCount = Annotated[Count, BeforeValidator(_whole)]
+Size = Annotated[int, PlainValidator(_size)]
 LocalPath = Annotated[Path, BeforeValidator(_path)]
 Folders = Annotated[tuple[Path, ...], BeforeValidator(_folders)]
 Paths = Annotated[list[str], PlainValidator(_texts)]

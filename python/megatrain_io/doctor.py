@@ -9,27 +9,19 @@ import platform
 import re
 import resource
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatrain_io.drive import Mount, drive_texts, examine_drive, parse_choice, read_mounts, read_text
+from megatrain_io.drive import drive_texts, examine_drive, parse_choice, read_mounts, read_text
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.profile import Profile, default_path
+from megatrain_io.ram import memory
 from megatrain_io.report import gib
 
 __all__ = ["cpu_model", "examine", "render"]
 
-ReadText = Callable[[Path], str | None]
-
-_CGROUP_FILES = {
-    2: (("memory.max", "memory.high"), "memory.current", "inactive_file"),
-    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
-}
-_NO_LIMIT = 2**60
-"""cgroup v1 says "no limit" with a number near 2**63."""
 _CPU_FEATURES = (
     "sse4_2",
     "avx2",
@@ -44,65 +36,7 @@ _CPU_FEATURES = (
 )
 
 
-@dataclass(frozen=True)
-class CgroupLimit:
-    """The tightest memory limit of the control groups above this process; ``used`` is without page cache."""
-
-    version: int
-    file: str
-    limit: int
-    used: int
-
-
 # ------------------------------------------------------------------------------------------------ parsing
-
-
-def cgroup_folders(cgroup: str, mounts: list[Mount]) -> Iterator[tuple[int, Path]]:
-    """``(version, folder)`` of every memory control group above a process, from the inside out.
-
-    Args:
-        cgroup: ``/proc/self/cgroup``.
-        mounts: of ``/proc/self/mountinfo``.
-    """
-    for line in cgroup.splitlines():
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if "memory" in controllers.split(","):
-            kind, number = "cgroup", 1
-        elif hierarchy == "0" and not controllers:
-            kind, number = "cgroup2", 2
-        else:
-            continue
-        for mount in mounts:
-            if mount.kind == kind and (number == 2 or "memory" in mount.options):  # noqa: PLR2004 - a version
-                top = Path(mount.point)
-                # Without a namespace of its own, a container sees its path from the host's root.
-                inside = Path(path)
-                below = inside.relative_to(mount.root) if inside.is_relative_to(mount.root) else Path()
-                folder = top / below
-                yield from (
-                    (number, level) for level in (folder, *folder.parents) if level.is_relative_to(top)
-                )
-
-
-def cgroup_limit(folders: Iterator[tuple[int, Path]], read: ReadText) -> CgroupLimit | None:
-    """The limit that leaves the least room, or None where there is none."""
-    found = []
-    for number, folder in folders:
-        limits, usage, cache = _CGROUP_FILES[number]
-        statistics = re.search(rf"^{cache} (\d+)$", read(folder / "memory.stat") or "", re.MULTILINE)
-        used = _number(read(folder / usage)) or 0
-        used = max(0, used - (int(statistics[1]) if statistics else 0))
-        for name in limits:
-            limit = _number(read(folder / name))
-            if limit is not None and limit < _NO_LIMIT:
-                found.append(CgroupLimit(number, str(folder / name), limit, used))
-    return min(found, key=lambda one: one.limit - one.used, default=None)
-
-
-def _number(text: str | None) -> int | None:
-    """The number that a file holds; ``max`` is none."""
-    return int(text) if text is not None and text.strip().isdigit() else None
 
 
 def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
@@ -150,7 +84,7 @@ def examine(folder: Path, profile: Path | None = None) -> dict[str, Any]:
         },
         "system": _system(cgroup),
         "cpu": _cpu(),
-        "memory": _memory(cgroup, mounts),
+        "memory": memory(cgroup, mounts),
         "gpus": _gpus(),
         "drive": drive,
         "measured": _measured(drive, default_path() if profile is None else profile),
@@ -205,26 +139,6 @@ def _cpu() -> dict[str, Any]:
     model, features = parse_cpuinfo(read_text("/proc/cpuinfo") or "")
     usable = len(os.sched_getaffinity(0))
     return {"model": model, "cores": psutil.cpu_count(logical=False), "threads": usable, "features": features}
-
-
-def _memory(cgroup: str, mounts: list[Mount]) -> dict[str, Any]:
-    import psutil
-
-    total, available = psutil.virtual_memory()[:2]
-    return memory_that_counts(total, available, cgroup_limit(cgroup_folders(cgroup, mounts), read_text))
-
-
-def memory_that_counts(total: int, available: int, limit: CgroupLimit | None) -> dict[str, Any]:
-    """RAM of the host, the limit of the control group, and what may really be used, and why."""
-    room = None if limit is None else max(0, limit.limit - limit.used)
-    is_limited = room is not None and room < available
-    return {
-        "total": total,
-        "available": available,
-        "cgroup": None if limit is None else asdict(limit),
-        "usable": room if is_limited else available,
-        "usable_because": "the cgroup limit" if is_limited else "the host's available memory",
-    }
 
 
 def _gpus() -> dict[str, Any]:

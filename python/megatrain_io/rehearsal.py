@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from megatrain_io.checkpoint import saved_inputs_nbytes
 from megatrain_io.layout import ModelLayout, Record
 from megatrain_io.swap import BorrowedRecord
 from megatrain_io.workspace import WorkspaceMeter
@@ -34,11 +35,14 @@ def shortened(layout: ModelLayout) -> ModelLayout:
 
 
 class _FakeRecord(BorrowedRecord):
-    """Stands for a borrowed record: tensors of its shapes, which nobody counts."""
+    """Stands for a borrowed record: zeros of its shapes, which nobody counts.
+
+    Real ones have no memory either until they are written to, and reading touches a few rows of a table.
+    """
 
     def __init__(self, meter: WorkspaceMeter, record: Record, dtype: torch.dtype) -> None:
         with meter.paused():
-            self.tensors = {place.name: torch.empty(place.shape, dtype=dtype) for place in record.tensors}
+            self.tensors = {place.name: torch.zeros(place.shape, dtype=dtype) for place in record.tensors}
 
     def give_back(self) -> None:
         self.tensors = {}
@@ -50,24 +54,39 @@ class Rehearsal:
     Attributes:
         layout: of the model, shortened where its blocks are alike.
         peak_nbytes: most bytes of tensors that were alive at once, without those of pool and saved inputs.
+        saved_nbytes: of the inputs of all blocks.
     """
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = shortened(layout)
+        self.saved_nbytes = 0
+        self._blocks = layout.blocks
         self._dtype = torch.float32 if layout.format == "f32" else torch.bfloat16
         self._meter = WorkspaceMeter()
+        self._prologue = 0
+        self._least = 0
         self._inputs: dict[tuple[int, int], Tensor] = {}
 
     @property
     def peak_nbytes(self) -> int:
         """So far."""
-        return self._meter.peak_nbytes
+        return max(self._meter.peak_nbytes, self._least)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Inside, torch computes shapes alone."""
+    def prologue(self) -> Iterator[None]:
+        """Inside, torch computes: masks are made by code that looks at its data."""
+        before = self._meter.nbytes
+        with self._meter:
+            yield
+        self._prologue = self._meter.peak_nbytes - before
+
+    @contextmanager
+    def blocks(self) -> Iterator[None]:
+        """Inside, torch computes shapes alone. What the prologue's backward pass takes comes on top."""
         with FakeTensorMode(allow_non_fake_inputs=True), self._meter:
             yield
+        gradient = sum(place.elements for place in self.layout.records[0].tensors) * self._dtype.itemsize
+        self._least = self._meter.nbytes + self._prologue + gradient
 
     def weights(self, record: int) -> BorrowedRecord:
         """As ``PagedState.weights``."""
@@ -84,7 +103,9 @@ class Rehearsal:
         gradient.give_back()
 
     def reserve(self, blocks: int, hidden: Sequence[Tensor]) -> None:
-        """As ``SavedInputs.reserve``."""
+        """As ``SavedInputs.reserve``; takes note of what a whole model needs."""
+        del blocks
+        self.saved_nbytes = saved_inputs_nbytes(self._blocks, hidden)
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
         """As ``SavedInputs.put``."""

@@ -280,6 +280,20 @@ class Rows:
             attention_mask=torch.from_numpy(is_token) if padded and not self.packed else None,
         )
 
+    def largest_micro_batch(self, rows: int) -> MicroBatch:
+        """One of the kind and size of the largest that ``rows`` rows can make; its content means nothing."""
+        shape = (rows, max(2, self.longest_row))
+        ids = torch.zeros(shape, dtype=torch.int64)
+        position_ids = attention_mask = None
+        if self.packed:
+            # Two documents in each row: one alone needs no mask.
+            half = shape[1] // 2
+            position_ids = torch.cat([torch.arange(half), torch.arange(shape[1] - half)]).repeat(rows, 1)
+        elif rows > 1:
+            attention_mask = torch.ones_like(ids)
+            attention_mask[0, -1] = 0
+        return MicroBatch(ids, ids.clone(), position_ids, attention_mask)
+
     def _row(self, index: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")

@@ -25,7 +25,7 @@ from megatrain_io.schedule import Phase, PoolSizes, Residents, build_schedule, p
 from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, PagedState
 from megatrain_io.workspace import WorkspaceMeter
 
-__all__ = ["IGNORED", "PagedModel", "StepLoss", "clear_frames", "model_parts", "trained_tokens"]
+__all__ = ["IGNORED", "PagedModel", "StepLoss", "StepMemory", "clear_frames", "model_parts", "trained_tokens"]
 
 IGNORED = -100
 """Label of a token that is not trained."""
@@ -39,6 +39,20 @@ class StepLoss:
 
     loss: float
     trained_tokens: int
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of RAM that a step takes.
+
+    Attributes:
+        activations: tensors that are alive at once; None where the model's shapes depend on its data, so that
+            only a real step can tell.
+        saved_inputs: inputs of all blocks and micro-batches.
+    """
+
+    activations: int | None
+    saved_inputs: int
 
 
 def model_parts(cut: CutModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
@@ -95,8 +109,9 @@ class PagedModel:
         self.seed = seed
         self.saved = SavedInputs(state.ledger)
         vocabulary = cut.config.get_text_config().vocab_size
+        self.borrows_prologue = bool(cut.epilogue_borrowed)
         self.slice_tokens = max(1, logits_bytes // (4 * vocabulary))
-        borrows = bool(cut.epilogue_borrowed)
+        borrows = self.borrows_prologue
         self.training_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=True)
         self.forward_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=False)
         self._metered_size = (False, 0, 0)
@@ -116,7 +131,7 @@ class PagedModel:
         """Sizes of a pool for this model; see ``schedule.pool_sizes``."""
         return pool_sizes(
             self.state.layout,
-            borrows_prologue=bool(self.cut.epilogue_borrowed),
+            borrows_prologue=self.borrows_prologue,
             training=training,
             residents=residents,
             block_buffers=block_buffers,
@@ -170,29 +185,28 @@ class PagedModel:
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)
 
-    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> int | None:
-        """Bytes of tensors that a training step needs at once, beside pool and saved inputs.
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> "StepMemory":
+        """What a training step needs of RAM beside pool and residents.
 
-        Nothing is computed, read or allocated: the step runs on shapes alone. None where the model's shapes
-        depend on its data, so that only a real step can tell.
+        Nothing is read, and all but the masks is computed on shapes alone.
         """
         self.cut.train()
         rehearsal = Rehearsal(self.state.layout)
         step = _Step(self, micro_batches, 1, rehearsal)
         random_state = torch.get_rng_state()
         try:
-            with rehearsal.running():
+            with rehearsal.prologue():
                 step.prologue()
+            with rehearsal.blocks():
                 step.forward(saving=True)
                 step.epilogue(training=True)
                 step.leave_epilogue()
                 step.backward()
-                step.prologue_backward()
         except CANNOT_REHEARSE:
-            return None
+            return StepMemory(None, rehearsal.saved_nbytes)
         finally:
             torch.set_rng_state(random_state)
-        return rehearsal.peak_nbytes
+        return StepMemory(rehearsal.peak_nbytes, rehearsal.saved_nbytes)
 
     @contextmanager
     def _step(

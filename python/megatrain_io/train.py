@@ -18,6 +18,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from megatrain_io.budget import MemoryPlan, StepNeeds, divide
 from megatrain_io.config import RunConfig, TrainConfig
 from megatrain_io.convert import import_model
 from megatrain_io.data import DataOptions, prepare
@@ -27,6 +28,7 @@ from megatrain_io.layout import TensorPlace
 from megatrain_io.metrics import MetricsFile, StepReport
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.probe import probe
+from megatrain_io.ram import usable_ram
 from megatrain_io.report import Reporter
 from megatrain_io.run import RunFolder, replace_file, storage_errors
 from megatrain_io.stream import PagedModel, trained_tokens
@@ -36,6 +38,8 @@ from megatrain_io.trainer_state import TrainerState
 __all__ = ["TrainResult", "learning_rate_at", "train"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# The rest is for the libraries, the page cache and other programs.
+_SHARE_OF_FREE_RAM = 0.5
 # Micro-batches that go through the blocks together when the held-out loss is measured.
 _EVAL_MICRO_BATCHES = 16
 
@@ -211,17 +215,36 @@ class _Trainer:
                 tokenizer.save_pretrained(folder)
                 for file in sorted(Path(folder).iterdir()):
                     replace_file(self._run.model / file.name, file.read_bytes())
+        plan = self._divide_ram()
         self._state.start(
-            self._model.pool_sizes(training=True),
+            plan.pool,
+            residents=plan.residents,
             settings=lambda place: _settings(place, config.train.weight_decay),
             threads=config.memory.threads,
         )
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
-        notes = [*self._notes(), str(self._data.summary)]
+        notes = [*self._notes(), str(plan), str(self._data.summary)]
         if imported:
             notes.insert(0, f"imported {config.model} into {self._state.path}")
         self._reporter.started(step=progress.step, max_steps=self._max_steps, notes=notes)
+
+    def _divide_ram(self) -> MemoryPlan:
+        """What of the budget goes to what; refused here if it is too small."""
+        config, model = self._config, self._model
+        ram = config.memory.ram
+        if ram is None:
+            ram = int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
+        largest = self._data.train.largest_micro_batch(config.train.per_device_train_batch_size)
+        step = model.rehearse([largest] * config.train.gradient_accumulation_steps)
+        tables = self._state.ledger.total()[0]
+        return divide(
+            self._state.layout,
+            model.training_schedule,
+            StepNeeds(tables, step.activations or 0, step.saved_inputs),
+            borrows_prologue=model.borrows_prologue,
+            ram=ram,
+        )
 
     def run(self) -> None:
         """All steps that are left."""

@@ -19,13 +19,14 @@ class WorkspaceMeter(TorchDispatchMode):
     inside a kernel. Memory that was there before, such as buffers of the pool, is not counted.
 
     Attributes:
+        nbytes: alive now.
         peak_nbytes: most bytes alive at once.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.peak_nbytes = 0
-        self._nbytes = 0
+        self.nbytes = 0
         self._known: set[int] = set()
         self._is_paused = False
 
@@ -59,13 +60,13 @@ class WorkspaceMeter(TorchDispatchMode):
         if identity in self._known or nbytes == 0 or self._is_paused:
             return
         self._known.add(identity)
-        self._nbytes += nbytes
-        self.peak_nbytes = max(self.peak_nbytes, self._nbytes)
+        self.nbytes += nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         weakref.finalize(storage, self._leave, identity, nbytes).atexit = False
 
     def _leave(self, identity: int, nbytes: int) -> None:
         self._known.discard(identity)
-        self._nbytes -= nbytes
+        self.nbytes -= nbytes
 
 
 def _identity(tensor: Tensor) -> int:

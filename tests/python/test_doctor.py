@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatrain_io import doctor, drive
+from megatrain_io import doctor, drive, ram
 
 MOUNTINFO = r"""
 22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p2 rw
@@ -23,8 +23,8 @@ GIB = 2**30
 
 def limit_of(files, cgroup, mounts):
     """The limit found on a machine with these files."""
-    folders = doctor.cgroup_folders(cgroup, drive.parse_mountinfo(mounts))
-    return doctor.cgroup_limit(folders, lambda path: files.get(str(path)))
+    folders = ram.cgroup_folders(cgroup, drive.parse_mountinfo(mounts))
+    return ram.cgroup_limit(folders, lambda path: files.get(str(path)))
 
 
 # ---------------------------------------------------------------------------------------------- mounts
@@ -145,7 +145,7 @@ def test_cgroup_v2_limit_of_a_parent_counts_and_page_cache_does_not():
         f"{base}/user.slice/memory.stat": f"anon 7\ninactive_file {3 * GIB}\nactive_file 1\n",
     }
     found = limit_of(files, "0::/user.slice/run.scope\n", MOUNTINFO)
-    assert found == doctor.CgroupLimit(2, f"{base}/user.slice/memory.max", 8 * GIB, 2 * GIB)
+    assert found == ram.CgroupLimit(2, f"{base}/user.slice/memory.max", 8 * GIB, 2 * GIB)
 
 
 def test_cgroup_v2_high_is_a_limit_too():
@@ -168,7 +168,7 @@ def test_cgroup_v1_in_a_container_that_sees_the_paths_of_the_host():
     }
     cgroup = "5:cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n"
     found = limit_of(files, cgroup, V1_MOUNTS)
-    assert found == doctor.CgroupLimit(1, "/sys/fs/cgroup/memory/memory.limit_in_bytes", 16 * GIB, 3 * GIB)
+    assert found == ram.CgroupLimit(1, "/sys/fs/cgroup/memory/memory.limit_in_bytes", 16 * GIB, 3 * GIB)
     assert limit_of(files, "4:memory:/elsewhere\n", V1_MOUNTS) == found
 
 
@@ -181,14 +181,14 @@ def test_no_limit_is_no_limit():
 
 
 def test_the_memory_that_counts():
-    tight = doctor.CgroupLimit(2, "/sys/fs/cgroup/memory.max", 16 * GIB, GIB)
-    found = doctor.memory_that_counts(64 * GIB, 60 * GIB, tight)
+    tight = ram.CgroupLimit(2, "/sys/fs/cgroup/memory.max", 16 * GIB, GIB)
+    found = ram.memory_that_counts(64 * GIB, 60 * GIB, tight)
     assert (found["usable"], found["usable_because"]) == (15 * GIB, "the cgroup limit")
-    found = doctor.memory_that_counts(64 * GIB, 10 * GIB, tight)
+    found = ram.memory_that_counts(64 * GIB, 10 * GIB, tight)
     assert (found["usable"], found["usable_because"]) == (10 * GIB, "the host's available memory")
-    assert doctor.memory_that_counts(64 * GIB, 10 * GIB, None)["cgroup"] is None
-    over = doctor.CgroupLimit(2, "f", GIB, 2 * GIB)
-    assert doctor.memory_that_counts(64 * GIB, 10 * GIB, over)["usable"] == 0
+    assert ram.memory_that_counts(64 * GIB, 10 * GIB, None)["cgroup"] is None
+    over = ram.CgroupLimit(2, "f", GIB, 2 * GIB)
+    assert ram.memory_that_counts(64 * GIB, 10 * GIB, over)["usable"] == 0
 
 
 # ------------------------------------------------------------------------------------ small parsers
@@ -257,8 +257,8 @@ def test_what_is_missing_is_said(found):
         "uring": {"available": False, "reason": "EPERM"},
         "locked_memory_limit": None,
         "transparent_huge_pages": None,
-        "memory": doctor.memory_that_counts(
-            64 * GIB, 60 * GIB, doctor.CgroupLimit(2, "/a/memory.max", 16 * GIB, 0)
+        "memory": ram.memory_that_counts(
+            64 * GIB, 60 * GIB, ram.CgroupLimit(2, "/a/memory.max", 16 * GIB, 0)
         ),
     }
     text = doctor.render(bad)

@@ -1,0 +1,67 @@
+"""A budget of RAM is divided to the byte, or refused with what would do."""
+
+import pytest
+import torch
+
+from megatrain_io.budget import StepNeeds, divide, smallest
+from megatrain_io.errors import ConfigError
+from megatrain_io.residents import resident_nbytes
+from megatrain_io.stream import PagedModel
+from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+from paged import Case, cut_model, files, make_store, to_micro_batch
+
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "vocab_size": 4099,
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+}
+MIB = 1 << 20
+
+
+def needs_of(model, batches) -> StepNeeds:
+    step = model.rehearse(batches)
+    return StepNeeds(model.state.ledger.total()[0], step.activations, step.saved_inputs)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied):
+    case = Case(tied=tied, dtype=torch.bfloat16, counts=(2,), overrides=SIZES)
+    make_store(tmp_path / "store", case)
+    with PagedState(*files(tmp_path / "store")) as state:
+        model = PagedModel(cut_model(case), state)
+        batches = [to_micro_batch(batch) for batch in case.steps[0]]
+        layout, borrows = model.state.layout, model.borrows_prologue
+        needs = needs_of(model, batches)
+        least = smallest(layout, needs, borrows_prologue=borrows)
+        ram = int(least + share * 12 * layout.parameters)
+        plan = divide(layout, model.training_schedule, needs, borrows_prologue=borrows, ram=ram)
+        model.state.start(plan.pool, residents=plan.residents, settings=lambda _place: TensorSettings(0.0))
+        for step in (1, 2):
+            model.train_step(batches, AdamWStep(step, 1e-3), (lambda _loss: b"x") if step == 2 else None)
+        model.state.wait_settled()
+        peak = model.state.ledger.total()[1]
+    # Tensors and pages are rounded up here and there.
+    assert plan.total <= ram
+    assert peak <= 1.002 * ram
+    assert peak >= 0.97 * plan.total
+    assert plan.resident_nbytes >= resident_nbytes(plan.residents, layout)
+    if share == 1.0:
+        assert plan.resident_nbytes >= 0.5 * 12 * layout.parameters
+
+
+def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
+    case = Case(dtype=torch.bfloat16, counts=(1,), overrides=SIZES)
+    make_store(tmp_path / "store", case)
+    with PagedState(*files(tmp_path / "store")) as state:
+        model = PagedModel(cut_model(case), state)
+        layout = model.state.layout
+        needs = StepNeeds(tables=MIB, activations=20 * MIB, saved_inputs=5 * MIB)
+        least = smallest(layout, needs, borrows_prologue=False)
+        arguments = (layout, model.training_schedule, needs)
+        plan = divide(*arguments, borrows_prologue=False, ram=least)
+        assert not plan.residents.records
+        with pytest.raises(ConfigError, match=f"needs {-(-least // MIB)} MiB at least.*compute 20 MiB"):
+            divide(*arguments, borrows_prologue=False, ram=least - 1)

@@ -141,25 +141,17 @@ def test_losses_are_compared_between_placements_and_with_torch(train_step):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # three processes that import torch and transformers, beside other work
 def test_a_round_of_a_tiny_model_writes_its_figures_and_leaves_nothing(tmp_path):
     output, folder = tmp_path / "figures.json", tmp_path / "drive"
     folder.mkdir()
-    options = ["--sizes", "tiny", "--rounds", "1", "--steps", "4", "--folder", folder, "--json", output]
-    command = [
-        sys.executable,
-        BENCHES / "train_step.py",
-        *options,
-        "--only",
-        "checkpointing,all on,all resident",
-    ]
+    options = ["--sizes", "tiny", "--rounds", "1", "--steps", "4", "--folder", folder]
+    options += ["--only", "checkpointing,all on", "--mib", "96", "--json", output]
+    command = [sys.executable, BENCHES / "train_step.py", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (found,) = json.loads(output.read_text())["runs"]
-    assert set(found["results"]) == {
-        "torch, activation checkpointing",
-        "megatrain-io, all on NVMe",
-        "megatrain-io, all resident",
-        "megatrain-io, all resident, commit_every 100",
-    }
+    names = {"torch, activation checkpointing", "megatrain-io, all on NVMe"}
+    assert set(found["results"]) == names
     (paged,) = found["results"]["megatrain-io, all on NVMe"]
     assert len(paged["steps"]) == 4
     assert "equal bit for bit: yes" in done.stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-_PACKAGES = ("megatrain-io", "torch", "numpy", "safetensors")
+_PACKAGES = ("megatrain-io", "torch", "transformers", "numpy", "safetensors")
 
 
 class SkippedError(Exception):

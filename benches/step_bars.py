@@ -118,6 +118,8 @@ def peak_rss() -> int:
 
 def measured(step: Callable[[int], tuple[float, Mapping[str, float]]], job: Job) -> Figures:
     """Run all steps; ``step(number)`` gives the loss and where its time went."""
+    import torch
+
     reset_peak_rss()
     rows = []
     for number in range(1, job["steps"] + 1):
@@ -127,7 +129,7 @@ def measured(step: Callable[[int], tuple[float, Mapping[str, float]]], job: Job)
         row = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "loss": loss}
         now = drive_bytes()
         rows.append({**row, "read": now[0] - read, "written": now[1] - written, "parts": dict(parts)})
-    return {"steps": rows, "peak_rss": peak_rss()}
+    return {"steps": rows, "peak_rss": peak_rss(), "torch_threads": torch.get_num_threads()}
 
 
 class Parts:

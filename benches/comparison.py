@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-_PACKAGES = ("megatrain-io", "torch", "numpy", "safetensors")
+_PACKAGES = ("megatrain-io", "torch", "transformers", "numpy", "safetensors")
 
 
 class SkippedError(Exception):
@@ -68,18 +68,30 @@ def machine_text(facts: Mapping[str, Any]) -> str:
 
 
 def child(
-    script: str, python: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    script: str,
+    python: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    limit: float | None = None,
 ) -> Any:
     """Run a bar in a process of its own; what it printed last, read as JSON.
 
     Raises:
-        SkippedError: it said why it cannot be measured here.
+        SkippedError: it said why it cannot be measured here, or did not end within ``limit`` seconds.
         SystemExit: it failed.
     """
     command = [python, script, "--child", *arguments]
-    done = subprocess.run(
-        command, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SkippedError(f"it did not end within {limit:.0f} seconds") from error
     lines = done.stdout.splitlines()
     if done.returncode != 0 or not lines:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")

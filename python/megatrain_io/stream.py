@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatrain_io.checkpoint import SavedInputs
+from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget
 from megatrain_io.errors import MegatrainIoError, TrainingDivergedError, UnsupportedModelError
 from megatrain_io.model import BlockCall, CutModel, MicroBatch
 from megatrain_io.schedule import Phase, PoolSizes, Residents, build_schedule, pool_sizes
-from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, PagedState
+from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, Engine, PagedState
 from megatrain_io.workspace import WorkspaceMeter
 
 __all__ = ["IGNORED", "PagedModel", "StepLoss", "clear_frames", "model_parts", "trained_tokens"]
@@ -84,15 +84,23 @@ class PagedModel:
         seed: of all random numbers of training (dropout).
         logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
             slice, and then every bit is that of stock training.
+        saved_inputs: RAM for the inputs of blocks, and the file for what is beyond it; None = all in RAM.
     """
 
     def __init__(
-        self, cut: CutModel, state: PagedState, *, seed: int = 0, logits_bytes: int = _LOGITS_BYTES
+        self,
+        cut: CutModel,
+        state: PagedState,
+        *,
+        seed: int = 0,
+        logits_bytes: int = _LOGITS_BYTES,
+        saved_inputs: SavedInputsBudget | None = None,
     ) -> None:
         self.cut = cut
         self.state = state
         self.seed = seed
-        self.saved = SavedInputs(state.ledger)
+        engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
+        self.saved = SavedInputs(state.ledger, saved_inputs, engine)
         vocabulary = cut.config.get_text_config().vocab_size
         self.slice_tokens = max(1, logits_bytes // (4 * vocabulary))
         borrows = bool(cut.epilogue_borrowed)
@@ -139,8 +147,12 @@ class PagedModel:
 
         Raises:
             TrainingDivergedError: the loss is not finite. Nothing of the step remains.
+            ConfigError, NoSpaceError: the inputs of its blocks do not fit the RAM that they may take, or the drive.
+                Nothing was begun.
+            CorruptionError: an input came back from the drive with other bytes. Nothing of the step remains.
         """
         self.cut.train()
+        self.saved.reserve(self.state.layout.blocks, self.hidden_nbytes(micro_batches))
         with self._step(micro_batches, self._training, adamw, commits=blob is not None) as step:
             step.prologue()
             step.forward(saving=True)
@@ -159,6 +171,15 @@ class PagedModel:
             loss = step.epilogue(training=False)
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)
+
+    def hidden_nbytes(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
+        """Bytes of the hidden state [B, T, H] of each micro-batch."""
+        width = self.cut.config.get_text_config().hidden_size * (2 if self.state.layout.format == "bf16" else 4)
+        return [batch.input_ids.numel() * width for batch in micro_batches]
+
+    def close(self) -> None:
+        """Give back what saved inputs take in RAM and on the drive. The state stays open."""
+        self.saved.close()
 
     @contextmanager
     def _step(
@@ -236,7 +257,8 @@ class _Step:
         """All blocks, first to last. The last one's weights stay for the backward pass."""
         last = self._layout.blocks - 1
         if saving:
-            self._model.saved.reserve(self._layout.blocks, self._hidden)
+            # Made before the step; this is for models whose hidden state has another size than they say.
+            self._model.saved.reserve(self._layout.blocks, [hidden.nbytes for hidden in self._hidden])
         for block in range(self._layout.blocks):
             weights = self._state.weights(self._layout.block(block))
             with torch.no_grad():
@@ -247,6 +269,8 @@ class _Step:
                     self._hidden[index] = self._cut.run_block(
                         block, weights.tensors, self._hidden[index], calls[block]
                     )
+            if saving:
+                self._model.saved.finish(block)
             if saving and block == last:
                 self._last_block = weights
             else:
@@ -302,6 +326,7 @@ class _Step:
             for index in range(len(self._micro_batches)):
                 self._seed(index, Phase.FORWARD, block)
                 self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
+            self._model.saved.release(block)
             gradient.submit(weights)
             weights = None
 

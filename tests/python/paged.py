@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from megatrain_io.checkpoint import SavedInputsBudget
 from megatrain_io.convert import create_store
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel, MicroBatch
@@ -99,10 +100,11 @@ def opened(
     threads: int = 0,
     small_pool: bool = False,
     drives: int = DRIVES,
+    saved_inputs: SavedInputsBudget | None = None,
 ) -> Iterator[PagedModel]:
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
     with PagedState(*files(path, drives), engine=engine) as state:
-        model = PagedModel(cut_model(case), state)
+        model = PagedModel(cut_model(case), state, saved_inputs=saved_inputs)
         hyperparameters = case.hyperparameters
         state.start(
             model.pool_sizes(training=True, **sizes),
@@ -111,7 +113,10 @@ def opened(
             ),
             threads=threads,
         )
-        yield model
+        try:
+            yield model
+        finally:
+            model.close()
 
 
 def to_micro_batch(batch: dict[str, torch.Tensor]) -> MicroBatch:

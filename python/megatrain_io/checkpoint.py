@@ -3,7 +3,7 @@
 What does not fit the RAM that they may take is written to the drive behind the forward pass, and read ahead of the
 backward pass. The first blocks' inputs go there: they are needed last. All RAM is one ring of slots, block b in slot
 b modulo their number, so each write has as many blocks' time as there are slots before its place is needed, and each
-read as many before its input is: traffic is as smooth as the compute, and the last blocks' inputs never move.
+read one less before its input is: traffic is as smooth as the compute, and the last blocks' inputs never move.
 """
 
 import time
@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatrain_io.errors import ConfigError, MegatrainIoError
-from megatrain_io.input_scratch import InputScratch, remove_abandoned
+from megatrain_io.errors import ConfigError, CorruptionError, MegatrainIoError
+from megatrain_io.input_scratch import ACCOUNT, InputScratch, remove_abandoned
 from megatrain_io.swap import Engine, Ledger, Transfer, allocate
 
 __all__ = ["SavedInputs", "SavedInputsBudget", "SavedInputsPlan", "input_nbytes", "saved_inputs_plan"]
 
-_ACCOUNT = "saved inputs"
 # As tensors in a block buffer: matrix kernels choose their path by alignment.
 _ALIGNMENT = 256
 _PAGE_BYTES = 4096
@@ -54,9 +53,7 @@ class SavedInputsBudget:
         if self.ram_bytes is not None and not self.scratch:
             raise ConfigError("saved inputs have a bound on RAM and no file for what is beyond it: give one")
         if self.transfer_nbytes < _PAGE_BYTES or self.transfer_nbytes % _PAGE_BYTES:
-            raise ConfigError(
-                f"transfers of {self.transfer_nbytes} bytes: give a multiple of {_PAGE_BYTES}"
-            )
+            raise ConfigError(f"transfers of {self.transfer_nbytes} bytes: give a multiple of {_PAGE_BYTES}")
 
 
 @dataclass(frozen=True)
@@ -236,7 +233,7 @@ class SavedInputs:
         self._slots = []
         if nbytes > self._arena.nbytes:
             self._arena = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self._arena = allocate(nbytes, self._ledger, _ACCOUNT)
+            self._arena = allocate(nbytes, self._ledger, ACCOUNT)
         self._slots = [self._arena[block * per_block : (block + 1) * per_block] for block in range(blocks)]
 
     def _reserve_slots(self, plan: SavedInputsPlan) -> None:
@@ -250,7 +247,6 @@ class SavedInputs:
                 nbytes=plan.moved_nbytes // plan.on_drive,
                 transfer_nbytes=budget.transfer_nbytes,
                 memory_nbytes=budget.ram_bytes or plan.ram_nbytes,
-                account=_ACCOUNT,
                 engine=self._engine,
                 ledger=self._ledger,
             )
@@ -264,12 +260,15 @@ class SavedInputs:
         began = time.monotonic()
         try:
             transfer.wait()
-        except MegatrainIoError as error:
+        except CorruptionError as error:
             self._failed = True
-            error.add_note(
-                "It held inputs of this step alone: the step is dropped, the training state is not touched. The next "
-                "start makes the file anew; if this comes again, look at the drive"
-            )
+            raise CorruptionError(
+                "an input of this step came back from the drive with other bytes than were written. They were not "
+                "used: the step is dropped, and the training state is not touched. The next step gets a new file; if "
+                f"this comes again, check the drive. In full: {error}"
+            ) from error
+        except MegatrainIoError:
+            self._failed = True
             raise
         finally:
             self.stalled_seconds += time.monotonic() - began

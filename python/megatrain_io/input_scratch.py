@@ -20,7 +20,10 @@ from megatrain_io.outside import held, waiting_line
 from megatrain_io.swap import Engine, Ledger, OpenStore, RecordTensors, StoreCreator, Transfer
 from megatrain_io.tensor_manifest import TensorSpec, manifest_of
 
-__all__ = ["InputScratch", "remove_abandoned"]
+__all__ = ["ACCOUNT", "InputScratch", "remove_abandoned"]
+
+ACCOUNT = "saved inputs"
+"""Of the ledger, for inputs of blocks wherever they lie in RAM."""
 
 
 class InputScratch:
@@ -34,7 +37,6 @@ class InputScratch:
         nbytes: int,
         transfer_nbytes: int,
         memory_nbytes: int,
-        account: str,
         engine: Engine,
         ledger: Ledger,
     ) -> None:
@@ -46,9 +48,8 @@ class InputScratch:
             nbytes: of the largest input, a multiple of ``transfer_nbytes``.
             transfer_nbytes: unit of transfers and checksums, a multiple of 4096.
             memory_nbytes: RAM for slots.
-            account: of the ledger, for that RAM.
             engine: how bytes move.
-            ledger: of memory.
+            ledger: of memory; the account of the slots is "saved inputs".
 
         Raises:
             NoSpaceError: the drive has not enough room.
@@ -73,7 +74,7 @@ class InputScratch:
                 path.unlink(missing_ok=True)
                 _hint(path).unlink(missing_ok=True)
         try:
-            self._tensors = RecordTensors(self._store, memory_nbytes, account)
+            self._tensors = RecordTensors(self._store, memory_nbytes, ACCOUNT)
         except BaseException:
             self._store.close()
             raise

@@ -174,8 +174,9 @@ class PagedModel:
 
     def hidden_nbytes(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
         """Bytes of the hidden state [B, T, H] of each micro-batch."""
-        width = self.cut.config.get_text_config().hidden_size * (2 if self.state.layout.format == "bf16" else 4)
-        return [batch.input_ids.numel() * width for batch in micro_batches]
+        width = self.cut.config.get_text_config().hidden_size
+        itemsize = 2 if self.state.layout.format == "bf16" else 4
+        return [batch.input_ids.numel() * width * itemsize for batch in micro_batches]
 
     def close(self) -> None:
         """Give back what saved inputs take in RAM and on the drive. The state stays open."""
@@ -260,17 +261,18 @@ class _Step:
             # Made before the step; this is for models whose hidden state has another size than they say.
             self._model.saved.reserve(self._layout.blocks, [hidden.nbytes for hidden in self._hidden])
         for block in range(self._layout.blocks):
+            if saving:
+                # All before any is computed: so their way to the drive has the time of this block, too.
+                for index in range(len(self._hidden)):
+                    self._model.saved.put(block, index, self._hidden[index])
+                self._model.saved.finish(block)
             weights = self._state.weights(self._layout.block(block))
             with torch.no_grad():
                 for index, calls in enumerate(self._calls):
-                    if saving:
-                        self._model.saved.put(block, index, self._hidden[index])
                     self._seed(index, Phase.FORWARD, block)
                     self._hidden[index] = self._cut.run_block(
                         block, weights.tensors, self._hidden[index], calls[block]
                     )
-            if saving:
-                self._model.saved.finish(block)
             if saving and block == last:
                 self._last_block = weights
             else:

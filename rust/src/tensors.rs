@@ -133,7 +133,9 @@ impl Tensors {
         store.check()?;
         let bytes = memory_bytes / PAGE_BYTES * PAGE_BYTES;
         if bytes == 0 {
-            return Err(Error::invalid(format!("memory of {memory_bytes} bytes: less than a page")));
+            return Err(Error::invalid(format!(
+                "memory of {memory_bytes} bytes: less than a page"
+            )));
         }
         Self::spawn(Self::over(store, &[(PAGE_BYTES, 0), (bytes, 1)], account)?)
     }

@@ -189,7 +189,9 @@ fn allocation_of(
     let content = PyBuffer::<u8>::get(content)?;
     let memory = tensors.allocation_at(content.buf_ptr().addr());
     memory.filter(|memory| memory.asked() == content.len_bytes()).ok_or_else(|| {
-        PyValueError::new_err("these bytes are not memory that the store allocated, from end to end")
+        PyValueError::new_err(
+            "these bytes are not memory that the store allocated, from end to end",
+        )
     })
 }
 
@@ -232,6 +234,9 @@ fn places(tensors: &tensors::Tensors, record: usize) -> PyResult<Vec<Range<usize
 }
 
 fn staging_slot(py: Python<'_>, tensors: &tensors::Tensors) -> PyResult<Slot> {
+    if tensors.staging().count() == 0 {
+        return Err(raise(Error::invalid("this store takes tensors in its own memory only")));
+    }
     wait(py, || {
         tensors.store().check()?;
         Ok(tensors.staging().take(PATIENCE))

@@ -162,14 +162,21 @@ def test_one_block_is_written_while_the_next_are_computed_and_read_ahead(tmp_pat
     """Order of the transfers: each begins as soon as its slot allows, not when it is waited for."""
     order = []
 
+    class Waited:
+        def __init__(self, what, block, transfer):
+            order.append((what, block))
+            self.what, self.block, self.transfer = what, block, transfer
+
+        def wait(self):
+            order.append((f"{self.what} waited for", self.block))
+            self.transfer.wait()
+
     class Noted(InputScratch):
         def write(self, block, slot):
-            order.append(("write", block))
-            return super().write(block, slot)
+            return Waited("write", block, super().write(block, slot))
 
         def read(self, block, slot):
-            order.append(("read", block))
-            return super().read(block, slot)
+            return Waited("read", block, super().read(block, slot))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatrain_io.checkpoint.InputScratch", Noted)
@@ -184,11 +191,18 @@ def test_one_block_is_written_while_the_next_are_computed_and_read_ahead(tmp_pat
         order.append(("get", block))
         assert torch.equal(saved.get(block, 0, inputs[block]), inputs[block])
         saved.release(block)
-    saved.close()
     assert order == [
-        ("put", 0), ("write", 0), ("put", 1), ("write", 1), ("put", 2), ("put", 3),
-        ("get", 3), ("read", 1), ("get", 2), ("read", 0), ("get", 1), ("get", 0),
+        ("put", 0), ("write", 0), ("put", 1), ("write", 1),
+        ("put", 2), ("write waited for", 0), ("put", 3), ("write waited for", 1),
+        ("get", 3), ("read", 1), ("get", 2), ("read", 0), ("get", 1), ("read waited for", 1),
+        ("get", 0), ("read waited for", 0),
     ]  # fmt: skip
+    order.clear()
+    saved.put(0, 0, inputs[0])
+    saved.finish(0)
+    saved.reserve(4, [PAGE])  # the step failed: its transfer ends before the slot is used again
+    assert order == [("write", 0), ("write waited for", 0)]
+    saved.close()
 
 
 # --------------------------------------------------------------------------------------- what goes wrong
@@ -276,10 +290,10 @@ def test_a_flipped_bit_is_found_and_named_and_the_next_step_is_whole(tmp_path, m
 def test_a_full_drive_is_one_error_before_the_step(tmp_path, monkeypatch):
     path = tmp_path / "full.inputs"
     with pytest.raises(
-        NoSpaceError, match=rf"full.inputs: the inputs of 4 blocks, {1 << 44} bytes each, do not fit .*RAM"
+        NoSpaceError, match=rf"full.inputs: the inputs of 3 blocks, {1 << 42} bytes each, do not fit .*RAM"
     ):
         InputScratch(
-            [path], blocks=4, nbytes=1 << 44, transfer_nbytes=1 << 28, memory_nbytes=PAGE,
+            [path], blocks=3, nbytes=1 << 42, transfer_nbytes=1 << 28, memory_nbytes=PAGE,
             engine=ENGINE, ledger=Ledger(),
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []

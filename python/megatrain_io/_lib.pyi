@@ -253,7 +253,9 @@ class Ticket:
 class Tensors:
     """Tensors of one store, by record: memory, transfers, commit."""
 
-    def __new__(cls, store: Store, memory_nbytes: int) -> Tensors: ...
+    def __new__(cls, store: Store, memory_nbytes: int, account: str | None = None) -> Tensors:
+        """With ``account`` the memory stands under that name, and no tensor elsewhere can be put or read."""
+
     @property
     def registration_refused(self) -> str | None: ...
     @property
@@ -269,6 +271,12 @@ class Tensors:
 
     def read_into(self, record: int, content: Any) -> None:
         """Read a tensor into writable bytes and wait for it."""
+
+    def put_front(self, record: int, content: Any) -> Ticket:
+        """Write memory of the store, all that was allocated at once, as a tensor's first chunks."""
+
+    def fill_front(self, record: int, content: Any) -> Ticket:
+        """Begin to read a tensor's first chunks into memory of the store, all that was allocated at once."""
 
     def prefetch(self, record: int) -> Ticket | None:
         """Begin to read a tensor into memory of the store; None when no free run is as long."""

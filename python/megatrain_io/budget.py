@@ -11,6 +11,8 @@ from megatrain_io.schedule import ChunkOp, PoolSizes, Residents, pool_sizes
 __all__ = ["MemoryPlan", "StepNeeds", "divide", "smallest"]
 
 _HUGE_PAGE_BYTES = 2 << 20
+# Of the file for saved inputs: its tables, and the buffers of its commit.
+_SCRATCH_TABLES = 512 << 10
 # Slots of each kind, from what overlaps best to what a step cannot do without.
 _POOLS = (
     {"block_buffers": 3, "chunk_slots": 4, "block_gradients": 2},
@@ -28,16 +30,23 @@ class StepNeeds:
         tables: of the store, and buffers of its commit.
         activations: tensors of compute that are alive at once.
         saved_inputs: inputs of all blocks and micro-batches.
+        saved_inputs_least: with all that can be on the drive instead.
     """
 
     tables: int
     activations: int
     saved_inputs: int
+    saved_inputs_least: int
 
     @property
-    def total(self) -> int:
-        """All of it."""
-        return self.tables + self.activations + self.saved_inputs
+    def saved_inputs_at_least(self) -> int:
+        """The least RAM for inputs of blocks, with the tables of the file that the others go to."""
+        return min(self.saved_inputs, self.saved_inputs_least + _SCRATCH_TABLES)
+
+    @property
+    def always(self) -> int:
+        """What no budget can change."""
+        return self.tables + self.activations
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class MemoryPlan:
     Attributes:
         ram: the budget.
         needs: what a step needs besides.
+        saved_inputs: RAM for inputs of blocks; the rest of them goes to the drive.
         pool: buffers of transfers and gradients.
         residents: what stays in RAM from step to step.
         pool_nbytes: of pool and gradients.
@@ -55,6 +65,7 @@ class MemoryPlan:
 
     ram: int
     needs: StepNeeds
+    saved_inputs: int
     pool: PoolSizes
     residents: Residents
     pool_nbytes: int
@@ -63,14 +74,20 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Bytes that will be taken: at most the budget."""
-        return self.needs.total + self.pool_nbytes + self.resident_nbytes
+        return self.needs.always + self.saved_inputs + self.pool_nbytes + self.resident_nbytes
+
+    @property
+    def is_spilled(self) -> bool:
+        """Whether some inputs of blocks go to the drive."""
+        return self.saved_inputs < self.needs.saved_inputs
 
     def __str__(self) -> str:
         """The division, for a person."""
         stays = f"state that stays {_mib(self.resident_nbytes)}" if self.resident_nbytes else "no state stays"
+        spilled = f" (of {_mib(self.needs.saved_inputs)}, the rest on the drive)" if self.is_spilled else ""
         return (
             f"RAM: {_mib(self.total)} of {_mib(self.ram)}: buffers {_mib(self.pool_nbytes)}, inputs of blocks "
-            f"{_mib(self.needs.saved_inputs)}, compute {_mib(self.needs.activations)}, tables "
+            f"{_mib(self.saved_inputs)}{spilled}, compute {_mib(self.needs.activations)}, tables "
             f"{_mib(self.needs.tables)}, {stays}"
         )
 
@@ -83,7 +100,9 @@ def divide(
     borrows_prologue: bool,
     ram: int,
 ) -> MemoryPlan:
-    """Divide ``ram`` bytes: the largest pool that fits, and residents with what is left.
+    """Divide ``ram`` bytes: the largest pool that fits, then inputs of blocks, then residents.
+
+    A byte of an input saves two bytes a step, as one of a weight does, and needs no commit.
 
     Raises:
         ConfigError: it is too small; says what would do.
@@ -92,20 +111,24 @@ def divide(
         pool = pool_sizes(
             layout, borrows_prologue=borrows_prologue, training=True, residents=Residents(), **sizes
         )
-        if needs.total + _mapped(pool, 0) <= ram:
+        if needs.always + needs.saved_inputs_at_least + _mapped(pool, 0) <= ram:
             break
     else:
         least = smallest(layout, needs, borrows_prologue=borrows_prologue)
         raise ConfigError(
             f"memory.ram is {_mib(ram)}, and this training needs {_mib(least)} at least: inputs of blocks "
-            f"{_mib(needs.saved_inputs)}, compute {_mib(needs.activations)}, tables {_mib(needs.tables)}, buffers "
-            f"{_mib(least - needs.total)}. Give more, or make a step smaller: train.per_device_train_batch_size, "
-            "data.max_length, train.gradient_accumulation_steps"
+            f"{_mib(needs.saved_inputs_at_least)}, compute {_mib(needs.activations)}, tables {_mib(needs.tables)}, "
+            f"buffers {_mib(least - needs.always - needs.saved_inputs_at_least)}. Give "
+            "more, or make a step smaller: train.per_device_train_batch_size, data.max_length, "
+            "train.gradient_accumulation_steps"
         )
+    saved_inputs = min(needs.saved_inputs, ram - needs.always - _mapped(pool, 0))
+    if saved_inputs < needs.saved_inputs:
+        saved_inputs -= _SCRATCH_TABLES
     chosen, taken = Residents(), 0
     # What stays needs no buffers in the pool, and their room is for more that stays.
     while True:
-        room = ram - needs.total - _mapped(pool, 0)
+        room = ram - needs.always - saved_inputs - _mapped(pool, 0)
         found = choose_residents(layout, schedule, room - _HUGE_PAGE_BYTES)
         slimmer = pool_sizes(
             layout, borrows_prologue=borrows_prologue, training=True, residents=found, **sizes
@@ -115,7 +138,8 @@ def divide(
             break
         chosen, taken, pool = found, nbytes, slimmer
     pool_nbytes = _mapped(pool, 0)
-    return MemoryPlan(ram, needs, pool, chosen, pool_nbytes, _mapped(pool, taken) - pool_nbytes)
+    resident = _mapped(pool, taken) - pool_nbytes
+    return MemoryPlan(ram, needs, saved_inputs, pool, chosen, pool_nbytes, resident)
 
 
 def smallest(layout: ModelLayout, needs: StepNeeds, *, borrows_prologue: bool) -> int:
@@ -123,7 +147,7 @@ def smallest(layout: ModelLayout, needs: StepNeeds, *, borrows_prologue: bool) -
     pool = pool_sizes(
         layout, borrows_prologue=borrows_prologue, training=True, residents=Residents(), **_POOLS[-1]
     )
-    return needs.total + _mapped(pool, 0)
+    return needs.always + needs.saved_inputs_at_least + _mapped(pool, 0)
 
 
 def _mapped(pool: PoolSizes, resident: int) -> int:

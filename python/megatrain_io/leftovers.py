@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError, StorageError
 from megatrain_io.outside import HeldFile, glance, held
-from megatrain_io.run import RunFolder
+from megatrain_io.run import RunFolder, saved_inputs_file
 from megatrain_io.trainer_state import TrainerState
 
 __all__ = ["Leftover", "Leftovers"]
@@ -123,11 +123,16 @@ class Leftovers:
         with ExitStack() as stack:
             if self.run.path.is_dir():
                 stack.enter_context(self.run.importing())
-            paths = [*self._store_paths, *self._partial()]
+            paths = [*self._store_paths, *self._partial(), *self._inputs()]
             yield {path: stack.enter_context(held(path)) for path in paths if _is_file(path)}
 
     def _partial(self) -> list[Path]:
         return [_beside(path, _PARTIAL) for path in self._store_paths]
+
+    def _inputs(self) -> list[Path]:
+        """Saved inputs lose their name at once, unless the process is killed within that moment."""
+        paths = [saved_inputs_file(path) for path in self._store_paths]
+        return [*paths, *(_beside(path, _PARTIAL) for path in paths)]
 
     def _look(self) -> Iterator[Leftover]:
         """The store comes first: without it the rest is soon found again, but not the other way round."""
@@ -150,15 +155,20 @@ class Leftovers:
         for path in (*named, *partial):
             if _is_file(path):
                 yield _leftover(path, "store of an import that was killed")
-        for path in (*self._store_paths, *self._partial()):
-            hint = _beside(path, _OWNER)
-            if _is_file(hint) and not _is_file(path):  # else it goes when the file is let go
-                yield _leftover(hint, "names who held a store that is gone")
+        inputs = [path for path in self._inputs() if _is_file(path)]
+        yield from (_leftover(path, "saved inputs of a step that was killed") for path in inputs)
+        yield from self._hints()
         yield from self._unfinished()
         cache = [run.data / name for name in _CACHE]
         if self._cache or not _is_file(cache[0]):  # without an index, the rest is nothing
             what = "tokenised data" if _is_file(cache[0]) else "tokenised data that was not finished"
             yield from (_leftover(path, what) for path in cache if _is_file(path))
+
+    def _hints(self) -> Iterator[Leftover]:
+        for path in (*self._store_paths, *self._partial(), *self._inputs()):
+            hint = _beside(path, _OWNER)
+            if _is_file(hint) and not _is_file(path):  # else it goes when the file is let go
+                yield _leftover(hint, "names who held a store that is gone")
 
     def _unfinished(self) -> Iterator[Leftover]:
         run = self.run

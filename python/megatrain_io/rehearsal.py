@@ -9,7 +9,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from megatrain_io.checkpoint import saved_inputs_nbytes
 from megatrain_io.layout import ModelLayout, Record
 from megatrain_io.swap import BorrowedRecord
 from megatrain_io.workspace import WorkspaceMeter
@@ -54,13 +53,10 @@ class Rehearsal:
     Attributes:
         layout: of the model, shortened where its blocks are alike.
         peak_nbytes: most bytes of tensors that were alive at once, without those of pool and saved inputs.
-        saved_nbytes: of the inputs of all blocks.
     """
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = shortened(layout)
-        self.saved_nbytes = 0
-        self._blocks = layout.blocks
         self._dtype = torch.float32 if layout.format == "f32" else torch.bfloat16
         self._meter = WorkspaceMeter()
         self._prologue = 0
@@ -102,10 +98,8 @@ class Rehearsal:
         weights.give_back()
         gradient.give_back()
 
-    def reserve(self, blocks: int, hidden: Sequence[Tensor]) -> None:
-        """As ``SavedInputs.reserve``; takes note of what a whole model needs."""
-        del blocks
-        self.saved_nbytes = saved_inputs_nbytes(self._blocks, hidden)
+    def reserve(self, blocks: int, hidden_nbytes: Sequence[int]) -> None:
+        """As ``SavedInputs.reserve``."""
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
         """As ``SavedInputs.put``."""
@@ -116,3 +110,9 @@ class Rehearsal:
         """As ``SavedInputs.get``."""
         del like
         return self._inputs[block, micro_batch]
+
+    def finish(self, block: int) -> None:
+        """As ``SavedInputs.finish``."""
+
+    def release(self, block: int) -> None:
+        """As ``SavedInputs.release``."""

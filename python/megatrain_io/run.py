@@ -32,7 +32,15 @@ from megatrain_io.errors import (
     StoreInUseError,
 )
 
-__all__ = ["Precision", "RunFolder", "RunInfo", "replace_file", "storage_errors", "sync_folder"]
+__all__ = [
+    "Precision",
+    "RunFolder",
+    "RunInfo",
+    "replace_file",
+    "saved_inputs_file",
+    "storage_errors",
+    "sync_folder",
+]
 
 Precision = Literal["bf16", "fp32"]
 
@@ -146,6 +154,11 @@ class RunFolder:
     def store_paths(self) -> list[Path]:
         """Paths of the store's files, one for each drive."""
         return [self.path / store for store in self.read().stores]
+
+
+def saved_inputs_file(store: Path) -> Path:
+    """Where saved inputs go that do not fit in RAM: beside the store's file, on the same drive."""
+    return store.with_name(store.name + ".inputs")
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatrain_io.checkpoint import SavedInputs
+from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget
 from megatrain_io.errors import MegatrainIoError, TrainingDivergedError, UnsupportedModelError
 from megatrain_io.model import BlockCall, CutModel, MicroBatch
 from megatrain_io.rehearsal import CANNOT_REHEARSE, Rehearsal
 from megatrain_io.schedule import Phase, PoolSizes, Residents, build_schedule, pool_sizes
-from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, PagedState
+from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, Engine, PagedState
 from megatrain_io.workspace import WorkspaceMeter
 
-__all__ = ["IGNORED", "PagedModel", "StepLoss", "StepMemory", "clear_frames", "model_parts", "trained_tokens"]
+__all__ = ["IGNORED", "PagedModel", "StepLoss", "clear_frames", "model_parts", "trained_tokens"]
 
 IGNORED = -100
 """Label of a token that is not trained."""
@@ -39,20 +39,6 @@ class StepLoss:
 
     loss: float
     trained_tokens: int
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Bytes of RAM that a step takes.
-
-    Attributes:
-        activations: tensors that are alive at once; None where the model's shapes depend on its data, so that
-            only a real step can tell.
-        saved_inputs: inputs of all blocks and micro-batches.
-    """
-
-    activations: int | None
-    saved_inputs: int
 
 
 def model_parts(cut: CutModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
@@ -99,15 +85,23 @@ class PagedModel:
         seed: of all random numbers of training (dropout).
         logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
             slice, and then every bit is that of stock training.
+        saved_inputs: RAM for the inputs of blocks, and the file for what is beyond it; None = all in RAM.
     """
 
     def __init__(
-        self, cut: CutModel, state: PagedState, *, seed: int = 0, logits_bytes: int = _LOGITS_BYTES
+        self,
+        cut: CutModel,
+        state: PagedState,
+        *,
+        seed: int = 0,
+        logits_bytes: int = _LOGITS_BYTES,
+        saved_inputs: SavedInputsBudget | None = None,
     ) -> None:
         self.cut = cut
         self.state = state
         self.seed = seed
-        self.saved = SavedInputs(state.ledger)
+        self._engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
+        self.saved = SavedInputs(state.ledger, saved_inputs, self._engine)
         vocabulary = cut.config.get_text_config().vocab_size
         self.borrows_prologue = bool(cut.epilogue_borrowed)
         self.slice_tokens = max(1, logits_bytes // (4 * vocabulary))
@@ -155,8 +149,12 @@ class PagedModel:
 
         Raises:
             TrainingDivergedError: the loss is not finite. Nothing of the step remains.
+            ConfigError, NoSpaceError: the inputs of its blocks do not fit the RAM that they may take, or the drive.
+                Nothing was begun.
+            CorruptionError: an input came back from the drive with other bytes. Nothing of the step remains.
         """
         self.cut.train()
+        self.saved.reserve(self.state.layout.blocks, self.hidden_nbytes(micro_batches))
         with self._step(micro_batches, self._training, adamw, commits=blob is not None) as step:
             step.prologue()
             step.forward(saving=True)
@@ -185,10 +183,11 @@ class PagedModel:
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)
 
-    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> "StepMemory":
-        """What a training step needs of RAM beside pool and residents.
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> int | None:
+        """Bytes of tensors that a training step needs at once, beside pool, residents and saved inputs.
 
-        Nothing is read, and all but the masks is computed on shapes alone.
+        Nothing is read, and all but the masks is computed on shapes alone. None where the model's shapes
+        depend on its data, so that only a real step can tell.
         """
         self.cut.train()
         rehearsal = Rehearsal(self.state.layout)
@@ -203,10 +202,25 @@ class PagedModel:
                 step.leave_epilogue()
                 step.backward()
         except CANNOT_REHEARSE:
-            return StepMemory(None, rehearsal.saved_nbytes)
+            return None
         finally:
             torch.set_rng_state(random_state)
-        return StepMemory(rehearsal.peak_nbytes, rehearsal.saved_nbytes)
+        return rehearsal.peak_nbytes
+
+    def hidden_nbytes(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
+        """Bytes of the hidden state [B, T, H] of each micro-batch."""
+        width = self.cut.config.get_text_config().hidden_size
+        itemsize = 2 if self.state.layout.format == "bf16" else 4
+        return [batch.input_ids.numel() * width * itemsize for batch in micro_batches]
+
+    def limit_saved_inputs(self, budget: SavedInputsBudget) -> None:
+        """Set how much RAM saved inputs may take, and where the rest goes; between steps."""
+        self.saved.close()
+        self.saved = SavedInputs(self.state.ledger, budget, self._engine)
+
+    def close(self) -> None:
+        """Give back what saved inputs take in RAM and on the drive. The state stays open."""
+        self.saved.close()
 
     @contextmanager
     def _step(
@@ -292,13 +306,17 @@ class _Step:
         """All blocks, first to last. The last one's weights stay for the backward pass."""
         last = self._layout.blocks - 1
         if saving:
-            self._saved.reserve(self._layout.blocks, self._hidden)
+            # Made before the step; this is for models whose hidden state has another size than they say.
+            self._saved.reserve(self._layout.blocks, [hidden.nbytes for hidden in self._hidden])
         for block in range(self._layout.blocks):
+            if saving:
+                # All before any is computed: so their way to the drive has the time of this block, too.
+                for index in range(len(self._hidden)):
+                    self._saved.put(block, index, self._hidden[index])
+                self._saved.finish(block)
             weights = self._state.weights(self._layout.block(block))
             with torch.no_grad():
                 for index, calls in enumerate(self._calls):
-                    if saving:
-                        self._saved.put(block, index, self._hidden[index])
                     self._seed(index, Phase.FORWARD, block)
                     self._hidden[index] = self._cut.run_block(
                         block, weights.tensors, self._hidden[index], calls[block]
@@ -354,6 +372,7 @@ class _Step:
             for index in range(len(self._micro_batches)):
                 self._seed(index, Phase.FORWARD, block)
                 self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
+            self._saved.release(block)
             gradient.submit(weights)
             weights = None
 

@@ -55,13 +55,15 @@ def spec_from(name: str, value: Any) -> TensorSpec:
     return TensorSpec(sizes, dtype)
 
 
-def manifest_of(specs: Mapping[str, TensorSpec], durability: str) -> dict[str, Any]:
-    """The manifest of a store of these tensors, without their values."""
+def manifest_of(
+    specs: Mapping[str, TensorSpec], durability: str, *, chunk_nbytes: int = _CHUNK_BYTES
+) -> dict[str, Any]:
+    """The manifest of a store of these tensors, without their values; they move by ``chunk_nbytes``."""
     length = {
         name: max(_ALIGNMENT, -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT) for name, spec in specs.items()
     }
     return {
-        "chunk_parameters": _CHUNK_BYTES,
+        "chunk_parameters": chunk_nbytes,
         "durability": durability,
         "content": "tensors",
         "records": [{"name": name, "format": "raw8", "parameters": length[name]} for name in specs],

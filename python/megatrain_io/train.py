@@ -7,7 +7,7 @@ import platform
 import resource
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from megatrain_io.budget import MemoryPlan, StepNeeds, divide
+from megatrain_io.checkpoint import SavedInputsBudget, input_nbytes, least_saved_inputs
 from megatrain_io.config import RunConfig, TrainConfig
 from megatrain_io.convert import import_model
 from megatrain_io.data import DataOptions, prepare
@@ -30,7 +31,7 @@ from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.probe import probe
 from megatrain_io.ram import usable_ram
 from megatrain_io.report import Reporter
-from megatrain_io.run import RunFolder, replace_file, storage_errors
+from megatrain_io.run import RunFolder, replace_file, saved_inputs_file, storage_errors
 from megatrain_io.stream import PagedModel, trained_tokens
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels
 from megatrain_io.trainer_state import TrainerState
@@ -98,19 +99,21 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
     safe = "the last committed step is safe: go on with --resume"
     with storage_errors(run.path, safe), PagedState.of_run(run, engine=config.memory.io_backend) as state:
         trainer = _Trainer(config, run, state, reporter)
-        trainer.prepare(resume=resume, imported=imported)
-        try:
-            trainer.run()
-        except KeyboardInterrupt:
-            # A step that has ended is committed first, if it was to be; steps since the last commit are lost.
-            state.wait_settled()
-            kept = TrainerState.parse(state.blob).step
-            if state.layout.durability == "scratch":
-                state.close()  # the step is kept only if this succeeds: its error is the one to tell
-            raise InterruptedRunError(
-                f"interrupted; step {kept} is the last one that was committed, and it is kept. Go on with --resume"
-            ) from None
-        return trainer.result(time.monotonic() - started)
+        with closing(trainer):
+            trainer.prepare(resume=resume, imported=imported)
+            try:
+                trainer.run()
+            except KeyboardInterrupt:
+                # A step that has ended is committed first, if it was to be; steps since the last commit are lost.
+                state.wait_settled()
+                kept = TrainerState.parse(state.blob).step
+                if state.layout.durability == "scratch":
+                    state.close()  # the step is kept only if this succeeds: its error is the one to tell
+                raise InterruptedRunError(
+                    f"interrupted; step {kept} is the last one that was committed, and it is kept. Go on with "
+                    "--resume"
+                ) from None
+            return trainer.result(time.monotonic() - started)
 
 
 def learning_rate_at(config: TrainConfig, step: int, max_steps: int) -> float:
@@ -177,6 +180,7 @@ class _Trainer:
         self._trained = [0, 0]
         self._steps = 0
         self._eval_loss: float | None = None
+        self._closing = ExitStack()
         self._is_scratch = state.layout.durability == "scratch"
 
     def prepare(self, *, resume: bool, imported: bool) -> None:
@@ -204,6 +208,7 @@ class _Trainer:
             )
         cut = CutModel(model_config, _DTYPES[config.train.precision], facts)
         self._model = PagedModel(cut, self._state, seed=config.train.seed)
+        self._closing.callback(self._model.close)
         rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
         epochs = self._data.order.steps(config.train.num_train_epochs, rows_per_step)
         self._max_steps = config.train.max_steps or epochs
@@ -216,6 +221,10 @@ class _Trainer:
                 for file in sorted(Path(folder).iterdir()):
                     replace_file(self._run.model / file.name, file.read_bytes())
         plan = self._divide_ram()
+        scratch = [saved_inputs_file(store) for store in self._run.store_paths()]
+        self._model.limit_saved_inputs(
+            SavedInputsBudget(plan.saved_inputs if plan.is_spilled else None, scratch)
+        )
         self._state.start(
             plan.pool,
             residents=plan.residents,
@@ -236,14 +245,16 @@ class _Trainer:
         if ram is None:
             ram = int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
         largest = self._data.train.largest_micro_batch(config.train.per_device_train_batch_size)
-        step = model.rehearse([largest] * config.train.gradient_accumulation_steps)
-        tables = self._state.ledger.total()[0]
+        micro_batches = [largest] * config.train.gradient_accumulation_steps
+        layout, per_block = self._state.layout, input_nbytes(model.hidden_nbytes(micro_batches))
+        needs = StepNeeds(
+            tables=self._state.ledger.total()[0],
+            activations=model.rehearse(micro_batches) or 0,
+            saved_inputs=layout.blocks * per_block,
+            saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
+        )
         return divide(
-            self._state.layout,
-            model.training_schedule,
-            StepNeeds(tables, step.activations or 0, step.saved_inputs),
-            borrows_prologue=model.borrows_prologue,
-            ram=ram,
+            layout, model.training_schedule, needs, borrows_prologue=model.borrows_prologue, ram=ram
         )
 
     def run(self) -> None:
@@ -291,7 +302,7 @@ class _Trainer:
             parameters=parameters,
             read_bytes_per_parameter_and_step=per_step[0],
             written_bytes_per_parameter_and_step=per_step[1],
-            written_bytes_total=self._written_before + self._state.io_bytes()[1],
+            written_bytes_total=self._written_total(),
             peak_ram_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             ledger=self._state.ledger.balances(),
         )
@@ -369,7 +380,7 @@ class _Trainer:
                 "loss": loss,
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
-                "written_bytes": self._written_before + self._state.io_bytes()[1],
+                "written_bytes": self._written_total(),
                 "environment": _environment(),
             }
             return TrainerState(**fields).encode()
@@ -414,9 +425,19 @@ class _Trainer:
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def _counters(self) -> tuple[int, int, float]:
-        timings = self._state.timings()
+        timings, saved = self._state.timings(), self._model.saved
         stalled = sum(value for name, value in timings.items() if name.startswith("stall_"))
-        return (*self._state.io_bytes(), stalled)
+        moved = zip(self._state.io_bytes(), saved.io_bytes(), strict=True)
+        read, written = (state + inputs for state, inputs in moved)
+        return read, written, stalled + saved.stalled_seconds
+
+    def _written_total(self) -> int:
+        """Bytes written to the drive in all starts so far."""
+        return self._written_before + self._counters()[1]
+
+    def close(self) -> None:
+        """Give back what a step has beside the store."""
+        self._closing.close()
 
 
 def _data_options(config: RunConfig) -> DataOptions:

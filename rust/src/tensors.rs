@@ -117,7 +117,30 @@ impl Tensors {
     /// # Errors
     /// `Format` for a store that holds something else, `Invalid` for too little memory, `Io`.
     pub fn start(store: Arc<Store>, memory_bytes: usize) -> Result<Self> {
-        let (mut tensors, mover) = Self::assemble(store, memory_bytes)?;
+        Self::spawn(Self::assemble(store, memory_bytes)?)
+    }
+
+    /// The same for who keeps all tensors in the store's memory: none of it is for copying, and it
+    /// stands under `account`.
+    ///
+    /// # Errors
+    /// As `start`.
+    pub fn start_without_copies(
+        store: Arc<Store>,
+        memory_bytes: usize,
+        account: &str,
+    ) -> Result<Self> {
+        store.check()?;
+        let bytes = memory_bytes / PAGE_BYTES * PAGE_BYTES;
+        if bytes == 0 {
+            return Err(Error::invalid(format!(
+                "memory of {memory_bytes} bytes: less than a page"
+            )));
+        }
+        Self::spawn(Self::over(store, &[(PAGE_BYTES, 0), (bytes, 1)], account)?)
+    }
+
+    fn spawn((mut tensors, mover): (Self, Mover)) -> Result<Self> {
         let thread = std::thread::Builder::new()
             .name("mt-tensors".into())
             .spawn(move || mover.run())
@@ -129,12 +152,6 @@ impl Tensors {
     /// Front and mover, without a thread.
     fn assemble(store: Arc<Store>, memory_bytes: usize) -> Result<(Self, Mover)> {
         store.check()?;
-        if store.manifest().content != Content::Tensors {
-            return Err(Error::format(
-                store.drives().path(),
-                "this store holds a model in training, not tensors: use it through its run",
-            ));
-        }
         let extents = store.layout().chunks().iter().map(|chunk| chunk.extent_bytes(Group::Weight));
         let chunk = extents.max().unwrap_or(PAGE_BYTES);
         let slots = (memory_bytes / 4 / chunk).clamp(STAGING_SLOTS_MIN, STAGING_SLOTS);
@@ -147,8 +164,22 @@ impl Tensors {
                 "memory of {memory_bytes} bytes: this store needs {least} at least, two chunks of {chunk} and 2 MiB"
             )));
         }
-        let sizes = [(chunk, slots), (rest, 1)];
-        let (region, mut lists) = SlotList::cut(&sizes, store.ledger(), "tensors")?;
+        Self::over(store, &[(chunk, slots), (rest, 1)], "tensors")
+    }
+
+    /// Over memory of these two sizes: slots to copy through, and the one run of all tensors.
+    fn over(
+        store: Arc<Store>,
+        sizes: &[(usize, usize); 2],
+        account: &str,
+    ) -> Result<(Self, Mover)> {
+        if store.manifest().content != Content::Tensors {
+            return Err(Error::format(
+                store.drives().path(),
+                "this store holds a model in training, not tensors: use it through its run",
+            ));
+        }
+        let (region, mut lists) = SlotList::cut(sizes, store.ledger(), account)?;
         let whole = lists.pop().and_then(|list| list.try_take());
         let (Some(whole), Some(staging)) = (whole, lists.pop()) else {
             return Err(Error::invalid("the memory was cut into other parts"));
@@ -193,7 +224,8 @@ impl Tensors {
     }
 
     /// Writes a whole tensor from memory of the store, without a copy. Bytes of its last page behind
-    /// the tensor are zeroed.
+    /// the tensor are zeroed. From memory made for fewer bytes, of whole chunks, only the front of the
+    /// tensor is written; the rest stays as it was.
     ///
     /// # Errors
     /// `BufferInUse` while another transfer has the memory; `Invalid`, `Failed`.
@@ -201,7 +233,7 @@ impl Tensors {
         self.transfer(Operation::Write, record, memory)
     }
 
-    /// Reads a whole tensor into memory of the store, and verifies it.
+    /// Reads a whole tensor, or its front as in `put`, into memory of the store, and verifies it.
     ///
     /// # Errors
     /// As `put`.
@@ -217,23 +249,22 @@ impl Tensors {
     ) -> Result<Ticket> {
         let chunks = self.chunks(record)?;
         let layout = self.store.layout();
-        let needed = layout.record_weight_bytes(record);
-        let bytes = self.store.manifest().tensors[record].elements().map(crate::units::to_usize);
-        let bytes = bytes.unwrap_or(0);
+        let given = memory.asked();
         // What follows in its pages is zeroed, or overwritten.
-        if memory.asked() != bytes {
-            let given = memory.asked();
+        let Some((count, needed)) = self.front(record, given) else {
+            let bytes = self.bytes(record);
             return Err(Error::invalid(format!(
-                "record {record} takes memory made for {bytes} bytes, not {given}"
+                "record {record} takes memory made for {bytes} bytes or its first whole chunks, not {given}"
             )));
-        }
+        };
+        let chunks = chunks.start..chunks.start + count;
         let Some(slot) = memory.take() else {
             let what = format!("memory for tensor {}", self.store.manifest().records[record].name);
             return Err(Error::BufferInUse { what, exports: 1 });
         };
         let (mut left, rest) = slot.split_at(needed);
         if operation == Operation::Write {
-            left[bytes..].fill(0);
+            left[given..].fill(0);
         }
         let mut parts = Vec::with_capacity(chunks.len());
         for chunk in chunks.clone() {
@@ -245,6 +276,32 @@ impl Tensors {
         let (done, ticket) = Ticket::new(1);
         self.send(Command::Transfer(Transfer::new(operation, chunks.start, parts, home, done)))?;
         Ok(ticket)
+    }
+
+    /// How many chunks hold the first `bytes` of a tensor, and the length of their extents; `None` unless
+    /// that is all of it, or ends with a chunk.
+    fn front(&self, record: usize, bytes: usize) -> Option<(usize, usize)> {
+        let layout = self.store.layout();
+        let chunks = layout.records().get(record)?.clone();
+        if bytes == self.bytes(record) {
+            return Some((chunks.len(), layout.record_weight_bytes(record)));
+        }
+        let mut end = 0;
+        for (index, chunk) in layout.chunks()[chunks].iter().enumerate() {
+            end += chunk.extent_bytes(Group::Weight);
+            // The last chunk may be padded: only all of the tensor has it.
+            if end == bytes && bytes <= self.bytes(record) {
+                return Some((index + 1, end));
+            }
+        }
+        None
+    }
+
+    /// Bytes of a tensor, without padding.
+    #[must_use]
+    pub fn bytes(&self, record: usize) -> usize {
+        let tensor = self.store.manifest().tensors.get(record);
+        tensor.and_then(|tensor| tensor.elements()).map_or(0, crate::units::to_usize)
     }
 
     /// Chunks of a tensor.

@@ -23,9 +23,8 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
     **dict.fromkeys(["budget", "drive", "measure", "outside", "ram"], 1),
     **dict.fromkeys(["swap"], 2),
-    **dict.fromkeys(
-        ["checkpoint", "convert", "generate", "leftovers", "rehearsal", "stream", "tensor_store"], 3
-    ),
+    **dict.fromkeys(["checkpoint", "input_scratch", "rehearsal", "stream"], 3),
+    **dict.fromkeys(["convert", "generate", "leftovers", "tensor_store"], 3),
     **dict.fromkeys(["bench", "doctor", "plan", "report", "status", "train"], 4),
     **dict.fromkeys(["__main__", "cli"], 5),
     **dict.fromkeys(["__init__"], 6),  # the front door: re-exports only, and nobody inside goes through it

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from megatrain_io.checkpoint import SavedInputsBudget
 from megatrain_io.convert import create_store
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel, MicroBatch
@@ -102,10 +103,11 @@ def opened(
     small_pool: bool = False,
     drives: int = DRIVES,
     resident_share: float = 0.0,
+    saved_inputs: SavedInputsBudget | None = None,
 ) -> Iterator[PagedModel]:
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
     with PagedState(*files(path, drives), engine=engine) as state:
-        model = PagedModel(cut_model(case), state)
+        model = PagedModel(cut_model(case), state, saved_inputs=saved_inputs)
         hyperparameters = case.hyperparameters
         residents = resident_part(model, resident_share)
         state.start(
@@ -116,7 +118,10 @@ def opened(
             ),
             threads=threads,
         )
-        yield model
+        try:
+            yield model
+        finally:
+            model.close()
 
 
 def resident_part(model: PagedModel, share: float) -> Residents:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatrain_io.budget import StepNeeds, divide, smallest
+from megatrain_io.checkpoint import SavedInputsBudget, input_nbytes, least_saved_inputs
 from megatrain_io.errors import ConfigError
 from megatrain_io.residents import resident_nbytes
 from megatrain_io.stream import PagedModel
@@ -21,8 +22,13 @@ MIB = 1 << 20
 
 
 def needs_of(model, batches) -> StepNeeds:
-    step = model.rehearse(batches)
-    return StepNeeds(model.state.ledger.total()[0], step.activations, step.saved_inputs)
+    blocks, per_block = model.state.layout.blocks, input_nbytes(model.hidden_nbytes(batches))
+    return StepNeeds(
+        tables=model.state.ledger.total()[0],
+        activations=model.rehearse(batches),
+        saved_inputs=blocks * per_block,
+        saved_inputs_least=least_saved_inputs(blocks, per_block),
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -32,24 +38,33 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied):
     make_store(tmp_path / "store", case)
     with PagedState(*files(tmp_path / "store")) as state:
         model = PagedModel(cut_model(case), state)
-        batches = [to_micro_batch(batch) for batch in case.steps[0]]
+        batches = [long(batch) for batch in case.steps[0]]
         layout, borrows = model.state.layout, model.borrows_prologue
         needs = needs_of(model, batches)
         least = smallest(layout, needs, borrows_prologue=borrows)
-        ram = int(least + share * 12 * layout.parameters)
+        ram = int(least + share * (12 * layout.parameters + needs.saved_inputs))
         plan = divide(layout, model.training_schedule, needs, borrows_prologue=borrows, ram=ram)
+        bound = plan.saved_inputs if plan.is_spilled else None
+        model.limit_saved_inputs(SavedInputsBudget(bound, [tmp_path / "inputs"]))
         model.state.start(plan.pool, residents=plan.residents, settings=lambda _place: TensorSettings(0.0))
         for step in (1, 2):
             model.train_step(batches, AdamWStep(step, 1e-3), (lambda _loss: b"x") if step == 2 else None)
         model.state.wait_settled()
         peak = model.state.ledger.total()[1]
-    # Tensors and pages are rounded up here and there.
+        model.close()
+    assert plan.is_spilled == (share == 0.0)
     assert plan.total <= ram
-    assert peak <= 1.002 * ram
+    # Pages are rounded up here and there, and the scratch file has tables of its own.
+    assert peak <= 1.003 * ram
     assert peak >= 0.97 * plan.total
     assert plan.resident_nbytes >= resident_nbytes(plan.residents, layout)
     if share == 1.0:
         assert plan.resident_nbytes >= 0.5 * 12 * layout.parameters
+
+
+def long(batch):
+    """Eight rows in place of one: inputs that are worth spilling."""
+    return to_micro_batch({name: tensor.repeat(8, 1) for name, tensor in batch.items()})
 
 
 def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
@@ -58,10 +73,11 @@ def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
     with PagedState(*files(tmp_path / "store")) as state:
         model = PagedModel(cut_model(case), state)
         layout = model.state.layout
-        needs = StepNeeds(tables=MIB, activations=20 * MIB, saved_inputs=5 * MIB)
+        needs = StepNeeds(MIB, activations=20 * MIB, saved_inputs=50 * MIB, saved_inputs_least=5 * MIB)
         least = smallest(layout, needs, borrows_prologue=False)
         arguments = (layout, model.training_schedule, needs)
         plan = divide(*arguments, borrows_prologue=False, ram=least)
         assert not plan.residents.records
+        assert 5 * MIB <= plan.saved_inputs < 6 * MIB
         with pytest.raises(ConfigError, match=f"needs {-(-least // MIB)} MiB at least.*compute 20 MiB"):
             divide(*arguments, borrows_prologue=False, ram=least - 1)

@@ -259,6 +259,8 @@ def leave_everything(run):
     leftovers = {
         "store.mtio.partial": b"x" * 5000,
         "store.mtio.partial.owner": b"process 1 (x) since y\n",
+        "store.mtio.inputs": b"x" * 5000,
+        "store.mtio.inputs.partial": b"x",
         "model.partial/config.json": b"{}",
         "run.json.tmp": b"{",
         "config.yaml.tmp": b"m",
@@ -284,8 +286,8 @@ def test_clean_removes_what_killed_processes_left_and_nothing_else(run):
         Path(each["path"]).relative_to(run.path).as_posix() for each in json.loads(result.stdout)["removed"]
     ]
     assert removed == [
-        "store.mtio.partial", "model.partial", "run.json.tmp", "config.yaml.tmp", "metrics.jsonl.tmp",
-        "data/index.tmp", "data/train.tokens",
+        "store.mtio.partial", "store.mtio.inputs", "store.mtio.inputs.partial", "model.partial",
+        "run.json.tmp", "config.yaml.tmp", "metrics.jsonl.tmp", "data/index.tmp", "data/train.tokens",
     ]  # fmt: skip
     left = files_of(run.path)
     assert left.keys() == kept.keys() | others

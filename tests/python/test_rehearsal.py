@@ -34,9 +34,7 @@ def test_a_rehearsed_step_needs_what_a_real_one_does(tmp_path, family, tied, dty
         train(model, case)
         measured = model.state.ledger.balances()
     assert read == (0, 0) or read[0] < 1 << 20, "nothing of the model was read"
-    assert expected.activations == pytest.approx(measured["activations"][1], rel=0.01)
-    # A mapping is made of whole pages.
-    assert 0 <= measured["saved inputs"][1] - expected.saved_inputs < 4096
+    assert expected == pytest.approx(measured["activations"][1], rel=0.01)
 
 
 def packed(batch):
@@ -64,7 +62,7 @@ def test_rows_of_several_documents_and_padded_ones_are_rehearsed(tmp_path, dtype
         expected = model.rehearse(batches)
         model.train_step(batches, AdamWStep(1, 1e-3), lambda _loss: b"")
         measured = model.state.ledger.balances()["activations"][1]
-    assert expected.activations == pytest.approx(measured, rel=0.01)
+    assert expected == pytest.approx(measured, rel=0.01)
 
 
 def test_dropout_of_the_step_after_is_what_it_would_have_been(tmp_path):
@@ -85,7 +83,7 @@ def test_slices_of_logits_are_rehearsed_too(tmp_path):
         expected = model.rehearse([to_micro_batch(batch) for batch in case.steps[0]])
         train(model, case)
         measured = model.state.ledger.balances()["activations"][1]
-    assert expected.activations == pytest.approx(measured, rel=0.01)
+    assert expected == pytest.approx(measured, rel=0.01)
 
 
 def test_two_blocks_stand_for_all_that_are_alike():

@@ -60,10 +60,21 @@ pub(crate) struct Tensors {
 
 #[pymethods]
 impl Tensors {
+    /// With `account` the memory stands under that name, and no tensor elsewhere can be put or read.
     #[new]
-    fn new(py: Python<'_>, store: &Store, memory_nbytes: usize) -> PyResult<Self> {
+    #[pyo3(signature = (store, memory_nbytes, account = None))]
+    fn new(
+        py: Python<'_>,
+        store: &Store,
+        memory_nbytes: usize,
+        account: Option<&str>,
+    ) -> PyResult<Self> {
         let store = store.get()?;
-        let made = py.detach(|| tensors::Tensors::start(store, memory_nbytes)).map_err(raise)?;
+        let made = py.detach(|| match account {
+            None => tensors::Tensors::start(store, memory_nbytes),
+            Some(name) => tensors::Tensors::start_without_copies(store, memory_nbytes, name),
+        });
+        let made = made.map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(made))) })
     }
 
@@ -113,6 +124,23 @@ impl Tensors {
         }
     }
 
+    /// Writes memory of the store, as long as it was allocated, as the front of a tensor: some of its
+    /// first chunks, or all.
+    fn put_front(&self, record: usize, content: &Bound<'_, PyAny>) -> PyResult<Ticket> {
+        let tensors = self.get()?;
+        let memory = allocation_of(&tensors, content)?;
+        let inner = tensors.put(record, &memory).map_err(raise)?;
+        Ok(Ticket { inner, filled: None })
+    }
+
+    /// Begins to read the front of a tensor into memory of the store, as much as was allocated.
+    fn fill_front(&self, record: usize, content: &Bound<'_, PyAny>) -> PyResult<Ticket> {
+        let tensors = self.get()?;
+        let memory = allocation_of(&tensors, content)?;
+        let inner = tensors.fill(record, &memory).map_err(raise)?;
+        Ok(Ticket { inner, filled: None })
+    }
+
     /// Begins to read a tensor into memory of the store; `None` when no free run is as long.
     fn prefetch(&self, record: usize) -> PyResult<Option<Ticket>> {
         let tensors = self.get()?;
@@ -150,8 +178,21 @@ impl Tensors {
 
 fn nbytes_of(tensors: &tensors::Tensors, record: usize) -> PyResult<usize> {
     tensors.chunks(record).map_err(raise)?;
-    let tensor = &tensors.store().manifest().tensors[record];
-    Ok(to_usize(tensor.elements().unwrap_or(0)))
+    Ok(tensors.bytes(record))
+}
+
+/// The store's memory that these bytes are, all of it.
+fn allocation_of(
+    tensors: &tensors::Tensors,
+    content: &Bound<'_, PyAny>,
+) -> PyResult<Arc<Allocation>> {
+    let content = PyBuffer::<u8>::get(content)?;
+    let memory = tensors.allocation_at(content.buf_ptr().addr());
+    memory.filter(|memory| memory.asked() == content.len_bytes()).ok_or_else(|| {
+        PyValueError::new_err(
+            "these bytes are not memory that the store allocated, from end to end",
+        )
+    })
 }
 
 /// The store's memory that these bytes are, if they are; they must be as many as the tensor has.
@@ -193,6 +234,9 @@ fn places(tensors: &tensors::Tensors, record: usize) -> PyResult<Vec<Range<usize
 }
 
 fn staging_slot(py: Python<'_>, tensors: &tensors::Tensors) -> PyResult<Slot> {
+    if tensors.staging().count() == 0 {
+        return Err(raise(Error::invalid("this store takes tensors in its own memory only")));
+    }
     wait(py, || {
         tensors.store().check()?;
         Ok(tensors.staging().take(PATIENCE))

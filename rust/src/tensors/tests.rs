@@ -268,3 +268,41 @@ fn the_thread_ends_with_the_front_and_what_was_asked_for_is_done() {
     commit.wait(NOW).expect("has ended").expect("committed");
     assert!(memory.address().is_some(), "the memory came back");
 }
+
+#[test]
+fn the_front_of_a_tensor_moves_alone_in_whole_chunks() {
+    let machine = Machine::new(1, Durability::Scratch);
+    machine.drive.set_by_hand(false);
+    let engine = Arc::clone(&machine.drive) as Arc<dyn crate::engine::Engine>;
+    let ledger = Ledger::new();
+    let store = Arc::new(Store::open_on(&machine.drives, engine, [1; 16], &ledger).expect("opens"));
+    let start = |bytes| Tensors::start_without_copies(Arc::clone(&store), bytes, "saved inputs");
+    assert!(start(CHUNK - 1).is_err());
+    let front = start(16 * CHUNK + 1).expect("started");
+    assert_eq!(ledger.balances()["saved inputs"].current, 16 * CHUNK as u64);
+    let filled = |bytes: usize, value: u8| {
+        let memory = front.allocate(bytes).expect("open").expect("free");
+        let mut slot = memory.take().expect("at rest");
+        slot.fill(value);
+        memory.put_back(slot);
+        memory
+    };
+    let wait = |ticket: Result<Ticket>| ticket.expect("sent").wait(Duration::from_secs(60)).expect("ended");
+    wait(front.put(0, &filled(bytes_of(0), 1))).expect("written");
+    wait(front.put(0, &filled(2 * CHUNK, 2))).expect("written");
+    for (bytes, fronts) in
+        [(2 * CHUNK, 2 * CHUNK), (3 * CHUNK, 2 * CHUNK), (bytes_of(0), 2 * CHUNK)]
+    {
+        let memory = filled(bytes, 9);
+        wait(front.fill(0, &memory)).expect("read");
+        let slot = memory.take().expect("at rest");
+        assert!(slot[..fronts].iter().all(|byte| *byte == 2));
+        assert!(slot[fronts..bytes].iter().all(|byte| *byte == 1));
+        memory.put_back(slot);
+    }
+    // Not the end of a chunk; the padding of the last one; more than there is.
+    for bytes in [CHUNK + 1, 4 * CHUNK, 5 * CHUNK] {
+        let refused = front.put(0, &filled(bytes, 3)).expect_err("no front").to_string();
+        assert!(refused.contains("its first whole chunks"), "{refused}");
+    }
+}

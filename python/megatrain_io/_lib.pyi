@@ -210,9 +210,7 @@ class Pipeline:
     def registration_refused(self) -> str | None: ...
     @property
     def huge_pages(self) -> tuple[int, int] | None: ...
-    def begin(
-        self, schedule: Schedule, adamw: tuple[float, float, float, float, int], commits: bool
-    ) -> None:
+    def begin(self, schedule: Schedule, adamw: tuple[float, float, float, float, int], commits: bool) -> None:
         """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
 
     def take_weights(self, record: int) -> Buffer:
@@ -234,7 +232,16 @@ class Pipeline:
         """Drop the step under way, back to the last commit; a step that ended with a blob is committed first."""
 
     def timings(self) -> list[tuple[str, float]]:
-        """Seconds since the start, by cause."""
+        """Seconds since the start: ``stall_`` and a cause for each, ``update``, ``verify``."""
+
+    def record_events(self) -> None:
+        """Record events from now on, for ``take_events``."""
+
+    def take_events(self) -> tuple[list[tuple[str, str, int | None, int, int]], int]:
+        """``(lane, name, chunk, start, end)`` of each event since the last call, and how many more were dropped.
+
+        Times are nanoseconds of ``time.monotonic_ns``.
+        """
 
     def close(self) -> None:
         """Finish the steps that have ended, drop one under way, and stop."""

@@ -1,9 +1,11 @@
-//! Whether a pool has room for what a store's records need.
+//! Which slots of a pool a record takes, and whether the pool has room for all that a store needs.
 
-use super::{TensorSettings, chunk_slot_bytes, gradient_bytes};
+use super::{TensorSettings, chunk_slot_bytes};
+use crate::buffer::SlotList;
 use crate::error::{Error, Result};
-use crate::pool::{Kind, PoolSizes, ResidentSizes};
+use crate::pool::{Kind, Pool, PoolSizes, ResidentSizes};
 use crate::store::Store;
+use crate::units::to_usize;
 
 /// Refuses a pool that lacks a slot which the store's records need.
 pub(super) fn check(
@@ -57,4 +59,24 @@ pub(super) fn check(
         }
     }
     Ok(())
+}
+
+/// The buffers that the weights of `record` are read into.
+pub(super) fn weight_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotList {
+    if let Some(own) = pool.residents.weights_of(record) {
+        return own;
+    }
+    let fits = store.layout().record_weight_bytes(record) <= pool.block_buffers.slot_bytes();
+    if fits { &pool.block_buffers } else { &pool.outer_buffers }
+}
+
+/// Bytes of the fp32 gradient of `record`.
+pub(super) fn gradient_bytes(store: &Store, record: usize) -> usize {
+    to_usize(store.layout().record_parameters(record)) * size_of::<f32>()
+}
+
+/// The buffers that the gradient of `record` fits.
+pub(super) fn gradient_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotList {
+    let fits = gradient_bytes(store, record) <= pool.block_gradients.slot_bytes();
+    if fits { &pool.block_gradients } else { &pool.outer_gradients }
 }

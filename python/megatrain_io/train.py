@@ -6,7 +6,7 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -280,8 +280,8 @@ class _Trainer:
         learning_rate: float,
         micro_batches: Sequence[MicroBatch],
         began: float,
-        before: tuple[int, int, float],
-    ) -> tuple[int, int, float]:
+        before: tuple[int, int, Mapping[str, float]],
+    ) -> tuple[int, int, Mapping[str, float]]:
         """Tell of a step; the counters from which the next one counts, so that no byte falls in between."""
         last = step == self._max_steps
         evaluates = last or (
@@ -293,6 +293,7 @@ class _Trainer:
         after, seconds = self._counters(), time.monotonic() - began
         self._trained[0] += after[0] - before[0]
         self._trained[1] += after[1] - before[1]
+        stalled = {cause: after[2][cause] - before[2][cause] for cause in after[2]}
         eval_loss = self._evaluate() if evaluates else None
         report = StepReport(
             step=step,
@@ -304,11 +305,12 @@ class _Trainer:
             seconds=seconds,
             read_bytes=after[0] - before[0],
             written_bytes=after[1] - before[1],
-            stalled_seconds=after[2] - before[2],
+            stalled_seconds=sum(stalled.values()),
             ram_bytes=self._process.memory_info().rss,
             ledger_bytes=self._state.ledger.total()[0],
             written_bytes_total=self._written_before + after[1],
             eval_loss=eval_loss,
+            stalled=stalled,
         )
         self._metrics.append(report)
         self._reporter.step(report)
@@ -390,9 +392,10 @@ class _Trainer:
         settings["max_steps"] = self._max_steps
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def _counters(self) -> tuple[int, int, float]:
-        timings = self._state.timings()
-        stalled = sum(value for name, value in timings.items() if name.startswith("stall_"))
+    def _counters(self) -> tuple[int, int, Mapping[str, float]]:
+        """Bytes read and written, and seconds stalled by cause."""
+        timings = self._state.timings().items()
+        stalled = {name.removeprefix("stall_"): value for name, value in timings if name.startswith("stall_")}
         return (*self._state.io_bytes(), stalled)
 
 

@@ -10,9 +10,11 @@ moved do not depend on the number of micro-batches. Orders of summation are part
 
 import hashlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from megatrain_io.errors import MegatrainIoError, TrainingDivergedError, Unsuppo
 from megatrain_io.model import BlockCall, CutModel, MicroBatch
 from megatrain_io.schedule import Phase, PoolSizes, Residents, build_schedule, pool_sizes
 from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, PagedState
+from megatrain_io.trace import Trace
 from megatrain_io.workspace import WorkspaceMeter
 
 __all__ = ["IGNORED", "PagedModel", "StepLoss", "clear_frames", "model_parts", "trained_tokens"]
@@ -30,6 +33,9 @@ IGNORED = -100
 """Label of a token that is not trained."""
 
 _LOGITS_BYTES = 128 << 20
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,22 @@ class PagedModel:
         seed: of all random numbers of training (dropout).
         logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
             slice, and then every bit is that of stock training.
+        trace: gets a span for each step, phase, block and micro-batch.
     """
 
     def __init__(
-        self, cut: CutModel, state: PagedState, *, seed: int = 0, logits_bytes: int = _LOGITS_BYTES
+        self,
+        cut: CutModel,
+        state: PagedState,
+        *,
+        seed: int = 0,
+        logits_bytes: int = _LOGITS_BYTES,
+        trace: Trace | None = None,
     ) -> None:
         self.cut = cut
         self.state = state
         self.seed = seed
+        self._trace = trace
         self.saved = SavedInputs(state.ledger)
         vocabulary = cut.config.get_text_config().vocab_size
         self.slice_tokens = max(1, logits_bytes // (4 * vocabulary))
@@ -160,6 +174,10 @@ class PagedModel:
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)
 
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Trace what is done in the meantime, if there is a trace."""
+        return nullcontext() if self._trace is None else self._trace.span(name)
+
     @contextmanager
     def _step(
         self,
@@ -173,7 +191,8 @@ class PagedModel:
         random_state = torch.get_rng_state()
         self.state.begin(schedule, adamw, commits=commits)
         try:
-            with self._metered(micro_batches, schedule):
+            name = f"step {adamw.step}" if schedule is self._training else "evaluation"
+            with self._metered(micro_batches, schedule), self.span(name):
                 yield step
         except BaseException as error:
             # Tensors in the frames of the failed step would keep their buffers from the next one.
@@ -202,6 +221,19 @@ class PagedModel:
         self.state.ledger.set("activations", self._activations)
 
 
+def _phase(
+    method: Callable[Concatenate["_Step", _P], _R],
+) -> Callable[Concatenate["_Step", _P], _R]:
+    """Trace a phase under its name."""
+
+    @wraps(method)
+    def traced(step: "_Step", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with step.span(method.__name__):
+            return method(step, *args, **kwargs)
+
+    return traced
+
+
 class _Step:
     """One pass over all micro-batches: the phases, in the order in which they are called."""
 
@@ -210,6 +242,7 @@ class _Step:
         if self.num_items == 0:
             raise MegatrainIoError("no token of this step has a label: there is nothing to train or measure")
         self._model = model
+        self.span = model.span
         self._cut = model.cut
         self._state = model.state
         self._layout = model.state.layout
@@ -220,11 +253,12 @@ class _Step:
         self._last_block: BorrowedRecord | None = None
         self._table_gradient: _Gradient | None = None
 
+    @_phase
     def prologue(self) -> None:
         """The first hidden state of every micro-batch, and the arguments of every block."""
         weights = self._state.weights(self._layout.prologue)
         with torch.no_grad():
-            for index, micro_batch in enumerate(self._micro_batches):
+            for index, micro_batch in self._each(self._micro_batches):
                 self._seed(index, Phase.PROLOGUE)
                 hidden, calls = self._cut.record(weights.tensors, micro_batch)
                 self._hidden.append(hidden)
@@ -232,15 +266,16 @@ class _Step:
                 del hidden, calls
         weights.give_back()
 
+    @_phase
     def forward(self, *, saving: bool) -> None:
         """All blocks, first to last. The last one's weights stay for the backward pass."""
         last = self._layout.blocks - 1
         if saving:
             self._model.saved.reserve(self._layout.blocks, self._hidden)
-        for block in range(self._layout.blocks):
+        for block in self._each_block("forward", range(self._layout.blocks)):
             weights = self._state.weights(self._layout.block(block))
             with torch.no_grad():
-                for index, calls in enumerate(self._calls):
+                for index, calls in self._each(self._calls):
                     if saving:
                         self._model.saved.put(block, index, self._hidden[index])
                     self._seed(index, Phase.FORWARD, block)
@@ -252,6 +287,7 @@ class _Step:
             else:
                 weights.give_back()
 
+    @_phase
     def epilogue(self, *, training: bool, learning_rate: float = 0.0) -> Tensor:
         """The loss of the step; with ``training``, its gradients too, by micro-batch and slice.
 
@@ -270,7 +306,7 @@ class _Step:
             gradients.append(self._table_gradient)
         total: Tensor | None = None
         with torch.set_grad_enabled(training):
-            for index in range(len(self._micro_batches)):
+            for index, _ in self._each(self._micro_batches):
                 self._seed(index, Phase.EPILOGUE)
                 loss = self._epilogue_slices(index, weights, gradients)
                 total = loss if total is None else total + loss
@@ -291,32 +327,46 @@ class _Step:
             table.give_back()
         return total
 
+    @_phase
     def backward(self) -> None:
         """All blocks, last to first: recompute, gradients, hand them over for the update."""
         weights = self._last_block
         self._last_block = None
-        for block in reversed(range(self._layout.blocks)):
+        for block in self._each_block("backward", reversed(range(self._layout.blocks))):
             record = self._layout.block(block)
             weights = weights or self._state.weights(record)
             gradient = _Gradient(self._state, record)
-            for index in range(len(self._micro_batches)):
+            for index, _ in self._each(self._micro_batches):
                 self._seed(index, Phase.FORWARD, block)
                 self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
             gradient.submit(weights)
             weights = None
 
+    @_phase
     def prologue_backward(self) -> None:
         """Gradients of the prologue from those of the first hidden state."""
         weights = self._state.weights(self._layout.prologue)
         gradient = self._table_gradient or _Gradient(self._state, self._layout.prologue)
         self._table_gradient = None
-        for index, micro_batch in enumerate(self._micro_batches):
+        for index, micro_batch in self._each(self._micro_batches):
             self._seed(index, Phase.PROLOGUE)
             leaves = _leaves(weights.tensors)
             hidden, _ = self._cut.record(leaves, micro_batch)
             gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
             del leaves, hidden
         gradient.submit(weights)
+
+    def _each(self, items: Iterable[_R]) -> Iterator[tuple[int, _R]]:
+        """What there is one of for each micro-batch, counted; the body of the loop is traced."""
+        for index, item in enumerate(items):
+            with self.span(f"micro-batch {index}"):
+                yield index, item
+
+    def _each_block(self, phase: str, blocks: Iterable[int]) -> Iterator[int]:
+        """The blocks; the body of the loop is traced."""
+        for block in blocks:
+            with self.span(f"{phase} block {block}"):
+                yield block
 
     def _epilogue_slices(
         self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence["_Gradient"]

@@ -31,6 +31,7 @@ from megatrain_io.report import Reporter
 from megatrain_io.run import RunFolder, replace_file, storage_errors
 from megatrain_io.stream import PagedModel, trained_tokens
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels
+from megatrain_io.trace import Trace
 from megatrain_io.trainer_state import TrainerState
 
 __all__ = ["TrainResult", "learning_rate_at", "train"]
@@ -71,7 +72,7 @@ class TrainResult:
     ledger: dict[str, tuple[int, int]]
 
 
-def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult:
+def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace | None = None) -> TrainResult:
     """Train ``config``, importing the model first if the run has no store yet.
 
     Every step is durable before the next one writes anything, so an end at any moment loses one step at
@@ -83,6 +84,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
         config: what to train.
         resume: go on with a run that has begun; without it such a run is refused.
         reporter: told of every step.
+        trace: gets what ran when.
 
     Raises:
         MegatrainIoError: one of its kinds, as its message says.
@@ -93,7 +95,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
     imported = _import_if_needed(config, run, resume=resume)
     safe = "the last committed step is safe: go on with --resume"
     with storage_errors(run.path, safe), PagedState.of_run(run, engine=config.memory.io_backend) as state:
-        trainer = _Trainer(config, run, state, reporter)
+        trainer = _Trainer(config, run, state, reporter, trace)
         trainer.prepare(resume=resume, imported=imported)
         try:
             trainer.run()
@@ -106,6 +108,8 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
             raise InterruptedRunError(
                 f"interrupted; step {kept} is the last one that was committed, and it is kept. Go on with --resume"
             ) from None
+        finally:
+            trainer.write_trace()
         return trainer.result(time.monotonic() - started)
 
 
@@ -161,11 +165,19 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> boo
 class _Trainer:
     """One start of a run."""
 
-    def __init__(self, config: RunConfig, run: RunFolder, state: PagedState, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunFolder,
+        state: PagedState,
+        reporter: Reporter,
+        trace: Trace | None,
+    ) -> None:
         self._config = config
         self._run = run
         self._state = state
         self._reporter = reporter
+        self._trace = trace
         self._process = psutil.Process()
         self.progress = TrainerState.parse(state.blob)
         self._written_before = self.progress.written_bytes
@@ -199,7 +211,7 @@ class _Trainer:
                 "belong together"
             )
         cut = CutModel(model_config, _DTYPES[config.train.precision], facts)
-        self._model = PagedModel(cut, self._state, seed=config.train.seed)
+        self._model = PagedModel(cut, self._state, seed=config.train.seed, trace=self._trace)
         rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
         epochs = self._data.order.steps(config.train.num_train_epochs, rows_per_step)
         self._max_steps = config.train.max_steps or epochs
@@ -216,6 +228,8 @@ class _Trainer:
             settings=lambda place: _settings(place, config.train.weight_decay),
             threads=config.memory.threads,
         )
+        if self._trace is not None:
+            self._state.record_events()
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
         notes = [*self._notes(), str(self._data.summary)]
@@ -253,7 +267,14 @@ class _Trainer:
                 self.progress.step, self.progress.loss = step, loss.loss
                 self._steps += 1
                 before = self._report(step, loss.loss, adamw.learning_rate, micro_batches, began, before)
+                self.write_trace()
         self._state.wait_settled()
+
+    def write_trace(self) -> None:
+        """Write what was recorded since the last time."""
+        if self._trace is not None:
+            self._trace.extend(*self._state.take_events())
+            self._trace.flush()
 
     def result(self, seconds: float) -> TrainResult:
         """What came of it."""

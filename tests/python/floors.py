@@ -17,6 +17,7 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(
         ["config", "config_values", "errors", "interrupt", "metrics", "profile", "run", "trainer_state"], 0
     ),
+    **dict.fromkeys(["trace"], 0),
     **dict.fromkeys(
         ["layout", "miniature", "model", "probe", "schedule", "skeleton", "tensor_manifest", "workspace"], 1
     ),

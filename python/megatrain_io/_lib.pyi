@@ -232,7 +232,16 @@ class Pipeline:
         """Drop the step under way, back to the last commit; a step that ended with a blob is committed first."""
 
     def timings(self) -> list[tuple[str, float]]:
-        """Seconds since the start, by cause."""
+        """Seconds since the start: ``stall_`` and a cause for each, ``update``, ``verify``."""
+
+    def record_events(self) -> None:
+        """Record events from now on, for ``take_events``."""
+
+    def take_events(self) -> tuple[list[tuple[str, str, int | None, int, int]], int]:
+        """``(lane, name, chunk, start, end)`` of each event since the last call, and how many more were dropped.
+
+        Times are nanoseconds of ``time.monotonic_ns``.
+        """
 
     def close(self) -> None:
         """Finish the steps that have ended, drop one under way, and stop."""

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -146,6 +146,10 @@ def train_command(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last committed step.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what ran when to a new file, for ui.perfetto.dev."),
+    ] = None,
     _keys: Annotated[
         bool,
         typer.Option(
@@ -166,14 +170,16 @@ def train_command(
         from rich.console import Console
 
         from megatrain_io.report import reporter_for, rows
+        from megatrain_io.trace import Trace
         from megatrain_io.train import train
 
         logging_steps = config.train.logging_steps
         reporter = reporter_for(Console(stderr=True), quiet=json_output, logging_steps=logging_steps)
-        try:
-            result = train(config, resume=resume, reporter=reporter)
-        finally:
-            reporter.finished()
+        with nullcontext() if trace is None else Trace(trace) as tracer:
+            try:
+                result = train(config, resume=resume, reporter=reporter, trace=tracer)
+            finally:
+                reporter.finished()
         outcome.result = {"run": config.output_dir, **asdict(result)}
         outcome.text = "\n".join(rows(outcome.result))
 

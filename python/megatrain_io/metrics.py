@@ -3,7 +3,7 @@
 import json
 import os
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,6 +35,7 @@ class StepReport:
         ledger_bytes: what the package itself holds, the sum of its accounts.
         written_bytes_total: written since the run began, over all its lives.
         eval_loss: held-out loss after this step, where it was measured.
+        stalled: ``stalled_seconds`` by cause: ``read``, ``pool``, ``write``, ``update``, ``commit``.
     """
 
     step: int
@@ -51,6 +52,7 @@ class StepReport:
     ledger_bytes: int
     written_bytes_total: int
     eval_loss: float | None = None
+    stalled: dict[str, float] = field(default_factory=dict)
 
 
 def last_report(path: Path) -> StepReport | None:

@@ -41,6 +41,8 @@ __all__ = [
 _SECONDS_BETWEEN_LINES = 5.0
 _STEPS_FOR_PACE = 20
 _A_DAY = 86400.0
+_SMALLEST_SHARE = 0.005
+"""Of a step: a cause with less of it would be shown as 0 %."""
 _MACHINE_FACTS = 5
 """The last so many of the facts are about the machine, the others about the training."""
 
@@ -217,13 +219,20 @@ def facts(report: StepReport) -> list[str]:
         f"{report.tokens / seconds:,.0f} tok/s",
         f"read {decimal(round(report.read_bytes / seconds))}/s",
         f"write {decimal(round(report.written_bytes / seconds))}/s",
-        f"stalled {report.stalled_seconds / seconds:.0%}",
+        _stalled(report, seconds),
         f"RAM {gib(report.ram_bytes)}",
         f"written {decimal(report.written_bytes_total)}",
     ]
     if report.eval_loss is not None:
         figures.insert(1, f"held-out loss {report.eval_loss:.4f}")
     return figures
+
+
+def _stalled(report: StepReport, seconds: float) -> str:
+    """The share of a step that was waiting, and its causes, the largest first."""
+    shares = sorted(((value / seconds, cause) for cause, value in report.stalled.items()), reverse=True)
+    causes = [f"{cause} {share:.0%}" for share, cause in shares if share >= _SMALLEST_SHARE]
+    return f"stalled {report.stalled_seconds / seconds:.0%}" + (f" ({', '.join(causes)})" if causes else "")
 
 
 def gib(nbytes: int) -> str:

@@ -10,19 +10,23 @@ moved do not depend on the number of micro-batches. Orders of summation are part
 
 import hashlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget
 from megatrain_io.errors import MegatrainIoError, TrainingDivergedError, UnsupportedModelError
+from megatrain_io.gradient import Gradient, leaves_of
 from megatrain_io.model import BlockCall, CutModel, MicroBatch
 from megatrain_io.rehearsal import CANNOT_REHEARSE, Rehearsal
 from megatrain_io.schedule import Phase, PoolSizes, Residents, build_schedule, pool_sizes
 from megatrain_io.swap import AdamWStep, BorrowedRecord, CheckedSchedule, Engine, PagedState
+from megatrain_io.trace import Trace
 from megatrain_io.workspace import WorkspaceMeter
 
 __all__ = ["IGNORED", "PagedModel", "StepLoss", "clear_frames", "model_parts", "trained_tokens"]
@@ -31,6 +35,9 @@ IGNORED = -100
 """Label of a token that is not trained."""
 
 _LOGITS_BYTES = 128 << 20
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class PagedModel:
         logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
             slice, and then every bit is that of stock training.
         saved_inputs: RAM for the inputs of blocks, and the file for what is beyond it; None = all in RAM.
+        trace: gets a span for each step, phase, block and micro-batch.
     """
 
     def __init__(
@@ -96,12 +104,14 @@ class PagedModel:
         seed: int = 0,
         logits_bytes: int = _LOGITS_BYTES,
         saved_inputs: SavedInputsBudget | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.cut = cut
         self.state = state
         self.seed = seed
         self._engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
         self.saved = SavedInputs(state.ledger, saved_inputs, self._engine)
+        self._trace = trace
         vocabulary = cut.config.get_text_config().vocab_size
         self.borrows_prologue = bool(cut.epilogue_borrowed)
         self.slice_tokens = max(1, logits_bytes // (4 * vocabulary))
@@ -222,6 +232,10 @@ class PagedModel:
         """Give back what saved inputs take in RAM and on the drive. The state stays open."""
         self.saved.close()
 
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Trace what is done in the meantime, if there is a trace."""
+        return nullcontext() if self._trace is None else self._trace.span(name)
+
     @contextmanager
     def _step(
         self,
@@ -235,7 +249,8 @@ class PagedModel:
         random_state = torch.get_rng_state()
         self.state.begin(schedule, adamw, commits=commits)
         try:
-            with self._metered(micro_batches, schedule):
+            name = f"step {adamw.step}" if schedule is self._training else "evaluation"
+            with self._metered(micro_batches, schedule), self.span(name):
                 yield step
         except BaseException as error:
             # Tensors in the frames of the failed step would keep their buffers from the next one.
@@ -264,6 +279,19 @@ class PagedModel:
         self.state.ledger.set("activations", self._activations)
 
 
+def _phase(
+    method: Callable[Concatenate["_Step", _P], _R],
+) -> Callable[Concatenate["_Step", _P], _R]:
+    """Trace a phase under its name."""
+
+    @wraps(method)
+    def traced(step: "_Step", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with step.span(method.__name__):
+            return method(step, *args, **kwargs)
+
+    return traced
+
+
 class _Step:
     """One pass over all micro-batches: the phases, in the order in which they are called."""
 
@@ -278,6 +306,7 @@ class _Step:
         if self.num_items == 0:
             raise MegatrainIoError("no token of this step has a label: there is nothing to train or measure")
         self._model = model
+        self.span = model.span
         self._cut = model.cut
         self._state = rehearsal or model.state
         self._saved = rehearsal or model.saved
@@ -287,14 +316,15 @@ class _Step:
         self._hidden: list[Tensor] = []
         self._calls: list[tuple[BlockCall, ...]] = []
         self._last_block: BorrowedRecord | None = None
-        self._in_epilogue: list[tuple[BorrowedRecord, _Gradient | None]] = []
-        self._table_gradient: _Gradient | None = None
+        self._in_epilogue: list[tuple[BorrowedRecord, Gradient | None]] = []
+        self._table_gradient: Gradient | None = None
 
+    @_phase
     def prologue(self) -> None:
         """The first hidden state of every micro-batch, and the arguments of every block."""
         weights = self._state.weights(self._layout.prologue)
         with torch.no_grad():
-            for index, micro_batch in enumerate(self._micro_batches):
+            for index, micro_batch in self._each(self._micro_batches):
                 self._seed(index, Phase.PROLOGUE)
                 hidden, calls = self._cut.record(weights.tensors, micro_batch)
                 self._hidden.append(hidden)
@@ -302,13 +332,14 @@ class _Step:
                 del hidden, calls
         weights.give_back()
 
+    @_phase
     def forward(self, *, saving: bool) -> None:
         """All blocks, first to last. The last one's weights stay for the backward pass."""
         last = self._layout.blocks - 1
         if saving:
             # Made before the step; this is for models whose hidden state has another size than they say.
             self._saved.reserve(self._layout.blocks, [hidden.nbytes for hidden in self._hidden])
-        for block in range(self._layout.blocks):
+        for block in self._each_block("forward", range(self._layout.blocks)):
             if saving:
                 # All before any is computed: so their way to the drive has the time of this block, too.
                 for index in range(len(self._hidden)):
@@ -316,7 +347,7 @@ class _Step:
                 self._saved.finish(block)
             weights = self._state.weights(self._layout.block(block))
             with torch.no_grad():
-                for index, calls in enumerate(self._calls):
+                for index, calls in self._each(self._calls):
                     self._seed(index, Phase.FORWARD, block)
                     self._hidden[index] = self._cut.run_block(
                         block, weights.tensors, self._hidden[index], calls[block]
@@ -326,6 +357,7 @@ class _Step:
             else:
                 weights.give_back()
 
+    @_phase
     def epilogue(self, *, training: bool) -> Tensor:
         """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
         layout = self._layout
@@ -334,13 +366,13 @@ class _Step:
         weights = [borrowed for borrowed in (own, table) if borrowed is not None]
         gradients = []
         if training and own is not None and layout.epilogue is not None:
-            gradients.append(_Gradient(self._state, layout.epilogue))
+            gradients.append(Gradient(self._state, layout.epilogue))
         if training and table is not None:
-            self._table_gradient = _Gradient(self._state, layout.prologue, self._cut.epilogue_borrowed)
+            self._table_gradient = Gradient(self._state, layout.prologue, self._cut.epilogue_borrowed)
             gradients.append(self._table_gradient)
         total: Tensor | None = None
         with torch.set_grad_enabled(training):
-            for index in range(len(self._micro_batches)):
+            for index, _ in self._each(self._micro_batches):
                 self._seed(index, Phase.EPILOGUE)
                 loss = self._epilogue_slices(index, weights, gradients)
                 total = loss if total is None else total + loss
@@ -361,36 +393,50 @@ class _Step:
                 weights.give_back()
         self._in_epilogue.clear()
 
+    @_phase
     def backward(self) -> None:
         """All blocks, last to first: recompute, gradients, hand them over for the update."""
         weights = self._last_block
         self._last_block = None
-        for block in reversed(range(self._layout.blocks)):
+        for block in self._each_block("backward", reversed(range(self._layout.blocks))):
             record = self._layout.block(block)
             weights = weights or self._state.weights(record)
-            gradient = _Gradient(self._state, record)
-            for index in range(len(self._micro_batches)):
+            gradient = Gradient(self._state, record)
+            for index, _ in self._each(self._micro_batches):
                 self._seed(index, Phase.FORWARD, block)
                 self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
             self._saved.release(block)
             gradient.submit(weights)
             weights = None
 
+    @_phase
     def prologue_backward(self) -> None:
         """Gradients of the prologue from those of the first hidden state."""
         weights = self._state.weights(self._layout.prologue)
-        gradient = self._table_gradient or _Gradient(self._state, self._layout.prologue)
+        gradient = self._table_gradient or Gradient(self._state, self._layout.prologue)
         self._table_gradient = None
-        for index, micro_batch in enumerate(self._micro_batches):
+        for index, micro_batch in self._each(self._micro_batches):
             self._seed(index, Phase.PROLOGUE)
-            leaves = _leaves(weights.tensors)
+            leaves = leaves_of(weights.tensors)
             hidden, _ = self._cut.record(leaves, micro_batch)
             gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
             del leaves, hidden
         gradient.submit(weights)
 
+    def _each(self, items: Iterable[_R]) -> Iterator[tuple[int, _R]]:
+        """What there is one of for each micro-batch, counted; the body of the loop is traced."""
+        for index, item in enumerate(items):
+            with self.span(f"micro-batch {index}"):
+                yield index, item
+
+    def _each_block(self, phase: str, blocks: Iterable[int]) -> Iterator[int]:
+        """The blocks; the body of the loop is traced."""
+        for block in blocks:
+            with self.span(f"{phase} block {block}"):
+                yield block
+
     def _epilogue_slices(
-        self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence["_Gradient"]
+        self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence[Gradient]
     ) -> Tensor:
         """Loss of one micro-batch; replaces its hidden state by the gradient, if gradients are wanted."""
         hidden, labels = self._hidden[index], self._micro_batches[index].shift_labels
@@ -402,7 +448,7 @@ class _Step:
             label = labels[:, start : start + step]
             bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
             wanted = {name: bound[name] for gradient in gradients for name in gradient.expected}
-            leaves = _leaves(wanted)
+            leaves = leaves_of(wanted)
             part.requires_grad_(bool(gradients))
             loss = self._cut.loss(bound | leaves, part, label, self.num_items)
             if gradients:
@@ -420,13 +466,13 @@ class _Step:
         return total
 
     def _block_backward(
-        self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: "_Gradient"
+        self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: Gradient
     ) -> Tensor:
         """Gradient of the block's input; those of its parameters are added to ``gradient``."""
         # The gradient of a block's output has the shape and dtype of its input.
         saved = self._saved.get(block, index, like=self._hidden[index])
         hidden = saved.detach().requires_grad_()
-        leaves = _leaves(tensors)
+        leaves = leaves_of(tensors)
         out = self._cut.run_block(block, leaves, hidden, self._calls[index][block])
         of_hidden, *of_leaves = torch.autograd.grad(
             out, [hidden, *leaves.values()], self._hidden[index], allow_unused=True
@@ -439,44 +485,3 @@ class _Step:
         text = f"{self._model.seed}/{self._number}/{index}/{phase}/{block}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         torch.default_generator.manual_seed(seed)
-
-
-class _Gradient:
-    """The fp32 gradient of one record, summed over micro-batches in place."""
-
-    def __init__(
-        self, state: PagedState | Rehearsal, record: int, expected: Sequence[str] | None = None
-    ) -> None:
-        """``expected`` names the tensors that get gradients first; None = all of the record's."""
-        self._state = state
-        self._record = record
-        self._borrowed = state.gradient(record)
-        self._seen: set[str] = set()
-        self.expected = tuple(self._borrowed.tensors if expected is None else expected)
-
-    def add(self, names: Mapping[str, Tensor] | Sequence[str], gradients: Sequence[Tensor | None]) -> None:
-        """Add native gradients by name; the first one of each tensor is copied, not added to zero."""
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is None:
-                continue
-            total = self._borrowed.tensors[name]
-            if name in self._seen:
-                total.add_(gradient)
-            else:
-                total.copy_(gradient)
-                self._seen.add(name)
-
-    def submit(self, weights: BorrowedRecord) -> None:
-        """Hand gradient and weights over for the update."""
-        missing = sorted(set(self._borrowed.tensors) - self._seen)
-        if missing:
-            raise MegatrainIoError(
-                f"{len(missing)} parameter(s) got no gradient in this step, the first is {missing[0]}: stock "
-                "AdamW would skip them; freezing parameters is not possible yet"
-            )
-        self._state.submit(self._record, weights, self._borrowed)
-
-
-def _leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same memory as leaves of a fresh graph."""
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}

@@ -359,8 +359,16 @@ class PagedState:
         return self._store.io_bytes()
 
     def timings(self) -> Mapping[str, float]:
-        """Seconds since ``start``: stalls by cause, time in updates and in verifying."""
+        """Seconds since ``start``: ``stall_`` and a cause for each, time in updates and in verifying."""
         return dict(self._running().timings())
+
+    def record_events(self) -> None:
+        """Record what the pipeline does from now on, for ``take_events``."""
+        self._running().record_events()
+
+    def take_events(self) -> tuple[list[tuple[str, str, int | None, int, int]], int]:
+        """Lane, name, chunk, start and end of each event since the last call, and how many more were dropped."""
+        return ([], 0) if self._pipeline is None else self._pipeline.take_events()
 
     def close(self) -> None:
         """Wait until ended steps are durable, stop, and mark the store clean.

@@ -6,7 +6,7 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from megatrain_io.report import Reporter
 from megatrain_io.run import RunFolder, replace_file, saved_inputs_file, storage_errors
 from megatrain_io.stream import PagedModel, trained_tokens
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels
+from megatrain_io.trace import Trace
 from megatrain_io.trainer_state import TrainerState
 
 __all__ = ["TrainResult", "learning_rate_at", "train"]
@@ -76,7 +77,7 @@ class TrainResult:
     ledger: dict[str, tuple[int, int]]
 
 
-def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult:
+def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace | None = None) -> TrainResult:
     """Train ``config``, importing the model first if the run has no store yet.
 
     Every step is durable before the next one writes anything, so an end at any moment loses one step at
@@ -88,6 +89,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
         config: what to train.
         resume: go on with a run that has begun; without it such a run is refused.
         reporter: told of every step.
+        trace: gets what ran when.
 
     Raises:
         MegatrainIoError: one of its kinds, as its message says.
@@ -98,7 +100,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
     imported = _import_if_needed(config, run, resume=resume)
     safe = "the last committed step is safe: go on with --resume"
     with storage_errors(run.path, safe), PagedState.of_run(run, engine=config.memory.io_backend) as state:
-        trainer = _Trainer(config, run, state, reporter)
+        trainer = _Trainer(config, run, state, reporter, trace)
         with closing(trainer):
             trainer.prepare(resume=resume, imported=imported)
             try:
@@ -113,6 +115,8 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter) -> TrainResult
                     f"interrupted; step {kept} is the last one that was committed, and it is kept. Go on with "
                     "--resume"
                 ) from None
+            finally:
+                trainer.write_trace()
             return trainer.result(time.monotonic() - started)
 
 
@@ -168,11 +172,19 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> boo
 class _Trainer:
     """One start of a run."""
 
-    def __init__(self, config: RunConfig, run: RunFolder, state: PagedState, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunFolder,
+        state: PagedState,
+        reporter: Reporter,
+        trace: Trace | None,
+    ) -> None:
         self._config = config
         self._run = run
         self._state = state
         self._reporter = reporter
+        self._trace = trace
         self._process = psutil.Process()
         self.progress = TrainerState.parse(state.blob)
         self._written_before = self.progress.written_bytes
@@ -207,7 +219,7 @@ class _Trainer:
                 "belong together"
             )
         cut = CutModel(model_config, _DTYPES[config.train.precision], facts)
-        self._model = PagedModel(cut, self._state, seed=config.train.seed)
+        self._model = PagedModel(cut, self._state, seed=config.train.seed, trace=self._trace)
         self._closing.callback(self._model.close)
         rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
         epochs = self._data.order.steps(config.train.num_train_epochs, rows_per_step)
@@ -231,6 +243,8 @@ class _Trainer:
             settings=lambda place: _settings(place, config.train.weight_decay),
             threads=config.memory.threads,
         )
+        if self._trace is not None:
+            self._state.record_events()
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
         notes = [*self._notes(), str(plan), str(self._data.summary)]
@@ -287,7 +301,14 @@ class _Trainer:
                 self.progress.step, self.progress.loss = step, loss.loss
                 self._steps += 1
                 before = self._report(step, loss.loss, adamw.learning_rate, micro_batches, began, before)
+                self.write_trace()
         self._state.wait_settled()
+
+    def write_trace(self) -> None:
+        """Write what was recorded since the last time."""
+        if self._trace is not None:
+            self._trace.extend(*self._state.take_events())
+            self._trace.flush()
 
     def result(self, seconds: float) -> TrainResult:
         """What came of it."""
@@ -314,8 +335,8 @@ class _Trainer:
         learning_rate: float,
         micro_batches: Sequence[MicroBatch],
         began: float,
-        before: tuple[int, int, float],
-    ) -> tuple[int, int, float]:
+        before: tuple[int, int, Mapping[str, float]],
+    ) -> tuple[int, int, Mapping[str, float]]:
         """Tell of a step; the counters from which the next one counts, so that no byte falls in between."""
         last = step == self._max_steps
         evaluates = last or (
@@ -327,6 +348,7 @@ class _Trainer:
         after, seconds = self._counters(), time.monotonic() - began
         self._trained[0] += after[0] - before[0]
         self._trained[1] += after[1] - before[1]
+        stalled = {cause: after[2][cause] - before[2][cause] for cause in after[2]}
         eval_loss = self._evaluate() if evaluates else None
         report = StepReport(
             step=step,
@@ -338,11 +360,12 @@ class _Trainer:
             seconds=seconds,
             read_bytes=after[0] - before[0],
             written_bytes=after[1] - before[1],
-            stalled_seconds=after[2] - before[2],
+            stalled_seconds=sum(stalled.values()),
             ram_bytes=self._process.memory_info().rss,
             ledger_bytes=self._state.ledger.total()[0],
             written_bytes_total=self._written_before + after[1],
             eval_loss=eval_loss,
+            stalled=stalled,
         )
         self._metrics.append(report)
         self._reporter.step(report)
@@ -424,12 +447,14 @@ class _Trainer:
         settings["max_steps"] = self._max_steps
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def _counters(self) -> tuple[int, int, float]:
-        timings, saved = self._state.timings(), self._model.saved
-        stalled = sum(value for name, value in timings.items() if name.startswith("stall_"))
+    def _counters(self) -> tuple[int, int, Mapping[str, float]]:
+        """Bytes read and written, and seconds stalled by cause."""
+        timings, saved = self._state.timings().items(), self._model.saved
+        stalled = {name.removeprefix("stall_"): value for name, value in timings if name.startswith("stall_")}
+        stalled["inputs"] = saved.stalled_seconds
         moved = zip(self._state.io_bytes(), saved.io_bytes(), strict=True)
         read, written = (state + inputs for state, inputs in moved)
-        return read, written, stalled + saved.stalled_seconds
+        return read, written, stalled
 
     def _written_total(self) -> int:
         """Bytes written to the drive in all starts so far."""

@@ -8,7 +8,6 @@
 //! durable.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,14 +21,22 @@ use crate::pipeline::memory::{check_pool, gradient_bytes, gradient_list};
 use crate::pool::{Pool, PoolSizes};
 use crate::store::{BLOB_BYTES_MAX, Store};
 
+mod events;
 mod executor;
 mod memory;
 mod schedule;
+mod stalls;
 mod update;
 
+pub use events::{Event, Events, Lane};
 pub use memory::{Residents, chunk_slot_bytes};
 pub use schedule::{ChunkOp, Kind, Schedule};
+pub use stalls::{Cause, Timings};
 pub use update::TensorSettings;
+
+/// How long a wait for a gradient buffer goes on before its cause is looked at again: nobody tells of a
+/// change there.
+const SLICE: Duration = Duration::from_millis(2);
 
 /// How a pipeline is set up.
 #[derive(Clone, Debug)]
@@ -44,28 +51,6 @@ pub struct Options {
     pub tensors: Vec<TensorSettings>,
     /// What stays in RAM from step to step.
     pub residents: Residents,
-}
-
-/// Where the time of the pipeline's callers and of its own work went, in nanoseconds.
-#[derive(Debug, Default)]
-pub struct Timings {
-    /// Callers waited for weights.
-    pub stall_weights: AtomicU64,
-    /// Callers waited for a free gradient buffer (for updates to finish).
-    pub stall_gradient: AtomicU64,
-    /// Callers waited for a step to become durable.
-    pub stall_commit: AtomicU64,
-    /// AdamW and the checksums of what it wrote.
-    pub update: AtomicU64,
-    /// Verifying what was read.
-    pub verify: AtomicU64,
-}
-
-impl Timings {
-    fn add(counter: &AtomicU64, since: Instant) {
-        let nanoseconds = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        counter.fetch_add(nanoseconds, Ordering::Relaxed);
-    }
 }
 
 /// A load of the schedule that the caller has not taken yet.
@@ -87,6 +72,8 @@ struct State {
     settled: u64,
     /// Whether the step that was begun last is to be committed.
     commits: bool,
+    /// What callers wait for, if they do.
+    causes: stalls::Causes,
 }
 
 /// What caller and executor share.
@@ -95,6 +82,7 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     timings: Timings,
+    events: events::Recorder,
 }
 
 impl Shared {
@@ -223,6 +211,7 @@ impl Pipeline {
     pub fn take_weights(&self, record: usize, timeout: Duration) -> Result<Option<Slot>> {
         self.store.check()?;
         let start = Instant::now();
+        let mut wait = stalls::Wait::new(&self.shared);
         let mut state = self.shared.lock();
         loop {
             if let Some(failure) = &state.failure {
@@ -233,7 +222,6 @@ impl Pipeline {
                     if let Some(weights) = next.weights.take() {
                         state.loads.pop_front();
                         state.first_load += 1;
-                        Timings::add(&self.shared.timings.stall_weights, start);
                         return Ok(Some(weights));
                     }
                 }
@@ -247,9 +235,9 @@ impl Pipeline {
             }
             let left = timeout.saturating_sub(start.elapsed());
             if left.is_zero() {
-                Timings::add(&self.shared.timings.stall_weights, start);
                 return Ok(None);
             }
+            wait.for_cause(state.causes.weights);
             state = self
                 .shared
                 .changed
@@ -269,11 +257,20 @@ impl Pipeline {
         self.check_record(record)?;
         let start = Instant::now();
         let list = gradient_list(&self.pool, &self.store, record);
-        let slot = list.try_take().or_else(|| list.take(timeout));
-        Timings::add(&self.shared.timings.stall_gradient, start);
-        match &self.shared.lock().failure {
-            Some(failure) => Err(failure.clone()),
-            None => Ok(slot),
+        let mut wait = stalls::Wait::new(&self.shared);
+        let mut slot = list.try_take();
+        loop {
+            let state = self.shared.lock();
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            let left = timeout.saturating_sub(start.elapsed());
+            if slot.is_some() || left.is_zero() {
+                return Ok(slot);
+            }
+            wait.for_cause(state.causes.gradient);
+            drop(state);
+            slot = list.take(left.min(SLICE));
         }
     }
 
@@ -335,6 +332,7 @@ impl Pipeline {
     pub fn wait_settled(&self, timeout: Duration) -> Result<bool> {
         self.store.check()?;
         let start = Instant::now();
+        let mut wait = stalls::Wait::new(&self.shared);
         let mut state = self.shared.lock();
         loop {
             if let Some(failure) = &state.failure {
@@ -342,9 +340,9 @@ impl Pipeline {
             }
             let left = timeout.saturating_sub(start.elapsed());
             if state.settled == state.ended || left.is_zero() {
-                Timings::add(&self.shared.timings.stall_commit, start);
                 return Ok(state.settled == state.ended);
             }
+            wait.for_cause(Cause::Commit);
             state = self
                 .shared
                 .changed
@@ -388,6 +386,17 @@ impl Pipeline {
     #[must_use]
     pub fn timings(&self) -> &Timings {
         &self.shared.timings
+    }
+
+    /// Records events from now on.
+    pub fn record_events(&self) {
+        self.shared.events.begin();
+    }
+
+    /// The events since this was last called; none without [`Self::record_events`]. A million are kept.
+    #[must_use]
+    pub fn take_events(&self) -> Events {
+        self.shared.events.take()
     }
 
     /// Why the pool could not be registered with the kernel, if so; it costs CPU time only.

@@ -17,13 +17,14 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(
         ["config", "config_values", "errors", "interrupt", "metrics", "profile", "run", "trainer_state"], 0
     ),
+    **dict.fromkeys(["trace"], 0),
     **dict.fromkeys(["layout", "residents", "schedule", "tensor_manifest", "workspace"], 1),
     **dict.fromkeys(["miniature", "model", "probe", "skeleton"], 1),
     **dict.fromkeys(["data", "documents", "rows", "sources", "tokens"], 1),
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
     **dict.fromkeys(["budget", "drive", "measure", "outside", "ram"], 1),
     **dict.fromkeys(["swap"], 2),
-    **dict.fromkeys(["checkpoint", "input_scratch", "rehearsal", "stream"], 3),
+    **dict.fromkeys(["checkpoint", "gradient", "input_scratch", "rehearsal", "stream"], 3),
     **dict.fromkeys(["convert", "generate", "leftovers", "tensor_store"], 3),
     **dict.fromkeys(["bench", "doctor", "plan", "report", "status", "train"], 4),
     **dict.fromkeys(["__main__", "cli"], 5),

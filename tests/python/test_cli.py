@@ -173,8 +173,9 @@ class Result:
     ledger: dict[str, tuple[int, int]] | None = None
 
 
-def fake_train(_config, *, resume, reporter):
+def fake_train(_config, *, resume, reporter, trace=None):
     """Two steps, with a library that prints where it should not."""
+    assert trace is None
     reporter.started(step=0, max_steps=2, notes=["a note"])
     for step in (1, 2):
         report = StepReport(step, 2, 2.5, 1e-5, 8, 8, 1.0, 1, 1, 0.0, 1, 1, 1)

@@ -53,6 +53,8 @@ def test_the_figures_of_a_step():
         "RAM 1.5 GiB",
         "written 1.2 TB",
     ]
+    stalled = {"read": 0.2, "pool": 0.01, "write": 0.78, "update": 0.01, "commit": 0.0}
+    assert facts(replace(REPORT, stalled=stalled))[5] == "stalled 25% (write 20%, read 5%)"
     assert facts(replace(REPORT, eval_loss=2.25))[1] == "held-out loss 2.2500"
     assert gib(2**30) == "1.0 GiB"
 

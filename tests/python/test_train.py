@@ -50,6 +50,11 @@ def test_what_a_run_leaves_behind(source, whole):
     assert result.eval_loss_before == pytest.approx(math.log(263), rel=0.05)
     assert sum(line["written_bytes"] for line in lines) <= result.written_bytes_total
     assert lines[-1]["written_bytes_total"] <= result.written_bytes_total
+    for line in lines:
+        assert set(line["stalled"]) == {"read", "pool", "write", "update", "commit"}
+        assert line["stalled_seconds"] == pytest.approx(sum(line["stalled"].values()))
+    # Before the evaluation the run waits for the last step's durability.
+    assert lines[-1]["stalled"]["commit"] > 0
     assert result.read_bytes_per_parameter_and_step > 10
     assert result.peak_ram_bytes > 0
     assert load(run / "config.yaml")[0] == configured(source, run)

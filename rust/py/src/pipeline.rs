@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use megatrain_io::adamw::{AdamW, Kernel};
 use megatrain_io::error::Error;
-use megatrain_io::pipeline::{self, ChunkOp, Kind, Options, Residents, TensorSettings};
+use megatrain_io::pipeline::{self, Cause, ChunkOp, Kind, Options, Residents, TensorSettings};
 use megatrain_io::pool::{self, PoolSizes};
 use megatrain_io::units::StateFormat;
 use pyo3::exceptions::PyValueError;
@@ -18,6 +18,9 @@ use crate::store::Store;
 
 /// How long a wait goes on before signals (Ctrl-C) are looked at.
 pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Lane, name, chunk, start and end.
+type EventTuple = (String, &'static str, Option<usize>, u64, u64);
 
 /// The chunk operations of one step, checked against a store.
 #[pyclass(frozen, module = "megatrain_io._lib")]
@@ -165,20 +168,35 @@ impl Pipeline {
         py.detach(|| pipeline.abort()).map_err(raise)
     }
 
-    /// Seconds since the start: `stall_weights`, `stall_gradient`, `stall_commit`, `update`, `verify`.
-    fn timings(&self) -> PyResult<Vec<(&'static str, f64)>> {
+    /// Seconds since the start: `stall_read`, `stall_pool`, `stall_write`, `stall_update`, `stall_commit`,
+    /// `update`, `verify`.
+    fn timings(&self) -> PyResult<Vec<(String, f64)>> {
         let pipeline = self.get()?;
         let timings = pipeline.timings();
-        let seconds = |counter: &std::sync::atomic::AtomicU64| {
-            Duration::from_nanos(counter.load(Ordering::Relaxed)).as_secs_f64()
-        };
-        Ok(vec![
-            ("stall_weights", seconds(&timings.stall_weights)),
-            ("stall_gradient", seconds(&timings.stall_gradient)),
-            ("stall_commit", seconds(&timings.stall_commit)),
-            ("update", seconds(&timings.update)),
-            ("verify", seconds(&timings.verify)),
-        ])
+        let seconds = |nanoseconds| Duration::from_nanos(nanoseconds).as_secs_f64();
+        let stalls = Cause::ALL
+            .map(|cause| (format!("stall_{}", cause.name()), seconds(timings.stalled(cause))));
+        let work = [("update", &timings.update), ("verify", &timings.verify)]
+            .map(|(name, counter)| (name.to_owned(), seconds(counter.load(Ordering::Relaxed))));
+        Ok(stalls.into_iter().chain(work).collect())
+    }
+
+    /// Records events from now on, for `take_events`.
+    fn record_events(&self) -> PyResult<()> {
+        self.get()?.record_events();
+        Ok(())
+    }
+
+    /// `(lane, name, chunk, start, end)` of each event since the last call, and how many more were dropped;
+    /// times are nanoseconds of `time.monotonic_ns`.
+    fn take_events(&self) -> PyResult<(Vec<EventTuple>, u64)> {
+        let taken = self.get()?.take_events();
+        let events = taken
+            .events
+            .into_iter()
+            .map(|event| (event.lane.to_string(), event.name, event.chunk, event.start, event.end))
+            .collect();
+        Ok((events, taken.dropped))
     }
 
     /// Finishes the steps that have ended, drops one under way, and stops.

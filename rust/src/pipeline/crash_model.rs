@@ -24,6 +24,7 @@ use crate::store::{Creator, Store};
 use crate::units::{CopyId, Group, StateFormat};
 
 mod broken;
+mod causes;
 mod exhaustive;
 mod memories;
 mod random;

@@ -14,16 +14,20 @@ use crate::adamw::{AdamW, Kernel};
 use crate::buffer::Slot;
 use crate::engine::{Completion, Operation};
 use crate::error::{Error, Result};
+use crate::pipeline::executor::flights::Flights;
 use crate::pipeline::executor::residents::Held;
 use crate::pipeline::memory::weight_list;
+use crate::pipeline::stalls::Causes;
 use crate::pipeline::update::Settings;
 use crate::pipeline::{Command, Options, Shared, schedule};
 use crate::pool::Pool;
 use crate::store::{Entry, Next, ReadPlan, Sequence, Sequenced, Store, Table};
 use crate::units::Group;
 
+mod flights;
 mod reads;
 mod residents;
+mod stalls;
 mod updates;
 
 /// Kinds of buffer that weights are loaded into: for blocks, for larger records, and the record's own.
@@ -101,7 +105,7 @@ struct Pending {
 enum Work {
     Load { number: u64, chunk: usize, plan: ReadPlan },
     Planes { chunk: usize, plan: ReadPlan, rest: Slot },
-    Write { chunk: usize },
+    Write { chunk: usize, group: Group },
     Sequence,
 }
 
@@ -143,6 +147,8 @@ pub(super) struct Executor {
     starved: Starved,
     /// Whether an update ended in the last round: no completion will tell of it.
     ended_in_ram: bool,
+    causes: Causes,
+    flights: Flights,
     aborting: Option<Sender<Result>>,
     stopping: bool,
 }
@@ -202,6 +208,8 @@ impl Executor {
             failed: false,
             starved: Starved::default(),
             ended_in_ram: false,
+            causes: Causes::default(),
+            flights: Flights::default(),
             aborting: None,
             stopping: false,
             store,
@@ -219,6 +227,7 @@ impl Executor {
     pub(super) fn turn(&mut self) -> bool {
         if self.is_active() {
             self.advance();
+            self.publish_causes();
         }
         if !self.is_active() && self.pending.is_empty() {
             self.finish_abort();
@@ -245,6 +254,7 @@ impl Executor {
         self.start_resident_loads();
         self.start_plane_reads();
         if let Some(index) = self.ready_update() {
+            self.publish_causes();
             // One chunk at a time: completions are looked at in between.
             let outcome = match self.store.is_writable() {
                 true => self.update(index),
@@ -410,6 +420,7 @@ impl Executor {
                 Some(blob) => match self.store.start_commit(self.working.clone(), &blob) {
                     Ok(sequence) => {
                         self.touched = false;
+                        self.flights.commit = self.shared.events.now();
                         self.go_on(Running { sequence, commits: true });
                     }
                     Err(error) => return self.fail(error),
@@ -436,6 +447,7 @@ impl Executor {
                 Ok(Next::Wait) => return self.running = Some(running),
                 Ok(Next::End) if running.commits => {
                     self.held.committed();
+                    self.commit_ended();
                     return self.settle_front();
                 }
                 Ok(Next::End) => return,

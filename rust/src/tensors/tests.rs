@@ -287,7 +287,9 @@ fn the_front_of_a_tensor_moves_alone_in_whole_chunks() {
         memory.put_back(slot);
         memory
     };
-    let wait = |ticket: Result<Ticket>| ticket.expect("sent").wait(Duration::from_secs(60)).expect("ended");
+    let wait = |ticket: Result<Ticket>| {
+        ticket.expect("sent").wait(Duration::from_secs(60)).expect("ended")
+    };
     wait(front.put(0, &filled(bytes_of(0), 1))).expect("written");
     wait(front.put(0, &filled(2 * CHUNK, 2))).expect("written");
     for (bytes, fronts) in

@@ -471,7 +471,7 @@ impl<'a> Machine<'a> {
 }
 
 /// Forward over all records, then backward with updates of those that are trained.
-fn schedule(store: &Store, trained: &[usize]) -> Arc<Schedule> {
+pub(super) fn schedule(store: &Store, trained: &[usize]) -> Arc<Schedule> {
     let chunks = |record: usize, kind| {
         store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
     };

@@ -8,7 +8,7 @@ use crate::buffer::{Slot, SlotList};
 use crate::checksum;
 use crate::engine::{Completion, Operation, Request};
 use crate::error::{Error, Result};
-use crate::pipeline::Timings;
+use crate::pipeline::{Lane, Timings};
 use crate::store::ReadPlan;
 use crate::units::Group;
 
@@ -158,6 +158,7 @@ impl Executor {
         let tag = self.next_tag;
         self.next_tag += 1;
         let Pending { operation, drive, offset, bytes, .. } = pending;
+        self.took_off(tag, &pending);
         self.pending.insert(tag, pending);
         let reply = self.reply.clone();
         if bytes == 0 && operation == Operation::Read {
@@ -171,6 +172,7 @@ impl Executor {
 
     pub(super) fn complete(&mut self, completion: Completion) {
         let Some(pending) = self.pending.remove(&completion.tag) else { return };
+        self.landed(completion.tag, &pending);
         let Completion { slot, result, .. } = completion;
         if matches!(pending.work, Work::Sequence) {
             // Also when the executor has failed: a commit under way is seen to its end.
@@ -203,7 +205,7 @@ impl Executor {
         let (chunk, group, plan) = match &pending.work {
             Work::Load { chunk, plan, .. } => (*chunk, Group::Weight, plan),
             Work::Planes { chunk, plan, .. } => (*chunk, Group::Update, plan),
-            Work::Write { chunk } => {
+            Work::Write { chunk, .. } => {
                 drop(slot);
                 self.wrote(*chunk);
                 return Ok(());
@@ -231,11 +233,12 @@ impl Executor {
         again: bool,
         bytes: &[u8],
     ) -> Result<bool> {
-        let start = Instant::now();
+        let (start, began) = (Instant::now(), self.shared.events.now());
         let outcome = self
             .workers
             .install(|| checksum::verify(&plan.binding, &bytes[..plan.bytes], &plan.sums));
         Timings::add(&self.shared.timings.verify, start);
+        self.shared.events.record(Lane::Verify, "verify", Some(chunk), began);
         match outcome {
             Ok(()) => Ok(true),
             // A flip on the bus or in RAM is gone at the second reading.

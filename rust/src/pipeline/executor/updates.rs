@@ -6,8 +6,8 @@ use std::time::Instant;
 use super::{Executor, Pending, Work};
 use crate::engine::Operation;
 use crate::error::{Error, Result};
-use crate::pipeline::Timings;
 use crate::pipeline::update::{Weights, update_chunk};
+use crate::pipeline::{Lane, Timings};
 use crate::units::Group;
 
 impl Executor {
@@ -22,7 +22,7 @@ impl Executor {
     }
 
     pub(super) fn update(&mut self, index: usize) -> Result {
-        let start = Instant::now();
+        let (start, began) = (Instant::now(), self.shared.events.now());
         let update = &mut self.updates[index];
         let chunk = update.chunk;
         let layout = Arc::clone(self.store.layout());
@@ -69,10 +69,11 @@ impl Executor {
             let Some(plan) = plan else { continue };
             self.updates[index].written.push((group, plan.entry, sums));
             let (drive, offset, bytes) = (plan.drive, plan.offset, slot.len());
-            let (operation, again, work) = (Operation::Write, false, Work::Write { chunk });
+            let (operation, again, work) = (Operation::Write, false, Work::Write { chunk, group });
             self.submit(Pending { operation, drive, offset, bytes, again, work }, Some(slot));
         }
         Timings::add(&self.shared.timings.update, start);
+        self.shared.events.record(Lane::Update, "update", Some(chunk), began);
         if self.updates[index].writes_left == 0 {
             self.end_update(index);
             self.ended_in_ram = true;

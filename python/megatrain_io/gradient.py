@@ -1,0 +1,52 @@
+"""Gradients: from those that autograd gives for each micro-batch to the one of a record that is handed over."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from megatrain_io.errors import MegatrainIoError
+from megatrain_io.rehearsal import Rehearsal
+from megatrain_io.swap import BorrowedRecord, PagedState
+
+__all__ = ["Gradient", "leaves_of"]
+
+
+class Gradient:
+    """The fp32 gradient of one record, summed over micro-batches in place."""
+
+    def __init__(
+        self, state: PagedState | Rehearsal, record: int, expected: Sequence[str] | None = None
+    ) -> None:
+        """``expected`` names the tensors that get gradients first; None = all of the record's."""
+        self._state = state
+        self._record = record
+        self._borrowed = state.gradient(record)
+        self._seen: set[str] = set()
+        self.expected = tuple(self._borrowed.tensors if expected is None else expected)
+
+    def add(self, names: Mapping[str, Tensor] | Sequence[str], gradients: Sequence[Tensor | None]) -> None:
+        """Add native gradients by name; the first one of each tensor is copied, not added to zero."""
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is None:
+                continue
+            total = self._borrowed.tensors[name]
+            if name in self._seen:
+                total.add_(gradient)
+            else:
+                total.copy_(gradient)
+                self._seen.add(name)
+
+    def submit(self, weights: BorrowedRecord) -> None:
+        """Hand gradient and weights over for the update."""
+        missing = sorted(set(self._borrowed.tensors) - self._seen)
+        if missing:
+            raise MegatrainIoError(
+                f"{len(missing)} parameter(s) got no gradient in this step, the first is {missing[0]}: stock "
+                "AdamW would skip them; freezing parameters is not possible yet"
+            )
+        self._state.submit(self._record, weights, self._borrowed)
+
+
+def leaves_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory as leaves of a fresh graph."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}

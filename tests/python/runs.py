@@ -30,7 +30,8 @@ def configured(source, run, *, data="train.jsonl", memory=None, **changes):
             "train": [str(source / data)], "eval": str(source / "eval.jsonl"), "max_length": 64, "packing": False
         },
         train=settings | changes,
-        memory={"io_backend": ENGINE, "threads": 1} | (memory or {}),
+        # Little more than it needs: nearly all state is paged.
+        memory={"io_backend": ENGINE, "threads": 1, "ram": "1600KiB"} | (memory or {}),
     )  # fmt: skip
 
 

@@ -46,7 +46,12 @@ class StepNeeds:
     @property
     def always(self) -> int:
         """What no budget can change."""
-        return self.tables + self.activations
+        return self.tables + self.activations + self.heap
+
+    @property
+    def heap(self) -> int:
+        """What the C heap and torch's kernels keep beside the tensors: at most as much again, measured."""
+        return self.activations
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class MemoryPlan:
         spilled = f" (of {_mib(self.needs.saved_inputs)}, the rest on the drive)" if self.is_spilled else ""
         return (
             f"RAM: {_mib(self.total)} of {_mib(self.ram)}: buffers {_mib(self.pool_nbytes)}, inputs of blocks "
-            f"{_mib(self.saved_inputs)}{spilled}, compute {_mib(self.needs.activations)}, tables "
+            f"{_mib(self.saved_inputs)}{spilled}, compute {_mib(self.needs.activations + self.needs.heap)}, tables "
             f"{_mib(self.needs.tables)}, {stays}"
         )
 
@@ -117,7 +122,7 @@ def divide(
         least = smallest(layout, needs, borrows_prologue=borrows_prologue)
         raise ConfigError(
             f"memory.ram is {_mib(ram)}, and this training needs {_mib(least)} at least: inputs of blocks "
-            f"{_mib(needs.saved_inputs_at_least)}, compute {_mib(needs.activations)}, tables {_mib(needs.tables)}, "
+            f"{_mib(needs.saved_inputs_at_least)}, compute {_mib(needs.activations + needs.heap)}, tables {_mib(needs.tables)}, "
             f"buffers {_mib(least - needs.always - needs.saved_inputs_at_least)}. Give "
             "more, or make a step smaller: train.per_device_train_batch_size, data.max_length, "
             "train.gradient_accumulation_steps"

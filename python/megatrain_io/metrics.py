@@ -35,7 +35,8 @@ class StepReport:
         ledger_bytes: what the package itself holds, the sum of its accounts.
         written_bytes_total: written since the run began, over all its lives.
         eval_loss: held-out loss after this step, where it was measured.
-        stalled: ``stalled_seconds`` by cause: ``read``, ``pool``, ``write``, ``update``, ``commit``.
+        stalled: ``stalled_seconds`` by cause: ``read``, ``pool``, ``write``, ``update``, ``commit``,
+            ``inputs`` (of blocks, on the drive).
     """
 
     step: int

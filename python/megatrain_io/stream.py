@@ -306,7 +306,7 @@ class _Step:
         if self.num_items == 0:
             raise MegatrainIoError("no token of this step has a label: there is nothing to train or measure")
         self._model = model
-        self.span = model.span
+        self.span = model.span if rehearsal is None else lambda _name: nullcontext()
         self._cut = model.cut
         self._state = rehearsal or model.state
         self._saved = rehearsal or model.saved

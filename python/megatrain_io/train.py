@@ -18,12 +18,12 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from megatrain_io.budget import MemoryPlan, StepNeeds, divide
-from megatrain_io.checkpoint import SavedInputsBudget, input_nbytes, least_saved_inputs
+from megatrain_io.budget import MemoryPlan
 from megatrain_io.config import RunConfig, TrainConfig
 from megatrain_io.convert import import_model
 from megatrain_io.data import DataOptions, prepare
 from megatrain_io.errors import ConfigError, InterruptedRunError
+from megatrain_io.fitting import fit
 from megatrain_io.interrupt import after_the_step
 from megatrain_io.layout import TensorPlace
 from megatrain_io.metrics import MetricsFile, StepReport
@@ -233,10 +233,6 @@ class _Trainer:
                 for file in sorted(Path(folder).iterdir()):
                     replace_file(self._run.model / file.name, file.read_bytes())
         plan = self._divide_ram()
-        scratch = [saved_inputs_file(store) for store in self._run.store_paths()]
-        self._model.limit_saved_inputs(
-            SavedInputsBudget(plan.saved_inputs if plan.is_spilled else None, scratch)
-        )
         self._state.start(
             plan.pool,
             residents=plan.residents,
@@ -254,21 +250,16 @@ class _Trainer:
 
     def _divide_ram(self) -> MemoryPlan:
         """What of the budget goes to what; refused here if it is too small."""
-        config, model = self._config, self._model
+        config = self._config
         ram = config.memory.ram
         if ram is None:
             ram = int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
         largest = self._data.train.largest_micro_batch(config.train.per_device_train_batch_size)
-        micro_batches = [largest] * config.train.gradient_accumulation_steps
-        layout, per_block = self._state.layout, input_nbytes(model.hidden_nbytes(micro_batches))
-        needs = StepNeeds(
-            tables=self._state.ledger.total()[0],
-            activations=model.rehearse(micro_batches) or 0,
-            saved_inputs=layout.blocks * per_block,
-            saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
-        )
-        return divide(
-            layout, model.training_schedule, needs, borrows_prologue=model.borrows_prologue, ram=ram
+        return fit(
+            self._model,
+            [largest] * config.train.gradient_accumulation_steps,
+            ram=ram,
+            scratch=[saved_inputs_file(store) for store in self._run.store_paths()],
         )
 
     def run(self) -> None:

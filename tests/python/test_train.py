@@ -51,7 +51,7 @@ def test_what_a_run_leaves_behind(source, whole):
     assert sum(line["written_bytes"] for line in lines) <= result.written_bytes_total
     assert lines[-1]["written_bytes_total"] <= result.written_bytes_total
     for line in lines:
-        assert set(line["stalled"]) == {"read", "pool", "write", "update", "commit"}
+        assert set(line["stalled"]) == {"read", "pool", "write", "update", "commit", "inputs"}
         assert line["stalled_seconds"] == pytest.approx(sum(line["stalled"].values()))
     # Before the evaluation the run waits for the last step's durability.
     assert lines[-1]["stalled"]["commit"] > 0

@@ -1,5 +1,6 @@
 """A budget of RAM, divided before the run: what must be there, what helps, and what stays from step to step."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from megatrain_io.schedule import ChunkOp, PoolSizes, Residents, pool_sizes
 __all__ = ["MemoryPlan", "StepNeeds", "divide", "smallest"]
 
 _HUGE_PAGE_BYTES = 2 << 20
+_SMALL = 64 << 20
 # Of the file for saved inputs: its tables, and the buffers of its commit.
 _SCRATCH_TABLES = 512 << 10
 # Slots of each kind, from what overlaps best to what a step cannot do without.
@@ -120,9 +122,10 @@ def divide(
             break
     else:
         least = smallest(layout, needs, borrows_prologue=borrows_prologue)
+        compute = needs.activations + needs.heap
         raise ConfigError(
             f"memory.ram is {_mib(ram)}, and this training needs {_mib(least)} at least: inputs of blocks "
-            f"{_mib(needs.saved_inputs_at_least)}, compute {_mib(needs.activations + needs.heap)}, tables {_mib(needs.tables)}, "
+            f"{_mib(needs.saved_inputs_at_least)}, compute {_mib(compute)}, tables {_mib(needs.tables)}, "
             f"buffers {_mib(least - needs.always - needs.saved_inputs_at_least)}. Give "
             "more, or make a step smaller: train.per_device_train_batch_size, data.max_length, "
             "train.gradient_accumulation_steps"
@@ -171,4 +174,7 @@ def _up(value: int, multiple: int) -> int:
 
 
 def _mib(nbytes: int) -> str:
+    """Rounded up, so that what is named is enough."""
+    if nbytes < _SMALL:
+        return f"{math.ceil(nbytes / (1 << 20) * 10) / 10} MiB"
     return f"{-(-nbytes // (1 << 20))} MiB"

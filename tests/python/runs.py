@@ -31,7 +31,7 @@ def configured(source, run, *, data="train.jsonl", memory=None, **changes):
         },
         train=settings | changes,
         # Little more than it needs: nearly all state is paged.
-        memory={"io_backend": ENGINE, "threads": 1, "ram": "1600KiB"} | (memory or {}),
+        memory={"io_backend": ENGINE, "threads": 1, "ram": "2000KiB"} | (memory or {}),
     )  # fmt: skip
 
 

@@ -68,11 +68,7 @@ impl Executor {
             let is_written =
                 load.chunks.clone().zip(&load.needs).all(|(c, needs)| self.on_disk[c] >= *needs);
             position += 1;
-            if load.started > 0 || waiting.contains(&record) {
-                waiting.push(record);
-                continue;
-            }
-            if !is_written {
+            if load.started > 0 || !is_written || waiting.contains(&record) {
                 waiting.push(record);
                 continue;
             }

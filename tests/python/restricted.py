@@ -20,7 +20,7 @@ import torch
 
 from megatrain_io.stream import PagedModel
 from megatrain_io.swap import PagedState, TensorSettings
-from paged import Case, all_planes, cut_model, train
+from paged import Case, all_planes, cut_model, files, train
 
 CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1,) * 3)
 NOBODY = 65534
@@ -100,7 +100,7 @@ RESTRICTIONS: dict[str, Callable[[], None]] = {
 
 
 def trained(path: Path) -> dict[str, object]:
-    with PagedState(path) as state:
+    with PagedState(*files(path)) as state:
         model = PagedModel(cut_model(CASE), state)
         pool = dataclasses.replace(model.pool_sizes(training=True), chunk_slots=POOL_SLOTS)
         state.start(pool, settings=lambda _: TensorSettings(0.01))

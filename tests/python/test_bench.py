@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -204,26 +205,22 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     )
     command = [sys.executable, "-c", code, "bench", tmp_path, "--output", tmp_path / "p.json"]
     options = ["--size", "0.0625", "--seconds", "30", "--no-matmul"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-    opened = f"/proc/{process.pid}/fd"
-    while process.poll() is None and not any("scratch" in str(p.readlink()) for p in listed(opened)):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any("scratch" in path for path in opened_by(process.pid)):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "interrupted. Nothing was left behind." in said
     assert entries(tmp_path) == []
 
 
-def listed(folder):
-    """The descriptors that are still there when they are looked at."""
+def opened_by(pid):
+    """Paths of the files that a process has open; a descriptor may be gone before it is looked at."""
     found = []
-    for path in Path(folder).iterdir():
-        try:
-            path.readlink()
-        except OSError:
-            continue
-        found.append(path)
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(descriptor.readlink()))
     return found
 
 

@@ -118,7 +118,7 @@ def test_trained_weights_are_exported_in_either_dtype(tmp_path, run):
     case = Case(tied=True, dtype=BF16, counts=(2,))
     folder = save(tmp_path / "source", case.config, FP32)
     bring_in(folder, run)
-    with opened(run.store_paths()[0], case, engine=ENGINE) as model:
+    with opened(run.store_paths()[0], case, engine=ENGINE, drives=1) as model:
         batches = [to_micro_batch(batch) for batch in case.steps[0]]
         model.train_step(batches, AdamWStep(1, 1e-3), lambda _: b"{}")
         model.state.wait_settled()

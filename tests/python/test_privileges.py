@@ -14,7 +14,7 @@ import pytest
 
 import restricted
 from megatrain_io.swap import probe_uring
-from paged import make_store
+from paged import DRIVES, PROFILE, files, make_store
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in restricted.ARCHITECTURES, reason="the filters are written for x86-64 and ARM64"
@@ -30,15 +30,16 @@ def results(tmp_path_factory):
     make_store(made, restricted.CASE)
     for name in restricted.RESTRICTIONS:
         if name != made.name:
-            shutil.copy(made, folder / name)
+            for there, here in zip(files(made), files(folder / name), strict=True):
+                shutil.copy(there, here)
     if os.geteuid() == 0:
-        for path in [folder, folder / "ordinary user"]:
+        for path in [folder, *files(folder / "ordinary user")]:
             os.chown(path, restricted.NOBODY, restricted.NOBODY)
     script = Path(restricted.__file__)
     paths = [str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), str(folder), *restricted.RESTRICTIONS],
-        env={"PYTHONPATH": os.pathsep.join(paths), "PATH": ""},
+        env={"PYTHONPATH": os.pathsep.join(paths), "PATH": "", PROFILE: str(DRIVES)},
         capture_output=True,
         text=True,
         timeout=300,

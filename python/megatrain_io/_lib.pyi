@@ -26,6 +26,7 @@ __all__ = [
     "glance",
     "owner_of",
     "probe_uring",
+    "store_memory",
 ]
 
 class _Damage(TypedDict):
@@ -374,6 +375,13 @@ def glance(paths: Sequence[str | PathLike[str]]) -> _Glance:
 
 def probe_uring() -> str | None:
     """Why io_uring cannot be used here, or None when it can."""
+
+def store_memory(manifest: bytes) -> int:
+    """Bytes that a store with this manifest takes in RAM, once it is open.
+
+    Raises:
+        ValueError: the manifest is broken.
+    """
 
 def error_examples() -> list[Exception]:
     """One exception of each kind that the core can raise, for the tests."""

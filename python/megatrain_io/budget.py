@@ -33,12 +33,14 @@ class StepNeeds:
         activations: tensors of compute that are alive at once.
         saved_inputs: inputs of all blocks and micro-batches.
         saved_inputs_least: with all that can be on the drive instead.
+        is_rehearsed: whether ``activations`` is known; if not it is 0, and comes on top of the budget.
     """
 
     tables: int
     activations: int
     saved_inputs: int
     saved_inputs_least: int
+    is_rehearsed: bool = True
 
     @property
     def saved_inputs_at_least(self) -> int:
@@ -92,10 +94,12 @@ class MemoryPlan:
         """The division, for a person."""
         stays = f"state that stays {_mib(self.resident_nbytes)}" if self.resident_nbytes else "no state stays"
         spilled = f" (of {_mib(self.needs.saved_inputs)}, the rest on the drive)" if self.is_spilled else ""
+        compute = f"compute {_mib(self.needs.activations + self.needs.heap)}"
+        if not self.needs.is_rehearsed:
+            compute = "compute not counted (its shapes depend on the data: it comes on top of memory.ram)"
         return (
             f"RAM: {_mib(self.total)} of {_mib(self.ram)}: buffers {_mib(self.pool_nbytes)}, inputs of blocks "
-            f"{_mib(self.saved_inputs)}{spilled}, compute {_mib(self.needs.activations + self.needs.heap)}, tables "
-            f"{_mib(self.needs.tables)}, {stays}"
+            f"{_mib(self.saved_inputs)}{spilled}, {compute}, tables {_mib(self.needs.tables)}, {stays}"
         )
 
 

@@ -108,6 +108,7 @@ def import_model(  # noqa: PLR0913 - as create_store
     durability: Durability = "step",
     engine: Engine = "auto",
     ledger: Ledger | None = None,
+    before: Callable[[CutModel, ModelLayout], None] | None = None,
     progress: Progress | None = None,
 ) -> RunInfo:
     """Make the store of a run from a model folder of the Hugging Face hub.
@@ -125,6 +126,8 @@ def import_model(  # noqa: PLR0913 - as create_store
             only a store that was closed can be opened again.
         engine: how bytes are written.
         ledger: accounts of memory.
+        before: called when all files were checked, with the model in pieces and where its parameters will lie;
+            nothing was written then, and an error of it ends the import.
         progress: called after each chunk.
 
     Raises:
@@ -152,6 +155,8 @@ def import_model(  # noqa: PLR0913 - as create_store
             holding = ExitStack()
             undo.callback(holding.close)
             holding.enter_context(run.importing())
+            if before is not None:
+                before(cut, layout)
             for target in targets:
                 _make_folder(target.parent, undo)
             partial = run.model.with_name(run.model.name + ".partial")

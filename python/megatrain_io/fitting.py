@@ -1,40 +1,47 @@
-"""Start a model within a budget of RAM: what its steps need is found out first, then the budget is divided."""
+"""What training a model needs, and how a budget of RAM is divided for it: known before anything is read or written."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatrain_io.budget import MemoryPlan, StepNeeds, divide
 from megatrain_io.checkpoint import SavedInputsBudget, input_nbytes, least_saved_inputs
-from megatrain_io.model import MicroBatch
-from megatrain_io.stream import PagedModel
+from megatrain_io.layout import ModelLayout
+from megatrain_io.model import CutModel, MicroBatch
+from megatrain_io.schedule import build_schedule
+from megatrain_io.step import LOGITS_BYTES, hidden_nbytes, rehearse, slice_tokens
 
-__all__ = ["fit"]
+__all__ = ["fit", "saved_inputs_of"]
 
 
 def fit(
-    model: PagedModel, micro_batches: Sequence[MicroBatch], *, ram: int, scratch: Sequence[Path]
+    cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], *, tables: int, ram: int
 ) -> MemoryPlan:
-    """Divide ``ram`` bytes for training steps on ``micro_batches`` or smaller ones, before the state is started.
-
-    The model's saved inputs are bounded by it; pool and residents are for ``PagedState.start``.
+    """Divide ``ram`` bytes for training steps on ``micro_batches`` or smaller ones.
 
     Args:
-        model: its state is open, and not started.
+        cut: the model without its parameters.
+        layout: of its store, which need not be there.
         micro_batches: of the largest step.
+        tables: bytes that the store itself takes when it is open.
         ram: bytes that the ledger may come to.
-        scratch: file for saved inputs that do not fit, one for each drive.
 
     Raises:
         ConfigError: it is too small; says what would do.
     """
-    layout = model.state.layout
-    per_block = input_nbytes(model.hidden_nbytes(micro_batches))
+    borrows = bool(cut.epilogue_borrowed)
+    per_block = input_nbytes(hidden_nbytes(cut, layout, micro_batches))
+    activations = rehearse(cut, layout, micro_batches, slice_tokens=slice_tokens(cut, LOGITS_BYTES))
     needs = StepNeeds(
-        tables=model.state.ledger.total()[0],
-        activations=model.rehearse(micro_batches) or 0,
+        tables=tables,
+        activations=activations or 0,
         saved_inputs=layout.blocks * per_block,
         saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
+        is_rehearsed=activations is not None,
     )
-    plan = divide(layout, model.training_schedule, needs, borrows_prologue=model.borrows_prologue, ram=ram)
-    model.limit_saved_inputs(SavedInputsBudget(plan.saved_inputs if plan.is_spilled else None, scratch))
-    return plan
+    schedule = build_schedule(layout, borrows_prologue=borrows, training=True)
+    return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram)
+
+
+def saved_inputs_of(plan: MemoryPlan, scratch: Sequence[Path]) -> SavedInputsBudget:
+    """The part of saved inputs in a plan; ``scratch`` is the file for what does not fit, one for each drive."""
+    return SavedInputsBudget(plan.saved_inputs if plan.is_spilled else None, scratch)

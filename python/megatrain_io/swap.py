@@ -44,6 +44,7 @@ __all__ = [
     "build_info",
     "notes_of",
     "probe_uring",
+    "store_memory",
     "verified",
 ]
 
@@ -60,6 +61,7 @@ Transfer = _lib.Ticket
 adamw_kernels = _lib.adamw_kernels
 build_info = _lib.build_info
 probe_uring = _lib.probe_uring
+store_memory = _lib.store_memory
 
 if build_info()[1] == "debug":
     warnings.warn(

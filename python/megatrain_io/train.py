@@ -11,37 +11,30 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
-from megatrain_io.budget import MemoryPlan
 from megatrain_io.config import RunConfig, TrainConfig
 from megatrain_io.convert import import_model
-from megatrain_io.data import DataOptions, prepare
 from megatrain_io.errors import ConfigError, InterruptedRunError
-from megatrain_io.fitting import fit
+from megatrain_io.fitting import saved_inputs_of
 from megatrain_io.interrupt import after_the_step
-from megatrain_io.layout import TensorPlace
+from megatrain_io.layout import ModelLayout, TensorPlace
 from megatrain_io.metrics import MetricsFile, StepReport
 from megatrain_io.model import CutModel, MicroBatch
-from megatrain_io.probe import probe
-from megatrain_io.ram import usable_ram
 from megatrain_io.report import Reporter
 from megatrain_io.run import RunFolder, replace_file, saved_inputs_file, storage_errors
-from megatrain_io.stream import PagedModel, trained_tokens
-from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels
+from megatrain_io.start import Start
+from megatrain_io.step import trained_tokens
+from megatrain_io.stream import PagedModel
+from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels, store_memory
 from megatrain_io.trace import Trace
 from megatrain_io.trainer_state import TrainerState
 
 __all__ = ["TrainResult", "learning_rate_at", "train"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# The rest is for the libraries, the page cache and other programs.
-_SHARE_OF_FREE_RAM = 0.5
 # Micro-batches that go through the blocks together when the held-out loss is measured.
 _EVAL_MICRO_BATCHES = 16
 
@@ -97,12 +90,12 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
     """
     started = time.monotonic()
     run = RunFolder(Path(config.output_dir))
-    imported = _import_if_needed(config, run, resume=resume)
+    start = _import_if_needed(config, run, resume=resume)
     safe = "the last committed step is safe: go on with --resume"
     with storage_errors(run.path, safe), PagedState.of_run(run, engine=config.memory.io_backend) as state:
         trainer = _Trainer(config, run, state, reporter, trace)
         with closing(trainer):
-            trainer.prepare(resume=resume, imported=imported)
+            trainer.prepare(start, resume=resume)
             try:
                 trainer.run()
             except KeyboardInterrupt:
@@ -137,7 +130,8 @@ def learning_rate_at(config: TrainConfig, step: int, max_steps: int) -> float:
     return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * share)))
 
 
-def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> bool:
+def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> Start | None:
+    """What the run starts from, if the model had to be imported for it."""
     if run.is_imported:
         recorded = run.read()
         if recorded.precision != config.train.precision:
@@ -150,9 +144,17 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> boo
                 f"model is {config.model}, and {run.path} was imported from {recorded.source}: set it to that, or "
                 "choose a new output_dir"
             )
-        return False
+        return None
     if resume:
         raise ConfigError(f"{run.path} has no run to resume: leave --resume out to start one")
+    starts = []
+
+    def prepare(_cut: CutModel, layout: ModelLayout) -> None:
+        # Before the import, which may take long: data that cannot be read, RAM that is not enough.
+        start = Start.prepare(config, run, config.model)
+        start.divide_ram(layout, store_memory(layout.manifest({})))
+        starts.append(start)
+
     try:
         import_model(
             Path(config.model),
@@ -161,12 +163,13 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> boo
             stores=run.stores_in(config.memory.store_dir),
             durability=config.memory.durability,
             engine=config.memory.io_backend,
+            before=prepare,
         )
     except KeyboardInterrupt:
         raise InterruptedRunError(
             "interrupted while the model was imported: nothing was left behind. Start again, without --resume"
         ) from None
-    return True
+    return starts[0]
 
 
 class _Trainer:
@@ -195,8 +198,13 @@ class _Trainer:
         self._closing = ExitStack()
         self._is_scratch = state.layout.durability == "scratch"
 
-    def prepare(self, *, resume: bool, imported: bool) -> None:
-        """Everything that can be refused is refused here, before the first step."""
+    def prepare(self, imported: Start | None, *, resume: bool) -> None:
+        """Everything that can be refused is refused here, before the first step.
+
+        Args:
+            imported: what was prepared for the import, if there was one.
+            resume: go on with a run that has begun.
+        """
         config, progress = self._config, self.progress
         made, asked = self._state.layout.durability, config.memory.durability
         if made != asked:
@@ -208,31 +216,20 @@ class _Trainer:
             raise ConfigError(
                 f"{self._run.path} has a run at step {progress.step}: go on with --resume, or choose a new output_dir"
             )
-        model_config = AutoConfig.from_pretrained(self._run.model, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(self._run.model, local_files_only=True)
-        facts = probe(model_config)
-        self._data = prepare(_data_options(config), tokenizer, self._run.data, packs=facts.packs)
-        largest, vocabulary = self._data.train.largest_token, model_config.get_text_config().vocab_size
-        if largest >= vocabulary:
-            raise ConfigError(
-                f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
-                "belong together"
-            )
-        cut = CutModel(model_config, _DTYPES[config.train.precision], facts)
-        self._model = PagedModel(cut, self._state, seed=config.train.seed, trace=self._trace)
-        self._closing.callback(self._model.close)
-        rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-        epochs = self._data.order.steps(config.train.num_train_epochs, rows_per_step)
-        self._max_steps = config.train.max_steps or epochs
+        start = imported or Start.prepare(config, self._run, self._run.model)
+        self._data, self._max_steps = start.data, start.max_steps
         self._check_resume(progress)
-        if self._data.chat_template is not None:
-            # The trained model needs the template that it was trained with.
-            tokenizer.chat_template = self._data.chat_template
-            with TemporaryDirectory() as folder:
-                tokenizer.save_pretrained(folder)
-                for file in sorted(Path(folder).iterdir()):
-                    replace_file(self._run.model / file.name, file.read_bytes())
-        plan = self._divide_ram()
+        start.keep_chat_template(self._run.model)
+        plan = start.divide_ram(self._state.layout, self._state.ledger.total()[0])
+        scratch = [saved_inputs_file(store) for store in self._run.store_paths()]
+        self._model = PagedModel(
+            start.cut,
+            self._state,
+            seed=config.train.seed,
+            saved_inputs=saved_inputs_of(plan, scratch),
+            trace=self._trace,
+        )
+        self._closing.callback(self._model.close)
         self._state.start(
             plan.pool,
             residents=plan.residents,
@@ -244,23 +241,9 @@ class _Trainer:
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
         notes = [*self._notes(), str(plan), str(self._data.summary)]
-        if imported:
+        if imported is not None:
             notes.insert(0, f"imported {config.model} into {self._state.path}")
         self._reporter.started(step=progress.step, max_steps=self._max_steps, notes=notes)
-
-    def _divide_ram(self) -> MemoryPlan:
-        """What of the budget goes to what; refused here if it is too small."""
-        config = self._config
-        ram = config.memory.ram
-        if ram is None:
-            ram = int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
-        largest = self._data.train.largest_micro_batch(config.train.per_device_train_batch_size)
-        return fit(
-            self._model,
-            [largest] * config.train.gradient_accumulation_steps,
-            ram=ram,
-            scratch=[saved_inputs_file(store) for store in self._run.store_paths()],
-        )
 
     def run(self) -> None:
         """All steps that are left."""
@@ -454,21 +437,6 @@ class _Trainer:
     def close(self) -> None:
         """Give back what a step has beside the store."""
         self._closing.close()
-
-
-def _data_options(config: RunConfig) -> DataOptions:
-    data = config.data
-    return DataOptions(
-        train=tuple(Path(path) for path in data.train),
-        eval=Path(data.eval) if isinstance(data.eval, str) else data.eval,
-        format=None if data.format == "auto" else data.format,
-        fields=data.fields or {},
-        max_length=data.max_length,
-        packing=data.packing,
-        assistant_only_loss=data.assistant_only_loss,
-        chat_template=data.chat_template,
-        seed=config.train.seed,
-    )
 
 
 def _settings(place: TensorPlace, weight_decay: float) -> TensorSettings:

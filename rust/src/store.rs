@@ -209,6 +209,12 @@ impl Store {
         &self.ledger
     }
 
+    /// Bytes in the ledger of a store with this layout, once it is open.
+    #[must_use]
+    pub fn memory_bytes(layout: &Layout) -> u64 {
+        recovery::memory_bytes(layout)
+    }
+
     /// The store's UUID.
     #[must_use]
     pub fn uuid(&self) -> [u8; 16] {

@@ -24,9 +24,9 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
     **dict.fromkeys(["budget", "drive", "measure", "outside", "ram"], 1),
     **dict.fromkeys(["swap"], 2),
-    **dict.fromkeys(["checkpoint", "gradient", "input_scratch", "rehearsal", "stream"], 3),
+    **dict.fromkeys(["checkpoint", "gradient", "input_scratch", "rehearsal", "step", "stream"], 3),
     **dict.fromkeys(["convert", "generate", "leftovers", "tensor_store"], 3),
-    **dict.fromkeys(["bench", "doctor", "fitting", "plan", "report", "status", "train"], 4),
+    **dict.fromkeys(["bench", "doctor", "fitting", "plan", "report", "start", "status", "train"], 4),
     **dict.fromkeys(["__main__", "cli"], 5),
     **dict.fromkeys(["__init__"], 6),  # the front door: re-exports only, and nobody inside goes through it
 }

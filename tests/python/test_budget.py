@@ -5,10 +5,10 @@ import torch
 
 from megatrain_io.budget import StepNeeds, divide, smallest
 from megatrain_io.errors import ConfigError
-from megatrain_io.fitting import fit
+from megatrain_io.fitting import fit, saved_inputs_of
 from megatrain_io.residents import resident_nbytes
 from megatrain_io.stream import PagedModel
-from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, store_memory
 from paged import Case, cut_model, files, make_store, to_micro_batch
 
 SIZES = {
@@ -27,13 +27,15 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied):
     case = Case(tied=tied, dtype=torch.bfloat16, counts=(2,), overrides=SIZES)
     make_store(tmp_path / "store", case)
     with PagedState(*files(tmp_path / "store")) as state:
-        model = PagedModel(cut_model(case), state)
+        cut, layout, tables = cut_model(case), state.layout, state.ledger.total()[0]
         batches = [long(batch) for batch in case.steps[0]]
-        layout, borrows = model.state.layout, model.borrows_prologue
-        needs = fit(model, batches, ram=1 << 40, scratch=[]).needs
+        borrows = bool(cut.epilogue_borrowed)
+        assert tables == store_memory(layout.manifest({}))
+        needs = fit(cut, layout, batches, tables=tables, ram=1 << 40).needs
         least = smallest(layout, needs, borrows_prologue=borrows)
         ram = int(least + share * (12 * layout.parameters + needs.saved_inputs))
-        plan = fit(model, batches, ram=ram, scratch=[tmp_path / "inputs"])
+        plan = fit(cut, layout, batches, tables=tables, ram=ram)
+        model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]))
         model.state.start(plan.pool, residents=plan.residents, settings=lambda _place: TensorSettings(0.0))
         for step in (1, 2):
             model.train_step(batches, AdamWStep(step, 1e-3), (lambda _loss: b"x") if step == 2 else None)

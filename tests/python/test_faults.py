@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from format_reader import crc32c
-from megatrain_io import _lib, cli, stream
+from megatrain_io import _lib, cli
 from megatrain_io.convert import import_model
 from megatrain_io.errors import (
     ConfigError,
@@ -29,6 +29,7 @@ from megatrain_io.errors import (
 )
 from megatrain_io.interrupt import after_the_step
 from megatrain_io.run import RunFolder
+from megatrain_io.step import Step
 from megatrain_io.swap import PagedState
 from reference.reference import build, tiny_config
 from runs import (
@@ -142,7 +143,7 @@ def test_a_scratch_store_that_was_not_closed_is_refused(source, tmp_path):
 
 def test_a_step_that_is_dropped_ends_a_scratch_store(source, tmp_path, monkeypatch):
     config = configured(source, tmp_path / "run", memory={"durability": "scratch"})
-    backward = stream._Step.backward
+    backward = Step.backward
 
     def failing(step):
         backward(step)
@@ -150,7 +151,7 @@ def test_a_step_that_is_dropped_ends_a_scratch_store(source, tmp_path, monkeypat
             raise RuntimeError("of the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream._Step, "backward", failing)
+        patch.setattr(Step, "backward", failing)
         with pytest.raises(RuntimeError, match="of the test") as caught:
             start(config)
     assert "the state is lost" in caught.value.__notes__[0]
@@ -161,13 +162,13 @@ def test_a_step_that_is_dropped_ends_a_scratch_store(source, tmp_path, monkeypat
 def test_a_scratch_store_survives_a_loss_that_is_not_finite(source, tmp_path, monkeypatch):
     """The loss is looked at before anything of its step is written."""
     config = configured(source, tmp_path / "run", memory={"durability": "scratch"})
-    slices = stream._Step._epilogue_slices
+    slices = Step._epilogue_slices
 
     def diverging(step, index, *arguments):
         loss = slices(step, index, *arguments)
         return loss * math.nan if step._number == 3 else loss
 
-    monkeypatch.setattr(stream._Step, "_epilogue_slices", diverging)
+    monkeypatch.setattr(Step, "_epilogue_slices", diverging)
     with pytest.raises(TrainingDivergedError, match="step 3"):
         start(config)
     assert blob_of(config.output_dir)["step"] == 2

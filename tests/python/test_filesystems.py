@@ -30,10 +30,11 @@ from filesystems import (
     paced_case,
     shut_down,
 )
-from megatrain_io import cli, stream
+from megatrain_io import cli
 from megatrain_io.errors import NoSpaceError, StoreFailedError
 from megatrain_io.metrics import MetricsFile
 from megatrain_io.run import RunFolder
+from megatrain_io.step import Step
 from megatrain_io.swap import PagedState
 from paged import Case, all_planes, differing, files, make_store, opened, progress_of, train
 from reference.reference import build, tiny_config
@@ -200,7 +201,7 @@ class Failure:
     def __init__(self, monkeypatch, place, befall):
         self.acknowledged = None
         name, number = place
-        plain = getattr(stream._Step, name)
+        plain = getattr(Step, name)
 
         def failing(step, *arguments, **options):
             if step._number == number and self.acknowledged is None:
@@ -208,7 +209,7 @@ class Failure:
                 befall()
             return plain(step, *arguments, **options)
 
-        monkeypatch.setattr(stream._Step, name, failing)
+        monkeypatch.setattr(Step, name, failing)
 
 
 # While the step reads ahead; while it updates and writes; while the step before it is being committed.

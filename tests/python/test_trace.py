@@ -6,10 +6,11 @@ from collections import Counter
 import pytest
 from typer.testing import CliRunner
 
-from megatrain_io import cli, stream
+from megatrain_io import cli
 from megatrain_io.errors import ConfigError, InterruptedRunError
 from megatrain_io.report import QuietReporter
 from megatrain_io.schedule import build_schedule
+from megatrain_io.step import Step
 from megatrain_io.stream import PagedModel
 from megatrain_io.swap import PagedState
 from megatrain_io.trace import Trace
@@ -137,14 +138,14 @@ def test_an_update_lies_between_its_gradient_and_its_commit(lanes):
 
 
 def test_an_interrupted_run_leaves_a_trace_that_is_whole(source, tmp_path, monkeypatch):
-    block_backward = stream._Step._block_backward
+    block_backward = Step._block_backward
 
     def interrupted(step, block, index, *arguments):
         if step._number == 2:
             raise KeyboardInterrupt
         return block_backward(step, block, index, *arguments)
 
-    monkeypatch.setattr(stream._Step, "_block_backward", interrupted)
+    monkeypatch.setattr(Step, "_block_backward", interrupted)
     with pytest.raises(InterruptedRunError):
         traced(source, tmp_path)
     lanes = lanes_of(tmp_path / "trace.json")

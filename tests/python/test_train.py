@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,14 +15,16 @@ from transformers import get_scheduler
 from typer.testing import CliRunner
 
 from corpus import write
-from megatrain_io import cli, stream
+from megatrain_io import cli
 from megatrain_io.config import TrainConfig, load
 from megatrain_io.errors import (
     ConfigError,
+    DataError,
     InterruptedRunError,
     TrainingDivergedError,
 )
 from megatrain_io.metrics import MetricsFile
+from megatrain_io.step import Step
 from megatrain_io.stream import PagedModel
 from megatrain_io.train import learning_rate_at
 from paged import differing
@@ -105,7 +108,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(source, whole, tmp_path, st
 
 def test_an_interrupt_in_the_middle_of_a_step(source, whole, tmp_path, monkeypatch):
     config = configured(source, tmp_path / "run")
-    block_backward = stream._Step._block_backward
+    block_backward = Step._block_backward
 
     def interrupted(step, block, index, *arguments):
         if (step._number, block, index) == (2, 0, 1):
@@ -113,7 +116,7 @@ def test_an_interrupt_in_the_middle_of_a_step(source, whole, tmp_path, monkeypat
         return block_backward(step, block, index, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream._Step, "_block_backward", interrupted)
+        patch.setattr(Step, "_block_backward", interrupted)
         with pytest.raises(InterruptedRunError, match="step 1 "):
             start(config)
     start(config, resume=True)
@@ -138,9 +141,9 @@ def test_an_interrupt_before_the_first_step(source, whole, tmp_path, monkeypatch
 
 KILLED = """
 import os, sys
-from megatrain_io import stream
+from megatrain_io.step import Step
 
-backward = stream._Step.backward
+backward = Step.backward
 
 def blocked(step):
     if step._number == 3:
@@ -148,7 +151,7 @@ def blocked(step):
         sys.stdin.read()  # until killed, with the update of the last record under way
     backward(step)
 
-stream._Step.backward = blocked
+Step.backward = blocked
 from megatrain_io.__main__ import main
 main()
 """
@@ -228,6 +231,26 @@ def test_what_decides_the_bits_must_not_change(source, whole, stopped, changes, 
         check_equals(stopped, whole)
 
 
+def test_what_does_not_fit_is_refused_before_the_import_with_what_would(source, whole, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(
+        ConfigError, match=r"memory.ram is 1.0 MiB, and this training needs [\d.]+ MiB at least"
+    ) as found:
+        start(configured(source, run, memory={"ram": "1MiB"}))
+    assert [path.name for path in run.iterdir()] == ["data"]
+    least = re.search(r"needs ([\d.]+ ?MiB) at least", str(found.value))[1].replace(" ", "")
+    start(configured(source, run, memory={"ram": least}))
+    check_equals(run, whole)
+
+
+def test_data_that_cannot_be_read_is_found_before_the_import(source, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\nnot json\n')
+    config = configured(source, tmp_path / "run", data=tmp_path / "broken.jsonl")
+    with pytest.raises(DataError, match=r"broken\.jsonl"):
+        start(config)
+    assert not list((tmp_path / "run").glob("store*"))
+
+
 def test_another_model_is_refused(source, stopped, tmp_path):
     shutil.copytree(source / "model", tmp_path / "other" / "model")
     shutil.copy(source / "train.jsonl", tmp_path / "other")
@@ -270,14 +293,14 @@ def test_a_finished_run_has_nothing_left(source, whole):
 
 def test_a_loss_that_is_not_finite_drops_its_step(source, whole, tmp_path, monkeypatch):
     config = configured(source, tmp_path / "run")
-    slices = stream._Step._epilogue_slices
+    slices = Step._epilogue_slices
 
     def diverging(step, index, *arguments):
         loss = slices(step, index, *arguments)
         return loss * math.nan if (step._number, index) == (3, 1) else loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream._Step, "_epilogue_slices", diverging)
+        patch.setattr(Step, "_epilogue_slices", diverging)
         with pytest.raises(TrainingDivergedError, match="step 3 is nan") as caught:
             start(config)
     assert caught.value.exit_code == 7

@@ -32,7 +32,7 @@ mod lib {
     #[pymodule_export]
     use crate::tensors::{Tensors, Ticket};
     #[pymodule_export]
-    use crate::{adamw_kernels, build_info, probe_uring};
+    use crate::{adamw_kernels, build_info, probe_uring, store_memory};
 }
 
 /// Version of the core, build profile (`release` or `debug`) and whether io_uring was compiled in.
@@ -46,6 +46,16 @@ fn build_info() -> (&'static str, &'static str, bool) {
 #[pyfunction]
 fn adamw_kernels() -> Vec<String> {
     megatrain_io::adamw::Kernel::available().iter().map(ToString::to_string).collect()
+}
+
+/// Bytes that a store with this manifest takes in RAM, once it is open.
+#[pyfunction]
+fn store_memory(manifest: &[u8]) -> PyResult<u64> {
+    use megatrain_io::layout::{Layout, Manifest};
+    Manifest::parse(manifest)
+        .and_then(|manifest| Layout::new(&manifest))
+        .map(|layout| megatrain_io::store::Store::memory_bytes(&layout))
+        .map_err(pyo3::exceptions::PyValueError::new_err)
 }
 
 /// Why io_uring cannot be used here, or `None` when it can: a real ring is set up.

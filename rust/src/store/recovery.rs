@@ -231,9 +231,7 @@ pub(super) fn assemble(
         blob: slot(BLOB_BYTES_MAX)?,
         page: slot(PAGE_BYTES)?,
     };
-    // Committed and working table, the one that a commit makes committed, and the layout.
-    let chunk_bytes = size_of_val(layout.chunks()) + layout.entry_count() * size_of::<usize>();
-    let tables = ledger.enter("tables", (3 * Table::memory_bytes(&layout) + chunk_bytes) as u64);
+    let tables = ledger.enter("tables", table_bytes(&layout));
     Ok(Store {
         drives,
         engine,
@@ -254,6 +252,18 @@ pub(super) fn assemble(
         verified: None,
         _tables: tables,
     })
+}
+
+/// Memory of an open store: its tables, and the buffers of a commit.
+pub(super) fn memory_bytes(layout: &Layout) -> u64 {
+    let encoded = Table::encoded_bytes(layout).next_multiple_of(PAGE_BYTES);
+    table_bytes(layout) + (encoded + BLOB_BYTES_MAX + PAGE_BYTES) as u64
+}
+
+/// Committed and working table, the one that a commit makes committed, and the layout.
+fn table_bytes(layout: &Layout) -> u64 {
+    let chunks = size_of_val(layout.chunks()) + layout.entry_count() * size_of::<usize>();
+    (3 * Table::memory_bytes(layout) + chunks) as u64
 }
 
 fn read(engine: &dyn Engine, file: &Arc<DirectFile>, offset: u64, bytes: usize) -> Result<Slot> {

@@ -1,0 +1,311 @@
+"""One pass of a model over all micro-batches of a step: the phases, and in which order sums are made.
+
+Orders of summation are part of the result:
+
+* the loss is the fp32 sum over micro-batches (and their slices) in order;
+* a gradient is the fp32 sum of the native gradients of the micro-batches in order;
+* a tied table sums the head's gradients of all micro-batches first, then the embedding's.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatrain_io.checkpoint import SavedInputs
+from megatrain_io.errors import MegatrainIoError
+from megatrain_io.gradient import Gradient, leaves_of
+from megatrain_io.layout import ModelLayout
+from megatrain_io.model import BlockCall, CutModel, MicroBatch
+from megatrain_io.rehearsal import CANNOT_REHEARSE, Rehearsal
+from megatrain_io.schedule import Phase
+from megatrain_io.swap import BorrowedRecord, PagedState
+
+__all__ = ["IGNORED", "LOGITS_BYTES", "Step", "hidden_nbytes", "rehearse", "slice_tokens", "trained_tokens"]
+
+IGNORED = -100
+"""Label of a token that is not trained."""
+
+LOGITS_BYTES = 128 << 20
+"""Bound on the fp32 logits of one slice of tokens, unless said otherwise."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def trained_tokens(micro_batches: Sequence[MicroBatch]) -> int:
+    """Number of tokens with a label."""
+    return sum(int((batch.shift_labels != IGNORED).sum()) for batch in micro_batches)
+
+
+def slice_tokens(cut: CutModel, logits_bytes: int) -> int:
+    """Tokens whose fp32 logits take at most ``logits_bytes``; at least one."""
+    vocabulary: int = cut.config.get_text_config().vocab_size
+    return max(1, logits_bytes // (4 * vocabulary))
+
+
+def hidden_nbytes(cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]) -> list[int]:
+    """Bytes of the hidden state [B, T, H] of each micro-batch."""
+    width = cut.config.get_text_config().hidden_size
+    itemsize = 2 if layout.format == "bf16" else 4
+    return [batch.input_ids.numel() * width * itemsize for batch in micro_batches]
+
+
+def rehearse(
+    cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], *, slice_tokens: int
+) -> int | None:
+    """Bytes of tensors that a training step needs at once, beside pool, residents and saved inputs.
+
+    Nothing is read, and all but the masks is computed on shapes alone. None where the model's shapes depend on
+    its data, so that only a real step can tell.
+    """
+    cut.train()
+    rehearsal = Rehearsal(layout)
+    step = Step(cut, rehearsal, rehearsal, micro_batches, slice_tokens=slice_tokens)
+    random_state = torch.get_rng_state()
+    try:
+        with rehearsal.prologue():
+            step.prologue()
+        with rehearsal.blocks():
+            step.forward(saving=True)
+            step.epilogue(training=True)
+            step.leave_epilogue()
+            step.backward()
+    except CANNOT_REHEARSE:
+        return None
+    finally:
+        torch.set_rng_state(random_state)
+    return rehearsal.peak_nbytes
+
+
+def _no_span(_name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _phase(
+    method: Callable[Concatenate["Step", _P], _R],
+) -> Callable[Concatenate["Step", _P], _R]:
+    """Trace a phase under its name."""
+
+    @wraps(method)
+    def traced(step: "Step", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with step.span(method.__name__):
+            return method(step, *args, **kwargs)
+
+    return traced
+
+
+class Step:
+    """One pass over all micro-batches: the phases, in the order in which they are called.
+
+    Args:
+        cut: the model without its parameters.
+        state: where they are.
+        saved: where inputs of blocks are kept.
+        micro_batches: each goes through the model as a whole.
+        number: of the step; random numbers follow from it.
+        seed: of all random numbers.
+        slice_tokens: tokens whose logits exist at once.
+        span: traces what is done inside it, by name.
+    """
+
+    def __init__(  # noqa: PLR0913 - each with a meaning of its own
+        self,
+        cut: CutModel,
+        state: PagedState | Rehearsal,
+        saved: SavedInputs | Rehearsal,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        slice_tokens: int,
+        number: int = 1,
+        seed: int = 0,
+        span: Callable[[str], AbstractContextManager[None]] = _no_span,
+    ) -> None:
+        self.num_items = trained_tokens(micro_batches)
+        if self.num_items == 0:
+            raise MegatrainIoError("no token of this step has a label: there is nothing to train or measure")
+        self.span = span
+        self._cut = cut
+        self._state = state
+        self._saved = saved
+        self._layout = state.layout
+        self._micro_batches = micro_batches
+        self._slice_tokens = slice_tokens
+        self._number = number
+        self._seed_of_all = seed
+        self._hidden: list[Tensor] = []
+        self._calls: list[tuple[BlockCall, ...]] = []
+        self._last_block: BorrowedRecord | None = None
+        self._in_epilogue: list[tuple[BorrowedRecord, Gradient | None]] = []
+        self._table_gradient: Gradient | None = None
+
+    @_phase
+    def prologue(self) -> None:
+        """The first hidden state of every micro-batch, and the arguments of every block."""
+        weights = self._state.weights(self._layout.prologue)
+        with torch.no_grad():
+            for index, micro_batch in self._each(self._micro_batches):
+                self._seed(index, Phase.PROLOGUE)
+                hidden, calls = self._cut.record(weights.tensors, micro_batch)
+                self._hidden.append(hidden)
+                self._calls.append(calls)
+                del hidden, calls
+        weights.give_back()
+
+    @_phase
+    def forward(self, *, saving: bool) -> None:
+        """All blocks, first to last. The last one's weights stay for the backward pass."""
+        last = self._layout.blocks - 1
+        if saving:
+            # Made before the step; this is for models whose hidden state has another size than they say.
+            self._saved.reserve(self._layout.blocks, [hidden.nbytes for hidden in self._hidden])
+        for block in self._each_block("forward", range(self._layout.blocks)):
+            if saving:
+                # All before any is computed: so their way to the drive has the time of this block, too.
+                for index in range(len(self._hidden)):
+                    self._saved.put(block, index, self._hidden[index])
+                self._saved.finish(block)
+            weights = self._state.weights(self._layout.block(block))
+            with torch.no_grad():
+                for index, calls in self._each(self._calls):
+                    self._seed(index, Phase.FORWARD, block)
+                    self._hidden[index] = self._cut.run_block(
+                        block, weights.tensors, self._hidden[index], calls[block]
+                    )
+            if saving and block == last:
+                self._last_block = weights
+            else:
+                weights.give_back()
+
+    @_phase
+    def epilogue(self, *, training: bool) -> Tensor:
+        """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
+        layout = self._layout
+        own = None if layout.epilogue is None else self._state.weights(layout.epilogue)
+        table = self._state.weights(layout.prologue) if self._cut.epilogue_borrowed else None
+        weights = [borrowed for borrowed in (own, table) if borrowed is not None]
+        gradients = []
+        if training and own is not None and layout.epilogue is not None:
+            gradients.append(Gradient(self._state, layout.epilogue))
+        if training and table is not None:
+            self._table_gradient = Gradient(self._state, layout.prologue, self._cut.epilogue_borrowed)
+            gradients.append(self._table_gradient)
+        total: Tensor | None = None
+        with torch.set_grad_enabled(training):
+            for index, _ in self._each(self._micro_batches):
+                self._seed(index, Phase.EPILOGUE)
+                loss = self._epilogue_slices(index, weights, gradients)
+                total = loss if total is None else total + loss
+        if total is None:
+            raise MegatrainIoError("a step needs at least one micro-batch")
+        if own is not None:
+            self._in_epilogue.append((own, gradients[0] if training else None))
+        if table is not None:
+            self._in_epilogue.append((table, None))
+        return total
+
+    def leave_epilogue(self) -> None:
+        """Hand its own gradients over, and give back what was borrowed for it."""
+        for weights, gradient in self._in_epilogue:
+            if gradient is not None:
+                gradient.submit(weights)
+            else:
+                weights.give_back()
+        self._in_epilogue.clear()
+
+    @_phase
+    def backward(self) -> None:
+        """All blocks, last to first: recompute, gradients, hand them over for the update."""
+        weights = self._last_block
+        self._last_block = None
+        for block in self._each_block("backward", reversed(range(self._layout.blocks))):
+            record = self._layout.block(block)
+            weights = weights or self._state.weights(record)
+            gradient = Gradient(self._state, record)
+            for index, _ in self._each(self._micro_batches):
+                self._seed(index, Phase.FORWARD, block)
+                self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
+            self._saved.release(block)
+            gradient.submit(weights)
+            weights = None
+
+    @_phase
+    def prologue_backward(self) -> None:
+        """Gradients of the prologue from those of the first hidden state."""
+        weights = self._state.weights(self._layout.prologue)
+        gradient = self._table_gradient or Gradient(self._state, self._layout.prologue)
+        self._table_gradient = None
+        for index, micro_batch in self._each(self._micro_batches):
+            self._seed(index, Phase.PROLOGUE)
+            leaves = leaves_of(weights.tensors)
+            hidden, _ = self._cut.record(leaves, micro_batch)
+            gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
+            del leaves, hidden
+        gradient.submit(weights)
+
+    def _each(self, items: Iterable[_R]) -> Iterator[tuple[int, _R]]:
+        """What there is one of for each micro-batch, counted; the body of the loop is traced."""
+        for index, item in enumerate(items):
+            with self.span(f"micro-batch {index}"):
+                yield index, item
+
+    def _each_block(self, phase: str, blocks: Iterable[int]) -> Iterator[int]:
+        """The blocks; the body of the loop is traced."""
+        for block in blocks:
+            with self.span(f"{phase} block {block}"):
+                yield block
+
+    def _epilogue_slices(
+        self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence[Gradient]
+    ) -> Tensor:
+        """Loss of one micro-batch; replaces its hidden state by the gradient, if gradients are wanted."""
+        hidden, labels = self._hidden[index], self._micro_batches[index].shift_labels
+        step = max(1, self._slice_tokens // hidden.shape[0])
+        total: Tensor | None = None
+        of_hidden = []
+        for start in range(0, hidden.shape[1], step):
+            part = hidden[:, start : start + step].detach()
+            label = labels[:, start : start + step]
+            bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
+            wanted = {name: bound[name] for gradient in gradients for name in gradient.expected}
+            leaves = leaves_of(wanted)
+            part.requires_grad_(bool(gradients))
+            loss = self._cut.loss(bound | leaves, part, label, self.num_items)
+            if gradients:
+                of_part, *of_leaves = torch.autograd.grad(loss, [part, *leaves.values()])
+                of_hidden.append(of_part)
+                by_name = dict(zip(leaves, of_leaves, strict=True))
+                for gradient in gradients:
+                    names = gradient.expected
+                    gradient.add(names, [by_name[name] for name in names])
+            total = loss.detach() if total is None else total + loss.detach()
+        if gradients:
+            self._hidden[index] = of_hidden[0] if len(of_hidden) == 1 else torch.cat(of_hidden, dim=1)
+        if total is None:
+            raise MegatrainIoError("a micro-batch without tokens")
+        return total
+
+    def _block_backward(
+        self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: Gradient
+    ) -> Tensor:
+        """Gradient of the block's input; those of its parameters are added to ``gradient``."""
+        # The gradient of a block's output has the shape and dtype of its input.
+        saved = self._saved.get(block, index, like=self._hidden[index])
+        hidden = saved.detach().requires_grad_()
+        leaves = leaves_of(tensors)
+        out = self._cut.run_block(block, leaves, hidden, self._calls[index][block])
+        of_hidden, *of_leaves = torch.autograd.grad(
+            out, [hidden, *leaves.values()], self._hidden[index], allow_unused=True
+        )
+        gradient.add(leaves, of_leaves)
+        return of_hidden
+
+    def _seed(self, index: int, phase: Phase, block: int = 0) -> None:
+        """One stream of random numbers for each (step, micro-batch, block): the recompute replays it."""
+        text = f"{self._seed_of_all}/{self._number}/{index}/{phase}/{block}".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        torch.default_generator.manual_seed(seed)

@@ -41,6 +41,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     counts: tuple[int, ...] = (1,) * 20
     overrides: dict[str, Any] = field(default_factory=dict, hash=False)
+    rows: int = 1
+    """How often the rows of each micro-batch are repeated in it."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -52,7 +54,8 @@ class Case:
 
     @property
     def steps(self) -> list[list[dict[str, torch.Tensor]]]:
-        return micro_batches(self.config.vocab_size, self.counts, seed=3)
+        made = micro_batches(self.config.vocab_size, self.counts, seed=3)
+        return [[{n: t.repeat(self.rows, 1) for n, t in batch.items()} for batch in step] for step in made]
 
     @property
     def hyperparameters(self) -> Hyperparameters:

@@ -9,7 +9,18 @@ from megatrain_io.fitting import fit, saved_inputs_of
 from megatrain_io.residents import resident_nbytes
 from megatrain_io.stream import PagedModel
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, store_memory
-from paged import Case, cut_model, files, make_store, to_micro_batch
+from paged import (
+    Case,
+    all_planes,
+    cut_model,
+    differing,
+    expected_planes,
+    files,
+    make_store,
+    to_micro_batch,
+    train,
+)
+from reference.reference import train as train_in_memory
 
 SIZES = {
     "hidden_size": 512,
@@ -24,11 +35,11 @@ MIB = 1 << 20
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied):
-    case = Case(tied=tied, dtype=torch.bfloat16, counts=(2,), overrides=SIZES)
+    case = Case(tied=tied, dtype=torch.bfloat16, counts=(2,), overrides=SIZES, rows=8)
     make_store(tmp_path / "store", case)
     with PagedState(*files(tmp_path / "store")) as state:
         cut, layout, tables = cut_model(case), state.layout, state.ledger.total()[0]
-        batches = [long(batch) for batch in case.steps[0]]
+        batches = [to_micro_batch(batch) for batch in case.steps[0]]
         borrows = bool(cut.epilogue_borrowed)
         assert tables == store_memory(layout.manifest({}))
         needs = fit(cut, layout, batches, tables=tables, ram=1 << 40).needs
@@ -52,9 +63,41 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied):
         assert plan.resident_nbytes >= 0.5 * 12 * layout.parameters
 
 
-def long(batch):
-    """Eight rows in place of one: inputs that are worth spilling."""
-    return to_micro_batch({name: tensor.repeat(8, 1) for name, tensor in batch.items()})
+# Rows that make inputs worth spilling.
+CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1, 2, 1, 2), overrides=SIZES, rows=8)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return train_in_memory(CASE.model, CASE.steps, CASE.hyperparameters, CASE.dtype)
+
+
+@pytest.mark.parametrize("commit_every", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
+    make_store(tmp_path / "store", CASE)
+    with PagedState(*files(tmp_path / "store")) as state:
+        cut, layout, tables = cut_model(CASE), state.layout, state.ledger.total()[0]
+        batches = [to_micro_batch(batch) for batch in CASE.steps[1]]
+        needs = fit(cut, layout, batches, tables=tables, ram=1 << 40).needs
+        least = smallest(layout, needs, borrows_prologue=True)
+        ram = int(least + share * (12 * layout.parameters + needs.saved_inputs))
+        plan = fit(cut, layout, batches, tables=tables, ram=ram)
+        model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]))
+        decay = CASE.hyperparameters.weight_decay
+        state.start(
+            plan.pool,
+            residents=plan.residents,
+            settings=lambda place: TensorSettings(decay if len(place.shape) > 1 else 0.0),
+        )
+        losses = train(model, CASE, commit_every=commit_every)
+        planes = all_planes(state)
+        model.close()
+    stays = plan.resident_nbytes / (12 * layout.parameters)
+    assert (plan.is_spilled, stays) == (True, 0.0) if share == 0.0 else not plan.is_spilled
+    assert stays > 0.5 if share == 1.0 else stays < 0.5
+    assert losses == expected.losses
+    assert differing(planes, expected_planes(expected)) == []
 
 
 def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):

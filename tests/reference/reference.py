@@ -9,7 +9,7 @@ steps differ between 1 and 2 threads, though the losses agree). It is left alone
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -108,6 +108,8 @@ class Result:
     master: dict[str, Tensor]
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
+    grad_norms: list[float] = field(default_factory=list)
+    """One for each step, before clipping, by torch: the norm over all trained parameters."""
 
 
 def round_half_away(master: Tensor) -> Tensor:
@@ -176,6 +178,8 @@ def train(
     hyperparameters: Hyperparameters,
     compute_dtype: torch.dtype = torch.float32,
     bf16_source: bool = False,
+    max_grad_norm: float | None = None,
+    clip_coefficients: Sequence[float] | None = None,
 ) -> Result:
     """Train a copy of `model` on `steps`, each a list of micro-batches, and return every bit of the outcome.
 
@@ -183,6 +187,9 @@ def train(
     master rounded by `round_half_away`, at the start and after each step. With fp32, weights and masters are equal.
     Buffers keep their dtype, as in a stock model loaded in bf16. Masters start as the model's values, or, for
     `bf16_source`, as these rounded to bf16, which is what the import of a bf16 checkpoint gives.
+
+    Gradients are clipped by `torch.nn.utils.clip_grad_norm_` with `max_grad_norm`, or, for who takes the sum for the
+    norm in another order, multiplied by the coefficient that is given for each step.
     """
     if compute_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute_dtype must be float32 or bfloat16, not {compute_dtype}")
@@ -206,12 +213,18 @@ def train(
         fused=True,
     )
 
-    losses = []
-    for step, lr in zip(steps, hyperparameters.lr, strict=True):
+    losses, grad_norms = [], []
+    for index, (step, lr) in enumerate(zip(steps, hyperparameters.lr, strict=True)):
         loss, gradients = accumulate(model, leaves, step)
         losses.append(loss)
         for name, master in trained.items():
             master.grad = gradients[name]
+        grad_norms.append(nn.utils.get_total_norm(list(gradients.values())).item())
+        if clip_coefficients is not None:
+            for gradient in gradients.values():
+                gradient.mul_(clip_coefficients[index])
+        elif max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(trained.values(), max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -223,6 +236,7 @@ def train(
         master={name: master.detach() for name, master in trained.items()},
         exp_avg={name: optimizer.state[master]["exp_avg"] for name, master in trained.items()},
         exp_avg_sq={name: optimizer.state[master]["exp_avg_sq"] for name, master in trained.items()},
+        grad_norms=grad_norms,
     )
 
 

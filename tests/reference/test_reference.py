@@ -55,7 +55,12 @@ def schedule(steps: int) -> Hyperparameters:
     return Hyperparameters(lr=[1e-3 * (step + 1) / steps for step in range(steps)])
 
 
-def naive(model: PreTrainedModel, steps: list[list[MicroBatch]], hyperparameters: Hyperparameters) -> Result:
+def naive(
+    model: PreTrainedModel,
+    steps: list[list[MicroBatch]],
+    hyperparameters: Hyperparameters,
+    max_grad_norm: float = math.inf,
+) -> Result:
     """The loop of every tutorial, in fp32, one micro-batch a step, trains `model` itself: tied if it is tied."""
     parameters = dict(model.named_parameters())
     matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
@@ -69,12 +74,13 @@ def naive(model: PreTrainedModel, steps: list[list[MicroBatch]], hyperparameters
         eps=hyperparameters.eps,
         fused=True,
     )
-    losses = []
+    losses, norms = [], []
     for (batch,), lr in zip(steps, hyperparameters.lr, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = model(**batch).loss
         loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -85,7 +91,27 @@ def naive(model: PreTrainedModel, steps: list[list[MicroBatch]], hyperparameters
         master={name: parameter.detach() for name, parameter in parameters.items()},
         exp_avg={name: state[name]["exp_avg"] for name in parameters},
         exp_avg_sq={name: state[name]["exp_avg_sq"] for name in parameters},
+        grad_norms=norms,
     )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_clipping_equals_the_stock_loop(tied: bool) -> None:
+    model = build(tiny_config("llama", tied), seed=1)
+    steps = micro_batches(VOCAB, [1] * 5, seed=2)
+    free = train(model, steps, schedule(5))
+    limit = sorted(free.grad_norms)[2]  # some steps are clipped, others are not
+    ours = train(model, steps, schedule(5), max_grad_norm=limit)
+    given = [min(1.0, limit / (norm + 1e-6)) for norm in ours.grad_norms]
+    assert 1 < sum(coefficient < 1 for coefficient in given) < 5
+    assert ours.losses != free.losses
+    stock = naive(copy.deepcopy(model), steps, schedule(5), limit)
+    scaled = train(model, steps, schedule(5), clip_coefficients=given)
+    assert ours.losses == stock.losses
+    assert ours.grad_norms == stock.grad_norms
+    assert scaled.losses == pytest.approx(stock.losses, rel=1e-6)
+    for plane in PLANES:
+        assert_same(getattr(ours, plane), getattr(stock, plane))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -19,7 +19,8 @@ use megatrain_io::error::{Error, Result};
 use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::ledger::Ledger;
 use megatrain_io::pipeline::{
-    ChunkOp, Kind, Options, Pipeline, Residents, Schedule, TensorSettings, chunk_slot_bytes,
+    After, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents, Schedule, TensorSettings,
+    chunk_slot_bytes,
 };
 use megatrain_io::pool::{self, PoolSizes};
 use megatrain_io::store::{Creator, OpenOptions, Store};
@@ -152,7 +153,14 @@ fn options(store: &Store) -> Options {
         lr_scale: 1.0,
     };
     let tensors = layout.records().iter().enumerate().map(settings).collect();
-    Options { pool, threads: 0, kernel: None, tensors, residents: Residents::default() }
+    Options {
+        pool,
+        threads: 0,
+        kernel: None,
+        tensors,
+        residents: Residents::default(),
+        gradient_files: GradientFiles::default(),
+    }
 }
 
 /// Weights of all records, forward; then backward, each with its update.
@@ -174,7 +182,14 @@ fn schedule(store: &Store) -> Result<Arc<Schedule>> {
 
 /// A step with the gradient that happens to be in the buffer: zeros.
 fn train(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: bool) -> Result {
-    let adamw = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step };
+    let adamw = AdamW {
+        learning_rate: 1e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        step,
+        gradient_scale: 1.0,
+    };
     let records = pipeline.store().layout().records().len();
     pipeline.begin(Arc::clone(schedule), adamw, commit)?;
     for record in 0..records {
@@ -185,5 +200,5 @@ fn train(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: bool)
         let gradient = pipeline.take_gradient(record, LONG)?.expect("within a minute");
         pipeline.submit(record, weights, gradient)?;
     }
-    pipeline.end(commit.then(|| step.to_le_bytes().to_vec()))
+    pipeline.end(commit.then(|| step.to_le_bytes().to_vec()), After::Stands)
 }

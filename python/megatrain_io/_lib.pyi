@@ -205,7 +205,8 @@ class Pipeline:
         threads: int,
         kernel: str | None,
         tensors: Sequence[tuple[int, int, int, float, float]],
-        residents: tuple[Sequence[int], Sequence[int]],
+        residents: tuple[Sequence[int], Sequence[int], Sequence[int]],
+        gradient_files: Sequence[Path],
     ) -> Pipeline: ...
     @property
     def registration_refused(self) -> str | None: ...
@@ -223,8 +224,14 @@ class Pipeline:
     def submit(self, record: int, weights: Buffer, gradient: Buffer) -> None:
         """Hand the gradient of a whole record over, with its weights."""
 
-    def end(self, blob: bytes | None) -> None:
-        """End the step; with a blob it is committed behind the caller's back."""
+    def squares(self) -> float:
+        """The sum of the squares of all gradients of the step. Waits for the last one."""
+
+    def end(self, blob: bytes | None, applied: float | None) -> None:
+        """End the step; with a blob it is committed behind the caller's back.
+
+        ``applied``: the next step applies the gradients that were kept, multiplied by it; None: updates stand.
+        """
 
     def wait_settled(self) -> None:
         """Wait until every ended step is written, and committed if that was asked for."""

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatrain_io.errors import ConfigError
 from megatrain_io.layout import PAGE_BYTES, ModelLayout
-from megatrain_io.residents import choose_residents, resident_nbytes
+from megatrain_io.residents import choose_gradients, choose_residents, gradient_nbytes, resident_nbytes
 from megatrain_io.schedule import ChunkOp, PoolSizes, Residents, pool_sizes
 
 __all__ = ["MemoryPlan", "StepNeeds", "divide", "smallest"]
@@ -15,13 +15,8 @@ _HUGE_PAGE_BYTES = 2 << 20
 _SMALL = 64 << 20
 # Of the file for saved inputs: its tables, and the buffers of its commit.
 _SCRATCH_TABLES = 512 << 10
-# Slots of each kind, from what overlaps best to what a step cannot do without.
-_POOLS = (
-    {"block_buffers": 3, "chunk_slots": 4, "block_gradients": 2},
-    {"block_buffers": 3, "chunk_slots": 2, "block_gradients": 1},
-    {"block_buffers": 2, "chunk_slots": 2, "block_gradients": 1},
-    {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1},
-)
+# Block buffers, chunk slots and gradient buffers, from what overlaps best to what a step cannot do without.
+_POOLS = ((3, 4, 2), (3, 2, 1), (2, 2, 1), (2, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,9 @@ class MemoryPlan:
         pool: buffers of transfers and gradients.
         residents: what stays in RAM from step to step.
         pool_nbytes: of pool and gradients.
+        kept_nbytes: of gradients that wait for their norm in RAM; the others do so on the drive.
         resident_nbytes: of the residents.
+        spills_gradients: whether gradients wait on the drive.
     """
 
     ram: int
@@ -78,12 +75,15 @@ class MemoryPlan:
     pool: PoolSizes
     residents: Residents
     pool_nbytes: int
+    kept_nbytes: int
     resident_nbytes: int
+    spills_gradients: bool
 
     @property
     def total(self) -> int:
         """Bytes that will be taken: at most the budget."""
-        return self.needs.always + self.saved_inputs + self.pool_nbytes + self.resident_nbytes
+        state = self.pool_nbytes + self.kept_nbytes + self.resident_nbytes
+        return self.needs.always + self.saved_inputs + state
 
     @property
     def is_spilled(self) -> bool:
@@ -92,6 +92,10 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         """The division, for a person."""
+        kept = f"gradients that wait for their norm {_mib(self.kept_nbytes)}" if self.kept_nbytes else ""
+        if self.spills_gradients:
+            kept = f"{kept} (the rest on the drive)" if kept else "gradients wait for their norm on the drive"
+        kept += ", " * bool(kept)
         stays = f"state that stays {_mib(self.resident_nbytes)}" if self.resident_nbytes else "no state stays"
         spilled = f" (of {_mib(self.needs.saved_inputs)}, the rest on the drive)" if self.is_spilled else ""
         compute = f"compute {_mib(self.needs.activations + self.needs.heap)}"
@@ -99,7 +103,7 @@ class MemoryPlan:
             compute = "compute not counted (its shapes depend on the data: it comes on top of memory.ram)"
         return (
             f"RAM: {_mib(self.total)} of {_mib(self.ram)}: buffers {_mib(self.pool_nbytes)}, inputs of blocks "
-            f"{_mib(self.saved_inputs)}{spilled}, {compute}, tables {_mib(self.needs.tables)}, {stays}"
+            f"{_mib(self.saved_inputs)}{spilled}, {compute}, tables {_mib(self.needs.tables)}, {kept}{stays}"
         )
 
 
@@ -110,22 +114,34 @@ def divide(
     *,
     borrows_prologue: bool,
     ram: int,
+    keeps: bool = False,
 ) -> MemoryPlan:
-    """Divide ``ram`` bytes: the largest pool that fits, then inputs of blocks, then residents.
+    """Divide ``ram`` bytes: the largest pool that fits, then inputs of blocks, gradients, residents.
 
-    A byte of an input saves two bytes a step, as one of a weight does, and needs no commit.
+    A byte of an input or of a gradient that waits saves two bytes a step, as one of a weight does, and no
+    commit writes it.
+
+    Args:
+        layout: the parameter space.
+        schedule: of a step.
+        needs: what it needs besides pool and residents.
+        borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
+        ram: the budget.
+        keeps: whether gradients wait for their norm.
 
     Raises:
         ConfigError: it is too small; says what would do.
     """
+
+    def size(slots: tuple[int, int, int], residents: Residents) -> PoolSizes:
+        return _pool(layout, slots, residents, borrows_prologue=borrows_prologue, keeps=keeps)
+
     for sizes in _POOLS:
-        pool = pool_sizes(
-            layout, borrows_prologue=borrows_prologue, training=True, residents=Residents(), **sizes
-        )
-        if needs.always + needs.saved_inputs_at_least + _mapped(pool, 0) <= ram:
+        pool = size(sizes, Residents())
+        if needs.always + needs.saved_inputs_at_least + _mapped(pool) <= ram:
             break
     else:
-        least = smallest(layout, needs, borrows_prologue=borrows_prologue)
+        least = smallest(layout, needs, borrows_prologue=borrows_prologue, keeps=keeps)
         compute = needs.activations + needs.heap
         raise ConfigError(
             f"memory.ram is {_mib(ram)}, and this training needs {_mib(least)} at least: inputs of blocks "
@@ -134,43 +150,75 @@ def divide(
             "more, or make a step smaller: train.per_device_train_batch_size, data.max_length, "
             "train.gradient_accumulation_steps"
         )
-    saved_inputs = min(needs.saved_inputs, ram - needs.always - _mapped(pool, 0))
+    saved_inputs = min(needs.saved_inputs, ram - needs.always - _mapped(pool))
     if saved_inputs < needs.saved_inputs:
         saved_inputs -= _SCRATCH_TABLES
-    chosen, taken = Residents(), 0
+    free = ram - needs.always - saved_inputs
+    chosen, taken = Residents(), (0, 0)
     # What stays needs no buffers in the pool, and their room is for more that stays.
     while True:
-        room = ram - needs.always - saved_inputs - _mapped(pool, 0)
-        found = choose_residents(layout, schedule, room - _HUGE_PAGE_BYTES)
-        slimmer = pool_sizes(
-            layout, borrows_prologue=borrows_prologue, training=True, residents=found, **sizes
-        )
-        nbytes = resident_nbytes(found, layout)
+        room = free - _mapped(pool) - 2 * _HUGE_PAGE_BYTES
+        gradients = choose_gradients(layout, room) if keeps else frozenset[int]()
+        kept = gradient_nbytes(Residents(gradients=gradients), layout)
+        found = replace(choose_residents(layout, schedule, room - kept), gradients=gradients)
+        nbytes = (kept, resident_nbytes(found, layout))
         if nbytes <= taken:
             break
-        chosen, taken, pool = found, nbytes, slimmer
-    pool_nbytes = _mapped(pool, 0)
-    resident = _mapped(pool, taken) - pool_nbytes
-    return MemoryPlan(ram, needs, saved_inputs, pool, chosen, pool_nbytes, resident)
-
-
-def smallest(layout: ModelLayout, needs: StepNeeds, *, borrows_prologue: bool) -> int:
-    """The least RAM that such a step can be done in."""
-    pool = pool_sizes(
-        layout, borrows_prologue=borrows_prologue, training=True, residents=Residents(), **_POOLS[-1]
+        chosen, taken = found, nbytes
+        pool = size(sizes, found)
+    sums = [_mapped(pool), _mapped(pool, taken[0]), _mapped(pool, *taken)]
+    spills = keeps and len(chosen.gradients) < len(layout.records)
+    return MemoryPlan(
+        ram=ram,
+        needs=needs,
+        saved_inputs=saved_inputs,
+        pool=pool,
+        residents=chosen,
+        pool_nbytes=sums[0],
+        kept_nbytes=sums[1] - sums[0],
+        resident_nbytes=sums[2] - sums[1],
+        spills_gradients=spills,
     )
-    return needs.always + needs.saved_inputs_at_least + _mapped(pool, 0)
 
 
-def _mapped(pool: PoolSizes, resident: int) -> int:
-    """Bytes of the one mapping: lists of large slots start at 2 MiB borders, and so do the residents."""
+def smallest(layout: ModelLayout, needs: StepNeeds, *, borrows_prologue: bool, keeps: bool = False) -> int:
+    """The least RAM that such a step can be done in."""
+    pool = _pool(layout, _POOLS[-1], Residents(), borrows_prologue=borrows_prologue, keeps=keeps)
+    return needs.always + needs.saved_inputs_at_least + _mapped(pool)
+
+
+def _pool(
+    layout: ModelLayout,
+    slots: tuple[int, int, int],
+    residents: Residents,
+    *,
+    borrows_prologue: bool,
+    keeps: bool,
+) -> PoolSizes:
+    block_buffers, chunk_slots, block_gradients = slots
+    return pool_sizes(
+        layout,
+        borrows_prologue=borrows_prologue,
+        training=True,
+        residents=residents,
+        keeps=keeps,
+        block_buffers=block_buffers,
+        chunk_slots=chunk_slots,
+        block_gradients=block_gradients,
+    )
+
+
+def _mapped(pool: PoolSizes, *shares: int) -> int:
+    """Bytes of the one mapping: lists of large slots start at 2 MiB borders, and so does each further share."""
     total = 0
     for nbytes, count in vars(pool).values():
         slot = _up(nbytes, PAGE_BYTES)
         if slot >= _HUGE_PAGE_BYTES:
             total = _up(total, _HUGE_PAGE_BYTES)
         total += slot * count
-    return _up(total, _HUGE_PAGE_BYTES) + resident if resident else total
+    for share in shares:
+        total = _up(total, _HUGE_PAGE_BYTES) + share if share else total
+    return total
 
 
 def _up(value: int, multiple: int) -> int:

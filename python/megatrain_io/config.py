@@ -86,6 +86,8 @@ class TrainConfig(_Section):
     """decay of the second moment"""
     adam_epsilon: Fp32Positive = 1e-8
     """added to the denominator"""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """largest norm of all gradients together, exact; an update then waits for the next step; null: no limit"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """compute dtype: bf16 or fp32; master weights and moments are fp32 either way"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
@@ -162,7 +164,8 @@ _EXPONENT = re.compile(r"([-+]?)(\d*)\.?(\d*)[eE]([-+]?)(\d+)")
 _ELSEWHERE: dict[str, str] = {
     name: sentence
     for names, sentence in (
-        ("max_grad_norm gradient_clipping vram max_disk max_tbw", "not available yet; remove it"),
+        ("gradient_clipping clip_grad_norm max_norm grad_clip", "use train.max_grad_norm"),
+        ("vram max_disk max_tbw", "not available yet; remove it"),
         ("report_to run_name wandb_project logging_dir callbacks", "not available yet; remove it"),
         ("lora lora_r lora_rank lora_alpha lora_dropout lora_target peft", "not available yet; remove it"),
         ("lora_target_modules load_in_4bit load_in_8bit quantization_bit", "not available yet; remove it"),

@@ -33,6 +33,7 @@ __all__ = [
     "MegatrainIoError",
     "ModelFilesError",
     "NoSpaceError",
+    "NotFiniteError",
     "PoolExhaustedError",
     "StorageError",
     "StoreFailedError",
@@ -185,6 +186,19 @@ class TrainingDivergedError(MegatrainIoError):
     """
 
     exit_code: ClassVar[int] = 7
+
+
+class NotFiniteError(TrainingDivergedError):
+    """A gradient has an element that is infinite or not a number.
+
+    The step was dropped; the store holds the last commit. ``train`` skips such a step, as the usual rule is, and
+    ends with a ``TrainingDivergedError`` when several follow one another.
+
+    Attributes:
+        loss: of the step, where it was known.
+    """
+
+    loss: float | None = None
 
 
 class InterruptedRunError(MegatrainIoError):

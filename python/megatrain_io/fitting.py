@@ -14,7 +14,13 @@ __all__ = ["fit", "saved_inputs_of"]
 
 
 def fit(
-    cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], *, tables: int, ram: int
+    cut: CutModel,
+    layout: ModelLayout,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    tables: int,
+    ram: int,
+    clips: bool = False,
 ) -> MemoryPlan:
     """Divide ``ram`` bytes for training steps on ``micro_batches`` or smaller ones.
 
@@ -24,6 +30,7 @@ def fit(
         micro_batches: of the largest step.
         tables: bytes that the store itself takes when it is open.
         ram: bytes that the ledger may come to.
+        clips: whether gradients wait until the norm of all is known.
 
     Raises:
         ConfigError: it is too small; says what would do.
@@ -39,7 +46,7 @@ def fit(
         is_rehearsed=activations is not None,
     )
     schedule = build_schedule(layout, borrows_prologue=borrows, training=True)
-    return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram)
+    return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram, keeps=clips)
 
 
 def saved_inputs_of(plan: MemoryPlan, scratch: Sequence[Path]) -> SavedInputsBudget:

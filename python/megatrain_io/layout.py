@@ -218,6 +218,10 @@ class ModelLayout:
         """Bytes of a buffer for a record's fp32 gradient."""
         return _round_up(4 * self.records[record].parameters, PAGE_BYTES)
 
+    def gradient_extent_bytes(self, chunk: Chunk) -> int:
+        """Bytes moved for a chunk's gradient, where that waits on the drive."""
+        return _round_up(4 * chunk.parameters, PAGE_BYTES)
+
     def chunk_slot_bytes(self) -> int:
         """Bytes of a slot in which any chunk can be updated."""
         return max(self.weight_extent_bytes(c) + self.update_extent_bytes(c) for c in self.chunks)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError, StorageError
 from megatrain_io.outside import HeldFile, glance, held
-from megatrain_io.run import RunFolder, saved_inputs_file
+from megatrain_io.run import RunFolder, gradient_file, saved_inputs_file
 from megatrain_io.trainer_state import TrainerState
 
 __all__ = ["Leftover", "Leftovers"]
@@ -131,7 +131,7 @@ class Leftovers:
 
     def _inputs(self) -> list[Path]:
         """Saved inputs lose their name at once, unless the process is killed within that moment."""
-        paths = [saved_inputs_file(path) for path in self._store_paths]
+        paths = [file(path) for path in self._store_paths for file in (saved_inputs_file, gradient_file)]
         return [*paths, *(_beside(path, _PARTIAL) for path in paths)]
 
     def _look(self) -> Iterator[Leftover]:

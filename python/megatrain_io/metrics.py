@@ -35,6 +35,9 @@ class StepReport:
         ledger_bytes: what the package itself holds, the sum of its accounts.
         written_bytes_total: written since the run began, over all its lives.
         eval_loss: held-out loss after this step, where it was measured.
+        grad_norm: norm over the gradients of all parameters, before clipping.
+        clip_coefficient: what gradients were multiplied by; 1 where they were not clipped.
+        skipped_steps: steps so far whose gradients were not finite; nothing was updated by them.
         stalled: ``stalled_seconds`` by cause: ``read``, ``pool``, ``write``, ``update``, ``commit``,
             ``inputs`` (of blocks, on the drive).
     """
@@ -53,6 +56,9 @@ class StepReport:
     ledger_bytes: int
     written_bytes_total: int
     eval_loss: float | None = None
+    grad_norm: float | None = None
+    clip_coefficient: float = 1.0
+    skipped_steps: int = 0
     stalled: dict[str, float] = field(default_factory=dict)
 
 
@@ -81,7 +87,16 @@ class MetricsFile:
 
     def __init__(self, path: Path, committed_step: int) -> None:
         """Open for appending; lines of steps after ``committed_step`` are of a life that lost them."""
-        kept = []
+        self._path = path
+        self._open(committed_step)
+
+    def go_back(self, committed_step: int) -> None:
+        """Remove the lines of later steps: they will come again."""
+        self._file.close()
+        self._open(committed_step)
+
+    def _open(self, committed_step: int) -> None:
+        kept, path = [], self._path
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:

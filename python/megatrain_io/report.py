@@ -56,6 +56,9 @@ class Reporter(Protocol):
     def step(self, report: StepReport) -> None:
         """A step was done; ``eval_loss`` is set where the held-out loss was measured after it."""
 
+    def note(self, text: str) -> None:
+        """A sentence for the person, in the middle of the run."""
+
     def finished(self) -> None:
         """Nothing more will come, whether the run succeeded or not. May be called twice."""
 
@@ -67,6 +70,9 @@ class QuietReporter:
         """Nothing."""
 
     def step(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
         """Nothing."""
 
     def finished(self) -> None:
@@ -110,6 +116,10 @@ class LineReporter:
             ]
             _tell(self._console, "  ".join(parts))
 
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        _tell(self._console, text)
+
     def finished(self) -> None:
         """Nothing: the last step had its line."""
 
@@ -149,6 +159,10 @@ class LiveReporter:
             )
         if report.eval_loss is not None:
             _tell(self._live.console, f"step {report.step}: held-out loss {report.eval_loss:.4f}")
+
+    def note(self, text: str) -> None:
+        """A line that stays on the screen."""
+        _tell(self._live.console, text)
 
     def finished(self) -> None:
         """Leave the last state on the screen."""
@@ -216,6 +230,7 @@ def facts(report: StepReport) -> list[str]:
     figures = [
         f"loss {report.loss:.4f}",
         f"lr {report.learning_rate:.2e}",
+        *_gradients(report),
         f"{report.tokens / seconds:,.0f} tok/s",
         f"read {decimal(round(report.read_bytes / seconds))}/s",
         f"write {decimal(round(report.written_bytes / seconds))}/s",
@@ -226,6 +241,15 @@ def facts(report: StepReport) -> list[str]:
     if report.eval_loss is not None:
         figures.insert(1, f"held-out loss {report.eval_loss:.4f}")
     return figures
+
+
+def _gradients(report: StepReport) -> list[str]:
+    """Their norm, and whether it was too large."""
+    if report.grad_norm is None:
+        return []
+    clipped = f" (clipped to {report.clip_coefficient:.0%})" if report.clip_coefficient < 1 else ""
+    skipped = [f"skipped {report.skipped_steps}"] if report.skipped_steps else []
+    return [f"grad norm {report.grad_norm:.3g}{clipped}", *skipped]
 
 
 def _stalled(report: StepReport, seconds: float) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatrain_io.layout import ModelLayout
 from megatrain_io.schedule import ChunkOp, Residents
 
-__all__ = ["choose_residents", "resident_nbytes"]
+__all__ = ["choose_gradients", "choose_residents", "gradient_nbytes", "resident_nbytes"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,28 @@ class _Candidate:
 
 
 def resident_nbytes(residents: Residents, layout: ModelLayout) -> int:
-    """Bytes of RAM that ``residents`` take."""
+    """Bytes of RAM that ``residents`` take, gradients left out."""
     weights = sum(layout.record_weight_bytes(record) for record in residents.records)
     planes = sum(
         layout.update_extent_bytes(chunk) for chunk in layout.chunks if chunk.index in residents.chunks
     )
     return weights + planes
+
+
+def gradient_nbytes(residents: Residents, layout: ModelLayout) -> int:
+    """Bytes of RAM in which gradients wait for their norm."""
+    return sum(map(layout.record_gradient_bytes, residents.gradients))
+
+
+def choose_gradients(layout: ModelLayout, nbytes: int) -> frozenset[int]:
+    """The records whose gradients wait in ``nbytes`` of RAM, spread evenly over the model."""
+    chosen, left = set(), nbytes
+    for record in _spread(len(layout.records)):
+        needed = layout.record_gradient_bytes(record)
+        if needed <= left:
+            chosen.add(record)
+            left -= needed
+    return frozenset(chosen)
 
 
 def choose_residents(layout: ModelLayout, schedule: Sequence[ChunkOp], nbytes: int) -> Residents:
@@ -52,8 +68,10 @@ def choose_residents(layout: ModelLayout, schedule: Sequence[ChunkOp], nbytes: i
 
 def _by_worth(layout: ModelLayout, schedule: Sequence[ChunkOp]) -> Iterator[_Candidate]:
     firsts = {layout.chunks_of(record)[0].index for record in range(len(layout.records))}
-    loads = Counter(op.chunk.record for op in schedule if op.kind == "load" and op.chunk.index in firsts)
-    updated = [op.chunk for op in schedule if op.kind == "update"]
+    loads = Counter(
+        op.chunk.record for op in schedule if op.kind in {"load", "apply"} and op.chunk.index in firsts
+    )
+    updated = [op.chunk for op in schedule if op.kind in {"update", "apply"}]
     # Python's sort is stable: equals keep their spread order.
     for record in sorted(_spread(len(layout.records)), key=lambda record: -loads[record]):
         if loads[record]:

@@ -36,6 +36,7 @@ __all__ = [
     "Precision",
     "RunFolder",
     "RunInfo",
+    "gradient_file",
     "replace_file",
     "saved_inputs_file",
     "storage_errors",
@@ -159,6 +160,11 @@ class RunFolder:
 def saved_inputs_file(store: Path) -> Path:
     """Where saved inputs go that do not fit in RAM: beside the store's file, on the same drive."""
     return store.with_name(store.name + ".inputs")
+
+
+def gradient_file(store: Path) -> Path:
+    """Where gradients wait for their norm that do not fit in RAM: as saved inputs."""
+    return store.with_name(store.name + ".gradients")
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -2,7 +2,8 @@
 
 Cyclic and known before it starts, so nothing has to be guessed while it runs: the pipeline reads ahead in
 this order. A step meets, in order: prologue, blocks first to last, epilogue, blocks last to first with
-their updates, prologue with its update.
+their updates, prologue with its update. Updates that need the norm of all gradients ride on the first load
+of each record in the step after.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,25 @@ from typing import Literal
 
 from megatrain_io.layout import Chunk, ModelLayout
 
-__all__ = ["ChunkOp", "Phase", "PoolSizes", "Residents", "build_schedule", "pool_sizes", "traffic"]
+__all__ = [
+    "ChunkOp",
+    "Gradients",
+    "Kind",
+    "Phase",
+    "PoolSizes",
+    "Residents",
+    "build_schedule",
+    "flush_schedule",
+    "pool_sizes",
+    "traffic",
+]
+
+Kind = Literal["load", "apply", "update", "keep"]
+
+Gradients = Literal["update", "keep", "both"]
+"""What a step does with its gradients: it updates with them at once, it keeps them until their norm is known
+and the next step applies them, or both: then it may take its updates back.
+"""
 
 
 class Phase(StrEnum):
@@ -32,10 +51,12 @@ class Residents:
     Attributes:
         records: those whose weights stay.
         chunks: those, by index, whose update planes stay.
+        gradients: records whose gradient has a buffer of its own, and waits there if it is kept.
     """
 
     records: frozenset[int] = frozenset()
     chunks: frozenset[int] = frozenset()
+    gradients: frozenset[int] = frozenset()
 
 
 _NOTHING = Residents()
@@ -46,18 +67,24 @@ class ChunkOp:
     """One operation on one chunk.
 
     ``load`` reads its weights into the record's buffer. ``update`` reads its update planes, and writes
-    weights and update planes. What stays in RAM is not read, and written only for a commit.
+    weights and update planes. ``apply`` does both, with the gradient that ``keep`` has kept in the step
+    before. What stays in RAM is not read, and written only for a commit.
     """
 
-    kind: Literal["load", "update"]
+    kind: Kind
     chunk: Chunk
     phase: Phase
 
     def read_bytes(self, layout: ModelLayout, residents: Residents = _NOTHING) -> int:
         """Bytes read in the steady state, when every plane has been written."""
-        if self.kind == "load":
-            return 0 if self.chunk.record in residents.records else layout.weight_extent_bytes(self.chunk)
-        return 0 if self.chunk.index in residents.chunks else layout.update_extent_bytes(self.chunk)
+        chunk, read = self.chunk, 0
+        if self.kind in {"load", "apply"} and chunk.record not in residents.records:
+            read += layout.weight_extent_bytes(chunk)
+        if self.kind in {"update", "apply"} and chunk.index not in residents.chunks:
+            read += layout.update_extent_bytes(chunk)
+        if self.kind == "apply" and chunk.record not in residents.gradients:
+            read += layout.gradient_extent_bytes(chunk)
+        return read
 
     def written_bytes(
         self, layout: ModelLayout, residents: Residents = _NOTHING, *, commits: bool = True
@@ -65,6 +92,9 @@ class ChunkOp:
         """Bytes written by a step that ``commits``, or by one between two commits."""
         if self.kind == "load":
             return 0
+        if self.kind == "keep":
+            is_spilled = self.chunk.record not in residents.gradients
+            return is_spilled * layout.gradient_extent_bytes(self.chunk)
         weights = commits or self.chunk.record not in residents.records
         planes = commits or self.chunk.index not in residents.chunks
         return weights * layout.weight_extent_bytes(self.chunk) + planes * layout.update_extent_bytes(
@@ -72,42 +102,66 @@ class ChunkOp:
         )
 
 
-def build_schedule(layout: ModelLayout, *, borrows_prologue: bool, training: bool) -> tuple[ChunkOp, ...]:
+def build_schedule(
+    layout: ModelLayout,
+    *,
+    borrows_prologue: bool,
+    training: bool,
+    applies: bool = False,
+    gradients: Gradients = "update",
+) -> tuple[ChunkOp, ...]:
     """Order the chunk operations of one step.
 
     Args:
         layout: the parameter space.
         borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
         training: False leaves out the backward pass: evaluation and generation.
+        applies: whether the step before has kept its gradients, and this one applies them.
+        gradients: what becomes of this step's.
 
     The last block is still in its buffer when the backward pass begins: it is not loaded twice.
     """
-    return tuple(_operations(layout, borrows_prologue=borrows_prologue, training=training))
+    operations = _forward(layout, "apply" if applies else "load", borrows_prologue=borrows_prologue)
+    backward = _backward(layout, gradients) if training else ()
+    return (*operations, *backward)
 
 
-def _operations(layout: ModelLayout, *, borrows_prologue: bool, training: bool) -> Iterator[ChunkOp]:
-    def whole(kind: Literal["load", "update"], record: int, phase: Phase) -> Iterator[ChunkOp]:
-        for chunk in layout.chunks_of(record):
-            yield ChunkOp(kind, chunk, phase)
+def flush_schedule(layout: ModelLayout) -> tuple[ChunkOp, ...]:
+    """Apply the gradients that the last step has kept, and compute nothing."""
+    return tuple(_forward(layout, "apply", borrows_prologue=False))
+
+
+def _forward(layout: ModelLayout, first: Kind, *, borrows_prologue: bool) -> Iterator[ChunkOp]:
+    yield from _whole(layout, first, layout.prologue, Phase.PROLOGUE)
+    for index in range(layout.blocks):
+        yield from _whole(layout, first, layout.block(index), Phase.FORWARD)
+    if layout.epilogue is not None:
+        yield from _whole(layout, first, layout.epilogue, Phase.EPILOGUE)
+    if borrows_prologue:
+        yield from _whole(layout, "load", layout.prologue, Phase.EPILOGUE)
+
+
+def _backward(layout: ModelLayout, gradients: Gradients) -> Iterator[ChunkOp]:
+    kinds: tuple[Kind, ...] = ("update", "keep") if gradients == "both" else (gradients,)
+
+    def done(record: int, phase: Phase) -> Iterator[ChunkOp]:
+        for kind in kinds:
+            yield from _whole(layout, kind, record, phase)
 
     last = layout.blocks - 1
-    yield from whole("load", layout.prologue, Phase.PROLOGUE)
-    for index in range(layout.blocks):
-        yield from whole("load", layout.block(index), Phase.FORWARD)
     if layout.epilogue is not None:
-        yield from whole("load", layout.epilogue, Phase.EPILOGUE)
-    if borrows_prologue:
-        yield from whole("load", layout.prologue, Phase.EPILOGUE)
-    if not training:
-        return
-    if layout.epilogue is not None:
-        yield from whole("update", layout.epilogue, Phase.EPILOGUE)
+        yield from done(layout.epilogue, Phase.EPILOGUE)
     for index in range(last, -1, -1):
         if index != last:
-            yield from whole("load", layout.block(index), Phase.BACKWARD)
-        yield from whole("update", layout.block(index), Phase.BACKWARD)
-    yield from whole("load", layout.prologue, Phase.PROLOGUE_BACKWARD)
-    yield from whole("update", layout.prologue, Phase.PROLOGUE_BACKWARD)
+            yield from _whole(layout, "load", layout.block(index), Phase.BACKWARD)
+        yield from done(layout.block(index), Phase.BACKWARD)
+    yield from _whole(layout, "load", layout.prologue, Phase.PROLOGUE_BACKWARD)
+    yield from done(layout.prologue, Phase.PROLOGUE_BACKWARD)
+
+
+def _whole(layout: ModelLayout, kind: Kind, record: int, phase: Phase) -> Iterator[ChunkOp]:
+    for chunk in layout.chunks_of(record):
+        yield ChunkOp(kind, chunk, phase)
 
 
 def traffic(
@@ -139,12 +193,13 @@ class PoolSizes:
         return sum(nbytes * count for nbytes, count in vars(self).values())
 
 
-def pool_sizes(
+def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     layout: ModelLayout,
     *,
     borrows_prologue: bool,
     training: bool,
     residents: Residents = _NOTHING,
+    keeps: bool = False,
     block_buffers: int = 3,
     chunk_slots: int = 4,
     block_gradients: int = 2,
@@ -159,6 +214,7 @@ def pool_sizes(
         borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
         training: False leaves out what only updates need.
         residents: they have memory of their own, which is not counted here.
+        keeps: whether gradients wait for their norm, on the drive where they have no buffer of their own.
         block_buffers: one to compute with and the others to read ahead; at least two, because the last
             block waits in its buffer while the epilogue runs.
         chunk_slots: updates in flight.
@@ -170,23 +226,40 @@ def pool_sizes(
     others = [record for record in range(len(layout.records)) if record not in blocks]
     paged = [record for record in range(len(layout.records)) if record not in residents.records]
     block_bytes = max((layout.record_weight_bytes(block) for block in blocks if block in paged), default=0)
-    block_gradient = max(map(layout.record_gradient_bytes, blocks))
+    shared = [record for record in range(len(layout.records)) if record not in residents.gradients]
+    block_gradient = max(
+        (layout.record_gradient_bytes(block) for block in blocks if block in shared), default=0
+    )
     outer = [
         record for record in others if record in paged and layout.record_weight_bytes(record) > block_bytes
     ]
     in_blocks = len(paged) - len(outer)
-    outer_gradient = [record for record in others if layout.record_gradient_bytes(record) > block_gradient]
-    held, held_gradient = layout.prologue in outer, layout.prologue in outer_gradient
+    outer_gradient = [
+        record
+        for record in others
+        if record in shared and layout.record_gradient_bytes(record) > block_gradient
+    ]
+    held = layout.prologue in outer
+    held_gradient = layout.prologue in outer_gradient or layout.prologue not in shared
     # A tied head holds the prologue's weights beside the last block and the epilogue, and its gradient
     # from the epilogue to the end of the step.
     beside = int(borrows_prologue)
+    # Kept gradients are applied on the weights' way to compute, so those are written from elsewhere.
     updated = [
-        chunk for chunk in layout.chunks if chunk.record in paged or chunk.index not in residents.chunks
+        chunk
+        for chunk in layout.chunks
+        if keeps or chunk.record in paged or chunk.index not in residents.chunks
     ]
     slot = max(
-        (layout.weight_extent_bytes(chunk) + layout.update_extent_bytes(chunk) for chunk in updated),
+        (
+            layout.weight_extent_bytes(chunk)
+            + layout.update_extent_bytes(chunk)
+            + layout.gradient_extent_bytes(chunk) * (keeps and chunk.record in shared)
+            for chunk in updated
+        ),
         default=0,
     )
+    in_block_gradients = len(shared) - len(outer_gradient)
     return PoolSizes(
         chunk_slots=(slot, min(chunk_slots, len(updated)) if training else 0),
         block_buffers=(block_bytes, min(block_buffers + (0 if held else beside), in_blocks)),
@@ -194,7 +267,10 @@ def pool_sizes(
             max(map(layout.record_weight_bytes, outer), default=0),
             min(len(outer), 1 + beside),
         ),
-        block_gradients=(block_gradient, (block_gradients + (0 if held_gradient else beside)) * training),
+        block_gradients=(
+            block_gradient,
+            min(block_gradients + (0 if held_gradient else beside), in_block_gradients) * training,
+        ),
         outer_gradients=(
             max(map(layout.record_gradient_bytes, outer_gradient), default=0),
             min(len(outer_gradient), 1 + beside) * training,

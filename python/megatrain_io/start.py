@@ -84,7 +84,8 @@ class Start:
             ram = int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
         largest = self.data.train.largest_micro_batch(config.train.per_device_train_batch_size)
         steps = [largest] * config.train.gradient_accumulation_steps
-        return fit(self.cut, layout, steps, tables=tables, ram=ram)
+        clips = config.train.max_grad_norm is not None
+        return fit(self.cut, layout, steps, tables=tables, ram=ram, clips=clips)
 
     def keep_chat_template(self, model: Path) -> None:
         """The trained model needs the template that it was trained with."""

@@ -8,13 +8,27 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget
-from megatrain_io.errors import MegatrainIoError, TrainingDivergedError, UnsupportedModelError
+from megatrain_io.clipping import Guess, clip_coefficient
+from megatrain_io.errors import (
+    MegatrainIoError,
+    NotFiniteError,
+    TrainingDivergedError,
+    UnsupportedModelError,
+)
 from megatrain_io.model import CutModel, MicroBatch
-from megatrain_io.schedule import PoolSizes, Residents, build_schedule, pool_sizes
+from megatrain_io.schedule import (
+    Gradients,
+    PoolSizes,
+    Residents,
+    build_schedule,
+    flush_schedule,
+    pool_sizes,
+)
 from megatrain_io.step import LOGITS_BYTES, Step, hidden_nbytes, slice_tokens
 from megatrain_io.swap import AdamWStep, CheckedSchedule, Engine, PagedState
 from megatrain_io.trace import Trace
@@ -25,10 +39,19 @@ __all__ = ["PagedModel", "StepLoss", "clear_frames", "model_parts"]
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Mean loss over the trained tokens of all micro-batches (a float that is exact as fp32)."""
+    """What a step came to.
+
+    Attributes:
+        loss: mean over the trained tokens of all micro-batches (a float that is exact as fp32).
+        trained_tokens: number of tokens with a label.
+        grad_norm: norm over the gradients of all parameters, before clipping; None where none were made.
+        clip_coefficient: what they were multiplied by (exact as fp32).
+    """
 
     loss: float
     trained_tokens: int
+    grad_norm: float | None = None
+    clip_coefficient: float = 1.0
 
 
 def model_parts(cut: CutModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
@@ -71,10 +94,14 @@ class PagedModel:
         logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
             slice, and then every bit is that of stock training.
         saved_inputs: RAM for the inputs of blocks, and the file for what is beyond it; None = all in RAM.
+        max_grad_norm: gradients with a larger norm over all parameters are scaled down to it; None = never.
+        gradients: what a step does with them where there is a limit: "keep" until their norm is known and the
+            next step applies them, or "both": it updates at once, and takes that back if the norm is too large.
+            None = what promises to be faster. No bit depends on it.
         trace: gets a span for each step, phase, block and micro-batch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each with a meaning of its own
         self,
         cut: CutModel,
         state: PagedState,
@@ -82,6 +109,8 @@ class PagedModel:
         seed: int = 0,
         logits_bytes: int = LOGITS_BYTES,
         saved_inputs: SavedInputsBudget | None = None,
+        max_grad_norm: float | None = None,
+        gradients: Literal["keep", "both"] | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.cut = cut
@@ -95,9 +124,14 @@ class PagedModel:
         borrows = self.borrows_prologue
         self.training_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=True)
         self.forward_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=False)
+        self.max_grad_norm = max_grad_norm
+        self._guess = Guess() if gradients is None else None
+        self._gradients = gradients
+        self._schedules: dict[tuple[bool, Gradients], CheckedSchedule] = {}
+        self._is_waiting = False
+        self._was_committed = True
         self._metered_size = (False, 0, 0)
         self._activations = 0
-        self._training = state.check(self.training_schedule)
         self._forward = state.check(self.forward_schedule)
 
     def pool_sizes(
@@ -115,6 +149,7 @@ class PagedModel:
             borrows_prologue=self.borrows_prologue,
             training=training,
             residents=residents,
+            keeps=training and self.max_grad_norm is not None,
             block_buffers=block_buffers,
             chunk_slots=chunk_slots,
             block_gradients=block_gradients,
@@ -125,17 +160,23 @@ class PagedModel:
         micro_batches: Sequence[MicroBatch],
         adamw: AdamWStep,
         blob: Callable[[float], bytes] | None,
+        *,
+        number: int | None = None,
     ) -> StepLoss:
         """One optimizer step. With ``blob`` it is committed while the next step begins.
+
+        With ``max_grad_norm`` its update may be made by the next step, or by ``flush``.
 
         Args:
             micro_batches: each goes through the model as a whole; at least one token must be trained.
             adamw: hyperparameters of the update.
             blob: makes the trainer's state after this step from the step's loss; None = the step becomes
                 durable with the next commit.
+            number: of the step, from which random numbers follow; None = that of ``adamw``.
 
         Raises:
             TrainingDivergedError: the loss is not finite. Nothing of the step remains.
+            NotFiniteError: a gradient is not. Nothing remains of what was not committed.
             ConfigError, NoSpaceError: the inputs of its blocks do not fit the RAM that they may take, or the drive.
                 Nothing was begun.
             CorruptionError: an input came back from the drive with other bytes. Nothing of the step remains.
@@ -143,33 +184,95 @@ class PagedModel:
         self.cut.train()
         layout = self.state.layout
         self.saved.reserve(layout.blocks, hidden_nbytes(self.cut, layout, micro_batches))
-        with self._step(micro_batches, self._training, adamw, commits=blob is not None) as step:
+        number, commits = adamw.step if number is None else number, blob is not None
+        gradients = self._choose_gradients(commits=commits)
+        schedule = self._schedule(gradients)
+        self._is_waiting = False
+        with self._step(micro_batches, schedule, adamw, number, commits=commits) as step:
             step.prologue()
             step.forward(saving=True)
             loss = step.epilogue(training=True)
             if not loss.isfinite():
                 # Before anything is updated: nothing was written of this step.
                 raise TrainingDivergedError(
-                    f"the loss of step {adamw.step} is {loss.item()}. The step was dropped; the last committed step "
+                    f"the loss of step {number} is {loss.item()}. The step was dropped; the last committed step "
                     f"stands. Lower the learning rate (it was {adamw.learning_rate:g}) or look at the data of this "
                     "step"
                 )
-            step.leave_epilogue()
-            step.backward()
-            step.prologue_backward()
-            self.state.end(None if blob is None else blob(loss.item()))
-        return StepLoss(loss.item(), step.num_items)
+            try:
+                step.leave_epilogue()
+                step.backward()
+                step.prologue_backward()
+                norm = self.state.gradient_norm()
+            except NotFiniteError as error:
+                error.loss = loss.item()
+                raise
+            coefficient = 1.0 if self.max_grad_norm is None else clip_coefficient(norm, self.max_grad_norm)
+            stands = gradients == "update" or (gradients == "both" and coefficient == 1.0)
+            made = None if blob is None else blob(loss.item())
+            self.state.end(made, None if stands else coefficient)
+        self._is_waiting = not stands
+        self._was_committed = commits
+        if self._guess is not None:
+            self._guess.learn(is_clipped=coefficient < 1.0)
+        return StepLoss(loss.item(), step.num_items, norm, coefficient)
+
+    def flush(self) -> None:
+        """Apply gradients that wait: the update of the last step, if that has not been made yet."""
+        if not self._is_waiting:
+            return
+        layout = self.state.layout
+        self._is_waiting = False
+        self.state.begin(self.state.check(flush_schedule(layout)), AdamWStep(1, 0.0))
+        with self._aborting(), self.span("flush"):
+            for record in range(len(layout.records)):
+                self.state.weights(record).give_back()
+            self.state.end(None)
+
+    def settle(self) -> None:
+        """Wait until every step that has ended is updated and written, and durable if it was to be committed."""
+        self.flush()
+        self.state.wait_settled()
+
+    def skip(self, blob: bytes) -> None:
+        """Commit the trainer's state alone: nothing else changes."""
+        self.flush()
+        self.state.begin(self.state.check(()), AdamWStep(1, 0.0), commits=True)
+        self.state.end(blob)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
-        """The loss alone, without dropout; nothing is written."""
+        """The loss alone, without dropout; nothing is written but an update that waits."""
+        self.flush()
         self.cut.train(False)
-        with self._step(micro_batches, self._forward, AdamWStep(1, 0.0), commits=False) as step:
+        with self._step(micro_batches, self._forward, AdamWStep(1, 0.0), 1, commits=False) as step:
             step.prologue()
             step.forward(saving=False)
             loss = step.epilogue(training=False)
             step.leave_epilogue()
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)
+
+    def _choose_gradients(self, *, commits: bool) -> Gradients:
+        """What this step does with its gradients: what a guess has changed must lie beside a committed state."""
+        if self.max_grad_norm is None:
+            return "update"
+        can_guess = self._was_committed and commits and self.state.layout.durability == "step"
+        wants = self._gradients or ("both" if self._guess is None or self._guess.is_worth_it else "keep")
+        return wants if can_guess else "keep"
+
+    def _schedule(self, gradients: Gradients) -> CheckedSchedule:
+        """That of a training step; made once."""
+        key = (self._is_waiting, gradients)
+        if key not in self._schedules:
+            operations = build_schedule(
+                self.state.layout,
+                borrows_prologue=self.borrows_prologue,
+                training=True,
+                applies=key[0],
+                gradients=gradients,
+            )
+            self._schedules[key] = self.state.check(operations)
+        return self._schedules[key]
 
     def close(self) -> None:
         """Give back what saved inputs take in RAM and on the drive. The state stays open."""
@@ -185,6 +288,7 @@ class PagedModel:
         micro_batches: Sequence[MicroBatch],
         schedule: CheckedSchedule,
         adamw: AdamWStep,
+        number: int,
         *,
         commits: bool,
     ) -> Iterator[Step]:
@@ -194,33 +298,41 @@ class PagedModel:
             self.saved,
             micro_batches,
             slice_tokens=self.slice_tokens,
-            number=adamw.step,
+            number=number,
             seed=self.seed,
             span=self.span,
         )
         random_state = torch.get_rng_state()
         self.state.begin(schedule, adamw, commits=commits)
+        trains = schedule is not self._forward
         try:
-            name = f"step {adamw.step}" if schedule is self._training else "evaluation"
-            with self._metered(micro_batches, schedule), self.span(name):
+            name = f"step {number}" if trains else "evaluation"
+            with self._aborting(), self._metered(micro_batches, trains=trains), self.span(name):
                 yield step
+        finally:
+            torch.set_rng_state(random_state)
+
+    @contextmanager
+    def _aborting(self) -> Iterator[None]:
+        """After an error, back to the last commit."""
+        try:
+            yield
         except BaseException as error:
             # Tensors in the frames of the failed step would keep their buffers from the next one.
             clear_frames(error)
+            self._is_waiting, self._was_committed = False, True
             try:
                 self.state.abort()
             except MegatrainIoError as refused:
                 # The first error is the one to tell; this says what became of the state.
                 error.add_note(str(refused))
             raise
-        finally:
-            torch.set_rng_state(random_state)
 
     @contextmanager
-    def _metered(self, micro_batches: Sequence[MicroBatch], schedule: CheckedSchedule) -> Iterator[None]:
+    def _metered(self, micro_batches: Sequence[MicroBatch], *, trains: bool) -> Iterator[None]:
         """Measure the RAM that compute needs whenever a step is larger than any before."""
         largest = max(batch.input_ids.numel() for batch in micro_batches)
-        size = (schedule is self._training, largest, sum(batch.input_ids.numel() for batch in micro_batches))
+        size = (trains, largest, sum(batch.input_ids.numel() for batch in micro_batches))
         if size <= self._metered_size:
             yield
             return

@@ -5,6 +5,7 @@ over a buffer of the pool; giving it back with a tensor still alive raises, beca
 filled with something else.
 """
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from megatrain_io.layout import ModelLayout, Record, TensorPlace
 from megatrain_io.outside import waiting_line
 from megatrain_io.run import RunFolder
 from megatrain_io.schedule import ChunkOp, PoolSizes, Residents
+from megatrain_io.store_notes import notes_of
 
 __all__ = [
     "AdamWStep",
@@ -42,13 +44,10 @@ __all__ = [
     "adamw_kernels",
     "allocate",
     "build_info",
-    "notes_of",
     "probe_uring",
     "store_memory",
     "verified",
 ]
-
-_HUGE_SHARE = 0.9
 
 Engine = Literal["auto", "uring", "threads"]
 
@@ -208,6 +207,7 @@ class PagedState:
         pool: PoolSizes,
         *,
         residents: Residents | None = None,
+        gradient_files: Sequence[Path] = (),
         settings: Callable[[TensorPlace], TensorSettings] | None = None,
         threads: int = 0,
         kernel: str | None = None,
@@ -217,6 +217,8 @@ class PagedState:
         Args:
             pool: sizes of all buffers; nothing grows later.
             residents: what stays in RAM from step to step, in memory of its own.
+            gradient_files: where gradients wait for their norm that have no memory of their own, one for each
+                drive. They have no name afterwards.
             settings: weight decay and learning-rate scale of each tensor; None reads only.
             threads: for AdamW and checksums; 0 = one for each core.
             kernel: one of ``adamw_kernels()``; None = the fastest.
@@ -227,8 +229,11 @@ class PagedState:
             chosen = settings(place) if settings else TensorSettings(0.0)
             tensors.append((place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale))
         sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
-        stay = (sorted(residents.records), sorted(residents.chunks)) if residents else ([], [])
-        self._pipeline = _lib.Pipeline(self._store, sizes, threads, kernel, tensors, stay)
+        own = residents or Residents()
+        stay = (sorted(own.records), sorted(own.chunks), sorted(own.gradients))
+        self._pipeline = _lib.Pipeline(
+            self._store, sizes, threads, kernel, tensors, stay, list(gradient_files)
+        )
 
     def check(self, schedule: Sequence[ChunkOp]) -> CheckedSchedule:
         """Check a schedule against the store, once, for any number of steps."""
@@ -261,9 +266,25 @@ class PagedState:
         """
         self._running().submit(record, weights.take(), gradient.take())
 
-    def end(self, blob: bytes | None) -> None:
-        """End the step; with a trainer blob it is committed while the next one begins."""
-        self._running().end(blob)
+    def gradient_norm(self) -> float:
+        """The norm over all gradients of the step that was begun; waits for the last one.
+
+        Squares are summed in f64 in an order that depends on the tensors alone (docs/design.md).
+
+        Raises:
+            NotFiniteError: one of them is NaN or infinite; says of which record.
+        """
+        return math.sqrt(self._running().squares())
+
+    def end(self, blob: bytes | None, applied: float | None = None) -> None:
+        """End the step; with a trainer blob it is committed while the next one begins.
+
+        Args:
+            blob: the trainer's state; None = the step becomes durable with the next commit.
+            applied: the next step applies the gradients that this one kept, multiplied by this (exact as fp32),
+                and updates of this one are taken back; None = they stand.
+        """
+        self._running().end(blob, applied)
 
     def wait_settled(self) -> None:
         """Wait until every ended step is written, and durable if it was to be committed."""
@@ -436,55 +457,5 @@ def verified(store: OpenStore, progress: Callable[[int, int], None] | None) -> V
     return VerifyReport(report["generation"], report["extents"], report["nbytes"], tuple(damaged))
 
 
-def notes_of(
-    store: OpenStore,
-    registration_refused: str | None = None,
-    huge_pages: tuple[int, int] | None = None,
-) -> list[str]:
-    """What costs speed with this store, one sentence each."""
-    notes = []
-    if store.fell_back_from is not None:
-        notes.append(
-            f"generation {store.fell_back_from} did not survive the last stop (the drive lost data it "
-            f"had confirmed, or a power cut came in the middle of a commit): going on from {store.generation}"
-        )
-    name, reason = store.engine
-    if reason is not None:
-        notes.append(f"I/O engine: {name} ({reason})")
-    if not store.is_direct:
-        notes.append(_buffered_note(store.dio_alignment))
-    if registration_refused is not None:
-        notes.append(
-            f"the pool is not registered with the kernel ({registration_refused}); "
-            "this costs some CPU time. To allow it, raise the limit on locked memory (ulimit -l)"
-        )
-    if huge_pages is not None:
-        notes += _huge_page_notes(*huge_pages)
-    return notes
-
-
 def _hexadecimal(checksum: int | None) -> str | None:
     return None if checksum is None else f"{checksum:#010x}"
-
-
-def _buffered_note(alignment: tuple[int, int] | None) -> str:
-    """Why transfers are not direct; zeros mean that the file has no direct I/O (ext4 with data=journal)."""
-    if alignment is None or 0 in alignment:
-        return "the file system has no direct I/O: transfers go through the page cache"
-    memory, offset = alignment
-    return (
-        f"direct I/O needs an alignment of {memory} bytes in memory and {offset} in the file here, more than the "
-        "4096 of the store: transfers go through the page cache"
-    )
-
-
-def _huge_page_notes(huge: int, nbytes: int) -> list[str]:
-    """What to do when the pool did not get the huge pages that it asked for."""
-    if huge >= nbytes * _HUGE_SHARE:
-        return []
-    note = (
-        f"{huge >> 20} of {nbytes >> 20} MiB of the pool lie in huge pages; reading may be half as fast without. "
-        "To allow them: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled (as root). Where they are "
-        "allowed, memory is short or fragmented: fewer other programs or a restart of the machine help"
-    )
-    return [note]

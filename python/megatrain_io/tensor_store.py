@@ -24,6 +24,7 @@ from megatrain_io.errors import (
     PoolExhaustedError,
 )
 from megatrain_io.outside import waiting_line
+from megatrain_io.store_notes import notes_of
 from megatrain_io.swap import (
     Engine,
     Ledger,
@@ -32,7 +33,6 @@ from megatrain_io.swap import (
     StoreCreator,
     Transfer,
     VerifyReport,
-    notes_of,
     verified,
 )
 from megatrain_io.tensor_manifest import TensorSpec, manifest_of, spec_from, specs_of

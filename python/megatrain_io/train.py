@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import platform
 import resource
 import time
@@ -16,25 +15,28 @@ from typing import Any
 import psutil
 import torch
 
-from megatrain_io.config import RunConfig, TrainConfig
+from megatrain_io.config import RunConfig
 from megatrain_io.convert import import_model
-from megatrain_io.errors import ConfigError, InterruptedRunError
+from megatrain_io.errors import ConfigError, InterruptedRunError, NotFiniteError, TrainingDivergedError
 from megatrain_io.fitting import saved_inputs_of
 from megatrain_io.interrupt import after_the_step
 from megatrain_io.layout import ModelLayout, TensorPlace
+from megatrain_io.learning_rate import learning_rate_at
 from megatrain_io.metrics import MetricsFile, StepReport
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.report import Reporter
-from megatrain_io.run import RunFolder, replace_file, saved_inputs_file, storage_errors
+from megatrain_io.run import RunFolder, gradient_file, replace_file, saved_inputs_file, storage_errors
 from megatrain_io.start import Start
 from megatrain_io.step import trained_tokens
-from megatrain_io.stream import PagedModel
+from megatrain_io.stream import PagedModel, StepLoss
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels, store_memory
 from megatrain_io.trace import Trace
 from megatrain_io.trainer_state import TrainerState
 
-__all__ = ["TrainResult", "learning_rate_at", "train"]
+__all__ = ["TrainResult", "train"]
 
+# Steps in a row whose gradients are not finite: then no later one will be.
+_SKIPS_MAX = 3
 # Micro-batches that go through the blocks together when the held-out loss is measured.
 _EVAL_MICRO_BATCHES = 16
 
@@ -100,7 +102,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
                 trainer.run()
             except KeyboardInterrupt:
                 # A step that has ended is committed first, if it was to be; steps since the last commit are lost.
-                state.wait_settled()
+                trainer.settle()
                 kept = TrainerState.parse(state.blob).step
                 if state.layout.durability == "scratch":
                     state.close()  # the step is kept only if this succeeds: its error is the one to tell
@@ -111,23 +113,6 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
             finally:
                 trainer.write_trace()
             return trainer.result(time.monotonic() - started)
-
-
-def learning_rate_at(config: TrainConfig, step: int, max_steps: int) -> float:
-    """Learning rate of ``step`` (from 1), by the formulas of transformers' schedulers.
-
-    There the first step of a warm-up has rate 0 and a schedule ends one step after its last rate. With
-    ``warmup_steps``, ``constant`` is their ``constant_with_warmup``.
-    """
-    index, warmup = step - 1, config.warmup_steps
-    if index < warmup:
-        return config.learning_rate * (index / max(1, warmup))
-    if config.lr_scheduler_type == "constant":
-        return config.learning_rate
-    if config.lr_scheduler_type == "linear":
-        return config.learning_rate * max(0.0, (max_steps - index) / max(1, max_steps - warmup))
-    share = (index - warmup) / max(1, max_steps - warmup)
-    return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * share)))
 
 
 def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> Start | None:
@@ -196,6 +181,9 @@ class _Trainer:
         self._steps = 0
         self._eval_loss: float | None = None
         self._closing = ExitStack()
+        # Loss of each step that is left out, because its gradients are not finite.
+        self._skips: dict[int, float] = {}
+        self._under_way = 0
         self._is_scratch = state.layout.durability == "scratch"
 
     def prepare(self, imported: Start | None, *, resume: bool) -> None:
@@ -227,12 +215,14 @@ class _Trainer:
             self._state,
             seed=config.train.seed,
             saved_inputs=saved_inputs_of(plan, scratch),
+            max_grad_norm=config.train.max_grad_norm,
             trace=self._trace,
         )
         self._closing.callback(self._model.close)
         self._state.start(
             plan.pool,
             residents=plan.residents,
+            gradient_files=[*map(gradient_file, self._run.store_paths())] if plan.spills_gradients else (),
             settings=lambda place: _settings(place, config.train.weight_decay),
             threads=config.memory.threads,
         )
@@ -247,36 +237,73 @@ class _Trainer:
 
     def run(self) -> None:
         """All steps that are left."""
-        config = self._config.train
         with self._metrics:
             if self.progress.step == 0:
                 self.progress.eval_loss_before = self._evaluate()
             before = self._counters()
-            for step in range(self.progress.step + 1, self._max_steps + 1):
-                began = time.monotonic()
-                micro_batches = self._micro_batches(step)
-                adamw = AdamWStep(
-                    step,
-                    learning_rate_at(config, step, self._max_steps),
-                    config.adam_beta1,
-                    config.adam_beta2,
-                    config.adam_epsilon,
-                )
-                # A scratch store's commits cost nothing: they reach the drive when it is closed.
-                commits = (
-                    self._is_scratch
-                    or step % self._config.memory.commit_every == 0
-                    or step == self._max_steps
-                )
-                with after_the_step() if self._is_scratch else nullcontext():
-                    loss = self._model.train_step(
-                        micro_batches, adamw, self._blob_of(step) if commits else None
-                    )
-                self.progress.step, self.progress.loss = step, loss.loss
-                self._steps += 1
-                before = self._report(step, loss.loss, adamw.learning_rate, micro_batches, began, before)
+            while self.progress.step < self._max_steps:
+                try:
+                    before = self._train(self.progress.step + 1, before)
+                except NotFiniteError as error:
+                    self._will_skip(error)
+                    before = self._counters()
                 self.write_trace()
-        self._state.wait_settled()
+            self._model.settle()
+
+    def _train(
+        self, step: int, before: tuple[int, int, Mapping[str, float]]
+    ) -> tuple[int, int, Mapping[str, float]]:
+        """One step; the counters from which the next one counts."""
+        began = time.monotonic()
+        config, micro_batches = self._config.train, self._micro_batches(step)
+        # A step that is skipped counts for neither AdamW's t nor the learning rate, as in stock loops.
+        number = step - self.progress.skipped_steps
+        adamw = AdamWStep(
+            number,
+            learning_rate_at(config, number, self._max_steps),
+            config.adam_beta1,
+            config.adam_beta2,
+            config.adam_epsilon,
+        )
+        if step in self._skips:
+            self.progress.skipped_steps += 1
+            made = StepLoss(self._skips[step], trained_tokens(micro_batches))
+            self._model.skip(self._blob_of(step)(made.loss))
+            self.progress.step, self.progress.loss = step, made.loss
+            return self._report(step, made, 0.0, micro_batches, began, before)
+        # A scratch store's commits cost nothing: they reach the drive when it is closed.
+        commits = (
+            self._is_scratch
+            or step % self._config.memory.commit_every == 0
+            or step == self._max_steps
+            or step + 1 in self._skips
+        )
+        self._under_way = step
+        with after_the_step() if self._is_scratch else nullcontext():
+            made = self._model.train_step(
+                micro_batches, adamw, self._blob_of(step) if commits else None, number=step
+            )
+        self.progress.step, self.progress.loss = step, made.loss
+        self._steps += 1
+        return self._report(step, made, adamw.learning_rate, micro_batches, began, before)
+
+    def _will_skip(self, error: NotFiniteError) -> None:
+        """Go back to the last commit; from there on the step whose gradients are not finite is left out."""
+        step = self._under_way
+        self.progress = TrainerState.parse(self._state.blob)
+        self._skips[step] = error.loss or 0.0
+        if all(earlier in self._skips for earlier in range(step - _SKIPS_MAX + 1, step + 1)):
+            raise TrainingDivergedError(
+                f"{error} in step {step}, and no gradient was in the {_SKIPS_MAX - 1} steps before it. They were "
+                "skipped; the last committed step stands. Lower the learning rate, set train.max_grad_norm, or look "
+                "at the data"
+            ) from error
+        self._metrics.go_back(self.progress.step)
+        self._reporter.note(f"step {step} is skipped: {error}; nothing is updated by it")
+
+    def settle(self) -> None:
+        """Wait until all steps that have ended are durable, if they were to be committed."""
+        self._model.settle()
 
     def write_trace(self) -> None:
         """Write what was recorded since the last time."""
@@ -305,7 +332,7 @@ class _Trainer:
     def _report(
         self,
         step: int,
-        loss: float,
+        made: StepLoss,
         learning_rate: float,
         micro_batches: Sequence[MicroBatch],
         began: float,
@@ -318,7 +345,7 @@ class _Trainer:
         )
         if evaluates:
             # What is still to be written belongs to this step, not to the evaluation.
-            self._state.wait_settled()
+            self._model.settle()
         after, seconds = self._counters(), time.monotonic() - began
         self._trained[0] += after[0] - before[0]
         self._trained[1] += after[1] - before[1]
@@ -327,7 +354,7 @@ class _Trainer:
         report = StepReport(
             step=step,
             max_steps=self._max_steps,
-            loss=loss,
+            loss=made.loss,
             learning_rate=learning_rate,
             tokens=sum(batch.input_ids.numel() for batch in micro_batches),
             trained_tokens=trained_tokens(micro_batches),
@@ -340,6 +367,9 @@ class _Trainer:
             written_bytes_total=self._written_before + after[1],
             eval_loss=eval_loss,
             stalled=stalled,
+            grad_norm=made.grad_norm,
+            clip_coefficient=made.clip_coefficient,
+            skipped_steps=self.progress.skipped_steps,
         )
         self._metrics.append(report)
         self._reporter.step(report)
@@ -419,6 +449,8 @@ class _Trainer:
         reporting = {"eval_steps", "logging_steps", "num_train_epochs"}
         settings = self._config.train.model_dump(exclude=reporting)
         settings["max_steps"] = self._max_steps
+        if settings["max_grad_norm"] is None:
+            del settings["max_grad_norm"]  # as in runs of versions that did not know it
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def _counters(self) -> tuple[int, int, Mapping[str, float]]:

@@ -23,6 +23,7 @@ class TrainerState:
         data: SHA-256 of the tokenised data.
         written_bytes: to the drive by training, over all starts.
         loss: of that step.
+        skipped_steps: of all so far; their gradients were not finite, and nothing was updated.
         eval_loss_before: held-out loss of the imported model.
         environment: what may change the bits from outside.
         version: of this schema.
@@ -33,6 +34,7 @@ class TrainerState:
     data: str = ""
     written_bytes: Annotated[int, Field(ge=0)] = 0
     loss: float | None = None
+    skipped_steps: Annotated[int, Field(ge=0)] = 0
     eval_loss_before: float | None = None
     environment: dict[str, Any] | None = None
     version: int = _VERSION

@@ -7,6 +7,7 @@
 //! `t` is the step, `g` the gradient; every operation rounds to f32:
 //!
 //! ```text
+//! g = g * f32(gradient_scale)   1 but for a gradient that is clipped
 //! p = p * f32(fma(-lr, weight_decay, 1))
 //! m = fma(w, g - m, m)          when w < 0.5, else fma(w - 1, g - m, g);    w = f32(1 - beta1)
 //! v = fma(f32(1 - beta2) * g, g, v * f32(beta2))
@@ -28,6 +29,7 @@
 //! the CPU: the compiler turns the loops `step_f32` and `step_split` into vectors, and since it
 //! neither fuses nor reorders floating point by itself, the bits cannot differ.
 
+mod norm;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -39,6 +41,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+pub use norm::sum_of_squares;
 pub use split::{join, join_slice, split, split_slice};
 #[cfg(target_arch = "x86_64")]
 use vector::{avx2, avx512};
@@ -65,6 +68,8 @@ pub struct AdamW {
     pub eps: f64,
     /// AdamW's `t`, counted from 1.
     pub step: u64,
+    /// What the gradient is multiplied by before anything else: 1, or less when it is clipped.
+    pub gradient_scale: f32,
 }
 
 impl AdamW {
@@ -76,6 +81,7 @@ impl AdamW {
         let step = f64::from(u32::try_from(self.step).unwrap_or(u32::MAX).min(1 << 24));
         let learning_rate = self.learning_rate * lr_scale;
         Scalars {
+            gradient_scale: self.gradient_scale,
             decay: round((-learning_rate).mul_add(weight_decay, 1.0)),
             exp_avg_weight: round(1.0 - self.beta1),
             beta2: round(self.beta2),
@@ -95,6 +101,7 @@ fn round(value: f64) -> f32 {
 /// The scalars of one step for one tensor, worked out by [`AdamW::scalars`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scalars {
+    gradient_scale: f32,
     decay: f32,
     exp_avg_weight: f32,
     beta2: f32,
@@ -109,6 +116,7 @@ impl Scalars {
     #[expect(clippy::inline_always, reason = "it must be compiled for its caller's CPU features")]
     #[inline(always)]
     fn step<const TAIL: bool>(&self, weight: f32, g: f32, m: f32, v: f32) -> (f32, f32, f32) {
+        let g = g * self.gradient_scale;
         let w = self.exp_avg_weight;
         let exp_avg = if w < 0.5 {
             w.mul_add(g - m, m)

@@ -122,6 +122,12 @@ pub enum Error {
         /// Live exports.
         exports: usize,
     },
+    /// A gradient has an element that is NaN or infinite.
+    #[error("the gradient of {record} is not finite")]
+    NotFinite {
+        /// Name of the record.
+        record: String,
+    },
     /// This process is a fork of the one that opened the store.
     #[error(
         "the store was opened by process {owner}, and this is its fork {child}: a forked process cannot use it. Open it in the child, or start workers with 'spawn'"
@@ -202,6 +208,7 @@ impl Error {
             Self::Failed { first: Arc::new(io) },
             Self::Lost { path: "/nvme/example/store.mtio".into() },
             Self::BufferInUse { what: "weights of model.layers.0".into(), exports: 1 },
+            Self::NotFinite { record: "block 3".into() },
             Self::UsedAfterFork { owner: 1, child: 2 },
             Self::Unsupported { feature: "io_uring".into(), reason: "EPERM".into() },
             Self::invalid("record 7 does not exist; the store has 4"),

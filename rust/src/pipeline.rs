@@ -7,28 +7,31 @@
 //! chunk by chunk, for the writes that they depend on, and its updates wait until the last step is
 //! durable.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Sender, bounded, unbounded};
 
 use crate::adamw::{AdamW, Kernel};
 use crate::buffer::{HugePages, Slot};
 use crate::error::{Error, Result};
-use crate::pipeline::memory::{check_pool, gradient_bytes, gradient_list};
+use crate::pipeline::memory::{check_pool, gradient_bytes};
 use crate::pool::{Pool, PoolSizes};
 use crate::store::{BLOB_BYTES_MAX, Store};
 
 mod events;
 mod executor;
+mod kept;
 mod memory;
 mod schedule;
 mod stalls;
 mod update;
+mod waits;
 
 pub use events::{Event, Events, Lane};
+pub use kept::GradientFiles;
 pub use memory::{Residents, chunk_slot_bytes};
 pub use schedule::{ChunkOp, Kind, Schedule};
 pub use stalls::{Cause, Timings};
@@ -51,6 +54,17 @@ pub struct Options {
     pub tensors: Vec<TensorSettings>,
     /// What stays in RAM from step to step.
     pub residents: Residents,
+    /// Where gradients are kept that have no buffer of their own; none is kept there without.
+    pub gradient_files: GradientFiles,
+}
+
+/// What becomes of the gradients that a step has kept.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum After {
+    /// Nothing was kept, or the updates that the step has made stand.
+    Stands,
+    /// The next step applies them, multiplied by this; updates that the step has made are taken back.
+    Applied(f32),
 }
 
 /// A load of the schedule that the caller has not taken yet.
@@ -70,10 +84,28 @@ struct State {
     begun: u64,
     ended: u64,
     settled: u64,
-    /// Whether the step that was begun last is to be committed.
+    /// Of the step that was begun last: whether it is to be committed, the records whose gradients it
+    /// keeps, whether it updates, too, and how many records get a gradient.
     commits: bool,
+    keeps: BTreeSet<usize>,
+    updates: bool,
+    gradients: usize,
+    /// Sums of the squares of its gradients so far, by record.
+    squares: BTreeMap<usize, f64>,
+    /// Records whose gradients the last step kept, to be applied by the next one.
+    waiting: Option<BTreeSet<usize>>,
+    /// Whether a step has ended without a commit since the last one that is committed.
+    is_uncommitted: bool,
     /// What callers wait for, if they do.
     causes: stalls::Causes,
+}
+
+impl State {
+    /// Nobody takes the weights of the loads so far any more.
+    fn forget_loads(&mut self) {
+        self.first_load += self.loads.len() as u64;
+        self.loads.clear();
+    }
 }
 
 /// What caller and executor share.
@@ -115,7 +147,7 @@ impl Drop for Obituary {
 enum Command {
     Begin { schedule: Arc<Schedule>, adamw: AdamW, commits: bool, first_load: u64 },
     Submit { record: usize, weights: Slot, gradient: Slot },
-    End { commit: Option<Vec<u8>> },
+    End { commit: Option<Vec<u8>>, after: After },
     Abort { reply: Sender<Result> },
     Stop,
 }
@@ -129,6 +161,7 @@ pub struct Pipeline {
     commands: Sender<Command>,
     executor: Option<JoinHandle<()>>,
     registration: Option<String>,
+    can_spill: bool,
     process: u32,
 }
 
@@ -155,7 +188,8 @@ impl Pipeline {
     fn assemble(store: Arc<Store>, options: &Options) -> Result<(Self, executor::Executor)> {
         store.check()?;
         let residents = options.residents.sizes(store.layout())?;
-        check_pool(&store, &options.pool, &residents, &options.tensors)?;
+        let spills = options.gradient_files.are_there();
+        check_pool(&store, &options.pool, &residents, &options.tensors, spills)?;
         let pool = Pool::allocate(&options.pool, &residents, store.ledger())?;
         let registration = store.engine().0.register(&pool.region).err();
         let shared = Arc::new(Shared::default());
@@ -168,7 +202,16 @@ impl Pipeline {
             inbox,
         )?;
         let process = std::process::id();
-        let front = Self { store, pool, shared, commands, executor: None, registration, process };
+        let front = Self {
+            store,
+            pool,
+            shared,
+            commands,
+            executor: None,
+            registration,
+            can_spill: spills,
+            process,
+        };
         Ok((front, executor))
     }
 
@@ -176,7 +219,9 @@ impl Pipeline {
     /// what stays in RAM is written as it is updated.
     ///
     /// # Errors
-    /// `Invalid` when loads of the last step were not taken; the pipeline's failure.
+    /// `Invalid` when loads of the last step were not taken, when the step does not apply exactly the
+    /// gradients that wait, or when it would have to take its updates back and could not: they go beside
+    /// the state before it only if that is committed. The pipeline's failure.
     pub fn begin(&self, schedule: Arc<Schedule>, adamw: AdamW, commits: bool) -> Result {
         self.store.check()?;
         if !schedule.is_for(self.store.layout()) {
@@ -195,83 +240,35 @@ impl Pipeline {
                 left.record
             )));
         }
+        if *schedule.applied() != *state.waiting.as_ref().unwrap_or(&BTreeSet::new()) {
+            return Err(Error::invalid(format!(
+                "the step applies kept gradients of records {:?}, and those of {:?} wait",
+                schedule.applied(),
+                state.waiting
+            )));
+        }
+        let is_guess = !schedule.kept().is_empty() && !schedule.updated().is_empty();
+        if is_guess && (state.is_uncommitted || self.store.is_scratch()) {
+            return Err(Error::invalid(
+                "updates can be taken back only if the step before is committed",
+            ));
+        }
+        if let Some(record) = schedule.kept().iter().find(|record| !self.can_keep(**record)) {
+            return Err(Error::invalid(format!(
+                "there is no place to keep the gradient of record {record}"
+            )));
+        }
+        state.waiting = None;
+        state.squares.clear();
+        state.keeps.clone_from(schedule.kept());
+        state.updates = !schedule.updated().is_empty();
+        state.gradients = schedule.gradients();
         let first_load = state.first_load;
         state.loads.extend(schedule.loads().iter().map(|&record| Loaded { record, weights: None }));
         state.begun += 1;
         state.commits = commits;
         drop(state);
         self.send(Command::Begin { schedule, adamw, commits, first_load })
-    }
-
-    /// The weights of the schedule's next load, which must be of `record`; waits up to `timeout`
-    /// and returns `None` when it has passed.
-    ///
-    /// # Errors
-    /// `Invalid` when the schedule says otherwise; the pipeline's failure.
-    pub fn take_weights(&self, record: usize, timeout: Duration) -> Result<Option<Slot>> {
-        self.store.check()?;
-        let start = Instant::now();
-        let mut wait = stalls::Wait::new(&self.shared);
-        let mut state = self.shared.lock();
-        loop {
-            if let Some(failure) = &state.failure {
-                return Err(failure.clone());
-            }
-            match state.loads.front_mut() {
-                Some(next) if next.record == record => {
-                    if let Some(weights) = next.weights.take() {
-                        state.loads.pop_front();
-                        state.first_load += 1;
-                        return Ok(Some(weights));
-                    }
-                }
-                next => {
-                    let next =
-                        next.map_or("nothing".to_owned(), |n| format!("record {}", n.record));
-                    return Err(Error::invalid(format!(
-                        "weights of record {record} were asked for; the schedule's next load is {next}"
-                    )));
-                }
-            }
-            let left = timeout.saturating_sub(start.elapsed());
-            if left.is_zero() {
-                return Ok(None);
-            }
-            wait.for_cause(state.causes.weights);
-            state = self
-                .shared
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-
-    /// A free gradient buffer for `record` (its content is arbitrary); waits up to `timeout` and
-    /// returns `None` when it has passed.
-    ///
-    /// # Errors
-    /// The pipeline's failure.
-    pub fn take_gradient(&self, record: usize, timeout: Duration) -> Result<Option<Slot>> {
-        self.store.check()?;
-        self.check_record(record)?;
-        let start = Instant::now();
-        let list = gradient_list(&self.pool, &self.store, record);
-        let mut wait = stalls::Wait::new(&self.shared);
-        let mut slot = list.try_take();
-        loop {
-            let state = self.shared.lock();
-            if let Some(failure) = &state.failure {
-                return Err(failure.clone());
-            }
-            let left = timeout.saturating_sub(start.elapsed());
-            if slot.is_some() || left.is_zero() {
-                return Ok(slot);
-            }
-            wait.for_cause(state.causes.gradient);
-            drop(state);
-            slot = list.take(left.min(SLICE));
-        }
     }
 
     /// Hands the gradient of a whole record over, with the weights it was computed from. The update
@@ -294,11 +291,12 @@ impl Pipeline {
     }
 
     /// Ends the step. With a trainer blob it is committed as soon as its last write has completed,
-    /// while the caller goes on; without, it is durable with the next commit.
+    /// while the caller goes on; without, it is durable with the next commit. Of a step whose gradients are
+    /// applied by the next one, that is when the next one has done so.
     ///
     /// # Errors
     /// `Invalid` when `begin` was told otherwise; the pipeline's failure.
-    pub fn end(&self, commit: Option<Vec<u8>>) -> Result {
+    pub fn end(&self, commit: Option<Vec<u8>>, after: After) -> Result {
         self.store.check()?;
         if let Some(blob) = commit.as_ref().filter(|blob| blob.len() > BLOB_BYTES_MAX) {
             let bytes = blob.len();
@@ -319,37 +317,22 @@ impl Pipeline {
                 false => "the step was not begun to be committed and ends with a blob",
             }));
         }
+        let applies = matches!(after, After::Applied(_));
+        if state.keeps.is_empty() && applies
+            || !state.keeps.is_empty() && !applies && !state.updates
+        {
+            return Err(Error::invalid(format!(
+                "the step kept gradients of {} records, updated {}, and ends with {after:?}",
+                state.keeps.len(),
+                if state.updates { "them" } else { "nothing" }
+            )));
+        }
+        state.waiting = applies.then(|| std::mem::take(&mut state.keeps));
+        let changes = state.gradients > 0;
+        state.is_uncommitted = commit.is_none() && (changes || state.is_uncommitted);
         state.ended += 1;
         drop(state);
-        self.send(Command::End { commit })
-    }
-
-    /// Waits until every step that has ended is written, and committed if that was asked for.
-    /// `false` when `timeout` has passed.
-    ///
-    /// # Errors
-    /// The pipeline's failure.
-    pub fn wait_settled(&self, timeout: Duration) -> Result<bool> {
-        self.store.check()?;
-        let start = Instant::now();
-        let mut wait = stalls::Wait::new(&self.shared);
-        let mut state = self.shared.lock();
-        loop {
-            if let Some(failure) = &state.failure {
-                return Err(failure.clone());
-            }
-            let left = timeout.saturating_sub(start.elapsed());
-            if state.settled == state.ended || left.is_zero() {
-                return Ok(state.settled == state.ended);
-            }
-            wait.for_cause(Cause::Commit);
-            state = self
-                .shared
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
+        self.send(Command::End { commit, after })
     }
 
     /// Drops the step that was begun and not ended, and with it everything since the last commit:
@@ -409,6 +392,10 @@ impl Pipeline {
     #[must_use]
     pub fn huge_pages(&self) -> Option<HugePages> {
         self.pool.huge_pages
+    }
+
+    fn can_keep(&self, record: usize) -> bool {
+        self.pool.residents.gradient_of(record).is_some() || self.can_spill
     }
 
     fn check_record(&self, record: usize) -> Result {

@@ -19,7 +19,8 @@ pub struct Kind {
 /// The pool as a sum of named terms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolSizes {
-    /// Slots for updating one chunk: its new weights and its update planes.
+    /// Slots for updating one chunk: its new weights, its update planes, and its gradient where that
+    /// waits on the drive.
     pub chunk_slots: Kind,
     /// Buffers for the weights of one decoder block.
     pub block_buffers: Kind,
@@ -60,6 +61,8 @@ pub struct ResidentSizes {
     pub weights: Vec<usize>,
     /// The update planes of each chunk.
     pub planes: Vec<usize>,
+    /// The gradient of each record, where it waits for the norm of all.
+    pub gradients: Vec<usize>,
 }
 
 /// Slots of what stays in RAM: each has its own list of one, which nobody else takes from, so it keeps
@@ -70,6 +73,8 @@ pub struct ResidentSlots {
     pub weights: Vec<Option<SlotList>>,
     /// By chunk.
     pub planes: Vec<Option<SlotList>>,
+    /// By record.
+    pub gradients: Vec<Option<SlotList>>,
 }
 
 impl ResidentSlots {
@@ -83,6 +88,12 @@ impl ResidentSlots {
     #[must_use]
     pub fn planes_of(&self, chunk: usize) -> Option<&SlotList> {
         self.planes.get(chunk)?.as_ref()
+    }
+
+    /// The buffer of a record whose gradient waits in RAM.
+    #[must_use]
+    pub fn gradient_of(&self, record: usize) -> Option<&SlotList> {
+        self.gradients.get(record)?.as_ref()
     }
 }
 
@@ -117,20 +128,27 @@ impl Pool {
         let cut = |kind: &Kind| (rounded(kind.bytes), kind.count);
         let transfers = sizes.transfers().each_ref().map(cut);
         let gradients = sizes.gradients().each_ref().map(cut);
-        let bytes = residents.weights.iter().chain(&residents.planes);
-        let stay: Vec<_> = bytes.filter(|bytes| **bytes > 0).map(|b| (rounded(*b), 1)).collect();
+        let own = |bytes: &usize| (*bytes > 0).then(|| (rounded(*bytes), 1));
+        let stay: Vec<_> =
+            residents.weights.iter().chain(&residents.planes).filter_map(own).collect();
+        let kept: Vec<_> = residents.gradients.iter().filter_map(own).collect();
         let shares = [
             Share { account: "pool", sizes: &transfers, packed: false },
             Share { account: "gradients", sizes: &gradients, packed: false },
+            Share { account: "gradients", sizes: &kept, packed: true },
             Share { account: "residents", sizes: &stay, packed: true },
         ];
         let (region, mut lists) = SlotList::cut_shares(&shares, ledger)?;
         let mut stay = lists.pop().unwrap_or_default().into_iter();
-        let mut own = |sizes: &[usize]| -> Vec<Option<SlotList>> {
-            sizes.iter().map(|bytes| if *bytes > 0 { stay.next() } else { None }).collect()
+        let mut kept = lists.pop().unwrap_or_default().into_iter();
+        let own = |sizes: &[usize], lists: &mut dyn Iterator<Item = SlotList>| {
+            sizes.iter().map(|bytes| if *bytes > 0 { lists.next() } else { None }).collect()
         };
-        let residents =
-            ResidentSlots { weights: own(&residents.weights), planes: own(&residents.planes) };
+        let residents = ResidentSlots {
+            weights: own(&residents.weights, &mut stay),
+            planes: own(&residents.planes, &mut stay),
+            gradients: own(&residents.gradients, &mut kept),
+        };
         let mut lists = lists.into_iter().flatten();
         let mut next =
             || lists.next().ok_or_else(|| crate::error::Error::invalid("five kinds of slot"));
@@ -168,10 +186,14 @@ mod tests {
         };
         assert_eq!(sizes.total_bytes(), 3 * 8192 + 2 * 8192 + 4096 + 2 * 16384);
         let ledger = Ledger::new();
-        let residents = ResidentSizes { weights: vec![0, 5000], planes: vec![100, 0] };
+        let residents = ResidentSizes {
+            weights: vec![0, 5000],
+            planes: vec![100, 0],
+            gradients: vec![0, 5000],
+        };
         let pool = Pool::allocate(&sizes, &residents, &ledger).expect("memory");
         let balance = |account| ledger.balances()[account].current;
-        assert_eq!(balance("pool") + balance("gradients"), sizes.total_bytes() as u64);
+        assert_eq!(balance("pool") + balance("gradients"), sizes.total_bytes() as u64 + 8192);
         assert_eq!(balance("residents"), 3 * 4096);
         assert!(pool.residents.weights[0].is_none() && pool.residents.planes[1].is_none());
         let bytes = |list: &Option<SlotList>| list.as_ref().map(SlotList::slot_bytes);

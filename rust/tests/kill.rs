@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use megatrain_io::engine::choice::{self, Choice};
 use megatrain_io::error::Error;
 use megatrain_io::ledger::Ledger;
-use megatrain_io::pipeline::{Options, Pipeline, Residents};
+use megatrain_io::pipeline::{After, GradientFiles, Kind, Options, Pipeline, Residents};
 use megatrain_io::store::{OpenOptions, Store};
 
 use training::{LARGE, Memory, SMALL, Shape, WIDE, adamw, gradient, schedule};
@@ -36,24 +36,41 @@ struct Life {
     commit_every: u64,
     /// Whether each step is awaited; else the next one begins while it is committed.
     waits: bool,
+    clips: Clips,
 }
+
+/// When updates are made that need the norm of all gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clips {
+    Never,
+    /// By the next step.
+    Later,
+    /// At once, and taken back if the norm is too large.
+    Guessing,
+}
+
+const CLIPS: [Clips; 3] = [Clips::Never, Clips::Later, Clips::Guessing];
 
 impl Life {
     fn encode(&self, path: &Path) -> String {
         let engine = if self.engine == Choice::Uring { "uring" } else { "threads" };
         let (every, waits) = (self.commit_every, self.waits);
-        format!("{engine} {} {every} {waits} {}", self.shape.name, path.display())
+        let clips = self.clips as usize;
+        format!("{engine} {} {every} {waits} {clips} {}", self.shape.name, path.display())
     }
 
     fn decode(text: &str) -> (Self, PathBuf) {
-        let parts: Vec<&str> = text.splitn(5, ' ').collect();
-        let [engine, shape, every, waits, path] = parts[..] else { panic!("{VARIABLE} is {text}") };
+        let parts: Vec<&str> = text.splitn(6, ' ').collect();
+        let [engine, shape, every, waits, clips, path] = parts[..] else {
+            panic!("{VARIABLE} is {text}")
+        };
         let shape = [SMALL, LARGE, WIDE].into_iter().find(|s| s.name == shape).expect("a shape");
         let life = Self {
             engine: if engine == "uring" { Choice::Uring } else { Choice::Threads },
             shape,
             commit_every: every.parse().expect("a number"),
             waits: waits.parse().expect("true or false"),
+            clips: CLIPS[clips.parse::<usize>().expect("a number")],
         };
         (life, path.into())
     }
@@ -69,14 +86,29 @@ impl Life {
     /// Trains, and says so, until the process dies.
     fn train(&self, path: &Path) -> Result<(), Error> {
         let store = Arc::new(self.open(path)?);
-        let schedule = schedule(&store);
+        let gradients: &[Kind] = match self.clips {
+            Clips::Never => &[Kind::Update],
+            Clips::Later => &[Kind::Keep],
+            Clips::Guessing => &[Kind::Update, Kind::Keep],
+        };
+        let schedules = [Kind::Load, Kind::Apply].map(|first| schedule(&store, first, gradients));
+        let mut waiting = false;
         let (pool, tensors) = (self.shape.pool(), self.shape.settings());
         // Half of the state stays in RAM where several steps share a commit.
         let half = |count: usize| (0..count).step_by(2).filter(|_| self.commit_every > 1).collect();
         let chunks = store.layout().chunks();
-        let mut residents = Residents { records: half(3), chunks: half(chunks.len()) };
+        let mut residents =
+            Residents { records: half(3), chunks: half(chunks.len()), gradients: vec![] };
         residents.chunks.retain(|chunk| chunks[*chunk].format().is_trainable());
-        let options = Options { pool, threads: 2, kernel: None, tensors, residents };
+        let mut gradient_files = GradientFiles::default();
+        if self.clips != Clips::Never {
+            // The others wait on the drive.
+            residents.gradients = vec![1];
+            let paths: Vec<_> = self.shape.files(&path.with_file_name("gradients"));
+            gradient_files = GradientFiles::create(&paths, store.layout(), &residents.gradients)?;
+        }
+        let options =
+            Options { pool, threads: 2, kernel: None, tensors, residents, gradient_files };
         let pipeline = Pipeline::start(Arc::clone(&store), &options)?;
         // The harness leaves its first line open.
         say("");
@@ -91,7 +123,13 @@ impl Life {
         };
         for step in step_of(&store) + 1.. {
             let commit = (step % self.commit_every == 0).then(|| format!("step {step}"));
-            pipeline.begin(Arc::clone(&schedule), adamw(step), commit.is_some())?;
+            let schedule = &schedules[usize::from(waiting)];
+            let mut with = adamw(step);
+            let scale = with.gradient_scale;
+            if self.clips != Clips::Never {
+                with.gradient_scale = 1.0;
+            }
+            pipeline.begin(Arc::clone(schedule), with, commit.is_some())?;
             for record in 0..3 {
                 drop(pipeline.take_weights(record, LONG)?.expect("in time"));
                 say_acknowledged();
@@ -109,8 +147,14 @@ impl Life {
             if commit.is_some() {
                 say(&format!("ending {step}"));
             }
-            pipeline.end(commit.map(String::into_bytes))?;
-            if self.waits {
+            waiting = match self.clips {
+                Clips::Never => false,
+                Clips::Later => true,
+                Clips::Guessing => scale < 1.0,
+            };
+            let after = if waiting { After::Applied(scale) } else { After::Stands };
+            pipeline.end(commit.map(String::into_bytes), after)?;
+            if self.waits && !waiting {
                 assert!(pipeline.wait_settled(LONG)?, "not settled in time");
             }
             say_acknowledged();
@@ -216,8 +260,16 @@ fn kills(engine: Choice, shape: Shape, count: u64) {
     let mut slowest = Duration::ZERO;
     let start = Instant::now();
     for kill_number in 1..=count {
-        let life =
-            Life { engine, shape, commit_every: [1, 3][random.usize(0..2)], waits: random.bool() };
+        let mut life = Life {
+            engine,
+            shape,
+            commit_every: [1, 3][random.usize(0..2)],
+            waits: random.bool(),
+            clips: CLIPS[random.usize(..3)],
+        };
+        if life.clips == Clips::Guessing {
+            life.commit_every = 1; // what is taken back lies beside a committed state
+        }
         let pause = Duration::from_micros(random.u64(0..10_000));
         let mut lines = random.u32(1..16);
         let death = kill(&life, &path, pause, |_| {
@@ -293,7 +345,8 @@ fn the_store_opens_again_while_writes_of_the_killed_process_land() {
         let mut memory = Memory::new(&WIDE);
         let (mut slowest, mut in_flight) = (Duration::ZERO, 0);
         for _ in 0..4 {
-            let life = Life { engine, shape: WIDE, commit_every: 1, waits: false };
+            let clips = Clips::Never;
+            let life = Life { engine, shape: WIDE, commit_every: 1, waits: false, clips };
             let pause = Duration::from_micros(fastrand::u64(0..20_000));
             // The second step of a life ends: the first is committed, this one is being written.
             let mut endings = 0;

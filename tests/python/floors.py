@@ -17,14 +17,16 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(
         ["config", "config_values", "errors", "interrupt", "metrics", "profile", "run", "trainer_state"], 0
     ),
-    **dict.fromkeys(["trace"], 0),
-    **dict.fromkeys(["layout", "residents", "schedule", "tensor_manifest", "workspace"], 1),
+    **dict.fromkeys(["learning_rate", "trace"], 0),
+    **dict.fromkeys(["layout", "residents", "schedule", "store_notes", "tensor_manifest", "workspace"], 1),
     **dict.fromkeys(["miniature", "model", "probe", "skeleton"], 1),
     **dict.fromkeys(["data", "documents", "rows", "sources", "tokens"], 1),
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
     **dict.fromkeys(["budget", "drive", "measure", "outside", "ram"], 1),
     **dict.fromkeys(["swap"], 2),
-    **dict.fromkeys(["checkpoint", "gradient", "input_scratch", "rehearsal", "step", "stream"], 3),
+    **dict.fromkeys(
+        ["checkpoint", "clipping", "gradient", "input_scratch", "rehearsal", "step", "stream"], 3
+    ),
     **dict.fromkeys(["convert", "generate", "leftovers", "tensor_store"], 3),
     **dict.fromkeys(["bench", "doctor", "fitting", "plan", "report", "start", "status", "train"], 4),
     **dict.fromkeys(["__main__", "cli"], 5),

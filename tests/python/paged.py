@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megatrain_io.convert import create_store
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.probe import CutFacts, probe
-from megatrain_io.residents import choose_residents, resident_nbytes
+from megatrain_io.residents import choose_gradients, choose_residents, resident_nbytes
 from megatrain_io.schedule import Residents
 from megatrain_io.stream import PagedModel, model_parts
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
@@ -107,15 +107,26 @@ def opened(
     drives: int = DRIVES,
     resident_share: float = 0.0,
     saved_inputs: SavedInputsBudget | None = None,
+    max_grad_norm: float | None = None,
+    gradients: str | None = None,
+    kept_in_ram: float = 1.0,
 ) -> Iterator[PagedModel]:
+    """A model that is ready to train; of gradients that wait for their norm, a share does so in RAM."""
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
     with PagedState(*files(path, drives), engine=engine) as state:
-        model = PagedModel(cut_model(case), state, saved_inputs=saved_inputs)
+        clipping = {"max_grad_norm": max_grad_norm, "gradients": gradients}
+        model = PagedModel(cut_model(case), state, saved_inputs=saved_inputs, **clipping)
         hyperparameters = case.hyperparameters
         residents = resident_part(model, resident_share)
+        spills = max_grad_norm is not None and kept_in_ram < 1
+        if max_grad_norm is not None:
+            residents = replace(residents, gradients=kept_part(model, kept_in_ram))
         state.start(
             model.pool_sizes(training=True, residents=residents, **sizes),
             residents=residents,
+            gradient_files=[file.with_name(f"{file.name}.gradients") for file in files(path, drives)]
+            if spills
+            else (),
             settings=lambda place: TensorSettings(
                 hyperparameters.weight_decay if len(place.shape) >= 2 else 0.0
             ),
@@ -133,6 +144,13 @@ def resident_part(model: PagedModel, share: float) -> Residents:
     everything = choose_residents(layout, model.training_schedule, 1 << 60)
     room = int(share * resident_nbytes(everything, layout))
     return choose_residents(layout, model.training_schedule, room)
+
+
+def kept_part(model: PagedModel, share: float) -> frozenset[int]:
+    """The records whose gradients wait in RAM if that has room for ``share`` of all."""
+    layout = model.state.layout
+    everything = sum(map(layout.record_gradient_bytes, range(len(layout.records))))
+    return choose_gradients(layout, int(share * everything))
 
 
 def to_micro_batch(batch: dict[str, torch.Tensor]) -> MicroBatch:
@@ -167,7 +185,7 @@ def train(model: PagedModel, case: Case, stop: int | None = None, commit_every: 
         made = lambda loss: blob(number + 1, [*losses, loss])  # noqa: B023, E731
         commits = (number + 1) % commit_every == 0 or number + 1 == end
         losses.append(model.train_step(batches, adamw, made if commits else None).loss)
-    model.state.wait_settled()
+    model.settle()
     return losses
 
 
@@ -190,9 +208,9 @@ def differing(got: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor]) -
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    store, engine, tied, count, resident_share = sys.argv[1:]
+    store, tied, count, how = sys.argv[1:]
     running = Case(tied=tied == "tied", dtype=torch.bfloat16, counts=(1,) * int(count))
-    with opened(Path(store), running, engine=engine, resident_share=float(resident_share)) as paged:
+    with opened(Path(store), running, **json.loads(how)) as paged:
         print("training", flush=True)  # noqa: T201 - the test that started this waits for it
         train(paged, running)
     print("done", flush=True)  # noqa: T201 - the test that started this looks for it

@@ -42,9 +42,13 @@ class Reporter(QuietReporter):
         self.stop = stop
         self.starts = []
         self.reports = []
+        self.notes = []
 
     def started(self, *, step, max_steps, notes=()):
         self.starts.append((step, max_steps, list(notes)))
+
+    def note(self, text):
+        self.notes.append(text)
 
     def step(self, report):
         self.reports.append(report)

@@ -236,7 +236,7 @@ def test_keys_on_the_command_line(override, message):
 @pytest.mark.parametrize(
     ("key", "sentence"),
     [
-        ("max_grad_norm", "not available yet; remove it"),
+        ("max_norm", "use train.max_grad_norm"),
         ("train.optim", "AdamW is the only optimizer so far; remove it"),
         ("lora", "not available yet; remove it"),
         ("memory.vram", "not available yet; remove it"),

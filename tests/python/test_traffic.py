@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatrain_io.residents import resident_nbytes
-from megatrain_io.schedule import traffic
-from paged import Case, make_store, opened, resident_part, train
+from megatrain_io.schedule import Residents, build_schedule, flush_schedule, traffic
+from paged import Case, kept_part, make_store, opened, resident_part, train
 
 SIZES = {
     "hidden_size": 256,
@@ -85,3 +85,37 @@ def test_what_stays_in_ram_moves_as_the_formulas_say(tmp_path, dtype, tied, shar
     if share == 1.0:
         assert commit[0] == 0
         assert between == (0, 0)
+
+
+@pytest.mark.parametrize(("gradients", "limit"), [("keep", 1e9), ("both", 1e9), ("both", 1e-9)])
+@pytest.mark.parametrize("kept_in_ram", [1.0, 0.0], ids=["in RAM", "on the drive"])
+def test_gradients_that_wait_cost_what_the_schedule_says(tmp_path, kept_in_ram, gradients, limit):
+    case = Case(dtype=torch.bfloat16, counts=(1,) * (2 + MEASURED_STEPS), overrides=SIZES)
+    make_store(tmp_path / "store", case)
+    how = {"max_grad_norm": limit, "gradients": gradients, "kept_in_ram": kept_in_ram}
+    with opened(tmp_path / "store", case, **how) as model:
+        read, written = measured(model, case)
+        layout, parameters = model.state.layout, model.state.layout.parameters
+        residents = Residents(gradients=kept_part(model, kept_in_ram))
+    waits = gradients == "keep" or limit < 1
+
+    def step(applies):
+        schedule = build_schedule(
+            layout, borrows_prologue=False, training=True, applies=applies, gradients=gradients
+        )
+        return traffic(schedule, layout, residents)
+
+    # What was measured begins without gradients that wait, and ends with a flush.
+    parts = [step(False), *[step(waits)] * (MEASURED_STEPS - 1)]
+    parts += [traffic(flush_schedule(layout), layout, residents)] * waits
+    predicted_read, predicted_written = (sum(part) / MEASURED_STEPS for part in zip(*parts, strict=True))
+    assert predicted_read <= read <= 1.01 * predicted_read
+    assert predicted_written <= written <= 1.01 * predicted_written
+    spilled = 4 if kept_in_ram < 1 else 0
+    limits = {
+        ("keep", 1e9): (14 + spilled, 12 + spilled),
+        ("both", 1e9): (14, 12 + spilled),
+        ("both", 1e-9): (24 + spilled, 24 + spilled),
+    }[gradients, limit]
+    assert 0.9 * limits[0] * parameters < step(waits)[0] <= 1.01 * limits[0] * parameters
+    assert 0.99 * limits[1] * parameters < step(waits)[1] <= 1.01 * limits[1] * parameters

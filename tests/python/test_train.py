@@ -23,10 +23,10 @@ from megatrain_io.errors import (
     InterruptedRunError,
     TrainingDivergedError,
 )
+from megatrain_io.learning_rate import learning_rate_at
 from megatrain_io.metrics import MetricsFile
 from megatrain_io.step import Step
 from megatrain_io.stream import PagedModel
-from megatrain_io.train import learning_rate_at
 from paged import differing
 from runs import (
     STEPS,

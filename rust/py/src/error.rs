@@ -11,6 +11,7 @@ mod exceptions {
     pyo3::import_exception!(megatrain_io.errors, FormatError);
     pyo3::import_exception!(megatrain_io.errors, MegatrainIoError);
     pyo3::import_exception!(megatrain_io.errors, NoSpaceError);
+    pyo3::import_exception!(megatrain_io.errors, NotFiniteError);
     pyo3::import_exception!(megatrain_io.errors, StorageError);
     pyo3::import_exception!(megatrain_io.errors, StoreFailedError);
     pyo3::import_exception!(megatrain_io.errors, StoreInUseError);
@@ -30,6 +31,7 @@ pub(crate) fn raise(error: Error) -> PyErr {
         Error::Corrupt { .. } => CorruptionError::new_err(text),
         Error::Failed { .. } | Error::Lost { .. } => StoreFailedError::new_err(text),
         Error::BufferInUse { .. } => BufferInUseError::new_err(text),
+        Error::NotFinite { .. } => NotFiniteError::new_err(text),
         Error::UsedAfterFork { .. } => UsedAfterForkError::new_err(text),
         Error::Unsupported { .. } => UnsupportedError::new_err(text),
         Error::Invalid { .. } => MegatrainIoError::new_err(text),

@@ -188,7 +188,8 @@ pub(crate) fn adamw_step<'py>(
         return Err(PyValueError::new_err("the planes differ in length"));
     }
     let (learning_rate, beta1, beta2, eps, step) = adamw;
-    let scalars = AdamW { learning_rate, beta1, beta2, eps, step }.scalars(1.0, weight_decay);
+    let scalars = AdamW { learning_rate, beta1, beta2, eps, step, gradient_scale: 1.0 }
+        .scalars(1.0, weight_decay);
     let mut out = vec![0.0; len];
     py.detach(|| {
         let (kernel, spans) = (Kernel::detect(), [Span { start: 0, len, scalars }]);

@@ -1,12 +1,15 @@
 //! The pipeline and its schedule.
 
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use megatrain_io::adamw::{AdamW, Kernel};
 use megatrain_io::error::Error;
-use megatrain_io::pipeline::{self, Cause, ChunkOp, Kind, Options, Residents, TensorSettings};
+use megatrain_io::pipeline::{
+    self, After, Cause, ChunkOp, GradientFiles, Kind, Options, Residents, TensorSettings,
+};
 use megatrain_io::pool::{self, PoolSizes};
 use megatrain_io::units::StateFormat;
 use pyo3::exceptions::PyValueError;
@@ -31,15 +34,19 @@ pub(crate) struct Schedule {
 
 #[pymethods]
 impl Schedule {
-    /// `operations` is a list of `("load" | "update", chunk)`.
+    /// `operations` is a list of `("load" | "apply" | "update" | "keep", chunk)`.
     #[new]
     fn new(store: &Store, operations: Vec<(String, usize)>) -> PyResult<Self> {
         let operations = operations
             .into_iter()
             .map(|(kind, chunk)| match kind.as_str() {
                 "load" => Ok(ChunkOp { kind: Kind::Load, chunk }),
+                "apply" => Ok(ChunkOp { kind: Kind::Apply, chunk }),
                 "update" => Ok(ChunkOp { kind: Kind::Update, chunk }),
-                _ => Err(PyValueError::new_err(format!("operation {kind:?}: load or update"))),
+                "keep" => Ok(ChunkOp { kind: Kind::Keep, chunk }),
+                _ => Err(PyValueError::new_err(format!(
+                    "operation {kind:?}: load, apply, update or keep"
+                ))),
             })
             .collect::<PyResult<Vec<_>>>()?;
         let store = store.get()?;
@@ -59,7 +66,8 @@ pub(crate) struct Pipeline {
 impl Pipeline {
     /// `pool` maps each kind of slot to `(bytes, count)`; `tensors` lists
     /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order; `residents`
-    /// lists the records whose weights stay in RAM, and the chunks whose update planes do.
+    /// lists the records whose weights stay in RAM, the chunks whose update planes do, and the records
+    /// whose gradients have a buffer of their own; `gradient_files` is where other gradients are kept.
     #[new]
     #[expect(clippy::too_many_arguments, reason = "each is set once, in one place")]
     fn new(
@@ -69,7 +77,8 @@ impl Pipeline {
         threads: usize,
         kernel: Option<&str>,
         tensors: Vec<(usize, u64, u64, f64, f64)>,
-        residents: (Vec<usize>, Vec<usize>),
+        residents: (Vec<usize>, Vec<usize>, Vec<usize>),
+        gradient_files: Vec<PathBuf>,
     ) -> PyResult<Self> {
         let kernel = kernel.map(kernel_of).transpose()?;
         let tensors = tensors
@@ -82,10 +91,20 @@ impl Pipeline {
                 lr_scale,
             })
             .collect();
-        let residents = Residents { records: residents.0, chunks: residents.1 };
-        let options = Options { pool: pool.sizes(), threads, kernel, tensors, residents };
+        let (records, chunks, gradients) = residents;
+        let residents = Residents { records, chunks, gradients };
         let store = store.get()?;
-        let pipeline = py.detach(|| pipeline::Pipeline::start(store, &options)).map_err(raise)?;
+        let start = || {
+            let gradient_files = if gradient_files.is_empty() {
+                GradientFiles::default()
+            } else {
+                GradientFiles::create(&gradient_files, store.layout(), &residents.gradients)?
+            };
+            let pool = pool.sizes();
+            let options = Options { pool, threads, kernel, tensors, residents, gradient_files };
+            pipeline::Pipeline::start(store, &options)
+        };
+        let pipeline = py.detach(start).map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(pipeline))) })
     }
 
@@ -110,7 +129,7 @@ impl Pipeline {
         commits: bool,
     ) -> PyResult<()> {
         let (learning_rate, beta1, beta2, eps, step) = adamw;
-        let adamw = AdamW { learning_rate, beta1, beta2, eps, step };
+        let adamw = AdamW { learning_rate, beta1, beta2, eps, step, gradient_scale: 1.0 };
         self.get()?.begin(Arc::clone(&schedule.inner), adamw, commits).map_err(raise)
     }
 
@@ -150,9 +169,17 @@ impl Pipeline {
         self.get()?.submit(record, weights, gradient).map_err(raise)
     }
 
-    /// Ends the step; with a blob it is committed behind the caller's back.
-    fn end(&self, blob: Option<Vec<u8>>) -> PyResult<()> {
-        self.get()?.end(blob).map_err(raise)
+    /// The sum of the squares of all gradients of the step. Waits for the last one.
+    fn squares(&self, py: Python<'_>) -> PyResult<f64> {
+        let pipeline = self.get()?;
+        wait(py, || pipeline.squares(PATIENCE))
+    }
+
+    /// Ends the step; with a blob it is committed behind the caller's back. `applied`: the next step
+    /// applies the gradients that were kept, multiplied by it; `None`: the step's updates stand.
+    fn end(&self, blob: Option<Vec<u8>>, applied: Option<f32>) -> PyResult<()> {
+        let after = applied.map_or(After::Stands, After::Applied);
+        self.get()?.end(blob, after).map_err(raise)
     }
 
     /// Waits until every step that has ended is written, and committed if that was asked for.

@@ -4,7 +4,14 @@ use proptest::sample::{Index, select};
 
 use super::*;
 
-const ADAMW: AdamW = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 3 };
+const ADAMW: AdamW = AdamW {
+    learning_rate: 1e-3,
+    beta1: 0.9,
+    beta2: 0.999,
+    eps: 1e-8,
+    step: 3,
+    gradient_scale: 1.0,
+};
 
 /// One chunk in both formats: f32 weights, and the same split.
 #[derive(Clone, Debug)]
@@ -111,7 +118,7 @@ prop_compose! {
         step in prop_oneof![1_u64..100, any::<u64>()],
         weight_decay in prop_oneof![Just(0.0), 0.0..1.0],
     ) -> Scalars {
-        AdamW { learning_rate, beta1, beta2, eps, step }.scalars(1.0, weight_decay)
+        AdamW { learning_rate, beta1, beta2, eps, step, gradient_scale: 1.0 }.scalars(1.0, weight_decay)
     }
 }
 
@@ -182,7 +189,7 @@ const PYTORCH: [(AdamW, f64, [[u32; 11]; 3]); 2] = [
         ],
     ),
     (
-        AdamW { learning_rate: 2e-3, beta1: 0.3, beta2: 0.95, eps: 1e-6, step: 0 },
+        AdamW { learning_rate: 2e-3, beta1: 0.3, beta2: 0.95, eps: 1e-6, step: 0, gradient_scale: 1.0 },
         0.0,
         [
             [

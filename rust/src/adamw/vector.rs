@@ -59,6 +59,23 @@ macro_rules! kernel {
                 }
             }
 
+            /// [`adamw::norm::squares_of`] one run.
+            pub(in crate::adamw) fn squares(run: &[f32]) -> f64 {
+                if available() {
+                    // SAFETY: the CPU has the features, `available` on the line above has just
+                    // said so.
+                    unsafe { vector_squares(run) }
+                } else {
+                    adamw::norm::squares_of(run)
+                }
+            }
+
+            #[inline(never)]
+            #[target_feature(enable = $features)]
+            fn vector_squares(run: &[f32]) -> f64 {
+                adamw::norm::squares_of(run)
+            }
+
             // Never inlined: the compiler learns from the arguments that the slices do not
             // overlap, and without that it makes no vectors of the loop.
             #[inline(never)]

@@ -24,6 +24,9 @@ impl HugePages {
 
     /// As `/proc/self/smaps` has it; `None` for less than 2 MiB, and where the kernel does not say.
     pub(super) fn of(addresses: Range<usize>) -> Option<Self> {
+        if addresses.len() < HUGE_PAGE_BYTES {
+            return None; // the kernel takes milliseconds to write the list
+        }
         Self::parse(&fs::read_to_string("/proc/self/smaps").ok()?, addresses)
     }
 

@@ -180,6 +180,13 @@ fn filled(bytes: usize) -> Result<Slot> {
 }
 
 fn span(parameters: usize) -> Span {
-    let adamw = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 10 };
+    let adamw = AdamW {
+        learning_rate: 1e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        step: 10,
+        gradient_scale: 1.0,
+    };
     Span { start: 0, len: parameters, scalars: adamw.scalars(1.0, 0.01) }
 }

@@ -14,9 +14,11 @@ use crate::drives::Drives;
 use crate::engine::Engine;
 use crate::engine::faulty::{Fault, Faulty};
 use crate::engine::memory::Memory;
+use crate::file::DirectFile;
 use crate::layout::tests::manifest;
 use crate::layout::{Durability, Manifest};
 use crate::ledger::Ledger;
+use crate::pipeline::GradientFiles;
 use crate::pipeline::crash_model::broken::{Breakage, Broken};
 use crate::pipeline::crash_model::memories::Memories;
 use crate::pipeline::crash_model::training::Machine;
@@ -24,6 +26,7 @@ use crate::store::{Creator, Store};
 use crate::units::{CopyId, Group, StateFormat};
 
 mod broken;
+mod calls;
 mod causes;
 mod exhaustive;
 mod memories;
@@ -34,6 +37,7 @@ mod training;
 struct Base {
     _folder: tempfile::TempDir,
     drives: Drives,
+    gradient_files: GradientFiles,
     image: Memory,
     records: Vec<u64>,
     is_scratch: bool,
@@ -62,7 +66,20 @@ impl Base {
         let data_offset = store.data_offset();
         let image = engine.copy();
         let (records, is_scratch) = (records.to_vec(), durability == Durability::Scratch);
-        Self { _folder: folder, drives, image, records, is_scratch, data_offset, copy_bytes }
+        // Only its number counts: the bytes lie in the image, with what the process before left there.
+        let file = |_| DirectFile::in_memory(1 << 20).expect("a file");
+        let files = (0..drives.count()).map(file).collect();
+        let gradient_files = GradientFiles::over(files).expect("numbered");
+        Self {
+            _folder: folder,
+            drives,
+            gradient_files,
+            image,
+            records,
+            is_scratch,
+            data_offset,
+            copy_bytes,
+        }
     }
 
     /// A machine with this store on its drive.
@@ -88,17 +105,47 @@ struct Run {
     /// Whether each step trains only some of the records.
     partial: bool,
     stays: Stays,
+    clips: Clips,
     breakage: Breakage,
     ignores_flushes: bool,
 }
 
-/// What stays in RAM from step to step.
+/// What stays in RAM from step to step; of the gradients, where those that are kept wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stays {
     Nothing,
     /// The weights of every second record, and the update planes of every second chunk.
     Half,
     All,
+}
+
+/// When updates are made that need the norm of all gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clips {
+    /// At once: they do not.
+    Never,
+    /// By the next step.
+    Deferred,
+    /// At once, and taken back when the norm is too large; each third step the next one makes them.
+    Guessed,
+}
+
+impl Run {
+    /// What the gradients of a step are multiplied by.
+    fn scale(&self, step: u64) -> f32 {
+        let mut rng = fastrand::Rng::with_seed(self.seed ^ (step << 16));
+        if self.clips == Clips::Never || rng.bool() { 1.0 } else { 0.5 }
+    }
+
+    /// Whether a step updates with its own gradients, and whether it keeps them.
+    fn updates_and_keeps(&self, step: u64) -> (bool, bool) {
+        match self.clips {
+            Clips::Never => (true, false),
+            Clips::Deferred => (false, true),
+            // Updates can be taken back only beside a committed state.
+            Clips::Guessed => (self.commit_every == 1 && !step.is_multiple_of(3), true),
+        }
+    }
 }
 
 impl Default for Run {
@@ -109,6 +156,7 @@ impl Default for Run {
             commit_every: 1,
             partial: false,
             stays: Stays::Nothing,
+            clips: Clips::Never,
             breakage: Breakage::Nothing,
             ignores_flushes: false,
         }

@@ -3,7 +3,7 @@
 //! Loads and updates each keep the schedule's order among themselves, but do not wait for one
 //! another: an update that waits for its gradient must not hold up the next block's weights.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -14,20 +14,23 @@ use crate::adamw::{AdamW, Kernel};
 use crate::buffer::Slot;
 use crate::engine::{Completion, Operation};
 use crate::error::{Error, Result};
+use crate::file::DirectFile;
 use crate::pipeline::executor::flights::Flights;
 use crate::pipeline::executor::residents::Held;
-use crate::pipeline::memory::weight_list;
+use crate::pipeline::kept::OnDrive;
 use crate::pipeline::stalls::Causes;
 use crate::pipeline::update::Settings;
 use crate::pipeline::{Command, Options, Shared, schedule};
 use crate::pool::Pool;
-use crate::store::{Entry, Next, ReadPlan, Sequence, Sequenced, Store, Table};
+use crate::store::{Entry, ReadPlan, Sequence, Store, Table};
 use crate::units::Group;
 
 mod flights;
+mod kept;
 mod reads;
 mod residents;
 mod stalls;
+mod steps;
 mod updates;
 
 /// Kinds of buffer that weights are loaded into: for blocks, for larger records, and the record's own.
@@ -48,6 +51,8 @@ struct Load {
     /// Parts that were read, by chunk.
     parts: Vec<Option<Slot>>,
     missing: usize,
+    /// Whether they are updated on the way, with the gradient that was kept.
+    applies: bool,
 }
 
 /// A chunk's update that has not got a chunk slot yet.
@@ -55,6 +60,7 @@ struct PlannedUpdate {
     step: u64,
     chunk: usize,
     needs: u64,
+    applies: bool,
 }
 
 /// A chunk's update that has all memory it needs.
@@ -65,17 +71,34 @@ struct Update {
     weight_out: Option<Slot>,
     planes: Option<Slot>,
     is_read: bool,
+    /// Of a gradient that was kept on the drive: where it is read to.
+    gradient: Part,
+    /// Whether its gradient was kept by the step, and its weights are on their way to the caller.
+    applies: bool,
     /// Table entries of the writes in flight.
     written: Vec<(Group, Entry, Vec<u32>)>,
     writes_left: usize,
 }
 
+/// A chunk's gradient that was kept.
+enum Part {
+    /// Not on the drive: the source has that of the whole record.
+    Whole,
+    Coming,
+    Here(Slot),
+}
+
 /// A record's gradient and the weights it belongs to.
 struct Source {
-    /// The weights of each chunk that was not updated yet.
+    /// The weights of each chunk: those that were not updated yet, or where they are handed over, all.
     weights: Vec<Option<Slot>>,
-    gradient: Slot,
+    /// `None` where it comes from the drive, chunk by chunk.
+    gradient: Option<Slot>,
     chunks_left: usize,
+    /// The number of the load that gets the weights when all are updated.
+    hand_over: Option<u64>,
+    /// The step that keeps the gradient when all are updated, where that is on the drive.
+    kept_by: Option<u64>,
 }
 
 struct Step {
@@ -83,17 +106,30 @@ struct Step {
     adamw: AdamW,
     updates_left: usize,
     /// Records whose gradient has not been submitted.
-    expected: HashSet<usize>,
+    expected: BTreeSet<usize>,
+    schedule: Arc<schedule::Schedule>,
     ended: bool,
     /// Whether it is to be committed: then what stays in RAM is written, too.
     commits: bool,
     commit: Option<Vec<u8>>,
+    kept: Kept,
+}
+
+/// What becomes of the gradients that a step keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    /// Nothing was kept, or it is not needed.
+    Nothing,
+    /// They wait for a step that applies them.
+    Waiting,
+    /// They are being applied.
+    Applied,
 }
 
 /// An operation in flight.
 struct Pending {
     operation: Operation,
-    drive: usize,
+    file: Arc<DirectFile>,
     offset: u64,
     bytes: usize,
     /// Whether this is the second attempt; there is no third.
@@ -103,10 +139,43 @@ struct Pending {
 
 /// What an operation is for.
 enum Work {
-    Load { number: u64, chunk: usize, plan: ReadPlan },
-    Planes { chunk: usize, plan: ReadPlan, rest: Slot },
-    Write { chunk: usize, group: Group },
+    Load {
+        number: u64,
+        chunk: usize,
+        plan: ReadPlan,
+    },
+    Planes {
+        chunk: usize,
+        plan: ReadPlan,
+        rest: Slot,
+    },
+    Write {
+        chunk: usize,
+        group: Group,
+    },
+    /// A kept gradient, from the drive and to it.
+    Gradient {
+        chunk: usize,
+        step: u64,
+    },
+    Keep {
+        chunk: usize,
+    },
     Sequence,
+}
+
+impl Work {
+    /// The chunk that it is about, if one.
+    fn chunk(&self) -> Option<usize> {
+        match self {
+            Self::Load { chunk, .. }
+            | Self::Planes { chunk, .. }
+            | Self::Write { chunk, .. }
+            | Self::Gradient { chunk, .. }
+            | Self::Keep { chunk } => Some(*chunk),
+            Self::Sequence => None,
+        }
+    }
 }
 
 /// Operations in a fixed order that the store needs before a first write, or for a commit.
@@ -131,7 +200,12 @@ pub(super) struct Executor {
     planned: VecDeque<PlannedUpdate>,
     updates: Vec<Update>,
     sources: Vec<Option<Source>>,
+    /// Gradients that are to be kept on the drive, with the step that keeps them.
+    keeping: VecDeque<(u64, usize, Slot)>,
+    kept: OnDrive,
     steps: VecDeque<Step>,
+    /// The step whose updates are to be taken back, once all are written: a guess that was wrong.
+    taken_back: Option<u64>,
     begun: u64,
     /// Per chunk: updates that were scheduled, and updates that are on disk, or in RAM to stay.
     scheduled: Vec<u64>,
@@ -196,7 +270,10 @@ impl Executor {
             planned: VecDeque::new(),
             updates: Vec::new(),
             sources,
+            keeping: VecDeque::new(),
+            kept: OnDrive::new(&options.gradient_files, &store, &options.residents.gradients),
             steps: VecDeque::new(),
+            taken_back: None,
             begun: 0,
             scheduled: vec![0; chunks],
             on_disk: vec![0; chunks],
@@ -228,6 +305,10 @@ impl Executor {
         if self.is_active() {
             self.advance();
             self.publish_causes();
+            if self.is_stuck() {
+                // What has ended cannot be finished: back to the last commit.
+                self.steps.clear();
+            }
         }
         if !self.is_active() && self.pending.is_empty() {
             self.finish_abort();
@@ -240,7 +321,8 @@ impl Executor {
     /// (abort, stop), a step before it has ended and is still to be written.
     fn is_active(&self) -> bool {
         let halting = self.aborting.is_some() || self.stopping;
-        let ended = self.steps.front().is_some_and(|step| step.ended);
+        // A step whose gradients wait for one that applies them is not waited for.
+        let ended = self.steps.front().is_some_and(|step| step.ended && step.kept != Kept::Waiting);
         !self.failed && (!halting || ended)
     }
 
@@ -248,6 +330,8 @@ impl Executor {
     fn advance(&mut self) {
         self.starved = Starved::default();
         self.ended_in_ram = false;
+        self.take_back();
+        self.start_keeping();
         for class in 0..RESIDENT {
             self.start_loads(class);
         }
@@ -266,6 +350,20 @@ impl Executor {
             }
         }
         self.settle();
+    }
+
+    /// Whether a step that has ended cannot be finished, because the caller did not give all buffers back
+    /// and has dropped the step after it.
+    fn is_stuck(&self) -> bool {
+        let is_starved = self.starved.buffers.contains(&true)
+            || self.starved.chunk_slots
+            || !self.starved.residents.is_empty();
+        let can_go_on = self.ended_in_ram || self.running.is_some() || !self.pending.is_empty();
+        (self.aborting.is_some() || self.stopping)
+            && self.steps.front().is_some_and(|step| step.kept == Kept::Applied)
+            && is_starved
+            && !can_go_on
+            && self.ready_update().is_none()
     }
 
     fn wait(&self) {
@@ -309,192 +407,5 @@ impl Executor {
                 }
             }
         }
-    }
-
-    fn obey(&mut self, command: Command) {
-        match command {
-            Command::Stop => self.stopping = true,
-            Command::Abort { reply } => self.aborting = Some(reply),
-            // After a failure callers get its error; what they still send is dropped here.
-            _ if self.failed => {}
-            Command::Begin { schedule, adamw, commits, first_load } => {
-                if let Err(error) = self.held.schedule(&schedule, &self.pool, commits) {
-                    return self.fail(error);
-                }
-                self.begin(&schedule, adamw, commits, first_load);
-            }
-            Command::Submit { record, weights, gradient } => {
-                let step = self.steps.back_mut().filter(|step| !step.ended);
-                if !step.is_some_and(|step| step.expected.remove(&record)) {
-                    self.fail(Error::invalid(format!(
-                        "the gradient of record {record} was submitted and the step does not (or no longer) expect it"
-                    )));
-                    return;
-                }
-                let layout = Arc::clone(self.store.layout());
-                let chunks = layout.records()[record].clone();
-                let chunks_left = chunks.len();
-                let mut rest = weights;
-                let weights = chunks.map(|chunk| {
-                    let bytes = layout.chunks()[chunk].extent_bytes(Group::Weight);
-                    let at = rest.split_off(bytes);
-                    Some(std::mem::replace(&mut rest, at))
-                });
-                let weights = weights.collect();
-                self.sources[record] = Some(Source { weights, gradient, chunks_left });
-            }
-            Command::End { commit } => {
-                if let Some(step) = self.steps.back_mut() {
-                    if let Some(record) = step.expected.iter().min() {
-                        let error =
-                            format!("the step ended without the gradient of record {record}");
-                        self.fail(Error::invalid(error));
-                        return;
-                    }
-                    step.ended = true;
-                    step.commit = commit;
-                }
-            }
-        }
-    }
-
-    fn begin(
-        &mut self,
-        schedule: &schedule::Schedule,
-        adamw: AdamW,
-        commits: bool,
-        first_load: u64,
-    ) {
-        self.begun += 1;
-        let layout = Arc::clone(self.store.layout());
-        let mut number = first_load;
-        for operation in schedule.operations() {
-            let chunk = operation.chunk;
-            let record = layout.chunks()[chunk].record;
-            match operation.kind {
-                schedule::Kind::Load if chunk == layout.records()[record].start => {
-                    let chunks = layout.records()[record].clone();
-                    let list = weight_list(&self.pool, &self.store, record);
-                    let class = if self.pool.residents.weights_of(record).is_some() {
-                        RESIDENT
-                    } else {
-                        OUTER * usize::from(!std::ptr::eq(list, &raw const self.pool.block_buffers))
-                    };
-                    self.loads[class].push_back(Load {
-                        number,
-                        needs: self.scheduled[chunks.clone()].to_vec(),
-                        started: 0,
-                        unread: None,
-                        parts: chunks.clone().map(|_| None).collect(),
-                        missing: chunks.len(),
-                        chunks,
-                    });
-                    number += 1;
-                }
-                schedule::Kind::Load => {}
-                schedule::Kind::Update => {
-                    let needs = self.scheduled[chunk];
-                    self.scheduled[chunk] += 1;
-                    self.planned.push_back(PlannedUpdate { step: self.begun, chunk, needs });
-                }
-            }
-        }
-        let updated = schedule.operations().iter().filter(|op| op.kind == schedule::Kind::Update);
-        self.steps.push_back(Step {
-            number: self.begun,
-            adamw,
-            updates_left: schedule.updates(),
-            expected: updated.map(|op| layout.chunks()[op.chunk].record).collect(),
-            ended: false,
-            commits,
-            commit: None,
-        });
-    }
-
-    /// Commits the oldest step when all its writes have completed: the drain before the flush.
-    fn settle(&mut self) {
-        while self.running.is_none()
-            && self.steps.front().is_some_and(|s| s.ended && s.updates_left == 0)
-        {
-            match self.steps.front_mut().and_then(|step| step.commit.take()) {
-                Some(blob) => match self.store.start_commit(self.working.clone(), &blob) {
-                    Ok(sequence) => {
-                        self.touched = false;
-                        self.flights.commit = self.shared.events.now();
-                        self.go_on(Running { sequence, commits: true });
-                    }
-                    Err(error) => return self.fail(error),
-                },
-                None => self.settle_front(),
-            }
-        }
-    }
-
-    fn start_writing(&mut self) -> Result {
-        let sequence = self.store.start_writing()?;
-        self.go_on(Running { sequence, commits: false });
-        Ok(())
-    }
-
-    /// Submits a sequence's next operations, or takes note of its end.
-    fn go_on(&mut self, mut running: Running) {
-        loop {
-            match self.store.next_operation(&mut running.sequence) {
-                Ok(Next::Operation(Sequenced { operation, drive, offset, slot, bytes })) => {
-                    let (again, work) = (false, Work::Sequence);
-                    self.submit(Pending { operation, drive, offset, bytes, again, work }, slot);
-                }
-                Ok(Next::Wait) => return self.running = Some(running),
-                Ok(Next::End) if running.commits => {
-                    self.held.committed();
-                    self.commit_ended();
-                    return self.settle_front();
-                }
-                Ok(Next::End) => return,
-                Err(error) => return self.fail(error),
-            }
-        }
-    }
-
-    fn settle_front(&mut self) {
-        self.steps.pop_front();
-        self.shared.lock().settled += 1;
-        self.shared.changed.notify_all();
-    }
-
-    fn fail(&mut self, error: Error) {
-        self.failed = true;
-        // What the next call would be told is told to the one that waits now, too.
-        let error = self.store.check().err().unwrap_or(error);
-        self.shared.lock().failure.get_or_insert(error);
-        self.shared.changed.notify_all();
-    }
-
-    /// Back to the last commit, once nothing is in flight any more.
-    fn finish_abort(&mut self) {
-        if self.touched && self.store.is_scratch() && (self.stopping || self.aborting.is_some()) {
-            let _ = self.store.give_up();
-        }
-        let Some(reply) = self.aborting.take() else { return };
-        self.touched = false;
-        self.loads = Default::default();
-        self.planned.clear();
-        self.updates.clear();
-        self.sources.iter_mut().for_each(|source| *source = None);
-        self.steps.clear();
-        self.scheduled.fill(0);
-        self.on_disk.fill(0);
-        self.held.back_to_the_last_commit();
-        self.working = Table::clone(&self.store.committed().table);
-        let outcome = self.store.check();
-        self.failed = outcome.is_err();
-        let mut state = self.shared.lock();
-        state.loads.clear();
-        state.ended = state.begun;
-        state.settled = state.begun;
-        state.failure = outcome.clone().err();
-        drop(state);
-        self.shared.changed.notify_all();
-        let _ = reply.send(outcome);
     }
 }

@@ -16,6 +16,8 @@ pub struct Residents {
     pub records: Vec<usize>,
     /// Chunks whose update planes stay.
     pub chunks: Vec<usize>,
+    /// Records whose gradient has a buffer of its own, and waits there if it is kept.
+    pub gradients: Vec<usize>,
 }
 
 impl Residents {
@@ -24,7 +26,15 @@ impl Residents {
         let mut sizes = ResidentSizes {
             weights: vec![0; layout.records().len()],
             planes: vec![0; layout.chunks().len()],
+            gradients: vec![0; layout.records().len()],
         };
+        for &record in &self.gradients {
+            let Some(bytes) = sizes.gradients.get_mut(record) else {
+                let count = layout.records().len();
+                return Err(Error::invalid(format!("gradient of record {record} of {count}")));
+            };
+            *bytes = record_gradient_bytes(layout, record);
+        }
         for &record in &self.records {
             let Some(bytes) = sizes.weights.get_mut(record) else {
                 let count = layout.records().len();
@@ -63,21 +73,38 @@ pub(super) fn weight_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &
 }
 
 pub(super) fn gradient_bytes(store: &Store, record: usize) -> usize {
-    crate::units::to_usize(store.layout().record_parameters(record)) * size_of::<f32>()
+    record_gradient_bytes(store.layout(), record)
+}
+
+fn record_gradient_bytes(layout: &Layout, record: usize) -> usize {
+    crate::units::to_usize(layout.record_parameters(record)) * size_of::<f32>()
+}
+
+/// Bytes on the drive for the gradient of a chunk.
+pub(super) fn kept_bytes(parameters: usize) -> usize {
+    (parameters * size_of::<f32>()).next_multiple_of(crate::units::PAGE_BYTES)
 }
 
 pub(super) fn gradient_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotList {
+    if let Some(own) = pool.residents.gradient_of(record) {
+        return own;
+    }
     let fits = gradient_bytes(store, record) <= pool.block_gradients.slot_bytes();
     if fits { &pool.block_gradients } else { &pool.outer_gradients }
 }
 
+/// Checks that the pool has a buffer for whatever a step may need. `spills` says whether gradients that
+/// have no buffer of their own are kept on the drive.
 pub(super) fn check_pool(
     store: &Store,
     sizes: &PoolSizes,
     residents: &ResidentSizes,
     settings: &[TensorSettings],
+    spills: bool,
 ) -> Result {
-    let trains = sizes.block_gradients.count + sizes.outer_gradients.count > 0;
+    // New weights of a kept gradient go to the drive from a chunk slot, whatever stays: compute has theirs.
+    let keeps = spills || residents.gradients.iter().any(|bytes| *bytes > 0);
+    let trains = sizes.block_gradients.count + sizes.outer_gradients.count > 0 || keeps;
     if trains && settings.is_empty() {
         return Err(Error::invalid(
             "a pool with gradient buffers needs the settings of the tensors to train",
@@ -101,17 +128,24 @@ pub(super) fn check_pool(
         }
         let gradient = gradient_bytes(store, record);
         // A pool without gradient buffers reads only (generation).
-        let reads_only = sizes.block_gradients.count == 0 && sizes.outer_gradients.count == 0;
-        if !reads_only && !room(gradient, [sizes.block_gradients, sizes.outer_gradients]) {
+        let reads_only = !trains;
+        let has_own = residents.gradients[record] > 0;
+        if !reads_only
+            && !has_own
+            && !room(gradient, [sizes.block_gradients, sizes.outer_gradients])
+        {
             return Err(Error::invalid(format!(
                 "the pool has no buffer for the {gradient} bytes of gradients of {name}"
             )));
         }
         let largest = chunks
             .clone()
-            .filter(|c| !stays || residents.planes[*c] == 0)
+            .filter(|c| keeps || !stays || residents.planes[*c] == 0)
             .map(|c| layout.chunks()[c])
-            .map(|c| chunk_slot_bytes(c.format(), c.parameters))
+            .map(|c| {
+                let kept = if spills && !has_own { kept_bytes(c.parameters) } else { 0 };
+                chunk_slot_bytes(c.format(), c.parameters) + kept
+            })
             .max();
         let chunk = largest.unwrap_or(0);
         let has_slots = sizes.chunk_slots.count > 0 && sizes.chunk_slots.bytes >= chunk;

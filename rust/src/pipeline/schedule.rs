@@ -1,6 +1,7 @@
 //! The schedule: the ordered chunk operations of a step, known before it starts. It is built in one
 //! place (Python's `schedule.py`); here it is only checked.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,8 +13,13 @@ use crate::layout::Layout;
 pub enum Kind {
     /// Its weights are read into its record's buffer.
     Load,
+    /// As a load, and on the way it is updated with the gradient that the step before kept: its update
+    /// planes are read, too, and both groups are written.
+    Apply,
     /// Its update planes are read, it is updated, and both groups are written.
     Update,
+    /// Its gradient is kept until the norm of all is known.
+    Keep,
 }
 
 /// One operation of the schedule.
@@ -31,19 +37,23 @@ pub struct Schedule {
     operations: Vec<ChunkOp>,
     loads: Vec<usize>,
     updates: usize,
+    applied: BTreeSet<usize>,
+    updated: BTreeSet<usize>,
+    kept: BTreeSet<usize>,
     layout: Arc<Layout>,
 }
 
 impl Schedule {
-    /// Checks the operations against the layout: a record is loaded as one run of all its chunks, a
-    /// chunk is updated at most once, a record is updated whole, and nothing is loaded after its
-    /// update in the same step.
+    /// Checks the operations against the layout: each concerns a record as one run of all its chunks. A
+    /// record is applied at most once, before anything else happens to it; it is updated at most once, and
+    /// its gradient is kept at most once, behind that. Nothing is loaded after either in the same step.
     ///
     /// # Errors
     /// `Invalid` naming the first operation that breaks a rule.
     pub fn new(layout: &Arc<Layout>, operations: Vec<ChunkOp>) -> Result<Self> {
         let mut loads = Vec::new();
-        let mut updated = vec![false; layout.chunks().len()];
+        let (mut applied, mut updated, mut kept) =
+            (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         let mut expected: Option<(Kind, Range<usize>)> = None;
         for (index, operation) in operations.iter().enumerate() {
             let broken = |rule: &str| {
@@ -62,24 +72,38 @@ impl Schedule {
             if kind != operation.kind || run.next() != Some(operation.chunk) {
                 return broken("a record's chunks must follow each other, all of them");
             }
-            if updated[operation.chunk] {
-                return broken("the chunk was already updated in this step");
-            }
-            if kind == Kind::Update {
-                if !chunk.format().is_trainable() {
-                    return broken("its record is not trained");
-                }
-                updated[operation.chunk] = true;
-            } else if operation.chunk == layout.records()[chunk.record].start {
-                loads.push(chunk.record);
-            }
             expected = Some((kind, run));
+            if operation.chunk != layout.records()[chunk.record].start {
+                continue;
+            }
+            let record = chunk.record;
+            if kind != Kind::Load && !chunk.format().is_trainable() {
+                return broken("its record is not trained");
+            }
+            if kept.contains(&record) || (kind != Kind::Keep && updated.contains(&record)) {
+                return broken(
+                    "the record was already updated, or its gradient kept, in this step",
+                );
+            }
+            match kind {
+                Kind::Apply if loads.contains(&record) => {
+                    return broken("its record was loaded before in this step");
+                }
+                Kind::Apply => drop(applied.insert(record)),
+                Kind::Update => drop(updated.insert(record)),
+                Kind::Keep => drop(kept.insert(record)),
+                Kind::Load => {}
+            }
+            if matches!(kind, Kind::Load | Kind::Apply) {
+                loads.push(record);
+            }
         }
         if expected.is_some_and(|(_, run)| !run.is_empty()) {
             return Err(Error::invalid("the schedule ends in the middle of a record"));
         }
-        let updates = updated.iter().filter(|u| **u).count();
-        Ok(Self { operations, loads, updates, layout: Arc::clone(layout) })
+        let updates = chunks(layout, &updated);
+        let layout = Arc::clone(layout);
+        Ok(Self { operations, loads, updates, applied, updated, kept, layout })
     }
 
     /// Whether this schedule was checked against that very layout.
@@ -106,11 +130,40 @@ impl Schedule {
         &self.loads
     }
 
-    /// Number of chunks that are updated.
+    /// Number of chunks that are updated with gradients of this step, in this step.
     #[must_use]
     pub fn updates(&self) -> usize {
         self.updates
     }
+
+    /// The records that are updated with what the step before kept.
+    #[must_use]
+    pub fn applied(&self) -> &BTreeSet<usize> {
+        &self.applied
+    }
+
+    /// The records that are updated with gradients of this step, in this step.
+    #[must_use]
+    pub fn updated(&self) -> &BTreeSet<usize> {
+        &self.updated
+    }
+
+    /// The records whose gradients are kept.
+    #[must_use]
+    pub fn kept(&self) -> &BTreeSet<usize> {
+        &self.kept
+    }
+
+    /// Number of records that get a gradient.
+    #[must_use]
+    pub fn gradients(&self) -> usize {
+        self.updated.union(&self.kept).count()
+    }
+}
+
+/// Number of chunks of some records.
+pub(super) fn chunks(layout: &Layout, records: &BTreeSet<usize>) -> usize {
+    records.iter().map(|record| layout.records()[*record].len()).sum()
 }
 
 #[cfg(test)]
@@ -124,7 +177,7 @@ mod tests {
         let formats = [(StateFormat::F32, 8192), (StateFormat::Raw16, 4096)];
         let layout = Arc::new(Layout::new(&manifest(4096, &formats)).expect("valid"));
         let op = |kind, chunk| ChunkOp { kind, chunk };
-        use Kind::{Load, Update};
+        use Kind::{Apply, Keep, Load, Update};
         let good = vec![
             op(Load, 0),
             op(Load, 1),
@@ -136,6 +189,14 @@ mod tests {
         ];
         let schedule = Schedule::new(&layout, good).expect("valid");
         assert_eq!((schedule.loads(), schedule.updates()), (&[0, 1, 0][..], 2));
+        let whole = |kind| [op(kind, 0), op(kind, 1)];
+        let order = |kinds: &[Kind]| kinds.iter().copied().flat_map(whole).collect::<Vec<_>>();
+        let schedule = Schedule::new(&layout, order(&[Apply, Load, Update, Keep])).expect("valid");
+        assert_eq!((schedule.loads(), schedule.updates()), (&[0, 0][..], 2));
+        assert_eq!((schedule.applied().len(), schedule.kept().len()), (1, 1));
+        for kinds in [[Load, Apply], [Apply, Apply], [Keep, Update], [Keep, Load], [Keep, Keep]] {
+            assert!(Schedule::new(&layout, order(&kinds)).is_err(), "{kinds:?}");
+        }
         let bad = [
             vec![op(Load, 0)],
             vec![op(Load, 1), op(Load, 0)],

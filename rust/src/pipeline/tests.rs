@@ -18,7 +18,7 @@ mod residents;
 const LONG: Duration = Duration::from_secs(60);
 
 fn adamw(step: u64) -> AdamW {
-    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step }
+    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step, gradient_scale: 1.0 }
 }
 
 /// Records of a small model: block, larger record, block with a short last chunk.
@@ -181,6 +181,7 @@ impl Setup {
                 kernel: None,
                 tensors,
                 residents: self.residents.clone(),
+                gradient_files: GradientFiles::default(),
             },
         )
         .expect("started")
@@ -227,7 +228,7 @@ fn train_step(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: 
         }
         pipeline.submit(record, weights, buffer)?;
     }
-    pipeline.end(commit.then(|| format!("step {step}").into_bytes()))
+    pipeline.end(commit.then(|| format!("step {step}").into_bytes()), After::Stands)
 }
 
 /// Every plane of every record, as f32 bits.
@@ -424,14 +425,17 @@ fn a_step_that_has_ended_survives_abort_and_stop() {
 #[test]
 fn what_contradicts_the_step_is_refused() {
     let (_folder, _, _, schedule, pipeline) = imported();
-    assert!(pipeline.end(None).is_err(), "no step was begun");
+    assert!(pipeline.end(None, After::Stands).is_err(), "no step was begun");
     pipeline.begin(Arc::clone(&schedule), adamw(1), false).expect("begun");
     assert!(pipeline.begin(Arc::clone(&schedule), adamw(1), false).is_err(), "not ended");
     let small = || Slot::standalone(PAGE_BYTES, &Ledger::new(), "test").expect("memory");
     assert!(pipeline.submit(0, small(), small()).is_err(), "too small");
     assert!(pipeline.submit(9, small(), small()).is_err(), "no such record");
-    assert!(pipeline.end(Some(vec![0; BLOB_BYTES_MAX + 1])).is_err(), "a blob too large");
-    pipeline.end(None).expect("sent");
+    assert!(
+        pipeline.end(Some(vec![0; BLOB_BYTES_MAX + 1]), After::Stands).is_err(),
+        "a blob too large"
+    );
+    pipeline.end(None, After::Stands).expect("sent");
     let error = pipeline.wait_settled(LONG).expect_err("gradients are missing");
     assert!(error.to_string().contains("without the gradient of record 0"), "{error}");
 }

@@ -1,5 +1,7 @@
 //! Updating one chunk: which tensors lie in it, AdamW over its planes, checksums of what it wrote.
 
+use std::ops::Range;
+
 use bytemuck::{cast_slice, cast_slice_mut};
 use rayon::current_num_threads;
 use rayon::prelude::*;
@@ -64,6 +66,12 @@ impl Settings {
             ))),
             None => Ok(Self { by_record }),
         }
+    }
+
+    /// Where the tensors of one record lie in it.
+    pub(super) fn tensors(&self, record: usize) -> Vec<Range<usize>> {
+        let place = |t: &TensorSettings| to_usize(t.offset)..to_usize(t.offset + t.elements);
+        self.by_record[record].iter().map(place).collect()
     }
 
     /// The runs of one chunk that share scalars; padding between tensors is in none.
@@ -248,7 +256,14 @@ mod tests {
     use crate::ledger::Ledger;
 
     fn scalars(weight_decay: f64) -> Scalars {
-        let adamw = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 3 };
+        let adamw = AdamW {
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            step: 3,
+            gradient_scale: 1.0,
+        };
         adamw.scalars(1.0, weight_decay)
     }
 

@@ -101,7 +101,7 @@ impl Shape {
         let formats = [StateFormat::F32, StateFormat::Bf16];
         let slot = formats.map(|format| chunk_slot_bytes(format, chunk)).into_iter().max();
         PoolSizes {
-            chunk_slots: kind(slot.unwrap_or(0), 4),
+            chunk_slots: kind(slot.unwrap_or(0) + chunk * size_of::<f32>(), 4),
             block_buffers: kind(parameters * 4, 3),
             outer_buffers: PoolSizes::default().outer_buffers,
             block_gradients: kind(parameters * 4, 2),
@@ -122,8 +122,10 @@ impl Shape {
     }
 }
 
+/// Every second step is clipped.
 pub(crate) fn adamw(step: u64) -> AdamW {
-    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step }
+    let gradient_scale = if step.is_multiple_of(2) { 0.5 } else { 1.0 };
+    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step, gradient_scale }
 }
 
 /// A pure function of the step: whoever trains a step again trains it alike.
@@ -217,15 +219,16 @@ impl Memory {
     }
 }
 
-/// Forward over all records, then backward with updates, as training does.
-pub(crate) fn schedule(store: &Store) -> Arc<Schedule> {
+/// Forward over all records, with the updates that wait, then backward with what a step does there.
+pub(crate) fn schedule(store: &Store, first: Kind, gradients: &[Kind]) -> Arc<Schedule> {
     let chunks = |record: usize, kind| {
         store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
     };
-    let forward = (0..3).flat_map(|record| chunks(record, Kind::Load));
-    let backward = (0..3)
-        .rev()
-        .flat_map(|record| chunks(record, Kind::Load).chain(chunks(record, Kind::Update)));
+    let forward = (0..3).flat_map(|record| chunks(record, first));
+    let backward = (0..3).rev().flat_map(|record| {
+        let done = gradients.iter().flat_map(move |kind| chunks(record, *kind));
+        chunks(record, Kind::Load).chain(done)
+    });
     let operations = forward.chain(backward).collect();
     Arc::new(Schedule::new(store.layout(), operations).expect("valid"))
 }

@@ -1,13 +1,13 @@
 //! What callers are told that they wait for. The drive moves by hand, so each situation stands still.
 
+use super::calls::schedule;
 use super::memories::{adamw, len};
-use super::training::schedule;
 use super::*;
 use crate::pipeline::executor::Executor;
 use crate::pipeline::stalls::{Cause, Causes};
 use crate::pipeline::{
-    Kernel, Lane, Options, Pipeline, PoolSizes, Residents, Schedule, TensorSettings,
-    chunk_slot_bytes,
+    After, GradientFiles, Kernel, Lane, Options, Pipeline, PoolSizes, Residents, Schedule,
+    TensorSettings, chunk_slot_bytes,
 };
 use crate::pool::Kind;
 use std::time::Duration;
@@ -44,9 +44,10 @@ impl Stand {
             lr_scale: 1.0,
         });
         let (kernel, tensors) = (Some(Kernel::Scalar), tensors.to_vec());
-        let options = Options { pool, threads: 1, kernel, tensors, residents };
+        let gradient_files = GradientFiles::default();
+        let options = Options { pool, threads: 1, kernel, tensors, residents, gradient_files };
         drive.set_by_hand(true);
-        let schedule = schedule(&store, &[0, 1]);
+        let schedule = schedule(&store, &[], &[0, 1], (true, false));
         let (front, executor) = Pipeline::assemble(Arc::new(store), &options).expect("assembled");
         Self { drive, front, executor, schedule }
     }
@@ -127,7 +128,7 @@ fn a_load_waits_for_the_write_of_its_chunk() {
     stand.forward(1, false);
     stand.submit(1);
     stand.submit(0);
-    stand.front.end(None).expect("ended");
+    stand.front.end(None, After::Stands).expect("ended");
     assert_eq!(stand.turn().gradient, Cause::Write, "the store is not writable yet");
     stand.make_writable();
     stand.begin(2, false);
@@ -153,7 +154,7 @@ fn an_update_waits_for_a_chunk_slot_and_then_for_its_planes() {
     stand.submit(1);
     stand.rest();
     stand.submit(0);
-    stand.front.end(None).expect("ended");
+    stand.front.end(None, After::Stands).expect("ended");
     stand.rest();
     stand.forward(2, false);
     stand.submit(1);
@@ -165,13 +166,14 @@ fn an_update_waits_for_a_chunk_slot_and_then_for_its_planes() {
 #[test]
 fn an_update_waits_for_the_commit_before_it() {
     let base = base();
-    let residents = Residents { records: vec![0, 1], chunks: (0..CHUNKS).collect() };
+    let residents =
+        Residents { records: vec![0, 1], chunks: (0..CHUNKS).collect(), gradients: vec![] };
     let mut stand = Stand::new(&base, 1, 2, residents);
     stand.front.record_events();
     stand.forward(1, true);
     stand.submit(1);
     stand.submit(0);
-    stand.front.end(Some(b"step 1".to_vec())).expect("ended");
+    stand.front.end(Some(b"step 1".to_vec()), After::Stands).expect("ended");
     stand.make_writable();
     for _ in 0..CHUNKS {
         stand.turn();

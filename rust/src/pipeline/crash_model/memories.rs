@@ -14,7 +14,7 @@ pub(super) fn len(parameters: u64) -> usize {
 }
 
 pub(super) fn adamw(step: u64) -> AdamW {
-    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step }
+    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step, gradient_scale: 1.0 }
 }
 
 pub(super) fn value(step: u64, record: usize, index: usize) -> f32 {
@@ -50,14 +50,14 @@ impl Memories {
     }
 
     /// One more step, of these records.
-    pub(super) fn train(&mut self, step: u64, trained: &[usize]) {
+    pub(super) fn train(&mut self, step: u64, trained: &[usize], gradient_scale: f32) {
         self.after.truncate(len(step));
         let mut state = self.after[len(step) - 1].clone();
         for &index in trained {
             let record = Arc::make_mut(&mut state[index]);
             let n = record.weight.len();
             let gradient: Vec<f32> = (0..n).map(|i| value(step, index, i)).collect();
-            let scalars = adamw(step).scalars(1.0, 0.01);
+            let scalars = AdamW { gradient_scale, ..adamw(step) }.scalars(1.0, 0.01);
             let old = record.weight.clone();
             adamw::update_f32(
                 Kernel::Scalar,

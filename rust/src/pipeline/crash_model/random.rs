@@ -20,19 +20,28 @@ fn bases(durability: Durability) -> [Base; 3] {
     shapes.map(|(records, drives)| Base::new(records, durability, drives))
 }
 
+/// Nothing can be taken back there.
+fn base_is_scratch(bases: &[Base; 3]) -> bool {
+    bases[0].is_scratch
+}
+
 /// A run that follows from its seed: up to three processes, each with its end, then one that trains to
 /// the last step.
 fn random_run(bases: &[Base; 3], seed: u64, breakage: Breakage, lies: bool) -> Verdict {
     let mut rng = fastrand::Rng::with_seed(seed ^ 0x5eed);
-    let run = Run {
+    let mut run = Run {
         seed,
         steps: rng.u64(2..=6),
         commit_every: [1, 1, 2, 3][rng.usize(..4)],
         partial: rng.bool(),
         stays: [Stays::Nothing, Stays::Half, Stays::All][rng.usize(..3)],
+        clips: [Clips::Never, Clips::Deferred, Clips::Guessed][rng.usize(..3)],
         breakage,
         ignores_flushes: lies,
     };
+    if base_is_scratch(bases) && run.clips == Clips::Guessed {
+        run.clips = Clips::Deferred;
+    }
     // Two chunks take longer.
     let base = &bases[[1, 2, 2, 2, 0, 0, 0, 0][rng.usize(..8)]];
     let mut machine = base.machine(&run);

@@ -1,13 +1,13 @@
 //! A machine that trains, crashes and starts again, and what its store must hold.
 
+use super::calls::Call;
 use super::memories::{Memories, adamw, len, value};
 use super::*;
 use crate::buffer::Slot;
 use crate::error::Result;
 use crate::pipeline::executor::Executor;
 use crate::pipeline::{
-    ChunkOp, Command, Kernel, Kind, Options, Pipeline, PoolSizes, Residents, Schedule,
-    TensorSettings, chunk_slot_bytes,
+    Command, Kernel, Options, Pipeline, PoolSizes, Residents, TensorSettings, chunk_slot_bytes,
 };
 use crate::pool;
 use std::collections::VecDeque;
@@ -26,44 +26,30 @@ pub(super) enum Ending {
     Close,
 }
 
-/// One call of the trainer.
-#[derive(Clone, Debug)]
-enum Call {
-    Begin {
-        schedule: Arc<Schedule>,
-        commits: bool,
-    },
-    /// Take the weights of a record and drop them: the forward pass.
-    Pass(usize),
-    Train(usize),
-    End {
-        commit: bool,
-    },
-    Settle,
-}
-
 /// A process with the store open.
-struct Process {
-    store: Arc<Store>,
+pub(super) struct Process {
+    pub(super) store: Arc<Store>,
     front: Pipeline,
     executor: Executor,
     /// The step that the store was at when it was opened, or after an abort.
     from: u64,
     /// Steps that had settled then.
     settled: u64,
-    step: u64,
-    calls: VecDeque<Call>,
+    pub(super) step: u64,
+    pub(super) calls: VecDeque<Call>,
+    /// Records whose gradients wait for the next step.
+    pub(super) waiting: Vec<usize>,
 }
 
 pub(super) struct Machine<'a> {
-    base: &'a Base,
-    run: Run,
+    pub(super) base: &'a Base,
+    pub(super) run: Run,
     pub(super) drive: Arc<Faulty>,
     engine: Arc<Broken>,
     pub(super) rng: fastrand::Rng,
     boot: u8,
-    memories: Memories,
-    process: Option<Process>,
+    pub(super) memories: Memories,
+    pub(super) process: Option<Process>,
     /// The last step that was acknowledged as durable, or found by an open.
     acknowledged: u64,
     /// The last step that was handed over for a commit.
@@ -147,8 +133,9 @@ impl<'a> Machine<'a> {
         let (front, executor) = Pipeline::assemble(Arc::new(store), &self.options())
             .map_err(|error| error.to_string())?;
         let store = Arc::clone(front.store());
-        let calls = VecDeque::new();
-        Ok(Some(Process { store, front, executor, from: found, settled: 0, step: found, calls }))
+        let (calls, waiting) = (VecDeque::new(), Vec::new());
+        let (from, settled, step) = (found, 0, found);
+        Ok(Some(Process { store, front, executor, from, settled, step, calls, waiting }))
     }
 
     /// Whether what the drive acknowledged may be lost, as long as it is noticed: it lies, and its power
@@ -213,8 +200,10 @@ impl<'a> Machine<'a> {
         let records = &self.base.records;
         let weights = |n: u64| (len(n) * 4).next_multiple_of(4096);
         let largest = records.iter().copied().max().unwrap_or(0);
+        let in_chunk = len(largest.min(4096));
+        let slot = chunk_slot_bytes(StateFormat::F32, in_chunk) + weights(in_chunk as u64);
         let pool = PoolSizes {
-            chunk_slots: kind(chunk_slot_bytes(StateFormat::F32, len(largest.min(4096))), 3),
+            chunk_slots: kind(slot, 3),
             block_buffers: kind(weights(largest), 2),
             block_gradients: kind(weights(largest), 2),
             ..PoolSizes::default()
@@ -237,25 +226,17 @@ impl<'a> Machine<'a> {
         };
         let some = |count: usize| (0..count).filter(|i| (i + 1).is_multiple_of(every)).collect();
         let chunks = records.iter().map(|n| len(n.div_ceil(4096))).sum();
-        let residents = Residents { records: some(records.len()), chunks: some(chunks) };
-        Options { pool, threads: 1, kernel: Some(Kernel::Scalar), tensors, residents }
-    }
-
-    /// Whether a step ends with a commit.
-    fn commits(&self, step: u64) -> bool {
-        step.is_multiple_of(self.run.commit_every) || step == self.run.steps
-    }
-
-    /// The records that a step trains. A commit has all that changed in RAM alone.
-    fn trained(&self, step: u64) -> Vec<usize> {
-        let all = 0..self.base.records.len();
-        let must_be_whole = self.run.stays != Stays::Nothing && self.commits(step);
-        if !self.run.partial || must_be_whole {
-            return all.collect();
-        }
-        let mut rng = fastrand::Rng::with_seed(self.run.seed ^ (step << 32));
-        let forced = rng.usize(all.clone());
-        all.filter(|record| *record == forced || rng.bool()).collect()
+        let gradients = match self.run.clips {
+            Clips::Never => vec![],
+            _ => some(records.len()),
+        };
+        let residents = Residents { records: some(records.len()), chunks: some(chunks), gradients };
+        let gradient_files = match self.run.clips {
+            Clips::Never => GradientFiles::default(),
+            _ => self.base.gradient_files.clone(),
+        };
+        let kernel = Some(Kernel::Scalar);
+        Options { pool, threads: 1, kernel, tensors, residents, gradient_files }
     }
 
     /// Whether the training has come to its end and everything is durable.
@@ -287,7 +268,8 @@ impl<'a> Machine<'a> {
         let goes_on = process.executor.turn();
         process.executor.receive();
         let settled = process.front.shared.lock().settled;
-        let done = process.from + (settled - process.settled);
+        // What applies the last gradients counts as one more.
+        let done = (process.from + (settled - process.settled)).min(self.run.steps);
         let every = self.run.commit_every;
         let committed = if done == self.run.steps { done } else { done / every * every };
         self.acknowledged = self.acknowledged.max(committed);
@@ -295,24 +277,10 @@ impl<'a> Machine<'a> {
     }
 
     fn call(&mut self) -> Result {
-        let next = self.process.as_ref().map(|p| p.step + 1);
-        let next = next.map(|step| (self.trained(step), self.commits(step)));
-        let Some(process) = &mut self.process else { return Ok(()) };
-        if process.calls.is_empty() {
-            if process.step == self.run.steps {
-                process.calls.push_back(Call::Settle);
-            } else {
-                process.step += 1;
-                let (trained, commits) = next.unwrap_or_default();
-                self.memories.train(process.step, &trained);
-                let records = 0..self.base.records.len();
-                let schedule = schedule(&process.store, &trained);
-                process.calls.push_back(Call::Begin { schedule, commits });
-                process.calls.extend(records.map(Call::Pass));
-                process.calls.extend(trained.iter().rev().map(|r| Call::Train(*r)));
-                process.calls.push_back(Call::End { commit: commits });
-            }
+        if self.process.as_ref().is_some_and(|process| process.calls.is_empty()) {
+            self.plan_calls();
         }
+        let Some(process) = &mut self.process else { return Ok(()) };
         let Some(call) = process.calls.front() else { return Ok(()) };
         let front = &process.front;
         if let Some(failure) = &front.shared.lock().failure {
@@ -325,7 +293,8 @@ impl<'a> Machine<'a> {
             }
             Call::Pass(record) => front.take_weights(*record, NO_WAIT)?.is_some(),
             Call::Train(record) => {
-                let list = &front.pool().block_gradients;
+                let own = front.pool().residents.gradient_of(*record);
+                let list = own.unwrap_or(&front.pool().block_gradients);
                 // Both or none: a call is tried again from its beginning.
                 if list.free_count() == 0 {
                     false
@@ -342,9 +311,10 @@ impl<'a> Machine<'a> {
                     false
                 }
             }
-            Call::End { commit } => {
+            Call::Norm => front.squares(NO_WAIT)?.is_some(),
+            Call::End { commit, after } => {
                 let blob = format!("step {}", process.step).into_bytes();
-                front.end(commit.then_some(blob))?;
+                front.end(commit.then_some(blob), *after)?;
                 if *commit {
                     self.handed_over = process.step;
                 }
@@ -423,6 +393,7 @@ impl<'a> Machine<'a> {
                 .ok_or("an abort lost the blob")?;
             let settled = process.front.shared.lock().settled;
             process.calls.clear();
+            process.waiting.clear();
             (process.from, process.step, process.settled) = (step, step, settled);
             if step < self.acknowledged || step > self.handed_over.max(self.acknowledged) {
                 return Err(format!("the abort went to step {step}"));
@@ -468,22 +439,6 @@ impl<'a> Machine<'a> {
             }
         }
     }
-}
-
-/// Forward over all records, then backward with updates of those that are trained.
-pub(super) fn schedule(store: &Store, trained: &[usize]) -> Arc<Schedule> {
-    let chunks = |record: usize, kind| {
-        store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
-    };
-    let mut operations = Vec::new();
-    for record in 0..store.layout().records().len() {
-        operations.extend(chunks(record, Kind::Load));
-    }
-    for &record in trained.iter().rev() {
-        operations.extend(chunks(record, Kind::Load));
-        operations.extend(chunks(record, Kind::Update));
-    }
-    Arc::new(Schedule::new(store.layout(), operations).expect("valid"))
 }
 
 /// A fault for `Faulty`, and the ways of saying so in a sentence.

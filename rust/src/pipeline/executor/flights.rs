@@ -35,18 +35,16 @@ impl Executor {
     pub(super) fn landed(&mut self, tag: u64, pending: &Pending) {
         let Some((lane, start)) = self.flights.starts.remove(&tag) else { return };
         self.flights.lanes[direction(pending)][lane] = false;
-        let (lane, name, chunk) = match pending.work {
-            Work::Load { chunk, .. } => (Lane::Read(lane), "read weights", chunk),
-            Work::Planes { chunk, .. } => (Lane::Read(lane), "read planes", chunk),
-            Work::Write { chunk, group: Group::Weight } => {
-                (Lane::Write(lane), "write weights", chunk)
-            }
-            Work::Write { chunk, group: Group::Update } => {
-                (Lane::Write(lane), "write planes", chunk)
-            }
+        let (lane, name) = match pending.work {
+            Work::Load { .. } => (Lane::Read(lane), "read weights"),
+            Work::Planes { .. } => (Lane::Read(lane), "read planes"),
+            Work::Gradient { .. } => (Lane::Read(lane), "read gradient"),
+            Work::Write { group: Group::Weight, .. } => (Lane::Write(lane), "write weights"),
+            Work::Write { group: Group::Update, .. } => (Lane::Write(lane), "write planes"),
+            Work::Keep { .. } => (Lane::Write(lane), "write gradient"),
             Work::Sequence => return,
         };
-        self.shared.events.record(lane, name, Some(chunk), Some(start));
+        self.shared.events.record(lane, name, pending.work.chunk(), Some(start));
     }
 
     /// Records the commit that began at `flights.commit`.

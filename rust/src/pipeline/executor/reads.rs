@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Executor, Pending, PlannedUpdate, RESIDENT, Update, Work};
+use super::{Executor, Part, Pending, PlannedUpdate, RESIDENT, Update, Work};
 use crate::buffer::{Slot, SlotList};
-use crate::checksum;
+use crate::checksum::{self, Binding, Mismatch};
 use crate::engine::{Completion, Operation, Request};
 use crate::error::{Error, Result};
+use crate::pipeline::memory::kept_bytes;
 use crate::pipeline::{Lane, Timings};
 use crate::store::ReadPlan;
 use crate::units::Group;
@@ -15,6 +16,9 @@ use crate::units::Group;
 impl Executor {
     /// Starts the loads of one kind of buffer, in order, as far as buffers and the disk allow.
     pub(super) fn start_loads(&mut self, class: usize) {
+        if self.taken_back.is_some() {
+            return;
+        }
         let layout = Arc::clone(self.store.layout());
         for position in 0..self.loads[class].len() {
             let load = &mut self.loads[class][position];
@@ -61,6 +65,9 @@ impl Executor {
     /// Serves the loads of records that stay in RAM: without I/O, once they were read. A record whose
     /// buffer is out waits alone; loads of the same record keep their order.
     pub(super) fn start_resident_loads(&mut self) {
+        if self.taken_back.is_some() {
+            return;
+        }
         let mut waiting = Vec::new();
         let mut position = 0;
         while let Some(load) = self.loads[RESIDENT].get(position) {
@@ -81,7 +88,7 @@ impl Executor {
             if self.held.has_weights(record) {
                 position -= 1;
                 if let Some(load) = self.loads[RESIDENT].remove(position) {
-                    self.hand_over(load.number, slot);
+                    self.deliver(record, load.number, load.applies, slot);
                 }
             } else {
                 let bytes = self.store.layout().record_weight_bytes(record);
@@ -95,24 +102,42 @@ impl Executor {
     /// Gives updates their memory, in order, and reads the planes that are not in RAM.
     pub(super) fn start_plane_reads(&mut self) {
         let layout = Arc::clone(self.store.layout());
-        while let Some(&PlannedUpdate { step, chunk, needs }) = self.planned.front() {
-            if self.on_disk[chunk] < needs {
+        while let Some(&PlannedUpdate { step, chunk, needs, applies }) = self.planned.front() {
+            if self.on_disk[chunk] < needs
+                || self.taken_back.is_some_and(|back| applies || back != step)
+            {
                 return;
             }
             let place = &layout.chunks()[chunk];
             let own_weights = self.pool.residents.weights_of(place.record).is_some();
             let own_planes = self.pool.residents.planes_of(chunk);
-            let mut weight_out = None;
-            let mut planes = None;
-            if !own_weights || own_planes.is_none() {
-                let Some(slot) = self.pool.chunk_slots.try_take() else {
+            let on_drive = applies && self.kept.holds(chunk);
+            if on_drive && !self.kept.is_written(chunk) {
+                return;
+            }
+            // The caller computes with weights that were updated on their way, while they are written.
+            let commits = self.steps.iter().any(|s| s.number == step && s.commits);
+            let has_out = !own_weights || (applies && commits);
+            let mut parts = [None, None, None];
+            if has_out || own_planes.is_none() || on_drive {
+                let Some(mut rest) = self.pool.chunk_slots.try_take() else {
                     self.starved.chunk_slots = true;
                     return;
                 };
-                let (front, rest) = slot.split_at(place.extent_bytes(Group::Weight));
-                weight_out = (!own_weights).then_some(front);
-                planes = own_planes.is_none().then_some(rest);
+                let wanted = [has_out, own_planes.is_none(), on_drive];
+                let sizes = [
+                    place.extent_bytes(Group::Weight),
+                    place.extent_bytes(Group::Update),
+                    kept_bytes(place.parameters),
+                ];
+                for ((part, size), is_wanted) in parts.iter_mut().zip(sizes).zip(wanted) {
+                    if is_wanted {
+                        let next = rest.split_off(size);
+                        *part = Some(std::mem::replace(&mut rest, next));
+                    }
+                }
             }
+            let [weight_out, mut planes, gradient] = parts;
             if let Some(list) = own_planes {
                 // Free: the last update of the chunk has ended.
                 let Some(slot) = list.try_take() else { return };
@@ -128,9 +153,14 @@ impl Executor {
                 weight_out,
                 planes: None,
                 is_read,
+                gradient: if on_drive { Part::Coming } else { Part::Whole },
+                applies,
                 written: Vec::new(),
                 writes_left: 0,
             });
+            if let Some(slot) = gradient {
+                self.read_kept(chunk, step, slot);
+            }
             if is_read {
                 if let Some(update) = self.updates.last_mut() {
                     update.planes = Some(planes);
@@ -146,14 +176,16 @@ impl Executor {
 
     fn read(&mut self, place: (usize, u64), bytes: usize, slot: Slot, work: Work) {
         let (operation, (drive, offset), again) = (Operation::Read, place, false);
-        self.submit(Pending { operation, drive, offset, bytes, again, work }, Some(slot));
+        let file = Arc::clone(self.store.drives().file(drive));
+        self.submit(Pending { operation, file, offset, bytes, again, work }, Some(slot));
     }
 
     /// Starts an operation, or completes it at once when there is nothing on disk.
     pub(super) fn submit(&mut self, pending: Pending, slot: Option<Slot>) {
         let tag = self.next_tag;
         self.next_tag += 1;
-        let Pending { operation, drive, offset, bytes, .. } = pending;
+        let Pending { operation, offset, bytes, .. } = pending;
+        let file = Arc::clone(&pending.file);
         self.took_off(tag, &pending);
         self.pending.insert(tag, pending);
         let reply = self.reply.clone();
@@ -162,7 +194,6 @@ impl Executor {
             let _ = reply.send(Completion { tag, slot, result: Ok(()) });
             return;
         }
-        let file = Arc::clone(self.store.drives().file(drive));
         self.store.engine().0.submit(Request { operation, file, offset, slot, bytes, tag, reply });
     }
 
@@ -198,49 +229,83 @@ impl Executor {
     }
 
     fn use_completed(&mut self, pending: Pending, slot: Slot) -> Result {
-        let (chunk, group, plan) = match &pending.work {
-            Work::Load { chunk, plan, .. } => (*chunk, Group::Weight, plan),
-            Work::Planes { chunk, plan, .. } => (*chunk, Group::Update, plan),
+        let found = match &pending.work {
+            Work::Load { chunk, plan, .. } | Work::Planes { chunk, plan, .. } => {
+                self.verify(*chunk, &plan.binding, &plan.sums, &slot[..plan.bytes])
+            }
+            Work::Gradient { chunk, step } => {
+                let binding = self.kept.binding(*chunk, *step);
+                self.verify(*chunk, &binding, self.kept.sums(*chunk), &slot)
+            }
             Work::Write { chunk, .. } => {
                 drop(slot);
                 self.wrote(*chunk);
                 return Ok(());
             }
+            Work::Keep { chunk } => {
+                drop(slot);
+                self.kept.wrote(*chunk);
+                return Ok(());
+            }
             Work::Sequence => return Ok(()),
         };
-        if !self.verify(chunk, group, plan, pending.again, &slot)? {
-            self.submit(Pending { again: true, ..pending }, Some(slot));
-            return Ok(());
+        match found {
+            Ok(()) => {}
+            // A flip on the bus or in RAM is gone at the second reading.
+            Err(_) if !pending.again => {
+                self.submit(Pending { again: true, ..pending }, Some(slot));
+                return Ok(());
+            }
+            Err(mismatch) => return Err(self.corrupt(&pending, mismatch)),
         }
         match pending.work {
             Work::Load { number, chunk, plan } => self.loaded(number, chunk, &plan, slot),
             Work::Planes { chunk, rest, .. } => self.planes_read(chunk, rest, slot),
-            Work::Write { .. } | Work::Sequence => {}
+            Work::Gradient { chunk, .. } => self.kept_read(chunk, slot),
+            Work::Write { .. } | Work::Keep { .. } | Work::Sequence => {}
         }
         Ok(())
     }
 
-    /// Verifies what was read; `Ok(false)` when it must be read once more.
+    fn corrupt(&self, pending: &Pending, mismatch: Mismatch) -> Error {
+        match &pending.work {
+            Work::Load { chunk, plan, .. } => {
+                self.store.corrupt(*chunk, Group::Weight, plan.offset, mismatch)
+            }
+            Work::Planes { chunk, plan, .. } => {
+                self.store.corrupt(*chunk, Group::Update, plan.offset, mismatch)
+            }
+            work => {
+                let chunk = work.chunk().unwrap_or(0);
+                let record = self.store.layout().chunks()[chunk].record;
+                let unit = (mismatch.unit * checksum::UNIT_BYTES) as u64;
+                Error::Corrupt {
+                    path: pending.file.path().into(),
+                    what: format!(
+                        "the gradient of {}, chunk {chunk}",
+                        self.store.manifest().records[record].name
+                    ),
+                    offset: pending.offset + unit,
+                    expected: mismatch.expected,
+                    found: mismatch.found,
+                }
+            }
+        }
+    }
+
+    /// Verifies what was read.
     fn verify(
         &self,
         chunk: usize,
-        group: Group,
-        plan: &ReadPlan,
-        again: bool,
+        binding: &Binding,
+        sums: &[u32],
         bytes: &[u8],
-    ) -> Result<bool> {
+    ) -> Result<(), Mismatch> {
         let (start, began) = (Instant::now(), self.shared.events.now());
-        let outcome = self
-            .workers
-            .install(|| checksum::verify(&plan.binding, &bytes[..plan.bytes], &plan.sums));
+        let outcome = self.workers.install(|| checksum::verify(binding, bytes, sums));
         Timings::add(&self.shared.timings.verify, start);
         self.shared.events.record(Lane::Verify, "verify", Some(chunk), began);
-        match outcome {
-            Ok(()) => Ok(true),
-            // A flip on the bus or in RAM is gone at the second reading.
-            Err(_) if !again => Ok(false),
-            Err(mismatch) => Err(self.store.corrupt(chunk, group, plan.offset, mismatch)),
-        }
+        outcome
     }
 
     fn loaded(&mut self, number: u64, chunk: usize, plan: &ReadPlan, mut slot: Slot) {
@@ -253,23 +318,23 @@ impl Executor {
             load.parts[chunk - load.chunks.start] = Some(slot);
             load.missing -= 1;
             if load.missing == 0 {
-                let load = class.remove(position);
-                let parts = load.into_iter().flat_map(|load| load.parts).flatten();
-                let whole = parts.reduce(Slot::join);
-                self.held.read_weights(self.store.layout().chunks()[chunk].record, &self.pool);
+                let Some(load) = class.remove(position) else { return };
+                let record = self.store.layout().chunks()[chunk].record;
+                let whole = load.parts.into_iter().flatten().reduce(Slot::join);
+                self.held.read_weights(record, &self.pool);
                 if let Some(whole) = whole {
-                    self.hand_over(number, whole);
+                    self.deliver(record, number, load.applies, whole);
                 }
             }
             break;
         }
     }
 
-    /// Gives a load's weights to the caller who waits for them.
-    fn hand_over(&self, number: u64, weights: Slot) {
+    /// Gives a load's weights to the caller who waits for them; if nobody does any more, to the pool.
+    pub(super) fn hand_over(&self, number: u64, weights: Slot) {
         let mut state = self.shared.lock();
-        let index = crate::units::to_usize(number - state.first_load);
-        if let Some(entry) = state.loads.get_mut(index) {
+        let index = number.checked_sub(state.first_load).map(crate::units::to_usize);
+        if let Some(entry) = index.and_then(|index| state.loads.get_mut(index)) {
             entry.weights = Some(weights);
         }
         drop(state);

@@ -1,8 +1,9 @@
 //! What stays in RAM from step to step: whether it was read, and what of it the last commit does not have.
 
+use std::collections::BTreeSet;
+
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::pipeline::schedule::{Kind, Schedule};
 use crate::pool::Pool;
 
 /// One extent, or the weights of one record.
@@ -33,17 +34,21 @@ impl Held {
         }
     }
 
-    /// Takes note of a step that begins.
+    /// Takes note of the updates of a step, of all chunks of these records.
     ///
     /// # Errors
     /// `Invalid` when it commits and leaves out a chunk that changed in RAM alone.
-    pub(super) fn schedule(&mut self, schedule: &Schedule, pool: &Pool, commits: bool) -> Result {
-        for operation in schedule.operations() {
-            let chunk = operation.chunk;
-            if operation.kind == Kind::Update {
-                let record = schedule.layout().chunks()[chunk].record;
-                let stays = pool.residents.weights_of(record).is_some()
-                    || pool.residents.planes_of(chunk).is_some();
+    pub(super) fn schedule(
+        &mut self,
+        records: &BTreeSet<usize>,
+        layout: &Layout,
+        pool: &Pool,
+        commits: bool,
+    ) -> Result {
+        for &record in records {
+            let own = pool.residents.weights_of(record).is_some();
+            for chunk in layout.records()[record].clone() {
+                let stays = own || pool.residents.planes_of(chunk).is_some();
                 self.unwritten[chunk] = stays && !commits;
             }
         }
@@ -92,6 +97,10 @@ impl Held {
         for state in self.weights.iter_mut().chain(&mut self.planes) {
             *state = State { is_read: state.is_read && !state.is_changed, is_changed: false };
         }
+    }
+
+    /// No step that was begun is expected to change anything any more.
+    pub(super) fn forget_what_is_unwritten(&mut self) {
         self.unwritten.fill(false);
     }
 }

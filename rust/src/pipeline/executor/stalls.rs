@@ -1,6 +1,6 @@
 //! What callers wait for: the executor knows, and publishes it.
 
-use super::{Executor, RESIDENT};
+use super::{Executor, Part, RESIDENT};
 use crate::pipeline::stalls::{Cause, Causes};
 
 impl Executor {
@@ -16,6 +16,10 @@ impl Executor {
 
     /// What the first load that was not handed over waits for.
     fn loads_wait_for(&self) -> Cause {
+        // Weights that are updated on their way to the caller come before all that are only read.
+        if self.sources.iter().flatten().any(|source| source.hand_over.is_some()) {
+            return self.updates_wait_for();
+        }
         let fronts =
             self.loads.iter().enumerate().filter_map(|(c, queue)| Some((c, queue.front()?)));
         let Some((class, load)) = fronts.min_by_key(|(_, load)| load.number) else {
@@ -43,7 +47,7 @@ impl Executor {
         let mut with_memory = self.updates.iter().filter(|update| update.writes_left == 0);
         // They get their memory in order: those that have it come first.
         if let Some(update) = with_memory.find(|update| has_gradient(update.chunk)) {
-            return if update.planes.is_none() {
+            return if update.planes.is_none() || matches!(update.gradient, Part::Coming) {
                 Cause::Read
             } else if Some(update.step) == open && self.store.is_writable() {
                 Cause::Update

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Executor, Pending, Work};
+use super::{Executor, Part, Pending, Work};
+use crate::buffer::Slot;
 use crate::engine::Operation;
 use crate::error::{Error, Result};
 use crate::pipeline::update::{Weights, update_chunk};
@@ -17,7 +18,10 @@ impl Executor {
         let open = self.steps.front()?.number;
         self.updates.iter().position(|update| {
             let record = self.store.layout().chunks()[update.chunk].record;
-            update.planes.is_some() && update.step == open && self.sources[record].is_some()
+            update.planes.is_some()
+                && update.step == open
+                && !matches!(update.gradient, Part::Coming)
+                && self.sources[record].is_some()
         })
     }
 
@@ -35,11 +39,20 @@ impl Executor {
         let mut weights = source.weights[number].take().ok_or_else(missing)?;
         let step = self.steps.front().ok_or_else(missing)?;
         let spans = self.settings.spans(&step.adamw, place);
-        let first = crate::units::to_usize(place.start);
-        let gradient = &source.gradient
-            [first * size_of::<f32>()..(first + place.parameters) * size_of::<f32>()];
+        let part = std::mem::replace(&mut update.gradient, Part::Whole);
+        let bytes = place.parameters * size_of::<f32>();
+        let gradient = match (&part, &source.gradient) {
+            (Part::Here(slot), _) => &slot[..bytes],
+            (_, Some(whole)) => {
+                let first = crate::units::to_usize(place.start) * size_of::<f32>();
+                &whole[first..first + bytes]
+            }
+            _ => return Err(missing()),
+        };
         // What stays in RAM is written only for a commit.
-        let stays = [weight_out.is_none(), self.pool.residents.planes_of(chunk).is_some()];
+        let residents = &self.pool.residents;
+        let stays =
+            [residents.weights_of(place.record).is_some(), residents.planes_of(chunk).is_some()];
         let plan = |group: Group, planes: usize| match stays[group as usize] && !step.commits {
             true => Ok(None),
             false => self.store.plan_write(&self.working, chunk, group, planes).map(Some),
@@ -56,21 +69,34 @@ impl Executor {
             };
             update_chunk(kernel, &spans, place, weights, gradient, &mut planes, bindings)
         });
+        drop(part);
+        let new_weights = if update.applies {
+            // Compute has its own: what is in flight belongs to the engine.
+            if let Some(out) = &weight_out {
+                weights.copy_from_slice(out);
+            }
+            source.weights[number] = Some(weights);
+            weight_out
+        } else {
+            Some(weight_out.unwrap_or(weights))
+        };
         source.chunks_left -= 1;
-        if source.chunks_left == 0 {
-            // Weights and gradient return to the pool.
-            self.sources[place.record] = None;
-        }
+        let is_last = source.chunks_left == 0;
         self.updates[index].writes_left = plans.iter().flatten().count();
         self.touched |= self.updates[index].writes_left > 0;
-        let slots = [weight_out.unwrap_or(weights), planes];
+        let slots = [new_weights, Some(planes)];
         for (((group, plan), sums), slot) in Group::ALL.into_iter().zip(plans).zip(sums).zip(slots)
         {
             let Some(plan) = plan else { continue };
             self.updates[index].written.push((group, plan.entry, sums));
-            let (drive, offset, bytes) = (plan.drive, plan.offset, slot.len());
+            let slot = slot.ok_or_else(missing)?;
+            let (offset, bytes) = (plan.offset, slot.len());
             let (operation, again, work) = (Operation::Write, false, Work::Write { chunk, group });
-            self.submit(Pending { operation, drive, offset, bytes, again, work }, Some(slot));
+            let file = Arc::clone(self.store.drives().file(plan.drive));
+            self.submit(Pending { operation, file, offset, bytes, again, work }, Some(slot));
+        }
+        if is_last {
+            self.end_source(place.record);
         }
         Timings::add(&self.shared.timings.update, start);
         self.shared.events.record(Lane::Update, "update", Some(chunk), began);
@@ -79,6 +105,21 @@ impl Executor {
             self.ended_in_ram = true;
         }
         Ok(())
+    }
+
+    /// All chunks of a record are updated: its weights go to the caller or the pool, its gradient to the
+    /// drive or the pool.
+    fn end_source(&mut self, record: usize) {
+        let Some(source) = self.sources[record].take() else { return };
+        if let (Some(step), Some(gradient)) = (source.kept_by, source.gradient) {
+            self.keeping.push_back((step, record, gradient));
+            self.ended_in_ram = true;
+        }
+        if let Some(number) = source.hand_over
+            && let Some(weights) = source.weights.into_iter().flatten().reduce(Slot::join)
+        {
+            self.hand_over(number, weights);
+        }
     }
 
     pub(super) fn wrote(&mut self, chunk: usize) {

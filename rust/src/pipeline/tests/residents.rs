@@ -6,6 +6,7 @@ use super::*;
 #[test]
 fn what_stays_in_ram_changes_no_bit() {
     let residents = |records: &[usize], chunks: &[usize]| Residents {
+        gradients: vec![],
         records: records.to_vec(),
         chunks: chunks.to_vec(),
     };
@@ -29,7 +30,8 @@ fn what_stays_in_ram_changes_no_bit() {
 fn what_stays_is_read_once_and_written_for_a_commit() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
-    let residents = Residents { records: vec![0, 1, 2], chunks: (0..12).collect() };
+    let residents =
+        Residents { records: vec![0, 1, 2], chunks: (0..12).collect(), gradients: vec![] };
     let setup = Setup { residents, ..Setup::default() };
     setup.create(&path);
     let store = setup.open(&path);
@@ -67,7 +69,7 @@ fn what_stays_is_read_once_and_written_for_a_commit() {
 fn a_commit_without_what_changed_in_ram_alone_is_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
-    let residents = Residents { records: vec![0], chunks: vec![] };
+    let residents = Residents { records: vec![0], chunks: vec![], gradients: vec![] };
     let setup = Setup { residents, ..Setup::default() };
     setup.create(&path);
     let store = setup.open(&path);

@@ -86,7 +86,7 @@ class TrainConfig(_Section):
     """decay of the second moment"""
     adam_epsilon: Fp32Positive = 1e-8
     """added to the denominator"""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    max_grad_norm: Fp32Positive | None = None
     """largest norm of all gradients together, exact; an update then waits for the next step; null: no limit"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """compute dtype: bf16 or fp32; master weights and moments are fp32 either way"""

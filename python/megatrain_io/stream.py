@@ -187,7 +187,6 @@ class PagedModel:
         number, commits = adamw.step if number is None else number, blob is not None
         gradients = self._choose_gradients(commits=commits)
         schedule = self._schedule(gradients)
-        self._is_waiting = False
         with self._step(micro_batches, schedule, adamw, number, commits=commits) as step:
             step.prologue()
             step.forward(saving=True)
@@ -222,8 +221,8 @@ class PagedModel:
         if not self._is_waiting:
             return
         layout = self.state.layout
-        self._is_waiting = False
         self.state.begin(self.state.check(flush_schedule(layout)), AdamWStep(1, 0.0))
+        self._is_waiting = False
         with self._aborting(), self.span("flush"):
             for record in range(len(layout.records)):
                 self.state.weights(record).give_back()
@@ -304,6 +303,7 @@ class PagedModel:
         )
         random_state = torch.get_rng_state()
         self.state.begin(schedule, adamw, commits=commits)
+        self._is_waiting = False
         trains = schedule is not self._forward
         try:
             name = f"step {number}" if trains else "evaluation"

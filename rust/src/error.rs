@@ -95,6 +95,24 @@ pub enum Error {
         /// The checksum of what was read.
         found: u32,
     },
+    /// A gradient that waited on the drive came back with other bytes.
+    #[error(
+        "corrupt bytes in the gradient of {record} that waited at {path}+{offset}: checksum {expected:#010x} was written, \
+         {found:#010x} was read (twice). They were not used; the last committed step is whole. Check the drive, then go on \
+         from that step", path = path.display()
+    )]
+    CorruptGradient {
+        /// The file; it has no name any more.
+        path: PathBuf,
+        /// Name of the record.
+        record: String,
+        /// File offset of the checksum unit.
+        offset: u64,
+        /// The checksum that was kept.
+        expected: u32,
+        /// The checksum of what was read.
+        found: u32,
+    },
     /// The store failed earlier and takes no more calls; reopening it verifies it.
     #[error(
         "the store stopped after an earlier failure: {first}. The last committed step is safe; open the store again to go on from it"
@@ -201,6 +219,13 @@ impl Error {
             Self::Corrupt {
                 path,
                 what: "record model.layers.0, chunk 3".into(),
+                offset: 1 << 21,
+                expected: 1,
+                found: 2,
+            },
+            Self::CorruptGradient {
+                path: "/nvme/example/store.mtio.gradients".into(),
+                record: "block 3".into(),
                 offset: 1 << 21,
                 expected: 1,
                 found: 2,

@@ -32,9 +32,10 @@ SIZES = {
 MIB = 1 << 20
 
 
+@pytest.mark.parametrize("clips", [False, True], ids=["free", "clipped"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied):
+def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, clips):
     case = Case(tied=tied, dtype=torch.bfloat16, counts=(2,), overrides=SIZES, rows=8)
     make_store(tmp_path / "store", case)
     with PagedState(*files(tmp_path / "store")) as state:
@@ -43,14 +44,26 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied):
         borrows = bool(cut.epilogue_borrowed)
         assert tables == store_memory(layout.manifest({}))
         needs = fit(cut, layout, batches, tables=tables, ram=1 << 40).needs
-        least = smallest(layout, needs, borrows_prologue=borrows)
-        ram = int(least + share * (12 * layout.parameters + needs.saved_inputs))
-        plan = fit(cut, layout, batches, tables=tables, ram=ram)
-        model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]))
-        model.state.start(plan.pool, residents=plan.residents, settings=lambda _place: TensorSettings(0.0))
+        least = smallest(layout, needs, borrows_prologue=borrows, keeps=clips)
+        everything = (16 if clips else 12) * layout.parameters + needs.saved_inputs
+        ram = int(least + share * everything)
+        plan = fit(cut, layout, batches, tables=tables, ram=ram, clips=clips)
+        model = PagedModel(
+            cut,
+            state,
+            saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]),
+            max_grad_norm=1.0 if clips else None,
+        )
+        gradient_files = [file.with_name(f"{file.name}.g") for file in files(tmp_path / "store")]
+        model.state.start(
+            plan.pool,
+            residents=plan.residents,
+            gradient_files=gradient_files if plan.spills_gradients else (),
+            settings=lambda _place: TensorSettings(0.0),
+        )
         for step in (1, 2):
             model.train_step(batches, AdamWStep(step, 1e-3), (lambda _loss: b"x") if step == 2 else None)
-        model.state.wait_settled()
+        model.settle()
         peak = model.state.ledger.total()[1]
         model.close()
     assert plan.is_spilled == (share == 0.0)
@@ -59,6 +72,8 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied):
     assert peak <= 1.003 * ram
     assert peak >= 0.97 * (plan.total - needs.heap)
     assert plan.resident_nbytes >= resident_nbytes(plan.residents, layout)
+    assert plan.spills_gradients == (clips and len(plan.residents.gradients) < len(layout.records))
+    assert plan.spills_gradients == (clips and share < 0.5)
     if share == 1.0:
         assert plan.resident_nbytes >= 0.5 * 12 * layout.parameters
 

@@ -1,14 +1,29 @@
 """Clipping is exact: torch's norm, and the bits of training in memory with the same coefficient, however it is done."""
 
+import os
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from megatrain_io.clipping import Guess, clip_coefficient
+from megatrain_io.errors import CorruptionError, MegatrainIoError
 from megatrain_io.swap import AdamWStep
-from paged import Case, all_planes, differing, expected_planes, files, make_store, opened, to_micro_batch
+from paged import (
+    Case,
+    all_planes,
+    differing,
+    expected_planes,
+    files,
+    make_store,
+    opened,
+    progress_of,
+    to_micro_batch,
+    train,
+)
 from reference.reference import train as train_in_memory
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -96,6 +111,62 @@ def test_the_norm_is_that_of_torch_and_its_bits_do_not_depend_on_the_place(tmp_p
         made, _ = paged(tmp_path / str(number) / "store", case, 1e-3, gradients="keep", **how)
         norms.add(tuple(step.grad_norm for step in made))
     assert len(norms) == 1
+
+
+def test_a_step_that_is_refused_before_it_begins_leaves_what_waits(tmp_path):
+    case = Case(dtype=BF16, counts=(1, 1))
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case, max_grad_norm=1e9, gradients="keep") as model:
+        train(model, case, stop=1)
+        batch = to_micro_batch(case.steps[1][0])
+        model.train_step([batch], AdamWStep(2, 1e-3), lambda _loss: b"2")
+        nothing = replace(batch, shift_labels=torch.full_like(batch.shift_labels, -100))
+        with pytest.raises(MegatrainIoError, match="nothing to train"):
+            model.train_step([nothing], AdamWStep(3, 1e-3), lambda _loss: b"3")
+        with pytest.raises(MegatrainIoError, match="gradients wait"):
+            model.state.wait_settled()
+        model.settle()
+        assert model.state.blob == b"2"
+
+
+@pytest.mark.timeout(60)
+def test_a_flipped_bit_of_a_gradient_that_waits_is_found_and_costs_its_step(tmp_path):
+    case, store = Case(dtype=BF16, counts=(1,) * 4), tmp_path / "store"
+    how = {"max_grad_norm": limit_of(case), "gradients": "keep", "kept_in_ram": 0.0}
+    make_store(tmp_path / "whole", case)
+    with opened(tmp_path / "whole", case, **how) as model:
+        losses = train(model, case)
+        planes = all_planes(model.state)
+    make_store(store, case)
+    with opened(store, case, **how) as model:
+        train(model, case, stop=2)
+        written, layout = model.state.io_bytes()[1], model.state.layout
+        model.train_step([to_micro_batch(case.steps[2][0])], AdamWStep(3, 1e-3), lambda _loss: b"3")
+        while model.state.io_bytes()[1] < written + sum(map(layout.gradient_extent_bytes, layout.chunks)):
+            pass
+        flip(store)
+        with pytest.raises(
+            CorruptionError, match=r"gradient of prologue .*store\.gradients.* committed step is whole"
+        ):
+            model.train_step([to_micro_batch(case.steps[3][0])], AdamWStep(4, 1e-3), lambda _loss: b"4")
+        assert progress_of(model.state)[0] == 2
+        assert train(model, case) == losses
+        assert differing(all_planes(model.state), planes) == []
+
+
+def flip(store):
+    """One bit of every page of the files in which gradients wait."""
+    flipped = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        target = str(descriptor.readlink()) if descriptor.is_symlink() else ""
+        if target.startswith(str(store)) and target.endswith(".gradients (deleted)"):
+            with descriptor.open("r+b", buffering=0) as file:
+                for place in range(0, file.seek(0, os.SEEK_END), 4096):
+                    byte = os.pread(file.fileno(), 1, place + 9)
+                    os.pwrite(file.fileno(), bytes([byte[0] ^ 4]), place + 9)
+                os.fsync(file.fileno())
+            flipped += 1
+    assert flipped
 
 
 def test_coefficients_are_those_of_torch():

@@ -28,7 +28,7 @@ pub(crate) fn raise(error: Error) -> PyErr {
         Error::NoSpace { .. } => NoSpaceError::new_err(text),
         Error::InUse { .. } => StoreInUseError::new_err(text),
         Error::Format { .. } => FormatError::new_err(text),
-        Error::Corrupt { .. } => CorruptionError::new_err(text),
+        Error::Corrupt { .. } | Error::CorruptGradient { .. } => CorruptionError::new_err(text),
         Error::Failed { .. } | Error::Lost { .. } => StoreFailedError::new_err(text),
         Error::BufferInUse { .. } => BufferInUseError::new_err(text),
         Error::NotFinite { .. } => NotFiniteError::new_err(text),

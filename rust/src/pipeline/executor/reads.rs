@@ -279,12 +279,9 @@ impl Executor {
                 let chunk = work.chunk().unwrap_or(0);
                 let record = self.store.layout().chunks()[chunk].record;
                 let unit = (mismatch.unit * checksum::UNIT_BYTES) as u64;
-                Error::Corrupt {
+                Error::CorruptGradient {
                     path: pending.file.path().into(),
-                    what: format!(
-                        "the gradient of {}, chunk {chunk}",
-                        self.store.manifest().records[record].name
-                    ),
+                    record: self.store.manifest().records[record].name.clone(),
                     offset: pending.offset + unit,
                     expected: mismatch.expected,
                     found: mismatch.found,

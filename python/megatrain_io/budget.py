@@ -162,10 +162,11 @@ def divide(
         kept = gradient_nbytes(Residents(gradients=gradients), layout)
         found = replace(choose_residents(layout, schedule, room - kept), gradients=gradients)
         nbytes = (kept, resident_nbytes(found, layout))
-        if nbytes <= taken:
+        slimmer = size(sizes, found)
+        # A choice need not hold what the one before did, and then its pool is larger again.
+        if nbytes <= taken or _mapped(slimmer, *nbytes) > free:
             break
-        chosen, taken = found, nbytes
-        pool = size(sizes, found)
+        chosen, taken, pool = found, nbytes, slimmer
     sums = [_mapped(pool), _mapped(pool, taken[0]), _mapped(pool, *taken)]
     spills = keeps and len(chosen.gradients) < len(layout.records)
     return MemoryPlan(

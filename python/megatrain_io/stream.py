@@ -210,8 +210,7 @@ class PagedModel:
             stands = gradients == "update" or (gradients == "both" and coefficient == 1.0)
             made = None if blob is None else blob(loss.item())
             self.state.end(made, None if stands else coefficient)
-        self._is_waiting = not stands
-        self._was_committed = commits
+            self._is_waiting, self._was_committed = not stands, commits
         if self._guess is not None:
             self._guess.learn(is_clipped=coefficient < 1.0)
         return StepLoss(loss.item(), step.num_items, norm, coefficient)
@@ -221,9 +220,8 @@ class PagedModel:
         if not self._is_waiting:
             return
         layout = self.state.layout
-        self.state.begin(self.state.check(flush_schedule(layout)), AdamWStep(1, 0.0))
-        self._is_waiting = False
-        with self._aborting(), self.span("flush"):
+        schedule = self.state.check(flush_schedule(layout))
+        with self._begun(schedule, AdamWStep(1, 0.0), commits=False), self.span("flush"):
             for record in range(len(layout.records)):
                 self.state.weights(record).give_back()
             self.state.end(None)
@@ -302,24 +300,32 @@ class PagedModel:
             span=self.span,
         )
         random_state = torch.get_rng_state()
-        self.state.begin(schedule, adamw, commits=commits)
-        self._is_waiting = False
         trains = schedule is not self._forward
+        name = f"step {number}" if trains else "evaluation"
+        begun = self._begun(schedule, adamw, commits=commits)
         try:
-            name = f"step {number}" if trains else "evaluation"
-            with self._aborting(), self._metered(micro_batches, trains=trains), self.span(name):
+            with begun, self._metered(micro_batches, trains=trains), self.span(name):
                 yield step
         finally:
             torch.set_rng_state(random_state)
 
     @contextmanager
-    def _aborting(self) -> Iterator[None]:
-        """After an error, back to the last commit."""
+    def _begun(self, schedule: CheckedSchedule, adamw: AdamWStep, *, commits: bool) -> Iterator[None]:
+        """A step under way; after an error in it, back to the last commit."""
+        is_refused = False
         try:
+            try:
+                self.state.begin(schedule, adamw, commits=commits)
+            except MegatrainIoError:
+                is_refused = True  # nothing was begun: what waits goes on waiting
+                raise
+            self._is_waiting = False
             yield
         except BaseException as error:
             # Tensors in the frames of the failed step would keep their buffers from the next one.
             clear_frames(error)
+            if is_refused:
+                raise
             self._is_waiting, self._was_committed = False, True
             try:
                 self.state.abort()

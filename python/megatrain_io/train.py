@@ -76,9 +76,9 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
     """Train ``config``, importing the model first if the run has no store yet.
 
     Every step is durable before the next one writes anything, so an end at any moment loses one step at
-    most (``memory.commit_every`` steps); with ``memory.durability`` scratch it loses the run, and Ctrl-C
-    waits for the end of the step. Random numbers and the order of the data follow from seed and step
-    alone: a resumed run has the bits of one that was never stopped.
+    most (``memory.commit_every`` steps; one more with ``train.max_grad_norm``); with ``memory.durability``
+    scratch it loses the run, and Ctrl-C waits for the end of the step. Random numbers and the order of the
+    data follow from seed and step alone: a resumed run has the bits of one that was never stopped.
 
     Args:
         config: what to train.
@@ -289,8 +289,11 @@ class _Trainer:
 
     def _will_skip(self, error: NotFiniteError) -> None:
         """Go back to the last commit; from there on the step whose gradients are not finite is left out."""
-        step = self._under_way
+        if getattr(error, "__notes__", None):
+            raise error  # there is no commit to go back to: a note says so
+        step, eval_loss_before = self._under_way, self.progress.eval_loss_before
         self.progress = TrainerState.parse(self._state.blob)
+        self.progress.eval_loss_before = eval_loss_before
         self._skips[step] = error.loss or 0.0
         if all(earlier in self._skips for earlier in range(step - _SKIPS_MAX + 1, step + 1)):
             raise TrainingDivergedError(

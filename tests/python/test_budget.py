@@ -6,7 +6,9 @@ import torch
 from megatrain_io.budget import StepNeeds, divide, smallest
 from megatrain_io.errors import ConfigError
 from megatrain_io.fitting import fit, saved_inputs_of
+from megatrain_io.layout import ModelLayout
 from megatrain_io.residents import resident_nbytes
+from megatrain_io.schedule import build_schedule
 from megatrain_io.stream import PagedModel
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, store_memory
 from paged import (
@@ -113,6 +115,25 @@ def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
     assert stays > 0.5 if share == 1.0 else stays < 0.5
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["free", "clipped"])
+@pytest.mark.parametrize(
+    ("blocks", "block", "table"),
+    [(6, 3_150_000, 25_700_000), (3, 12_000_000, 30_000_000), (22, 4_000_000, 6_000_000)],
+)
+def test_no_division_is_larger_than_the_budget(blocks, block, table, keeps):
+    inner = [(f"block {index}", [(f"w{index}", (block,))]) for index in range(blocks)]
+    parts = [("prologue", [("table", (table,))]), *inner, ("epilogue", [("head", (table,))])]
+    layout = ModelLayout.build(parts, blocks, "bf16")
+    schedule = build_schedule(layout, borrows_prologue=False, training=True)
+    needs = StepNeeds(MIB, activations=MIB, saved_inputs=2 * MIB, saved_inputs_least=MIB)
+    least = smallest(layout, needs, borrows_prologue=False, keeps=keeps)
+    for step in range(60):
+        ram = least + step * 16 * layout.parameters // 55
+        plan = divide(layout, schedule, needs, borrows_prologue=False, ram=ram, keeps=keeps)
+        assert plan.total <= ram, step
+    assert len(plan.residents.chunks) == len(layout.chunks)
 
 
 def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):

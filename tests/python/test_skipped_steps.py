@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatrain_io.errors import TrainingDivergedError
+from megatrain_io.errors import NotFiniteError, TrainingDivergedError
 from megatrain_io.learning_rate import learning_rate_at
 from megatrain_io.step import Step
 from paged import differing
@@ -54,6 +54,24 @@ def test_no_mode_changes_what_is_left_out(source, tmp_path, monkeypatch, referen
     assert [line["loss"] for line in lines] == [line["loss"] for line in reference[1]]
     assert differing(planes_of(config.output_dir), reference[0]) == []
     assert any("step 3 is skipped: the gradient of block 1 is not finite" in note for note in reporter.notes)
+
+
+def test_the_first_step_can_be_left_out_too(source, tmp_path, monkeypatch):
+    poison(monkeypatch, {1})
+    result, _ = start(configured(source, tmp_path / "run"))
+    assert result.eval_loss_before is not None
+    assert blob_of(tmp_path / "run")["eval_loss_before"] == result.eval_loss_before
+    assert metrics_of(tmp_path / "run")[-1]["skipped_steps"] == 1
+
+
+def test_a_scratch_store_that_cannot_go_back_says_so(source, tmp_path, monkeypatch):
+    poison(monkeypatch, {3})
+    config = configured(source, tmp_path / "run", memory={"durability": "scratch"})
+    with pytest.raises(NotFiniteError) as found:
+        start(config)
+    assert "the state is lost" in found.value.__notes__[0]
+    waiting = configured(source, tmp_path / "other", memory={"durability": "scratch"}, max_grad_norm=1e9)
+    assert start(waiting)[0].steps == STEPS
 
 
 def test_it_counts_neither_for_the_learning_rate_nor_for_the_moments(source, reference):

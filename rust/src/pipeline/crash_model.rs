@@ -31,6 +31,7 @@ mod causes;
 mod exhaustive;
 mod memories;
 mod random;
+mod refused;
 mod training;
 
 /// An imported store that every run starts from.

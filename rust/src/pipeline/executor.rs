@@ -217,6 +217,8 @@ pub(super) struct Executor {
     /// Whether extents were written since the last commit.
     touched: bool,
     failed: bool,
+    /// Whether the step under way has a gradient that is not finite.
+    is_refused: bool,
     /// What the last round could not do for lack of a slot.
     starved: Starved,
     /// Whether an update ended in the last round: no completion will tell of it.
@@ -283,6 +285,7 @@ impl Executor {
             running: None,
             touched: false,
             failed: false,
+            is_refused: false,
             starved: Starved::default(),
             ended_in_ram: false,
             causes: Causes::default(),
@@ -320,7 +323,7 @@ impl Executor {
     /// Whether there is work to go on with: nothing failed, and if the step under way is to be dropped
     /// (abort, stop), a step before it has ended and is still to be written.
     fn is_active(&self) -> bool {
-        let halting = self.aborting.is_some() || self.stopping;
+        let halting = self.aborting.is_some() || self.stopping || self.is_refused;
         // A step whose gradients wait for one that applies them is not waited for.
         let ended = self.steps.front().is_some_and(|step| step.ended && step.kept != Kept::Waiting);
         !self.failed && (!halting || ended)

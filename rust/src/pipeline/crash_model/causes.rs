@@ -12,19 +12,24 @@ use crate::pipeline::{
 use crate::pool::Kind;
 use std::time::Duration;
 
-const RECORDS: [u64; 2] = [4096 + 128; 2];
+pub(super) const RECORDS: [u64; 2] = [4096 + 128; 2];
 const CHUNKS: usize = 4;
 
 /// Two records of two chunks each, and nobody but the test who does anything.
-struct Stand {
-    drive: Arc<Faulty>,
-    front: Pipeline,
-    executor: Executor,
-    schedule: Arc<Schedule>,
+pub(super) struct Stand {
+    pub(super) drive: Arc<Faulty>,
+    pub(super) front: Pipeline,
+    pub(super) executor: Executor,
+    pub(super) schedule: Arc<Schedule>,
 }
 
 impl Stand {
-    fn new(base: &Base, chunk_slots: usize, block_buffers: usize, residents: Residents) -> Self {
+    pub(super) fn new(
+        base: &Base,
+        chunk_slots: usize,
+        block_buffers: usize,
+        residents: Residents,
+    ) -> Self {
         let drive = Arc::new(Faulty::over(Arc::new(base.image.copy()), Default::default()));
         let engine = Arc::clone(&drive) as Arc<dyn Engine>;
         let store = Store::open_on(&base.drives, engine, [1; 16], &Ledger::new()).expect("opened");
@@ -53,14 +58,14 @@ impl Stand {
     }
 
     /// The executor turns once, and says what callers wait for.
-    fn turn(&mut self) -> Causes {
+    pub(super) fn turn(&mut self) -> Causes {
         self.executor.receive();
         self.executor.turn();
         self.front.shared.lock().causes
     }
 
     /// Everything goes on until nothing moves any more.
-    fn rest(&mut self) {
+    pub(super) fn rest(&mut self) {
         let mut still = 0;
         while still < 10 {
             self.turn();
@@ -68,7 +73,7 @@ impl Stand {
         }
     }
 
-    fn begin(&mut self, step: u64, commits: bool) {
+    pub(super) fn begin(&mut self, step: u64, commits: bool) {
         self.front.begin(Arc::clone(&self.schedule), adamw(step), commits).expect("begun");
     }
 

@@ -25,7 +25,7 @@ impl Executor {
                 self.drop_step_under_way();
             }
             // After a failure callers get its error; what they still send is dropped here.
-            _ if self.failed => {}
+            _ if self.failed || self.is_refused => {}
             Command::Begin { schedule, adamw, commits, first_load } => {
                 let outcome = self.begin(schedule, adamw, commits, first_load);
                 if let Err(error) = outcome {
@@ -33,8 +33,10 @@ impl Executor {
                 }
             }
             Command::Submit { record, weights, gradient } => {
-                if let Err(error) = self.submitted(record, weights, gradient) {
-                    self.fail(error);
+                match self.submitted(record, weights, gradient) {
+                    Ok(()) => {}
+                    Err(error @ Error::NotFinite { .. }) => self.refuse_step(error),
+                    Err(error) => self.fail(error),
                 }
             }
             Command::End { commit, after } => {
@@ -268,6 +270,14 @@ impl Executor {
         self.shared.changed.notify_all();
     }
 
+    /// The step under way cannot go on; those before it are finished, until the caller aborts.
+    fn refuse_step(&mut self, error: Error) {
+        self.is_refused = true;
+        self.drop_step_under_way();
+        self.shared.lock().failure.get_or_insert(error);
+        self.shared.changed.notify_all();
+    }
+
     /// Forgets what was planned for a step that is dropped; what is applied on its way stays planned. Nobody
     /// takes weights any more: their buffers are free for that.
     fn drop_step_under_way(&mut self) {
@@ -295,6 +305,7 @@ impl Executor {
         self.keeping.clear();
         self.kept.forget();
         self.taken_back = None;
+        self.is_refused = false;
         self.steps.clear();
         self.scheduled.fill(0);
         self.on_disk.fill(0);

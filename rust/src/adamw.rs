@@ -32,7 +32,7 @@
 mod norm;
 mod split;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(target_arch = "x86_64")]
 mod vector;
 

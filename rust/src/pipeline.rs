@@ -145,7 +145,7 @@ impl Drop for Obituary {
 }
 
 enum Command {
-    Begin { schedule: Arc<Schedule>, adamw: AdamW, commits: bool, first_load: u64 },
+    Begin { schedule: Arc<Schedule>, adamw: AdamW, commits: bool, first_load: u64, number: u64 },
     Submit { record: usize, weights: Slot, gradient: Slot },
     End { commit: Option<Vec<u8>>, after: After },
     Abort { reply: Sender<Result> },
@@ -267,8 +267,9 @@ impl Pipeline {
         state.loads.extend(schedule.loads().iter().map(|&record| Loaded { record, weights: None }));
         state.begun += 1;
         state.commits = commits;
+        let number = state.begun;
         drop(state);
-        self.send(Command::Begin { schedule, adamw, commits, first_load })
+        self.send(Command::Begin { schedule, adamw, commits, first_load, number })
     }
 
     /// Hands the gradient of a whole record over, with the weights it was computed from. The update

@@ -4,7 +4,7 @@ use proptest::sample::{Index, select};
 
 use super::*;
 
-const ADAMW: AdamW = AdamW {
+pub(crate) const ADAMW: AdamW = AdamW {
     learning_rate: 1e-3,
     beta1: 0.9,
     beta2: 0.999,

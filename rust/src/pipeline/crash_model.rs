@@ -144,7 +144,10 @@ impl Run {
             Clips::Never => (true, false),
             Clips::Deferred => (false, true),
             // Updates can be taken back only beside a committed state.
-            Clips::Guessed => (self.commit_every == 1 && !step.is_multiple_of(3), true),
+            Clips::Guessed => {
+                let is_behind_a_commit = (step - 1).is_multiple_of(self.commit_every);
+                (is_behind_a_commit && !step.is_multiple_of(3), true)
+            }
         }
     }
 }

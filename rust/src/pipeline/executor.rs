@@ -206,7 +206,6 @@ pub(super) struct Executor {
     steps: VecDeque<Step>,
     /// The step whose updates are to be taken back, once all are written: a guess that was wrong.
     taken_back: Option<u64>,
-    begun: u64,
     /// Per chunk: updates that were scheduled, and updates that are on disk, or in RAM to stay.
     scheduled: Vec<u64>,
     on_disk: Vec<u64>,
@@ -276,7 +275,6 @@ impl Executor {
             kept: OnDrive::new(&options.gradient_files, &store, &options.residents.gradients),
             steps: VecDeque::new(),
             taken_back: None,
-            begun: 0,
             scheduled: vec![0; chunks],
             on_disk: vec![0; chunks],
             held: Held::new(store.layout()),

@@ -256,15 +256,7 @@ mod tests {
     use crate::ledger::Ledger;
 
     fn scalars(weight_decay: f64) -> Scalars {
-        let adamw = AdamW {
-            learning_rate: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            step: 3,
-            gradient_scale: 1.0,
-        };
-        adamw.scalars(1.0, weight_decay)
+        crate::adamw::tests::ADAMW.scalars(1.0, weight_decay)
     }
 
     fn slot(bytes: usize, seed: usize) -> Slot {

@@ -3,8 +3,8 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use super::stalls::{Cause, Wait};
-use super::{Pipeline, SLICE};
+use super::stalls::{Cause, Causes, Wait};
+use super::{Pipeline, SLICE, State};
 use crate::buffer::Slot;
 use crate::error::{Error, Result};
 use crate::pipeline::memory::gradient_list;
@@ -16,42 +16,22 @@ impl Pipeline {
     /// # Errors
     /// `Invalid` when the schedule says otherwise; the pipeline's failure.
     pub fn take_weights(&self, record: usize, timeout: Duration) -> Result<Option<Slot>> {
-        self.store.check()?;
-        let start = Instant::now();
-        let mut wait = Wait::new(&self.shared);
-        let mut state = self.shared.lock();
-        loop {
-            if let Some(failure) = &state.failure {
-                return Err(failure.clone());
-            }
-            match state.loads.front_mut() {
-                Some(next) if next.record == record => {
-                    if let Some(weights) = next.weights.take() {
-                        state.loads.pop_front();
-                        state.first_load += 1;
-                        return Ok(Some(weights));
-                    }
+        self.wait_for(timeout, |causes| causes.weights, |state| match state.loads.front_mut() {
+            Some(next) if next.record == record => {
+                let weights = next.weights.take();
+                if weights.is_some() {
+                    state.loads.pop_front();
+                    state.first_load += 1;
                 }
-                next => {
-                    let next =
-                        next.map_or("nothing".to_owned(), |n| format!("record {}", n.record));
-                    return Err(Error::invalid(format!(
-                        "weights of record {record} were asked for; the schedule's next load is {next}"
-                    )));
-                }
+                Ok(weights)
             }
-            let left = timeout.saturating_sub(start.elapsed());
-            if left.is_zero() {
-                return Ok(None);
+            next => {
+                let next = next.map_or("nothing".to_owned(), |n| format!("record {}", n.record));
+                Err(Error::invalid(format!(
+                    "weights of record {record} were asked for; the schedule's next load is {next}"
+                )))
             }
-            wait.for_cause(state.causes.weights);
-            state = self
-                .shared
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
+        })
     }
 
     /// A free gradient buffer for `record` (its content is arbitrary); waits up to `timeout` and
@@ -66,6 +46,7 @@ impl Pipeline {
         let list = gradient_list(&self.pool, &self.store, record);
         let mut wait = Wait::new(&self.shared);
         let mut slot = list.try_take();
+        // Not `wait_for`: nobody tells of a slot that came free.
         loop {
             let state = self.shared.lock();
             if let Some(failure) = &state.failure {
@@ -87,29 +68,14 @@ impl Pipeline {
     /// # Errors
     /// `NotFinite` when one is NaN or infinite; the pipeline's failure.
     pub fn squares(&self, timeout: Duration) -> Result<Option<f64>> {
-        self.store.check()?;
-        let start = Instant::now();
-        let mut wait = Wait::new(&self.shared);
-        let mut state = self.shared.lock();
-        loop {
-            if let Some(failure) = &state.failure {
-                return Err(failure.clone());
-            }
-            let left = timeout.saturating_sub(start.elapsed());
-            if state.squares.len() == state.gradients {
-                return Ok(Some(state.squares.values().sum()));
-            }
-            if left.is_zero() {
-                return Ok(None);
-            }
-            wait.for_cause(Cause::Update);
-            state = self
-                .shared
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
+        self.wait_for(
+            timeout,
+            |_| Cause::Update,
+            |state| {
+                let is_whole = state.squares.len() == state.gradients;
+                Ok(is_whole.then(|| state.squares.values().sum()))
+            },
+        )
     }
 
     /// Waits until every step that has ended is written, and committed if that was asked for.
@@ -118,6 +84,27 @@ impl Pipeline {
     /// # Errors
     /// `Invalid` while gradients wait for a step that applies them; the pipeline's failure.
     pub fn wait_settled(&self, timeout: Duration) -> Result<bool> {
+        let settled = self.wait_for(
+            timeout,
+            |_| Cause::Commit,
+            |state| {
+                if state.waiting.is_some() {
+                    return Err(Error::invalid("gradients wait for a step that applies them"));
+                }
+                Ok((state.settled == state.ended).then_some(()))
+            },
+        )?;
+        Ok(settled.is_some())
+    }
+
+    /// Asks `look` again whenever the executor has changed something, until it finds what it looks for or
+    /// `timeout` has passed.
+    fn wait_for<T>(
+        &self,
+        timeout: Duration,
+        cause: impl Fn(&Causes) -> Cause,
+        mut look: impl FnMut(&mut State) -> Result<Option<T>>,
+    ) -> Result<Option<T>> {
         self.store.check()?;
         let start = Instant::now();
         let mut wait = Wait::new(&self.shared);
@@ -126,14 +113,12 @@ impl Pipeline {
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
-            if state.waiting.is_some() {
-                return Err(Error::invalid("gradients wait for a step that applies them"));
-            }
+            let found = look(&mut state)?;
             let left = timeout.saturating_sub(start.elapsed());
-            if state.settled == state.ended || left.is_zero() {
-                return Ok(state.settled == state.ended);
+            if found.is_some() || left.is_zero() {
+                return Ok(found);
             }
-            wait.for_cause(Cause::Commit);
+            wait.for_cause(cause(&state.causes));
             state = self
                 .shared
                 .changed

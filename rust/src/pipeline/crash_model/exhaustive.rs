@@ -22,6 +22,7 @@ fn trainings() -> Vec<Run> {
         clips(Clips::Deferred, run(2, true, Stays::Half)),
         clips(Clips::Guessed, run(1, false, Stays::Nothing)),
         clips(Clips::Guessed, run(1, true, Stays::All)),
+        clips(Clips::Guessed, run(2, false, Stays::Half)),
         run(1, false, Stays::Nothing),
         run(3, false, Stays::Nothing),
         run(3, true, Stays::Nothing),

@@ -26,8 +26,8 @@ impl Executor {
             }
             // After a failure callers get its error; what they still send is dropped here.
             _ if self.failed || self.is_refused => {}
-            Command::Begin { schedule, adamw, commits, first_load } => {
-                let outcome = self.begin(schedule, adamw, commits, first_load);
+            Command::Begin { schedule, adamw, commits, first_load, number } => {
+                let outcome = self.begin(schedule, adamw, commits, first_load, number);
                 if let Err(error) = outcome {
                     self.fail(error);
                 }
@@ -53,11 +53,11 @@ impl Executor {
         adamw: AdamW,
         commits: bool,
         first_load: u64,
+        begun: u64,
     ) -> Result {
         let layout = Arc::clone(self.store.layout());
         // Only the last step can have kept gradients: what is applied now is its update.
-        let before = self.begun;
-        self.begun += 1;
+        let before = self.steps.back().map_or(0, |step| step.number);
         if !schedule.applied().is_empty() {
             let waiting = self.steps.back_mut().filter(|step| step.kept == Kept::Waiting);
             let step = waiting.ok_or_else(|| Error::invalid("no gradients were kept"))?;
@@ -100,12 +100,12 @@ impl Executor {
             if matches!(operation.kind, schedule::Kind::Apply | schedule::Kind::Update) {
                 let needs = self.scheduled[chunk];
                 self.scheduled[chunk] += 1;
-                let step = if applies { before } else { self.begun };
+                let step = if applies { before } else { begun };
                 self.planned.push_back(PlannedUpdate { step, chunk, needs, applies });
             }
         }
         self.steps.push_back(Step {
-            number: self.begun,
+            number: begun,
             adamw,
             updates_left: schedule.updates(),
             expected: schedule.updated().union(schedule.kept()).copied().collect(),
@@ -140,7 +140,12 @@ impl Executor {
             let record = self.store.manifest().records[record].name.clone();
             return Err(Error::NotFinite { record });
         }
-        self.shared.lock().squares.insert(record, squares);
+        let mut state = self.shared.lock();
+        // Else nobody has asked for those of that step.
+        if state.begun == number {
+            state.squares.insert(record, squares);
+        }
+        drop(state);
         self.shared.changed.notify_all();
         let on_drive = keeps && self.is_kept_on_drive(record);
         if on_drive {

@@ -58,7 +58,7 @@ test: setup lint ## all checks and tests, as CI runs them
 	if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --package $(CORE); \
 	    else cargo test --package $(CORE) --lib --bins --tests; fi
 	cargo test --package $(CORE) --doc
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: soak
 soak: setup ## the crash model, 200,000 random crashes (RUNS=n for another number)

@@ -1,7 +1,5 @@
 """What a run starts from: the model in pieces, its data, and how RAM is divided. All that can be refused is, here."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,23 +45,29 @@ class Start:
     max_steps: int
 
     @classmethod
-    def prepare(cls, config: RunConfig, run: RunFolder, model: Path) -> "Start":
+    def prepare(cls, config: RunConfig, run: RunFolder, model: Path, cut: CutModel | None = None) -> "Start":
         """Read configuration and tokenizer of ``model``, and tokenise the data into ``run``.
+
+        Args:
+            config: of the run.
+            run: its folder.
+            model: folder of the model.
+            cut: the same model in pieces, if it was made before.
 
         Raises:
             MegatrainIoError: model, data or configuration cannot be used.
         """
-        model_config: PreTrainedConfig = ModelFolder(model).config()
+        if cut is None:
+            model_config: PreTrainedConfig = ModelFolder(model).config()
+            cut = CutModel(model_config, _DTYPES[config.train.precision], probe(model_config))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        facts = probe(model_config)
-        data = prepare(_data_options(config), tokenizer, run.data, packs=facts.packs)
-        largest, vocabulary = data.train.largest_token, model_config.get_text_config().vocab_size
+        data = prepare(_data_options(config), tokenizer, run.data, packs=cut.facts.packs)
+        largest, vocabulary = data.train.largest_token, cut.config.get_text_config().vocab_size
         if largest >= vocabulary:
             raise ConfigError(
                 f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
                 "belong together"
             )
-        cut = CutModel(model_config, _DTYPES[config.train.precision], facts)
         rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
         epochs = data.order.steps(config.train.num_train_epochs, rows_per_step)
         return cls(config, cut, tokenizer, data, config.train.max_steps or epochs)
@@ -84,24 +88,18 @@ class Start:
             ram = int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
         largest = self.data.train.largest_micro_batch(config.train.per_device_train_batch_size)
         steps = [largest] * config.train.gradient_accumulation_steps
-        clips = config.train.max_grad_norm is not None
-        return fit(self.cut, layout, steps, tables=tables, ram=ram, clips=clips)
+        keeps = config.train.max_grad_norm is not None
+        return fit(self.cut, layout, steps, tables=tables, ram=ram, keeps=keeps)
 
     def keep_chat_template(self, model: Path) -> None:
         """The trained model needs the template that it was trained with."""
         if self.data.chat_template is None:
             return
         self.tokenizer.chat_template = self.data.chat_template
-        with _saved(self.tokenizer) as folder:
-            for file in sorted(folder.iterdir()):
+        with TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            for file in sorted(Path(folder).iterdir()):
                 replace_file(model / file.name, file.read_bytes())
-
-
-@contextmanager
-def _saved(tokenizer: PreTrainedTokenizerBase) -> Iterator[Path]:
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        yield Path(folder)
 
 
 def _data_options(config: RunConfig) -> DataOptions:

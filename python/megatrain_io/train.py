@@ -134,9 +134,9 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> Sta
         raise ConfigError(f"{run.path} has no run to resume: leave --resume out to start one")
     starts = []
 
-    def prepare(_cut: CutModel, layout: ModelLayout) -> None:
+    def prepare(cut: CutModel, layout: ModelLayout) -> None:
         # Before the import, which may take long: data that cannot be read, RAM that is not enough.
-        start = Start.prepare(config, run, config.model)
+        start = Start.prepare(config, run, config.model, cut)
         start.divide_ram(layout, store_memory(layout.manifest({})))
         starts.append(start)
 

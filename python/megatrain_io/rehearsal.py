@@ -1,4 +1,4 @@
-"""A step on tensors that have shapes and no memory: what it would allocate, known before it runs."""
+"""A step without a store: on made-up weights, or on shapes that have no memory, to count what it allocates."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from megatrain_io.layout import ModelLayout, Record
+from megatrain_io.layout import ModelLayout
 from megatrain_io.swap import BorrowedRecord
 from megatrain_io.workspace import WorkspaceMeter
 
-__all__ = ["CANNOT_REHEARSE", "Rehearsal", "shortened"]
+__all__ = ["CANNOT_REHEARSE", "Rehearsal", "StandIn", "shortened"]
 
 CANNOT_REHEARSE = (DataDependentOutputException, GuardOnDataDependentSymNode, NotImplementedError)
 """A model whose shapes depend on its data (a mixture of experts that looks at its routing) raises one of these."""
@@ -34,34 +34,80 @@ def shortened(layout: ModelLayout) -> ModelLayout:
 
 
 class _FakeRecord(BorrowedRecord):
-    """Stands for a borrowed record: zeros of its shapes, which nobody counts.
+    """Stands for a borrowed record."""
 
-    Real ones have no memory either until they are written to, and reading touches a few rows of a table.
-    """
-
-    def __init__(self, meter: WorkspaceMeter, record: Record, dtype: torch.dtype) -> None:
-        with meter.paused():
-            self.tensors = {place.name: torch.zeros(place.shape, dtype=dtype) for place in record.tensors}
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
 
     def give_back(self) -> None:
         self.tensors = {}
 
 
-class Rehearsal:
-    """Stands for store, pool and saved inputs in a step that only counts.
+class StandIn:
+    """Stands for store, pool and saved inputs in a step that trains nothing: weights that are made up.
 
     Attributes:
         layout: of the model, shortened where its blocks are alike.
-        peak_nbytes: most bytes of tensors that were alive at once, without those of pool and saved inputs.
     """
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = shortened(layout)
         self._dtype = torch.float32 if layout.format == "f32" else torch.bfloat16
+        self._inputs: dict[tuple[int, int], Tensor] = {}
+        self._kept: dict[tuple[int, bool], dict[str, Tensor]] = {}
+
+    def weights(self, record: int) -> BorrowedRecord:
+        """As ``PagedState.weights``."""
+        return self._made_up(record, self._dtype, is_gradient=False)
+
+    def gradient(self, record: int) -> BorrowedRecord:
+        """As ``PagedState.gradient``."""
+        return self._made_up(record, torch.float32, is_gradient=True)
+
+    def _made_up(self, record: int, dtype: torch.dtype, *, is_gradient: bool) -> BorrowedRecord:
+        key = (record, is_gradient)
+        if key not in self._kept:
+            places = self.layout.records[record].tensors
+            self._kept[key] = {place.name: torch.full(place.shape, 0.01, dtype=dtype) for place in places}
+        return _FakeRecord(dict(self._kept[key]))
+
+    def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
+        """As ``PagedState.submit``."""
+        del record
+        weights.give_back()
+        gradient.give_back()
+
+    def reserve(self, blocks: int, hidden_nbytes: Sequence[int]) -> None:
+        """As ``SavedInputs.reserve``."""
+
+    def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
+        """As ``SavedInputs.put``."""
+        self._inputs[block, micro_batch] = hidden.clone()
+
+    def get(self, block: int, micro_batch: int, like: Tensor) -> Tensor:
+        """As ``SavedInputs.get``."""
+        del like
+        return self._inputs[block, micro_batch]
+
+    def finish(self, block: int) -> None:
+        """As ``SavedInputs.finish``."""
+
+    def release(self, block: int) -> None:
+        """As ``SavedInputs.release``."""
+
+
+class Rehearsal(StandIn):
+    """A stand-in whose tensors have shapes and no memory, and that counts what the step allocates.
+
+    Attributes:
+        peak_nbytes: most bytes of tensors that were alive at once, without those of pool and saved inputs.
+    """
+
+    def __init__(self, layout: ModelLayout) -> None:
+        super().__init__(layout)
         self._meter = WorkspaceMeter()
         self._prologue = 0
         self._least = 0
-        self._inputs: dict[tuple[int, int], Tensor] = {}
 
     @property
     def peak_nbytes(self) -> int:
@@ -84,35 +130,14 @@ class Rehearsal:
         gradient = sum(place.elements for place in self.layout.records[0].tensors) * self._dtype.itemsize
         self._least = self._meter.nbytes + self._prologue + gradient
 
-    def weights(self, record: int) -> BorrowedRecord:
-        """As ``PagedState.weights``."""
-        return _FakeRecord(self._meter, self.layout.records[record], self._dtype)
-
-    def gradient(self, record: int) -> BorrowedRecord:
-        """As ``PagedState.gradient``."""
-        return _FakeRecord(self._meter, self.layout.records[record], torch.float32)
-
-    def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
-        """As ``PagedState.submit``."""
-        del record
-        weights.give_back()
-        gradient.give_back()
-
-    def reserve(self, blocks: int, hidden_nbytes: Sequence[int]) -> None:
-        """As ``SavedInputs.reserve``."""
-
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
         """As ``SavedInputs.put``."""
         with self._meter.paused():
-            self._inputs[block, micro_batch] = hidden.clone()
+            super().put(block, micro_batch, hidden)
 
-    def get(self, block: int, micro_batch: int, like: Tensor) -> Tensor:
-        """As ``SavedInputs.get``."""
-        del like
-        return self._inputs[block, micro_batch]
-
-    def finish(self, block: int) -> None:
-        """As ``SavedInputs.finish``."""
-
-    def release(self, block: int) -> None:
-        """As ``SavedInputs.release``."""
+    def _made_up(self, record: int, dtype: torch.dtype, *, is_gradient: bool) -> BorrowedRecord:
+        """Zeros, which nobody counts: they have no memory until written to, and reading touches a few rows."""
+        del is_gradient
+        with self._meter.paused():
+            places = self.layout.records[record].tensors
+            return _FakeRecord({place.name: torch.zeros(place.shape, dtype=dtype) for place in places})

@@ -21,7 +21,7 @@ from megatrain_io.errors import MegatrainIoError
 from megatrain_io.gradient import Gradient, leaves_of
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import BlockCall, CutModel, MicroBatch
-from megatrain_io.rehearsal import CANNOT_REHEARSE, Rehearsal
+from megatrain_io.rehearsal import CANNOT_REHEARSE, Rehearsal, StandIn
 from megatrain_io.schedule import Phase
 from megatrain_io.swap import BorrowedRecord, PagedState
 
@@ -116,8 +116,8 @@ class Step:
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
         self,
         cut: CutModel,
-        state: PagedState | Rehearsal,
-        saved: SavedInputs | Rehearsal,
+        state: PagedState | StandIn,
+        saved: SavedInputs | StandIn,
         micro_batches: Sequence[MicroBatch],
         *,
         slice_tokens: int,
@@ -136,7 +136,7 @@ class Step:
         self._micro_batches = micro_batches
         self._slice_tokens = slice_tokens
         self._number = number
-        self._seed_of_all = seed
+        self._run_seed = seed
         self._hidden: list[Tensor] = []
         self._calls: list[tuple[BlockCall, ...]] = []
         self._last_block: BorrowedRecord | None = None
@@ -306,6 +306,6 @@ class Step:
 
     def _seed(self, index: int, phase: Phase, block: int = 0) -> None:
         """One stream of random numbers for each (step, micro-batch, block): the recompute replays it."""
-        text = f"{self._seed_of_all}/{self._number}/{index}/{phase}/{block}".encode()
+        text = f"{self._run_seed}/{self._number}/{index}/{phase}/{block}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         torch.default_generator.manual_seed(seed)

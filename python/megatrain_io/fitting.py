@@ -20,7 +20,7 @@ def fit(
     *,
     tables: int,
     ram: int,
-    clips: bool = False,
+    keeps: bool = False,
 ) -> MemoryPlan:
     """Divide ``ram`` bytes for training steps on ``micro_batches`` or smaller ones.
 
@@ -30,7 +30,7 @@ def fit(
         micro_batches: of the largest step.
         tables: bytes that the store itself takes when it is open.
         ram: bytes that the ledger may come to.
-        clips: whether gradients wait until the norm of all is known.
+        keeps: whether gradients wait until the norm of all is known.
 
     Raises:
         ConfigError: it is too small; says what would do.
@@ -46,7 +46,7 @@ def fit(
         is_rehearsed=activations is not None,
     )
     schedule = build_schedule(layout, borrows_prologue=borrows, training=True)
-    return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram, keeps=clips)
+    return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram, keeps=keeps)
 
 
 def saved_inputs_of(plan: MemoryPlan, scratch: Sequence[Path]) -> SavedInputsBudget:

@@ -36,6 +36,9 @@ from megatrain_io.workspace import WorkspaceMeter
 
 __all__ = ["PagedModel", "StepLoss", "clear_frames", "model_parts"]
 
+# Of a step that updates nothing with gradients of its own.
+_NO_UPDATE = AdamWStep(1, 0.0)
+
 
 @dataclass(frozen=True)
 class StepLoss:
@@ -125,7 +128,7 @@ class PagedModel:
         self.training_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=True)
         self.forward_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=False)
         self.max_grad_norm = max_grad_norm
-        self._guess = Guess() if gradients is None else None
+        self._guess = Guess()
         self._gradients = gradients
         self._schedules: dict[tuple[bool, Gradients], CheckedSchedule] = {}
         self._is_waiting = False
@@ -211,8 +214,7 @@ class PagedModel:
             made = None if blob is None else blob(loss.item())
             self.state.end(made, None if stands else coefficient)
             self._is_waiting, self._was_committed = not stands, commits
-        if self._guess is not None:
-            self._guess.learn(is_clipped=coefficient < 1.0)
+        self._guess.learn(is_clipped=coefficient < 1.0)
         return StepLoss(loss.item(), step.num_items, norm, coefficient)
 
     def flush(self) -> None:
@@ -221,7 +223,7 @@ class PagedModel:
             return
         layout = self.state.layout
         schedule = self.state.check(flush_schedule(layout))
-        with self._begun(schedule, AdamWStep(1, 0.0), commits=False), self.span("flush"):
+        with self._begun(schedule, _NO_UPDATE, commits=False), self.span("flush"):
             for record in range(len(layout.records)):
                 self.state.weights(record).give_back()
             self.state.end(None)
@@ -234,14 +236,14 @@ class PagedModel:
     def skip(self, blob: bytes) -> None:
         """Commit the trainer's state alone: nothing else changes."""
         self.flush()
-        self.state.begin(self.state.check(()), AdamWStep(1, 0.0), commits=True)
+        self.state.begin(self.state.check(()), _NO_UPDATE, commits=True)
         self.state.end(blob)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
         """The loss alone, without dropout; nothing is written but an update that waits."""
         self.flush()
         self.cut.train(False)
-        with self._step(micro_batches, self._forward, AdamWStep(1, 0.0), 1, commits=False) as step:
+        with self._step(micro_batches, self._forward, _NO_UPDATE, 1, commits=False) as step:
             step.prologue()
             step.forward(saving=False)
             loss = step.epilogue(training=False)
@@ -254,7 +256,7 @@ class PagedModel:
         if self.max_grad_norm is None:
             return "update"
         can_guess = self._was_committed and commits and self.state.layout.durability == "step"
-        wants = self._gradients or ("both" if self._guess is None or self._guess.is_worth_it else "keep")
+        wants = self._gradients or ("both" if self._guess.is_worth_it else "keep")
         return wants if can_guess else "keep"
 
     def _schedule(self, gradients: Gradients) -> CheckedSchedule:

@@ -49,7 +49,7 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, c
         least = smallest(layout, needs, borrows_prologue=borrows, keeps=clips)
         everything = (16 if clips else 12) * layout.parameters + needs.saved_inputs
         ram = int(least + share * everything)
-        plan = fit(cut, layout, batches, tables=tables, ram=ram, clips=clips)
+        plan = fit(cut, layout, batches, tables=tables, ram=ram, keeps=clips)
         model = PagedModel(
             cut,
             state,

@@ -1,17 +1,20 @@
 """Train language models that fit neither the GPU nor the RAM: NVMe is the memory, with the same bits."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatrain_io.planned import Plan
+    from megatrain_io.planning import plan
     from megatrain_io.tensor_store import TensorStore
 
-__all__ = ["TensorStore"]
+__all__ = ["Plan", "TensorStore", "plan"]
+
+_HOMES = {"Plan": "planned", "TensorStore": "tensor_store", "plan": "planning"}
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch when it is asked for."""
-    if name == "TensorStore":
-        from megatrain_io.tensor_store import TensorStore
-
-        return TensorStore
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatrain_io.errors import ConfigError
+from megatrain_io.errors import DoesNotFitError
 from megatrain_io.layout import PAGE_BYTES, ModelLayout
 from megatrain_io.residents import choose_gradients, choose_residents, gradient_nbytes, resident_nbytes
 from megatrain_io.schedule import ChunkOp, PoolSizes, Residents, pool_sizes
@@ -130,7 +130,7 @@ def divide(
         keeps: whether gradients wait for their norm.
 
     Raises:
-        ConfigError: it is too small; says what would do.
+        DoesNotFitError: it is too small; says what would do.
     """
 
     def size(slots: tuple[int, int, int], residents: Residents) -> PoolSizes:
@@ -143,7 +143,7 @@ def divide(
     else:
         least = smallest(layout, needs, borrows_prologue=borrows_prologue, keeps=keeps)
         compute = needs.activations + needs.heap
-        raise ConfigError(
+        raise DoesNotFitError(
             f"memory.ram is {_mib(ram)}, and this training needs {_mib(least)} at least: inputs of blocks "
             f"{_mib(needs.saved_inputs_at_least)}, compute {_mib(compute)}, tables {_mib(needs.tables)}, "
             f"buffers {_mib(least - needs.always - needs.saved_inputs_at_least)}. Give "

@@ -4,24 +4,16 @@ Standard output is for results: text, or one JSON object with ``--json``. Everyt
 error. Exit codes are those of ``megatrain_io.errors``.
 """
 
-import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from megatrain_io.errors import (
-    ConfigError,
-    CorruptionError,
-    InterruptedRunError,
-    MegatrainIoError,
-    StorageError,
-)
+from megatrain_io.errors import ConfigError, CorruptionError, DoesNotFitError, StorageError
+from megatrain_io.outcome import command
 
 if TYPE_CHECKING:
     from megatrain_io.leftovers import Leftover, Leftovers
@@ -106,7 +98,7 @@ def import_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Make a store from a model folder. It goes tensor by tensor: the model is never whole in RAM."""
-    with _command(json_output=json_output, interrupted="Nothing was left behind: import again.") as outcome:
+    with command(json_output=json_output, interrupted="Nothing was left behind: import again.") as outcome:
         from megatrain_io.convert import import_model
         from megatrain_io.run import RunFolder
 
@@ -160,7 +152,7 @@ def train_command(
 ) -> None:
     """Train, or go on with a training."""
     sentence = "The last committed step is safe: go on with the same command and --resume."
-    with _command(json_output=json_output, interrupted=sentence) as outcome:
+    with command(json_output=json_output, interrupted=sentence) as outcome:
         from megatrain_io.config import load
 
         config, notes = load(config_file, overrides or [])
@@ -184,6 +176,58 @@ def train_command(
         outcome.text = "\n".join(rows(outcome.result))
 
 
+@app.command("plan")
+def plan_command(  # noqa: PLR0913 - an option each
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Model folder; of its files only config.json is needed.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Win over the file, as for train.")
+    ] = None,
+    *,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MACHINE",
+            help="laptop-8gb, desktop-24gb, workstation-32gb, or a YAML file. Default: this machine, as bench "
+            "measured it.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, help="Of the whole run, where max_steps is not given: 1e9.")
+    ] = None,
+    watts: Annotated[float | None, typer.Option(min=0.1, help="Power that the machine takes.")] = None,
+    kilowatt_hour: Annotated[
+        float | None, typer.Option(metavar="PRICE", min=0, help="Price of a kWh of electricity.")
+    ] = None,
+    rented_hour: Annotated[
+        float | None, typer.Option(metavar="PRICE", min=0, help="Price of an hour of a rented GPU.")
+    ] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Say what a run needs, how long it takes and what it wears, before it begins. Weights need not be there."""
+    with command(json_output=json_output, interrupted="Nothing was changed.") as outcome:
+        from megatrain_io.planning import plan
+
+        found = plan(
+            model,
+            config_file,
+            on=on,
+            tokens=tokens,
+            watts=watts,
+            kilowatt_hour=kilowatt_hour,
+            rented_hour=rented_hour,
+            settings=overrides or [],
+        )
+        outcome.result = found.as_dict()
+        outcome.text = str(found)
+        if not found.fits:
+            outcome.exit_code = DoesNotFitError.exit_code
+
+
 @app.command("generate")
 def generate_command(  # noqa: PLR0913 - an option each
     run: Run,
@@ -200,7 +244,7 @@ def generate_command(  # noqa: PLR0913 - an option each
     json_output: JsonOutput = False,
 ) -> None:
     """Continue a text. It is done with the newest committed weights."""
-    with _command(json_output=json_output, interrupted="The run is as it was.") as outcome:
+    with command(json_output=json_output, interrupted="The run is as it was.") as outcome:
         from megatrain_io.generate import Generator
 
         how: dict[str, Any] = {
@@ -230,7 +274,7 @@ def export_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Write the weights as a model folder. They are the newest committed ones; transformers loads the folder."""
-    with _command(json_output=json_output, interrupted="The run is as it was: export again.") as outcome:
+    with command(json_output=json_output, interrupted="The run is as it was: export again.") as outcome:
         from megatrain_io.convert import export_model
         from megatrain_io.run import RunFolder
 
@@ -243,7 +287,7 @@ def export_command(
 @app.command("verify")
 def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
     """Compare every checksum of a store. All of it is read; what is damaged is named, with its place."""
-    with _command(json_output=json_output, interrupted="The run is as it was.") as outcome:
+    with command(json_output=json_output, interrupted="The run is as it was.") as outcome:
         from megatrain_io.run import RunFolder
 
         folder = RunFolder(run)
@@ -271,7 +315,7 @@ def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
 @app.command("status")
 def status_command(run: Run, *, json_output: JsonOutput = False) -> None:
     """Say how a run stands and what to do next. Nothing is opened or changed, and a run in use is not disturbed."""
-    with _command(json_output=json_output, interrupted="The run is as it was.") as outcome:
+    with command(json_output=json_output, interrupted="The run is as it was.") as outcome:
         from megatrain_io.run import RunFolder
         from megatrain_io.status import examine, render
 
@@ -310,7 +354,7 @@ def clean_command(
     Without --cache and --store only files that nothing needs: parts of an import, and what was not written to
     its end. Metrics, configuration, exports and whatever else lies in the folder stay. A run in use is refused.
     """
-    with _command(json_output=json_output, interrupted="Look with: megatrain-io clean RUN") as outcome:
+    with command(json_output=json_output, interrupted="Look with: megatrain-io clean RUN") as outcome:
         from megatrain_io.leftovers import Leftovers
         from megatrain_io.run import RunFolder
 
@@ -331,7 +375,7 @@ def doctor_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Say what this machine offers. RAM, GPU, drive, io_uring, versions: as a text to paste into a report."""
-    with _command(json_output=json_output, interrupted="Nothing was changed.") as outcome:
+    with command(json_output=json_output, interrupted="Nothing was changed.") as outcome:
         from megatrain_io.doctor import examine, render
 
         outcome.result = examine(folder)
@@ -364,7 +408,7 @@ def bench_command(  # noqa: PLR0913 - an option each
     json_output: JsonOutput = False,
 ) -> None:
     """Measure drive, memory, AdamW and matrix products. It takes half a minute, and leaves a profile alone."""
-    with _command(json_output=json_output, interrupted="Nothing was left behind.") as outcome:
+    with command(json_output=json_output, interrupted="Nothing was left behind.") as outcome:
         from megatrain_io.bench import Options, measure_into, render
 
         options = Options(
@@ -382,73 +426,7 @@ def bench_command(  # noqa: PLR0913 - an option each
         outcome.text = f"{render(profile)}\nprofile        {path}"
 
 
-# ----------------------------------------------------------------------------------------------- outcomes
-
-
-@dataclass
-class _Outcome:
-    """What a command has to say in the end."""
-
-    json_output: bool
-    result: dict[str, Any] = field(default_factory=dict)
-    text: str = ""
-    exit_code: int = 0
-
-    def counting(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Progress of a command that counts, on standard error."""
-        from rich.console import Console
-
-        from megatrain_io.report import counting
-
-        return counting(what, Console(stderr=True), quiet=self.json_output)
-
-    def fail(self, message: str, kind: str, exit_code: int) -> None:
-        """End with an error."""
-        typer.echo(f"megatrain-io: {message}", err=True)
-        self.exit_code = exit_code
-        self.text = ""
-        self.result = {"error": {"kind": kind, "message": message, "exit_code": exit_code}}
-
-
-@contextmanager
-def _command(*, json_output: bool, interrupted: str) -> Iterator[_Outcome]:
-    """Print what a command found; end it with the right exit code, without a traceback for our own errors.
-
-    Args:
-        json_output: print ``result``, not ``text``; an error becomes ``{"error": ...}``.
-        interrupted: what is safe and what to do after Ctrl-C.
-    """
-    outcome = _Outcome(json_output)
-    try:
-        # Whatever a library prints, standard output holds the result alone.
-        with redirect_stdout(sys.stderr):
-            yield outcome
-    except MegatrainIoError as error:
-        is_bug = error.exit_code == MegatrainIoError.exit_code
-        # Notes say what became of the state, where that is not what the error itself says.
-        message = " ".join([str(error), *getattr(error, "__notes__", [])])
-        if is_bug:
-            message = f"{message}. This is a bug in megatrain-io: please report it"
-        outcome.fail(message, type(error).__name__, error.exit_code)
-    except KeyboardInterrupt:
-        outcome.fail(f"interrupted. {interrupted}", "KeyboardInterrupt", InterruptedRunError.exit_code)
-    if json_output:
-        typer.echo(json.dumps(_plain(outcome.result), allow_nan=False))
-    elif outcome.text:
-        typer.echo(outcome.text)
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
-
-
-def _plain(value: Any) -> Any:
-    """The same of JSON types alone: what is not a number there is null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+# ----------------------------------------------------------------------------------------------- details
 
 
 def _damage_line(damage: "Damage") -> str:

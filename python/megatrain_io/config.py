@@ -6,7 +6,7 @@ Strict: all unknown keys, wrong types and values out of range are refused at onc
 import difflib
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatrain_io.config_values import (
     INT_MAX,
     Count,
+    CountOrAuto,
     Folders,
     Fp32Positive,
     FractionOrPath,
@@ -70,8 +71,8 @@ class TrainConfig(_Section):
     """optimizer steps; overrides num_train_epochs"""
     per_device_train_batch_size: Count = 1
     """sequences in a micro-batch"""
-    gradient_accumulation_steps: Count = 8
-    """micro-batches in an optimizer step; NVMe traffic is paid once for each step"""
+    gradient_accumulation_steps: CountOrAuto = 8
+    """micro-batches in an optimizer step, which pays NVMe traffic once; auto: so many that computing hides it"""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     """highest learning rate"""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
@@ -109,6 +110,8 @@ class MemoryConfig(_Section):
     """steps between two commits: at most so many are lost in a crash"""
     ram: Size | None = None
     """what training may allocate, such as 4GiB; state stays in what buffers leave of it; null: half of what is free"""
+    max_tbw: Annotated[float, Field(gt=0)] | None = None
+    """terabytes (10^12 bytes) that the run may write to its drives; before more are, it pauses; null: no limit"""
     io_backend: Literal["auto", "uring", "threads"] = "auto"
     """auto, uring or threads"""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -165,7 +168,7 @@ _ELSEWHERE: dict[str, str] = {
     name: sentence
     for names, sentence in (
         ("gradient_clipping clip_grad_norm max_norm grad_clip", "use train.max_grad_norm"),
-        ("vram max_disk max_tbw", "not available yet; remove it"),
+        ("vram max_disk", "not available yet; remove it"),
         ("report_to run_name wandb_project logging_dir callbacks", "not available yet; remove it"),
         ("lora lora_r lora_rank lora_alpha lora_dropout lora_target peft", "not available yet; remove it"),
         ("lora_target_modules load_in_4bit load_in_8bit quantization_bit", "not available yet; remove it"),
@@ -211,13 +214,18 @@ _ELSEWHERE: dict[str, str] = {
 }
 
 
-def load(path: Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, list[str]]:
+def load(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[tuple[str, str], Any] | None = None,
+) -> tuple[RunConfig, list[str]]:
     """Read a configuration, and notes about what was understood otherwise than it was written.
 
     Args:
         path: YAML file; None takes everything from ``overrides``.
         overrides: ``key=value``, the key as a dotted path (``train.learning_rate``) or by its last part
             where that is clear, the value as YAML. They win over the file.
+        defaults: of keys that must be given, by section and name, for who can do without them.
 
     Raises:
         ConfigError: it names every problem, with its line.
@@ -227,6 +235,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, l
         reading.read_file(path)
     for item in overrides:
         reading.read_override(item)
+    reading.default(defaults or {})
     return reading.finish(), reading.notes
 
 
@@ -343,6 +352,11 @@ class _Reading:
             return parts if len(parts) > 1 else [*parts, ""]
         homes = [section for section in _KEYS if parts[0] in _names(section)]
         return [homes[0] if len(homes) == 1 else _ROOT, *parts]
+
+    def default(self, values: Mapping[tuple[str, str], Any]) -> None:
+        """Take in what was not given."""
+        for key, value in values.items():
+            self._values.setdefault(key, (value, _COMMAND_LINE))
 
     # ------------------------------------------------------------------------------------------ the keys
 

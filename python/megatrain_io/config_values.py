@@ -1,7 +1,7 @@
 """Kinds of values that keys of the configuration take, with the sentence that a wrong one is refused by. No torch."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,7 @@ from pydantic import (
 __all__ = [
     "INT_MAX",
     "Count",
+    "CountOrAuto",
     "Folders",
     "Fp32Positive",
     "FractionOrPath",
@@ -68,6 +69,15 @@ def _not_zero_in_fp32(value: float) -> float:
     return value
 
 
+def _count_or_auto(value: Any) -> int | str:
+    value = _whole(value)
+    if value == "auto":
+        return "auto"
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= INT_MAX:
+        raise ValueError(f"must be a whole number from 1 to {INT_MAX}, or auto")
+    return value
+
+
 def _size(value: Any) -> int:
     if isinstance(value, str):
         try:
@@ -87,6 +97,7 @@ def _folders(value: Any) -> tuple[Path, ...]:
 
 
 Count = Annotated[int, Field(ge=1, le=INT_MAX)]
+CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 WholeCount = Annotated[Count, BeforeValidator(_whole)]
 Size = Annotated[int, PlainValidator(_size)]
 LocalPath = Annotated[Path, BeforeValidator(_path)]

@@ -28,6 +28,7 @@ __all__ = [
     "ConfigError",
     "CorruptionError",
     "DataError",
+    "DoesNotFitError",
     "FormatError",
     "InterruptedRunError",
     "MegatrainIoError",
@@ -42,6 +43,7 @@ __all__ = [
     "UnsupportedError",
     "UnsupportedModelError",
     "UsedAfterForkError",
+    "WearLimitError",
 ]
 
 
@@ -62,6 +64,16 @@ class ConfigError(MegatrainIoError, ValueError):
     """
 
     exit_code: ClassVar[int] = 2
+
+
+class DoesNotFitError(ConfigError):
+    """A run needs more RAM, VRAM or disk than there is.
+
+    Raised before anything is read or written. The message has both numbers, and the settings nearest to these
+    that fit, where there are any.
+    """
+
+    exit_code: ClassVar[int] = 3
 
 
 class DataError(MegatrainIoError, ValueError):
@@ -208,3 +220,10 @@ class InterruptedRunError(MegatrainIoError):
     """
 
     exit_code: ClassVar[int] = 130
+
+
+class WearLimitError(InterruptedRunError):
+    """One more step would write more to the drive than ``memory.max_tbw`` allows.
+
+    The run stands at a commit. Raise the limit and resume to go on from it, with the same bits.
+    """

@@ -10,7 +10,35 @@ from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.schedule import build_schedule
 from megatrain_io.step import LOGITS_BYTES, hidden_nbytes, rehearse, slice_tokens
 
-__all__ = ["fit", "saved_inputs_of"]
+__all__ = ["divided", "fit", "saved_inputs_of", "step_needs"]
+
+
+def step_needs(
+    cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], tables: int
+) -> StepNeeds:
+    """What a training step on ``micro_batches`` needs besides pool and residents; ``tables`` bytes are the store's."""
+    per_block = input_nbytes(hidden_nbytes(cut, layout, micro_batches))
+    activations = rehearse(cut, layout, micro_batches, slice_tokens=slice_tokens(cut, LOGITS_BYTES))
+    return StepNeeds(
+        tables=tables,
+        activations=activations or 0,
+        saved_inputs=layout.blocks * per_block,
+        saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
+        is_rehearsed=activations is not None,
+    )
+
+
+def divided(
+    cut: CutModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, keeps: bool = False
+) -> MemoryPlan:
+    """Divide ``ram`` bytes for steps that need ``needs``.
+
+    Raises:
+        DoesNotFitError: it is too small; says what would do.
+    """
+    borrows = bool(cut.epilogue_borrowed)
+    schedule = build_schedule(layout, borrows_prologue=borrows, training=True)
+    return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram, keeps=keeps)
 
 
 def fit(
@@ -33,20 +61,9 @@ def fit(
         keeps: whether gradients wait until the norm of all is known.
 
     Raises:
-        ConfigError: it is too small; says what would do.
+        DoesNotFitError: it is too small; says what would do.
     """
-    borrows = bool(cut.epilogue_borrowed)
-    per_block = input_nbytes(hidden_nbytes(cut, layout, micro_batches))
-    activations = rehearse(cut, layout, micro_batches, slice_tokens=slice_tokens(cut, LOGITS_BYTES))
-    needs = StepNeeds(
-        tables=tables,
-        activations=activations or 0,
-        saved_inputs=layout.blocks * per_block,
-        saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
-        is_rehearsed=activations is not None,
-    )
-    schedule = build_schedule(layout, borrows_prologue=borrows, training=True)
-    return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram, keeps=keeps)
+    return divided(cut, layout, step_needs(cut, layout, micro_batches, tables), ram=ram, keeps=keeps)
 
 
 def saved_inputs_of(plan: MemoryPlan, scratch: Sequence[Path]) -> SavedInputsBudget:

@@ -200,7 +200,14 @@ class ModelLayout:
 
     def chunks_of(self, record: int) -> tuple[Chunk, ...]:
         """The chunks of one record."""
-        return tuple(chunk for chunk in self.chunks if chunk.record == record)
+        return self._chunks_by_record[record]
+
+    @cached_property
+    def _chunks_by_record(self) -> tuple[tuple[Chunk, ...], ...]:
+        found: list[list[Chunk]] = [[] for _ in self.records]
+        for chunk in self.chunks:
+            found[chunk.record].append(chunk)
+        return tuple(map(tuple, found))
 
     def weight_extent_bytes(self, chunk: Chunk) -> int:
         """Bytes moved for a chunk's weights."""

@@ -1,4 +1,4 @@
-"""What a run reports about itself, step by step, and the file it is kept in. No torch."""
+"""What a run reports about itself, step by step and in the end, and the file it is kept in. No torch."""
 
 import json
 import os
@@ -6,11 +6,11 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from megatrain_io.run import replace_file
 
-__all__ = ["MetricsFile", "StepReport", "last_report"]
+__all__ = ["MetricsFile", "StepReport", "TrainResult", "last_report"]
 
 _TAIL_BYTES = 1 << 16
 """Some hundred lines: the last whole one is among them."""
@@ -60,6 +60,39 @@ class StepReport:
     clip_coefficient: float = 1.0
     skipped_steps: int = 0
     stalled: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to; bytes are those of the store's drive, counted by its engine.
+
+    Attributes:
+        steps: steps trained in all.
+        loss: of the last step.
+        eval_loss_before: held-out loss of the imported model, where data.eval is set.
+        eval_loss: held-out loss at the end.
+        seconds: of this start.
+        parameters: of the model.
+        read_bytes_per_parameter_and_step: by training steps of this start; None if it trained none.
+        written_bytes_per_parameter_and_step: likewise.
+        written_bytes_total: over all starts, short of the last step of an earlier one.
+        peak_ram_bytes: largest resident memory of this process, libraries included.
+        ledger: (current, peak) bytes of each account of the package.
+        plan: what was planned beside what was measured, and their ratio; see ``Tally.compared``.
+    """
+
+    steps: int
+    loss: float | None
+    eval_loss_before: float | None
+    eval_loss: float | None
+    seconds: float
+    parameters: int
+    read_bytes_per_parameter_and_step: float | None
+    written_bytes_per_parameter_and_step: float | None
+    written_bytes_total: int
+    peak_ram_bytes: int
+    ledger: dict[str, tuple[int, int]]
+    plan: dict[str, dict[str, Any]]
 
 
 def last_report(path: Path) -> StepReport | None:

@@ -13,7 +13,7 @@ from megatrain_io.layout import ModelLayout
 from megatrain_io.swap import BorrowedRecord
 from megatrain_io.workspace import WorkspaceMeter
 
-__all__ = ["CANNOT_REHEARSE", "Rehearsal", "StandIn", "shortened"]
+__all__ = ["CANNOT_REHEARSE", "Rehearsal", "StandIn", "shortened", "stand_in_nbytes"]
 
 CANNOT_REHEARSE = (DataDependentOutputException, GuardOnDataDependentSymNode, NotImplementedError)
 """A model whose shapes depend on its data (a mixture of experts that looks at its routing) raises one of these."""
@@ -31,6 +31,13 @@ def shortened(layout: ModelLayout) -> ModelLayout:
     return replace(
         layout, records=(layout.records[0], *blocks[:_ENOUGH_BLOCKS], *epilogue), blocks=_ENOUGH_BLOCKS
     )
+
+
+def stand_in_nbytes(layout: ModelLayout) -> int:
+    """Bytes of a stand-in's weights and gradients."""
+    itemsize = 4 if layout.format == "f32" else 2
+    records = shortened(layout).records
+    return sum(place.elements * (itemsize + 4) for record in records for place in record.tensors)
 
 
 class _FakeRecord(BorrowedRecord):

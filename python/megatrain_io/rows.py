@@ -282,17 +282,7 @@ class Rows:
 
     def largest_micro_batch(self, rows: int) -> MicroBatch:
         """One of the kind and size of the largest that ``rows`` rows can make; its content means nothing."""
-        shape = (rows, max(2, self.longest_row))
-        ids = torch.zeros(shape, dtype=torch.int64)
-        position_ids = attention_mask = None
-        if self.packed:
-            # Two documents in each row: one alone needs no mask.
-            half = shape[1] // 2
-            position_ids = torch.cat([torch.arange(half), torch.arange(shape[1] - half)]).repeat(rows, 1)
-        elif rows > 1:
-            attention_mask = torch.ones_like(ids)
-            attention_mask[0, -1] = 0
-        return MicroBatch(ids, ids.clone(), position_ids, attention_mask)
+        return blank_micro_batch(rows, self.longest_row, packed=self.packed)
 
     def _row(self, index: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         if not 0 <= index < len(self):
@@ -331,6 +321,21 @@ class Rows:
             f"{self._path} is damaged: {how}. It only holds tokenised data: start again, and it is made anew; "
             f"if this comes back, check the drive."
         )
+
+
+def blank_micro_batch(rows: int, length: int, *, packed: bool) -> MicroBatch:
+    """One with ``rows`` rows of ``length`` tokens that mean nothing, of the kind that takes most memory."""
+    shape = (rows, max(2, length))
+    ids = torch.zeros(shape, dtype=torch.int64)
+    position_ids = attention_mask = None
+    if packed:
+        # Two documents in each row: one alone needs no mask.
+        half = shape[1] // 2
+        position_ids = torch.cat([torch.arange(half), torch.arange(shape[1] - half)]).repeat(rows, 1)
+    elif rows > 1:
+        attention_mask = torch.ones_like(ids)
+        attention_mask[0, -1] = 0
+    return MicroBatch(ids, ids.clone(), position_ids, attention_mask)
 
 
 class RowOrder:

@@ -1,29 +1,29 @@
 """What a run starts from: the model in pieces, its data, and how RAM is divided. All that can be refused is, here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
+import psutil
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from megatrain_io.budget import MemoryPlan
-from megatrain_io.config import RunConfig
+from megatrain_io.candidate import Candidate
+from megatrain_io.config import RunConfig, load
 from megatrain_io.data import DataOptions, TrainingData, prepare
 from megatrain_io.errors import ConfigError
-from megatrain_io.fitting import fit
+from megatrain_io.hardware import Hardware, this_machine
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
+from megatrain_io.planned import Plan
+from megatrain_io.planner import accumulation_that_hides_io, make_plan
+from megatrain_io.planning import DTYPES, calibrate, layout_of, ram_of
 from megatrain_io.probe import probe
 from megatrain_io.ram import usable_ram
 from megatrain_io.run import RunFolder, replace_file
+from megatrain_io.swap import store_memory
 
 __all__ = ["Start"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# The rest is for the libraries, the page cache and other programs.
-_SHARE_OF_FREE_RAM = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Start:
         tokenizer: the model's.
         data: tokens, and the order of rows.
         max_steps: at which the run ends.
+        accumulation: micro-batches of a step.
     """
 
     config: RunConfig
@@ -43,6 +44,7 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     max_steps: int
+    accumulation: int
 
     @classmethod
     def prepare(cls, config: RunConfig, run: RunFolder, model: Path, cut: CutModel | None = None) -> "Start":
@@ -59,7 +61,7 @@ class Start:
         """
         if cut is None:
             model_config: PreTrainedConfig = ModelFolder(model).config()
-            cut = CutModel(model_config, _DTYPES[config.train.precision], probe(model_config))
+            cut = CutModel(model_config, DTYPES[config.train.precision], probe(model_config))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
         data = prepare(_data_options(config), tokenizer, run.data, packs=cut.facts.packs)
         largest, vocabulary = data.train.largest_token, cut.config.get_text_config().vocab_size
@@ -68,28 +70,41 @@ class Start:
                 f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
                 "belong together"
             )
-        rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-        epochs = data.order.steps(config.train.num_train_epochs, rows_per_step)
-        return cls(config, cut, tokenizer, data, config.train.max_steps or epochs)
+        accumulation = config.train.gradient_accumulation_steps
+        if accumulation == "auto":
+            accumulation = _chosen_before(run) or _choose(config, run, cut, data)
+        train = config.train.model_copy(update={"gradient_accumulation_steps": accumulation})
+        config = config.model_copy(update={"train": train})
+        rows_per_step = train.per_device_train_batch_size * accumulation
+        steps = train.max_steps or data.order.steps(train.num_train_epochs, rows_per_step)
+        return cls(config, cut, tokenizer, data, steps, accumulation)
 
-    def divide_ram(self, layout: ModelLayout, tables: int) -> MemoryPlan:
-        """What of the budget goes to what.
+    def plan(self, run: RunFolder, layout: ModelLayout, tables: int, *, is_made: bool) -> Plan:
+        """What the run will take and do.
 
         Args:
-            layout: of the store, which need not be there.
-            tables: bytes that it takes when it is open.
-
-        Raises:
-            ConfigError: the budget is too small; says what would do.
+            run: its folder.
+            layout: of the store.
+            tables: bytes of RAM that it takes when it is open.
+            is_made: whether it is there already. If not, times are not asked for.
         """
-        config = self.config
-        ram = config.memory.ram
-        if ram is None:
-            ram = int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
-        largest = self.data.train.largest_micro_batch(config.train.per_device_train_batch_size)
-        steps = [largest] * config.train.gradient_accumulation_steps
-        keeps = config.train.max_grad_norm is not None
-        return fit(self.cut, layout, steps, tables=tables, ram=ram, keeps=keeps)
+        one = replace(
+            _candidate(self.config, self.cut, layout, tables, self.data),
+            steps=self.max_steps,
+            is_made=is_made,
+        )
+        hardware = _hardware(self.config, run, one.ram)
+        compute = calibrate(one, hardware) if is_made else None
+        libraries = psutil.Process().memory_info().rss
+        count = self.accumulation
+        return make_plan(
+            one.with_accumulation(count),
+            hardware,
+            compute=compute and {stop: count * seconds for stop, seconds in compute.items()},
+            usable=None if self.config.memory.ram is None else usable_ram(),
+            libraries=libraries,
+            variants=False,
+        )
 
     def keep_chat_template(self, model: Path) -> None:
         """The trained model needs the template that it was trained with."""
@@ -100,6 +115,36 @@ class Start:
             self.tokenizer.save_pretrained(folder)
             for file in sorted(Path(folder).iterdir()):
                 replace_file(model / file.name, file.read_bytes())
+
+
+def _candidate(
+    config: RunConfig, cut: CutModel, layout: ModelLayout, tables: int, data: TrainingData
+) -> Candidate:
+    """A step of one micro-batch."""
+    batch = data.train.largest_micro_batch(config.train.per_device_train_batch_size)
+    return Candidate(config, cut, layout, [batch], tables, ram_of(config))
+
+
+def _hardware(config: RunConfig, run: RunFolder, ram: int) -> Hardware:
+    stores = run.store_paths() if run.is_imported else run.stores_in(config.memory.store_dir)
+    return this_machine([store.parent for store in stores], ram, config.train.precision)
+
+
+def _chosen_before(run: RunFolder) -> int | None:
+    """What ``auto`` came to when the run began; it decides the bits, so it stays."""
+    if not run.config.exists():
+        return None
+    count = load(run.config)[0].train.gradient_accumulation_steps
+    return None if count == "auto" else count
+
+
+def _choose(config: RunConfig, run: RunFolder, cut: CutModel, data: TrainingData) -> int:
+    """As many micro-batches as hide the drive behind computing, and no more than there are rows."""
+    layout = layout_of(config, cut)
+    candidate = _candidate(config, cut, layout, store_memory(layout.manifest({})), data)
+    hardware = _hardware(config, run, candidate.ram)
+    count = accumulation_that_hides_io(candidate, hardware, calibrate(candidate, hardware))
+    return min(count, max(1, len(data.train) // config.train.per_device_train_batch_size))
 
 
 def _data_options(config: RunConfig) -> DataOptions:

@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,19 @@ import torch
 
 from megatrain_io.config import RunConfig
 from megatrain_io.convert import import_model
-from megatrain_io.errors import ConfigError, InterruptedRunError, NotFiniteError, TrainingDivergedError
+from megatrain_io.errors import (
+    ConfigError,
+    InterruptedRunError,
+    MegatrainIoError,
+    NotFiniteError,
+    TrainingDivergedError,
+    WearLimitError,
+)
 from megatrain_io.fitting import saved_inputs_of
 from megatrain_io.interrupt import after_the_step
 from megatrain_io.layout import ModelLayout, TensorPlace
 from megatrain_io.learning_rate import learning_rate_at
-from megatrain_io.metrics import MetricsFile, StepReport
+from megatrain_io.metrics import MetricsFile, StepReport, TrainResult
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.report import Reporter
 from megatrain_io.run import RunFolder, gradient_file, replace_file, saved_inputs_file, storage_errors
@@ -30,6 +37,7 @@ from megatrain_io.start import Start
 from megatrain_io.step import trained_tokens
 from megatrain_io.stream import PagedModel, StepLoss
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels, store_memory
+from megatrain_io.tally import Tally
 from megatrain_io.trace import Trace
 from megatrain_io.trainer_state import TrainerState
 
@@ -39,37 +47,6 @@ __all__ = ["TrainResult", "train"]
 _SKIPS_MAX = 3
 # Micro-batches that go through the blocks together when the held-out loss is measured.
 _EVAL_MICRO_BATCHES = 16
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to; bytes are those of the store's drive, counted by its engine.
-
-    Attributes:
-        steps: steps trained in all.
-        loss: of the last step.
-        eval_loss_before: held-out loss of the imported model, where data.eval is set.
-        eval_loss: held-out loss at the end.
-        seconds: of this start.
-        parameters: of the model.
-        read_bytes_per_parameter_and_step: by training steps of this start; None if it trained none.
-        written_bytes_per_parameter_and_step: likewise.
-        written_bytes_total: over all starts, short of the last step of an earlier one.
-        peak_ram_bytes: largest resident memory of this process, libraries included.
-        ledger: (current, peak) bytes of each account of the package.
-    """
-
-    steps: int
-    loss: float | None
-    eval_loss_before: float | None
-    eval_loss: float | None
-    seconds: float
-    parameters: int
-    read_bytes_per_parameter_and_step: float | None
-    written_bytes_per_parameter_and_step: float | None
-    written_bytes_total: int
-    peak_ram_bytes: int
-    ledger: dict[str, tuple[int, int]]
 
 
 def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace | None = None) -> TrainResult:
@@ -137,7 +114,7 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> Sta
     def prepare(cut: CutModel, layout: ModelLayout) -> None:
         # Before the import, which may take long: data that cannot be read, RAM that is not enough.
         start = Start.prepare(config, run, config.model, cut)
-        start.divide_ram(layout, store_memory(layout.manifest({})))
+        start.plan(run, layout, store_memory(layout.manifest({})), is_made=False).require_fits()
         starts.append(start)
 
     try:
@@ -205,24 +182,30 @@ class _Trainer:
                 f"{self._run.path} has a run at step {progress.step}: go on with --resume, or choose a new output_dir"
             )
         start = imported or Start.prepare(config, self._run, self._run.model)
-        self._data, self._max_steps = start.data, start.max_steps
+        config = self._config = start.config
+        self._accumulation, self._data, self._max_steps = start.accumulation, start.data, start.max_steps
         self._check_resume(progress)
         start.keep_chat_template(self._run.model)
-        plan = start.divide_ram(self._state.layout, self._state.ledger.total()[0])
+        planned = start.plan(self._run, self._state.layout, self._state.ledger.total()[0], is_made=True)
+        memory = planned.require_fits().memory
+        if memory is None:
+            raise MegatrainIoError("a plan that fits without a division of RAM")
+        commit_every = 1 if self._is_scratch else config.memory.commit_every
+        self._tally = Tally(planned, commit_every, self._written_before, config.memory.max_tbw)
         scratch = [saved_inputs_file(store) for store in self._run.store_paths()]
         self._model = PagedModel(
             start.cut,
             self._state,
             seed=config.train.seed,
-            saved_inputs=saved_inputs_of(plan, scratch),
+            saved_inputs=saved_inputs_of(memory, scratch),
             max_grad_norm=config.train.max_grad_norm,
             trace=self._trace,
         )
         self._closing.callback(self._model.close)
         self._state.start(
-            plan.pool,
-            residents=plan.residents,
-            gradient_files=[*map(gradient_file, self._run.store_paths())] if plan.spills_gradients else (),
+            memory.pool,
+            residents=memory.residents,
+            gradient_files=[*map(gradient_file, self._run.store_paths())] if memory.spills_gradients else (),
             settings=lambda place: _settings(place, config.train.weight_decay),
             threads=config.memory.threads,
         )
@@ -230,7 +213,7 @@ class _Trainer:
             self._state.record_events()
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
-        notes = [*self._notes(), str(plan), str(self._data.summary)]
+        notes = [*self._notes(), *planned.summary(), str(self._data.summary)]
         if imported is not None:
             notes.insert(0, f"imported {config.model} into {self._state.path}")
         self._reporter.started(step=progress.step, max_steps=self._max_steps, notes=notes)
@@ -242,6 +225,7 @@ class _Trainer:
                 self.progress.eval_loss_before = self._evaluate()
             before = self._counters()
             while self.progress.step < self._max_steps:
+                self._check_wear()
                 try:
                     before = self._train(self.progress.step + 1, before)
                 except NotFiniteError as error:
@@ -277,6 +261,7 @@ class _Trainer:
             or step % self._config.memory.commit_every == 0
             or step == self._max_steps
             or step + 1 in self._skips
+            or self._tally.is_last(self._written_total())
         )
         self._under_way = step
         with after_the_step() if self._is_scratch else nullcontext():
@@ -304,6 +289,14 @@ class _Trainer:
         self._metrics.go_back(self.progress.step)
         self._reporter.note(f"step {step} is skipped: {error}; nothing is updated by it")
 
+    def _check_wear(self) -> None:
+        """Pause before a step that would write more than the run may."""
+        try:
+            self._tally.check(self._written_total(), self.progress.step)
+        except WearLimitError:
+            self.settle()
+            raise
+
     def settle(self) -> None:
         """Wait until all steps that have ended are durable, if they were to be committed."""
         self._model.settle()
@@ -317,6 +310,7 @@ class _Trainer:
     def result(self, seconds: float) -> TrainResult:
         """What came of it."""
         parameters = self._state.layout.parameters
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         per_step = [count / self._steps / parameters if self._steps else None for count in self._trained]
         return TrainResult(
             steps=self.progress.step,
@@ -328,8 +322,9 @@ class _Trainer:
             read_bytes_per_parameter_and_step=per_step[0],
             written_bytes_per_parameter_and_step=per_step[1],
             written_bytes_total=self._written_total(),
-            peak_ram_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_ram_bytes=peak,
             ledger=self._state.ledger.balances(),
+            plan=self._tally.compared(self._state.ledger.total()[1], peak),
         )
 
     def _report(
@@ -375,6 +370,7 @@ class _Trainer:
             skipped_steps=self.progress.skipped_steps,
         )
         self._metrics.append(report)
+        self._tally.add(report)
         self._reporter.step(report)
         return self._counters() if evaluates else after
 
@@ -398,8 +394,8 @@ class _Trainer:
         return self._eval_loss
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
-        config, rows = self._config.train, self._data.train
-        batch, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        rows = self._data.train
+        batch, count = self._config.train.per_device_train_batch_size, self._accumulation
         indices = self._data.order.indices_for_step(step, batch * count)
         return [rows.micro_batch(indices[start : start + batch]) for start in range(0, batch * count, batch)]
 
@@ -410,7 +406,7 @@ class _Trainer:
                 "loss": loss,
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
-                "written_bytes": self._written_total(),
+                "written_bytes": round(self._tally.written(self._written_total(), under_way=1)),
                 "environment": _environment(),
             }
             return TrainerState(**fields).encode()

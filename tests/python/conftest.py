@@ -22,6 +22,14 @@ def _offline(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_profile(tmp_path_factory):
+    """What this machine was measured to do is no matter of a test that does not ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _one_torch_thread():
     """Thread counts change the bits of some matrix products, and spinning threads slow busy machines."""
     torch.set_num_threads(1)

@@ -22,14 +22,17 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(["miniature", "model", "probe", "skeleton"], 1),
     **dict.fromkeys(["data", "documents", "rows", "sources", "tokens"], 1),
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
-    **dict.fromkeys(["budget", "drive", "measure", "outside", "ram"], 1),
+    **dict.fromkeys(["budget", "drive", "hardware", "measure", "outside", "ram", "smart"], 1),
+    **dict.fromkeys(["program", "simulator"], 1),
     **dict.fromkeys(["swap"], 2),
     **dict.fromkeys(
-        ["checkpoint", "clipping", "gradient", "input_scratch", "rehearsal", "step", "stream"], 3
+        ["calibration", "checkpoint", "clipping", "gradient", "input_scratch", "rehearsal", "step", "stream"],
+        3,
     ),
     **dict.fromkeys(["convert", "generate", "leftovers", "tensor_store"], 3),
-    **dict.fromkeys(["bench", "doctor", "fitting", "plan", "report", "start", "status", "train"], 4),
-    **dict.fromkeys(["__main__", "cli"], 5),
+    **dict.fromkeys(["bench", "doctor", "fitting", "report", "start", "status", "tally", "train"], 4),
+    **dict.fromkeys(["candidate", "planned", "planner", "planning"], 4),
+    **dict.fromkeys(["__main__", "cli", "outcome"], 5),
     **dict.fromkeys(["__init__"], 6),  # the front door: re-exports only, and nobody inside goes through it
 }
 RUST_FLOORS: dict[str, int] = {

@@ -220,7 +220,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(write):
             "memory.xyzzy=1",
             (
                 "memory.xyzzy: unknown key (on the command line). Known here: store_dir, durability, "
-                "commit_every, ram, io_backend, threads"
+                "commit_every, ram, max_tbw, io_backend, threads"
             ),
         ),
         ("train=a.jsonl", "train: a section, not a key (on the command line). Did you mean data.train?"),

@@ -7,6 +7,7 @@ import torch
 
 from megatrain_io.layout import ModelLayout
 from megatrain_io.rehearsal import shortened
+from megatrain_io.rows import blank_micro_batch
 from megatrain_io.step import rehearse
 from megatrain_io.stream import model_parts
 from megatrain_io.swap import AdamWStep
@@ -40,6 +41,16 @@ def test_a_rehearsed_step_needs_what_a_real_one_does(tmp_path, family, tied, dty
         measured = model.state.ledger.balances()
     assert read == (0, 0) or read[0] < 1 << 20, "nothing of the model was read"
     assert expected == pytest.approx(measured["activations"][1], rel=0.01)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_many_alike_take_what_a_rehearsal_of_all_says(tied):
+    cut = cut_model(Case(tied=tied, overrides=SIZES))
+    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "f32")
+    batch = blank_micro_batch(2, 24, packed=True)
+    one_by_one = [replace(batch) for _ in range(9)]
+    whole = rehearse(cut, layout, one_by_one, slice_tokens=16)
+    assert rehearse(cut, layout, [batch] * 9, slice_tokens=16) == pytest.approx(whole, rel=1e-4)
 
 
 def packed(batch):

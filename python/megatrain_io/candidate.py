@@ -1,0 +1,238 @@
+"""What is planned, and one step of it: its schedule, what it moves, how long it takes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+from megatrain_io.budget import MemoryPlan
+from megatrain_io.checkpoint import saved_inputs_plan
+from megatrain_io.config import RunConfig
+from megatrain_io.fitting import saved_inputs_of
+from megatrain_io.hardware import Hardware
+from megatrain_io.layout import ModelLayout
+from megatrain_io.model import CutModel, MicroBatch
+from megatrain_io.planned import StepTime
+from megatrain_io.program import StopKey
+from megatrain_io.rows import blank_micro_batch
+from megatrain_io.schedule import ChunkOp, Gradients, Phase, build_schedule, traffic
+from megatrain_io.simulator import Rates, simulate
+
+__all__ = [
+    "Candidate",
+    "gradients_of",
+    "hiding_tokens",
+    "inputs_moved",
+    "phases_of",
+    "schedule_of",
+    "step_time",
+    "written_by_commit",
+]
+
+
+# Seconds for each chunk that workers check or update on cores that torch's threads are spinning on: woken late, they
+# let those wait for one another. Measured with benches/plan.py, on two cores.
+_HANDOFF = 0.9e-3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is planned: a configuration over a model.
+
+    Attributes:
+        config: of the run.
+        cut: the model without its parameters.
+        layout: of its store, which need not be there.
+        micro_batches: of the largest step.
+        tables: bytes that the store itself takes when it is open.
+        ram: bytes that training may take.
+        steps: of the run; None where it is not known.
+        is_made: whether the store is there already.
+    """
+
+    config: RunConfig
+    cut: CutModel
+    layout: ModelLayout
+    micro_batches: Sequence[MicroBatch]
+    tables: int
+    ram: int
+    steps: int | None = None
+    is_made: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return sum(batch.input_ids.numel() for batch in self.micro_batches)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether gradients wait for their norm."""
+        return self.config.train.max_grad_norm is not None
+
+    @property
+    def commits_at_once(self) -> bool:
+        """Whether every step is committed: then a step may guess that its gradients stay below the limit."""
+        return self.config.memory.commit_every == 1 and self.layout.durability == "step"
+
+    def with_accumulation(self, count: int) -> "Candidate":
+        """The same with ``count`` micro-batches like the first one."""
+        train = self.config.train.model_copy(update={"gradient_accumulation_steps": count})
+        config = self.config.model_copy(update={"train": train})
+        return replace(self, config=config, micro_batches=[self.micro_batches[0]] * count)
+
+    def with_rows(self, batch: int, length: int, tokens: int) -> "Candidate":
+        """The same with ``tokens`` a step or a few more, in micro-batches of ``batch`` rows of ``length``."""
+        train, data = self.config.train, self.config.data
+        count = max(1, -(-tokens // (batch * length)))
+        config = self.config.model_copy(
+            update={
+                "train": train.model_copy(
+                    update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": count}
+                ),
+                "data": data.model_copy(update={"max_length": length}),
+            }
+        )
+        packed = data.packing and self.cut.facts.packs
+        return replace(
+            self, config=config, micro_batches=[blank_micro_batch(batch, length, packed=packed)] * count
+        )
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+
+def schedule_of(candidate: Candidate, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
+    """That of a training step; the one that training builds."""
+    return build_schedule(
+        candidate.layout,
+        borrows_prologue=bool(candidate.cut.epilogue_borrowed),
+        training=True,
+        applies=applies,
+        gradients=gradients,
+    )
+
+
+def gradients_of(candidate: Candidate) -> Gradients:
+    """What a step does with its gradients as long as none is too large."""
+    if not candidate.keeps:
+        return "update"
+    return "both" if candidate.commits_at_once else "keep"
+
+
+def _commits(candidate: Candidate) -> tuple[float, float]:
+    """Shares of steps that commit, and that do not."""
+    if candidate.layout.durability == "scratch":
+        return 1.0, 0.0
+    every = candidate.config.memory.commit_every
+    return 1 / every, 1 - 1 / every
+
+
+def inputs_moved(candidate: Candidate, memory: MemoryPlan) -> dict[int, float]:
+    """Bytes of inputs that go to the drive and come back, by record."""
+    budget = saved_inputs_of(memory, [candidate.config.output_dir / "inputs"])
+    blocks = candidate.layout.blocks
+    plan = saved_inputs_plan(blocks, memory.needs.saved_inputs // blocks, budget.ram_bytes)
+    if not plan.on_drive:
+        return {}
+    return {
+        candidate.layout.block(index): plan.moved_nbytes / plan.on_drive for index in range(plan.on_drive)
+    }
+
+
+def phases_of(
+    candidate: Candidate, memory: MemoryPlan, gradients: Gradients
+) -> dict[str, tuple[float, float]]:
+    """Bytes read and written, by phase, of a step between others of its kind."""
+    schedule = schedule_of(candidate, gradients, applies=gradients == "keep")
+    layout, residents = candidate.layout, memory.residents
+    shares = list(zip(_commits(candidate), (True, False), strict=True))
+    found = dict.fromkeys(map(str, Phase), (0.0, 0.0))
+    for operation in schedule:
+        read, written = found[operation.phase]
+        written += sum(
+            share * operation.written_bytes(layout, residents, commits=commits)
+            for share, commits in shares
+            if share
+        )
+        found[operation.phase] = read + operation.read_bytes(layout, residents), written
+    moved = sum(inputs_moved(candidate, memory).values())
+    forward, backward = found[Phase.FORWARD], found[Phase.BACKWARD]
+    found[Phase.FORWARD] = forward[0], forward[1] + moved
+    found[Phase.BACKWARD] = backward[0] + moved, backward[1]
+    return found
+
+
+def written_by_commit(candidate: Candidate, memory: MemoryPlan, gradients: Gradients) -> float:
+    """Bytes that a step writes which commits; a guess that was wrong writes the state once more."""
+    schedule = schedule_of(candidate, gradients, applies=gradients == "keep")
+    _, written = traffic(schedule, candidate.layout, memory.residents)
+    return written + sum(inputs_moved(candidate, memory).values())
+
+
+def step_time(
+    candidate: Candidate,
+    memory: MemoryPlan,
+    compute: Mapping[StopKey, float],
+    hardware: Hardware,
+    gradients: Gradients,
+    *,
+    is_measured: bool = False,
+) -> StepTime:
+    """Seconds of a step in the steady state."""
+    applies = gradients == "keep"
+    first = schedule_of(candidate, gradients)
+    then = schedule_of(candidate, gradients, applies=True) if applies else first
+    every = 1 if candidate.layout.durability == "scratch" else candidate.config.memory.commit_every
+    pattern = [True] * 3 if every == 1 else [False, False, True, False]
+    played = simulate(
+        [(first if index == 0 else then, commits) for index, commits in enumerate(pattern)],
+        candidate.layout,
+        memory.pool,
+        compute,
+        _rates(candidate, hardware),
+        residents=memory.residents,
+        inputs=inputs_moved(candidate, memory),
+    )
+    # The step that commits, the one that it passes the commit on to, and those in between.
+    weights = {2: 1.0} if every == 1 else {2: 1 / every, 3: 1 / every, 1: 1 - 2 / every}
+
+    def mean(name: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for index, weight in weights.items():
+            for key, value in getattr(played[index], name).items():
+                found[str(key)] = found.get(str(key), 0.0) + weight * value
+        return found
+
+    seconds = sum(weight * played[index].seconds for index, weight in weights.items())
+    return StepTime(seconds, mean("phases"), mean("waits"), sum(compute.values()), is_measured)
+
+
+def _rates(candidate: Candidate, hardware: Hardware) -> Rates:
+    scratch = candidate.layout.durability == "scratch"
+    return Rates(
+        read=hardware.read or inf,
+        write=hardware.write or inf,
+        side_by_side=hardware.side_by_side,
+        check=hardware.checksum_gb_per_s * 1e9,
+        update=1 / (1 / hardware.adamw_parameters_per_s + 12 / (hardware.checksum_gb_per_s * 1e9)),
+        shares_cores=hardware.shares_cores,
+        handoff=_HANDOFF if hardware.shares_cores else 0.0,
+        commit=0.0 if scratch else hardware.commit_seconds,
+    )
+
+
+def hiding_tokens(
+    candidate: Candidate,
+    phases: Mapping[str, tuple[float, float]],
+    hardware: Hardware,
+    compute: Mapping[StopKey, float],
+) -> int:
+    """Tokens of a step from which on both halves of it compute for longer than they move bytes."""
+    halves = ({Phase.PROLOGUE, Phase.FORWARD}, {Phase.EPILOGUE, Phase.BACKWARD, Phase.PROLOGUE_BACKWARD})
+    most = 0.0
+    for half in halves:
+        read = sum(phases[phase][0] for phase in half) / (hardware.read or inf)
+        write = sum(phases[phase][1] for phase in half) / (hardware.write or inf)
+        both = max((read + write) / hardware.side_by_side, read, write)
+        computing = sum(seconds for (phase, _), seconds in compute.items() if phase in half)
+        most = max(most, both / computing if computing else 0.0)
+    return round(candidate.tokens * most)

@@ -1,0 +1,156 @@
+"""A plan for a person: from a model folder, settings and the name of a machine."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatrain_io.calibration import measured_seconds, work_of
+from megatrain_io.candidate import Candidate
+from megatrain_io.config import RunConfig, load
+from megatrain_io.hardware import Hardware, load_hardware, this_machine
+from megatrain_io.layout import ModelLayout
+from megatrain_io.model import CutModel
+from megatrain_io.model_folder import ModelFolder
+from megatrain_io.planned import Plan, Prices
+from megatrain_io.planner import accumulation_that_hides_io, make_plan
+from megatrain_io.probe import probe
+from megatrain_io.program import StopKey
+from megatrain_io.ram import usable_ram
+from megatrain_io.rehearsal import stand_in_nbytes
+from megatrain_io.rows import blank_micro_batch
+from megatrain_io.run import RunFolder
+from megatrain_io.schedule import Phase
+from megatrain_io.stream import model_parts
+from megatrain_io.swap import store_memory
+
+__all__ = ["DTYPES", "calibrate", "layout_of", "plan", "ram_of"]
+
+# The rest is for the libraries, the page cache and other programs.
+_SHARE_OF_FREE_RAM = 0.5
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_FORMATS: dict[str, Any] = {"bf16": "bf16", "fp32": "f32"}
+# A step of two blocks and the head that takes longer is not run for its time.
+_CALIBRATION_FLOPS = 4e12
+_NO_RATES = "no times: the drive beneath the store was not measured. Run megatrain-io bench DIR there once"
+_GPU_NOTE = (
+    "training computes on the CPU so far; times for a GPU are what its rates and the drive's allow, without copies "
+    "between RAM and VRAM"
+)
+
+
+def plan(  # noqa: PLR0913 - each with a meaning of its own
+    model: Path | str,
+    config: Path | str | None = None,
+    *,
+    on: str | None = None,
+    tokens: float | None = None,
+    watts: float | None = None,
+    kilowatt_hour: float | None = None,
+    rented_hour: float | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+) -> Plan:
+    """Plan a run from ``config.json`` alone; weights and data need not be there.
+
+    Args:
+        model: folder with config.json.
+        config: YAML file of the run; None: the defaults.
+        on: name of a machine that is known, or a YAML file that describes one; None: this one.
+        tokens: of the whole run, where ``train.max_steps`` is not given.
+        watts: power that the machine takes, for electricity; None: the machine's own figure.
+        kilowatt_hour: price of electricity.
+        rented_hour: price of a rented GPU for an hour.
+        settings: that win over the file: ``{"train.learning_rate": 2e-5}`` or ``["learning_rate=2e-5"]``.
+
+    Raises:
+        MegatrainIoError: model or configuration cannot be used. What does not fit is no error, but in the plan.
+    """
+    given = settings
+    if isinstance(given, Mapping):
+        given = [f"{key}={json.dumps(value)}" for key, value in given.items()]  # YAML, too
+    run_config, notes = load(
+        None if config is None else Path(config),
+        [f"model={model}", *given],
+        {("", "output_dir"): ".", ("data", "train"): ["."]},
+    )
+    candidate, hardware = _candidate(run_config, on)
+    is_here = on is None
+    compute = calibrate(candidate, hardware) if is_here else None
+    libraries = psutil.Process().memory_info().rss if is_here else 0
+    count = run_config.train.gradient_accumulation_steps
+    if count == "auto":
+        count = accumulation_that_hides_io(candidate, hardware, compute)
+    candidate = candidate.with_accumulation(count)
+    steps = run_config.train.max_steps
+    if steps is None and tokens is not None:
+        steps = max(1, round(tokens / candidate.tokens))
+    if hardware.read is None:
+        notes.append(_NO_RATES)
+    if hardware.device is not None:
+        notes.append(_GPU_NOTE)
+    return make_plan(
+        replace(candidate, steps=steps),
+        hardware,
+        compute=compute and {stop: count * seconds for stop, seconds in compute.items()},
+        usable=usable_ram() if is_here and run_config.memory.ram is not None else None,
+        libraries=libraries,
+        prices=Prices(watts or hardware.watts, kilowatt_hour, rented_hour),
+        notes=notes,
+    )
+
+
+def _candidate(config: RunConfig, on: str | None) -> tuple[Candidate, Hardware]:
+    precision = config.train.precision
+    path = Path(config.model)
+    folder = ModelFolder(path.parent if path.name == "config.json" else path)
+    model_config = folder.config()
+    cut = CutModel(model_config, DTYPES[precision], probe(model_config))
+    layout = layout_of(config, cut)
+    if on is None:
+        ram = ram_of(config)
+        run = RunFolder(Path(config.output_dir))
+        folders = [store.parent for store in run.stores_in(config.memory.store_dir)]
+        hardware = this_machine(folders, ram, precision)
+    else:
+        hardware = load_hardware(on)
+        ram = config.memory.ram or hardware.ram
+    packed = config.data.packing and cut.facts.packs
+    batch = blank_micro_batch(config.train.per_device_train_batch_size, config.data.max_length, packed=packed)
+    tables = store_memory(layout.manifest({}))
+    return Candidate(config, cut, layout, [batch], tables, ram), hardware
+
+
+def layout_of(config: RunConfig, cut: CutModel) -> ModelLayout:
+    """That of the store which an import makes."""
+    durability, precision = config.memory.durability, config.train.precision
+    return ModelLayout.build(model_parts(cut), len(cut.blocks), _FORMATS[precision], durability=durability)
+
+
+def ram_of(config: RunConfig) -> int:
+    """Bytes that training may take: what is asked for, or half of what is free."""
+    return config.memory.ram or int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
+
+
+def calibrate(candidate: Candidate, hardware: Hardware) -> dict[StopKey, float] | None:
+    """Seconds of each stop of one micro-batch on this machine.
+
+    None where nobody asks, because the drive's rates are not known, or where finding out would take too long or too
+    much RAM.
+    """
+    cut, layout, batch = candidate.cut, candidate.layout, candidate.micro_batches[0]
+    if hardware.read is None or stand_in_nbytes(layout) > candidate.ram:
+        return None
+    rows, length = batch.input_ids.shape
+    work = work_of(cut, layout, [(rows, length)])
+    blocks = 2 * sum(
+        work.flops.get((phase, layout.block(0)), 0.0) for phase in (Phase.FORWARD, Phase.BACKWARD)
+    )
+    head = sum(flops for (phase, _), flops in work.flops.items() if phase is Phase.EPILOGUE)
+    if blocks + head > _CALIBRATION_FLOPS:
+        return None
+    return measured_seconds(cut, layout, batch)

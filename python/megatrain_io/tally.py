@@ -1,0 +1,95 @@
+"""What steps took, against what was planned; and how much more may be written."""
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatrain_io.errors import WearLimitError
+from megatrain_io.metrics import StepReport
+from megatrain_io.planned import Plan
+
+__all__ = ["Tally"]
+
+_TB = 1e12
+# Moments that were never written are not read, and state that stays is: the first steps are no measure.
+_FIRST_STEPS = 2
+
+
+@dataclass
+class Tally:
+    """The steps of one start.
+
+    Attributes:
+        plan: of the run.
+        commit_every: steps between two commits.
+        written_before: bytes of earlier starts.
+        max_tbw: terabytes that the run may write.
+    """
+
+    plan: Plan
+    commit_every: int
+    written_before: int
+    max_tbw: float | None
+    _steps: list[StepReport] = field(default_factory=list)
+
+    def add(self, report: StepReport) -> None:
+        """Take note of a step."""
+        self._steps.append(report)
+
+    def written(self, measured: int, *, under_way: int = 0) -> float:
+        """Bytes that the run wrote so far, those of its last steps that are still on their way included.
+
+        Args:
+            measured: by the run so far.
+            under_way: steps that are not in the tally yet.
+        """
+        steps = len(self._steps) + under_way
+        return max(float(measured), self.written_before + steps * self.plan.written_bytes)
+
+    def is_last(self, measured: int) -> bool:
+        """Whether only one more step may be made: it must be committed."""
+        return self.max_tbw is not None and self._beyond(measured, steps=2)
+
+    def check(self, measured: int, step: int) -> None:
+        """Refuse one more step.
+
+        Raises:
+            WearLimitError: it would write more than the run may.
+        """
+        if self.max_tbw is not None and self._beyond(measured, steps=1):
+            raise WearLimitError(
+                f"paused: this run has written {self.written(measured) / _TB:.4g} TB, a step writes "
+                f"{self.plan.committing_bytes / _TB:.4g} TB, and memory.max_tbw is {self.max_tbw:g}. Step {step} is "
+                "committed, and nothing is lost: raise memory.max_tbw and go on with --resume, or export"
+            )
+
+    def _beyond(self, measured: int, *, steps: int) -> bool:
+        return self.written(measured) + steps * self.plan.committing_bytes > (self.max_tbw or 0.0) * _TB
+
+    def compared(self, ledger_peak: int, process_peak: int) -> dict[str, dict[str, Any]]:
+        """Planned and measured figures by name, in the steady state where there were enough steps; RAM at its peak."""
+        steady = self._steps[_FIRST_STEPS:]
+        if self.plan.updates_wait:
+            steady = steady[:-1]  # the last one makes its own update, too
+        steady = steady[: len(steady) - len(steady) % self.commit_every] or steady or self._steps
+        if not steady:
+            return {}
+        plan = self.plan
+        pairs: dict[str, tuple[float | None, float]] = {
+            "seconds_per_step": (
+                None if plan.time is None else plan.time.seconds,
+                statistics.median(each.seconds for each in steady),
+            ),
+            "read_bytes_per_step": (plan.read_bytes, statistics.fmean(each.read_bytes for each in steady)),
+            "written_bytes_per_step": (
+                plan.written_bytes,
+                statistics.fmean(each.written_bytes for each in steady),
+            ),
+            "ledger_bytes": (plan.ledger_bytes, ledger_peak),
+            "process_bytes": (plan.process_bytes, process_peak),
+        }
+        return {
+            name: {"planned": planned, "measured": measured, "ratio": measured / planned if planned else None}
+            for name, (planned, measured) in pairs.items()
+            if planned is not None
+        }

@@ -14,7 +14,7 @@ from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.planned import StepTime
 from megatrain_io.program import StopKey
 from megatrain_io.rows import blank_micro_batch
-from megatrain_io.schedule import ChunkOp, Gradients, Phase, build_schedule, traffic
+from megatrain_io.schedule import ChunkOp, Gradients, Phase, build_schedule, flush_schedule, traffic
 from megatrain_io.simulator import Rates, simulate
 
 __all__ = [
@@ -162,9 +162,11 @@ def phases_of(
 
 
 def written_by_commit(candidate: Candidate, memory: MemoryPlan, gradients: Gradients) -> float:
-    """Bytes that a step writes which commits; a guess that was wrong writes the state once more."""
+    """The most that a step writes: one that commits, whose guess, if it makes one, was wrong."""
     schedule = schedule_of(candidate, gradients, applies=gradients == "keep")
     _, written = traffic(schedule, candidate.layout, memory.residents)
+    if candidate.keeps:
+        written += traffic(flush_schedule(candidate.layout), candidate.layout, memory.residents)[1]
     return written + sum(inputs_moved(candidate, memory).values())
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatrain_io.config_values import Size
 from megatrain_io.drive import NETWORK, examine_drive, read_mounts
 from megatrain_io.errors import ConfigError
-from megatrain_io.profile import DriveProfile, Profile, default_path
+from megatrain_io.profile import DriveProfile, Profile
 from megatrain_io.smart import read_smart
 
 __all__ = ["Device", "Drive", "Hardware", "known_machines", "load_hardware", "this_machine"]
@@ -114,26 +114,31 @@ class Hardware(_Section):
 
 
 def this_machine(
-    folders: Sequence[Path], ram: int, precision: str, profile: Profile | None = None
+    folders: Sequence[Path],
+    ram: int,
+    precision: str,
+    profile: Profile | None = None,
+    *,
+    asks_drives: bool = False,
 ) -> Hardware:
-    """The machine that this runs on: its drives as they are now, its rates as ``bench`` measured them, if it did.
+    """The machine that this runs on: its drives as they are now, its rates as ``bench`` measured them.
 
     Args:
         folders: where the store's files would lie, one on each drive.
         ram: bytes that training may use.
         precision: compute dtype.
-        profile: what was measured; None reads that of this machine.
-
-    Raises:
-        ConfigError, StorageError: there is a profile, and it cannot be read.
+        profile: what was measured; without one there are no rates.
+        asks_drives: whether the drives are asked for their wear.
     """
-    profile, mounts = profile or Profile.read(default_path()), read_mounts()
+    mounts = read_mounts()
     found = [examine_drive(folder, mounts) for folder in folders]
     measured = [
         None if profile is None else profile.drive(each.get("mount_point", ""), each.get("source", ""))
         for each in found
     ]
-    drives = tuple(_drive_here(about, rates) for about, rates in zip(found, measured, strict=True))
+    drives = tuple(
+        _drive_here(about, rates, asks=asks_drives) for about, rates in zip(found, measured, strict=True)
+    )
     if profile is None:
         return Hardware(name="this machine", ram=ram, drives=drives)
     cpu, matmul = profile.cpu, profile.matmul
@@ -152,9 +157,9 @@ def this_machine(
     )
 
 
-def _drive_here(about: dict[str, Any], rates: DriveProfile | None) -> Drive:
+def _drive_here(about: dict[str, Any], rates: DriveProfile | None, *, asks: bool) -> Drive:
     """A drive of this machine."""
-    smart = read_smart(about.get("source"))
+    smart = read_smart(about.get("source")) if asks else None
     kind = about["file_system"]
     is_remote = kind is not None and (kind in NETWORK or kind.startswith("fuse.sshfs"))
     drive = Drive() if rates is None else _drive_of(rates)

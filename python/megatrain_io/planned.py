@@ -106,7 +106,7 @@ class Plan:
         scratch_bytes: on the drives while it runs: inputs of blocks, gradients that wait.
         vram_bytes: the least on the GPU; None without one.
         phases: bytes read and written, by phase of a step.
-        committing_bytes: written by a step that commits, the most that one writes.
+        committing_bytes: the most that a step writes: one that commits, and whose guess, if it makes one, was wrong.
         updates_wait: whether a step's update is made by the next one.
         time: of a step; None where the machine's rates are not known.
         tokens_to_hide_io: tokens of a step from which on computing takes longer than moving bytes.
@@ -186,6 +186,7 @@ class Plan:
         seconds = "" if self.time is None else f" in {_seconds(self.time.seconds)}"
         total = "" if self.hours is None else f"; {_hours(self.hours)} in all"
         yield f"plan: {moved}{seconds}{total}"
+        yield from self.notes
 
     def as_dict(self) -> dict[str, Any]:
         """All figures, of plain types."""
@@ -212,20 +213,19 @@ class Plan:
 
     def __str__(self) -> str:
         """For a person."""
-        rows = [
-            ("model", self._model_text()),
-            ("machine", self.machine),
-            *(("fits", "yes") for _ in range(self.fits)),
-            *(("does not fit", str(problem)) for problem in self.problems),
-            ("drive", f"store {decimal(self.store_bytes)}, while it runs {decimal(self.scratch_bytes)} more"),
-            *((("RAM", str(self.memory).removeprefix("RAM: ")),) if self.memory is not None else ()),
-            *((("", f"the whole process {decimal(self.process_bytes)}"),) if self.process_bytes else ()),
-            *((("VRAM", f"{decimal(self.vram_bytes)} at least"),) if self.vram_bytes is not None else ()),
-            *self._step_rows(),
-            *self._variant_rows(),
-            *self._run_rows(),
-            *(("note", note) for note in self.notes),
-        ]
+        rows = [("model", self._model_text()), ("machine", self.machine)]
+        rows += [("does not fit", str(problem)) for problem in self.problems] or [("fits", "yes")]
+        rows.append(
+            ("drive", f"store {decimal(self.store_bytes)}, while it runs {decimal(self.scratch_bytes)} more")
+        )
+        if self.memory is not None:
+            rows.append(("RAM", str(self.memory).removeprefix("RAM: ")))
+        if self.process_bytes is not None:
+            rows.append(("", f"the whole process {decimal(self.process_bytes)}"))
+        if self.vram_bytes is not None:
+            rows.append(("VRAM", f"{decimal(self.vram_bytes)} at least"))
+        rows += [*self._step_rows(), *self._variant_rows(), *self._run_rows()]
+        rows += [("note", note) for note in self.notes]
         return "\n".join(f"{name:<14} {text}".rstrip() for name, text in rows)
 
     def _model_text(self) -> str:

@@ -1,6 +1,7 @@
 """Making a plan: from a configuration and a machine, by the schedule, the division of RAM and the simulator."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from megatrain_io.layout import ModelLayout
 from megatrain_io.model import MicroBatch
 from megatrain_io.planned import Plan, Prices, Problem, Variant, Wear
 from megatrain_io.program import StopKey
+from megatrain_io.simulator import StandstillError
 
 if TYPE_CHECKING:
     from megatrain_io.schedule import Gradients
@@ -77,23 +79,29 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     phases = phases_of(candidate, memory, gradients)
     time = None
     if seconds is not None:
-        time = step_time(candidate, memory, seconds, hardware, gradients, is_measured=compute is not None)
-    scratch = sum(inputs_moved(candidate, memory).values())
-    if memory.spills_gradients:
-        scratch += sum(
-            candidate.layout.gradient_extent_bytes(chunk)
-            for chunk in candidate.layout.chunks
-            if chunk.record not in memory.residents.gradients
-        )
+        try:
+            time = step_time(candidate, memory, seconds, hardware, gradients, is_measured=compute is not None)
+        except StandstillError as error:
+            plan = replace(plan, notes=(*plan.notes, f"no times: {error}. Please report this"))
     written = sum(each for _, each in phases.values())
+    committing = written_by_commit(candidate, memory, gradients)
+    limit = candidate.config.memory.max_tbw
+    if limit is not None and committing > limit * 1e12:
+        problem = Problem(f"a step may write {committing / 1e12:.3g} TB, and memory.max_tbw is {limit:g}")
+        plan = replace(plan, problems=(*plan.problems, problem))
+    elif limit is not None and candidate.steps is not None and candidate.steps * written > limit * 1e12:
+        pause = (
+            f"pauses at memory.max_tbw after about {int(limit * 1e12 / written)} of {candidate.steps} steps"
+        )
+        plan = replace(plan, notes=(*plan.notes, pause))
     return replace(
         plan,
         memory=memory,
         ledger_bytes=memory.total - memory.needs.heap,
         process_bytes=process_nbytes(memory, libraries, is_warm=compute is not None) if libraries else None,
-        scratch_bytes=round(scratch),
+        scratch_bytes=round(scratch_nbytes(candidate, memory)),
         phases=phases,
-        committing_bytes=written_by_commit(candidate, memory, gradients),
+        committing_bytes=committing,
         time=time,
         tokens_to_hide_io=(None if seconds is None else hiding_tokens(candidate, phases, hardware, seconds)),
         variants=_variants(candidate, needs, hardware, seconds) if variants else (),
@@ -176,6 +184,18 @@ def store_nbytes(layout: ModelLayout) -> int:
     )
 
 
+def scratch_nbytes(candidate: Candidate, memory: MemoryPlan) -> float:
+    """Bytes on the drives while it runs: inputs of blocks, gradients that wait."""
+    found = sum(inputs_moved(candidate, memory).values())
+    if memory.spills_gradients:
+        found += sum(
+            candidate.layout.gradient_extent_bytes(chunk)
+            for chunk in candidate.layout.chunks
+            if chunk.record not in memory.residents.gradients
+        )
+    return found
+
+
 def vram_nbytes(candidate: Candidate) -> int:
     """The least on a GPU: one block's weights and gradient, tensors of computing one micro-batch, CUDA itself."""
     layout = candidate.layout
@@ -193,7 +213,7 @@ def _wear(written: float, hardware: Hardware) -> Wear:
     rated = [drive.tbw for drive in hardware.drives if drive.tbw is not None]
     sizes = [drive.capacity for drive in hardware.drives if drive.capacity is not None]
     is_typical = len(rated) < len(hardware.drives)
-    if is_typical and len(sizes) < len(hardware.drives):
+    if is_typical and (len(sizes) < len(hardware.drives) or not sum(sizes)):
         return Wear(written / 1e12, None, is_typical=False, used_tb=None)
     total = sum(sizes) / 1e12 * _TYPICAL_DRIVE_WRITES if is_typical else sum(rated)
     used = [drive.tbw_used for drive in hardware.drives if drive.tbw_used is not None]
@@ -209,24 +229,24 @@ def _problems(
     """How RAM is divided, and all that keeps it from being run."""
     found = []
     memory = None
-    if usable is not None and candidate.ram > usable[0]:
-        room = int(usable[0] * 0.9)
-        found.append(
-            Problem(
-                f"memory.ram is {_gib(candidate.ram)}, and {usable[1]} leaves {_gib(usable[0])} to this process",
-                (f"memory.ram={room >> 20}MiB",) if _divides(candidate, needs, room) else (),
-            )
-        )
     try:
         memory = divided(candidate.cut, candidate.layout, needs, ram=candidate.ram, keeps=candidate.keeps)
     except DoesNotFitError as error:
         found.append(Problem(str(error).removesuffix("."), _nearest_rows(candidate, hardware)))
+    if usable is not None and memory is not None and memory.total > usable[0]:
+        room = int(usable[0] * 0.9)
+        found.append(
+            Problem(
+                f"memory.ram is {_size(candidate.ram)}, and {usable[1]} leaves {_size(usable[0])} to this process",
+                (f"memory.ram={room >> 10}KiB",) if _divides(candidate, needs, room) else (),
+            )
+        )
     found += _drive_problems(candidate, memory, hardware)
     device = hardware.device
     if device is not None and (vram := vram_nbytes(candidate)) > device.vram:
         found.append(
             Problem(
-                f"a step needs {_gib(vram)} of VRAM at least, and {device.name} has {_gib(device.vram)}",
+                f"a step needs {_size(vram)} of VRAM at least, and {device.name} has {_size(device.vram)}",
                 _nearest_rows(candidate, hardware),
             )
         )
@@ -272,7 +292,7 @@ def _fits_memory(candidate: Candidate, hardware: Hardware) -> bool:
 
 def _drive_problems(candidate: Candidate, memory: MemoryPlan | None, hardware: Hardware) -> list[Problem]:
     found = [Problem(drive.problem) for drive in hardware.drives if drive.problem is not None]
-    scratch = 0.0 if memory is None else sum(inputs_moved(candidate, memory).values())
+    scratch = 0.0 if memory is None else scratch_nbytes(candidate, memory)
     store = 0 if candidate.is_made else store_nbytes(candidate.layout)
     share = (store + scratch) / len(hardware.drives)
     for number, drive in enumerate(hardware.drives, start=1):
@@ -283,7 +303,7 @@ def _drive_problems(candidate: Candidate, memory: MemoryPlan | None, hardware: H
         which = "the drive" if len(hardware.drives) == 1 else f"drive {number}"
         found.append(
             Problem(
-                f"the store takes {_gib(share)} of {which}, which has {_gib(drive.free)} free",
+                f"the store takes {_size(share)} of {which}, which has {_size(drive.free)} free",
                 ("memory.durability=scratch",) if can_be_scratch else (),
             )
         )
@@ -313,7 +333,7 @@ def _variants(
         less = replace(candidate, config=seldom)
         changed.append((f"commit_every {_COMMIT_SELDOM}", less, gradients_of(less), hardware))
     more = replace(candidate, ram=2 * candidate.ram)
-    changed.append((f"{_gib(2 * candidate.ram)} of RAM", more, gradients_of(candidate), hardware))
+    changed.append((f"{_size(2 * candidate.ram)} of RAM", more, gradients_of(candidate), hardware))
     second = hardware.model_copy(update={"drives": (*hardware.drives, hardware.drives[0])})
     changed.append(("one drive more", candidate, gradients_of(candidate), second))
     found = []
@@ -325,7 +345,8 @@ def _variants(
         phases = phases_of(variant, division, gradients)
         seconds = None
         if compute is not None:
-            seconds = step_time(variant, division, compute, machine, gradients).seconds
+            with suppress(StandstillError):
+                seconds = step_time(variant, division, compute, machine, gradients).seconds
         read, written = (sum(each) for each in zip(*phases.values(), strict=True))
         found.append(Variant(change, seconds, read, written))
     return tuple(found)
@@ -349,8 +370,8 @@ def accumulation_that_hides_io(
     compute = _compute(work, hardware, compute)
     if compute is None:
         raise ConfigError(
-            "train.gradient_accumulation_steps is auto, which is worked out from the rates of drive and compute, and "
-            "these are not known: run megatrain-io bench DIR on the drive of the store once, or give a number"
+            "train.gradient_accumulation_steps is auto, which is worked out from the rates of drive and CPU; one of "
+            "these is not known: run megatrain-io bench DIR on the drive of the store once, or give a number"
         )
     needs = step_needs(candidate.cut, candidate.layout, candidate.micro_batches, candidate.tables)
     memory = divided(candidate.cut, candidate.layout, needs, ram=candidate.ram, keeps=candidate.keeps)
@@ -363,5 +384,5 @@ def accumulation_that_hides_io(
     return count
 
 
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / (1 << 30):.2f} GiB"
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from megatrain_io.calibration import measured_seconds, work_of
 from megatrain_io.candidate import Candidate
 from megatrain_io.config import RunConfig, load
+from megatrain_io.errors import ConfigError, MegatrainIoError
+from megatrain_io.fitting import step_needs
 from megatrain_io.hardware import Hardware, load_hardware, this_machine
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel
@@ -19,9 +22,10 @@ from megatrain_io.model_folder import ModelFolder
 from megatrain_io.planned import Plan, Prices
 from megatrain_io.planner import accumulation_that_hides_io, make_plan
 from megatrain_io.probe import probe
+from megatrain_io.profile import Profile, default_path
 from megatrain_io.program import StopKey
 from megatrain_io.ram import usable_ram
-from megatrain_io.rehearsal import stand_in_nbytes
+from megatrain_io.rehearsal import shortened, stand_in_nbytes
 from megatrain_io.rows import blank_micro_batch
 from megatrain_io.run import RunFolder
 from megatrain_io.schedule import Phase
@@ -35,9 +39,10 @@ _SHARE_OF_FREE_RAM = 0.5
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FORMATS: dict[str, Any] = {"bf16": "bf16", "fp32": "f32"}
-# A step of two blocks and the head that takes longer is not run for its time.
-_CALIBRATION_FLOPS = 4e12
+# A step of two blocks and the head that would take longer is not run for its time.
+_CALIBRATION_SECONDS = 2.0
 _NO_RATES = "no times: the drive beneath the store was not measured. Run megatrain-io bench DIR there once"
+_NO_FLOPS = "no times: nobody measured how fast this CPU computes. Run megatrain-io bench without --no-matmul"
 _GPU_NOTE = (
     "training computes on the CPU so far; times for a GPU are what its rates and the drive's allow, without copies "
     "between RAM and VRAM"
@@ -75,7 +80,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         given = [f"{key}={json.dumps(value)}" for key, value in given.items()]  # YAML, too
     run_config, notes = load(
         None if config is None else Path(config),
-        [f"model={model}", *given],
+        [f"model={json.dumps(str(model))}", *given],
         {("", "output_dir"): ".", ("data", "train"): ["."]},
     )
     candidate, hardware = _candidate(run_config, on)
@@ -87,10 +92,14 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         count = accumulation_that_hides_io(candidate, hardware, compute)
     candidate = candidate.with_accumulation(count)
     steps = run_config.train.max_steps
+    if tokens is not None and not 1 <= tokens < inf:
+        raise ConfigError(f"tokens must be a number from 1 on, and are {tokens}")
     if steps is None and tokens is not None:
         steps = max(1, round(tokens / candidate.tokens))
     if hardware.read is None:
         notes.append(_NO_RATES)
+    elif compute is None and hardware.flops_per_second is None:
+        notes.append(_NO_FLOPS)
     if hardware.device is not None:
         notes.append(_GPU_NOTE)
     return make_plan(
@@ -115,7 +124,7 @@ def _candidate(config: RunConfig, on: str | None) -> tuple[Candidate, Hardware]:
         ram = ram_of(config)
         run = RunFolder(Path(config.output_dir))
         folders = [store.parent for store in run.stores_in(config.memory.store_dir)]
-        hardware = this_machine(folders, ram, precision)
+        hardware = this_machine(folders, ram, precision, Profile.read(default_path()), asks_drives=True)
     else:
         hardware = load_hardware(on)
         ram = config.memory.ram or hardware.ram
@@ -142,15 +151,28 @@ def calibrate(candidate: Candidate, hardware: Hardware) -> dict[StopKey, float] 
     None where nobody asks, because the drive's rates are not known, or where finding out would take too long or too
     much RAM.
     """
-    cut, layout, batch = candidate.cut, candidate.layout, candidate.micro_batches[0]
-    if hardware.read is None or stand_in_nbytes(layout) > candidate.ram:
+    cut, layout, batch, rate = (
+        candidate.cut,
+        candidate.layout,
+        candidate.micro_batches[0],
+        hardware.flops_per_second,
+    )
+    if hardware.read is None or rate is None:
+        return None
+    needs = step_needs(cut, layout, [batch], candidate.tables)
+    if stand_in_nbytes(layout) + needs.always + needs.saved_inputs > candidate.ram:
         return None
     rows, length = batch.input_ids.shape
     work = work_of(cut, layout, [(rows, length)])
-    blocks = 2 * sum(
-        work.flops.get((phase, layout.block(0)), 0.0) for phase in (Phase.FORWARD, Phase.BACKWARD)
-    )
+    stops = [
+        (phase, layout.block(index))
+        for phase in (Phase.FORWARD, Phase.BACKWARD)
+        for index in range(shortened(layout).blocks)
+    ]
     head = sum(flops for (phase, _), flops in work.flops.items() if phase is Phase.EPILOGUE)
-    if blocks + head > _CALIBRATION_FLOPS:
+    if (sum(work.flops.get(stop, 0.0) for stop in stops) + head) / rate > _CALIBRATION_SECONDS:
         return None
-    return measured_seconds(cut, layout, batch)
+    try:
+        return measured_seconds(cut, layout, batch)
+    except MegatrainIoError:
+        return None  # made-up weights may leave a part of the model without a gradient

@@ -21,6 +21,8 @@ _PARTS_MAX = 32
 class Load:
     """Weights of a record on their way to compute."""
 
+    begun: int
+    """The step whose schedule it is in."""
     record: int
     pending: deque[tuple[int, float, int]]
     """Parts whose reads were not started: index, bytes and chunks."""
@@ -36,6 +38,8 @@ class Load:
 class Update:
     """Part of a record on its way through planes, AdamW and the drive."""
 
+    begun: int
+    """The step whose schedule it is in, and after it the one whose gradient it uses."""
     step: int
     record: int
     part: int
@@ -127,6 +131,7 @@ class Program:
         if kind in {"load", "apply"}:
             weights = [(index, self._weight_bytes(part), len(part)) for index, part in enumerate(parts)]
             load = Load(
+                stop.step,
                 record,
                 deque(weights),
                 self.kind_of(record),
@@ -162,6 +167,7 @@ class Program:
                 )
                 self.updates.append(
                     Update(
+                        stop.step,
                         step,
                         record,
                         index,

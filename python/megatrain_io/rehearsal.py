@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ def shortened(layout: ModelLayout) -> ModelLayout:
 def stand_in_nbytes(layout: ModelLayout) -> int:
     """Bytes of a stand-in's weights and gradients."""
     itemsize = 4 if layout.format == "f32" else 2
-    records = shortened(layout).records
-    return sum(place.elements * (itemsize + 4) for record in records for place in record.tensors)
+    sizes = [sum(place.elements for place in record.tensors) for record in shortened(layout).records]
+    return itemsize * sum(sizes) + 4 * max(sizes)
 
 
 class _FakeRecord(BorrowedRecord):
@@ -61,7 +62,7 @@ class StandIn:
         self.layout = shortened(layout)
         self._dtype = torch.float32 if layout.format == "f32" else torch.bfloat16
         self._inputs: dict[tuple[int, int], Tensor] = {}
-        self._kept: dict[tuple[int, bool], dict[str, Tensor]] = {}
+        self._kept: dict[int, dict[str, Tensor]] = {}
 
     def weights(self, record: int) -> BorrowedRecord:
         """As ``PagedState.weights``."""
@@ -72,11 +73,19 @@ class StandIn:
         return self._made_up(record, torch.float32, is_gradient=True)
 
     def _made_up(self, record: int, dtype: torch.dtype, *, is_gradient: bool) -> BorrowedRecord:
-        key = (record, is_gradient)
-        if key not in self._kept:
-            places = self.layout.records[record].tensors
-            self._kept[key] = {place.name: torch.full(place.shape, 0.01, dtype=dtype) for place in places}
-        return _FakeRecord(dict(self._kept[key]))
+        places = self.layout.records[record].tensors
+        if is_gradient:
+            # One for all: nobody looks at what is in it.
+            return _FakeRecord(
+                {p.name: self._gradient[p.offset : p.offset + p.elements].view(p.shape) for p in places}
+            )
+        if record not in self._kept:
+            self._kept[record] = {place.name: torch.full(place.shape, 0.01, dtype=dtype) for place in places}
+        return _FakeRecord(dict(self._kept[record]))
+
+    @cached_property
+    def _gradient(self) -> Tensor:
+        return torch.zeros(max(record.parameters for record in self.layout.records))
 
     def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
         """As ``PagedState.submit``."""

@@ -15,11 +15,15 @@ from megatrain_io.layout import ModelLayout
 from megatrain_io.program import Load, Program, Stop, StopKey, Update
 from megatrain_io.schedule import ChunkOp, Phase, PoolSizes, Residents
 
-__all__ = ["Rates", "SimulatedStep", "simulate"]
+__all__ = ["Rates", "SimulatedStep", "StandstillError", "simulate"]
 
 _SERVERS = ("read", "write", "work", "compute")
 # What is waited for where a gradient buffer is, by the server that is busy.
 _CAUSES = {"work": "update", "read": "read", "write": "write"}
+
+
+class StandstillError(RuntimeError):
+    """The simulator waits for itself: a bug of it, and no reason not to train."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class _Play:
                     self._queues[name].popleft()
                     job.done()
         if self._stops:
-            raise AssertionError(f"the schedule came to a standstill before {self._stops[0]}")
+            raise StandstillError(f"the schedule came to a standstill before {self._stops[0]}")
         return [self._figure(number) for number in range(self._program.count)]
 
     def _speeds(self, busy: Sequence[str]) -> dict[str, float]:
@@ -218,6 +222,8 @@ class _Play:
     def _grant_loads(self, kind: str) -> None:
         queue = self._loads[kind]
         for load in list(queue):
+            if not self._has_begun(load.begun):
+                return
             if not load.has_buffer:
                 if not self._take(kind, load.record):
                     return
@@ -230,6 +236,10 @@ class _Play:
                 self._read(nbytes, chunks, partial(self._loaded, load))
             queue.remove(load)
 
+    def _has_begun(self, step: int) -> bool:
+        """Whether a step's schedule is known: it begins when compute has ended the one before."""
+        return step == 0 or step - 1 in self._ended
+
     def _loaded(self, load: Load) -> None:
         load.missing -= 1
         if load.missing == 0 and not load.applies:
@@ -240,6 +250,8 @@ class _Play:
     def _grant_planes(self) -> None:
         while self._planned:
             update = self._planned[0]
+            if not self._has_begun(update.begun):
+                return
             if self._on_disk.get((update.record, update.part), 0) < update.needs:
                 return
             if update.applies and self._kept.get(update.record, 0.0) > 0:

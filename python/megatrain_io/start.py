@@ -1,5 +1,6 @@
 """What a run starts from: the model in pieces, its data, and how RAM is divided. All that can be refused is, here."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from megatrain_io.candidate import Candidate
 from megatrain_io.config import RunConfig, load
 from megatrain_io.data import DataOptions, TrainingData, prepare
-from megatrain_io.errors import ConfigError
+from megatrain_io.errors import ConfigError, MegatrainIoError
 from megatrain_io.hardware import Hardware, this_machine
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel
@@ -19,6 +20,8 @@ from megatrain_io.planned import Plan
 from megatrain_io.planner import accumulation_that_hides_io, make_plan
 from megatrain_io.planning import DTYPES, calibrate, layout_of, ram_of
 from megatrain_io.probe import probe
+from megatrain_io.profile import Profile, default_path
+from megatrain_io.program import StopKey
 from megatrain_io.ram import usable_ram
 from megatrain_io.run import RunFolder, replace_file
 from megatrain_io.swap import store_memory
@@ -94,7 +97,7 @@ class Start:
             is_made=is_made,
         )
         hardware = _hardware(self.config, run, one.ram)
-        compute = calibrate(one, hardware) if is_made else None
+        compute = _seconds_of(one, hardware, self.data) if is_made else None
         libraries = psutil.Process().memory_info().rss
         count = self.accumulation
         return make_plan(
@@ -127,12 +130,24 @@ def _candidate(
 
 def _hardware(config: RunConfig, run: RunFolder, ram: int) -> Hardware:
     stores = run.store_paths() if run.is_imported else run.stores_in(config.memory.store_dir)
-    return this_machine([store.parent for store in stores], ram, config.train.precision)
+    profile = None
+    with suppress(MegatrainIoError):  # no profile, or none that can be read, is no reason not to train
+        profile = Profile.read(default_path())
+    return this_machine([store.parent for store in stores], ram, config.train.precision, profile)
+
+
+def _seconds_of(candidate: Candidate, hardware: Hardware, data: TrainingData) -> dict[StopKey, float] | None:
+    """Seconds of the stops of one micro-batch of rows of mean length; ``candidate`` has the longest."""
+    compute = calibrate(candidate, hardware)
+    if compute is None:
+        return None
+    share = data.train.tokens / (len(data.train) * max(1, data.train.longest_row))
+    return {stop: share * seconds for stop, seconds in compute.items()}
 
 
 def _chosen_before(run: RunFolder) -> int | None:
     """What ``auto`` came to when the run began; it decides the bits, so it stays."""
-    if not run.config.exists():
+    if not run.is_imported or not run.config.exists():
         return None
     count = load(run.config)[0].train.gradient_accumulation_steps
     return None if count == "auto" else count
@@ -143,7 +158,7 @@ def _choose(config: RunConfig, run: RunFolder, cut: CutModel, data: TrainingData
     layout = layout_of(config, cut)
     candidate = _candidate(config, cut, layout, store_memory(layout.manifest({})), data)
     hardware = _hardware(config, run, candidate.ram)
-    count = accumulation_that_hides_io(candidate, hardware, calibrate(candidate, hardware))
+    count = accumulation_that_hides_io(candidate, hardware, _seconds_of(candidate, hardware, data))
     return min(count, max(1, len(data.train) // config.train.per_device_train_batch_size))
 
 

@@ -13,6 +13,8 @@ __all__ = ["Tally"]
 _TB = 1e12
 # Moments that were never written are not read, and state that stays is: the first steps are no measure.
 _FIRST_STEPS = 2
+# What is written behind is counted a step or two late, and where commits are seldom they come to a few.
+_NEAR_STEPS = 4
 
 
 @dataclass
@@ -46,25 +48,25 @@ class Tally:
         steps = len(self._steps) + under_way
         return max(float(measured), self.written_before + steps * self.plan.written_bytes)
 
-    def is_last(self, measured: int) -> bool:
-        """Whether only one more step may be made: it must be committed."""
-        return self.max_tbw is not None and self._beyond(measured, steps=2)
+    def is_near(self, measured: int) -> bool:
+        """Whether the limit may be reached within the next steps: then each is committed, and counted to its end."""
+        return self.max_tbw is not None and self._beyond(self.written(measured), steps=_NEAR_STEPS)
 
     def check(self, measured: int, step: int) -> None:
-        """Refuse one more step.
+        """Refuse one more step, after all that was written is counted.
 
         Raises:
-            WearLimitError: it would write more than the run may.
+            WearLimitError: it could write more than the run may.
         """
-        if self.max_tbw is not None and self._beyond(measured, steps=1):
+        if self._beyond(measured, steps=1):
             raise WearLimitError(
-                f"paused: this run has written {self.written(measured) / _TB:.4g} TB, a step writes "
+                f"paused: this run has written {measured / _TB:.4g} TB, a step writes up to "
                 f"{self.plan.committing_bytes / _TB:.4g} TB, and memory.max_tbw is {self.max_tbw:g}. Step {step} is "
                 "committed, and nothing is lost: raise memory.max_tbw and go on with --resume, or export"
             )
 
-    def _beyond(self, measured: int, *, steps: int) -> bool:
-        return self.written(measured) + steps * self.plan.committing_bytes > (self.max_tbw or 0.0) * _TB
+    def _beyond(self, written: float, *, steps: int) -> bool:
+        return written + steps * self.plan.committing_bytes > (self.max_tbw or 0.0) * _TB
 
     def compared(self, ledger_peak: int, process_peak: int) -> dict[str, dict[str, Any]]:
         """Planned and measured figures by name, in the steady state where there were enough steps; RAM at its peak."""

@@ -29,7 +29,7 @@ from megatrain_io.fitting import saved_inputs_of
 from megatrain_io.interrupt import after_the_step
 from megatrain_io.layout import ModelLayout, TensorPlace
 from megatrain_io.learning_rate import learning_rate_at
-from megatrain_io.metrics import MetricsFile, StepReport, TrainResult
+from megatrain_io.metrics import MetricsFile, StepReport, TrainResult, last_report
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.report import Reporter
 from megatrain_io.run import RunFolder, gradient_file, replace_file, saved_inputs_file, storage_errors
@@ -152,7 +152,10 @@ class _Trainer:
         self._trace = trace
         self._process = psutil.Process()
         self.progress = TrainerState.parse(state.blob)
-        self._written_before = self.progress.written_bytes
+        # Steps that were lost have been written all the same.
+        last = last_report(run.metrics)
+        self._written_before = max(self.progress.written_bytes, last.written_bytes_total if last else 0)
+        self._is_near_limit = False
         # Bytes moved by training steps of this start, and how many there were.
         self._trained = [0, 0]
         self._steps = 0
@@ -261,7 +264,7 @@ class _Trainer:
             or step % self._config.memory.commit_every == 0
             or step == self._max_steps
             or step + 1 in self._skips
-            or self._tally.is_last(self._written_total())
+            or self._is_near_limit
         )
         self._under_way = step
         with after_the_step() if self._is_scratch else nullcontext():
@@ -290,11 +293,20 @@ class _Trainer:
         self._reporter.note(f"step {step} is skipped: {error}; nothing is updated by it")
 
     def _check_wear(self) -> None:
-        """Pause before a step that would write more than the run may."""
+        """Pause before a step that could write more than the run may."""
+        self._is_near_limit = self._tally.is_near(self._written_total())
+        if not self._is_near_limit:
+            return
+        self.settle()
         try:
             self._tally.check(self._written_total(), self.progress.step)
         except WearLimitError:
-            self.settle()
+            if self._steps:
+                # How much was written is known to the byte now, and must be when the run goes on.
+                self._model.skip(self._blob_of(self.progress.step, under_way=0)(self.progress.loss))
+                self.settle()
+            if self._is_scratch:
+                self._state.close()  # the step is kept only if this succeeds: its error is the one to tell
             raise
 
     def settle(self) -> None:
@@ -399,14 +411,14 @@ class _Trainer:
         indices = self._data.order.indices_for_step(step, batch * count)
         return [rows.micro_batch(indices[start : start + batch]) for start in range(0, batch * count, batch)]
 
-    def _blob_of(self, step: int) -> Any:
+    def _blob_of(self, step: int, *, under_way: int = 1) -> Any:
         def encode(loss: float) -> bytes:
             fields = asdict(self.progress) | {
                 "step": step,
                 "loss": loss,
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
-                "written_bytes": round(self._tally.written(self._written_total(), under_way=1)),
+                "written_bytes": round(self._tally.written(self._written_total(), under_way=under_way)),
                 "environment": _environment(),
             }
             return TrainerState(**fields).encode()

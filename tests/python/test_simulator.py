@@ -15,8 +15,8 @@ STEPS = 4
 STEADY = 3
 
 
-def layout(*, tied=False, table=2048):
-    block = [("weight", (512, 512))]
+def layout(*, tied=False, table=2048, width=512):
+    block = [("weight", (width, 512))]
     outer = [("table", (table, 512))]
     parts = [("prologue", outer), *((f"block {index}", block) for index in range(BLOCKS))]
     parts.append(("epilogue", [("norm", (512,))] if tied else outer))
@@ -95,6 +95,16 @@ def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(tied, sha
         for name, least in (("read", read / SPEED.read), ("write", written / SPEED.write)):
             busy = sum(step.busy[name] for step in found)
             assert least * (1 - 1e-9) <= busy <= 2 * least * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("gradients", ["update", "keep", "both"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_embeddings_no_larger_than_a_block_pass_through_its_buffers(tied, gradients):
+    place = layout(tied=tied, table=256, width=4096)
+    for slots, share in product([(3, 4, 2), (2, 1, 1)], [0.0, 0.3, 0.7]):
+        compute = seconds_of(place, 1e-4)
+        found, _ = played(place, SPEED, compute, tied=tied, share=share, gradients=gradients, slots=slots)
+        assert found[STEADY].seconds > 0
 
 
 def test_without_a_drive_to_wait_for_a_step_takes_what_it_computes():

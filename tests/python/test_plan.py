@@ -1,6 +1,7 @@
 """A plan says what then happens, or why it cannot, and what could."""
 
 import json
+import re
 import subprocess
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from megatrain_io.ram import usable_ram
 from megatrain_io.run import RunFolder
 from megatrain_io.smart import parse_smart
 from reference.reference import tiny_config
-from runs import ENGINE, configured
+from runs import ENGINE, STEPS, configured
 from runs import start as train
 
 MIB = 1 << 20
@@ -222,10 +223,13 @@ def test_a_container_that_leaves_less_is_refused(source, model, tmp_path, monkey
     found = mt.plan(model, settings=SMALL | asks)
     (problem,) = found.problems
     assert problem.reason == "memory.ram is 8.0 MiB, and the cgroup limit leaves 3.0 MiB to this process"
-    with pytest.raises(DoesNotFitError, match="the cgroup limit leaves"):
+    with pytest.raises(DoesNotFitError, match="the cgroup limit leaves") as error:
         train(configured(source, tmp_path / "run", memory={"ram": "8MiB"}))
     assert not RunFolder(tmp_path / "run").is_imported
     assert not RunFolder(tmp_path / "run").own_store.exists()
+    nearest = re.search(r"The nearest that fits: memory\.ram=(\w+)", str(error.value))[1]
+    result, _ = train(configured(source, tmp_path / "run", memory={"ram": nearest}))
+    assert result.steps == STEPS
     nearest = dict(setting.split("=") for setting in problem.nearest)
     assert mt.plan(model, settings=SMALL | asks | nearest).fits
 
@@ -239,9 +243,15 @@ def test_too_small_a_drive_is_refused_and_scratch_may_do(source, model, tmp_path
     assert problem.nearest == ("memory.durability=scratch",)
     nearest_fits(model, on, problem)
     assert refused(model, machine(tmp_path, drives=[rates | {"free": int(0.3 * needed)}])).nearest == ()
-    real = hardware.examine_drive
-    monkeypatch.setattr(hardware, "examine_drive", lambda *args: real(*args) | {"free": needed // 10})
-    with pytest.raises(DoesNotFitError, match=r"of the drive, which has 0\.4 MiB free"):
+    real, of_run = hardware.examine_drive, mt.plan(source / "model", on=machine(tmp_path), settings=SMALL)
+    free = {"free": int(0.7 * of_run.store_bytes)}
+    monkeypatch.setattr(hardware, "examine_drive", lambda *args: real(*args) | free)
+    with pytest.raises(DoesNotFitError, match=r"The nearest that fits: memory\.durability=scratch"):
+        train(configured(source, tmp_path / "scratch"))
+    result, _ = train(configured(source, tmp_path / "scratch", memory={"durability": "scratch"}))
+    assert result.steps == STEPS
+    free["free"] = of_run.store_bytes // 10
+    with pytest.raises(DoesNotFitError, match=r"of the drive, which has 0\.2 MiB free"):
         train(configured(source, tmp_path / "run"))
     assert not RunFolder(tmp_path / "run").is_imported
     assert not RunFolder(tmp_path / "run").own_store.exists()

@@ -292,13 +292,13 @@ class Plan:
         if run_hours is not None and prices.watts is not None:
             energy = run_hours * prices.watts / 1e3
             cost = "" if prices.kilowatt_hour is None else f", {energy * prices.kilowatt_hour:,.2f} of money"
-            yield "electricity", f"{energy:,.1f} kWh at {prices.watts:,.0f} W{cost}"
+            yield "electricity", f"{_figure(energy)} kWh at {prices.watts:,.0f} W{cost}"
         if run_hours is not None and prices.rented_hour is not None:
             yield "rented GPU", f"{run_hours * prices.rented_hour:,.2f} for the same hours"
 
 
 def _wear_text(wear: Wear) -> str:
-    text = f"{wear.written_tb:,.2f} TB written"
+    text = f"{_figure(wear.written_tb)} TB written"
     if wear.rated_tb is None:
         return text
     typical = " (typical for their size; not their own figure)" if wear.is_typical else ""
@@ -319,6 +319,12 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:.1f} s"  # noqa: PLR2004 - three digits or four
 
 
+def _figure(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"  # noqa: PLR2004 - three digits
+
+
 def _hours(hours: float) -> str:
-    days = 48
+    minutes, days = 2, 48
+    if hours < minutes:
+        return f"{60 * hours:,.1f} minutes"
     return f"{hours:,.1f} hours" if hours < days else f"{hours / 24:,.1f} days"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import inf
 
 from megatrain_io.budget import MemoryPlan
@@ -19,6 +20,7 @@ from megatrain_io.simulator import Rates, simulate
 
 __all__ = [
     "Candidate",
+    "forget_schedules",
     "gradients_of",
     "hiding_tokens",
     "inputs_moved",
@@ -101,14 +103,25 @@ class Candidate:
 
 
 def schedule_of(candidate: Candidate, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
-    """That of a training step; the one that training builds."""
+    """That of a training step, as training builds it; kept until ``forget_schedules``, as large ones take seconds."""
+    return _schedule(candidate.layout, bool(candidate.cut.epilogue_borrowed), gradients, applies)
+
+
+@lru_cache(maxsize=4)
+def _schedule(
+    layout: ModelLayout,
+    borrows_prologue: bool,  # noqa: FBT001 - of one caller
+    gradients: Gradients,
+    applies: bool,  # noqa: FBT001
+) -> tuple[ChunkOp, ...]:
     return build_schedule(
-        candidate.layout,
-        borrows_prologue=bool(candidate.cut.epilogue_borrowed),
-        training=True,
-        applies=applies,
-        gradients=gradients,
+        layout, borrows_prologue=borrows_prologue, training=True, applies=applies, gradients=gradients
     )
+
+
+def forget_schedules() -> None:
+    """Give back the RAM of schedules that were kept."""
+    _schedule.cache_clear()
 
 
 def gradients_of(candidate: Candidate) -> Gradients:

@@ -219,7 +219,11 @@ class ModelLayout:
 
     def record_weight_bytes(self, record: int) -> int:
         """Bytes of a record's weights in a block buffer."""
-        return sum(self.weight_extent_bytes(chunk) for chunk in self.chunks_of(record))
+        return self._weight_bytes_by_record[record]
+
+    @cached_property
+    def _weight_bytes_by_record(self) -> tuple[int, ...]:
+        return tuple(sum(map(self.weight_extent_bytes, chunks)) for chunks in self._chunks_by_record)
 
     def record_gradient_bytes(self, record: int) -> int:
         """Bytes of a buffer for a record's fp32 gradient."""

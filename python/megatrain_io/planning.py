@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from megatrain_io.calibration import measured_seconds, work_of
-from megatrain_io.candidate import Candidate
+from megatrain_io.candidate import Candidate, forget_schedules
 from megatrain_io.config import RunConfig, load
 from megatrain_io.errors import ConfigError, MegatrainIoError
 from megatrain_io.fitting import step_needs
@@ -102,7 +102,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         notes.append(_NO_FLOPS)
     if hardware.device is not None:
         notes.append(_GPU_NOTE)
-    return make_plan(
+    found = make_plan(
         replace(candidate, steps=steps),
         hardware,
         compute=compute and {stop: count * seconds for stop, seconds in compute.items()},
@@ -111,6 +111,8 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         prices=Prices(watts or hardware.watts, kilowatt_hour, rented_hour),
         notes=notes,
     )
+    forget_schedules()
+    return found
 
 
 def _candidate(config: RunConfig, on: str | None) -> tuple[Candidate, Hardware]:

@@ -13,8 +13,9 @@ __all__ = ["Load", "Program", "Stop", "StopKey", "Update"]
 StopKey = tuple[Phase, int]
 """A part of a step that computes: its phase, and the record that it computes with."""
 
-# Chunks are put together until a record has no more parts than this: what is lost is less than a part's time.
-_PARTS_MAX = 32
+# Chunks are put together until a record has no more parts than this, and fewer in a model of many: what is lost is
+# less than a part's time.
+_PARTS_MAX, _PARTS_OF_ALL = 32, 2000
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Program:
         self.commits: dict[int, bool] = {}
         self.left: dict[int, int] = {}
         self.count = 0
+        self._parts_max = max(4, min(_PARTS_MAX, _PARTS_OF_ALL // len(layout.records)))
         self._scheduled: dict[tuple[int, int], int] = {}
 
     def add(
@@ -123,7 +125,7 @@ class Program:
 
     def _add_run(self, stop: Stop, kind: str, record: int, run: list[ChunkOp], *, commits: bool) -> None:
         layout, residents = self._layout, self._residents
-        parts = _parts(run)
+        parts = _parts(run, self._parts_max)
         if kind == "keep":
             stop.keeps[record] = sum(op.written_bytes(layout, residents) for op in run)
             return
@@ -215,11 +217,11 @@ class Program:
 
     def parts_of(self, record: int) -> int:
         """Parts that a record is played in."""
-        return min(_PARTS_MAX, len(self._layout.chunks_of(record)))
+        return min(self._parts_max, len(self._layout.chunks_of(record)))
 
 
-def _parts(run: Sequence[ChunkOp]) -> list[list[ChunkOp]]:
+def _parts(run: Sequence[ChunkOp], most: int) -> list[list[ChunkOp]]:
     """The chunks of a record, in as many parts as are played one by one."""
-    count = min(_PARTS_MAX, len(run))
+    count = min(most, len(run))
     borders = [len(run) * index // count for index in range(count + 1)]
     return [list(run[start:stop]) for start, stop in pairwise(borders)]

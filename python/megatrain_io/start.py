@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import psutil
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from megatrain_io.candidate import Candidate
+from megatrain_io.candidate import Candidate, forget_schedules
 from megatrain_io.config import RunConfig, load
 from megatrain_io.data import DataOptions, TrainingData, prepare
 from megatrain_io.errors import ConfigError, MegatrainIoError
@@ -100,7 +100,7 @@ class Start:
         compute = _seconds_of(one, hardware, self.data) if is_made else None
         libraries = psutil.Process().memory_info().rss
         count = self.accumulation
-        return make_plan(
+        found = make_plan(
             one.with_accumulation(count),
             hardware,
             compute=compute and {stop: count * seconds for stop, seconds in compute.items()},
@@ -108,6 +108,8 @@ class Start:
             libraries=libraries,
             variants=False,
         )
+        forget_schedules()
+        return found
 
     def keep_chat_template(self, model: Path) -> None:
         """The trained model needs the template that it was trained with."""

@@ -24,8 +24,9 @@ from typing import Any
 
 import psutil
 import step_bars
-from compare_io import fio, fio_version, goal_of, lay_out
+from compare_io import goal_of
 from comparison import MIB, SkippedError, child, in_turn, machine, machine_text, shown, tell
+from io_bars import fio, fio_version, lay_out
 from step_bars import (
     BARS,
     CHECKPOINTED,

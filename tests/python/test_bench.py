@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -200,14 +199,18 @@ def test_too_little_space_is_one_sentence_and_an_object(tmp_path):
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     # A background job ignores Ctrl-C, and so would what it starts.
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from megatrain_io import bench; real = bench.transfer\n"
+        "def transfer(*args, **kwargs):\n"
+        "    print('under way', file=sys.stderr, flush=True); return real(*args, **kwargs)\n"
+        "bench.transfer = transfer\n"
         "from megatrain_io.__main__ import main; main()"
     )
     command = [sys.executable, "-c", code, "bench", tmp_path, "--output", tmp_path / "p.json"]
     options = ["--size", "0.0625", "--seconds", "30", "--no-matmul"]
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not any("scratch" in path for path in opened_by(process.pid)):
-            time.sleep(0.02)
+        assert process.stderr.readline() == "under way\n"
+        assert any("scratch" in path for path in opened_by(process.pid))
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said

@@ -160,6 +160,7 @@ fn options(store: &Store) -> Options {
         tensors,
         residents: Residents::default(),
         gradient_files: GradientFiles::default(),
+        by_chunk: false,
     }
 }
 
@@ -198,7 +199,7 @@ fn train(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: bool)
     for record in (0..records).rev() {
         let weights = pipeline.take_weights(record, LONG)?.expect("within a minute");
         let gradient = pipeline.take_gradient(record, LONG)?.expect("within a minute");
-        pipeline.submit(record, weights, gradient)?;
+        pipeline.submit(record, Some(weights), gradient)?;
     }
     pipeline.end(commit.then(|| step.to_le_bytes().to_vec()), After::Stands)
 }

@@ -171,7 +171,9 @@ class HeldFile:
 class Schedule:
     """The chunk operations of one step, checked against a store."""
 
-    def __new__(cls, store: Store, operations: Sequence[tuple[str, int]]) -> Schedule: ...
+    def __new__(
+        cls, store: Store, operations: Sequence[tuple[str, int]], by_chunk: bool = False
+    ) -> Schedule: ...
 
 @final
 class Buffer:
@@ -207,7 +209,10 @@ class Pipeline:
         tensors: Sequence[tuple[int, int, int, float, float]],
         residents: tuple[Sequence[int], Sequence[int], Sequence[int]],
         gradient_files: Sequence[Path],
-    ) -> Pipeline: ...
+        by_chunk: bool = False,
+    ) -> Pipeline:
+        """A piece is what one buffer holds: a record, or with ``by_chunk`` a chunk."""
+
     @property
     def registration_refused(self) -> str | None: ...
     @property
@@ -215,14 +220,20 @@ class Pipeline:
     def begin(self, schedule: Schedule, adamw: tuple[float, float, float, float, int], commits: bool) -> None:
         """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
 
-    def take_weights(self, record: int) -> Buffer:
-        """The weights of the schedule's next load, which must be of ``record``."""
+    def take_weights(self, piece: int) -> Buffer:
+        """The weights of the schedule's next load, which must be of ``piece``."""
 
-    def take_gradient(self, record: int) -> Buffer:
-        """A free fp32 gradient buffer for ``record``."""
+    def take_gradient(self, piece: int) -> Buffer:
+        """A free fp32 gradient buffer for ``piece``."""
 
-    def submit(self, record: int, weights: Buffer, gradient: Buffer) -> None:
-        """Hand the gradient of a whole record over, with its weights."""
+    def take_outgoing(self, piece: int) -> Buffer:
+        """By chunk, a free buffer for the weights of ``piece`` that come back for their update."""
+
+    def submit(self, piece: int, weights: Buffer | None, gradient: Buffer) -> None:
+        """Hand the gradient of a whole piece over, with its weights, or without if the step only keeps it."""
+
+    def pool_memory(self) -> Buffer:
+        """All of the pool's memory, for its address and length: nobody may read or write through it."""
 
     def squares(self) -> float:
         """The sum of the squares of all gradients of the step. Waits for the last one."""

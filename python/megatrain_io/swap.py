@@ -8,7 +8,7 @@ filled with something else.
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +211,7 @@ class PagedState:
         settings: Callable[[TensorPlace], TensorSettings] | None = None,
         threads: int = 0,
         kernel: str | None = None,
+        by_chunk: bool = False,
     ) -> None:
         """Allocate the pool and start the pipeline; a pipeline started before is closed.
 
@@ -222,6 +223,8 @@ class PagedState:
             settings: weight decay and learning-rate scale of each tensor; None reads only.
             threads: for AdamW and checksums; 0 = one for each core.
             kernel: one of ``adamw_kernels()``; None = the fastest.
+            by_chunk: a buffer holds a chunk, not a record: ``take_piece`` and so on take the place of
+                ``weights``, ``gradient`` and ``submit``, and schedules are checked with ``by_chunk``.
         """
         self._stop()
         tensors: list[tuple[int, int, int, float, float]] = []
@@ -230,14 +233,19 @@ class PagedState:
             tensors.append((place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale))
         sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
         own = residents or Residents()
-        stay = (sorted(own.records), sorted(own.chunks), sorted(own.gradients))
+        stay = (
+            self._pieces(own.records, by_chunk=by_chunk),
+            sorted(own.chunks),
+            self._pieces(own.gradients, by_chunk=by_chunk),
+        )
         self._pipeline = _lib.Pipeline(
-            self._store, sizes, threads, kernel, tensors, stay, list(gradient_files)
+            self._store, sizes, threads, kernel, tensors, stay, list(gradient_files), by_chunk
         )
 
-    def check(self, schedule: Sequence[ChunkOp]) -> CheckedSchedule:
+    def check(self, schedule: Sequence[ChunkOp], *, by_chunk: bool = False) -> CheckedSchedule:
         """Check a schedule against the store, once, for any number of steps."""
-        return _lib.Schedule(self._store, [(operation.kind, operation.chunk.index) for operation in schedule])
+        operations = [(operation.kind, operation.chunk.index) for operation in schedule]
+        return _lib.Schedule(self._store, operations, by_chunk)
 
     def begin(self, schedule: CheckedSchedule, adamw: AdamWStep, *, commits: bool = False) -> None:
         """Begin a step: its reads start at once.
@@ -265,6 +273,22 @@ class PagedState:
             BufferInUseError: a tensor over weights or gradient is still alive.
         """
         self._running().submit(record, weights.take(), gradient.take())
+
+    def take_piece(self, chunk: int) -> _lib.Buffer:
+        """By chunk: the weights of the schedule's next load; waits for them."""
+        return self._running().take_weights(chunk)
+
+    def take_piece_gradient(self, chunk: int) -> _lib.Buffer:
+        """By chunk: an fp32 gradient buffer, content arbitrary; waits for a free one."""
+        return self._running().take_gradient(chunk)
+
+    def take_outgoing(self, chunk: int) -> _lib.Buffer:
+        """By chunk: a buffer for weights that come back for their update; waits for a free one."""
+        return self._running().take_outgoing(chunk)
+
+    def submit_piece(self, chunk: int, weights: _lib.Buffer | None, gradient: _lib.Buffer) -> None:
+        """By chunk: hand a gradient over; without weights if the step only keeps it."""
+        self._running().submit(chunk, weights, gradient)
 
     def gradient_norm(self) -> float:
         """The norm over all gradients of the step that was begun; waits for the last one.
@@ -425,6 +449,11 @@ class PagedState:
         borrowed = BorrowedRecord(buffer, self.layout.records[record])
         self._borrowed.add(borrowed)
         return borrowed
+
+    def _pieces(self, records: Collection[int], *, by_chunk: bool) -> list[int]:
+        if not by_chunk:
+            return sorted(records)
+        return [chunk.index for record in sorted(records) for chunk in self.layout.chunks_of(record)]
 
     def _running(self) -> _lib.Pipeline:
         if self._pipeline is None:

@@ -41,7 +41,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-pub use norm::sum_of_squares;
+pub use norm::squares_of_runs;
 pub use split::{join, join_slice, split, split_slice};
 #[cfg(target_arch = "x86_64")]
 use vector::{avx2, avx512};

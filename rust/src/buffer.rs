@@ -282,6 +282,13 @@ impl SlotList {
         self.slot_bytes
     }
 
+    /// Whether a slot is of this list.
+    #[must_use]
+    pub fn owns(&self, slot: &Slot) -> bool {
+        let bytes = self.first..self.first + self.count * self.slot_bytes;
+        Arc::ptr_eq(&self.region, &slot.lease.region) && bytes.contains(&slot.start)
+    }
+
     /// Becomes readable when a slot is free; for waiting on several things at once. A reader must
     /// not take messages from it: they are slots.
     #[must_use]

@@ -2,6 +2,7 @@
 //! alone. Pure; no I/O.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 pub use crate::manifest::{Content, Durability, MANIFEST_BYTES_MAX, Manifest, Record, Tensor};
 use crate::units::{CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, StateFormat, round_up};
@@ -81,7 +82,8 @@ pub struct Layout {
     /// How many copies there are of records that can be written again.
     copies: u64,
     drives: Vec<Areas>,
-    table_start: Vec<usize>,
+    table_start: Arc<[usize]>,
+    is_by_chunk: bool,
 }
 
 impl Layout {
@@ -144,7 +146,33 @@ impl Layout {
             Durability::Step => 2,
             Durability::Scratch => 1,
         };
-        Ok(Self { chunks, records, parameters, copies, drives, table_start })
+        let (table_start, is_by_chunk) = (table_start.into(), false);
+        Ok(Self { chunks, records, parameters, copies, drives, table_start, is_by_chunk })
+    }
+
+    /// The same chunks in the same places, each as a record of its own: for who moves them one by one.
+    #[must_use]
+    pub fn by_chunk(&self) -> Self {
+        let own = |(index, chunk): (usize, &Chunk)| Chunk { record: index, start: 0, ..*chunk };
+        Self {
+            chunks: self.chunks.iter().enumerate().map(own).collect(),
+            records: (0..self.chunks.len()).map(|chunk| chunk..chunk + 1).collect(),
+            parameters: self.chunks.iter().map(|chunk| chunk.parameters as u64).collect(),
+            is_by_chunk: true,
+            ..self.clone()
+        }
+    }
+
+    /// Whether its records are chunks.
+    #[must_use]
+    pub fn is_by_chunk(&self) -> bool {
+        self.is_by_chunk
+    }
+
+    /// What a record of this layout is called in a message: `record 3`, or `chunk 3`.
+    #[must_use]
+    pub fn piece_name(&self, piece: usize) -> String {
+        format!("{} {piece}", if self.is_by_chunk { "chunk" } else { "record" })
     }
 
     /// All chunks, in the order of the parameter space.
@@ -339,6 +367,30 @@ pub(crate) mod tests {
         assert!(refused.contains("has 1048577 bytes, the limit is 1048576"), "{refused}");
         let deep = [b'['; 10_000];
         assert!(Manifest::parse(&[&b"{\"model\":"[..], &deep].concat()).is_err());
+    }
+
+    #[test]
+    fn by_chunk_each_chunk_is_a_record_in_the_place_that_it_has() {
+        let formats = [(StateFormat::Bf16, 8192 + 128), (StateFormat::F32, 4096)];
+        let layout = Layout::new(&manifest(4096, &formats)).expect("valid");
+        let pieces = layout.by_chunk();
+        assert_eq!(pieces.records(), [0..1, 1..2, 2..3, 3..4]);
+        assert_eq!((pieces.record_parameters(2), pieces.record_weight_bytes(2)), (128, 4096));
+        let places = |layout: &Layout| {
+            let chunks = 0..layout.chunks().len();
+            let entries = chunks.flat_map(|chunk| Group::ALL.map(|group| (chunk, group)));
+            let place = |(chunk, group): (usize, Group)| {
+                let bytes = layout.chunks()[chunk].extent_bytes(group);
+                let offset = layout.extent_offset(chunk, group, CopyId::B);
+                (bytes, offset, layout.sum_range(layout.entry(chunk, group)))
+            };
+            entries.map(place).collect::<Vec<_>>()
+        };
+        assert_eq!(places(&pieces), places(&layout));
+        assert_eq!(
+            (pieces.piece_name(1), layout.piece_name(1)),
+            ("chunk 1".into(), "record 1".into())
+        );
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! The pipeline executes a schedule: it reads ahead, updates, and writes behind, while the caller
 //! computes. One executor thread owns all decisions; callers only wait and hand buffers over.
 //!
+//! What one buffer holds is a *piece*: a whole record, or where [`Options::by_chunk`] is set a chunk, so
+//! that who computes elsewhere needs few chunks of memory here.
+//!
 //! A caller's step: [`Pipeline::begin`], then for each load of the schedule, in its order,
-//! [`Pipeline::take_weights`]; for each record to update [`Pipeline::take_gradient`] and
+//! [`Pipeline::take_weights`]; for each piece to update [`Pipeline::take_gradient`] and
 //! [`Pipeline::submit`]; then [`Pipeline::end`]. The next step may begin at once: its loads wait,
 //! chunk by chunk, for the writes that they depend on, and its updates wait until the last step is
 //! durable.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -17,7 +20,9 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use crate::adamw::{AdamW, Kernel};
 use crate::buffer::{HugePages, Slot};
 use crate::error::{Error, Result};
-use crate::pipeline::memory::{check_pool, gradient_bytes};
+use crate::layout::Layout;
+use crate::pipeline::memory::check_pool;
+use crate::pipeline::squares::Squares;
 use crate::pool::{Pool, PoolSizes};
 use crate::store::{BLOB_BYTES_MAX, Store};
 
@@ -25,7 +30,9 @@ mod events;
 mod executor;
 mod kept;
 mod memory;
+mod pieces;
 mod schedule;
+mod squares;
 mod stalls;
 mod update;
 mod waits;
@@ -56,6 +63,10 @@ pub struct Options {
     pub residents: Residents,
     /// Where gradients are kept that have no buffer of their own; none is kept there without.
     pub gradient_files: GradientFiles,
+    /// Whether a buffer holds a chunk, not a whole record. The pool then has `block_buffers` for the weights
+    /// of a chunk, `block_gradients` for its gradient, `outer_buffers` for weights that come back for their
+    /// update, and no use for `outer_gradients`. Schedules must be made for `Store::pieces(true)`.
+    pub by_chunk: bool,
 }
 
 /// What becomes of the gradients that a step has kept.
@@ -70,7 +81,7 @@ pub enum After {
 /// A load of the schedule that the caller has not taken yet.
 #[derive(Debug)]
 struct Loaded {
-    record: usize,
+    piece: usize,
     weights: Option<Slot>,
 }
 
@@ -84,15 +95,15 @@ struct State {
     begun: u64,
     ended: u64,
     settled: u64,
-    /// Of the step that was begun last: whether it is to be committed, the records whose gradients it
-    /// keeps, whether it updates, too, and how many records get a gradient.
+    /// Of the step that was begun last: whether it is to be committed, the pieces whose gradients it
+    /// keeps, those that it updates with them at once, and how many get a gradient.
     commits: bool,
     keeps: BTreeSet<usize>,
-    updates: bool,
+    updates: BTreeSet<usize>,
     gradients: usize,
-    /// Sums of the squares of its gradients so far, by record.
-    squares: BTreeMap<usize, f64>,
-    /// Records whose gradients the last step kept, to be applied by the next one.
+    /// The squares of its gradients so far.
+    squares: Squares,
+    /// Pieces whose gradients the last step kept, to be applied by the next one.
     waiting: Option<BTreeSet<usize>>,
     /// Whether a step has ended without a commit since the last one that is committed.
     is_uncommitted: bool,
@@ -146,7 +157,7 @@ impl Drop for Obituary {
 
 enum Command {
     Begin { schedule: Arc<Schedule>, adamw: AdamW, commits: bool, first_load: u64, number: u64 },
-    Submit { record: usize, weights: Slot, gradient: Slot },
+    Submit { piece: usize, weights: Option<Slot>, gradient: Slot },
     End { commit: Option<Vec<u8>>, after: After },
     Abort { reply: Sender<Result> },
     Stop,
@@ -156,6 +167,7 @@ enum Command {
 #[derive(Debug)]
 pub struct Pipeline {
     store: Arc<Store>,
+    pieces: Arc<Layout>,
     pool: Pool,
     shared: Arc<Shared>,
     commands: Sender<Command>,
@@ -187,9 +199,10 @@ impl Pipeline {
     /// Front and executor, without a thread.
     fn assemble(store: Arc<Store>, options: &Options) -> Result<(Self, executor::Executor)> {
         store.check()?;
-        let residents = options.residents.sizes(store.layout())?;
+        let pieces = Arc::clone(store.pieces(options.by_chunk));
+        let residents = options.residents.sizes(&pieces)?;
         let spills = options.gradient_files.are_there();
-        check_pool(&store, &options.pool, &residents, &options.tensors, spills)?;
+        check_pool(&store, &pieces, &options.pool, &residents, &options.tensors, spills)?;
         let pool = Pool::allocate(&options.pool, &residents, store.ledger())?;
         let registration = store.engine().0.register(&pool.region).err();
         let shared = Arc::new(Shared::default());
@@ -204,6 +217,7 @@ impl Pipeline {
         let process = std::process::id();
         let front = Self {
             store,
+            pieces,
             pool,
             shared,
             commands,
@@ -224,8 +238,12 @@ impl Pipeline {
     /// the state before it only if that is committed. The pipeline's failure.
     pub fn begin(&self, schedule: Arc<Schedule>, adamw: AdamW, commits: bool) -> Result {
         self.store.check()?;
-        if !schedule.is_for(self.store.layout()) {
-            return Err(Error::invalid("the schedule was made for another store"));
+        if !schedule.is_for(&self.pieces) {
+            let is_other = schedule.layout().is_by_chunk() != self.pieces.is_by_chunk();
+            return Err(Error::invalid(match is_other {
+                true => "of schedule and pipeline one is by chunk and the other is not",
+                false => "the schedule was made for another store",
+            }));
         }
         let mut state = self.shared.lock();
         if let Some(failure) = &state.failure {
@@ -236,13 +254,14 @@ impl Pipeline {
         }
         if let Some(left) = state.loads.front() {
             return Err(Error::invalid(format!(
-                "the last step's weights of record {} were not taken",
-                left.record
+                "the last step's weights of {} were not taken",
+                self.pieces.piece_name(left.piece)
             )));
         }
         if *schedule.applied() != *state.waiting.as_ref().unwrap_or(&BTreeSet::new()) {
             return Err(Error::invalid(format!(
-                "the step applies kept gradients of records {:?}, and those of {:?} wait",
+                "the step applies kept gradients of {} {:?}, and those of {:?} wait",
+                self.kind(),
                 schedule.applied(),
                 state.waiting
             )));
@@ -253,42 +272,24 @@ impl Pipeline {
                 "updates can be taken back only if the step before is committed",
             ));
         }
-        if let Some(record) = schedule.kept().iter().find(|record| !self.can_keep(**record)) {
+        if let Some(piece) = schedule.kept().iter().find(|piece| !self.can_keep(**piece)) {
+            let name = self.pieces.piece_name(*piece);
             return Err(Error::invalid(format!(
-                "there is no place to keep the gradient of record {record}"
+                "there is no place to keep the gradient of {name}"
             )));
         }
         state.waiting = None;
-        state.squares.clear();
+        state.squares = Squares::default();
         state.keeps.clone_from(schedule.kept());
-        state.updates = !schedule.updated().is_empty();
+        state.updates.clone_from(schedule.updated());
         state.gradients = schedule.gradients();
         let first_load = state.first_load;
-        state.loads.extend(schedule.loads().iter().map(|&record| Loaded { record, weights: None }));
+        state.loads.extend(schedule.loads().iter().map(|&piece| Loaded { piece, weights: None }));
         state.begun += 1;
         state.commits = commits;
         let number = state.begun;
         drop(state);
         self.send(Command::Begin { schedule, adamw, commits, first_load, number })
-    }
-
-    /// Hands the gradient of a whole record over, with the weights it was computed from. The update
-    /// runs behind the caller's back; both buffers return to the pool when it is done.
-    ///
-    /// # Errors
-    /// The pipeline's failure.
-    pub fn submit(&self, record: usize, weights: Slot, gradient: Slot) -> Result {
-        self.store.check()?;
-        self.check_record(record)?;
-        let needed =
-            (self.store.layout().record_weight_bytes(record), gradient_bytes(&self.store, record));
-        if weights.len() < needed.0 || gradient.len() < needed.1 {
-            let given = (weights.len(), gradient.len());
-            return Err(Error::invalid(format!(
-                "record {record} takes buffers of {needed:?} bytes, got {given:?}"
-            )));
-        }
-        self.send(Command::Submit { record, weights, gradient })
     }
 
     /// Ends the step. With a trainer blob it is committed as soon as its last write has completed,
@@ -320,12 +321,13 @@ impl Pipeline {
         }
         let applies = matches!(after, After::Applied(_));
         if state.keeps.is_empty() && applies
-            || !state.keeps.is_empty() && !applies && !state.updates
+            || !state.keeps.is_empty() && !applies && state.updates.is_empty()
         {
             return Err(Error::invalid(format!(
-                "the step kept gradients of {} records, updated {}, and ends with {after:?}",
+                "the step kept gradients of {} {}, updated {}, and ends with {after:?}",
                 state.keeps.len(),
-                if state.updates { "them" } else { "nothing" }
+                self.kind(),
+                if state.updates.is_empty() { "nothing" } else { "them" }
             )));
         }
         state.waiting = applies.then(|| std::mem::take(&mut state.keeps));
@@ -393,18 +395,6 @@ impl Pipeline {
     #[must_use]
     pub fn huge_pages(&self) -> Option<HugePages> {
         self.pool.huge_pages
-    }
-
-    fn can_keep(&self, record: usize) -> bool {
-        self.pool.residents.gradient_of(record).is_some() || self.can_spill
-    }
-
-    fn check_record(&self, record: usize) -> Result {
-        let records = self.store.layout().records().len();
-        if record < records {
-            return Ok(());
-        }
-        Err(Error::invalid(format!("record {record} does not exist; the store has {records}")))
     }
 
     fn send(&self, command: Command) -> Result {

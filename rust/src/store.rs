@@ -77,6 +77,8 @@ pub struct Store {
     header: Header,
     manifest: Manifest,
     layout: Arc<Layout>,
+    /// The same by chunk, once somebody has asked for it.
+    by_chunk: OnceLock<(Arc<Layout>, LedgerEntry)>,
     ledger: Ledger,
     committed: Mutex<Committed>,
     buffers: Mutex<CommitBuffers>,
@@ -189,6 +191,21 @@ impl Store {
     #[must_use]
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
+    }
+
+    /// The same with what one buffer holds in place of records: those, or chunks.
+    #[must_use]
+    pub fn pieces(&self, by_chunk: bool) -> &Arc<Layout> {
+        if !by_chunk {
+            return &self.layout;
+        }
+        let make = || {
+            let pieces = self.layout.by_chunk();
+            let numbers = pieces.chunks().len() * size_of::<u64>();
+            let bytes = size_of_val(pieces.chunks()) + size_of_val(pieces.records()) + numbers;
+            (Arc::new(pieces), self.ledger.enter("tables", bytes as u64))
+        };
+        &self.by_chunk.get_or_init(make).0
     }
 
     /// How bytes move here, and why not by io_uring if that was left to us.

@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use megatrain_io::buffer::Slot;
+use megatrain_io::buffer::{Region, Slot};
 use megatrain_io::error::Error;
 use megatrain_io::tensors::Allocation;
 use pyo3::exceptions::PyBufferError;
@@ -84,6 +84,8 @@ enum Memory {
     Slot(Mutex<Option<Slot>>),
     /// Of a store of tensors: transfers take its slot and bring it back, whoever looks into it.
     Allocation(Arc<Allocation>),
+    /// All of a pool, for its address and length: its bytes belong to slots.
+    Region(Arc<Region>),
 }
 
 /// What one exported tensor keeps alive.
@@ -115,6 +117,12 @@ impl Buffer {
         Self::over(Memory::Allocation(allocation), Element::U8, nbytes, "memory of a store".into())
     }
 
+    /// All of a pool's memory. What is exported keeps it mapped.
+    pub(crate) fn of_region(region: Arc<Region>) -> Self {
+        let nbytes = region.bytes();
+        Self::over(Memory::Region(region), Element::U8, nbytes, "memory of the pool".into())
+    }
+
     fn over(memory: Memory, element: Element, elements: usize, what: String) -> Self {
         let cell = Arc::new(Cell { memory, exports: AtomicUsize::new(0) });
         Self { cell, element, elements, what }
@@ -123,7 +131,8 @@ impl Buffer {
     /// The slot, if no tensor is alive over it.
     pub(crate) fn take(&self) -> PyResult<Slot> {
         let Memory::Slot(slot) = &self.cell.memory else {
-            return Err(raise(Error::invalid("memory of a store goes back with its last tensor")));
+            let error = format!("the {} goes back with its last tensor", self.what);
+            return Err(raise(Error::invalid(error)));
         };
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
         let exports = self.cell.exports.load(Ordering::Acquire);
@@ -181,10 +190,11 @@ impl Buffer {
         // Held until the export is counted.
         let mut guard = match &self.cell.memory {
             Memory::Slot(slot) => Some(slot.lock().unwrap_or_else(PoisonError::into_inner)),
-            Memory::Allocation(_) => None,
+            Memory::Allocation(_) | Memory::Region(_) => None,
         };
         let address = match (&mut guard, &self.cell.memory) {
             (_, Memory::Allocation(allocation)) => allocation.address(),
+            (_, Memory::Region(region)) => Some(region.address()),
             (slot, Memory::Slot(_)) => slot.as_mut().and_then(|s| s.as_mut()).map(Slot::address),
         };
         let Some(address) = address else {

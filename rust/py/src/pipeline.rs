@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use megatrain_io::adamw::{AdamW, Kernel};
+use megatrain_io::buffer::Slot;
 use megatrain_io::error::Error;
 use megatrain_io::pipeline::{
     self, After, Cause, ChunkOp, GradientFiles, Kind, Options, Residents, TensorSettings,
@@ -34,9 +35,11 @@ pub(crate) struct Schedule {
 
 #[pymethods]
 impl Schedule {
-    /// `operations` is a list of `("load" | "apply" | "update" | "keep", chunk)`.
+    /// `operations` is a list of `("load" | "apply" | "update" | "keep", chunk)`; `by_chunk` as for the
+    /// pipeline that it is for.
     #[new]
-    fn new(store: &Store, operations: Vec<(String, usize)>) -> PyResult<Self> {
+    #[pyo3(signature = (store, operations, by_chunk=false))]
+    fn new(store: &Store, operations: Vec<(String, usize)>, by_chunk: bool) -> PyResult<Self> {
         let operations = operations
             .into_iter()
             .map(|(kind, chunk)| match kind.as_str() {
@@ -50,7 +53,8 @@ impl Schedule {
             })
             .collect::<PyResult<Vec<_>>>()?;
         let store = store.get()?;
-        let schedule = pipeline::Schedule::new(store.layout(), operations).map_err(raise)?;
+        let schedule =
+            pipeline::Schedule::new(store.pieces(by_chunk), operations).map_err(raise)?;
         Ok(Self { inner: Arc::new(schedule) })
     }
 }
@@ -66,9 +70,11 @@ pub(crate) struct Pipeline {
 impl Pipeline {
     /// `pool` maps each kind of slot to `(bytes, count)`; `tensors` lists
     /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order; `residents`
-    /// lists the records whose weights stay in RAM, the chunks whose update planes do, and the records
+    /// lists the pieces whose weights stay in RAM, the chunks whose update planes do, and the pieces
     /// whose gradients have a buffer of their own; `gradient_files` is where other gradients are kept.
+    /// A piece is what one buffer holds: a record, or a chunk where `by_chunk` is set.
     #[new]
+    #[pyo3(signature = (store, pool, threads, kernel, tensors, residents, gradient_files, by_chunk=false))]
     #[expect(clippy::too_many_arguments, reason = "each is set once, in one place")]
     fn new(
         py: Python<'_>,
@@ -79,6 +85,7 @@ impl Pipeline {
         tensors: Vec<(usize, u64, u64, f64, f64)>,
         residents: (Vec<usize>, Vec<usize>, Vec<usize>),
         gradient_files: Vec<PathBuf>,
+        by_chunk: bool,
     ) -> PyResult<Self> {
         let kernel = kernel.map(kernel_of).transpose()?;
         let tensors = tensors
@@ -98,10 +105,12 @@ impl Pipeline {
             let gradient_files = if gradient_files.is_empty() {
                 GradientFiles::default()
             } else {
-                GradientFiles::create(&gradient_files, store.layout(), &residents.gradients)?
+                let pieces = store.pieces(by_chunk);
+                GradientFiles::create(&gradient_files, pieces, &residents.gradients)?
             };
             let pool = pool.sizes();
-            let options = Options { pool, threads, kernel, tensors, residents, gradient_files };
+            let options =
+                Options { pool, threads, kernel, tensors, residents, gradient_files, by_chunk };
             pipeline::Pipeline::start(store, &options)
         };
         let pipeline = py.detach(start).map_err(raise)?;
@@ -133,40 +142,41 @@ impl Pipeline {
         self.get()?.begin(Arc::clone(&schedule.inner), adamw, commits).map_err(raise)
     }
 
-    /// The weights of the schedule's next load, which must be of `record`. Waits for them.
-    fn take_weights(&self, py: Python<'_>, record: usize) -> PyResult<Buffer> {
+    /// The weights of the schedule's next load, which must be of `piece`. Waits for them.
+    fn take_weights(&self, py: Python<'_>, piece: usize) -> PyResult<Buffer> {
         let pipeline = self.get()?;
-        let slot = wait(py, || pipeline.take_weights(record, PATIENCE))?;
-        let store = pipeline.store();
-        let element = match store.manifest().records[record].format {
-            StateFormat::Bf16 => Element::Bf16,
-            StateFormat::F32 => Element::F32,
-            StateFormat::Raw8 => Element::U8,
-            StateFormat::Raw16 => Element::U16,
-            StateFormat::Raw32 => Element::U32,
-        };
-        let elements = elements_of(&pipeline, record)?;
-        Ok(Buffer::new(
-            slot,
-            element,
-            elements,
-            format!("weights of {}", store.manifest().records[record].name),
-        ))
+        let slot = wait(py, || pipeline.take_weights(piece, PATIENCE))?;
+        weights_buffer(&pipeline, piece, slot)
     }
 
-    /// A free fp32 gradient buffer for `record`; its content is arbitrary. Waits for one.
-    fn take_gradient(&self, py: Python<'_>, record: usize) -> PyResult<Buffer> {
+    /// A free fp32 gradient buffer for `piece`; its content is arbitrary. Waits for one.
+    fn take_gradient(&self, py: Python<'_>, piece: usize) -> PyResult<Buffer> {
         let pipeline = self.get()?;
-        let slot = wait(py, || pipeline.take_gradient(record, PATIENCE))?;
-        let elements = elements_of(&pipeline, record)?;
-        let name = &pipeline.store().manifest().records[record].name;
-        Ok(Buffer::new(slot, Element::F32, elements, format!("gradient of {name}")))
+        let slot = wait(py, || pipeline.take_gradient(piece, PATIENCE))?;
+        let elements = elements_of(&pipeline, piece)?;
+        let what = format!("gradient of {}", pipeline.describe(piece).map_err(raise)?);
+        Ok(Buffer::new(slot, Element::F32, elements, what))
     }
 
-    /// Hands the gradient of a whole record over, with its weights; no tensor over either may live.
-    fn submit(&self, record: usize, weights: &Buffer, gradient: &Buffer) -> PyResult<()> {
-        let (weights, gradient) = (weights.take()?, gradient.take()?);
-        self.get()?.submit(record, weights, gradient).map_err(raise)
+    /// By chunk, a free buffer for the weights of `piece` that come back for their update; its content is
+    /// arbitrary. Waits for one.
+    fn take_outgoing(&self, py: Python<'_>, piece: usize) -> PyResult<Buffer> {
+        let pipeline = self.get()?;
+        let slot = wait(py, || pipeline.take_outgoing(piece, PATIENCE))?;
+        weights_buffer(&pipeline, piece, slot)
+    }
+
+    /// Hands the gradient of a whole piece over, with its weights, or without where the step does not
+    /// update with it; no tensor over either may live.
+    fn submit(&self, piece: usize, weights: Option<&Buffer>, gradient: &Buffer) -> PyResult<()> {
+        let (weights, gradient) = (weights.map(Buffer::take).transpose()?, gradient.take()?);
+        self.get()?.submit(piece, weights, gradient).map_err(raise)
+    }
+
+    /// The one mapping beneath all buffers of the pool, to register it with a device by address and length.
+    /// A tensor over it keeps it mapped; nobody may read or write through it.
+    fn pool_memory(&self) -> PyResult<Buffer> {
+        Ok(Buffer::of_region(Arc::clone(&self.get()?.pool().region)))
     }
 
     /// The sum of the squares of all gradients of the step. Waits for the last one.
@@ -281,8 +291,21 @@ pub(crate) fn wait<T: Send>(
     }
 }
 
-fn elements_of(pipeline: &pipeline::Pipeline, record: usize) -> PyResult<usize> {
-    let parameters = pipeline.store().layout().record_parameters(record);
+fn weights_buffer(pipeline: &pipeline::Pipeline, piece: usize, slot: Slot) -> PyResult<Buffer> {
+    let pieces = pipeline.pieces();
+    let element = match pieces.chunks()[pieces.records()[piece].start].format() {
+        StateFormat::Bf16 => Element::Bf16,
+        StateFormat::F32 => Element::F32,
+        StateFormat::Raw8 => Element::U8,
+        StateFormat::Raw16 => Element::U16,
+        StateFormat::Raw32 => Element::U32,
+    };
+    let what = format!("weights of {}", pipeline.describe(piece).map_err(raise)?);
+    Ok(Buffer::new(slot, element, elements_of(pipeline, piece)?, what))
+}
+
+fn elements_of(pipeline: &pipeline::Pipeline, piece: usize) -> PyResult<usize> {
+    let parameters = pipeline.pieces().record_parameters(piece);
     usize::try_from(parameters).map_err(|e| PyValueError::new_err(e.to_string()))
 }
 

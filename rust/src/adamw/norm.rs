@@ -21,19 +21,17 @@ const LANES: usize = 16;
 /// Runs of one task.
 const RUNS: usize = 64;
 
-/// The sum over the `tensors` of one record, each given by its place in `gradient`, on the current rayon
-/// pool. NaN or infinity if any element is.
+/// The sums of the runs of a record, or of one of its chunks, in order, on the current rayon pool. Each of
+/// `tensors` is given by its place in `gradient`. NaN or infinity in a run if any element of it is.
 ///
 /// # Panics
 /// When a tensor lies outside the gradient.
 #[must_use]
-pub fn sum_of_squares(kernel: Kernel, tensors: &[Range<usize>], gradient: &[f32]) -> f64 {
+pub fn squares_of_runs(kernel: Kernel, tensors: &[Range<usize>], gradient: &[f32]) -> Vec<f64> {
     let runs: Vec<_> = tensors.iter().cloned().flat_map(runs).collect();
-    let sums: Vec<f64> = runs
-        .par_chunks(RUNS)
+    runs.par_chunks(RUNS)
         .flat_map_iter(|runs| runs.iter().map(|run| squares(kernel, &gradient[run.clone()])))
-        .collect();
-    sums.iter().sum()
+        .collect()
 }
 
 fn runs(tensor: Range<usize>) -> impl Iterator<Item = Range<usize>> {
@@ -83,6 +81,10 @@ pub(super) fn squares_of(run: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn sum_of_squares(kernel: Kernel, tensors: &[Range<usize>], gradient: &[f32]) -> f64 {
+        squares_of_runs(kernel, tensors, gradient).iter().sum()
+    }
 
     fn values(count: usize) -> Vec<f32> {
         let mut rng = fastrand::Rng::with_seed(7);

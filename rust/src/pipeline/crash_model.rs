@@ -30,6 +30,7 @@ mod calls;
 mod causes;
 mod exhaustive;
 mod memories;
+mod process;
 mod random;
 mod refused;
 mod training;
@@ -107,6 +108,8 @@ struct Run {
     partial: bool,
     stays: Stays,
     clips: Clips,
+    /// Whether weights and gradients go to and fro by chunk.
+    by_chunk: bool,
     breakage: Breakage,
     ignores_flushes: bool,
 }
@@ -161,6 +164,7 @@ impl Default for Run {
             partial: false,
             stays: Stays::Nothing,
             clips: Clips::Never,
+            by_chunk: false,
             breakage: Breakage::Nothing,
             ignores_flushes: false,
         }

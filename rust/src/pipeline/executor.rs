@@ -15,6 +15,7 @@ use crate::buffer::Slot;
 use crate::engine::{Completion, Operation};
 use crate::error::{Error, Result};
 use crate::file::DirectFile;
+use crate::layout::Layout;
 use crate::pipeline::executor::flights::Flights;
 use crate::pipeline::executor::residents::Held;
 use crate::pipeline::kept::OnDrive;
@@ -33,11 +34,11 @@ mod stalls;
 mod steps;
 mod updates;
 
-/// Kinds of buffer that weights are loaded into: for blocks, for larger records, and the record's own.
+/// Kinds of buffer that weights are loaded into: for blocks, for larger records, and the piece's own.
 const OUTER: usize = 1;
 const RESIDENT: usize = 2;
 
-/// A record's weights on their way into a buffer.
+/// A piece's weights on their way into a buffer.
 struct Load {
     /// Number among all loads since the pipeline's start.
     number: u64,
@@ -67,7 +68,7 @@ struct PlannedUpdate {
 struct Update {
     step: u64,
     chunk: usize,
-    /// `None` where the record's weights stay in RAM: they are updated in place.
+    /// `None` where the piece's weights stay in RAM: they are updated in place.
     weight_out: Option<Slot>,
     planes: Option<Slot>,
     is_read: bool,
@@ -82,13 +83,13 @@ struct Update {
 
 /// A chunk's gradient that was kept.
 enum Part {
-    /// Not on the drive: the source has that of the whole record.
+    /// Not on the drive: the source has that of the whole piece.
     Whole,
     Coming,
     Here(Slot),
 }
 
-/// A record's gradient and the weights it belongs to.
+/// A piece's gradient and the weights it belongs to.
 struct Source {
     /// The weights of each chunk: those that were not updated yet, or where they are handed over, all.
     weights: Vec<Option<Slot>>,
@@ -105,7 +106,7 @@ struct Step {
     number: u64,
     adamw: AdamW,
     updates_left: usize,
-    /// Records whose gradient has not been submitted.
+    /// Pieces whose gradient has not been submitted.
     expected: BTreeSet<usize>,
     schedule: Arc<schedule::Schedule>,
     ended: bool,
@@ -186,6 +187,8 @@ struct Running {
 
 pub(super) struct Executor {
     store: Arc<Store>,
+    /// The store's layout by what one buffer holds.
+    pieces: Arc<Layout>,
     pool: Pool,
     shared: Arc<Shared>,
     inbox: Receiver<Command>,
@@ -199,8 +202,9 @@ pub(super) struct Executor {
     loads: [VecDeque<Load>; 3],
     planned: VecDeque<PlannedUpdate>,
     updates: Vec<Update>,
+    /// By piece.
     sources: Vec<Option<Source>>,
-    /// Gradients that are to be kept on the drive, with the step that keeps them.
+    /// Gradients that are to be kept on the drive, with the step that keeps them and the piece.
     keeping: VecDeque<(u64, usize, Slot)>,
     kept: OnDrive,
     steps: VecDeque<Step>,
@@ -232,7 +236,7 @@ pub(super) struct Executor {
 struct Starved {
     buffers: [bool; 2],
     chunk_slots: bool,
-    /// Records whose own buffer is lent, or on its way to the drive.
+    /// Pieces whose own buffer is lent, or on its way to the drive.
     residents: Vec<usize>,
 }
 
@@ -254,9 +258,10 @@ impl Executor {
             .build()
             .map_err(|e| Error::invalid(format!("cannot start the update threads: {e}")))?;
         let (reply, completions) = unbounded();
-        let chunks = store.layout().chunks().len();
+        let pieces = Arc::clone(store.pieces(options.by_chunk));
+        let chunks = pieces.chunks().len();
         let working = Table::clone(&store.committed().table);
-        let sources = store.layout().records().iter().map(|_| None).collect();
+        let sources = pieces.records().iter().map(|_| None).collect();
         Ok(Self {
             pool,
             shared,
@@ -272,12 +277,17 @@ impl Executor {
             updates: Vec::new(),
             sources,
             keeping: VecDeque::new(),
-            kept: OnDrive::new(&options.gradient_files, &store, &options.residents.gradients),
+            kept: OnDrive::new(
+                &options.gradient_files,
+                &store,
+                &pieces,
+                &options.residents.gradients,
+            ),
             steps: VecDeque::new(),
             taken_back: None,
             scheduled: vec![0; chunks],
             on_disk: vec![0; chunks],
-            held: Held::new(store.layout()),
+            held: Held::new(&pieces),
             pending: HashMap::new(),
             next_tag: 0,
             running: None,
@@ -290,6 +300,7 @@ impl Executor {
             flights: Flights::default(),
             aborting: None,
             stopping: false,
+            pieces,
             store,
         })
     }
@@ -386,8 +397,8 @@ impl Executor {
             if self.starved.chunk_slots {
                 select.recv(self.pool.chunk_slots.availability());
             }
-            for record in &self.starved.residents {
-                if let Some(list) = self.pool.residents.weights_of(*record) {
+            for piece in &self.starved.residents {
+                if let Some(list) = self.pool.residents.weights_of(*piece) {
                     select.recv(list.availability());
                 }
             }

@@ -1,4 +1,5 @@
-//! Where gradients wait for the norm of all: in buffers of their own, or on the drive.
+//! Where gradients wait for the norm of all: in buffers of their own, or on the drive. The layout here is
+//! that of pieces.
 
 use std::fs;
 use std::path::PathBuf;
@@ -22,19 +23,20 @@ pub struct GradientFiles {
 }
 
 impl GradientFiles {
-    /// Reserves the room on the drives; what lies at `paths` is removed first.
+    /// Reserves the room on the drives; what lies at `paths` is removed first. `own` are the pieces of
+    /// `Store::pieces` that have a buffer of their own.
     ///
     /// # Errors
     /// `NoSpace`; `Invalid` when there is not one path for each drive; `Io`, `Unsupported`.
-    pub fn create(paths: &[PathBuf], layout: &Layout, own: &[usize]) -> Result<Self> {
-        let drives = layout.drives();
+    pub fn create(paths: &[PathBuf], pieces: &Layout, own: &[usize]) -> Result<Self> {
+        let drives = pieces.drives();
         if paths.len() != drives {
             return Err(Error::invalid(format!(
                 "{} files for gradients, and the store lies on {drives} drives",
                 paths.len()
             )));
         }
-        let (_, bytes) = places(layout, own);
+        let (_, bytes) = places(pieces, own);
         let create = |(drive, path): (usize, &PathBuf)| {
             if path.exists() {
                 fs::remove_file(path).map_err(|e| Error::io("remove", path, 0, 0, e))?;
@@ -59,11 +61,11 @@ impl GradientFiles {
     }
 }
 
-/// Drive and offset of each chunk's gradient, and bytes on each drive. Records that have a buffer of their
+/// Drive and offset of each chunk's gradient, and bytes on each drive. Pieces that have a buffer of their
 /// own have none.
-fn places(layout: &Layout, own: &[usize]) -> (Vec<Option<(usize, u64)>>, Vec<u64>) {
-    let mut bytes = vec![0; layout.drives()];
-    let places = layout
+fn places(pieces: &Layout, own: &[usize]) -> (Vec<Option<(usize, u64)>>, Vec<u64>) {
+    let mut bytes = vec![0; pieces.drives()];
+    let places = pieces
         .chunks()
         .iter()
         .map(|chunk| {
@@ -92,10 +94,14 @@ pub(super) struct OnDrive {
 }
 
 impl OnDrive {
-    pub(super) fn new(files: &GradientFiles, store: &Store, own: &[usize]) -> Self {
-        let layout = store.layout();
-        let chunks = layout.chunks().len();
-        let places = if files.are_there() { places(layout, own).0 } else { vec![None; chunks] };
+    pub(super) fn new(
+        files: &GradientFiles,
+        store: &Store,
+        pieces: &Layout,
+        own: &[usize],
+    ) -> Self {
+        let chunks = pieces.chunks().len();
+        let places = if files.are_there() { places(pieces, own).0 } else { vec![None; chunks] };
         Self {
             files: files.files.clone(),
             places,

@@ -1,49 +1,51 @@
-//! What the memory of a pipeline must hold, and which list a record's buffers come from.
+//! What the memory of a pipeline must hold, and which list a piece's buffers come from.
 
 use crate::buffer::SlotList;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::pipeline::TensorSettings;
+use crate::pipeline::pieces::{described, record_of};
 use crate::pool::{Pool, PoolSizes, ResidentSizes};
 use crate::store::Store;
 use crate::units::{Group, StateFormat};
 
 /// What stays in RAM from step to step, in memory of its own. It is read once, updated in place, and
-/// written when a step is committed.
+/// written when a step is committed. Pieces are records, or chunks where `Options::by_chunk` is set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Residents {
-    /// Records whose weights stay.
+    /// Pieces whose weights stay.
     pub records: Vec<usize>,
     /// Chunks whose update planes stay.
     pub chunks: Vec<usize>,
-    /// Records whose gradient has a buffer of its own, and waits there if it is kept.
+    /// Pieces whose gradient has a buffer of its own, and waits there if it is kept.
     pub gradients: Vec<usize>,
 }
 
 impl Residents {
-    /// The bytes of each, checked against a layout.
-    pub(super) fn sizes(&self, layout: &Layout) -> Result<ResidentSizes> {
+    /// The bytes of each, checked against the layout of pieces.
+    pub(super) fn sizes(&self, pieces: &Layout) -> Result<ResidentSizes> {
+        let count = pieces.records().len();
         let mut sizes = ResidentSizes {
-            weights: vec![0; layout.records().len()],
-            planes: vec![0; layout.chunks().len()],
-            gradients: vec![0; layout.records().len()],
+            weights: vec![0; count],
+            planes: vec![0; pieces.chunks().len()],
+            gradients: vec![0; count],
         };
-        for &record in &self.gradients {
-            let Some(bytes) = sizes.gradients.get_mut(record) else {
-                let count = layout.records().len();
-                return Err(Error::invalid(format!("gradient of record {record} of {count}")));
+        for &piece in &self.gradients {
+            let Some(bytes) = sizes.gradients.get_mut(piece) else {
+                let name = pieces.piece_name(piece);
+                return Err(Error::invalid(format!("gradient of {name} of {count}")));
             };
-            *bytes = record_gradient_bytes(layout, record);
+            *bytes = gradient_bytes(pieces, piece);
         }
-        for &record in &self.records {
-            let Some(bytes) = sizes.weights.get_mut(record) else {
-                let count = layout.records().len();
-                return Err(Error::invalid(format!("resident record {record} of {count}")));
+        for &piece in &self.records {
+            let Some(bytes) = sizes.weights.get_mut(piece) else {
+                let name = pieces.piece_name(piece);
+                return Err(Error::invalid(format!("resident {name} of {count}")));
             };
-            *bytes = layout.record_weight_bytes(record);
+            *bytes = pieces.record_weight_bytes(piece);
         }
         for &index in &self.chunks {
-            let chunk = layout.chunks().get(index).filter(|chunk| chunk.format().is_trainable());
+            let chunk = pieces.chunks().get(index).filter(|chunk| chunk.format().is_trainable());
             let Some(chunk) = chunk else {
                 return Err(Error::invalid(format!("resident chunk {index} has no update planes")));
             };
@@ -64,20 +66,17 @@ pub fn chunk_slot_bytes(format: StateFormat, parameters: usize) -> usize {
         .sum()
 }
 
-pub(super) fn weight_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotList {
-    if let Some(own) = pool.residents.weights_of(record) {
+/// Where a piece's weights are loaded into. By chunk, outer buffers are for weights on their way back.
+pub(super) fn weight_list<'a>(pool: &'a Pool, pieces: &Layout, piece: usize) -> &'a SlotList {
+    if let Some(own) = pool.residents.weights_of(piece) {
         return own;
     }
-    let fits = store.layout().record_weight_bytes(record) <= pool.block_buffers.slot_bytes();
-    if fits { &pool.block_buffers } else { &pool.outer_buffers }
+    let fits = pieces.record_weight_bytes(piece) <= pool.block_buffers.slot_bytes();
+    if fits || pieces.is_by_chunk() { &pool.block_buffers } else { &pool.outer_buffers }
 }
 
-pub(super) fn gradient_bytes(store: &Store, record: usize) -> usize {
-    record_gradient_bytes(store.layout(), record)
-}
-
-fn record_gradient_bytes(layout: &Layout, record: usize) -> usize {
-    crate::units::to_usize(layout.record_parameters(record)) * size_of::<f32>()
+pub(super) fn gradient_bytes(pieces: &Layout, piece: usize) -> usize {
+    crate::units::to_usize(pieces.record_parameters(piece)) * size_of::<f32>()
 }
 
 /// Bytes on the drive for the gradient of a chunk.
@@ -85,18 +84,19 @@ pub(super) fn kept_bytes(parameters: usize) -> usize {
     (parameters * size_of::<f32>()).next_multiple_of(crate::units::PAGE_BYTES)
 }
 
-pub(super) fn gradient_list<'a>(pool: &'a Pool, store: &Store, record: usize) -> &'a SlotList {
-    if let Some(own) = pool.residents.gradient_of(record) {
+pub(super) fn gradient_list<'a>(pool: &'a Pool, pieces: &Layout, piece: usize) -> &'a SlotList {
+    if let Some(own) = pool.residents.gradient_of(piece) {
         return own;
     }
-    let fits = gradient_bytes(store, record) <= pool.block_gradients.slot_bytes();
-    if fits { &pool.block_gradients } else { &pool.outer_gradients }
+    let fits = gradient_bytes(pieces, piece) <= pool.block_gradients.slot_bytes();
+    if fits || pieces.is_by_chunk() { &pool.block_gradients } else { &pool.outer_gradients }
 }
 
 /// Checks that the pool has a buffer for whatever a step may need. `spills` says whether gradients that
 /// have no buffer of their own are kept on the drive.
 pub(super) fn check_pool(
     store: &Store,
+    pieces: &Layout,
     sizes: &PoolSizes,
     residents: &ResidentSizes,
     settings: &[TensorSettings],
@@ -110,30 +110,42 @@ pub(super) fn check_pool(
             "a pool with gradient buffers needs the settings of the tensors to train",
         ));
     }
+    let by_chunk = pieces.is_by_chunk();
     let room = |bytes: usize, kinds: [crate::pool::Kind; 2]| {
+        // The second kind is for larger records.
+        let kinds = &kinds[..if by_chunk { 1 } else { 2 }];
         kinds.iter().any(|kind| kind.count > 0 && bytes <= kind.bytes)
     };
-    let layout = store.layout();
-    for (record, chunks) in layout.records().iter().enumerate() {
-        let name = &store.manifest().records[record].name;
-        let weights = layout.record_weight_bytes(record);
-        let stays = residents.weights[record] > 0;
+    for (piece, chunks) in pieces.records().iter().enumerate() {
+        let name = || described(store, pieces, piece);
+        let weights = pieces.record_weight_bytes(piece);
+        let stays = residents.weights[piece] > 0;
         if !stays && !room(weights, [sizes.block_buffers, sizes.outer_buffers]) {
+            let name = name();
             return Err(Error::invalid(format!(
                 "the pool has no buffer for the {weights} bytes of weights of {name}"
             )));
         }
-        if !store.manifest().records[record].format.is_trainable() {
+        if !store.manifest().records[record_of(store, pieces, piece)].format.is_trainable() {
             continue;
         }
-        let gradient = gradient_bytes(store, record);
+        let outgoing = sizes.outer_buffers;
+        let has_outgoing = outgoing.count > 0 && outgoing.bytes >= weights;
+        if by_chunk && trains && !stays && !has_outgoing {
+            let name = name();
+            return Err(Error::invalid(format!(
+                "the pool has no buffer in which the {weights} bytes of weights of {name} come back"
+            )));
+        }
+        let gradient = gradient_bytes(pieces, piece);
         // A pool without gradient buffers reads only (generation).
         let reads_only = !trains;
-        let has_own = residents.gradients[record] > 0;
+        let has_own = residents.gradients[piece] > 0;
         if !reads_only
             && !has_own
             && !room(gradient, [sizes.block_gradients, sizes.outer_gradients])
         {
+            let name = name();
             return Err(Error::invalid(format!(
                 "the pool has no buffer for the {gradient} bytes of gradients of {name}"
             )));
@@ -141,7 +153,7 @@ pub(super) fn check_pool(
         let largest = chunks
             .clone()
             .filter(|c| keeps || !stays || residents.planes[*c] == 0)
-            .map(|c| layout.chunks()[c])
+            .map(|c| pieces.chunks()[c])
             .map(|c| {
                 let kept = if spills && !has_own { kept_bytes(c.parameters) } else { 0 };
                 chunk_slot_bytes(c.format(), c.parameters) + kept
@@ -150,6 +162,7 @@ pub(super) fn check_pool(
         let chunk = largest.unwrap_or(0);
         let has_slots = sizes.chunk_slots.count > 0 && sizes.chunk_slots.bytes >= chunk;
         if !reads_only && chunk > 0 && !has_slots {
+            let name = name();
             return Err(Error::invalid(format!(
                 "the pool has no chunk slot of {chunk} bytes for {name}"
             )));

@@ -13,6 +13,8 @@ use crate::pool;
 use crate::store::{Creator, OpenOptions};
 use crate::units::{Group, PAGE_BYTES, StateFormat};
 
+mod by_chunk;
+mod kept;
 mod residents;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -48,14 +50,14 @@ impl InMemory {
         Self { weight, exp_avg: zeros(), exp_avg_sq: zeros() }
     }
 
-    fn step(&mut self, step: u64) {
+    fn step(&mut self, step: u64, gradient_scale: f32) {
         for (record, &parameters) in RECORDS.iter().enumerate() {
             let gradient: Vec<f32> =
                 (0..len(parameters)).map(|i| gradient(step, record, i)).collect();
             let span = adamw::Span {
                 start: 0,
                 len: gradient.len(),
-                scalars: adamw(step).scalars(1.0, 0.01),
+                scalars: AdamW { gradient_scale, ..adamw(step) }.scalars(1.0, 0.01),
             };
             let old = self.weight[record].clone();
             adamw::update_f32(
@@ -82,8 +84,12 @@ struct Setup {
     threads: usize,
     slots: usize,
     drives: usize,
+    /// By record; each stands for its chunks where pieces are chunks.
     residents: Residents,
     commit_every: u64,
+    by_chunk: bool,
+    /// Where gradients wait that have no buffer of their own.
+    gradients_beside: Option<std::path::PathBuf>,
 }
 
 impl Default for Setup {
@@ -97,6 +103,8 @@ impl Default for Setup {
             drives: 1,
             residents: Residents::default(),
             commit_every: 1,
+            by_chunk: false,
+            gradients_beside: None,
         }
     }
 }
@@ -149,42 +157,66 @@ impl Setup {
     }
 
     fn pipeline(&self, store: &Arc<Store>) -> Pipeline {
-        let layout = store.layout();
-        let bytes = |record: usize| layout.record_weight_bytes(record);
+        Pipeline::start(Arc::clone(store), &self.options(store)).expect("started")
+    }
+
+    fn options(&self, store: &Store) -> Options {
+        let (layout, pieces) = (store.layout(), store.pieces(self.by_chunk));
         let kind = |bytes, count| pool::Kind { bytes, count };
-        let pool = PoolSizes {
-            chunk_slots: kind(
-                chunk_slot_bytes(self.format, len(self.chunk_parameters)),
-                self.slots,
-            ),
-            block_buffers: kind(bytes(0), self.slots.min(2)),
-            outer_buffers: kind(bytes(1), 1),
-            block_gradients: kind(len(RECORDS[0]) * 4, 1),
-            outer_gradients: kind(len(RECORDS[1]) * 4, 1),
+        let bytes = |record: usize| layout.record_weight_bytes(record);
+        let chunk = len(self.chunk_parameters.min(RECORDS[1]));
+        let kept = if self.gradients_beside.is_some() { chunk * 4 } else { 0 };
+        let slots = kind(chunk_slot_bytes(self.format, chunk) + kept, self.slots);
+        let pool = if self.by_chunk {
+            let weights = (0..pieces.records().len()).map(|p| pieces.record_weight_bytes(p)).max();
+            PoolSizes {
+                chunk_slots: slots,
+                block_buffers: kind(weights.expect("chunks"), self.slots.min(2)),
+                outer_buffers: kind(weights.expect("chunks"), self.slots.min(2)),
+                block_gradients: kind(chunk * 4, 1),
+                outer_gradients: kind(0, 0),
+            }
+        } else {
+            PoolSizes {
+                chunk_slots: slots,
+                block_buffers: kind(bytes(0), self.slots.min(2)),
+                outer_buffers: kind(bytes(1), 1),
+                block_gradients: kind(len(RECORDS[0]) * 4, 1),
+                outer_gradients: kind(len(RECORDS[1]) * 4, 1),
+            }
         };
-        let tensors = RECORDS
-            .iter()
-            .enumerate()
-            .map(|(record, &elements)| TensorSettings {
-                record,
-                offset: 0,
-                elements,
-                weight_decay: 0.01,
-                lr_scale: 1.0,
-            })
-            .collect();
-        Pipeline::start(
-            Arc::clone(store),
-            &Options {
-                pool,
-                threads: self.threads,
-                kernel: None,
-                tensors,
-                residents: self.residents.clone(),
-                gradient_files: GradientFiles::default(),
-            },
-        )
-        .expect("started")
+        let settings = |tensor: &crate::layout::Tensor| TensorSettings {
+            record: tensor.record,
+            offset: tensor.offset,
+            elements: tensor.elements().expect("few"),
+            weight_decay: 0.01,
+            lr_scale: 1.0,
+        };
+        let residents = Residents {
+            records: self.pieces_of(store, &self.residents.records),
+            chunks: self.residents.chunks.clone(),
+            gradients: self.pieces_of(store, &self.residents.gradients),
+        };
+        let files = self.gradients_beside.as_ref().map(|path| {
+            GradientFiles::create(&self.files(path), pieces, &residents.gradients).expect("created")
+        });
+        Options {
+            pool,
+            threads: self.threads,
+            kernel: None,
+            tensors: store.manifest().tensors.iter().map(settings).collect(),
+            residents,
+            gradient_files: files.unwrap_or_default(),
+            by_chunk: self.by_chunk,
+        }
+    }
+
+    /// What records are for a pipeline: themselves, or their chunks.
+    fn pieces_of(&self, store: &Store, records: &[usize]) -> Vec<usize> {
+        match self.by_chunk {
+            true => records.iter().flat_map(|r| store.layout().records()[*r].clone()).collect(),
+            false => records.to_vec(),
+        }
     }
 }
 
@@ -195,40 +227,45 @@ fn imported() -> (tempfile::TempDir, Setup, Arc<Store>, Arc<Schedule>, Pipeline)
     let setup = Setup::default();
     setup.create(&path);
     let store = setup.open(&path);
-    let (schedule, pipeline) = (schedule(&store), setup.pipeline(&store));
+    let (schedule, pipeline) = (schedule(&store, false), setup.pipeline(&store));
     (folder, setup, store, schedule, pipeline)
 }
 
 /// Forward over all records, then backward with updates, as training does.
-fn schedule(store: &Store) -> Arc<Schedule> {
+fn schedule(store: &Store, by_chunk: bool) -> Arc<Schedule> {
+    schedule_of(store, by_chunk, Kind::Load, &[Kind::Update])
+}
+
+fn schedule_of(store: &Store, by_chunk: bool, first: Kind, gradients: &[Kind]) -> Arc<Schedule> {
     let chunks = |record: usize, kind| {
         store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
     };
     let mut operations = Vec::new();
     for record in 0..3 {
-        operations.extend(chunks(record, Kind::Load));
+        operations.extend(chunks(record, first));
     }
-    for record in (0..3).rev() {
+    for record in (0..3).rev().filter(|_| !gradients.is_empty()) {
         operations.extend(chunks(record, Kind::Load));
-        operations.extend(chunks(record, Kind::Update));
+        operations.extend(gradients.iter().flat_map(|kind| chunks(record, *kind)));
     }
-    Arc::new(Schedule::new(store.layout(), operations).expect("valid"))
+    Arc::new(Schedule::new(store.pieces(by_chunk), operations).expect("valid"))
 }
 
 fn train_step(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: bool) -> Result {
     pipeline.begin(Arc::clone(schedule), adamw(step), commit)?;
-    for record in 0..3 {
-        drop(pipeline.take_weights(record, LONG)?.expect("in time"));
-    }
+    forward(pipeline)?;
     for record in (0..3).rev() {
-        let weights = pipeline.take_weights(record, LONG)?.expect("in time");
-        let mut buffer = pipeline.take_gradient(record, LONG)?.expect("in time");
-        for (index, bytes) in buffer.chunks_mut(4).take(len(RECORDS[record])).enumerate() {
-            bytes.copy_from_slice(&gradient(step, record, index).to_le_bytes());
-        }
-        pipeline.submit(record, weights, buffer)?;
+        by_chunk::train_record(pipeline, record, |index| gradient(step, record, index))?;
     }
     pipeline.end(commit.then(|| format!("step {step}").into_bytes()), After::Stands)
+}
+
+/// Takes all weights and drops them.
+fn forward(pipeline: &Pipeline) -> Result {
+    for piece in 0..pipeline.pieces().records().len() {
+        drop(pipeline.take_weights(piece, LONG)?.expect("in time"));
+    }
+    Ok(())
 }
 
 /// Every plane of every record, as f32 bits.
@@ -274,8 +311,12 @@ fn read_all(store: &Store, format: StateFormat) -> Vec<Vec<[u32; 3]>> {
 }
 
 fn expected(steps: u64) -> Vec<Vec<[u32; 3]>> {
+    expected_scaled(steps, |_| 1.0)
+}
+
+fn expected_scaled(steps: u64, scale: impl Fn(u64) -> f32) -> Vec<Vec<[u32; 3]>> {
     let mut model = InMemory::new();
-    (1..=steps).for_each(|step| model.step(step));
+    (1..=steps).for_each(|step| model.step(step, scale(step)));
     let bits = |r: usize, i: usize| {
         [
             model.weight[r][i].to_bits(),
@@ -286,12 +327,18 @@ fn expected(steps: u64) -> Vec<Vec<[u32; 3]>> {
     (0..3).map(|r| (0..len(RECORDS[r])).map(|i| bits(r, i)).collect()).collect()
 }
 
-fn run(setup: &Setup) {
+/// By record and by chunk.
+fn run(setup: Setup) {
+    run_one(&setup);
+    run_one(&Setup { by_chunk: true, ..setup });
+}
+
+fn run_one(setup: &Setup) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
     setup.create(&path);
     let store = setup.open(&path);
-    let schedule = schedule(&store);
+    let schedule = schedule(&store, setup.by_chunk);
     let pipeline = setup.pipeline(&store);
     for step in 1..=3 {
         let commits = step % setup.commit_every == 0;
@@ -309,25 +356,25 @@ fn run(setup: &Setup) {
 #[test]
 fn paged_training_has_the_bits_of_in_memory_training() {
     for format in [StateFormat::F32, StateFormat::Bf16] {
-        run(&Setup { format, ..Setup::default() });
+        run(Setup { format, ..Setup::default() });
     }
 }
 
 #[test]
 fn chunk_size_pool_engine_and_threads_change_no_bit() {
     for chunk_parameters in [8192, 1 << 16] {
-        run(&Setup { chunk_parameters, ..Setup::default() });
+        run(Setup { chunk_parameters, ..Setup::default() });
     }
-    run(&Setup { slots: 1, ..Setup::default() });
-    run(&Setup { engine: Choice::Threads, ..Setup::default() });
-    run(&Setup { drives: 2, ..Setup::default() });
-    run(&Setup {
+    run(Setup { slots: 1, ..Setup::default() });
+    run(Setup { engine: Choice::Threads, ..Setup::default() });
+    run(Setup { drives: 2, ..Setup::default() });
+    run(Setup {
         drives: 3,
         engine: Choice::Threads,
         format: StateFormat::Bf16,
         ..Setup::default()
     });
-    run(&Setup { threads: 1, ..Setup::default() });
+    run(Setup { threads: 1, ..Setup::default() });
 }
 
 #[test]
@@ -336,12 +383,10 @@ fn an_aborted_step_leaves_the_last_commit_and_the_handle_usable() {
     train_step(&pipeline, &schedule, 1, true).expect("a step");
     // The second step is written in part, but never ended.
     pipeline.begin(Arc::clone(&schedule), adamw(9), false).expect("begun");
-    for record in 0..3 {
-        drop(pipeline.take_weights(record, LONG).expect("read").expect("in time"));
-    }
+    forward(&pipeline).expect("read");
     let weights = pipeline.take_weights(2, LONG).expect("read").expect("in time");
     let gradient = pipeline.take_gradient(2, LONG).expect("free").expect("in time");
-    pipeline.submit(2, weights, gradient).expect("submitted");
+    pipeline.submit(2, Some(weights), gradient).expect("submitted");
     pipeline.abort().expect("aborted");
     assert_eq!(&*store.committed().blob, b"step 1");
     for step in 2..=3 {
@@ -383,7 +428,7 @@ fn a_flipped_byte_stops_the_step_and_names_its_tensor() {
     std::os::unix::fs::FileExt::write_at(&buffered, &[0xab; 3], plan.offset + 5).expect("spoiled");
     buffered.sync_all().expect("flushed");
     let pipeline = setup.pipeline(&store);
-    let error = train_step(&pipeline, &schedule(&store), 1, true).expect_err("found");
+    let error = train_step(&pipeline, &schedule(&store, false), 1, true).expect_err("found");
     assert!(
         matches!(&error, Error::Corrupt { what, .. } if what.contains("layer.1.weight")),
         "{error}"
@@ -403,7 +448,7 @@ fn asking_for_weights_out_of_order_is_refused_by_name() {
     setup.create(&path);
     let store = setup.open(&path);
     let pipeline = setup.pipeline(&store);
-    pipeline.begin(schedule(&store), adamw(1), false).expect("begun");
+    pipeline.begin(schedule(&store, false), adamw(1), false).expect("begun");
     let error = pipeline.take_weights(1, LONG).expect_err("record 0 comes first");
     assert!(error.to_string().contains("next load is record 0"), "{error}");
 }
@@ -429,8 +474,8 @@ fn what_contradicts_the_step_is_refused() {
     pipeline.begin(Arc::clone(&schedule), adamw(1), false).expect("begun");
     assert!(pipeline.begin(Arc::clone(&schedule), adamw(1), false).is_err(), "not ended");
     let small = || Slot::standalone(PAGE_BYTES, &Ledger::new(), "test").expect("memory");
-    assert!(pipeline.submit(0, small(), small()).is_err(), "too small");
-    assert!(pipeline.submit(9, small(), small()).is_err(), "no such record");
+    assert!(pipeline.submit(0, Some(small()), small()).is_err(), "too small");
+    assert!(pipeline.submit(9, Some(small()), small()).is_err(), "no such record");
     assert!(
         pipeline.end(Some(vec![0; BLOB_BYTES_MAX + 1]), After::Stands).is_err(),
         "a blob too large"

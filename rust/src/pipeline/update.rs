@@ -68,13 +68,21 @@ impl Settings {
         }
     }
 
-    /// Where the tensors of one record lie in it.
-    pub(super) fn tensors(&self, record: usize) -> Vec<Range<usize>> {
-        let place = |t: &TensorSettings| to_usize(t.offset)..to_usize(t.offset + t.elements);
-        self.by_record[record].iter().map(place).collect()
+    /// Where the tensors of a record, or their parts in one of its chunks, lie in the buffer of that.
+    /// `layout` has whole records.
+    pub(super) fn tensors(&self, layout: &Layout, chunks: Range<usize>) -> Vec<Range<usize>> {
+        let chunks = &layout.chunks()[chunks];
+        let Some((first, last)) = chunks.first().zip(chunks.last()) else { return vec![] };
+        let (start, end) = (first.start, last.start + last.parameters as u64);
+        let place = |t: &TensorSettings| {
+            let place = t.offset.max(start)..(t.offset + t.elements).min(end);
+            (!place.is_empty()).then(|| to_usize(place.start - start)..to_usize(place.end - start))
+        };
+        self.by_record[first.record].iter().filter_map(place).collect()
     }
 
-    /// The runs of one chunk that share scalars; padding between tensors is in none.
+    /// The runs of one chunk that share scalars; padding between tensors is in none. The chunk is one of
+    /// the layout of whole records.
     pub(super) fn spans(&self, adamw: &AdamW, chunk: &Chunk) -> Vec<Span> {
         let end = chunk.start + chunk.parameters as u64;
         self.by_record[chunk.record]

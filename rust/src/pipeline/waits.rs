@@ -5,45 +5,87 @@ use std::time::{Duration, Instant};
 
 use super::stalls::{Cause, Causes, Wait};
 use super::{Pipeline, SLICE, State};
-use crate::buffer::Slot;
+use crate::buffer::{Slot, SlotList};
 use crate::error::{Error, Result};
 use crate::pipeline::memory::gradient_list;
+use crate::units::Group;
 
 impl Pipeline {
-    /// The weights of the schedule's next load, which must be of `record`; waits up to `timeout`
+    /// The weights of the schedule's next load, which must be of `piece`; waits up to `timeout`
     /// and returns `None` when it has passed.
     ///
     /// # Errors
     /// `Invalid` when the schedule says otherwise; the pipeline's failure.
-    pub fn take_weights(&self, record: usize, timeout: Duration) -> Result<Option<Slot>> {
-        self.wait_for(timeout, |causes| causes.weights, |state| match state.loads.front_mut() {
-            Some(next) if next.record == record => {
-                let weights = next.weights.take();
-                if weights.is_some() {
-                    state.loads.pop_front();
-                    state.first_load += 1;
+    pub fn take_weights(&self, piece: usize, timeout: Duration) -> Result<Option<Slot>> {
+        self.wait_for(
+            timeout,
+            |causes| causes.weights,
+            |state| match state.loads.front_mut() {
+                Some(next) if next.piece == piece => {
+                    let weights = next.weights.take();
+                    if weights.is_some() {
+                        state.loads.pop_front();
+                        state.first_load += 1;
+                    }
+                    Ok(weights)
                 }
-                Ok(weights)
-            }
-            next => {
-                let next = next.map_or("nothing".to_owned(), |n| format!("record {}", n.record));
-                Err(Error::invalid(format!(
-                    "weights of record {record} were asked for; the schedule's next load is {next}"
-                )))
-            }
-        })
+                next => {
+                    let next =
+                        next.map_or("nothing".to_owned(), |n| self.pieces.piece_name(n.piece));
+                    let asked = self.pieces.piece_name(piece);
+                    Err(Error::invalid(format!(
+                        "weights of {asked} were asked for; the schedule's next load is {next}"
+                    )))
+                }
+            },
+        )
     }
 
-    /// A free gradient buffer for `record` (its content is arbitrary); waits up to `timeout` and
+    /// A free gradient buffer for `piece` (its content is arbitrary); waits up to `timeout` and
     /// returns `None` when it has passed.
     ///
     /// # Errors
     /// The pipeline's failure.
-    pub fn take_gradient(&self, record: usize, timeout: Duration) -> Result<Option<Slot>> {
+    pub fn take_gradient(&self, piece: usize, timeout: Duration) -> Result<Option<Slot>> {
         self.store.check()?;
-        self.check_record(record)?;
+        self.check_piece(piece)?;
+        self.take_free(gradient_list(&self.pool, &self.pieces, piece), timeout)
+    }
+
+    /// By chunk, a free buffer for the weights of `piece` that come back for their update (its content is
+    /// arbitrary); waits up to `timeout` and returns `None` when it has passed. Who computes elsewhere holds
+    /// no weights here meanwhile.
+    ///
+    /// # Errors
+    /// `Invalid` when whole records are moved, and where the weights stay in RAM: their own buffer is
+    /// submitted. The pipeline's failure.
+    pub fn take_outgoing(&self, piece: usize, timeout: Duration) -> Result<Option<Slot>> {
+        self.store.check()?;
+        self.check_piece(piece)?;
+        let name = self.pieces.piece_name(piece);
+        if !self.pieces.is_by_chunk() {
+            return Err(Error::invalid(format!(
+                "{name}: weights of whole records are submitted in the buffer that they were loaded into"
+            )));
+        }
+        if self.pool.residents.weights_of(piece).is_some() {
+            return Err(Error::invalid(format!(
+                "the weights of {name} stay in RAM: submit the buffer that take_weights gave"
+            )));
+        }
+        let bytes = self.pieces.chunks()[piece].extent_bytes(Group::Weight);
+        if self.pool.outer_buffers.slot_bytes() < bytes {
+            return Err(Error::invalid(format!(
+                "the pool has no buffer for weights of {name} to come back"
+            )));
+        }
+        let slot = self.take_free(&self.pool.outer_buffers, timeout)?;
+        Ok(slot.map(|slot| slot.split_at(bytes).0))
+    }
+
+    /// A free slot of a list from which updates give back.
+    fn take_free(&self, list: &SlotList, timeout: Duration) -> Result<Option<Slot>> {
         let start = Instant::now();
-        let list = gradient_list(&self.pool, &self.store, record);
         let mut wait = Wait::new(&self.shared);
         let mut slot = list.try_take();
         // Not `wait_for`: nobody tells of a slot that came free.
@@ -62,8 +104,8 @@ impl Pipeline {
         }
     }
 
-    /// The sum of the squares of all gradients of the step that was begun, in the order of the records; waits
-    /// up to `timeout` for the last one, and returns `None` when it has passed.
+    /// The sum of the squares of all gradients of the step that was begun, in the order of the records,
+    /// also by chunk; waits up to `timeout` for the last one, and returns `None` when it has passed.
     ///
     /// # Errors
     /// `NotFinite` when one is NaN or infinite; the pipeline's failure.
@@ -72,8 +114,8 @@ impl Pipeline {
             timeout,
             |_| Cause::Update,
             |state| {
-                let is_whole = state.squares.len() == state.gradients;
-                Ok(is_whole.then(|| state.squares.values().sum()))
+                let is_whole = state.squares.pieces == state.gradients;
+                Ok(is_whole.then(|| state.squares.sum()))
             },
         )
     }

@@ -94,17 +94,23 @@ impl Shape {
         to_usize(self.records[record].1)
     }
 
-    pub(crate) fn pool(&self) -> PoolSizes {
+    /// The first parameter of a record's chunk.
+    pub(crate) fn start_of(&self, chunk: usize) -> usize {
+        chunk * to_usize(self.chunk_parameters)
+    }
+
+    pub(crate) fn pool(&self, by_chunk: bool) -> PoolSizes {
         let kind = |bytes, count| pool::Kind { bytes, count };
         let parameters = (0..3).map(|record| self.parameters(record)).max().unwrap_or(0);
         let chunk = to_usize(self.chunk_parameters);
         let formats = [StateFormat::F32, StateFormat::Bf16];
         let slot = formats.map(|format| chunk_slot_bytes(format, chunk)).into_iter().max();
+        let piece = if by_chunk { chunk } else { parameters };
         PoolSizes {
             chunk_slots: kind(slot.unwrap_or(0) + chunk * size_of::<f32>(), 4),
-            block_buffers: kind(parameters * 4, 3),
-            outer_buffers: PoolSizes::default().outer_buffers,
-            block_gradients: kind(parameters * 4, 2),
+            block_buffers: kind(piece * 4, 3),
+            outer_buffers: if by_chunk { kind(piece * 4, 2) } else { pool::Kind::default() },
+            block_gradients: kind(piece * 4, 2),
             outer_gradients: PoolSizes::default().outer_gradients,
         }
     }
@@ -220,7 +226,12 @@ impl Memory {
 }
 
 /// Forward over all records, with the updates that wait, then backward with what a step does there.
-pub(crate) fn schedule(store: &Store, first: Kind, gradients: &[Kind]) -> Arc<Schedule> {
+pub(crate) fn schedule(
+    store: &Store,
+    by_chunk: bool,
+    first: Kind,
+    gradients: &[Kind],
+) -> Arc<Schedule> {
     let chunks = |record: usize, kind| {
         store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
     };
@@ -230,5 +241,5 @@ pub(crate) fn schedule(store: &Store, first: Kind, gradients: &[Kind]) -> Arc<Sc
         chunks(record, Kind::Load).chain(done)
     });
     let operations = forward.chain(backward).collect();
-    Arc::new(Schedule::new(store.layout(), operations).expect("valid"))
+    Arc::new(Schedule::new(store.pieces(by_chunk), operations).expect("valid"))
 }

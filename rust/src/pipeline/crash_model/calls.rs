@@ -11,9 +11,15 @@ pub(super) enum Call {
         schedule: Arc<Schedule>,
         commits: bool,
     },
-    /// Take the weights of a record and drop them: the forward pass.
+    /// Take the weights of a piece and drop them: the forward pass.
     Pass(usize),
-    Train(usize),
+    /// Take them for the backward pass.
+    Fetch(usize),
+    /// Submit the gradient of a piece, with its weights if the step updates with them.
+    Train {
+        piece: usize,
+        updates: bool,
+    },
     /// Wait for the sum of the squares of all gradients.
     Norm,
     End {
@@ -45,15 +51,21 @@ impl Machine<'_> {
     pub(super) fn plan_calls(&mut self) {
         let next = self.process.as_ref().map(|p| p.step + 1);
         let next = next.map(|step| (self.trained(step), self.commits(step)));
+        let by_chunk = self.run.by_chunk;
         let Some(process) = &mut self.process else { return };
-        let records = 0..self.base.records.len();
+        let layout = Arc::clone(process.store.layout());
+        let pieces = |record: usize| match by_chunk {
+            true => layout.records()[record].clone(),
+            false => record..record + 1,
+        };
+        let all = 0..process.store.pieces(by_chunk).records().len();
         let applied = std::mem::take(&mut process.waiting);
         if process.step == self.run.steps && applied.is_empty() {
             process.calls.push_back(Call::Settle);
         } else if process.step == self.run.steps {
-            let schedule = schedule(&process.store, &applied, &[], (false, false));
+            let schedule = schedule(&process.store, by_chunk, &applied, &[], (false, false));
             process.calls.push_back(Call::Begin { schedule, commits: false });
-            process.calls.extend(records.map(Call::Pass));
+            process.calls.extend(all.map(Call::Pass));
             process.calls.push_back(Call::End { commit: false, after: After::Stands });
         } else {
             process.step += 1;
@@ -61,14 +73,18 @@ impl Machine<'_> {
             let scale = self.run.scale(process.step);
             self.memories.train(process.step, &trained, scale);
             let (updates, keeps) = self.run.updates_and_keeps(process.step);
-            let schedule = schedule(&process.store, &applied, &trained, (updates, keeps));
+            let schedule = schedule(&process.store, by_chunk, &applied, &trained, (updates, keeps));
             let after = match updates && scale.to_bits() == 1_f32.to_bits() {
                 true => After::Stands,
                 false => After::Applied(scale),
             };
             process.calls.push_back(Call::Begin { schedule, commits });
-            process.calls.extend(records.map(Call::Pass));
-            process.calls.extend(trained.iter().rev().map(|r| Call::Train(*r)));
+            process.calls.extend(all.map(Call::Pass));
+            for record in trained.iter().rev() {
+                let pieces = pieces(*record);
+                process.calls.extend(pieces.clone().map(Call::Fetch));
+                process.calls.extend(pieces.map(|piece| Call::Train { piece, updates }));
+            }
             process.calls.push_back(Call::Norm);
             process.calls.push_back(Call::End { commit: commits, after });
             if after != After::Stands {
@@ -82,6 +98,7 @@ impl Machine<'_> {
 /// updates them, keeps their gradients, or both.
 pub(super) fn schedule(
     store: &Store,
+    by_chunk: bool,
     applied: &[usize],
     trained: &[usize],
     (updates, keeps): (bool, bool),
@@ -103,5 +120,5 @@ pub(super) fn schedule(
             operations.extend(chunks(record, Kind::Keep));
         }
     }
-    Arc::new(Schedule::new(store.layout(), operations).expect("valid"))
+    Arc::new(Schedule::new(store.pieces(by_chunk), operations).expect("valid"))
 }

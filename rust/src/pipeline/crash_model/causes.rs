@@ -50,9 +50,11 @@ impl Stand {
         });
         let (kernel, tensors) = (Some(Kernel::Scalar), tensors.to_vec());
         let gradient_files = GradientFiles::default();
-        let options = Options { pool, threads: 1, kernel, tensors, residents, gradient_files };
+        let by_chunk = false;
+        let options =
+            Options { pool, threads: 1, kernel, tensors, residents, gradient_files, by_chunk };
         drive.set_by_hand(true);
-        let schedule = schedule(&store, &[], &[0, 1], (true, false));
+        let schedule = schedule(&store, false, &[], &[0, 1], (true, false));
         let (front, executor) = Pipeline::assemble(Arc::new(store), &options).expect("assembled");
         Self { drive, front, executor, schedule }
     }
@@ -87,7 +89,7 @@ impl Stand {
         let gradient = self.front.take_gradient(record, Duration::ZERO).expect("no failure");
         let mut gradient = gradient.expect("free");
         gradient.fill(0);
-        self.front.submit(record, weights, gradient).expect("submitted");
+        self.front.submit(record, Some(weights), gradient).expect("submitted");
     }
 
     /// A step up to its first gradient.

@@ -7,7 +7,8 @@ use super::*;
 const POWER_CUTS: u64 = 6;
 
 /// Trainings: each step committed; one commit for all; records touched for the first time in the
-/// middle of a window; all or half of the state in RAM; updates that wait for the norm, or are taken back.
+/// middle of a window; all or half of the state in RAM; updates that wait for the norm, or are taken back;
+/// by chunk.
 fn trainings() -> Vec<Run> {
     let run = |commit_every, partial, stays| Run {
         commit_every,
@@ -17,12 +18,16 @@ fn trainings() -> Vec<Run> {
         ..Run::default()
     };
     let clips = |clips, run: Run| Run { clips, ..run };
+    let by_chunk = |run: Run| Run { by_chunk: true, ..run };
     vec![
         clips(Clips::Deferred, run(1, false, Stays::Nothing)),
         clips(Clips::Deferred, run(2, true, Stays::Half)),
         clips(Clips::Guessed, run(1, false, Stays::Nothing)),
         clips(Clips::Guessed, run(1, true, Stays::All)),
         clips(Clips::Guessed, run(2, false, Stays::Half)),
+        by_chunk(clips(Clips::Deferred, run(2, true, Stays::Half))),
+        by_chunk(clips(Clips::Guessed, run(1, false, Stays::Nothing))),
+        by_chunk(run(2, true, Stays::Half)),
         run(1, false, Stays::Nothing),
         run(3, false, Stays::Nothing),
         run(3, true, Stays::Nothing),

@@ -36,6 +36,7 @@ fn random_run(bases: &[Base; 3], seed: u64, breakage: Breakage, lies: bool) -> V
         partial: rng.bool(),
         stays: [Stays::Nothing, Stays::Half, Stays::All][rng.usize(..3)],
         clips: [Clips::Never, Clips::Deferred, Clips::Guessed][rng.usize(..3)],
+        by_chunk: false,
         breakage,
         ignores_flushes: lies,
     };
@@ -44,6 +45,7 @@ fn random_run(bases: &[Base; 3], seed: u64, breakage: Breakage, lies: bool) -> V
     }
     // Two chunks take longer.
     let base = &bases[[1, 2, 2, 2, 0, 0, 0, 0][rng.usize(..8)]];
+    run.by_chunk = rng.u8(..3) == 0;
     let mut machine = base.machine(&run);
     let mut live = || -> Verdict {
         for _ in 0..rng.u8(1..=3) {

@@ -37,13 +37,13 @@ fn the_step_before_is_finished_though_its_writes_are_in_flight() {
         let base = Base::new(&RECORDS, durability, 1);
         let residents = Residents { gradients: vec![0, 1], ..Residents::default() };
         let mut stand = Stand::new(&base, 4, 3, residents);
-        stand.schedule = schedule(stand.front.store(), &[], &[0, 1], (false, true));
+        stand.schedule = schedule(stand.front.store(), false, &[], &[0, 1], (false, true));
         stand.begin(1, true);
         drop([take(&mut stand, 0), take(&mut stand, 1)]);
         for record in [1, 0] {
             let weights = take(&mut stand, record);
             let gradient = gradient(&stand, record, 0.5);
-            stand.front.submit(record, weights, gradient).expect("submitted");
+            stand.front.submit(record, Some(weights), gradient).expect("submitted");
         }
         stand.rest();
         stand.front.end(Some(b"step 1".to_vec()), After::Applied(0.5)).expect("ended");
@@ -59,7 +59,7 @@ fn the_step_before_is_finished_though_its_writes_are_in_flight() {
         drop(take(&mut stand, 0));
         let weights = take(&mut stand, 1);
         let gradient = gradient(&stand, 1, f32::INFINITY);
-        stand.front.submit(1, weights, gradient).expect("submitted");
+        stand.front.submit(1, Some(weights), gradient).expect("submitted");
         assert_ne!(
             stand.front.store().committed().blob[..],
             b"step 1"[..],

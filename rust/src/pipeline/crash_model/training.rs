@@ -1,11 +1,11 @@
 //! A machine that trains, crashes and starts again, and what its store must hold.
 
 use super::calls::Call;
-use super::memories::{Memories, adamw, len, value};
+use super::memories::{Memories, adamw, len};
+use super::process::Process;
 use super::*;
 use crate::buffer::Slot;
 use crate::error::Result;
-use crate::pipeline::executor::Executor;
 use crate::pipeline::{
     Command, Kernel, Options, Pipeline, PoolSizes, Residents, TensorSettings, chunk_slot_bytes,
 };
@@ -15,7 +15,7 @@ use std::time::Duration;
 
 /// Turns without any progress after which a run counts as stuck.
 const PATIENCE: u32 = 20_000;
-const NO_WAIT: Duration = Duration::ZERO;
+pub(super) const NO_WAIT: Duration = Duration::ZERO;
 
 /// How a process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,21 +24,6 @@ pub(super) enum Ending {
     PowerCut,
     /// The store is closed; the step under way is dropped.
     Close,
-}
-
-/// A process with the store open.
-pub(super) struct Process {
-    pub(super) store: Arc<Store>,
-    front: Pipeline,
-    executor: Executor,
-    /// The step that the store was at when it was opened, or after an abort.
-    from: u64,
-    /// Steps that had settled then.
-    settled: u64,
-    pub(super) step: u64,
-    pub(super) calls: VecDeque<Call>,
-    /// Records whose gradients wait for the next step.
-    pub(super) waiting: Vec<usize>,
 }
 
 pub(super) struct Machine<'a> {
@@ -130,12 +115,13 @@ impl<'a> Machine<'a> {
             self.handed_over = found;
             self.closed.0 = found;
         }
-        let (front, executor) = Pipeline::assemble(Arc::new(store), &self.options())
-            .map_err(|error| error.to_string())?;
+        let options = self.options(&store);
+        let (front, executor) =
+            Pipeline::assemble(Arc::new(store), &options).map_err(|error| error.to_string())?;
         let store = Arc::clone(front.store());
-        let (calls, waiting) = (VecDeque::new(), Vec::new());
+        let (calls, waiting, away) = (VecDeque::new(), Vec::new(), Vec::new());
         let (from, settled, step) = (found, 0, found);
-        Ok(Some(Process { store, front, executor, from, settled, step, calls, waiting }))
+        Ok(Some(Process { store, front, executor, from, settled, step, calls, waiting, away }))
     }
 
     /// Whether what the drive acknowledged may be lost, as long as it is noticed: it lies, and its power
@@ -195,18 +181,23 @@ impl<'a> Machine<'a> {
         Ok(Ok(step))
     }
 
-    fn options(&self) -> Options {
+    fn options(&self, store: &Store) -> Options {
         let kind = |bytes, count| pool::Kind { bytes, count };
         let records = &self.base.records;
         let weights = |n: u64| (len(n) * 4).next_multiple_of(4096);
         let largest = records.iter().copied().max().unwrap_or(0);
         let in_chunk = len(largest.min(4096));
         let slot = chunk_slot_bytes(StateFormat::F32, in_chunk) + weights(in_chunk as u64);
+        let by_chunk = self.run.by_chunk;
+        // By chunk as little as there can be, now and then.
+        let few = if by_chunk && self.run.seed.is_multiple_of(2) { 1 } else { 2 };
+        let piece = weights(if by_chunk { in_chunk as u64 } else { largest });
         let pool = PoolSizes {
-            chunk_slots: kind(slot, 3),
-            block_buffers: kind(weights(largest), 2),
-            block_gradients: kind(weights(largest), 2),
-            ..PoolSizes::default()
+            chunk_slots: kind(slot, if few == 1 { 1 } else { 3 }),
+            block_buffers: kind(piece, few),
+            outer_buffers: if by_chunk { kind(piece, few) } else { pool::Kind::default() },
+            block_gradients: kind(piece, few),
+            outer_gradients: pool::Kind::default(),
         };
         let tensors = records
             .iter()
@@ -230,13 +221,18 @@ impl<'a> Machine<'a> {
             Clips::Never => vec![],
             _ => some(records.len()),
         };
-        let residents = Residents { records: some(records.len()), chunks: some(chunks), gradients };
+        let pieces = |records: Vec<usize>| match by_chunk {
+            true => records.into_iter().flat_map(|r| store.layout().records()[r].clone()).collect(),
+            false => records,
+        };
+        let records = pieces(some(records.len()));
+        let residents = Residents { records, chunks: some(chunks), gradients: pieces(gradients) };
         let gradient_files = match self.run.clips {
             Clips::Never => GradientFiles::default(),
             _ => self.base.gradient_files.clone(),
         };
         let kernel = Some(Kernel::Scalar);
-        Options { pool, threads: 1, kernel, tensors, residents, gradient_files }
+        Options { pool, threads: 1, kernel, tensors, residents, gradient_files, by_chunk }
     }
 
     /// Whether the training has come to its end and everything is durable.
@@ -291,25 +287,14 @@ impl<'a> Machine<'a> {
                 front.begin(Arc::clone(schedule), adamw(process.step), *commits)?;
                 true
             }
-            Call::Pass(record) => front.take_weights(*record, NO_WAIT)?.is_some(),
-            Call::Train(record) => {
-                let own = front.pool().residents.gradient_of(*record);
-                let list = own.unwrap_or(&front.pool().block_gradients);
-                // Both or none: a call is tried again from its beginning.
-                if list.free_count() == 0 {
-                    false
-                } else if let Some(weights) = front.take_weights(*record, NO_WAIT)? {
-                    let buffer = front.take_gradient(*record, NO_WAIT)?;
-                    let mut buffer = buffer.expect("one was free");
-                    let parameters = len(self.base.records[*record]);
-                    for (index, bytes) in buffer.chunks_exact_mut(4).take(parameters).enumerate() {
-                        bytes.copy_from_slice(&value(process.step, *record, index).to_le_bytes());
-                    }
-                    front.submit(*record, weights, buffer)?;
-                    true
-                } else {
-                    false
-                }
+            Call::Pass(piece) => front.take_weights(*piece, NO_WAIT)?.is_some(),
+            Call::Fetch(piece) => {
+                let piece = *piece;
+                process.fetch(piece)?
+            }
+            Call::Train { piece, updates } => {
+                let (piece, updates) = (*piece, *updates);
+                process.train(piece, updates)?
             }
             Call::Norm => front.squares(NO_WAIT)?.is_some(),
             Call::End { commit, after } => {
@@ -372,6 +357,10 @@ impl<'a> Machine<'a> {
     /// Back to the last commit, with the store still open. `Ok(false)` when the store refuses.
     fn abort(&mut self) -> Result<bool, String> {
         let Some(process) = &mut self.process else { return Ok(false) };
+        if self.rng.bool() {
+            // Else somebody holds on to them.
+            process.away.clear();
+        }
         let (reply, answer) = crossbeam_channel::bounded(1);
         process.front.send(Command::Abort { reply }).map_err(|error| error.to_string())?;
         for _ in 0..PATIENCE {
@@ -393,6 +382,7 @@ impl<'a> Machine<'a> {
                 .ok_or("an abort lost the blob")?;
             let settled = process.front.shared.lock().settled;
             process.calls.clear();
+            process.away.clear();
             process.waiting.clear();
             (process.from, process.step, process.settled) = (step, step, settled);
             if step < self.acknowledged || step > self.handed_over.max(self.acknowledged) {

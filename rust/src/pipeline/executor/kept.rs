@@ -10,29 +10,29 @@ use crate::error::{Error, Result};
 use crate::pipeline::memory::kept_bytes;
 
 impl Executor {
-    /// Whether the gradient of a record waits on the drive when it is kept.
-    pub(super) fn is_kept_on_drive(&self, record: usize) -> bool {
-        self.kept.holds(self.store.layout().records()[record].start)
+    /// Whether the gradient of a piece waits on the drive when it is kept.
+    pub(super) fn is_kept_on_drive(&self, piece: usize) -> bool {
+        self.kept.holds(self.pieces.records()[piece].start)
     }
 
     /// Its chunks will be written: whoever wants to read them waits.
-    pub(super) fn expect_kept(&mut self, record: usize) {
-        for chunk in self.store.layout().records()[record].clone() {
+    pub(super) fn expect_kept(&mut self, piece: usize) {
+        for chunk in self.pieces.records()[piece].clone() {
             self.kept.expect(chunk);
         }
     }
 
     /// Starts writing gradients that are to be kept, each when the last write to its place has landed.
     pub(super) fn start_keeping(&mut self) {
-        let layout = Arc::clone(self.store.layout());
-        while let Some(&(step, record, _)) = self.keeping.front() {
-            let chunks = layout.records()[record].clone();
+        let pieces = Arc::clone(&self.pieces);
+        while let Some(&(step, piece, _)) = self.keeping.front() {
+            let chunks = pieces.records()[piece].clone();
             if chunks.clone().any(|chunk| self.kept.is_in_flight(chunk)) {
                 return;
             }
             let Some((_, _, mut rest)) = self.keeping.pop_front() else { return };
             for chunk in chunks {
-                let bytes = kept_bytes(layout.chunks()[chunk].parameters);
+                let bytes = kept_bytes(pieces.chunks()[chunk].parameters);
                 let next = rest.split_off(bytes);
                 let part = std::mem::replace(&mut rest, next);
                 let binding = self.kept.binding(chunk, step);
@@ -53,7 +53,7 @@ impl Executor {
 
     /// Reads the kept gradient of a chunk into the front of `slot`.
     pub(super) fn read_kept(&mut self, chunk: usize, step: u64, slot: Slot) {
-        let bytes = kept_bytes(self.store.layout().chunks()[chunk].parameters);
+        let bytes = kept_bytes(self.pieces.chunks()[chunk].parameters);
         let slot = slot.split_at(bytes).0;
         match self.kept.place(chunk) {
             Ok((file, offset)) => {
@@ -74,32 +74,31 @@ impl Executor {
     }
 
     /// Weights of a load: to the caller, or first to the update with the gradient that was kept.
-    pub(super) fn deliver(&mut self, record: usize, number: u64, applies: bool, weights: Slot) {
+    pub(super) fn deliver(&mut self, piece: usize, number: u64, applies: bool, weights: Slot) {
         if !applies {
             return self.hand_over(number, weights);
         }
-        match self.source_of_kept(record, number, weights) {
-            Ok(source) => self.sources[record] = Some(source),
+        match self.source_of_kept(piece, number, weights) {
+            Ok(source) => self.sources[piece] = Some(source),
             Err(error) => self.fail(error),
         }
         // No completion may tell of it: residents are here at once.
         self.ended_in_ram = true;
     }
 
-    fn source_of_kept(&self, record: usize, number: u64, weights: Slot) -> Result<Source> {
-        let gradient = match self.is_kept_on_drive(record) {
+    fn source_of_kept(&self, piece: usize, number: u64, weights: Slot) -> Result<Source> {
+        let gradient = match self.is_kept_on_drive(piece) {
             true => None,
             false => {
-                let own = self.pool.residents.gradient_of(record).and_then(SlotList::try_take);
+                let own = self.pool.residents.gradient_of(piece).and_then(SlotList::try_take);
                 let missing = || {
-                    Error::invalid(format!(
-                        "the gradient of record {record} was not kept, or is lent"
-                    ))
+                    let name = self.pieces.piece_name(piece);
+                    Error::invalid(format!("the gradient of {name} was not kept, or is lent"))
                 };
                 Some(own.ok_or_else(missing)?)
             }
         };
-        let weights = self.by_chunk(record, weights);
+        let weights = self.cut_at_chunks(piece, weights);
         let chunks_left = weights.len();
         Ok(Source { weights, gradient, chunks_left, hand_over: Some(number), kept_by: None })
     }

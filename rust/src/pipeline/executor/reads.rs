@@ -19,7 +19,7 @@ impl Executor {
         if self.taken_back.is_some() {
             return;
         }
-        let layout = Arc::clone(self.store.layout());
+        let pieces = Arc::clone(&self.pieces);
         for position in 0..self.loads[class].len() {
             let load = &mut self.loads[class][position];
             if load.started == load.chunks.len() {
@@ -31,8 +31,8 @@ impl Executor {
                     self.starved.buffers[class] = true;
                     return;
                 };
-                let record = layout.chunks()[load.chunks.start].record;
-                load.unread = Some(buffer.split_at(layout.record_weight_bytes(record)).0);
+                let piece = pieces.chunks()[load.chunks.start].record;
+                load.unread = Some(buffer.split_at(pieces.record_weight_bytes(piece)).0);
             }
             if !self.read_weights(class, position) {
                 return;
@@ -50,7 +50,7 @@ impl Executor {
                 return false;
             }
             let Some(unread) = load.unread.take() else { return false };
-            let bytes = self.store.layout().chunks()[chunk].extent_bytes(Group::Weight);
+            let bytes = self.pieces.chunks()[chunk].extent_bytes(Group::Weight);
             let (part, unread) = unread.split_at(bytes);
             load.started += 1;
             load.unread = (load.started < load.chunks.len()).then_some(unread);
@@ -62,8 +62,8 @@ impl Executor {
         true
     }
 
-    /// Serves the loads of records that stay in RAM: without I/O, once they were read. A record whose
-    /// buffer is out waits alone; loads of the same record keep their order.
+    /// Serves the loads of pieces that stay in RAM: without I/O, once they were read. A piece whose
+    /// buffer is out waits alone; loads of the same piece keep their order.
     pub(super) fn start_resident_loads(&mut self) {
         if self.taken_back.is_some() {
             return;
@@ -71,44 +71,44 @@ impl Executor {
         let mut waiting = Vec::new();
         let mut position = 0;
         while let Some(load) = self.loads[RESIDENT].get(position) {
-            let record = self.store.layout().chunks()[load.chunks.start].record;
+            let piece = self.pieces.chunks()[load.chunks.start].record;
             let is_written =
                 load.chunks.clone().zip(&load.needs).all(|(c, needs)| self.on_disk[c] >= *needs);
             position += 1;
-            if load.started > 0 || !is_written || waiting.contains(&record) {
-                waiting.push(record);
+            if load.started > 0 || !is_written || waiting.contains(&piece) {
+                waiting.push(piece);
                 continue;
             }
-            let list = self.pool.residents.weights_of(record);
+            let list = self.pool.residents.weights_of(piece);
             let Some(slot) = list.and_then(SlotList::try_take) else {
-                self.starved.residents.push(record);
-                waiting.push(record);
+                self.starved.residents.push(piece);
+                waiting.push(piece);
                 continue;
             };
-            if self.held.has_weights(record) {
+            if self.held.has_weights(piece) {
                 position -= 1;
                 if let Some(load) = self.loads[RESIDENT].remove(position) {
-                    self.deliver(record, load.number, load.applies, slot);
+                    self.deliver(piece, load.number, load.applies, slot);
                 }
             } else {
-                let bytes = self.store.layout().record_weight_bytes(record);
+                let bytes = self.pieces.record_weight_bytes(piece);
                 self.loads[RESIDENT][position - 1].unread = Some(slot.split_at(bytes).0);
                 self.read_weights(RESIDENT, position - 1);
-                waiting.push(record);
+                waiting.push(piece);
             }
         }
     }
 
     /// Gives updates their memory, in order, and reads the planes that are not in RAM.
     pub(super) fn start_plane_reads(&mut self) {
-        let layout = Arc::clone(self.store.layout());
+        let pieces = Arc::clone(&self.pieces);
         while let Some(&PlannedUpdate { step, chunk, needs, applies }) = self.planned.front() {
             if self.on_disk[chunk] < needs
                 || self.taken_back.is_some_and(|back| applies || back != step)
             {
                 return;
             }
-            let place = &layout.chunks()[chunk];
+            let place = &pieces.chunks()[chunk];
             let own_weights = self.pool.residents.weights_of(place.record).is_some();
             let own_planes = self.pool.residents.planes_of(chunk);
             let on_drive = applies && self.kept.holds(chunk);
@@ -316,11 +316,11 @@ impl Executor {
             load.missing -= 1;
             if load.missing == 0 {
                 let Some(load) = class.remove(position) else { return };
-                let record = self.store.layout().chunks()[chunk].record;
+                let piece = self.pieces.chunks()[chunk].record;
                 let whole = load.parts.into_iter().flatten().reduce(Slot::join);
-                self.held.read_weights(record, &self.pool);
+                self.held.read_weights(piece, &self.pool);
                 if let Some(whole) = whole {
-                    self.deliver(record, number, load.applies, whole);
+                    self.deliver(piece, number, load.applies, whole);
                 }
             }
             break;

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::pool::Pool;
 
-/// One extent, or the weights of one record.
+/// One extent, or the weights of one piece.
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
     /// Its slot holds the working state.
@@ -15,7 +15,7 @@ struct State {
     is_changed: bool,
 }
 
-/// All that stays, by record and by chunk; entries of what does not stay are never read.
+/// All that stays, by piece and by chunk; entries of what does not stay are never read.
 #[derive(Debug)]
 pub(super) struct Held {
     weights: Vec<State>,
@@ -26,28 +26,28 @@ pub(super) struct Held {
 }
 
 impl Held {
-    pub(super) fn new(layout: &Layout) -> Self {
+    pub(super) fn new(pieces: &Layout) -> Self {
         Self {
-            weights: vec![State::default(); layout.records().len()],
-            planes: vec![State::default(); layout.chunks().len()],
-            unwritten: vec![false; layout.chunks().len()],
+            weights: vec![State::default(); pieces.records().len()],
+            planes: vec![State::default(); pieces.chunks().len()],
+            unwritten: vec![false; pieces.chunks().len()],
         }
     }
 
-    /// Takes note of the updates of a step, of all chunks of these records.
+    /// Takes note of the updates of a step, of all chunks of these pieces.
     ///
     /// # Errors
     /// `Invalid` when it commits and leaves out a chunk that changed in RAM alone.
     pub(super) fn schedule(
         &mut self,
-        records: &BTreeSet<usize>,
-        layout: &Layout,
+        updated: &BTreeSet<usize>,
+        pieces: &Layout,
         pool: &Pool,
         commits: bool,
     ) -> Result {
-        for &record in records {
-            let own = pool.residents.weights_of(record).is_some();
-            for chunk in layout.records()[record].clone() {
+        for &piece in updated {
+            let own = pool.residents.weights_of(piece).is_some();
+            for chunk in pieces.records()[piece].clone() {
                 let stays = own || pool.residents.planes_of(chunk).is_some();
                 self.unwritten[chunk] = stays && !commits;
             }
@@ -61,17 +61,17 @@ impl Held {
         }
     }
 
-    pub(super) fn has_weights(&self, record: usize) -> bool {
-        self.weights[record].is_read
+    pub(super) fn has_weights(&self, piece: usize) -> bool {
+        self.weights[piece].is_read
     }
 
     pub(super) fn has_planes(&self, chunk: usize) -> bool {
         self.planes[chunk].is_read
     }
 
-    /// The weights of `record` are in the buffer that they were read into.
-    pub(super) fn read_weights(&mut self, record: usize, pool: &Pool) {
-        self.weights[record].is_read = pool.residents.weights_of(record).is_some();
+    /// The weights of `piece` are in the buffer that they were read into.
+    pub(super) fn read_weights(&mut self, piece: usize, pool: &Pool) {
+        self.weights[piece].is_read = pool.residents.weights_of(piece).is_some();
     }
 
     /// The planes of `chunk` are in the slot that they were read into.
@@ -80,8 +80,8 @@ impl Held {
     }
 
     /// An update of `chunk` begins.
-    pub(super) fn change(&mut self, record: usize, chunk: usize) {
-        self.weights[record].is_changed = true;
+    pub(super) fn change(&mut self, piece: usize, chunk: usize) {
+        self.weights[piece].is_changed = true;
         self.planes[chunk].is_changed = true;
     }
 

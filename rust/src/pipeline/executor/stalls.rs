@@ -41,7 +41,7 @@ impl Executor {
     /// What the first update that has its gradient and was not computed waits for: what frees gradient
     /// buffers, and what comes before a write.
     fn updates_wait_for(&self) -> Cause {
-        let chunks = self.store.layout().chunks();
+        let chunks = self.pieces.chunks();
         let has_gradient = |chunk: usize| self.sources[chunks[chunk].record].is_some();
         let open = self.steps.front().map(|step| step.number);
         let mut with_memory = self.updates.iter().filter(|update| update.writes_left == 0);

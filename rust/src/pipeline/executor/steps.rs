@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{
     Executor, Kept, Load, OUTER, Pending, PlannedUpdate, RESIDENT, Running, Source, Step, Work,
 };
-use crate::adamw::{AdamW, sum_of_squares};
+use crate::adamw::{AdamW, squares_of_runs};
 use crate::buffer::Slot;
 use crate::error::{Error, Result};
 use crate::pipeline::memory::weight_list;
@@ -32,8 +32,8 @@ impl Executor {
                     self.fail(error);
                 }
             }
-            Command::Submit { record, weights, gradient } => {
-                match self.submitted(record, weights, gradient) {
+            Command::Submit { piece, weights, gradient } => {
+                match self.submitted(piece, weights, gradient) {
                     Ok(()) => {}
                     Err(error @ Error::NotFinite { .. }) => self.refuse_step(error),
                     Err(error) => self.fail(error),
@@ -55,30 +55,30 @@ impl Executor {
         first_load: u64,
         begun: u64,
     ) -> Result {
-        let layout = Arc::clone(self.store.layout());
+        let pieces = Arc::clone(&self.pieces);
         // Only the last step can have kept gradients: what is applied now is its update.
         let before = self.steps.back().map_or(0, |step| step.number);
         if !schedule.applied().is_empty() {
             let waiting = self.steps.back_mut().filter(|step| step.kept == Kept::Waiting);
             let step = waiting.ok_or_else(|| Error::invalid("no gradients were kept"))?;
             step.kept = Kept::Applied;
-            self.held.schedule(schedule.applied(), &layout, &self.pool, step.commits)?;
+            self.held.schedule(schedule.applied(), &pieces, &self.pool, step.commits)?;
         }
         if schedule.kept().is_empty() || !schedule.updated().is_empty() {
-            self.held.schedule(schedule.updated(), &layout, &self.pool, commits)?;
+            self.held.schedule(schedule.updated(), &pieces, &self.pool, commits)?;
         }
         let mut number = first_load;
         for operation in schedule.operations() {
             let chunk = operation.chunk;
-            let record = layout.chunks()[chunk].record;
+            let piece = pieces.chunks()[chunk].record;
             let applies = operation.kind == schedule::Kind::Apply;
             match operation.kind {
                 schedule::Kind::Load | schedule::Kind::Apply
-                    if chunk == layout.records()[record].start =>
+                    if chunk == pieces.records()[piece].start =>
                 {
-                    let chunks = layout.records()[record].clone();
-                    let list = weight_list(&self.pool, &self.store, record);
-                    let class = if self.pool.residents.weights_of(record).is_some() {
+                    let chunks = pieces.records()[piece].clone();
+                    let list = weight_list(&self.pool, &pieces, piece);
+                    let class = if self.pool.residents.weights_of(piece).is_some() {
                         RESIDENT
                     } else {
                         OUTER * usize::from(!std::ptr::eq(list, &raw const self.pool.block_buffers))
@@ -118,43 +118,48 @@ impl Executor {
         Ok(())
     }
 
-    /// Takes a record's gradient: it is counted into the norm, and then updates, or is kept, or both.
-    fn submitted(&mut self, record: usize, weights: Slot, gradient: Slot) -> Result {
-        let is_expected = |step: &mut Step| !step.ended && step.expected.remove(&record);
+    /// Takes a piece's gradient: it is counted into the norm, and then updates, or is kept, or both.
+    fn submitted(&mut self, piece: usize, weights: Option<Slot>, gradient: Slot) -> Result {
+        let is_expected = |step: &mut Step| !step.ended && step.expected.remove(&piece);
         let Some(step) = self.steps.back_mut().and_then(|step| is_expected(step).then_some(step))
         else {
+            let name = self.pieces.piece_name(piece);
             return Err(Error::invalid(format!(
-                "the gradient of record {record} was submitted and the step does not (or no longer) expect it"
+                "the gradient of {name} was submitted and the step does not (or no longer) expect it"
             )));
         };
         let number = step.number;
-        let updates = step.schedule.updated().contains(&record);
-        let keeps = step.schedule.kept().contains(&record);
-        let tensors = self.settings.tensors(record);
-        let squares = self.workers.install(|| {
+        let updates = step.schedule.updated().contains(&piece);
+        let keeps = step.schedule.kept().contains(&piece);
+        let layout = self.store.layout();
+        let chunks = self.pieces.records()[piece].clone();
+        let tensors = self.settings.tensors(layout, chunks.clone());
+        let runs = self.workers.install(|| {
             let parameters = tensors.last().map_or(0, |tensor| tensor.end);
             let values = bytemuck::cast_slice(&gradient[..parameters * size_of::<f32>()]);
-            sum_of_squares(self.kernel, &tensors, values)
+            squares_of_runs(self.kernel, &tensors, values)
         });
-        if !squares.is_finite() {
+        if !runs.iter().all(|run| run.is_finite()) {
+            let record = layout.chunks()[chunks.start].record;
             let record = self.store.manifest().records[record].name.clone();
             return Err(Error::NotFinite { record });
         }
         let mut state = self.shared.lock();
         // Else nobody has asked for those of that step.
         if state.begun == number {
-            state.squares.insert(record, squares);
+            state.squares.add(layout, chunks, runs);
         }
         drop(state);
         self.shared.changed.notify_all();
-        let on_drive = keeps && self.is_kept_on_drive(record);
+        let on_drive = keeps && self.is_kept_on_drive(piece);
         if on_drive {
-            self.expect_kept(record);
+            self.expect_kept(piece);
         }
         if updates {
-            let weights = self.by_chunk(record, weights);
+            let missing = || Error::invalid("an update without its weights");
+            let weights = self.cut_at_chunks(piece, weights.ok_or_else(missing)?);
             let chunks_left = weights.len();
-            self.sources[record] = Some(Source {
+            self.sources[piece] = Some(Source {
                 weights,
                 gradient: Some(gradient),
                 chunks_left,
@@ -162,27 +167,28 @@ impl Executor {
                 kept_by: on_drive.then_some(number),
             });
         } else if on_drive {
-            self.keeping.push_back((number, record, gradient));
+            self.keeping.push_back((number, piece, gradient));
         }
         Ok(())
     }
 
-    /// A record's buffer, cut at its chunks.
-    pub(super) fn by_chunk(&self, record: usize, weights: Slot) -> Vec<Option<Slot>> {
-        let layout = self.store.layout();
+    /// A piece's buffer, cut at its chunks.
+    pub(super) fn cut_at_chunks(&self, piece: usize, weights: Slot) -> Vec<Option<Slot>> {
+        let pieces = &self.pieces;
         let mut rest = weights;
         let cut = |chunk: usize| {
-            let bytes = layout.chunks()[chunk].extent_bytes(Group::Weight);
+            let bytes = pieces.chunks()[chunk].extent_bytes(Group::Weight);
             let at = rest.split_off(bytes);
             Some(std::mem::replace(&mut rest, at))
         };
-        layout.records()[record].clone().map(cut).collect()
+        pieces.records()[piece].clone().map(cut).collect()
     }
 
     fn end(&mut self, commit: Option<Vec<u8>>, after: After) -> Result {
         let Some(step) = self.steps.back_mut() else { return Ok(()) };
-        if let Some(record) = step.expected.iter().min() {
-            let error = format!("the step ended without the gradient of record {record}");
+        if let Some(piece) = step.expected.iter().min() {
+            let name = self.pieces.piece_name(*piece);
+            let error = format!("the step ended without the gradient of {name}");
             return Err(Error::invalid(error));
         }
         step.ended = true;
@@ -191,7 +197,7 @@ impl Executor {
         step.adamw.gradient_scale = scale;
         step.kept = Kept::Waiting;
         if step.schedule.updated().is_empty() {
-            step.updates_left = schedule::chunks(self.store.layout(), step.schedule.kept());
+            step.updates_left = schedule::chunks(&self.pieces, step.schedule.kept());
         } else {
             // The caller may go on at once: what it begins waits for `take_back`.
             self.taken_back = Some(step.number);
@@ -206,7 +212,7 @@ impl Executor {
         let Some(number) = self.taken_back else { return };
         let front = self.steps.front_mut().filter(|step| step.number == number);
         let Some(step) = front.filter(|step| step.updates_left == 0) else { return };
-        step.updates_left = schedule::chunks(self.store.layout(), step.schedule.kept());
+        step.updates_left = schedule::chunks(&self.pieces, step.schedule.kept());
         self.working = Table::clone(&self.store.committed().table);
         self.held.back_to_the_last_commit();
         self.taken_back = None;

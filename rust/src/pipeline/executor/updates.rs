@@ -17,11 +17,11 @@ impl Executor {
     pub(super) fn ready_update(&self) -> Option<usize> {
         let open = self.steps.front()?.number;
         self.updates.iter().position(|update| {
-            let record = self.store.layout().chunks()[update.chunk].record;
+            let piece = self.pieces.chunks()[update.chunk].record;
             update.planes.is_some()
                 && update.step == open
                 && !matches!(update.gradient, Part::Coming)
-                && self.sources[record].is_some()
+                && self.sources[piece].is_some()
         })
     }
 
@@ -29,16 +29,16 @@ impl Executor {
         let (start, began) = (Instant::now(), self.shared.events.now());
         let update = &mut self.updates[index];
         let chunk = update.chunk;
-        let layout = Arc::clone(self.store.layout());
-        let place = &layout.chunks()[chunk];
+        let pieces = Arc::clone(&self.pieces);
+        let place = &pieces.chunks()[chunk];
         let missing = || Error::invalid("an update without its buffers");
         let mut planes = update.planes.take().ok_or_else(missing)?;
         let mut weight_out = update.weight_out.take();
         let source = self.sources[place.record].as_mut().ok_or_else(missing)?;
-        let number = chunk - layout.records()[place.record].start;
+        let number = chunk - pieces.records()[place.record].start;
         let mut weights = source.weights[number].take().ok_or_else(missing)?;
         let step = self.steps.front().ok_or_else(missing)?;
-        let spans = self.settings.spans(&step.adamw, place);
+        let spans = self.settings.spans(&step.adamw, &self.store.layout().chunks()[chunk]);
         let part = std::mem::replace(&mut update.gradient, Part::Whole);
         let bytes = place.parameters * size_of::<f32>();
         let gradient = match (&part, &source.gradient) {
@@ -107,12 +107,12 @@ impl Executor {
         Ok(())
     }
 
-    /// All chunks of a record are updated: its weights go to the caller or the pool, its gradient to the
+    /// All chunks of a piece are updated: its weights go to the caller or the pool, its gradient to the
     /// drive or the pool.
-    fn end_source(&mut self, record: usize) {
-        let Some(source) = self.sources[record].take() else { return };
+    fn end_source(&mut self, piece: usize) {
+        let Some(source) = self.sources[piece].take() else { return };
         if let (Some(step), Some(gradient)) = (source.kept_by, source.gradient) {
-            self.keeping.push_back((step, record, gradient));
+            self.keeping.push_back((step, piece, gradient));
             self.ended_in_ram = true;
         }
         if let Some(number) = source.hand_over

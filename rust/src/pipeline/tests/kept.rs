@@ -1,0 +1,113 @@
+//! Gradients that wait for their norm change no bit, wherever they wait and whatever a buffer holds.
+
+use super::*;
+
+/// Every second step is clipped.
+fn scale(step: u64) -> f32 {
+    if step.is_multiple_of(2) { 0.5 } else { 1.0 }
+}
+
+/// Five steps, and a flush of what the last one has kept.
+fn run_kept(setup: Setup, gradients: &[Kind]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let what = format!("{gradients:?}, by chunk: {}, {:?}", setup.by_chunk, setup.residents);
+    let setup = Setup { gradients_beside: Some(folder.path().join("gradients")), ..setup };
+    setup.create(&path);
+    let store = setup.open(&path);
+    let pipeline = setup.pipeline(&store);
+    let schedule = |first, gradients| schedule_of(&store, setup.by_chunk, first, gradients);
+    let first = |waiting| if waiting { Kind::Apply } else { Kind::Load };
+    let mut waiting = false;
+    for step in 1..=5 {
+        let schedule = schedule(first(waiting), gradients);
+        pipeline.begin(schedule, adamw(step), true).expect("begun");
+        forward(&pipeline).expect("read");
+        for record in (0..3).rev() {
+            let of = |index| gradient(step, record, index);
+            by_chunk::train_record(&pipeline, record, of).expect("trained");
+        }
+        waiting = !gradients.contains(&Kind::Update) || scale(step) < 1.0;
+        let after = if waiting { After::Applied(scale(step)) } else { After::Stands };
+        pipeline.end(Some(format!("step {step}").into_bytes()), after).expect("ended");
+    }
+    if waiting {
+        pipeline.begin(schedule(Kind::Apply, &[]), adamw(6), false).expect("begun");
+        forward(&pipeline).expect("read");
+        pipeline.end(None, After::Stands).expect("ended");
+    }
+    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert_eq!(&*store.committed().blob, b"step 5", "{what}");
+    assert!(read_all(&store, setup.format) == expected_scaled(5, scale), "{what}");
+}
+
+fn run_kept_everywhere(gradients: &[Kind]) {
+    let residents = |records: &[usize], chunks: &[usize], gradients: &[usize]| Residents {
+        records: records.to_vec(),
+        chunks: chunks.to_vec(),
+        gradients: gradients.to_vec(),
+    };
+    let all: Vec<usize> = (0..12).collect();
+    let choices = [
+        residents(&[], &[], &[]),
+        residents(&[], &[], &[0, 1, 2]),
+        residents(&[1], &[0, 4, 11], &[2]),
+        residents(&[0, 1, 2], &all, &[1]),
+    ];
+    for (by_chunk, residents) in
+        [false, true].into_iter().flat_map(|b| choices.each_ref().map(|r| (b, r)))
+    {
+        for (slots, format, drives) in [(1, StateFormat::F32, 1), (2, StateFormat::Bf16, 2)] {
+            let residents = residents.clone();
+            run_kept(
+                Setup { by_chunk, residents, slots, format, drives, ..Setup::default() },
+                gradients,
+            );
+        }
+    }
+}
+
+#[test]
+fn gradients_that_wait_change_no_bit() {
+    run_kept_everywhere(&[Kind::Keep]);
+}
+
+#[test]
+fn updates_that_are_taken_back_change_no_bit() {
+    run_kept_everywhere(&[Kind::Update, Kind::Keep]);
+}
+
+/// Whoever computes elsewhere and only keeps a gradient has no use for the weights here.
+#[test]
+fn a_gradient_is_kept_without_weights() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let gradients_beside = Some(folder.path().join("gradients"));
+    let setup = Setup { by_chunk: true, slots: 1, gradients_beside, ..Setup::default() };
+    setup.create(&path);
+    let store = setup.open(&path);
+    let pipeline = setup.pipeline(&store);
+    let schedule = |first, kinds: &[Kind]| schedule_of(&store, true, first, kinds);
+    pipeline.begin(schedule(Kind::Load, &[Kind::Keep]), adamw(1), true).expect("begun");
+    forward(&pipeline).expect("read");
+    for record in (0..3).rev() {
+        let pieces = by_chunk::pieces_of(&pipeline, record);
+        for piece in pieces.clone() {
+            drop(pipeline.take_weights(piece, LONG).expect("read").expect("in time"));
+        }
+        for piece in pieces {
+            let start = len(store.layout().chunks()[piece].start);
+            let mut buffer = pipeline.take_gradient(piece, LONG).expect("free").expect("in time");
+            for (index, bytes) in buffer.chunks_mut(4).enumerate() {
+                bytes.copy_from_slice(&gradient(1, record, start + index).to_le_bytes());
+            }
+            pipeline.submit(piece, None, buffer).expect("submitted");
+        }
+    }
+    pipeline.end(Some(b"step 1".to_vec()), After::Applied(1.0)).expect("ended");
+    pipeline.begin(schedule(Kind::Apply, &[]), adamw(2), false).expect("begun");
+    forward(&pipeline).expect("read");
+    pipeline.end(None, After::Stands).expect("ended");
+    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(read_all(&store, setup.format) == expected(1));
+}

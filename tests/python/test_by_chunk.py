@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from megatrain_io.errors import MegatrainIoError
 from megatrain_io.schedule import ChunkOp, Phase, PoolSizes, Residents
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
 from paged import Case, all_planes, files, make_store
@@ -109,7 +110,7 @@ def test_all_memory_of_the_pool_has_an_address(tmp_path: Path) -> None:
         pipeline = state._pipeline
         assert pipeline is not None
         memory = pipeline.pool_memory()
-        with pytest.raises(ValueError, match="memory of the pool goes back with its last tensor"):
+        with pytest.raises(MegatrainIoError, match="memory of the pool goes back with its last tensor"):
             memory.release()
         flat = from_dlpack(memory)
         assert (flat.dtype, flat.numel()) == (torch.uint8, memory_nbytes(state))

@@ -38,6 +38,10 @@ mod updates;
 const OUTER: usize = 1;
 const RESIDENT: usize = 2;
 
+/// By chunk, loads of residents that are looked at though they wait: there may be thousands. They are taken
+/// in order, so none waits for one behind it.
+const RESIDENTS_AHEAD: usize = 8;
+
 /// A piece's weights on their way into a buffer.
 struct Load {
     /// Number among all loads since the pipeline's start.
@@ -204,6 +208,8 @@ pub(super) struct Executor {
     updates: Vec<Update>,
     /// By piece.
     sources: Vec<Option<Source>>,
+    /// How many of them are handed over when they are updated.
+    on_their_way: usize,
     /// Gradients that are to be kept on the drive, with the step that keeps them and the piece.
     keeping: VecDeque<(u64, usize, Slot)>,
     kept: OnDrive,
@@ -276,6 +282,7 @@ impl Executor {
             planned: VecDeque::new(),
             updates: Vec::new(),
             sources,
+            on_their_way: 0,
             keeping: VecDeque::new(),
             kept: OnDrive::new(
                 &options.gradient_files,

@@ -53,8 +53,8 @@ impl Pipeline {
     }
 
     /// By chunk, a free buffer for the weights of `piece` that come back for their update (its content is
-    /// arbitrary); waits up to `timeout` and returns `None` when it has passed. Who computes elsewhere holds
-    /// no weights here meanwhile.
+    /// arbitrary); waits up to `timeout` and returns `None` when it has passed. All that was loaded must be
+    /// in it when it is submitted, padding between tensors, too: that is written as it is.
     ///
     /// # Errors
     /// `Invalid` when whole records are moved, and where the weights stay in RAM: their own buffer is

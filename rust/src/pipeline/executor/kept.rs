@@ -79,7 +79,10 @@ impl Executor {
             return self.hand_over(number, weights);
         }
         match self.source_of_kept(piece, number, weights) {
-            Ok(source) => self.sources[piece] = Some(source),
+            Ok(source) => {
+                self.sources[piece] = Some(source);
+                self.on_their_way += 1;
+            }
             Err(error) => self.fail(error),
         }
         // No completion may tell of it: residents are here at once.

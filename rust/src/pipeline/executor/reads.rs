@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Executor, Part, Pending, PlannedUpdate, RESIDENT, Update, Work};
+use super::{Executor, Part, Pending, PlannedUpdate, RESIDENT, RESIDENTS_AHEAD, Update, Work};
 use crate::buffer::{Slot, SlotList};
 use crate::checksum::{self, Binding, Mismatch};
 use crate::engine::{Completion, Operation, Request};
@@ -70,7 +70,10 @@ impl Executor {
         }
         let mut waiting = Vec::new();
         let mut position = 0;
-        while let Some(load) = self.loads[RESIDENT].get(position) {
+        let ahead = if self.pieces.is_by_chunk() { RESIDENTS_AHEAD } else { usize::MAX };
+        while position < ahead
+            && let Some(load) = self.loads[RESIDENT].get(position)
+        {
             let piece = self.pieces.chunks()[load.chunks.start].record;
             let is_written =
                 load.chunks.clone().zip(&load.needs).all(|(c, needs)| self.on_disk[c] >= *needs);

@@ -17,7 +17,7 @@ impl Executor {
     /// What the first load that was not handed over waits for.
     fn loads_wait_for(&self) -> Cause {
         // Weights that are updated on their way to the caller come before all that are only read.
-        if self.sources.iter().flatten().any(|source| source.hand_over.is_some()) {
+        if self.on_their_way > 0 {
             return self.updates_wait_for();
         }
         let fronts =

@@ -313,6 +313,7 @@ impl Executor {
         self.planned.clear();
         self.updates.clear();
         self.sources.iter_mut().for_each(|source| *source = None);
+        self.on_their_way = 0;
         self.keeping.clear();
         self.kept.forget();
         self.taken_back = None;

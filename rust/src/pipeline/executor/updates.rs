@@ -111,6 +111,7 @@ impl Executor {
     /// drive or the pool.
     fn end_source(&mut self, piece: usize) {
         let Some(source) = self.sources[piece].take() else { return };
+        self.on_their_way -= usize::from(source.hand_over.is_some());
         if let (Some(step), Some(gradient)) = (source.kept_by, source.gradient) {
             self.keeping.push_back((step, piece, gradient));
             self.ended_in_ram = true;

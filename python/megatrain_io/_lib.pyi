@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict, final
+from typing import Any, TypedDict, final, overload
 
 __all__ = [
     "Buffer",
@@ -220,14 +220,24 @@ class Pipeline:
     def begin(self, schedule: Schedule, adamw: tuple[float, float, float, float, int], commits: bool) -> None:
         """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
 
-    def take_weights(self, piece: int) -> Buffer:
+    @overload
+    def take_weights(self, piece: int, patience: None = None) -> Buffer:
         """The weights of the schedule's next load, which must be of ``piece``."""
-
-    def take_gradient(self, piece: int) -> Buffer:
+    @overload
+    def take_weights(self, piece: int, patience: float) -> Buffer | None:
+        """None when so many seconds have passed."""
+    @overload
+    def take_gradient(self, piece: int, patience: None = None) -> Buffer:
         """A free fp32 gradient buffer for ``piece``."""
-
-    def take_outgoing(self, piece: int) -> Buffer:
+    @overload
+    def take_gradient(self, piece: int, patience: float) -> Buffer | None:
+        """None when so many seconds have passed."""
+    @overload
+    def take_outgoing(self, piece: int, patience: None = None) -> Buffer:
         """By chunk, a free buffer for the weights of ``piece`` that come back for their update."""
+    @overload
+    def take_outgoing(self, piece: int, patience: float) -> Buffer | None:
+        """None when so many seconds have passed."""
 
     def submit(self, piece: int, weights: Buffer | None, gradient: Buffer) -> None:
         """Hand the gradient of a whole piece over, with its weights, or without if the step only keeps it."""

@@ -198,13 +198,17 @@ class SavedInputs:
         Raises:
             CorruptionError, StorageError: what lay there before could not be written.
         """
-        if hidden.nbytes != self._nbytes[micro_batch]:
+        self.room(block, micro_batch, hidden).copy_(hidden)
+
+    def room(self, block: int, micro_batch: int, like: Tensor) -> Tensor:
+        """Where the input of ``block`` is to be put; ``like`` has its shape and dtype. Waits as ``put``."""
+        if like.nbytes != self._nbytes[micro_batch]:
             raise MegatrainIoError(
-                f"the input of block {block} has {hidden.nbytes} bytes, that of the first has "
+                f"the input of block {block} has {like.nbytes} bytes, that of the first has "
                 f"{self._nbytes[micro_batch]}: blocks must keep the size of the hidden state"
             )
         self._wait(block % len(self._slots))
-        self._place(block, micro_batch, hidden).copy_(hidden)
+        return self._place(block, micro_batch, like)
 
     def finish(self, block: int) -> None:
         """All inputs of ``block`` are there: they begin to go to the drive, if they are to."""
@@ -221,6 +225,11 @@ class SavedInputs:
         """
         self._wait(block % len(self._slots))
         return self._place(block, micro_batch, like)
+
+    def is_here(self, block: int) -> bool:
+        """Whether the inputs of ``block`` can be had without waiting."""
+        transfer = self._transfers.get(block % len(self._slots))
+        return transfer is None or transfer.done
 
     def release(self, block: int) -> None:
         """The inputs of ``block`` are not needed any more: those that take their place begin to come."""

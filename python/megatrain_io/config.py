@@ -91,6 +91,8 @@ class TrainConfig(_Section):
     """largest norm of all gradients together, exact; an update then waits for the next step; null: no limit"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """compute dtype: bf16 or fp32; master weights and moments are fp32 either way"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """what computes: cpu, cuda, or auto: a GPU where there is one"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """of the order of the data and of dropout"""
     eval_steps: Count | None = None
@@ -110,6 +112,8 @@ class MemoryConfig(_Section):
     """steps between two commits: at most so many are lost in a crash"""
     ram: Size | None = None
     """what training may allocate, such as 4GiB; state stays in what buffers leave of it; null: half of what is free"""
+    vram: Size | None = None
+    """what training may take of a GPU's memory, such as 7GiB, driver included; null: what is free"""
     max_tbw: Annotated[float, Field(gt=0)] | None = None
     """terabytes (10^12 bytes) that the run may write to its drives; before more are, it pauses; null: no limit"""
     io_backend: Literal["auto", "uring", "threads"] = "auto"
@@ -160,7 +164,17 @@ _ALIASES: dict[tuple[str, str], str] = {
     ("data", "cutoff_len"): "max_length",
     ("data", "max_seq_length"): "max_length",
 }
-_TEXT_KEYS = {"ram", "model", "output_dir", "chat_template", "store_dir", "format", "fields"} | {"data.train"}
+_TEXT_KEYS = {
+    "ram",
+    "vram",
+    "model",
+    "output_dir",
+    "chat_template",
+    "store_dir",
+    "format",
+    "fields",
+    "data.train",
+}
 _EXPONENT = re.compile(r"([-+]?)(\d*)\.?(\d*)[eE]([-+]?)(\d+)")
 
 # Keys of other tools, and what is so here.
@@ -168,7 +182,7 @@ _ELSEWHERE: dict[str, str] = {
     name: sentence
     for names, sentence in (
         ("gradient_clipping clip_grad_norm max_norm grad_clip", "use train.max_grad_norm"),
-        ("vram max_disk", "not available yet; remove it"),
+        ("max_disk", "not available yet; remove it"),
         ("report_to run_name wandb_project logging_dir callbacks", "not available yet; remove it"),
         ("lora lora_r lora_rank lora_alpha lora_dropout lora_target peft", "not available yet; remove it"),
         ("lora_target_modules load_in_4bit load_in_8bit quantization_bit", "not available yet; remove it"),

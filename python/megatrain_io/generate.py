@@ -18,12 +18,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import ConfigError, DataError
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.probe import probe
 from megatrain_io.run import RunFolder
 from megatrain_io.stream import PagedModel, clear_frames
-from megatrain_io.swap import AdamWStep, Engine, PagedState
+from megatrain_io.swap import Engine, PagedState
 
 __all__ = ["Generator", "next_tokens"]
 
@@ -37,49 +38,48 @@ def next_tokens(
 
     Keys and values are kept in a cache, so each token goes through the model once.
     """
-    state, cut = model.state, model.cut
-    cut.train(False)
-    cache = cut.new_cache()
-    schedule = state.check(model.forward_schedule)
+    model.cut.train(False)
+    cache = model.cut.new_cache()
     # The prologue and the first blocks of the next pass are read while this token is chosen.
-    state.begin(schedule, AdamWStep(1, 0.0))
+    records = model.begin_forward()
     try:
         tokens, new = prompt, prompt
         while True:
-            with torch.no_grad():
-                scores = _pass(model, new, cache)
-                state.end(None)
-                token = pick(tokens, scores)
+            with torch.no_grad(), model.device.computing():
+                scores = _pass(model, records, new, cache)
+            model.end_forward()
+            token = pick(tokens, scores.cpu())
             if token in stop:
                 return
             new = torch.tensor([[token]])
             tokens = torch.cat([tokens, new], dim=1)
-            state.begin(schedule, AdamWStep(1, 0.0))
+            records = model.begin_forward()
             yield token
     except BaseException as error:
         # Tensors in the frames of the failed pass would keep their buffers from the next one.
         clear_frames(error)
         raise
     finally:
-        state.abort()
+        model.abort()
 
 
-def _pass(model: PagedModel, new: Tensor, cache: Cache) -> Tensor:
+def _pass(model: PagedModel, records: PagedState | DeviceState, new: Tensor, cache: Cache) -> Tensor:
     """Scores [1, V] of the token after ``new``, int64 [1, t]."""
-    state, cut, layout = model.state, model.cut, model.state.layout
+    cut, layout = model.cut, model.state.layout
     start = cache.get_seq_length()
     positions = torch.arange(start, start + new.shape[1]).unsqueeze(0)
     micro_batch = MicroBatch(input_ids=new, shift_labels=torch.full_like(new, -100), position_ids=positions)
-    weights = state.weights(layout.prologue)
+    micro_batch = micro_batch.to(model.device.torch_device)
+    weights = records.weights(layout.prologue)
     hidden, calls = cut.record(weights.tensors, micro_batch, past_key_values=cache)
     weights.give_back()
     for block in range(layout.blocks):
-        weights = state.weights(layout.block(block))
+        weights = records.weights(layout.block(block))
         hidden = cut.run_block(block, weights.tensors, hidden, calls[block])
         weights.give_back()
-    borrowed = [] if layout.epilogue is None else [state.weights(layout.epilogue)]
+    borrowed = [] if layout.epilogue is None else [records.weights(layout.epilogue)]
     if cut.epilogue_borrowed:
-        borrowed.append(state.weights(layout.prologue))
+        borrowed.append(records.weights(layout.prologue))
     bound = {name: tensor for record in borrowed for name, tensor in record.tensors.items()}
     scores = cut.logits(bound, hidden[:, -1:])[:, -1].float()
     bound.clear()

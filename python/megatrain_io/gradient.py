@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.rehearsal import StandIn
 from megatrain_io.swap import BorrowedRecord, PagedState
@@ -15,7 +16,7 @@ class Gradient:
     """The fp32 gradient of one record, summed over micro-batches in place."""
 
     def __init__(
-        self, state: PagedState | StandIn, record: int, expected: Sequence[str] | None = None
+        self, state: PagedState | DeviceState | StandIn, record: int, expected: Sequence[str] | None = None
     ) -> None:
         """``expected`` names the tensors that get gradients first; None = all of the record's."""
         self._state = state

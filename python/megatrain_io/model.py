@@ -44,6 +44,12 @@ class MicroBatch:
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device."""
+        optional = (self.position_ids, self.attention_mask)
+        moved = [None if each is None else each.to(device) for each in optional]
+        return MicroBatch(self.input_ids.to(device), self.shift_labels.to(device), *moved)
+
 
 @dataclass(frozen=True, eq=False)
 class BlockCall:
@@ -143,6 +149,17 @@ class CutModel:
         """Switch dropout on or off like `nn.Module.train`; a new CutModel is in training mode."""
         for module in (self._skeleton, *self.blocks):
             module.train(mode)
+
+    def to(self, device: torch.device) -> None:
+        """Compute on ``device`` from now on: buffers (rotary tables) move, parameters have no memory here."""
+        for root in (self._skeleton, *self.blocks):
+            for module in root.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(device))
+        self._placeholders = {
+            name: each.to(device) if each.device != device else each
+            for name, each in self._placeholders.items()
+        }
 
     def new_cache(self) -> Cache:
         """An empty key-value cache for one generation: given to `record`, filled by `run_block`."""

@@ -200,6 +200,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     training: bool,
     residents: Residents = _NOTHING,
     keeps: bool = False,
+    by_chunk: bool = False,
     block_buffers: int = 3,
     chunk_slots: int = 4,
     block_gradients: int = 2,
@@ -215,12 +216,14 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
         training: False leaves out what only updates need.
         residents: they have memory of their own, which is not counted here.
         keeps: whether gradients wait for their norm, on the drive where they have no buffer of their own.
+        by_chunk: whether compute has memory of its own, so that buffers hold chunks on their way to it and back, as
+            many as are said for blocks; those for larger records are then for weights that come back to be updated.
         block_buffers: one to compute with and the others to read ahead; at least two, because the last
             block waits in its buffer while the epilogue runs.
         chunk_slots: updates in flight.
         block_gradients: one to accumulate in and the others for updates behind.
     """
-    if block_buffers < 2 or chunk_slots < 1 or block_gradients < 1:  # noqa: PLR2004 - said above
+    if block_buffers < (1 if by_chunk else 2) or chunk_slots < 1 or block_gradients < 1:
         raise ValueError("a pool needs two block buffers, one chunk slot and one gradient buffer at least")
     blocks = [layout.block(index) for index in range(layout.blocks)]
     others = [record for record in range(len(layout.records)) if record not in blocks]
@@ -259,6 +262,20 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
         ),
         default=0,
     )
+    if by_chunk:
+        weights = max(
+            map(layout.weight_extent_bytes, (c for c in layout.chunks if c.record in paged)), default=0
+        )
+        gradients = max(
+            map(layout.gradient_extent_bytes, (c for c in layout.chunks if c.record in shared)), default=0
+        )
+        return PoolSizes(
+            chunk_slots=(slot, min(chunk_slots, len(updated)) if training else 0),
+            block_buffers=(weights, block_buffers if weights else 0),
+            outer_buffers=(weights, block_gradients if weights and training else 0),
+            block_gradients=(gradients, block_gradients if gradients and training else 0),
+            outer_gradients=(0, 0),
+        )
     in_block_gradients = len(shared) - len(outer_gradient)
     return PoolSizes(
         chunk_slots=(slot, min(chunk_slots, len(updated)) if training else 0),

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from megatrain_io.checkpoint import SavedInputs
+from megatrain_io.device import Cpu, Device
+from megatrain_io.device_inputs import DeviceInputs
+from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.gradient import Gradient, leaves_of
 from megatrain_io.layout import ModelLayout
@@ -127,19 +130,21 @@ class Step:
         seed: of all random numbers.
         slice_tokens: tokens whose logits exist at once.
         span: traces what is done inside it, by name.
+        device: what computes.
     """
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
         self,
         cut: CutModel,
-        state: PagedState | StandIn,
-        saved: SavedInputs | StandIn,
+        state: PagedState | DeviceState | StandIn,
+        saved: SavedInputs | DeviceInputs | StandIn,
         micro_batches: Sequence[MicroBatch],
         *,
         slice_tokens: int,
         number: int = 1,
         seed: int = 0,
         span: Callable[[str], AbstractContextManager[None]] = _no_span,
+        device: Device | None = None,
     ) -> None:
         self.num_items = trained_tokens(micro_batches)
         if self.num_items == 0:
@@ -148,6 +153,7 @@ class Step:
         self._cut = cut
         self._state = state
         self._saved = saved
+        self._device = device or Cpu()
         self._layout = state.layout
         self._micro_batches = micro_batches
         self._slice_tokens = slice_tokens
@@ -324,4 +330,4 @@ class Step:
         """One stream of random numbers for each (step, micro-batch, block): the recompute replays it."""
         text = f"{self._run_seed}/{self._number}/{index}/{phase}/{block}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-        torch.default_generator.manual_seed(seed)
+        self._device.seed(seed)

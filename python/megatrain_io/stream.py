@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget
 from megatrain_io.clipping import Guess, clip_coefficient
+from megatrain_io.device import Cpu, Device
+from megatrain_io.device_inputs import DeviceInputs
+from megatrain_io.device_state import DeviceState, Passage, passage_of
 from megatrain_io.errors import (
     MegatrainIoError,
     NotFiniteError,
@@ -22,6 +23,7 @@ from megatrain_io.errors import (
 )
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.schedule import (
+    ChunkOp,
     Gradients,
     PoolSizes,
     Residents,
@@ -32,12 +34,21 @@ from megatrain_io.schedule import (
 from megatrain_io.step import LOGITS_BYTES, Step, hidden_nbytes, slice_tokens
 from megatrain_io.swap import AdamWStep, CheckedSchedule, Engine, PagedState
 from megatrain_io.trace import Trace
+from megatrain_io.vram import VramPlan, device_pool
 from megatrain_io.workspace import WorkspaceMeter
 
 __all__ = ["PagedModel", "StepLoss", "clear_frames", "model_parts"]
 
 # Of a step that updates nothing with gradients of its own.
 _NO_UPDATE = AdamWStep(1, 0.0)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A schedule, checked; and what it moves to a device, if there is one."""
+
+    checked: CheckedSchedule
+    passage: Passage
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,8 @@ class PagedModel:
             next step applies them, or "both": it updates at once, and takes that back if the norm is too large.
             None = what promises to be faster. No bit depends on it.
         trace: gets a span for each step, phase, block and micro-batch.
+        device: what computes; None = the CPU.
+        vram: how its memory is divided, if it has any; None = as much as overlaps best, and all inputs of blocks.
     """
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
@@ -115,14 +128,27 @@ class PagedModel:
         max_grad_norm: float | None = None,
         gradients: Literal["keep", "both"] | None = None,
         trace: Trace | None = None,
+        device: Device | None = None,
+        vram: VramPlan | None = None,
     ) -> None:
         self.cut = cut
         self.state = state
         self.seed = seed
-        engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
-        self.saved = SavedInputs(state.ledger, saved_inputs, engine)
-        self._trace = trace
         self.borrows_prologue = bool(cut.epilogue_borrowed)
+        self.device = device or Cpu()
+        engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
+        saved = SavedInputs(state.ledger, saved_inputs, engine)
+        self.saved: SavedInputs | DeviceInputs = saved
+        self._on_device: DeviceState | None = None
+        if self.device.has_own_memory:
+            cut.to(self.device.torch_device)
+            layout, borrows = state.layout, self.borrows_prologue
+            pool = vram.pool if vram else device_pool(layout, borrows_prologue=borrows, training=True)
+            self._on_device = DeviceState(state, self.device, pool)
+            self.saved = DeviceInputs(
+                saved, self.device, self._on_device, vram.saved_inputs if vram else None
+            )
+        self._trace = trace
         self.slice_tokens = slice_tokens(cut, logits_bytes)
         borrows = self.borrows_prologue
         self.training_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=True)
@@ -130,12 +156,13 @@ class PagedModel:
         self.max_grad_norm = max_grad_norm
         self._guess = Guess()
         self._gradients = gradients
-        self._schedules: dict[tuple[bool, Gradients], CheckedSchedule] = {}
+        self._schedules: dict[tuple[bool, Gradients], _Prepared] = {}
         self._is_waiting = False
         self._was_committed = True
         self._metered_size = (False, 0, 0)
-        self._activations = 0
-        self._forward = state.check(self.forward_schedule)
+        self.activations = 0
+        """Bytes of tensors that the largest step so far needed at once, wherever it computes."""
+        self._forward = self._prepared(self.forward_schedule)
 
     def pool_sizes(
         self,
@@ -153,6 +180,7 @@ class PagedModel:
             training=training,
             residents=residents,
             keeps=training and self.max_grad_norm is not None,
+            by_chunk=self._on_device is not None,
             block_buffers=block_buffers,
             chunk_slots=chunk_slots,
             block_gradients=block_gradients,
@@ -194,6 +222,7 @@ class PagedModel:
             step.prologue()
             step.forward(saving=True)
             loss = step.epilogue(training=True)
+            self._wait_for_compute()
             if not loss.isfinite():
                 # Before anything is updated: nothing was written of this step.
                 raise TrainingDivergedError(
@@ -205,6 +234,8 @@ class PagedModel:
                 step.leave_epilogue()
                 step.backward()
                 step.prologue_backward()
+                if self._on_device is not None:
+                    self._on_device.finish()
                 norm = self.state.gradient_norm()
             except NotFiniteError as error:
                 error.loss = loss.item()
@@ -222,10 +253,14 @@ class PagedModel:
         if not self._is_waiting:
             return
         layout = self.state.layout
-        schedule = self.state.check(flush_schedule(layout))
+        # Nothing is computed: no device sees it.
+        schedule = _Prepared(self._checked(flush_schedule(layout)), passage_of(()))
         with self._begun(schedule, _NO_UPDATE, commits=False), self.span("flush"):
             for record in range(len(layout.records)):
-                self.state.weights(record).give_back()
+                if self._on_device is None:
+                    self.state.weights(record).give_back()
+                else:
+                    self._on_device.pass_by(record)
             self.state.end(None)
 
     def settle(self) -> None:
@@ -236,7 +271,7 @@ class PagedModel:
     def skip(self, blob: bytes) -> None:
         """Commit the trainer's state alone: nothing else changes."""
         self.flush()
-        self.state.begin(self.state.check(()), _NO_UPDATE, commits=True)
+        self.state.begin(self._checked(()), _NO_UPDATE, commits=True)
         self.state.end(blob)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
@@ -248,8 +283,28 @@ class PagedModel:
             step.forward(saving=False)
             loss = step.epilogue(training=False)
             step.leave_epilogue()
+            self._wait_for_compute()
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)
+
+    def begin_forward(self) -> PagedState | DeviceState:
+        """Begin a pass forward of the caller's own; weights come from what is returned, in the schedule's order."""
+        self.state.begin(self._forward.checked, _NO_UPDATE)
+        if self._on_device is None:
+            return self.state
+        self._on_device.begin(self._forward.passage)
+        return self._on_device
+
+    def end_forward(self) -> None:
+        """All weights of the pass were given back."""
+        self._wait_for_compute()
+        self.state.end(None)
+
+    def abort(self) -> None:
+        """Drop a step or a pass under way, and with it everything since the last commit."""
+        if self._on_device is not None:
+            self._on_device.abort()
+        self.state.abort()
 
     def _choose_gradients(self, *, commits: bool) -> Gradients:
         """What this step does with its gradients: what a guess has changed must lie beside a committed state."""
@@ -259,7 +314,18 @@ class PagedModel:
         wants = self._gradients or ("both" if self._guess.is_worth_it else "keep")
         return wants if can_guess else "keep"
 
-    def _schedule(self, gradients: Gradients) -> CheckedSchedule:
+    def _wait_for_compute(self) -> None:
+        """What is on the way meanwhile goes on."""
+        if self._on_device is not None:
+            self._on_device.wait_for_compute()
+
+    def _checked(self, schedule: Sequence[ChunkOp]) -> CheckedSchedule:
+        return self.state.check(schedule, by_chunk=self._on_device is not None)
+
+    def _prepared(self, schedule: Sequence[ChunkOp]) -> _Prepared:
+        return _Prepared(self._checked(schedule), passage_of(schedule))
+
+    def _schedule(self, gradients: Gradients) -> _Prepared:
         """That of a training step; made once."""
         key = (self._is_waiting, gradients)
         if key not in self._schedules:
@@ -270,8 +336,17 @@ class PagedModel:
                 applies=key[0],
                 gradients=gradients,
             )
-            self._schedules[key] = self.state.check(operations)
+            self._schedules[key] = self._prepared(operations)
         return self._schedules[key]
+
+    def record_device_events(self) -> None:
+        """Note when copies and compute happen on a device from now on."""
+        if self._on_device is not None:
+            self._on_device.record_events()
+
+    def take_device_events(self) -> list[tuple[str, str, int | None, int, int]]:
+        """Lane, name, chunk, start and end of what has happened there since the last call."""
+        return [] if self._on_device is None else self._on_device.take_events()
 
     def close(self) -> None:
         """Give back what saved inputs take in RAM and on the drive. The state stays open."""
@@ -285,7 +360,7 @@ class PagedModel:
     def _step(
         self,
         micro_batches: Sequence[MicroBatch],
-        schedule: CheckedSchedule,
+        schedule: _Prepared,
         adamw: AdamWStep,
         number: int,
         *,
@@ -293,34 +368,39 @@ class PagedModel:
     ) -> Iterator[Step]:
         step = Step(
             self.cut,
-            self.state,
+            self._on_device or self.state,
             self.saved,
-            micro_batches,
+            [batch.to(self.device.torch_device) for batch in micro_batches],
             slice_tokens=self.slice_tokens,
             number=number,
             seed=self.seed,
             span=self.span,
+            device=self.device,
         )
-        random_state = torch.get_rng_state()
         trains = schedule is not self._forward
         name = f"step {number}" if trains else "evaluation"
         begun = self._begun(schedule, adamw, commits=commits)
-        try:
-            with begun, self._metered(micro_batches, trains=trains), self.span(name):
-                yield step
-        finally:
-            torch.set_rng_state(random_state)
+        with (
+            self.device.random_state(),
+            begun,
+            self._metered(micro_batches, trains=trains),
+            self.device.computing(),
+            self.span(name),
+        ):
+            yield step
 
     @contextmanager
-    def _begun(self, schedule: CheckedSchedule, adamw: AdamWStep, *, commits: bool) -> Iterator[None]:
+    def _begun(self, schedule: _Prepared, adamw: AdamWStep, *, commits: bool) -> Iterator[None]:
         """A step under way; after an error in it, back to the last commit."""
         is_refused = False
         try:
             try:
-                self.state.begin(schedule, adamw, commits=commits)
+                self.state.begin(schedule.checked, adamw, commits=commits)
             except MegatrainIoError:
                 is_refused = True  # nothing was begun: what waits goes on waiting
                 raise
+            if self._on_device is not None:
+                self._on_device.begin(schedule.passage)
             self._is_waiting = False
             yield
         except BaseException as error:
@@ -330,7 +410,7 @@ class PagedModel:
                 raise
             self._is_waiting, self._was_committed = False, True
             try:
-                self.state.abort()
+                self.abort()
             except MegatrainIoError as refused:
                 # The first error is the one to tell; this says what became of the state.
                 error.add_note(str(refused))
@@ -347,5 +427,6 @@ class PagedModel:
         with WorkspaceMeter() as meter:
             yield
         self._metered_size = size
-        self._activations = max(self._activations, meter.peak_nbytes)
-        self.state.ledger.set("activations", self._activations)
+        self.activations = max(self.activations, meter.peak_nbytes)
+        if self._on_device is None:
+            self.state.ledger.set("activations", self.activations)

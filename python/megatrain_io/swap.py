@@ -36,6 +36,7 @@ __all__ = [
     "Ledger",
     "OpenStore",
     "PagedState",
+    "PieceBuffer",
     "RecordTensors",
     "StoreCreator",
     "TensorSettings",
@@ -53,6 +54,7 @@ Engine = Literal["auto", "uring", "threads"]
 
 CheckedSchedule = _lib.Schedule
 Ledger = _lib.Ledger
+PieceBuffer = _lib.Buffer
 OpenStore = _lib.Store
 RecordTensors = _lib.Tensors
 StoreCreator = _lib.Creator
@@ -182,6 +184,8 @@ class PagedState:
         self._store = _lib.Store(paths, engine, self.ledger, waiting_line(self.path))
         self.layout = ModelLayout.from_manifest(self._store.manifest)
         self._pipeline: _lib.Pipeline | None = None
+        self.residents = Residents()
+        """What stays in RAM from step to step."""
         self._borrowed: weakref.WeakSet[BorrowedRecord] = weakref.WeakSet()
 
     @classmethod
@@ -232,7 +236,7 @@ class PagedState:
             chosen = settings(place) if settings else TensorSettings(0.0)
             tensors.append((place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale))
         sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
-        own = residents or Residents()
+        self.residents = own = residents or Residents()
         stay = (
             self._pieces(own.records, by_chunk=by_chunk),
             sorted(own.chunks),
@@ -274,19 +278,23 @@ class PagedState:
         """
         self._running().submit(record, weights.take(), gradient.take())
 
-    def take_piece(self, chunk: int) -> _lib.Buffer:
+    def take_piece(self, chunk: int) -> PieceBuffer:
         """By chunk: the weights of the schedule's next load; waits for them."""
         return self._running().take_weights(chunk)
 
-    def take_piece_gradient(self, chunk: int) -> _lib.Buffer:
-        """By chunk: an fp32 gradient buffer, content arbitrary; waits for a free one."""
-        return self._running().take_gradient(chunk)
+    def try_piece(self, chunk: int, patience: float) -> PieceBuffer | None:
+        """By chunk: the weights of the schedule's next load; None when ``patience`` seconds have passed."""
+        return self._running().take_weights(chunk, patience)
 
-    def take_outgoing(self, chunk: int) -> _lib.Buffer:
-        """By chunk: a buffer for weights that come back for their update; waits for a free one."""
-        return self._running().take_outgoing(chunk)
+    def try_piece_gradient(self, chunk: int, patience: float) -> PieceBuffer | None:
+        """By chunk: an fp32 gradient buffer, content arbitrary; None when none comes free for so long."""
+        return self._running().take_gradient(chunk, patience)
 
-    def submit_piece(self, chunk: int, weights: _lib.Buffer | None, gradient: _lib.Buffer) -> None:
+    def try_outgoing(self, chunk: int, patience: float) -> PieceBuffer | None:
+        """By chunk: a buffer for weights that come back for their update; None likewise."""
+        return self._running().take_outgoing(chunk, patience)
+
+    def submit_piece(self, chunk: int, weights: PieceBuffer | None, gradient: PieceBuffer) -> None:
         """By chunk: hand a gradient over; without weights if the step only keeps it."""
         self._running().submit(chunk, weights, gradient)
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -15,18 +15,25 @@ from transformers import PreTrainedConfig
 
 from megatrain_io.checkpoint import SavedInputsBudget
 from megatrain_io.convert import create_store
+from megatrain_io.device import Cpu, Device
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.probe import CutFacts, probe
 from megatrain_io.residents import choose_gradients, choose_residents, resident_nbytes
 from megatrain_io.schedule import Residents
+from megatrain_io.simulated_device import SimulatedDevice
 from megatrain_io.stream import PagedModel, model_parts
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+from megatrain_io.vram import VramPlan
 from reference.reference import Hyperparameters, build, micro_batches, tiny_config
 
 PROFILE = "MEGATRAIN_TEST_DRIVES"
 DRIVES = int(os.environ.get(PROFILE, "1"))
 """Drives of the stores that tests make, where they do not say themselves."""
+
+DEVICE_PROFILE = "MEGATRAIN_TEST_DEVICE"
+DEVICE = os.environ.get(DEVICE_PROFILE, "cpu")
+"""What computes where tests do not say: the CPU, or ``simulated``, an accelerator that is made up."""
 
 PLANES = ("weight", "master", "exp_avg", "exp_avg_sq")
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -110,12 +117,14 @@ def opened(
     max_grad_norm: float | None = None,
     gradients: str | None = None,
     kept_in_ram: float = 1.0,
+    device: Device | None = None,
+    vram: VramPlan | None = None,
 ) -> Iterator[PagedModel]:
     """A model that is ready to train; of gradients that wait for their norm, a share does so in RAM."""
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
-    with PagedState(*files(path, drives), engine=engine) as state:
-        clipping = {"max_grad_norm": max_grad_norm, "gradients": gradients}
-        model = PagedModel(cut_model(case), state, saved_inputs=saved_inputs, **clipping)
+    with closing(device or new_device()) as chosen, PagedState(*files(path, drives), engine=engine) as state:
+        how = {"max_grad_norm": max_grad_norm, "gradients": gradients, "device": chosen, "vram": vram}
+        model = PagedModel(cut_model(case), state, saved_inputs=saved_inputs, **how)
         hyperparameters = case.hyperparameters
         residents = resident_part(model, resident_share)
         spills = max_grad_norm is not None and kept_in_ram < 1
@@ -131,11 +140,17 @@ def opened(
                 hyperparameters.weight_decay if len(place.shape) >= 2 else 0.0
             ),
             threads=threads,
+            by_chunk=chosen.has_own_memory,
         )
         try:
             yield model
         finally:
             model.close()
+
+
+def new_device() -> Device:
+    """What computes in a test that does not say."""
+    return SimulatedDevice() if DEVICE == "simulated" else Cpu()
 
 
 def resident_part(model: PagedModel, share: float) -> Residents:

@@ -69,9 +69,9 @@ def train_chunks(state: PagedState, record: int, gradient: torch.Tensor) -> None
         if held:
             weights = held[number]
         else:
-            weights = state.take_outgoing(chunk.index)
+            weights = state.try_outgoing(chunk.index, 60)
             from_dlpack(weights).copy_(away[number])
-        buffer = state.take_piece_gradient(chunk.index)
+        buffer = state.try_piece_gradient(chunk.index, 60)
         flat = from_dlpack(buffer)
         flat.copy_(gradient[chunk.start : chunk.start + chunk.parameters])
         del flat

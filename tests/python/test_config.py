@@ -220,7 +220,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(write):
             "memory.xyzzy=1",
             (
                 "memory.xyzzy: unknown key (on the command line). Known here: store_dir, durability, "
-                "commit_every, ram, max_tbw, io_backend, threads"
+                "commit_every, ram, vram, max_tbw, io_backend, threads"
             ),
         ),
         ("train=a.jsonl", "train: a section, not a key (on the command line). Did you mean data.train?"),
@@ -239,7 +239,6 @@ def test_keys_on_the_command_line(override, message):
         ("max_norm", "use train.max_grad_norm"),
         ("train.optim", "AdamW is the only optimizer so far; remove it"),
         ("lora", "not available yet; remove it"),
-        ("memory.vram", "not available yet; remove it"),
         ("method", "not available yet: all parameters are trained; remove it"),
         ("report_to", "not available yet; remove it"),
         ("train.save_steps", "every step is durable here; nothing to set; remove it"),

@@ -16,6 +16,7 @@ from megatrain_io.input_scratch import InputScratch
 from megatrain_io.run import saved_inputs_file
 from megatrain_io.swap import AdamWStep, Ledger
 from paged import (
+    DEVICE,
     DRIVES,
     PROFILE,
     Case,
@@ -27,6 +28,10 @@ from paged import (
     opened,
     to_micro_batch,
     train,
+)
+
+pytestmark = pytest.mark.skipif(
+    DEVICE != "cpu", reason="there inputs of blocks stay on the device: test_device.py"
 )
 
 ENGINE = "threads"  # stopping a ring takes a second; one test uses it

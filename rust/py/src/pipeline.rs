@@ -142,28 +142,48 @@ impl Pipeline {
         self.get()?.begin(Arc::clone(&schedule.inner), adamw, commits).map_err(raise)
     }
 
-    /// The weights of the schedule's next load, which must be of `piece`. Waits for them.
-    fn take_weights(&self, py: Python<'_>, piece: usize) -> PyResult<Buffer> {
+    /// The weights of the schedule's next load, which must be of `piece`. Waits for them, `patience`
+    /// seconds where that is given: then `None` when they have passed.
+    #[pyo3(signature = (piece, patience=None))]
+    fn take_weights(
+        &self,
+        py: Python<'_>,
+        piece: usize,
+        patience: Option<f64>,
+    ) -> PyResult<Option<Buffer>> {
         let pipeline = self.get()?;
-        let slot = wait(py, || pipeline.take_weights(piece, PATIENCE))?;
-        weights_buffer(&pipeline, piece, slot)
+        let slot = wait_at_most(py, patience, |timeout| pipeline.take_weights(piece, timeout))?;
+        slot.map(|slot| weights_buffer(&pipeline, piece, slot)).transpose()
     }
 
-    /// A free fp32 gradient buffer for `piece`; its content is arbitrary. Waits for one.
-    fn take_gradient(&self, py: Python<'_>, piece: usize) -> PyResult<Buffer> {
+    /// A free fp32 gradient buffer for `piece`; its content is arbitrary. Waits for one as `take_weights`.
+    #[pyo3(signature = (piece, patience=None))]
+    fn take_gradient(
+        &self,
+        py: Python<'_>,
+        piece: usize,
+        patience: Option<f64>,
+    ) -> PyResult<Option<Buffer>> {
         let pipeline = self.get()?;
-        let slot = wait(py, || pipeline.take_gradient(piece, PATIENCE))?;
+        let slot = wait_at_most(py, patience, |timeout| pipeline.take_gradient(piece, timeout))?;
+        let Some(slot) = slot else { return Ok(None) };
         let elements = elements_of(&pipeline, piece)?;
         let what = format!("gradient of {}", pipeline.describe(piece).map_err(raise)?);
-        Ok(Buffer::new(slot, Element::F32, elements, what))
+        Ok(Some(Buffer::new(slot, Element::F32, elements, what)))
     }
 
     /// By chunk, a free buffer for the weights of `piece` that come back for their update; its content is
-    /// arbitrary. Waits for one.
-    fn take_outgoing(&self, py: Python<'_>, piece: usize) -> PyResult<Buffer> {
+    /// arbitrary. Waits for one as `take_weights`.
+    #[pyo3(signature = (piece, patience=None))]
+    fn take_outgoing(
+        &self,
+        py: Python<'_>,
+        piece: usize,
+        patience: Option<f64>,
+    ) -> PyResult<Option<Buffer>> {
         let pipeline = self.get()?;
-        let slot = wait(py, || pipeline.take_outgoing(piece, PATIENCE))?;
-        weights_buffer(&pipeline, piece, slot)
+        let slot = wait_at_most(py, patience, |timeout| pipeline.take_outgoing(piece, timeout))?;
+        slot.map(|slot| weights_buffer(&pipeline, piece, slot)).transpose()
     }
 
     /// Hands the gradient of a whole piece over, with its weights, or without where the step does not
@@ -289,6 +309,18 @@ pub(crate) fn wait<T: Send>(
         }
         py.check_signals()?;
     }
+}
+
+/// The same for `patience` seconds at most, where that is given.
+fn wait_at_most<T: Send>(
+    py: Python<'_>,
+    patience: Option<f64>,
+    poll: impl Fn(Duration) -> megatrain_io::error::Result<Option<T>> + Sync,
+) -> PyResult<Option<T>> {
+    let Some(seconds) = patience else { return wait(py, || poll(PATIENCE)).map(Some) };
+    let timeout = Duration::try_from_secs_f64(seconds)
+        .map_err(|e| PyValueError::new_err(format!("patience of {seconds} seconds: {e}")))?;
+    py.detach(|| poll(timeout)).map_err(raise)
 }
 
 fn weights_buffer(pipeline: &pipeline::Pipeline, piece: usize, slot: Slot) -> PyResult<Buffer> {

@@ -1,0 +1,198 @@
+"""The memory of a device, divided before the run: buffers for weights, gradients, inputs of blocks. Pure."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from megatrain_io.errors import DoesNotFitError
+from megatrain_io.layout import ModelLayout
+
+__all__ = ["DevicePool", "VramPlan", "device_pool", "divide_vram", "kind_of", "least_vram"]
+
+# Block buffers for weights and for gradients, from what overlaps best to what a step cannot do without.
+_POOLS = ((2, 2), (2, 1), (1, 1))
+_INPUT_SLOTS_MIN = 2
+
+
+@dataclass(frozen=True)
+class DevicePool:
+    """Buffers on a device: ``(bytes, count)`` by kind.
+
+    Attributes:
+        weights: of a record.
+        gradients: of a record, fp32; none where nothing is trained.
+    """
+
+    weights: Mapping[str, tuple[int, int]]
+    gradients: Mapping[str, tuple[int, int]]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all."""
+        kinds = [*self.weights.values(), *self.gradients.values()]
+        return sum(nbytes * count for nbytes, count in kinds)
+
+
+@dataclass(frozen=True)
+class VramPlan:
+    """How the memory of a device is divided.
+
+    Attributes:
+        vram: the budget.
+        context: what the driver and its libraries take.
+        activations: tensors of compute that are alive at once.
+        pool: buffers for weights and gradients.
+        saved_inputs: for inputs of blocks; those that do not fit go on to RAM.
+        all_inputs: bytes of all of them.
+    """
+
+    vram: int
+    context: int
+    activations: int
+    pool: DevicePool
+    saved_inputs: int
+    all_inputs: int
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of buffers."""
+        return self.pool.nbytes + self.saved_inputs
+
+    @property
+    def total(self) -> int:
+        """Bytes that will be taken: at most the budget."""
+        return self.context + self.activations + self.allocated
+
+    def __str__(self) -> str:
+        """The division, for a person."""
+        is_spilled = self.saved_inputs < self.all_inputs
+        inputs = _mib(self.saved_inputs) + f" (of {_mib(self.all_inputs)}, the rest in RAM)" * is_spilled
+        gradients = sum(nbytes * count for nbytes, count in self.pool.gradients.values())
+        return (
+            f"VRAM: {_mib(self.total)} of {_mib(self.vram)}: weights {_mib(self.pool.nbytes - gradients)}, gradients "
+            f"{_mib(gradients)}, inputs of blocks {inputs}, compute {_mib(self.activations)}, driver and libraries "
+            f"{_mib(self.context)}"
+        )
+
+
+def kind_of(layout: ModelLayout, record: int, kinds: Collection[str]) -> str:
+    """The kind of buffer that a record is in."""
+    if layout.prologue < record <= layout.blocks:
+        return "block"
+    if "outer" in kinds:
+        return "outer"
+    return "prologue" if record == layout.prologue else "epilogue"
+
+
+def device_pool(
+    layout: ModelLayout,
+    *,
+    borrows_prologue: bool,
+    training: bool,
+    block_weights: int = 2,
+    block_gradients: int = 2,
+) -> DevicePool:
+    """Buffers for a step.
+
+    Args:
+        layout: the parameter space.
+        borrows_prologue: whether the epilogue needs the prologue's weights, too (tied embeddings): then both are
+            there at once, and else one buffer serves them one after the other.
+        training: False leaves out gradients.
+        block_weights: one to compute with, and one that is filled meanwhile.
+        block_gradients: one to accumulate in, and one that leaves meanwhile.
+    """
+    blocks = [layout.block(index) for index in range(layout.blocks)]
+    outer = {layout.prologue: "prologue"}
+    if layout.epilogue is not None:
+        outer[layout.epilogue] = "epilogue"
+    if not borrows_prologue:
+        outer = dict.fromkeys(outer, "outer")
+    names = {**dict.fromkeys(blocks, "block"), **outer}
+
+    def sizes(nbytes_of: Mapping[int, int], count: int) -> dict[str, tuple[int, int]]:
+        return {
+            kind: (
+                max(nbytes for record, nbytes in nbytes_of.items() if names[record] == kind),
+                count if kind == "block" else 1,
+            )
+            for kind in dict.fromkeys(names.values())
+        }
+
+    weights = {record: layout.record_weight_bytes(record) for record in names}
+    gradients = {record: layout.record_gradient_bytes(record) for record in names}
+    return DevicePool(
+        sizes(weights, min(block_weights, layout.blocks)),
+        sizes(gradients, min(block_gradients, layout.blocks)) if training else {},
+    )
+
+
+def divide_vram(
+    layout: ModelLayout,
+    *,
+    borrows_prologue: bool,
+    vram: int,
+    context: int,
+    activations: int,
+    inputs_per_block: int,
+    training: bool = True,
+) -> VramPlan:
+    """Divide ``vram`` bytes: as many buffers as overlap best, then inputs of blocks.
+
+    Args:
+        layout: the parameter space.
+        borrows_prologue: see ``device_pool``.
+        vram: the budget.
+        context: bytes that the driver and its libraries take.
+        activations: bytes that compute needs at once.
+        inputs_per_block: bytes of the inputs of one block, all micro-batches.
+        training: False: nothing is saved, and there are no gradients.
+
+    Raises:
+        DoesNotFitError: it is too small; says what would do.
+    """
+    inputs = layout.blocks * inputs_per_block if training else 0
+    least = min(layout.blocks, _INPUT_SLOTS_MIN) * inputs_per_block if training else 0
+    always = context + activations
+    pool = None
+    for block_weights, block_gradients in _POOLS:
+        pool = device_pool(
+            layout,
+            borrows_prologue=borrows_prologue,
+            training=training,
+            block_weights=block_weights,
+            block_gradients=block_gradients,
+        )
+        if always + pool.nbytes + least <= vram:
+            break
+    else:
+        needed = always + least + (pool.nbytes if pool else 0)
+        raise DoesNotFitError(
+            f"memory.vram is {_mib(vram)}, and this training needs {_mib(needed)} at least: weights and gradient of "
+            f"one block, embeddings and head {_mib(pool.nbytes if pool else 0)}, inputs of two blocks {_mib(least)}, "
+            f"compute {_mib(activations)}, driver and libraries {_mib(context)}. Give more, or make a step smaller: "
+            "train.per_device_train_batch_size, data.max_length, train.gradient_accumulation_steps"
+        )
+    slots = layout.blocks
+    if inputs_per_block and training:
+        slots = min(slots, (vram - always - pool.nbytes) // inputs_per_block)
+    return VramPlan(vram, context, activations, pool, slots * inputs_per_block if training else 0, inputs)
+
+
+def least_vram(
+    layout: ModelLayout, *, borrows_prologue: bool, context: int, activations: int, inputs_per_block: int
+) -> int:
+    """The least VRAM that such a training can be done in."""
+    block_weights, block_gradients = _POOLS[-1]
+    pool = device_pool(
+        layout,
+        borrows_prologue=borrows_prologue,
+        training=True,
+        block_weights=block_weights,
+        block_gradients=block_gradients,
+    )
+    return context + activations + pool.nbytes + min(layout.blocks, _INPUT_SLOTS_MIN) * inputs_per_block
+
+
+def _mib(nbytes: int) -> str:
+    """Rounded up, so that what is named is enough."""
+    return f"{-(-nbytes // (1 << 20))} MiB"

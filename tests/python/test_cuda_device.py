@@ -1,0 +1,179 @@
+"""What of the GPU's side needs no GPU: memory that cannot be registered, and which device is chosen.
+
+Torch's own calls are replaced by ones that only remember; streams and events do what a test tells them.
+"""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatrain_io import cuda_device
+from megatrain_io.cuda_device import Cuda, device_for
+from megatrain_io.device import Cpu
+from megatrain_io.errors import ConfigError, UnsupportedError
+
+MIB = 1 << 20
+
+
+class FakeEvent:
+    happened = True
+
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self, stream=None):
+        self.stream = stream
+
+    def query(self):
+        return FakeEvent.happened
+
+    def synchronize(self):
+        pass
+
+
+class FakeStream:
+    def __init__(self, _device=None):
+        self.waited = []
+
+    def synchronize(self):
+        self.waited.append("host")
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+
+class FakeCudart:
+    def __init__(self):
+        self.refuses = 0
+        self.calls = []
+
+    def cudaHostRegister(self, start, nbytes, flags):  # noqa: N802 - CUDA's name
+        self.calls.append(("register", start, nbytes, flags))
+        return self.refuses
+
+    def cudaHostUnregister(self, start):  # noqa: N802
+        self.calls.append(("unregister", start))
+        return 0
+
+
+@pytest.fixture
+def cudart():
+    return FakeCudart()
+
+
+@pytest.fixture
+def gpu(monkeypatch, cudart):
+    """A GPU whose memory is RAM."""
+    share = []
+    fake = SimpleNamespace(
+        is_available=lambda: True,
+        set_device=lambda _: None,
+        get_device_properties=lambda _: SimpleNamespace(name="GPU", total_memory=8192 * MIB),
+        mem_get_info=lambda _: (7000 * MIB, 8192 * MIB),
+        set_per_process_memory_fraction=lambda part, _: share.append(part),
+        current_stream=FakeStream,
+        Stream=FakeStream,
+        Event=FakeEvent,
+        stream=lambda _: nullcontext(),
+        cudart=lambda: cudart,
+        is_bf16_supported=lambda including_emulation: including_emulation,
+    )
+    monkeypatch.setattr(cuda_device.torch, "cuda", fake)
+    empty = torch.empty
+
+    def unpinned(*size, **how):
+        how.pop("pin_memory", None)
+        return empty(*size, **how)
+
+    monkeypatch.setattr(torch, "empty", unpinned)
+    monkeypatch.setattr(FakeEvent, "happened", True)
+    made = Cuda(4096 * MIB)
+    assert share == [(4096 - 600) / 8192]
+    made.torch_device = torch.device("cpu")
+    return made
+
+
+def test_memory_is_registered_as_it_is_and_let_go_when_nothing_moves(gpu, cudart):
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    with gpu.pin(memory) as is_pinned:
+        assert is_pinned
+        assert cudart.calls == [("register", memory.data_ptr(), 4096, 0)]
+        gpu.copy_out(memory[:64], torch.ones(64, dtype=torch.uint8))
+        assert memory[:64].sum() == 64, "straight, without a detour"
+    assert cudart.calls[1:] == [("unregister", memory.data_ptr())]
+    assert gpu._streams["in"].waited == gpu._streams["out"].waited == ["host"]
+
+
+def test_refused_memory_leaves_no_error_behind(gpu, cudart, monkeypatch):
+    cudart.refuses = 2
+    launched = []
+
+    def zeros(*_, **__):
+        launched.append(True)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with gpu.pin(torch.empty(64, dtype=torch.uint8)) as is_pinned:
+        assert not is_pinned
+    assert launched, "a kernel has taken the error away"
+    assert [name for name, *_ in cudart.calls] == ["register"]
+
+
+def test_a_copy_out_of_memory_that_is_not_registered_lands_when_it_has_happened(gpu):
+    to = torch.zeros(8)
+    FakeEvent.happened = False
+    gpu.copy_out(to, torch.ones(8))
+    event = gpu.record("out")
+    assert not event.is_done()
+    assert to.sum() == 0
+    FakeEvent.happened = True
+    assert event.is_done()
+    assert to.sum() == 8
+
+
+def test_memory_of_the_driver_is_used_again_only_when_its_copy_has_landed(gpu):
+    places = [torch.zeros(8) for _ in range(6)]
+    FakeEvent.happened = False
+    events = []
+    for number, place in enumerate(places):
+        gpu.copy_out(place, torch.full((8,), float(number + 1)))
+        events.append(gpu.record("out"))
+    assert [int(place[0]) for place in places] == [1, 2, 0, 0, 0, 0], "the first two made room for the last"
+    # An event that was late does not land what its memory holds now.
+    FakeEvent.happened = True
+    assert events[0].is_done()
+    assert int(places[4][0]) == 0
+    for event in events:
+        event.wait()
+    assert [int(place[0]) for place in places] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_copy_in_frees_what_it_came_from(gpu):
+    content = torch.ones(8)
+    to = torch.zeros(8)
+    gpu.copy_in(to, content)
+    content.zero_()
+    assert to.sum() == 8
+    larger = torch.zeros(64)
+    for _ in range(6):
+        gpu.copy_in(larger, torch.ones(64))
+    assert larger.sum() == 64
+
+
+def test_a_gpu_without_bf16_is_told_of(gpu, monkeypatch):
+    monkeypatch.setattr(cuda_device, "Cuda", lambda _: gpu)
+    with pytest.raises(ConfigError, match="GPU does not compute in bf16"):
+        device_for("auto", precision="bf16")
+    assert device_for("auto", precision="fp32") is gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_cpu_computes_or_it_is_said():
+    assert isinstance(device_for("auto", precision="bf16"), Cpu)
+    with pytest.raises(UnsupportedError, match="torch finds no CUDA device here"):
+        device_for("cuda", precision="bf16")
+    for name in ("auto", "cpu"):
+        with pytest.raises(ConfigError, match=r"memory\.vram is set, and the CPU computes"):
+            device_for(name, precision="bf16", vram=1 << 30)

@@ -1,0 +1,251 @@
+"""A device with memory of its own: the same bits as on the CPU, in an order that nothing but its waits makes safe."""
+
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget, input_nbytes
+from megatrain_io.device import Cpu
+from megatrain_io.device_state import DeviceState
+from megatrain_io.errors import DoesNotFitError, NotFiniteError, TrainingDivergedError
+from megatrain_io.generate import Pick, next_tokens
+from megatrain_io.layout import ModelLayout
+from megatrain_io.simulated_device import OrderError, SimulatedDevice
+from megatrain_io.stream import model_parts
+from megatrain_io.swap import AdamWStep
+from megatrain_io.vram import device_pool, divide_vram, least_vram
+from paged import (
+    FORMATS,
+    Case,
+    all_planes,
+    cut_model,
+    differing,
+    expected_planes,
+    make_store,
+    opened,
+    to_micro_batch,
+    train,
+)
+from reference.reference import train as train_in_memory
+
+FP32, BF16 = torch.float32, torch.bfloat16
+MIB = 1 << 20
+
+WAITS = {
+    "weights have come",
+    "the last weights were used",
+    "the gradient is whole",
+    "the last gradient has left",
+    "inputs are whole",
+    "inputs have left their slot",
+    "inputs were used",
+    "inputs have come",
+}
+
+
+def plan(case, *, vram=1 << 40, slots=None, block_weights=2, block_gradients=2):
+    """A division by which the inputs of all but ``slots`` blocks go on to RAM."""
+    cut = cut_model(case)
+    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
+    per_block = per_block_nbytes(case)
+    made = divide_vram(
+        layout,
+        borrows_prologue=bool(cut.epilogue_borrowed),
+        vram=vram,
+        context=0,
+        activations=0,
+        inputs_per_block=per_block,
+    )
+    pool = device_pool(
+        layout,
+        borrows_prologue=bool(cut.epilogue_borrowed),
+        training=True,
+        block_weights=block_weights,
+        block_gradients=block_gradients,
+    )
+    inputs = made.saved_inputs if slots is None else slots * per_block
+    return replace(made, pool=pool, saved_inputs=inputs)
+
+
+def inputs_nbytes(case):
+    """Bytes of the inputs of one block, for each step."""
+    width = case.config.hidden_size * case.dtype.itemsize
+    return [input_nbytes([batch["input_ids"].numel() * width for batch in step]) for step in case.steps]
+
+
+def per_block_nbytes(case):
+    """Of the largest step."""
+    return max(inputs_nbytes(case))
+
+
+def trained(path, case, device, **how):
+    make_store(path, case, how.pop("chunk_parameters", None))
+    with opened(path, case, device=device, **how) as model:
+        losses = train(model, case)
+        return losses, all_planes(model.state)
+
+
+def check(path, case, device, **how):
+    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    losses, planes = trained(path, case, device, **how)
+    assert losses == expected.losses
+    assert differing(planes, expected_planes(expected)) == []
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_device_gives_the_bits_of_stock_training(tmp_path, family, tied, dtype, slots):
+    case = Case(family, tied, dtype, (2, 1, 3, 1), {"num_hidden_layers": 5})
+    device = SimulatedDevice(3)
+    how = {"small_pool": slots is not None, "resident_share": 0.3 if slots else 0.0}
+    check(tmp_path / "store", case, device, vram=plan(case, slots=slots), **how)
+    assert device.waits == (
+        WAITS if slots else WAITS - {"inputs are whole", "inputs were used", "inputs have come"}
+    )
+
+
+LEAST = {"block_weights": 1, "block_gradients": 1, "slots": 2}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_delay_changes_a_bit(tmp_path, seed):
+    """A run of the 1,000 that `benches/device_orders.py` makes."""
+    case = Case(tied=seed % 2 == 1, dtype=BF16, counts=(2, 1, 2), overrides={"num_hidden_layers": 4})
+    shape = plan(case, slots=2 + seed % 3, block_weights=1 + seed // 2 % 2, block_gradients=1 + seed // 4 % 2)
+    check(tmp_path / "store", case, SimulatedDevice(seed, delay=0.002), vram=shape, small_pool=seed % 5 == 0)
+
+
+# Copies so slow that other waits do not happen to cover for the one that is left out.
+SLOW = {"the last gradient has left": {"out": 0.002}}
+
+
+@pytest.mark.parametrize("why", sorted(WAITS))
+def test_every_wait_is_needed(tmp_path, monkeypatch, why):
+    """Left out, it is noticed at the first access that comes too early."""
+    case = Case(dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 5})
+    if why == "inputs have come":
+        # As from a slow drive: later than the weights that they are needed with.
+        looks = Counter()
+        monkeypatch.setattr(SavedInputs, "is_here", lambda *who: looks.update([who]) or looks[who] > 40)
+    how = {"vram": plan(case, **LEAST | {"block_weights": 2})}
+    check(tmp_path / "whole", case, SimulatedDevice(1), **how)
+    device = SimulatedDevice(1, gb_per_s=SLOW.get(why, {"in": 0.002}), skipped=frozenset({why}))
+    if why == "inputs have left their slot":
+        # None does, before the step is dropped, which waits for all copies.
+        hold = threading.Event()
+        device._copies["out"].put(hold.wait)
+        abort = DeviceState.abort
+        monkeypatch.setattr(DeviceState, "abort", lambda state: (hold.set(), abort(state)))
+    with pytest.raises(OrderError):
+        trained(tmp_path / "store", case, device, **how)
+
+
+def test_inputs_go_on_to_ram_and_from_there_to_the_drive(tmp_path):
+    case = Case(tied=True, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 9})
+    per_block = -(-per_block_nbytes(case) // 4096) * 4096
+    budget = SavedInputsBudget(2 * per_block, [tmp_path / "inputs"], transfer_nbytes=4096)
+    make_store(tmp_path / "store", case)
+    device = SimulatedDevice(5)
+    with opened(
+        tmp_path / "store", case, device=device, vram=plan(case, slots=3), saved_inputs=budget
+    ) as model:
+        losses = train(model, case)
+        planes = all_planes(model.state)
+        assert (model.saved.plan.in_ram, model.saved.plan.on_drive) == (2, 4)
+        moved = 4 * sum(-(-nbytes // 4096) * 4096 for nbytes in inputs_nbytes(case))
+        assert model.saved.io_bytes() == (moved, moved)
+    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    assert losses == expected.losses
+    assert differing(planes, expected_planes(expected)) == []
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
+    case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
+    whole = plan(case)
+    for vram in (whole.total, whole.total - 1, whole.total - 3 * per_block_nbytes(case)):
+        made = plan(case, vram=vram)
+        assert made.total <= vram
+        device = SimulatedDevice(nbytes=vram)
+        folder = tmp_path / str(vram)
+        folder.mkdir()
+        check(folder / "store", case, device, vram=made)
+        assert device.accounts.peak_nbytes == made.allocated
+
+
+def test_the_least_vram_that_is_named_is_enough_and_one_byte_less_is_not():
+    case = Case(tied=True, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
+    cut = cut_model(case)
+    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
+    needs = {"context": 600 * MIB, "activations": 5 * MIB, "inputs_per_block": MIB, "borrows_prologue": True}
+    least = least_vram(layout, **needs)
+    assert divide_vram(layout, vram=least, **needs).total == least
+    with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB at least: weights and gradient of one block"):
+        divide_vram(layout, vram=least - 1, **needs)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_generating_on_a_device_gives_the_tokens_of_the_cpu(tmp_path, tied):
+    case = Case(tied=tied, counts=(1,))
+    make_store(tmp_path / "store", case)
+    prompt, found = torch.tensor([[5, 7, 11]]), []
+    for device in (Cpu(), SimulatedDevice(2)):
+        with opened(tmp_path / "store", case, device=device) as model:
+            tokens = next_tokens(model, prompt, Pick(), frozenset())
+            found.append([next(tokens) for _ in range(8)])
+            tokens.close()
+            # An evaluation finds everything given back.
+            found.append(model.evaluate([to_micro_batch(case.steps[0][0])]).loss)
+    assert found[:2] == found[2:]
+
+
+@pytest.mark.parametrize("when", ["forward", "backward", "loss", "gradient"])
+def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when):
+    case = Case(dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 4})
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case, device=SimulatedDevice(4), vram=plan(case, **LEAST)) as model:
+        run, loss, calls = model.cut.run_block, model.cut.loss, Counter()
+
+        def broken(index, parameters, hidden, call):
+            calls[when] += 1
+            if (when, calls[when]) in {("forward", 3), ("backward", 11)}:
+                raise KeyError("broken")
+            out = run(index, parameters, hidden, call)
+            return out * float("nan") if (when, calls[when]) == ("gradient", 12) else out
+
+        def diverged(*args):
+            return loss(*args) * (float("nan") if when == "loss" else 1.0)
+
+        monkeypatch.setattr(model.cut, "run_block", broken)
+        monkeypatch.setattr(model.cut, "loss", diverged)
+        errors = {"loss": TrainingDivergedError, "gradient": NotFiniteError}
+        with pytest.raises(errors.get(when, KeyError)):
+            model.train_step([*map(to_micro_batch, case.steps[0])], AdamWStep(1, 1e-3), lambda _: b"never")
+        monkeypatch.undo()
+        losses = train(model, case)
+        planes = all_planes(model.state)
+    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    assert losses == expected.losses
+    assert differing(planes, expected_planes(expected)) == []
+
+
+def test_copies_and_compute_are_in_the_trace(tmp_path):
+    case = Case(dtype=BF16, counts=(1,))
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case, device=SimulatedDevice(4)) as model:
+        model.record_device_events()
+        train(model, case)
+        events = model.take_device_events()
+        layout = model.state.layout
+    by_lane = Counter(lane for lane, *_ in events)
+    loads = 2 * len(layout.chunks) - len(layout.chunks_of(layout.block(layout.blocks - 1)))
+    loads -= len(layout.chunks_of(layout.epilogue))
+    assert by_lane["copy in"] == loads
+    assert by_lane["copy out"] == len(layout.chunks)
+    assert by_lane["device"] == 2 * len(layout.records) - 2
+    assert all(start <= end for _, _, _, start, end in events)

@@ -131,7 +131,7 @@ class Plan:
     scratch_bytes: int
     vram_bytes: int | None
     phases: Mapping[str, tuple[float, float]]
-    committing_bytes: float
+    committing_bytes: int
     updates_wait: bool
     time: StepTime | None
     tokens_to_hide_io: int | None

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatrain_io.config_values import Size
-from megatrain_io.drive import NETWORK, examine_drive, read_mounts
+from megatrain_io.drive import examine_drive, is_network, read_mounts
 from megatrain_io.errors import ConfigError
 from megatrain_io.profile import DriveProfile, Profile
 from megatrain_io.smart import read_smart
@@ -161,7 +161,7 @@ def _drive_here(about: dict[str, Any], rates: DriveProfile | None, *, asks: bool
     """A drive of this machine."""
     smart = read_smart(about.get("source")) if asks else None
     kind = about["file_system"]
-    is_remote = kind is not None and (kind in NETWORK or kind.startswith("fuse.sshfs"))
+    is_remote = kind is not None and is_network(kind)
     drive = Drive() if rates is None else _drive_of(rates)
     return drive.model_copy(
         update={

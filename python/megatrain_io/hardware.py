@@ -213,7 +213,7 @@ def load_hardware(machine: str) -> Hardware:
                 f"with megatrain-io: {', '.join(known)}"
             ) from error
     try:
-        return Hardware.model_validate(yaml.safe_load(text), strict=None)
+        return Hardware.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:

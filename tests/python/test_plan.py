@@ -195,6 +195,7 @@ def test_too_little_ram_is_refused_with_both_numbers_and_the_nearest_that_fits_i
     on = machine(tmp_path)
     problem = refused(source / "model", on, **settings)
     assert "memory.ram is 1.7 MiB, and this training needs " in problem.reason
+    assert " bytes" not in str(mt.plan(source / "model", on=on, settings=SMALL | settings))
     assert problem.nearest
     nearest_fits(source / "model", on, problem, **settings)
     roomier = {**settings, "memory.ram": "8MiB"}

@@ -124,14 +124,16 @@ def this_machine(
     """The machine that this runs on: its drives as they are now, its rates as ``bench`` measured them.
 
     Args:
-        folders: where the store's files would lie, one on each drive.
+        folders: where the store's files would lie; those on one file system share its drive.
         ram: bytes that training may use.
         precision: compute dtype.
         profile: what was measured; without one there are no rates.
         asks_drives: whether the drives are asked for their wear.
     """
     mounts = read_mounts()
-    found = [examine_drive(folder, mounts) for folder in folders]
+    examined = [examine_drive(folder, mounts) for folder in folders]
+    # Files that share a drive are no faster for being two, and take their room from the same.
+    found = {(each.get("mount_point", each["path"]), each.get("source")): each for each in examined}.values()
     measured = [
         None if profile is None else profile.drive(each.get("mount_point", ""), each.get("source", ""))
         for each in found

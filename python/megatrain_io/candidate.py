@@ -218,7 +218,13 @@ def step_time(
         return found
 
     seconds = sum(weight * played[index].seconds for index, weight in weights.items())
-    return StepTime(seconds, mean("phases"), mean("waits"), sum(compute.values()), is_measured)
+    return StepTime(
+        seconds=seconds,
+        phases=mean("phases"),
+        waits=mean("waits"),
+        compute=sum(compute.values()),
+        is_measured=is_measured,
+    )
 
 
 def _rates(candidate: Candidate, hardware: Hardware) -> Rates:

@@ -34,7 +34,7 @@ class Setting:
     max_grad_norm: float | None = None
 
 
-NEVER, ALWAYS = 1e9, 1e-9
+NEVER = 1e9
 SETTINGS = {
     "171M, all on NVMe": Setting("171M", 0.0),
     "171M, half resident": Setting("171M", 6.0),
@@ -146,11 +146,11 @@ def measure(job: Figures) -> Figures:
 
 def least_for_overlap(cut: Any, layout: Any, needs: Any) -> int:
     """RAM in which the largest pool fits, and nothing stays."""
-    from megatrain_io.budget import _mapped
+    from megatrain_io.budget import mapped_nbytes
     from megatrain_io.schedule import pool_sizes
 
     pool = pool_sizes(layout, borrows_prologue=bool(cut.epilogue_borrowed), training=True)
-    return needs.always + needs.saved_inputs + _mapped(pool) + (8 << 20)
+    return needs.always + needs.saved_inputs + mapped_nbytes(pool) + (8 << 20)
 
 
 def train(job: Figures, setting: Setting, model: Any, batches: Any, adamw_step: Any) -> list[Figures]:

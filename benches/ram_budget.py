@@ -67,7 +67,7 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
     """Some steps within ``ram``."""
     import torch
 
-    from megatrain_io.fitting import fit, saved_inputs_of
+    from megatrain_io.fitting import divided, saved_inputs_of, step_needs
     from megatrain_io.model import CutModel, MicroBatch
     from megatrain_io.probe import probe
     from megatrain_io.stream import PagedModel
@@ -81,7 +81,8 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
     ]
     losses = []
     with PagedState(path) as state:
-        plan = fit(cut, state.layout, batches, tables=state.ledger.total()[0], ram=ram)
+        needs = step_needs(cut, state.layout, batches, state.ledger.total()[0])
+        plan = divided(cut, state.layout, needs, ram=ram)
         model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [path.with_name("inputs")]))
         state.start(plan.pool, residents=plan.residents, settings=lambda _place: TensorSettings(DECAY))
         for number in range(1, steps + 1):

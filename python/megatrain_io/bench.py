@@ -17,7 +17,7 @@ from typing import Literal
 
 from rich.filesize import decimal
 
-from megatrain_io.drive import NETWORK, Mount, examine_drive, mount_of, read_mounts
+from megatrain_io.drive import Mount, examine_drive, is_network, mount_of, read_mounts
 from megatrain_io.errors import ConfigError, NoSpaceError, UnsupportedError
 from megatrain_io.measure import (
     Figure,
@@ -114,7 +114,7 @@ def check_place(folder: Path, mount: Mount | None, nbytes: int, free: int) -> No
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: name one on the drive to measure")
-    if mount is not None and (mount.kind in NETWORK or mount.kind.startswith("fuse.sshfs")):
+    if mount is not None and is_network(mount.kind):
         raise UnsupportedError(
             f"{folder} lies on a network or shared file system ({mount.kind} at {mount.point}), whose figures say "
             "nothing about a store. Nothing was written: name a folder on a local drive"

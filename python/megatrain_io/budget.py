@@ -9,7 +9,7 @@ from megatrain_io.layout import PAGE_BYTES, ModelLayout
 from megatrain_io.residents import choose_gradients, choose_residents, gradient_nbytes, resident_nbytes
 from megatrain_io.schedule import ChunkOp, PoolSizes, Residents, pool_sizes
 
-__all__ = ["MemoryPlan", "StepNeeds", "divide", "smallest"]
+__all__ = ["MemoryPlan", "StepNeeds", "divide", "mapped_nbytes", "smallest"]
 
 _HUGE_PAGE_BYTES = 2 << 20
 _SMALL = 64 << 20
@@ -138,7 +138,7 @@ def divide(
 
     for sizes in _POOLS:
         pool = size(sizes, Residents())
-        if needs.always + needs.saved_inputs_at_least + _mapped(pool) <= ram:
+        if needs.always + needs.saved_inputs_at_least + mapped_nbytes(pool) <= ram:
             break
     else:
         least = smallest(layout, needs, borrows_prologue=borrows_prologue, keeps=keeps)
@@ -150,24 +150,24 @@ def divide(
             "more, or make a step smaller: train.per_device_train_batch_size, data.max_length, "
             "train.gradient_accumulation_steps"
         )
-    saved_inputs = min(needs.saved_inputs, ram - needs.always - _mapped(pool))
+    saved_inputs = min(needs.saved_inputs, ram - needs.always - mapped_nbytes(pool))
     if saved_inputs < needs.saved_inputs:
         saved_inputs -= _SCRATCH_TABLES
     free = ram - needs.always - saved_inputs
     chosen, taken = Residents(), (0, 0)
     # What stays needs no buffers in the pool, and their room is for more that stays.
     while True:
-        room = free - _mapped(pool) - 2 * _HUGE_PAGE_BYTES
+        room = free - mapped_nbytes(pool) - 2 * _HUGE_PAGE_BYTES
         gradients = choose_gradients(layout, room) if keeps else frozenset[int]()
         kept = gradient_nbytes(Residents(gradients=gradients), layout)
         found = replace(choose_residents(layout, schedule, room - kept), gradients=gradients)
         nbytes = (kept, resident_nbytes(found, layout))
         slimmer = size(sizes, found)
         # A choice need not hold what the one before did, and then its pool is larger again.
-        if nbytes <= taken or _mapped(slimmer, *nbytes) > free:
+        if nbytes <= taken or mapped_nbytes(slimmer, *nbytes) > free:
             break
         chosen, taken, pool = found, nbytes, slimmer
-    sums = [_mapped(pool), _mapped(pool, taken[0]), _mapped(pool, *taken)]
+    sums = [mapped_nbytes(pool), mapped_nbytes(pool, taken[0]), mapped_nbytes(pool, *taken)]
     spills = keeps and len(chosen.gradients) < len(layout.records)
     return MemoryPlan(
         ram=ram,
@@ -185,7 +185,7 @@ def divide(
 def smallest(layout: ModelLayout, needs: StepNeeds, *, borrows_prologue: bool, keeps: bool = False) -> int:
     """The least RAM that such a step can be done in."""
     pool = _pool(layout, _POOLS[-1], Residents(), borrows_prologue=borrows_prologue, keeps=keeps)
-    return needs.always + needs.saved_inputs_at_least + _mapped(pool)
+    return needs.always + needs.saved_inputs_at_least + mapped_nbytes(pool)
 
 
 def _pool(
@@ -209,8 +209,11 @@ def _pool(
     )
 
 
-def _mapped(pool: PoolSizes, *shares: int) -> int:
-    """Bytes of the one mapping: lists of large slots start at 2 MiB borders, and so does each further share."""
+def mapped_nbytes(pool: PoolSizes, *shares: int) -> int:
+    """Bytes of the one mapping that holds ``pool``, and behind it ``shares`` of so many bytes.
+
+    Lists of large slots start at 2 MiB borders, and so does each share.
+    """
     total = 0
     for nbytes, count in vars(pool).values():
         slot = _up(nbytes, PAGE_BYTES)

@@ -40,11 +40,6 @@ class Work:
     active: int
     tokens: int
 
-    @property
-    def total(self) -> float:
-        """Of the whole step."""
-        return sum(self.flops.values())
-
     def seconds(self, flops_per_second: float) -> dict[StopKey, float]:
         """At one rate for all stops."""
         return {stop: flops / flops_per_second for stop, flops in self.flops.items()}

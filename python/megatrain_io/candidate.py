@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import inf
+from math import ceil, inf
 
 from megatrain_io.budget import MemoryPlan
 from megatrain_io.checkpoint import saved_inputs_plan
@@ -174,13 +174,13 @@ def phases_of(
     return found
 
 
-def written_by_commit(candidate: Candidate, memory: MemoryPlan, gradients: Gradients) -> float:
+def written_by_commit(candidate: Candidate, memory: MemoryPlan, gradients: Gradients) -> int:
     """The most that a step writes: one that commits, whose guess, if it makes one, was wrong."""
     schedule = schedule_of(candidate, gradients, applies=gradients == "keep")
     _, written = traffic(schedule, candidate.layout, memory.residents)
     if candidate.keeps:
         written += traffic(flush_schedule(candidate.layout), candidate.layout, memory.residents)[1]
-    return written + sum(inputs_moved(candidate, memory).values())
+    return written + ceil(sum(inputs_moved(candidate, memory).values()))
 
 
 def step_time(
@@ -218,7 +218,13 @@ def step_time(
         return found
 
     seconds = sum(weight * played[index].seconds for index, weight in weights.items())
-    return StepTime(seconds, mean("phases"), mean("waits"), sum(compute.values()), is_measured)
+    return StepTime(
+        seconds=seconds,
+        phases=mean("phases"),
+        waits=mean("waits"),
+        compute=sum(compute.values()),
+        is_measured=is_measured,
+    )
 
 
 def _rates(candidate: Candidate, hardware: Hardware) -> Rates:

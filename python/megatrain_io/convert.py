@@ -23,9 +23,10 @@ from megatrain_io.errors import (
     UnsupportedModelError,
 )
 from megatrain_io.hub_names import HubNames, NamePlan, Piece
-from megatrain_io.layout import Chunk, Durability, ModelLayout, StateFormat, TensorPlace
+from megatrain_io.layout import Chunk, Durability, ModelLayout, TensorPlace
 from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
+from megatrain_io.precision import DTYPES, FORMATS
 from megatrain_io.probe import probe
 from megatrain_io.run import Precision, RunFolder, RunInfo, storage_errors, sync_folder
 from megatrain_io.safetensors_files import Checkpoint, ShardPlan, ShardWriter, index_of, plan_shards
@@ -41,8 +42,6 @@ TensorReader = Callable[[TensorPlace, int, int], Tensor]
 Progress = Callable[[int, int], None]
 """``progress(done, total)``, in chunks."""
 
-_FORMATS: dict[Precision, StateFormat] = {"bf16": "bf16", "fp32": "f32"}
-_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -143,12 +142,12 @@ def import_model(  # noqa: PLR0913 - as create_store
     with Checkpoint(folder.weight_files()) as files:
         config = folder.config()
         companions = folder.companions()
-        names = HubNames(config, _DTYPES[precision])
+        names = HubNames(config, DTYPES[precision])
         plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
         _check_values(files, names, plan, config.model_type)
-        cut = CutModel(config, _DTYPES[precision], probe(config))
+        cut = CutModel(config, DTYPES[precision], probe(config))
         parts, blocks = model_parts(cut), len(cut.blocks)
-        layout = ModelLayout.build(parts, blocks, _FORMATS[precision], chunk_parameters, durability)
+        layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
         with storage_errors(run.path, _NOTHING_LEFT), ExitStack() as undo:
             _make_folder(run.path, undo)
             # Let go before the folder is removed again, and not with what a finished import keeps.
@@ -228,7 +227,7 @@ def export_model(
     ):
         wanted: Precision = dtype or ("bf16" if state.layout.format == "bf16" else "fp32")
         folder = ModelFolder(run.model)
-        names = HubNames(folder.config(), _DTYPES[wanted])
+        names = HubNames(folder.config(), DTYPES[wanted])
         plan, shards = _plan_export(state.layout, names, wanted, shard_bytes)
         companions = folder.companions()
         _require_space(out, shards, [run.model / name for name in companions])
@@ -240,7 +239,7 @@ def export_model(
             _write_parameters(written, state, plan, wanted, progress)
         if len(shards) > 1:
             _write_text(partial / "model.safetensors.index.json", index_of(shards, state.layout.parameters))
-        config = _config_for_export(folder.raw_config, names.architecture, _DTYPES[wanted])
+        config = _config_for_export(folder.raw_config, names.architecture, DTYPES[wanted])
         _write_text(partial / "config.json", config)
         folder.copy(companions, partial)
         sync_folder(partial)
@@ -349,7 +348,7 @@ def _plan_export(
     tensors = [
         (
             name,
-            _FILE_DTYPES[names.buffer(plan.buffers[name]).dtype if name in plan.buffers else _DTYPES[dtype]],
+            _FILE_DTYPES[names.buffer(plan.buffers[name]).dtype if name in plan.buffers else DTYPES[dtype]],
             shape,
         )
         for name, shape in shapes.items()
@@ -413,8 +412,8 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _check_precision(option: str, value: str) -> None:
-    if value not in _DTYPES:
-        raise ConfigError(f"{option} is {value!r}: it must be one of {', '.join(_DTYPES)}")
+    if value not in DTYPES:
+        raise ConfigError(f"{option} is {value!r}: it must be one of {', '.join(DTYPES)}")
 
 
 def _refuse_what_is_in_the_way(run: RunFolder, stores: Sequence[Path]) -> None:

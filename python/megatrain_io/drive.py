@@ -17,12 +17,12 @@ from rich.filesize import decimal
 from megatrain_io.errors import MegatrainIoError
 
 __all__ = [
-    "NETWORK",
     "Mount",
     "direct_io",
     "drive_texts",
     "drive_warnings",
     "examine_drive",
+    "is_network",
     "mount_of",
     "parse_choice",
     "parse_mountinfo",
@@ -32,7 +32,7 @@ __all__ = [
     "spins",
 ]
 
-NETWORK = {
+_NETWORK = {
     "9p",
     "afs",
     "beegfs",
@@ -113,6 +113,11 @@ def spins(rotational: str | None, device: Path, model: str | None) -> bool | Non
     return rotational.strip() == "1"
 
 
+def is_network(kind: str) -> bool:
+    """Whether a file system of this type lies on another machine, or is shared with one."""
+    return kind in _NETWORK or kind.startswith("fuse.sshfs")
+
+
 def drive_warnings(mount: Mount, *, rotational: bool | None, usb: bool) -> list[str]:
     """What speaks against a store on this mount, one sentence each."""
     point, kind = mount.point, mount.kind
@@ -121,7 +126,7 @@ def drive_warnings(mount: Mount, *, rotational: bool | None, usb: bool) -> list[
         found.append(
             f"{point} is a Windows drive seen through {kind}, which is slow. Put the store inside WSL, e.g. ~/mt"
         )
-    elif kind in NETWORK or kind.startswith("fuse.sshfs"):
+    elif is_network(kind):
         found.append(f"{point} is a network or shared file system ({kind}). Put the store on a local drive")
     elif kind in _IN_RAM:
         found.append(f"{point} is {kind}: that is RAM, and gone after a restart. Put the store on a drive")

@@ -10,7 +10,7 @@ from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.schedule import build_schedule
 from megatrain_io.step import LOGITS_BYTES, hidden_nbytes, rehearse, slice_tokens
 
-__all__ = ["divided", "fit", "saved_inputs_of", "step_needs"]
+__all__ = ["divided", "saved_inputs_of", "step_needs"]
 
 
 def step_needs(
@@ -39,31 +39,6 @@ def divided(
     borrows = bool(cut.epilogue_borrowed)
     schedule = build_schedule(layout, borrows_prologue=borrows, training=True)
     return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram, keeps=keeps)
-
-
-def fit(
-    cut: CutModel,
-    layout: ModelLayout,
-    micro_batches: Sequence[MicroBatch],
-    *,
-    tables: int,
-    ram: int,
-    keeps: bool = False,
-) -> MemoryPlan:
-    """Divide ``ram`` bytes for training steps on ``micro_batches`` or smaller ones.
-
-    Args:
-        cut: the model without its parameters.
-        layout: of its store, which need not be there.
-        micro_batches: of the largest step.
-        tables: bytes that the store itself takes when it is open.
-        ram: bytes that the ledger may come to.
-        keeps: whether gradients wait until the norm of all is known.
-
-    Raises:
-        DoesNotFitError: it is too small; says what would do.
-    """
-    return divided(cut, layout, step_needs(cut, layout, micro_batches, tables), ram=ram, keeps=keeps)
 
 
 def saved_inputs_of(plan: MemoryPlan, scratch: Sequence[Path]) -> SavedInputsBudget:

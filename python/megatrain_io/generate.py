@@ -21,14 +21,13 @@ from transformers.generation.logits_process import (
 from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import ConfigError, DataError
 from megatrain_io.model import CutModel, MicroBatch
+from megatrain_io.precision import DTYPES
 from megatrain_io.probe import probe
 from megatrain_io.run import RunFolder
 from megatrain_io.stream import PagedModel, clear_frames
 from megatrain_io.swap import Engine, PagedState
 
 __all__ = ["Generator", "next_tokens"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def next_tokens(
@@ -146,7 +145,7 @@ class Generator:
         try:
             config = AutoConfig.from_pretrained(run.model, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)
-            model = PagedModel(CutModel(config, _DTYPES[info.precision], probe(config)), state)
+            model = PagedModel(CutModel(config, DTYPES[info.precision], probe(config)), state)
             state.start(model.pool_sizes(training=False))
             return cls(model, tokenizer, _stop_tokens(run.model, config, tokenizer))
         except BaseException:

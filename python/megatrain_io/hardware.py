@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatrain_io.config_values import Size
-from megatrain_io.drive import NETWORK, examine_drive, read_mounts
+from megatrain_io.drive import examine_drive, is_network, read_mounts
 from megatrain_io.errors import ConfigError
 from megatrain_io.profile import DriveProfile, Profile
 from megatrain_io.smart import read_smart
@@ -124,14 +124,16 @@ def this_machine(
     """The machine that this runs on: its drives as they are now, its rates as ``bench`` measured them.
 
     Args:
-        folders: where the store's files would lie, one on each drive.
+        folders: where the store's files would lie; those on one file system share its drive.
         ram: bytes that training may use.
         precision: compute dtype.
         profile: what was measured; without one there are no rates.
         asks_drives: whether the drives are asked for their wear.
     """
     mounts = read_mounts()
-    found = [examine_drive(folder, mounts) for folder in folders]
+    examined = [examine_drive(folder, mounts) for folder in folders]
+    # Files that share a drive are no faster for being two, and take their room from the same.
+    found = {(each.get("mount_point", each["path"]), each.get("source")): each for each in examined}.values()
     measured = [
         None if profile is None else profile.drive(each.get("mount_point", ""), each.get("source", ""))
         for each in found
@@ -161,7 +163,7 @@ def _drive_here(about: dict[str, Any], rates: DriveProfile | None, *, asks: bool
     """A drive of this machine."""
     smart = read_smart(about.get("source")) if asks else None
     kind = about["file_system"]
-    is_remote = kind is not None and (kind in NETWORK or kind.startswith("fuse.sshfs"))
+    is_remote = kind is not None and is_network(kind)
     drive = Drive() if rates is None else _drive_of(rates)
     return drive.model_copy(
         update={
@@ -213,7 +215,7 @@ def load_hardware(machine: str) -> Hardware:
                 f"with megatrain-io: {', '.join(known)}"
             ) from error
     try:
-        return Hardware.model_validate(yaml.safe_load(text), strict=None)
+        return Hardware.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:

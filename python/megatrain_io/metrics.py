@@ -75,7 +75,8 @@ class TrainResult:
         parameters: of the model.
         read_bytes_per_parameter_and_step: by training steps of this start; None if it trained none.
         written_bytes_per_parameter_and_step: likewise.
-        written_bytes_total: over all starts, short of the last step of an earlier one.
+        written_bytes_total: over all starts: exact of this one and of those that paused; an earlier one that ended
+            otherwise is out by a step at most.
         peak_ram_bytes: largest resident memory of this process, libraries included.
         ledger: (current, peak) bytes of each account of the package.
         plan: what was planned beside what was measured, and their ratio; see ``Tally.compared``.

@@ -131,7 +131,7 @@ class Plan:
     scratch_bytes: int
     vram_bytes: int | None
     phases: Mapping[str, tuple[float, float]]
-    committing_bytes: float
+    committing_bytes: int
     updates_wait: bool
     time: StepTime | None
     tokens_to_hide_io: int | None
@@ -215,16 +215,16 @@ class Plan:
         """For a person."""
         rows = [("model", self._model_text()), ("machine", self.machine)]
         rows += [("does not fit", str(problem)) for problem in self.problems] or [("fits", "yes")]
-        rows.append(
-            ("drive", f"store {decimal(self.store_bytes)}, while it runs {decimal(self.scratch_bytes)} more")
-        )
+        scratch = "" if self.memory is None else f", while it runs {decimal(self.scratch_bytes)} more"
+        rows.append(("drive", f"store {decimal(self.store_bytes)}{scratch}"))
         if self.memory is not None:
             rows.append(("RAM", str(self.memory).removeprefix("RAM: ")))
         if self.process_bytes is not None:
             rows.append(("", f"the whole process {decimal(self.process_bytes)}"))
         if self.vram_bytes is not None:
             rows.append(("VRAM", f"{decimal(self.vram_bytes)} at least"))
-        rows += [*self._step_rows(), *self._variant_rows(), *self._run_rows()]
+        step = () if self.memory is None else (*self._step_rows(), *self._variant_rows())
+        rows += [*step, *self._run_rows()]
         rows += [("note", note) for note in self.notes]
         return "\n".join(f"{name:<14} {text}".rstrip() for name, text in rows)
 

@@ -164,7 +164,7 @@ def _empty(
         scratch_bytes=0,
         vram_bytes=None if device is None else vram_nbytes(candidate),
         phases={},
-        committing_bytes=0.0,
+        committing_bytes=0,
         updates_wait=gradients_of(candidate) == "keep",
         time=None,
         tokens_to_hide_io=None,

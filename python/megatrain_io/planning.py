@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from megatrain_io.calibration import measured_seconds, work_of
 from megatrain_io.candidate import Candidate, forget_schedules
@@ -21,6 +20,7 @@ from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
 from megatrain_io.planned import Plan, Prices
 from megatrain_io.planner import accumulation_that_hides_io, make_plan
+from megatrain_io.precision import DTYPES, FORMATS
 from megatrain_io.probe import probe
 from megatrain_io.profile import Profile, default_path
 from megatrain_io.program import StopKey
@@ -32,13 +32,11 @@ from megatrain_io.schedule import Phase
 from megatrain_io.stream import model_parts
 from megatrain_io.swap import store_memory
 
-__all__ = ["DTYPES", "calibrate", "layout_of", "plan", "ram_of"]
+__all__ = ["calibrate", "layout_of", "plan", "ram_of"]
 
 # The rest is for the libraries, the page cache and other programs.
 _SHARE_OF_FREE_RAM = 0.5
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_FORMATS: dict[str, Any] = {"bf16": "bf16", "fp32": "f32"}
 # A step of two blocks and the head that would take longer is not run for its time.
 _CALIBRATION_SECONDS = 2.0
 _NO_RATES = "no times: the drive beneath the store was not measured. Run megatrain-io bench DIR there once"
@@ -139,7 +137,7 @@ def _candidate(config: RunConfig, on: str | None) -> tuple[Candidate, Hardware]:
 def layout_of(config: RunConfig, cut: CutModel) -> ModelLayout:
     """That of the store which an import makes."""
     durability, precision = config.memory.durability, config.train.precision
-    return ModelLayout.build(model_parts(cut), len(cut.blocks), _FORMATS[precision], durability=durability)
+    return ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[precision], durability=durability)
 
 
 def ram_of(config: RunConfig) -> int:

@@ -18,7 +18,7 @@ StopKey = tuple[Phase, int]
 _PARTS_MAX, _PARTS_OF_ALL = 32, 2000
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Load:
     """Weights of a record on their way to compute."""
 
@@ -35,7 +35,7 @@ class Load:
     is_ready: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Update:
     """Part of a record on its way through planes, AdamW and the drive."""
 
@@ -55,7 +55,7 @@ class Update:
     is_read: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stop:
     """What compute does at once, and what it needs first."""
 
@@ -117,7 +117,11 @@ class Program:
             stop = stops.get((phase, owner))
             if stop is None:
                 stop = stops[phase, owner] = Stop(
-                    number, phase, owner, compute.get((phase, owner), 0.0), inputs=inputs.get(owner, 0.0)
+                    step=number,
+                    phase=phase,
+                    record=owner,
+                    seconds=compute.get((phase, owner), 0.0),
+                    inputs=inputs.get(owner, 0.0),
                 )
                 self.stops.append(stop)
             self._add_run(stop, kind, record, list(run), commits=commits)
@@ -133,13 +137,13 @@ class Program:
         if kind in {"load", "apply"}:
             weights = [(index, self._weight_bytes(part), len(part)) for index, part in enumerate(parts)]
             load = Load(
-                stop.step,
-                record,
-                deque(weights),
-                self.kind_of(record),
-                [self._scheduled.get((record, index), 0) for index in range(len(parts))],
-                kind == "apply",
-                len(parts),
+                begun=stop.step,
+                record=record,
+                pending=deque(weights),
+                kind=self.kind_of(record),
+                needs=[self._scheduled.get((record, index), 0) for index in range(len(parts))],
+                applies=kind == "apply",
+                missing=len(parts),
             )
             stop.loads.append(load)
             self.loads[load.kind].append(load)
@@ -169,18 +173,18 @@ class Program:
                 )
                 self.updates.append(
                     Update(
-                        stop.step,
-                        step,
-                        record,
-                        index,
-                        len(part),
-                        parameters,
-                        read,
-                        written,
-                        needs,
-                        applies,
-                        load,
-                        has_slot,
+                        begun=stop.step,
+                        step=step,
+                        record=record,
+                        part=index,
+                        chunks=len(part),
+                        parameters=parameters,
+                        read=read,
+                        written=written,
+                        needs=needs,
+                        applies=applies,
+                        load=load,
+                        has_slot=has_slot,
                     )
                 )
 

@@ -185,7 +185,9 @@ class _Play:
     def _figure(self, number: int) -> SimulatedStep:
         figures = self._figures[number]
         seconds = sum(figures["phases"].values())
-        return SimulatedStep(seconds, figures["phases"], figures["busy"], figures["waits"])
+        return SimulatedStep(
+            seconds=seconds, phases=figures["phases"], busy=figures["busy"], waits=figures["waits"]
+        )
 
     def _cause(self, stop: Stop) -> str:
         """What compute waits for."""

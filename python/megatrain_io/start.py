@@ -18,7 +18,8 @@ from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
 from megatrain_io.planned import Plan
 from megatrain_io.planner import accumulation_that_hides_io, make_plan
-from megatrain_io.planning import DTYPES, calibrate, layout_of, ram_of
+from megatrain_io.planning import calibrate, layout_of, ram_of
+from megatrain_io.precision import DTYPES
 from megatrain_io.probe import probe
 from megatrain_io.profile import Profile, default_path
 from megatrain_io.program import StopKey

@@ -48,7 +48,7 @@ class RunStatus:
         step: last committed step.
         max_steps: last step of the run, once a step was done.
         loss: of that step.
-        written_bytes: written to the drive by training so far, over all starts.
+        written_bytes: written to the drive by training so far, over all starts: less than a step too much.
         last_stop: how the last process ended; None while one runs.
         in_use: who holds the store now.
         problem: why the store cannot be used, in a sentence.

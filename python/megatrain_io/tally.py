@@ -1,6 +1,7 @@
 """What steps took, against what was planned; and how much more may be written."""
 
 import statistics
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,42 +16,36 @@ _TB = 1e12
 _FIRST_STEPS = 2
 # What is written behind is counted a step or two late, and where commits are seldom they come to a few.
 _NEAR_STEPS = 4
+# Enough for averages; a run may have a million.
+_STEPS_MAX = 1024
 
 
 @dataclass
 class Tally:
-    """The steps of one start.
+    """The last steps of one start.
 
     Attributes:
         plan: of the run.
         commit_every: steps between two commits.
-        written_before: bytes of earlier starts.
         max_tbw: terabytes that the run may write.
     """
 
     plan: Plan
     commit_every: int
-    written_before: int
     max_tbw: float | None
-    _steps: list[StepReport] = field(default_factory=list)
+    _steps: deque[StepReport] = field(default_factory=lambda: deque(maxlen=_STEPS_MAX))
 
     def add(self, report: StepReport) -> None:
         """Take note of a step."""
         self._steps.append(report)
 
-    def written(self, measured: int, *, under_way: int = 0) -> float:
-        """Bytes that the run wrote so far, those of its last steps that are still on their way included.
-
-        Args:
-            measured: by the run so far.
-            under_way: steps that are not in the tally yet.
-        """
-        steps = len(self._steps) + under_way
-        return max(float(measured), self.written_before + steps * self.plan.written_bytes)
+    def at_most(self, measured: int, *, is_settled: bool) -> int:
+        """Bytes that the run wrote; until all is settled, with what may still be on its way: those of a step."""
+        return measured if is_settled else measured + self.plan.committing_bytes
 
     def is_near(self, measured: int) -> bool:
         """Whether the limit may be reached within the next steps: then each is committed, and counted to its end."""
-        return self.max_tbw is not None and self._beyond(self.written(measured), steps=_NEAR_STEPS)
+        return self.max_tbw is not None and self._beyond(measured, steps=_NEAR_STEPS)
 
     def check(self, measured: int, step: int) -> None:
         """Refuse one more step, after all that was written is counted.
@@ -65,15 +60,16 @@ class Tally:
                 "committed, and nothing is lost: raise memory.max_tbw and go on with --resume, or export"
             )
 
-    def _beyond(self, written: float, *, steps: int) -> bool:
+    def _beyond(self, written: int, *, steps: int) -> bool:
         return written + steps * self.plan.committing_bytes > (self.max_tbw or 0.0) * _TB
 
     def compared(self, ledger_peak: int, process_peak: int) -> dict[str, dict[str, Any]]:
         """Planned and measured figures by name, in the steady state where there were enough steps; RAM at its peak."""
-        steady = self._steps[_FIRST_STEPS:]
+        steps = list(self._steps)
+        steady = steps[_FIRST_STEPS:]
         if self.plan.updates_wait:
             steady = steady[:-1]  # the last one makes its own update, too
-        steady = steady[: len(steady) - len(steady) % self.commit_every] or steady or self._steps
+        steady = steady[: len(steady) - len(steady) % self.commit_every] or steady or steps
         if not steady:
             return {}
         plan = self.plan

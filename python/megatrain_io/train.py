@@ -66,6 +66,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
     Raises:
         MegatrainIoError: one of its kinds, as its message says.
         InterruptedRunError: Ctrl-C; the run can be resumed.
+        WearLimitError: one more step could write more than ``memory.max_tbw``; the run can be resumed.
     """
     started = time.monotonic()
     run = RunFolder(Path(config.output_dir))
@@ -194,7 +195,7 @@ class _Trainer:
         if memory is None:
             raise MegatrainIoError("a plan that fits without a division of RAM")
         commit_every = 1 if self._is_scratch else config.memory.commit_every
-        self._tally = Tally(planned, commit_every, self._written_before, config.memory.max_tbw)
+        self._tally = Tally(planned, commit_every, config.memory.max_tbw)
         scratch = [saved_inputs_file(store) for store in self._run.store_paths()]
         self._model = PagedModel(
             start.cut,
@@ -303,7 +304,7 @@ class _Trainer:
         except WearLimitError:
             if self._steps:
                 # How much was written is known to the byte now, and must be when the run goes on.
-                self._model.skip(self._blob_of(self.progress.step, under_way=0)(self.progress.loss))
+                self._model.skip(self._blob_of(self.progress.step, is_settled=True)(self.progress.loss))
                 self.settle()
             if self._is_scratch:
                 self._state.close()  # the step is kept only if this succeeds: its error is the one to tell
@@ -411,14 +412,14 @@ class _Trainer:
         indices = self._data.order.indices_for_step(step, batch * count)
         return [rows.micro_batch(indices[start : start + batch]) for start in range(0, batch * count, batch)]
 
-    def _blob_of(self, step: int, *, under_way: int = 1) -> Any:
+    def _blob_of(self, step: int, *, is_settled: bool = False) -> Any:
         def encode(loss: float) -> bytes:
             fields = asdict(self.progress) | {
                 "step": step,
                 "loss": loss,
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
-                "written_bytes": round(self._tally.written(self._written_total(), under_way=under_way)),
+                "written_bytes": self._tally.at_most(self._written_total(), is_settled=is_settled),
                 "environment": _environment(),
             }
             return TrainerState(**fields).encode()

@@ -21,7 +21,7 @@ class TrainerState:
         step: last step that was trained.
         settings: digest of all settings that decide the bits.
         data: SHA-256 of the tokenised data.
-        written_bytes: to the drive by training, over all starts.
+        written_bytes: to the drive by training, over all starts: at most so much, and exact where the run paused.
         loss: of that step.
         skipped_steps: of all so far; their gradients were not finite, and nothing was updated.
         eval_loss_before: held-out loss of the imported model.

@@ -5,7 +5,7 @@ import torch
 
 from megatrain_io.budget import StepNeeds, divide, smallest
 from megatrain_io.errors import ConfigError
-from megatrain_io.fitting import fit, saved_inputs_of
+from megatrain_io.fitting import divided, saved_inputs_of, step_needs
 from megatrain_io.layout import ModelLayout
 from megatrain_io.residents import resident_nbytes
 from megatrain_io.schedule import build_schedule
@@ -45,11 +45,11 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, c
         batches = [to_micro_batch(batch) for batch in case.steps[0]]
         borrows = bool(cut.epilogue_borrowed)
         assert tables == store_memory(layout.manifest({}))
-        needs = fit(cut, layout, batches, tables=tables, ram=1 << 40).needs
+        needs = step_needs(cut, layout, batches, tables)
         least = smallest(layout, needs, borrows_prologue=borrows, keeps=clips)
         everything = (16 if clips else 12) * layout.parameters + needs.saved_inputs
         ram = int(least + share * everything)
-        plan = fit(cut, layout, batches, tables=tables, ram=ram, keeps=clips)
+        plan = divided(cut, layout, needs, ram=ram, keeps=clips)
         model = PagedModel(
             cut,
             state,
@@ -96,10 +96,10 @@ def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
     with PagedState(*files(tmp_path / "store")) as state:
         cut, layout, tables = cut_model(CASE), state.layout, state.ledger.total()[0]
         batches = [to_micro_batch(batch) for batch in CASE.steps[1]]
-        needs = fit(cut, layout, batches, tables=tables, ram=1 << 40).needs
+        needs = step_needs(cut, layout, batches, tables)
         least = smallest(layout, needs, borrows_prologue=True)
         ram = int(least + share * (12 * layout.parameters + needs.saved_inputs))
-        plan = fit(cut, layout, batches, tables=tables, ram=ram)
+        plan = divided(cut, layout, needs, ram=ram)
         model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]))
         decay = CASE.hyperparameters.weight_decay
         state.start(

@@ -195,6 +195,7 @@ def test_too_little_ram_is_refused_with_both_numbers_and_the_nearest_that_fits_i
     on = machine(tmp_path)
     problem = refused(source / "model", on, **settings)
     assert "memory.ram is 1.7 MiB, and this training needs " in problem.reason
+    assert " bytes" not in str(mt.plan(source / "model", on=on, settings=SMALL | settings))
     assert problem.nearest
     nearest_fits(source / "model", on, problem, **settings)
     roomier = {**settings, "memory.ram": "8MiB"}
@@ -335,6 +336,16 @@ def test_this_machine_has_the_rates_that_bench_found(model, tmp_path, measured, 
     assert found.wear.is_typical
     if drive.source.startswith("/dev/"):
         assert found.wear.used_tb == pytest.approx(1.024)
+
+
+def test_folders_on_one_file_system_are_one_drive(tmp_path, measured, monkeypatch):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    together = hardware.this_machine(folders, MIB, "bf16", measured)
+    assert together == hardware.this_machine(folders[:1], MIB, "bf16", measured)
+    real = hardware.examine_drive
+    mounted = {folder: {"mount_point": str(folder), "source": "x"} for folder in folders}
+    monkeypatch.setattr(hardware, "examine_drive", lambda *args: real(*args) | mounted[args[0]])
+    assert len(hardware.this_machine(folders, MIB, "bf16", measured).drives) == 2
 
 
 def test_what_a_drive_says_of_its_wear_is_read_or_passed_over():

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megatrain_io.errors import InterruptedRunError, WearLimitError
-from runs import STEPS, check_equals, configured, metrics_of, planes_of, start
+from runs import STEPS, blob_of, check_equals, configured, metrics_of, planes_of, start
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,20 @@ def test_a_paused_run_goes_on_with_the_bits_of_one_that_was_not(source, tmp_path
 def test_a_limit_that_is_not_reached_changes_nothing(source, tmp_path, whole):
     start(configured(source, tmp_path / "run", memory={"max_tbw": 1.0}))
     check_equals(tmp_path / "run", whole)
+
+
+def test_what_was_written_is_known_however_often_the_run_paused(source, tmp_path, whole):
+    total, pauses = whole[2].written_bytes_total, (0.45, 0.65, 0.85)
+    for number, share in enumerate(pauses):
+        memory = {"max_tbw": share * total / 1e12}
+        with pytest.raises(WearLimitError):
+            start(configured(source, tmp_path / "run", memory=memory), resume=number > 0)
+        last = metrics_of(tmp_path / "run")[-1]
+        assert (
+            0
+            <= blob_of(tmp_path / "run")["written_bytes"] - last["written_bytes_total"]
+            < last["written_bytes"]
+        )
+    result, _ = start(configured(source, tmp_path / "run"), resume=True)
+    # A pause commits once more: table, blob and superblock.
+    assert 0 <= result.written_bytes_total - total <= len(pauses) * 24 * 1024

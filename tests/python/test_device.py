@@ -70,15 +70,10 @@ def plan(case, *, vram=1 << 40, slots=None, block_weights=2, block_gradients=2):
     return replace(made, pool=pool, saved_inputs=inputs)
 
 
-def inputs_nbytes(case):
-    """Bytes of the inputs of one block, for each step."""
-    width = case.config.hidden_size * case.dtype.itemsize
-    return [input_nbytes([batch["input_ids"].numel() * width for batch in step]) for step in case.steps]
-
-
 def per_block_nbytes(case):
-    """Of the largest step."""
-    return max(inputs_nbytes(case))
+    """Bytes of the inputs of one block in the largest step."""
+    width = case.config.hidden_size * case.dtype.itemsize
+    return max(input_nbytes([batch["input_ids"].numel() * width for batch in step]) for step in case.steps)
 
 
 def trained(path, case, device, **how):
@@ -154,11 +149,13 @@ def test_inputs_go_on_to_ram_and_from_there_to_the_drive(tmp_path):
     with opened(
         tmp_path / "store", case, device=device, vram=plan(case, slots=3), saved_inputs=budget
     ) as model:
-        losses = train(model, case)
-        planes = all_planes(model.state)
+        train(model, case, stop=1)
         assert (model.saved.plan.in_ram, model.saved.plan.on_drive) == (2, 4)
-        moved = 4 * sum(-(-nbytes // 4096) * 4096 for nbytes in inputs_nbytes(case))
-        assert model.saved.io_bytes() == (moved, moved)
+        before = model.saved.io_bytes()
+        losses = train(model, case)
+        moved = 4 * per_block
+        assert model.saved.io_bytes() == (before[0] + moved, before[1] + moved)
+        planes = all_planes(model.state)
     expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []

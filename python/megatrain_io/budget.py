@@ -17,6 +17,8 @@ _SMALL = 64 << 20
 _SCRATCH_TABLES = 512 << 10
 # Block buffers, chunk slots and gradient buffers, from what overlaps best to what a step cannot do without.
 _POOLS = ((3, 4, 2), (3, 2, 1), (2, 2, 1), (2, 1, 1))
+# The same where each holds a chunk.
+_CHUNK_POOLS = ((8, 4, 4), (4, 2, 2), (2, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class StepNeeds:
         activations: tensors of compute that are alive at once.
         saved_inputs: inputs of all blocks and micro-batches.
         saved_inputs_least: with all that can be on the drive instead.
+        inputs_per_block: of ``saved_inputs``; where compute has memory of its own, not those of all blocks.
+        by_chunk: whether it has: then buffers hold chunks on their way to it, and back.
         is_rehearsed: whether ``activations`` is known; if not it is 0, and comes on top of the budget.
     """
 
@@ -35,6 +39,8 @@ class StepNeeds:
     activations: int
     saved_inputs: int
     saved_inputs_least: int
+    inputs_per_block: int = 0
+    by_chunk: bool = False
     is_rehearsed: bool = True
 
     @property
@@ -134,9 +140,9 @@ def divide(
     """
 
     def size(slots: tuple[int, int, int], residents: Residents) -> PoolSizes:
-        return _pool(layout, slots, residents, borrows_prologue=borrows_prologue, keeps=keeps)
+        return _pool(layout, needs, slots, residents, borrows_prologue=borrows_prologue, keeps=keeps)
 
-    for sizes in _POOLS:
+    for sizes in _CHUNK_POOLS if needs.by_chunk else _POOLS:
         pool = size(sizes, Residents())
         if needs.always + needs.saved_inputs_at_least + mapped_nbytes(pool) <= ram:
             break
@@ -184,12 +190,14 @@ def divide(
 
 def smallest(layout: ModelLayout, needs: StepNeeds, *, borrows_prologue: bool, keeps: bool = False) -> int:
     """The least RAM that such a step can be done in."""
-    pool = _pool(layout, _POOLS[-1], Residents(), borrows_prologue=borrows_prologue, keeps=keeps)
+    slots = (_CHUNK_POOLS if needs.by_chunk else _POOLS)[-1]
+    pool = _pool(layout, needs, slots, Residents(), borrows_prologue=borrows_prologue, keeps=keeps)
     return needs.always + needs.saved_inputs_at_least + mapped_nbytes(pool)
 
 
 def _pool(
     layout: ModelLayout,
+    needs: StepNeeds,
     slots: tuple[int, int, int],
     residents: Residents,
     *,
@@ -203,6 +211,7 @@ def _pool(
         training=True,
         residents=residents,
         keeps=keeps,
+        by_chunk=needs.by_chunk,
         block_buffers=block_buffers,
         chunk_slots=chunk_slots,
         block_gradients=block_gradients,

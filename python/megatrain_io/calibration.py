@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
+from megatrain_io.device import Cpu, Device
 from megatrain_io.layout import ModelLayout, Record
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.program import StopKey
@@ -93,17 +92,22 @@ def _active(record: Record, config: object) -> int:
     return round(total)
 
 
-def measured_seconds(cut: CutModel, layout: ModelLayout, batch: MicroBatch) -> dict[StopKey, float]:
+def measured_seconds(
+    cut: CutModel, layout: ModelLayout, batch: MicroBatch, device: Device | None = None
+) -> dict[StopKey, float]:
     """Seconds of each stop for one micro-batch on this machine, when nothing else runs.
 
     The step itself is run, on two blocks, with weights that are made up: how long a product takes does not depend on
-    them. Medians of some rounds: the best would promise what a machine does in its best moments only.
+    them. Medians of some rounds: the best would promise what a machine does in its best moments only. On a device with
+    memory of its own the model computes from then on.
     """
+    device = device or Cpu()
+    cut.to(device.torch_device)
+    batch = batch.to(device.torch_device)
     stand_in = StandIn(layout)
-    clock = _Clock()
-    random_state = torch.get_rng_state()
+    clock = _Clock(device)
     cut.train()
-    try:
+    with device.random_state(), device.computing(), device.torch_device:
         while not clock.is_enough:
             step = Step(
                 cut,
@@ -112,6 +116,7 @@ def measured_seconds(cut: CutModel, layout: ModelLayout, batch: MicroBatch) -> d
                 [batch],
                 slice_tokens=slice_tokens(cut, LOGITS_BYTES),
                 span=clock.span,
+                device=device,
             )
             step.prologue()
             step.forward(saving=True)
@@ -120,8 +125,6 @@ def measured_seconds(cut: CutModel, layout: ModelLayout, batch: MicroBatch) -> d
             step.backward()
             step.prologue_backward()
             clock.next_round()
-    finally:
-        torch.set_rng_state(random_state)
     blocks = range(stand_in.layout.blocks)
     per_block = {
         phase: clock.median(*(f"{phase} block {index}" for index in blocks))
@@ -140,7 +143,8 @@ def measured_seconds(cut: CutModel, layout: ModelLayout, batch: MicroBatch) -> d
 class _Clock:
     """Times of each span; the first round warms up."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._times: dict[str, list[float]] = {}
         self._rounds = -1
         self._began = 0.0
@@ -160,6 +164,7 @@ class _Clock:
     def span(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
+        self._device.record("compute").wait()
         if self._rounds >= 0:
             self._times.setdefault(name, []).append(time.perf_counter() - began)
 

@@ -15,8 +15,17 @@ from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.planned import StepTime
 from megatrain_io.program import StopKey
 from megatrain_io.rows import blank_micro_batch
-from megatrain_io.schedule import ChunkOp, Gradients, Phase, build_schedule, flush_schedule, traffic
+from megatrain_io.schedule import (
+    ChunkOp,
+    Gradients,
+    Phase,
+    PoolSizes,
+    build_schedule,
+    flush_schedule,
+    traffic,
+)
 from megatrain_io.simulator import Rates, simulate
+from megatrain_io.vram import VramPlan
 
 __all__ = [
     "Candidate",
@@ -47,6 +56,7 @@ class Candidate:
         micro_batches: of the largest step.
         tables: bytes that the store itself takes when it is open.
         ram: bytes that training may take.
+        vram: of the memory of a device; None where the CPU computes.
         steps: of the run; None where it is not known.
         is_made: whether the store is there already.
     """
@@ -59,6 +69,7 @@ class Candidate:
     ram: int
     steps: int | None = None
     is_made: bool = False
+    vram: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -141,9 +152,10 @@ def _commits(candidate: Candidate) -> tuple[float, float]:
 
 def inputs_moved(candidate: Candidate, memory: MemoryPlan) -> dict[int, float]:
     """Bytes of inputs that go to the drive and come back, by record."""
-    budget = saved_inputs_of(memory, [candidate.config.output_dir / "inputs"])
-    blocks = candidate.layout.blocks
-    plan = saved_inputs_plan(blocks, memory.needs.saved_inputs // blocks, budget.ram_bytes)
+    budget, needs = saved_inputs_of(memory, [candidate.config.output_dir / "inputs"]), memory.needs
+    # Those of the last blocks stay where they are computed, if that has memory of its own.
+    blocks = needs.saved_inputs // max(1, needs.inputs_per_block)
+    plan = saved_inputs_plan(blocks, needs.inputs_per_block, budget.ram_bytes)
     if not plan.on_drive:
         return {}
     return {
@@ -190,6 +202,7 @@ def step_time(
     hardware: Hardware,
     gradients: Gradients,
     *,
+    vram: VramPlan | None = None,
     is_measured: bool = False,
 ) -> StepTime:
     """Seconds of a step in the steady state."""
@@ -201,7 +214,7 @@ def step_time(
     played = simulate(
         [(first if index == 0 else then, commits) for index, commits in enumerate(pattern)],
         candidate.layout,
-        memory.pool,
+        memory.pool if vram is None else _pool_on_device(candidate, memory, vram),
         compute,
         _rates(candidate, hardware),
         residents=memory.residents,
@@ -224,6 +237,29 @@ def step_time(
         waits=mean("waits"),
         compute=sum(compute.values()),
         is_measured=is_measured,
+    )
+
+
+def _pool_on_device(candidate: Candidate, memory: MemoryPlan, vram: VramPlan) -> PoolSizes:
+    """Buffers that records pass through, as the simulation knows them: those of the device."""
+
+    def outer(kinds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        sizes = [size for kind, size in kinds.items() if kind != "block"]
+        return max(nbytes for nbytes, _ in sizes), sum(count for _, count in sizes)
+
+    def block(kinds: Mapping[str, tuple[int, int]], needed: list[int]) -> tuple[int, int]:
+        nbytes, count = kinds["block"]
+        # Smaller records than a block have buffers of their own there, and none in the simulation.
+        return nbytes, count + sum(each <= nbytes for each in needed)
+
+    layout, pool = candidate.layout, vram.pool
+    others = [record for record in (layout.prologue, layout.epilogue) if record is not None]
+    return PoolSizes(
+        memory.pool.chunk_slots,
+        block(pool.weights, [layout.record_weight_bytes(record) for record in others]),
+        outer(pool.weights),
+        block(pool.gradients, [layout.record_gradient_bytes(record) for record in others]),
+        outer(pool.gradients),
     )
 
 

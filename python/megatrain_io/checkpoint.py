@@ -7,7 +7,7 @@ read one less before its input is: traffic is as smooth as the compute, and the 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +161,8 @@ class SavedInputs:
         self._moved_before = [0, 0]
         self.plan = SavedInputsPlan(0, 0, 0, 0, 0)
         """Of the step for which was reserved last."""
+        self.before_release: Callable[[], None] = lambda: None
+        """Called before the RAM of inputs is given back, in whole."""
         self.stalled_seconds = 0.0
         """For which compute waited for the drive."""
         if self._budget.scratch:
@@ -238,6 +240,10 @@ class SavedInputs:
             slot = block % len(self._slots)
             self._transfers[slot] = self._scratch.read(before, self._slots[slot])
 
+    def memory(self) -> list[Tensor]:
+        """The RAM that inputs are in now, in as many pieces as it has."""
+        return self._slots if self._scratch is not None else [self._arena] if self._arena.nbytes else []
+
     def io_bytes(self) -> tuple[int, int]:
         """Bytes read from and written to the drive so far."""
         read, written = self._scratch.io_bytes() if self._scratch else (0, 0)
@@ -247,6 +253,7 @@ class SavedInputs:
         """Give room and RAM back; ``reserve`` makes them anew."""
         self._let_end()
         self._moved_before = list(self.io_bytes())
+        self.before_release()
         self._slots, self._arena = [], torch.empty(0, dtype=torch.uint8)
         scratch, self._scratch, self._failed = self._scratch, None, False
         if scratch is not None:
@@ -257,12 +264,14 @@ class SavedInputs:
         nbytes = blocks * per_block
         self._slots = []
         if nbytes > self._arena.nbytes:
+            self.before_release()
             self._arena = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
             self._arena = allocate(nbytes, self._ledger, ACCOUNT)
         self._slots = [self._arena[block * per_block : (block + 1) * per_block] for block in range(blocks)]
 
     def _reserve_slots(self, plan: SavedInputsPlan) -> None:
         """A ring of slots in the RAM that the scratch file is moved through, and the file if there is none."""
+        self.before_release()
         self._slots, self._arena = [], torch.empty(0, dtype=torch.uint8)
         budget = self._budget
         if self._scratch is None:

@@ -16,8 +16,8 @@ from megatrain_io.errors import ConfigError, CorruptionError, DoesNotFitError, S
 from megatrain_io.outcome import command
 
 if TYPE_CHECKING:
+    from megatrain_io.damage import Damage
     from megatrain_io.leftovers import Leftover, Leftovers
-    from megatrain_io.swap import Damage
 
 __all__ = ["app"]
 

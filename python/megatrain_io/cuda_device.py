@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatrain_io.config import RunConfig
 from megatrain_io.device import Accounts, Cpu, Device, Event, Stream
 from megatrain_io.errors import ConfigError, DoesNotFitError, UnsupportedError
+from megatrain_io.vram import CONTEXT_NBYTES
 
-__all__ = ["CONTEXT_NBYTES", "Cuda", "device_for"]
-
-CONTEXT_NBYTES = 600 << 20
-"""What CUDA, cuBLAS and fragments of the allocator take, besides tensors."""
+__all__ = ["Cuda", "best_device", "device_for", "gpu_here"]
 
 # Copies on their way through memory of the driver, where the pool could not be registered.
 _RING = 4
@@ -263,18 +262,17 @@ class Cuda:
             torch.zeros(1, device=self.torch_device)
 
 
-def device_for(name: str, *, precision: str, vram: int | None = None) -> Device:
-    """What computes.
+def device_for(config: RunConfig) -> Device:
+    """What computes a run.
 
     Args:
-        name: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one.
-        precision: compute dtype.
-        vram: bytes of its memory that may be taken; None = what is free.
+        config: ``train.device``, ``train.precision`` and ``memory.vram`` of it.
 
     Raises:
         UnsupportedError: there is no GPU that torch can use.
         ConfigError: it does not compute in that precision, or there is no VRAM to bound.
     """
+    name, vram = config.train.device, config.memory.vram
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         if vram is not None:
             raise ConfigError(
@@ -283,12 +281,29 @@ def device_for(name: str, *, precision: str, vram: int | None = None) -> Device:
             )
         return Cpu()
     device = Cuda(vram)
-    if precision == "bf16" and not device.has_bf16:
+    if config.train.precision == "bf16" and not device.has_bf16:
         raise ConfigError(
             f"{device.name} does not compute in bf16: set train.precision=fp32 (an imported run keeps its precision: "
             "choose a new output_dir)"
         )
     return device
+
+
+def best_device(precision: str) -> Device:
+    """A GPU that computes in this precision, or else the CPU."""
+    if torch.cuda.is_available():
+        gpu = Cuda()
+        if precision != "bf16" or gpu.has_bf16:
+            return gpu
+    return Cpu()
+
+
+def gpu_here(name: str) -> tuple[str, int] | None:
+    """Name and free bytes of the GPU that would compute for this ``train.device``, if any."""
+    if name == "cpu" or not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return torch.cuda.get_device_name(), free
 
 
 def _as(memory: Tensor, like: Tensor) -> Tensor:

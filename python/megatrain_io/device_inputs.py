@@ -7,6 +7,7 @@ their number.
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -52,6 +53,8 @@ class DeviceInputs:
         self._left: list[Event] = []
         self._came: list[Event] = []
         self._in_host = 0
+        self._pins, self._is_pinned = ExitStack(), False
+        host.before_release = self._unpin
         self._finished = 0
         self._coming: deque[tuple[int, Event]] = deque()
         state.also.append(self._bring_in)
@@ -90,7 +93,7 @@ class DeviceInputs:
             and count == len(self._slots)
             and self._in_host == blocks - count
         ):
-            self.host.reserve(self._in_host, hidden_nbytes)
+            self._reserve_host(hidden_nbytes)
         else:
             self._cut(blocks, count, hidden_nbytes)
         self._finished = 0
@@ -101,7 +104,7 @@ class DeviceInputs:
     def _cut(self, blocks: int, count: int, hidden_nbytes: Sequence[int]) -> None:
         per_block = input_nbytes(hidden_nbytes)
         self._in_host = blocks - count
-        self.host.reserve(self._in_host, hidden_nbytes)
+        self._reserve_host(hidden_nbytes)
         self._nbytes = list(hidden_nbytes)
         self._offsets = [input_nbytes(hidden_nbytes[:index]) for index in range(len(hidden_nbytes))]
         self._like = [torch.empty(0)] * len(hidden_nbytes)
@@ -110,6 +113,17 @@ class DeviceInputs:
             self._slots, self._memory = [], []  # the old ones go before the new ones come
             self._memory = [self._device.allocate(per_block, "saved inputs") for _ in range(count)]
         self._slots = self._memory[:count]
+
+    def _reserve_host(self, hidden_nbytes: Sequence[int]) -> None:
+        self.host.reserve(self._in_host, hidden_nbytes)
+        if not self._is_pinned:
+            self._is_pinned = True
+            for memory in self.host.memory():
+                self._pins.enter_context(self._device.pin(memory))
+
+    def _unpin(self) -> None:
+        self._is_pinned = False
+        self._pins.close()
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
         """Keep a copy of the input [B, T, H] of ``block``; behind what leaves its slot."""

@@ -1,6 +1,7 @@
 """What training a model needs, and how a budget of RAM is divided for it: known before anything is read or written."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatrain_io.budget import MemoryPlan, StepNeeds, divide
@@ -9,8 +10,12 @@ from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.schedule import build_schedule
 from megatrain_io.step import LOGITS_BYTES, hidden_nbytes, rehearse, slice_tokens
+from megatrain_io.vram import CONTEXT_NBYTES, VramPlan, divide_vram, least_vram
 
-__all__ = ["divided", "saved_inputs_of", "step_needs"]
+__all__ = ["divided", "least_on_device", "on_device", "saved_inputs_of", "step_needs"]
+
+# Of the table that the pipeline has of chunks, where it moves them one by one: the most, a chunk.
+_BY_CHUNK_TABLES = 96
 
 
 def step_needs(
@@ -24,7 +29,47 @@ def step_needs(
         activations=activations or 0,
         saved_inputs=layout.blocks * per_block,
         saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
+        inputs_per_block=per_block,
         is_rehearsed=activations is not None,
+    )
+
+
+def on_device(
+    cut: CutModel, layout: ModelLayout, needs: StepNeeds, *, vram: int
+) -> tuple[VramPlan, StepNeeds]:
+    """Divide ``vram`` bytes for steps that need ``needs``; and what RAM is left to hold.
+
+    Raises:
+        DoesNotFitError: it is too small; says what would do.
+    """
+    per_block = needs.inputs_per_block
+    plan = divide_vram(
+        layout,
+        borrows_prologue=bool(cut.epilogue_borrowed),
+        vram=vram,
+        context=CONTEXT_NBYTES,
+        activations=needs.activations,
+        inputs_per_block=per_block,
+    )
+    left = needs.saved_inputs - plan.saved_inputs
+    return plan, replace(
+        needs,
+        tables=needs.tables + _BY_CHUNK_TABLES * len(layout.chunks),
+        activations=0,
+        saved_inputs=left,
+        saved_inputs_least=least_saved_inputs(left // per_block if per_block else 0, per_block),
+        by_chunk=True,
+    )
+
+
+def least_on_device(cut: CutModel, layout: ModelLayout, needs: StepNeeds) -> int:
+    """The least VRAM that steps which need ``needs`` can be done in."""
+    return least_vram(
+        layout,
+        borrows_prologue=bool(cut.epilogue_borrowed),
+        context=CONTEXT_NBYTES,
+        activations=needs.activations,
+        inputs_per_block=needs.inputs_per_block,
     )
 
 

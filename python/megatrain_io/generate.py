@@ -2,7 +2,7 @@
 
 from collections.abc import Generator as Yields
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +18,17 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from megatrain_io.cuda_device import best_device
+from megatrain_io.device import Device
 from megatrain_io.device_state import DeviceState
-from megatrain_io.errors import ConfigError, DataError
+from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.precision import DTYPES
 from megatrain_io.probe import probe
 from megatrain_io.run import RunFolder
 from megatrain_io.stream import PagedModel, clear_frames
 from megatrain_io.swap import Engine, PagedState
+from megatrain_io.vram import CONTEXT_NBYTES, divide_vram
 
 __all__ = ["Generator", "next_tokens"]
 
@@ -133,8 +136,13 @@ class Generator:
         self._stop = stop
 
     @classmethod
-    def open(cls, run_dir: Path, engine: Engine = "auto") -> Self:
+    def open(cls, run_dir: Path, engine: Engine = "auto", device: Device | None = None) -> Self:
         """Open a run folder with the newest committed weights.
+
+        Args:
+            run_dir: of a run that was trained or imported.
+            engine: how bytes move.
+            device: what computes; None = a GPU if there is one with room for a block, else the CPU.
 
         Raises:
             ConfigError: no run folder; and what opening a store raises.
@@ -145,8 +153,9 @@ class Generator:
         try:
             config = AutoConfig.from_pretrained(run.model, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)
-            model = PagedModel(CutModel(config, DTYPES[info.precision], probe(config)), state)
-            state.start(model.pool_sizes(training=False))
+            cut = CutModel(config, DTYPES[info.precision], probe(config))
+            model = _on_device(cut, state, device or best_device(info.precision))
+            state.start(model.pool_sizes(training=False), by_chunk=model.device.has_own_memory)
             return cls(model, tokenizer, _stop_tokens(run.model, config, tokenizer))
         except BaseException:
             state.close()
@@ -193,6 +202,7 @@ class Generator:
     def close(self) -> None:
         """Close the store."""
         self._model.state.close()
+        self._model.device.close()
 
     def __enter__(self) -> Self:
         return self
@@ -216,6 +226,24 @@ class Generator:
         with closing(next_tokens(self._model, ids, pick, self._stop)) as following:
             tokens = list(islice(following, max_new_tokens))
         return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _on_device(cut: CutModel, state: PagedState, device: Device) -> PagedModel:
+    """A model that only passes forward; on the CPU, if the device has no room for a block."""
+    if device.has_own_memory:
+        with suppress(DoesNotFitError):
+            vram = divide_vram(
+                state.layout,
+                borrows_prologue=bool(cut.epilogue_borrowed),
+                vram=device.vram,
+                context=CONTEXT_NBYTES,
+                activations=0,
+                inputs_per_block=0,
+                training=False,
+            )
+            return PagedModel(cut, state, device=device, vram=vram)
+        device.close()
+    return PagedModel(cut, state)
 
 
 def _stop_tokens(folder: Path, config: AutoConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -56,7 +56,7 @@ class Device(_Section):
     """as it is sold"""
     vram: Size
     """bytes of its memory"""
-    tflops: Positive
+    tflops: Positive | None = None
     """10^12 bf16 operations a second that training reaches, not those of the data sheet"""
 
 
@@ -119,6 +119,7 @@ def this_machine(
     precision: str,
     profile: Profile | None = None,
     *,
+    gpu: tuple[str, int] | None = None,
     asks_drives: bool = False,
 ) -> Hardware:
     """The machine that this runs on: its drives as they are now, its rates as ``bench`` measured them.
@@ -128,6 +129,7 @@ def this_machine(
         ram: bytes that training may use.
         precision: compute dtype.
         profile: what was measured; without one there are no rates.
+        gpu: name and bytes of memory of what computes, if it is not the CPU.
         asks_drives: whether the drives are asked for their wear.
     """
     mounts = read_mounts()
@@ -141,18 +143,23 @@ def this_machine(
     drives = tuple(
         _drive_here(about, rates, asks=asks_drives) for about, rates in zip(found, measured, strict=True)
     )
+    device = None if gpu is None else Device(name=gpu[0], vram=gpu[1])
     if profile is None:
-        return Hardware(name="this machine", ram=ram, drives=drives)
+        return Hardware(name="this machine", ram=ram, drives=drives, device=device)
     cpu, matmul = profile.cpu, profile.matmul
     tflops = None
-    if matmul is not None and matmul.device == "cpu":
+    # Measured where it will compute, or not at all.
+    if matmul is not None and (matmul.device == "cpu") == (gpu is None):
         tflops = (matmul.bf16 if precision == "bf16" else matmul.fp32) / 1e3
+    if device is not None:
+        device = device.model_copy(update={"tflops": tflops})
     flushes = [each.flush.sync_median + 2 * each.flush.durable_write_median for each in measured if each]
     return Hardware(
         name=f"this machine ({profile.machine.cpu or profile.machine.host}, {profile.machine.threads} threads)",
         ram=ram,
         drives=drives,
-        cpu_tflops=tflops,
+        device=device,
+        cpu_tflops=tflops if device is None else None,
         checksum_gb_per_s=cpu.checksum.gb_per_s,
         adamw_parameters_per_s=cpu.adamw_split if precision == "bf16" else cpu.adamw_f32,
         commit_seconds=max(flushes, default=0.0),

@@ -8,6 +8,7 @@ from rich.filesize import decimal
 
 from megatrain_io.budget import MemoryPlan
 from megatrain_io.errors import DoesNotFitError
+from megatrain_io.vram import VramPlan
 
 __all__ = ["Plan", "Prices", "Problem", "StepTime", "Variant", "Wear"]
 
@@ -104,6 +105,7 @@ class Plan:
         process_bytes: the most that the process takes, libraries included.
         store_bytes: on the drives, for ever.
         scratch_bytes: on the drives while it runs: inputs of blocks, gradients that wait.
+        vram: how the memory of a GPU is divided; None without one, or where it does not fit.
         vram_bytes: the least on the GPU; None without one.
         phases: bytes read and written, by phase of a step.
         committing_bytes: the most that a step writes: one that commits, and whose guess, if it makes one, was wrong.
@@ -129,6 +131,7 @@ class Plan:
     process_bytes: int | None
     store_bytes: int
     scratch_bytes: int
+    vram: VramPlan | None
     vram_bytes: int | None
     phases: Mapping[str, tuple[float, float]]
     committing_bytes: int
@@ -178,8 +181,7 @@ class Plan:
 
     def summary(self) -> Iterator[str]:
         """What is said of it at the beginning of a run: a line for RAM, one for a step."""
-        if self.memory is not None:
-            yield str(self.memory)
+        yield from (str(each) for each in (self.vram, self.memory) if each is not None)
         moved = (
             f"{decimal(round(self.read_bytes))} read and {decimal(round(self.written_bytes))} written a step"
         )
@@ -190,7 +192,9 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All figures, of plain types."""
-        found = asdict(replace(self, memory=None))
+        found = asdict(replace(self, memory=None, vram=None))
+        if self.vram is not None:
+            found["vram"] = asdict(self.vram) | {"total": self.vram.total}
         if self.memory is not None:
             memory = self.memory
             found["memory"] = {
@@ -223,6 +227,8 @@ class Plan:
             rows.append(("", f"the whole process {decimal(self.process_bytes)}"))
         if self.vram_bytes is not None:
             rows.append(("VRAM", f"{decimal(self.vram_bytes)} at least"))
+        if self.vram is not None:
+            rows.append(("", str(self.vram).removeprefix("VRAM: ")))
         step = () if self.memory is None else (*self._step_rows(), *self._variant_rows())
         rows += [*step, *self._run_rows()]
         rows += [("note", note) for note in self.notes]

@@ -17,21 +17,20 @@ from megatrain_io.candidate import (
     written_by_commit,
 )
 from megatrain_io.errors import ConfigError, DoesNotFitError
-from megatrain_io.fitting import divided, step_needs
+from megatrain_io.fitting import divided, least_on_device, on_device, step_needs
 from megatrain_io.hardware import Hardware
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import MicroBatch
 from megatrain_io.planned import Plan, Prices, Problem, Variant, Wear
 from megatrain_io.program import StopKey
 from megatrain_io.simulator import StandstillError
+from megatrain_io.vram import VramPlan
 
 if TYPE_CHECKING:
     from megatrain_io.schedule import Gradients
 
 __all__ = ["accumulation_that_hides_io", "make_plan"]
 
-# What CUDA, cuBLAS and the allocator's fragments take on a GPU, besides tensors.
-_CUDA_NBYTES = 600 << 20
 # Typical of consumer drives: full writes of the whole drive that it is rated for.
 _TYPICAL_DRIVE_WRITES = 600
 _LENGTH_LEAST = 32
@@ -66,10 +65,9 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         variants: whether to say what changes would do.
         notes: for the person.
     """
-    needs = step_needs(candidate.cut, candidate.layout, candidate.micro_batches, candidate.tables)
-    if hardware.device is not None:
-        needs = replace(needs, activations=0)  # those are on the GPU
-    memory, problems = _problems(candidate, needs, hardware, usable)
+    vram, needs, problems = _needs(candidate, hardware)
+    memory, others = _problems(candidate, needs, hardware, usable)
+    problems = (*problems, *others)
     work = work_of(candidate.cut, candidate.layout, [_shape(batch) for batch in candidate.micro_batches])
     seconds = _compute(work, hardware, compute)
     plan = _empty(candidate, hardware, work, prices, problems, notes)
@@ -80,7 +78,15 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     time = None
     if seconds is not None:
         try:
-            time = step_time(candidate, memory, seconds, hardware, gradients, is_measured=compute is not None)
+            time = step_time(
+                candidate,
+                memory,
+                seconds,
+                hardware,
+                gradients,
+                vram=vram,
+                is_measured=compute is not None,
+            )
         except StandstillError as error:
             plan = replace(plan, notes=(*plan.notes, f"no times: {error}. Please report this"))
     written = sum(each for _, each in phases.values())
@@ -97,6 +103,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     return replace(
         plan,
         memory=memory,
+        vram=vram,
         ledger_bytes=memory.total - memory.needs.heap,
         process_bytes=process_nbytes(memory, libraries, is_warm=compute is not None) if libraries else None,
         scratch_bytes=round(scratch_nbytes(candidate, memory)),
@@ -104,7 +111,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         committing_bytes=committing,
         time=time,
         tokens_to_hide_io=(None if seconds is None else hiding_tokens(candidate, phases, hardware, seconds)),
-        variants=_variants(candidate, needs, hardware, seconds) if variants else (),
+        variants=_variants(candidate, vram, needs, hardware, seconds) if variants else (),
         wear=None if candidate.steps is None else _wear(candidate.steps * written, hardware),
     )
 
@@ -158,6 +165,7 @@ def _empty(
         tokens_per_step=candidate.tokens,
         steps=candidate.steps,
         memory=None,
+        vram=None,
         ledger_bytes=None,
         process_bytes=None,
         store_bytes=store_nbytes(candidate.layout),
@@ -197,16 +205,9 @@ def scratch_nbytes(candidate: Candidate, memory: MemoryPlan) -> float:
 
 
 def vram_nbytes(candidate: Candidate) -> int:
-    """The least on a GPU: one block's weights and gradient, tensors of computing one micro-batch, CUDA itself."""
-    layout = candidate.layout
-    largest = max(range(len(layout.records)), key=layout.record_weight_bytes)
-    activations = step_needs(candidate.cut, layout, candidate.micro_batches[:1], 0).activations
-    return (
-        layout.record_weight_bytes(largest)
-        + layout.record_gradient_bytes(largest)
-        + activations
-        + _CUDA_NBYTES
-    )
+    """The least on a GPU."""
+    cut, layout = candidate.cut, candidate.layout
+    return least_on_device(cut, layout, step_needs(cut, layout, candidate.micro_batches, candidate.tables))
 
 
 def _wear(written: float, hardware: Hardware) -> Wear:
@@ -221,6 +222,27 @@ def _wear(written: float, hardware: Hardware) -> Wear:
 
 
 # ----------------------------------------------------------------------------------------------- fitting
+
+
+def _needs(
+    candidate: Candidate, hardware: Hardware
+) -> tuple[VramPlan | None, StepNeeds, tuple[Problem, ...]]:
+    """How VRAM is divided, if there is any; what is left to RAM; and why the VRAM is not enough."""
+    cut, layout = candidate.cut, candidate.layout
+    needs = step_needs(cut, layout, candidate.micro_batches, candidate.tables)
+    if hardware.device is None or candidate.vram is None:
+        return None, needs, ()
+    vram, least = candidate.vram, least_on_device(cut, layout, needs)
+    if least <= vram:
+        return *on_device(cut, layout, needs, vram=vram), ()
+    asked = candidate.config.memory.vram
+    has = f"memory.vram is {_size(vram)}" if asked == vram else f"{hardware.device.name} has {_size(vram)}"
+    problem = Problem(
+        f"a step needs {-(-least // 2**20)} MiB of VRAM at least, and {has}",
+        _nearest_rows(candidate, hardware),
+    )
+    # As if it were just enough.
+    return None, on_device(cut, layout, needs, vram=least)[1], (problem,)
 
 
 def _problems(
@@ -242,14 +264,6 @@ def _problems(
             )
         )
     found += _drive_problems(candidate, memory, hardware)
-    device = hardware.device
-    if device is not None and (vram := vram_nbytes(candidate)) > device.vram:
-        found.append(
-            Problem(
-                f"a step needs {_size(vram)} of VRAM at least, and {device.name} has {_size(device.vram)}",
-                _nearest_rows(candidate, hardware),
-            )
-        )
     return memory, tuple(found)
 
 
@@ -283,11 +297,14 @@ def _nearest_rows(candidate: Candidate, hardware: Hardware) -> tuple[str, ...]:
 
 def _fits_memory(candidate: Candidate, hardware: Hardware) -> bool:
     """Whether RAM and VRAM are enough."""
-    device = hardware.device
-    if device is not None and vram_nbytes(candidate) > device.vram:
-        return False
-    needs = step_needs(candidate.cut, candidate.layout, candidate.micro_batches, candidate.tables)
-    return _divides(candidate, needs if device is None else replace(needs, activations=0), candidate.ram)
+    cut, layout = candidate.cut, candidate.layout
+    needs = step_needs(cut, layout, candidate.micro_batches, candidate.tables)
+    if hardware.device is not None and candidate.vram is not None:
+        try:
+            needs = on_device(cut, layout, needs, vram=candidate.vram)[1]
+        except DoesNotFitError:
+            return False
+    return _divides(candidate, needs, candidate.ram)
 
 
 def _drive_problems(candidate: Candidate, memory: MemoryPlan | None, hardware: Hardware) -> list[Problem]:
@@ -312,6 +329,7 @@ def _drive_problems(candidate: Candidate, memory: MemoryPlan | None, hardware: H
 
 def _variants(
     candidate: Candidate,
+    vram: VramPlan | None,
     needs: StepNeeds,
     hardware: Hardware,
     compute: Mapping[StopKey, float] | None,
@@ -346,7 +364,7 @@ def _variants(
         seconds = None
         if compute is not None:
             with suppress(StandstillError):
-                seconds = step_time(variant, division, compute, machine, gradients).seconds
+                seconds = step_time(variant, division, compute, machine, gradients, vram=vram).seconds
         read, written = (sum(each) for each in zip(*phases.values(), strict=True))
         found.append(Variant(change, seconds, read, written))
     return tuple(found)
@@ -373,7 +391,7 @@ def accumulation_that_hides_io(
             "train.gradient_accumulation_steps is auto, which is worked out from the rates of drive and CPU; one of "
             "these is not known: run megatrain-io bench DIR on the drive of the store once, or give a number"
         )
-    needs = step_needs(candidate.cut, candidate.layout, candidate.micro_batches, candidate.tables)
+    _, needs, _ = _needs(candidate, hardware)
     memory = divided(candidate.cut, candidate.layout, needs, ram=candidate.ram, keeps=candidate.keeps)
     gradients = gradients_of(candidate)
     phases = phases_of(candidate, memory, gradients)

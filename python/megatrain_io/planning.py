@@ -12,6 +12,7 @@ import psutil
 from megatrain_io.calibration import measured_seconds, work_of
 from megatrain_io.candidate import Candidate, forget_schedules
 from megatrain_io.config import RunConfig, load
+from megatrain_io.cuda_device import gpu_here
 from megatrain_io.errors import ConfigError, MegatrainIoError
 from megatrain_io.fitting import step_needs
 from megatrain_io.hardware import Hardware, load_hardware, this_machine
@@ -32,7 +33,7 @@ from megatrain_io.schedule import Phase
 from megatrain_io.stream import model_parts
 from megatrain_io.swap import store_memory
 
-__all__ = ["calibrate", "layout_of", "plan", "ram_of"]
+__all__ = ["calibrate", "layout_of", "plan", "ram_of", "vram_of"]
 
 # The rest is for the libraries, the page cache and other programs.
 _SHARE_OF_FREE_RAM = 0.5
@@ -42,8 +43,8 @@ _CALIBRATION_SECONDS = 2.0
 _NO_RATES = "no times: the drive beneath the store was not measured. Run megatrain-io bench DIR there once"
 _NO_FLOPS = "no times: nobody measured how fast this CPU computes. Run megatrain-io bench without --no-matmul"
 _GPU_NOTE = (
-    "training computes on the CPU so far; times for a GPU are what its rates and the drive's allow, without copies "
-    "between RAM and VRAM"
+    "times for a GPU are what its rate and the drive's allow: copies between RAM and VRAM are taken to hide behind "
+    "them, and tensors of compute to take what they take on a CPU"
 )
 
 
@@ -124,14 +125,19 @@ def _candidate(config: RunConfig, on: str | None) -> tuple[Candidate, Hardware]:
         ram = ram_of(config)
         run = RunFolder(Path(config.output_dir))
         folders = [store.parent for store in run.stores_in(config.memory.store_dir)]
-        hardware = this_machine(folders, ram, precision, Profile.read(default_path()), asks_drives=True)
+        gpu = gpu_here(config.train.device)
+        profile = Profile.read(default_path())
+        hardware = this_machine(folders, ram, precision, profile, gpu=gpu, asks_drives=True)
     else:
         hardware = load_hardware(on)
         ram = config.memory.ram or hardware.ram
+    if config.train.device == "cpu":
+        hardware = hardware.model_copy(update={"device": None})
     packed = config.data.packing and cut.facts.packs
     batch = blank_micro_batch(config.train.per_device_train_batch_size, config.data.max_length, packed=packed)
     tables = store_memory(layout.manifest({}))
-    return Candidate(config, cut, layout, [batch], tables, ram), hardware
+    vram = vram_of(config, hardware)
+    return Candidate(config, cut, layout, [batch], tables, ram, vram=vram), hardware
 
 
 def layout_of(config: RunConfig, cut: CutModel) -> ModelLayout:
@@ -143,6 +149,21 @@ def layout_of(config: RunConfig, cut: CutModel) -> ModelLayout:
 def ram_of(config: RunConfig) -> int:
     """Bytes that training may take: what is asked for, or half of what is free."""
     return config.memory.ram or int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
+
+
+def vram_of(config: RunConfig, hardware: Hardware) -> int | None:
+    """Bytes of a device's memory that training may take; None where the CPU computes.
+
+    Raises:
+        ConfigError: a bound was given, and there is no device.
+    """
+    if hardware.device is not None:
+        return min(config.memory.vram or hardware.device.vram, hardware.device.vram)
+    if config.memory.vram is not None:
+        raise ConfigError(
+            "memory.vram is set, and the CPU computes: remove it, or plan for a machine with a GPU"
+        )
+    return None
 
 
 def calibrate(candidate: Candidate, hardware: Hardware) -> dict[StopKey, float] | None:
@@ -157,7 +178,7 @@ def calibrate(candidate: Candidate, hardware: Hardware) -> dict[StopKey, float] 
         candidate.micro_batches[0],
         hardware.flops_per_second,
     )
-    if hardware.read is None or rate is None:
+    if hardware.read is None or rate is None or hardware.device is not None:
         return None
     needs = step_needs(cut, layout, [batch], candidate.tables)
     if stand_in_nbytes(layout) + needs.always + needs.saved_inputs > candidate.ram:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from megatrain_io.candidate import Candidate, forget_schedules
 from megatrain_io.config import RunConfig, load
 from megatrain_io.data import DataOptions, TrainingData, prepare
+from megatrain_io.device import Device
 from megatrain_io.errors import ConfigError, MegatrainIoError
 from megatrain_io.hardware import Hardware, this_machine
 from megatrain_io.layout import ModelLayout
@@ -41,6 +42,7 @@ class Start:
         data: tokens, and the order of rows.
         max_steps: at which the run ends.
         accumulation: micro-batches of a step.
+        device: what computes.
     """
 
     config: RunConfig
@@ -49,15 +51,19 @@ class Start:
     data: TrainingData
     max_steps: int
     accumulation: int
+    device: Device
 
     @classmethod
-    def prepare(cls, config: RunConfig, run: RunFolder, model: Path, cut: CutModel | None = None) -> "Start":
+    def prepare(
+        cls, config: RunConfig, run: RunFolder, model: Path, device: Device, cut: CutModel | None = None
+    ) -> "Start":
         """Read configuration and tokenizer of ``model``, and tokenise the data into ``run``.
 
         Args:
             config: of the run.
             run: its folder.
             model: folder of the model.
+            device: what computes.
             cut: the same model in pieces, if it was made before.
 
         Raises:
@@ -76,12 +82,12 @@ class Start:
             )
         accumulation = config.train.gradient_accumulation_steps
         if accumulation == "auto":
-            accumulation = _chosen_before(run) or _choose(config, run, cut, data)
+            accumulation = _chosen_before(run) or _choose(config, run, cut, data, device)
         train = config.train.model_copy(update={"gradient_accumulation_steps": accumulation})
         config = config.model_copy(update={"train": train})
         rows_per_step = train.per_device_train_batch_size * accumulation
         steps = train.max_steps or data.order.steps(train.num_train_epochs, rows_per_step)
-        return cls(config, cut, tokenizer, data, steps, accumulation)
+        return cls(config, cut, tokenizer, data, steps, accumulation, device)
 
     def plan(self, run: RunFolder, layout: ModelLayout, tables: int, *, is_made: bool) -> Plan:
         """What the run will take and do.
@@ -93,11 +99,11 @@ class Start:
             is_made: whether it is there already. If not, times are not asked for.
         """
         one = replace(
-            _candidate(self.config, self.cut, layout, tables, self.data),
+            _candidate(self.config, self.cut, layout, tables, self.data, self.device),
             steps=self.max_steps,
             is_made=is_made,
         )
-        hardware = _hardware(self.config, run, one.ram)
+        hardware = _hardware(self.config, run, one.ram, self.device)
         compute = _seconds_of(one, hardware, self.data) if is_made else None
         libraries = psutil.Process().memory_info().rss
         count = self.accumulation
@@ -124,19 +130,26 @@ class Start:
 
 
 def _candidate(
-    config: RunConfig, cut: CutModel, layout: ModelLayout, tables: int, data: TrainingData
+    config: RunConfig,
+    cut: CutModel,
+    layout: ModelLayout,
+    tables: int,
+    data: TrainingData,
+    device: Device,
 ) -> Candidate:
     """A step of one micro-batch."""
     batch = data.train.largest_micro_batch(config.train.per_device_train_batch_size)
-    return Candidate(config, cut, layout, [batch], tables, ram_of(config))
+    vram = device.vram if device.has_own_memory else None
+    return Candidate(config, cut, layout, [batch], tables, ram_of(config), vram=vram)
 
 
-def _hardware(config: RunConfig, run: RunFolder, ram: int) -> Hardware:
+def _hardware(config: RunConfig, run: RunFolder, ram: int, device: Device) -> Hardware:
     stores = run.store_paths() if run.is_imported else run.stores_in(config.memory.store_dir)
     profile = None
     with suppress(MegatrainIoError):  # no profile, or none that can be read, is no reason not to train
         profile = Profile.read(default_path())
-    return this_machine([store.parent for store in stores], ram, config.train.precision, profile)
+    gpu = (device.name, device.vram) if device.has_own_memory else None
+    return this_machine([store.parent for store in stores], ram, config.train.precision, profile, gpu=gpu)
 
 
 def _seconds_of(candidate: Candidate, hardware: Hardware, data: TrainingData) -> dict[StopKey, float] | None:
@@ -156,11 +169,11 @@ def _chosen_before(run: RunFolder) -> int | None:
     return None if count == "auto" else count
 
 
-def _choose(config: RunConfig, run: RunFolder, cut: CutModel, data: TrainingData) -> int:
+def _choose(config: RunConfig, run: RunFolder, cut: CutModel, data: TrainingData, device: Device) -> int:
     """As many micro-batches as hide the drive behind computing, and no more than there are rows."""
     layout = layout_of(config, cut)
-    candidate = _candidate(config, cut, layout, store_memory(layout.manifest({})), data)
-    hardware = _hardware(config, run, candidate.ram)
+    candidate = _candidate(config, cut, layout, store_memory(layout.manifest({})), data, device)
+    hardware = _hardware(config, run, candidate.ram, device)
     count = accumulation_that_hides_io(candidate, hardware, _seconds_of(candidate, hardware, data))
     return min(count, max(1, len(data.train) // config.train.per_device_train_batch_size))
 

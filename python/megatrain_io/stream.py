@@ -10,12 +10,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget
 from megatrain_io.clipping import Guess, clip_coefficient
 from megatrain_io.device import Cpu, Device
 from megatrain_io.device_inputs import DeviceInputs
 from megatrain_io.device_state import DeviceState, Passage, passage_of
 from megatrain_io.errors import (
+    DoesNotFitError,
     MegatrainIoError,
     NotFiniteError,
     TrainingDivergedError,
@@ -414,6 +417,13 @@ class PagedModel:
             except MegatrainIoError as refused:
                 # The first error is the one to tell; this says what became of the state.
                 error.add_note(str(refused))
+            if isinstance(error, torch.OutOfMemoryError):
+                raise DoesNotFitError(
+                    f"{self.device.name} ran out of memory in a step, with {self.device.vram >> 20} MiB for training, "
+                    f"of which buffers take {sum(self.device.accounts.nbytes.values()) >> 20} MiB. The step was "
+                    "dropped; the last committed one stands. Make a step smaller (train.per_device_train_batch_size, "
+                    f"data.max_length) or allow more VRAM. In full: {error}"
+                ) from error
             raise
 
     @contextmanager

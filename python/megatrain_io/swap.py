@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from megatrain_io import _lib
+from megatrain_io.damage import VerifyReport, report_of
 from megatrain_io.errors import BufferInUseError, FormatError, MegatrainIoError
 from megatrain_io.layout import ModelLayout, Record, TensorPlace
 from megatrain_io.outside import waiting_line
@@ -31,7 +32,6 @@ __all__ = [
     "AdamWStep",
     "BorrowedRecord",
     "CheckedSchedule",
-    "Damage",
     "Engine",
     "Ledger",
     "OpenStore",
@@ -41,7 +41,6 @@ __all__ = [
     "StoreCreator",
     "TensorSettings",
     "Transfer",
-    "VerifyReport",
     "adamw_kernels",
     "allocate",
     "build_info",
@@ -88,43 +87,6 @@ class TensorSettings:
 
     weight_decay: float
     lr_scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Damage:
-    """An extent whose bytes are not those that were written.
-
-    Attributes:
-        tensors: those with parameters in its chunk.
-        record: the block they belong to.
-        chunk: counted from the start of the record.
-        group: which planes of the chunk: ``weight``, or ``update`` for all others.
-        path: of the store.
-        offset: of the first checksum unit that does not hold, in bytes from the start of the file.
-        expected: its checksum as it was written, as ``0x0123abcd``; None where the drive could not read.
-        found: that of the bytes that were read (twice).
-        message: all of it, for a person.
-    """
-
-    tensors: tuple[str, ...]
-    record: str
-    chunk: int
-    group: str
-    path: str
-    offset: int | None
-    expected: str | None
-    found: str | None
-    message: str
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What reading everything back found."""
-
-    generation: int
-    extents: int
-    nbytes: int
-    damaged: tuple[Damage, ...]
 
 
 class BorrowedRecord:
@@ -366,6 +328,11 @@ class PagedState:
         """Read everything back and compare every checksum of the committed state."""
         return verified(self._store, progress)
 
+    def pool_memory(self) -> Tensor:
+        """All memory of the pool, for its address and length alone; a tensor over it keeps it mapped."""
+        memory: Tensor = from_dlpack(self._running().pool_memory())
+        return memory
+
     @property
     def uuid(self) -> str:
         """The store's UUID."""
@@ -476,23 +443,4 @@ class PagedState:
 
 def verified(store: OpenStore, progress: Callable[[int, int], None] | None) -> VerifyReport:
     """Read everything that is committed back and compare every checksum."""
-    report = store.verify(progress)
-    damaged = (
-        Damage(
-            tensors=tuple(found["tensors"]),
-            record=found["record"],
-            chunk=found["chunk"],
-            group=found["group"],
-            path=str(found["path"]),
-            offset=found["offset"],
-            expected=_hexadecimal(found["expected"]),
-            found=_hexadecimal(found["found"]),
-            message=found["message"],
-        )
-        for found in report["damaged"]
-    )
-    return VerifyReport(report["generation"], report["extents"], report["nbytes"], tuple(damaged))
-
-
-def _hexadecimal(checksum: int | None) -> str | None:
-    return None if checksum is None else f"{checksum:#010x}"
+    return report_of(store.verify(progress))

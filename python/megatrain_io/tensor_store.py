@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from megatrain_io.damage import VerifyReport
 from megatrain_io.errors import (
     ConfigError,
     MegatrainIoError,
@@ -32,7 +33,6 @@ from megatrain_io.swap import (
     RecordTensors,
     StoreCreator,
     Transfer,
-    VerifyReport,
     verified,
 )
 from megatrain_io.tensor_manifest import TensorSpec, manifest_of, spec_from, specs_of

@@ -2,21 +2,21 @@
 
 import hashlib
 import json
-import platform
 import resource
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from megatrain_io.config import RunConfig
 from megatrain_io.convert import import_model
+from megatrain_io.cuda_device import device_for
+from megatrain_io.device import Device
+from megatrain_io.environment import changes, environment_of
 from megatrain_io.errors import (
     ConfigError,
     InterruptedRunError,
@@ -36,7 +36,7 @@ from megatrain_io.run import RunFolder, gradient_file, replace_file, saved_input
 from megatrain_io.start import Start
 from megatrain_io.step import trained_tokens
 from megatrain_io.stream import PagedModel, StepLoss
-from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, adamw_kernels, store_memory
+from megatrain_io.swap import AdamWStep, PagedState, TensorSettings, store_memory
 from megatrain_io.tally import Tally
 from megatrain_io.trace import Trace
 from megatrain_io.trainer_state import TrainerState
@@ -70,11 +70,13 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
     """
     started = time.monotonic()
     run = RunFolder(Path(config.output_dir))
-    start = _import_if_needed(config, run, resume=resume)
     safe = "the last committed step is safe: go on with --resume"
-    with storage_errors(run.path, safe), PagedState.of_run(run, engine=config.memory.io_backend) as state:
-        trainer = _Trainer(config, run, state, reporter, trace)
-        with closing(trainer):
+    with ExitStack() as open_:
+        device = open_.enter_context(closing(device_for(config)))
+        start = _import_if_needed(config, run, device, resume=resume)
+        open_.enter_context(storage_errors(run.path, safe))
+        state = open_.enter_context(PagedState.of_run(run, engine=config.memory.io_backend))
+        with closing(_Trainer(config, run, state, device, reporter, trace)) as trainer:
             trainer.prepare(start, resume=resume)
             try:
                 trainer.run()
@@ -93,7 +95,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
             return trainer.result(time.monotonic() - started)
 
 
-def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> Start | None:
+def _import_if_needed(config: RunConfig, run: RunFolder, device: Device, *, resume: bool) -> Start | None:
     """What the run starts from, if the model had to be imported for it."""
     if run.is_imported:
         recorded = run.read()
@@ -114,7 +116,7 @@ def _import_if_needed(config: RunConfig, run: RunFolder, *, resume: bool) -> Sta
 
     def prepare(cut: CutModel, layout: ModelLayout) -> None:
         # Before the import, which may take long: data that cannot be read, RAM that is not enough.
-        start = Start.prepare(config, run, config.model, cut)
+        start = Start.prepare(config, run, config.model, device, cut)
         start.plan(run, layout, store_memory(layout.manifest({})), is_made=False).require_fits()
         starts.append(start)
 
@@ -143,10 +145,12 @@ class _Trainer:
         config: RunConfig,
         run: RunFolder,
         state: PagedState,
+        device: Device,
         reporter: Reporter,
         trace: Trace | None,
     ) -> None:
         self._config = config
+        self._device = device
         self._run = run
         self._state = state
         self._reporter = reporter
@@ -185,7 +189,7 @@ class _Trainer:
             raise ConfigError(
                 f"{self._run.path} has a run at step {progress.step}: go on with --resume, or choose a new output_dir"
             )
-        start = imported or Start.prepare(config, self._run, self._run.model)
+        start = imported or Start.prepare(config, self._run, self._run.model, self._device)
         config = self._config = start.config
         self._accumulation, self._data, self._max_steps = start.accumulation, start.data, start.max_steps
         self._check_resume(progress)
@@ -204,20 +208,29 @@ class _Trainer:
             saved_inputs=saved_inputs_of(memory, scratch),
             max_grad_norm=config.train.max_grad_norm,
             trace=self._trace,
+            device=self._device,
+            vram=planned.vram,
         )
-        self._closing.callback(self._model.close)
         self._state.start(
             memory.pool,
             residents=memory.residents,
             gradient_files=[*map(gradient_file, self._run.store_paths())] if memory.spills_gradients else (),
             settings=lambda place: _settings(place, config.train.weight_decay),
             threads=config.memory.threads,
+            by_chunk=self._device.has_own_memory,
         )
+        is_pinned = self._closing.enter_context(self._device.pin(self._state.pool_memory()))
+        self._closing.callback(self._model.close)
         if self._trace is not None:
             self._state.record_events()
+            self._model.record_device_events()
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
-        notes = [*self._notes(), *planned.summary(), str(self._data.summary)]
+        now = environment_of(self._device)
+        notes = [*self._state.notes, *changes(self.progress.environment, now)]
+        notes += [*planned.summary(), str(self._data.summary)]
+        if not is_pinned:
+            notes.insert(0, f"{self._device.name} cannot be given the pool's memory: copies take a detour")
         if imported is not None:
             notes.insert(0, f"imported {config.model} into {self._state.path}")
         self._reporter.started(step=progress.step, max_steps=self._max_steps, notes=notes)
@@ -318,6 +331,7 @@ class _Trainer:
         """Write what was recorded since the last time."""
         if self._trace is not None:
             self._trace.extend(*self._state.take_events())
+            self._trace.extend(self._model.take_device_events(), 0)
             self._trace.flush()
 
     def result(self, seconds: float) -> TrainResult:
@@ -420,7 +434,7 @@ class _Trainer:
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
                 "written_bytes": self._tally.at_most(self._written_total(), is_settled=is_settled),
-                "environment": _environment(),
+                "environment": environment_of(self._device),
             }
             return TrainerState(**fields).encode()
 
@@ -445,20 +459,9 @@ class _Trainer:
                 f"the run has done all its {self._max_steps} steps: there is nothing left to train"
             )
 
-    def _notes(self) -> list[str]:
-        notes = list(self._state.notes)
-        before, now = self.progress.environment, _environment()
-        for name, value in now.items():
-            if before is not None and before.get(name) != value:
-                notes.append(
-                    f"{name} was {before.get(name)} and is {value}: from here on the bits may differ from those of a "
-                    "run that was never stopped"
-                )
-        return notes
-
     def _settings_digest(self) -> str:
         """Of everything that decides the bits of a step, besides model and data."""
-        reporting = {"eval_steps", "logging_steps", "num_train_epochs"}
+        reporting = {"device", "eval_steps", "logging_steps", "num_train_epochs"}
         settings = self._config.train.model_dump(exclude=reporting)
         settings["max_steps"] = self._max_steps
         if settings["max_grad_norm"] is None:
@@ -486,15 +489,3 @@ class _Trainer:
 def _settings(place: TensorPlace, weight_decay: float) -> TensorSettings:
     """Matrices and embeddings decay, norms and biases do not: the usual recipe."""
     return TensorSettings(weight_decay if len(place.shape) > 1 else 0.0)
-
-
-def _environment() -> dict[str, Any]:
-    """What may change the bits of a step from outside."""
-    return {
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "cpu": platform.processor() or platform.machine(),
-        "adamw_kernel": adamw_kernels()[-1],
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch_threads": torch.get_num_threads(),
-    }

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from megatrain_io.errors import DoesNotFitError
 from megatrain_io.layout import ModelLayout
 
-__all__ = ["DevicePool", "VramPlan", "device_pool", "divide_vram", "kind_of", "least_vram"]
+__all__ = [
+    "CONTEXT_NBYTES",
+    "DevicePool",
+    "VramPlan",
+    "device_pool",
+    "divide_vram",
+    "kind_of",
+    "least_vram",
+]
+
+CONTEXT_NBYTES = 600 << 20
+"""What CUDA, cuBLAS and fragments of the allocator take on a GPU, besides tensors."""
 
 # Block buffers for weights and for gradients, from what overlaps best to what a step cannot do without.
 _POOLS = ((2, 2), (2, 1), (1, 1))
@@ -167,10 +178,10 @@ def divide_vram(
     else:
         needed = always + least + (pool.nbytes if pool else 0)
         raise DoesNotFitError(
-            f"memory.vram is {_mib(vram)}, and this training needs {_mib(needed)} at least: weights and gradient of "
-            f"one block, embeddings and head {_mib(pool.nbytes if pool else 0)}, inputs of two blocks {_mib(least)}, "
-            f"compute {_mib(activations)}, driver and libraries {_mib(context)}. Give more, or make a step smaller: "
-            "train.per_device_train_batch_size, data.max_length, train.gradient_accumulation_steps"
+            f"{_mib(vram)} of VRAM may be taken, and this training needs {_mib(needed)} at least: weights and gradient "
+            f"of one block, embeddings and head {_mib(pool.nbytes if pool else 0)}, inputs of two blocks "
+            f"{_mib(least)}, compute {_mib(activations)}, driver and libraries {_mib(context)}. Give more, or make a "
+            "step smaller: train.per_device_train_batch_size, data.max_length, train.gradient_accumulation_steps"
         )
     slots = layout.blocks
     if inputs_per_block and training:

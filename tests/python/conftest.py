@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from corpus import make_tokenizer, write
+from megatrain_io import train
 from megatrain_io.errors import InterruptedRunError
+from paged import DEVICE, new_device
 from reference.reference import build, tiny_config
 from runs import WORDS, configured, planes_of, start
 
@@ -26,6 +28,15 @@ def _no_profile(tmp_path_factory):
     """What this machine was measured to do is no matter of a test that does not ask for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _device():
+    """Whole runs compute on what the test profile names, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE != "cpu":
+            patch.setattr(train, "device_for", lambda _: new_device())
         yield
 
 

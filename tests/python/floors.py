@@ -18,7 +18,9 @@ PYTHON_FLOORS: dict[str, int] = {
         ["config", "config_values", "errors", "interrupt", "metrics", "profile", "run", "trainer_state"], 0
     ),
     **dict.fromkeys(["learning_rate", "trace"], 0),
-    **dict.fromkeys(["layout", "residents", "schedule", "store_notes", "tensor_manifest", "workspace"], 1),
+    **dict.fromkeys(
+        ["layout", "residents", "schedule", "damage", "store_notes", "tensor_manifest", "workspace"], 1
+    ),
     **dict.fromkeys(["miniature", "model", "precision", "probe", "skeleton"], 1),
     **dict.fromkeys(["data", "documents", "rows", "sources", "tokens"], 1),
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
@@ -26,6 +28,7 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(["program", "simulator"], 1),
     **dict.fromkeys(["cuda_device", "device", "simulated_device", "vram"], 1),
     **dict.fromkeys(["swap"], 2),
+    **dict.fromkeys(["environment"], 3),
     **dict.fromkeys(
         ["calibration", "checkpoint", "clipping", "gradient", "input_scratch", "rehearsal", "step", "stream"],
         3,

@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from megatrain_io import __main__, cli, errors
+from megatrain_io.damage import Damage, VerifyReport
 from megatrain_io.metrics import StepReport
 from megatrain_io.run import RunFolder, RunInfo
-from megatrain_io.swap import Damage, VerifyReport
 
 VERBS = ["import", "train", "generate", "export", "verify", "status", "clean", "doctor", "bench"]
 INFO = RunInfo("0.1.0", "bf16", ["store.mtio"], "uuid-1", "/m")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatrain_io import cuda_device
+from megatrain_io.config import DataConfig, MemoryConfig, RunConfig, TrainConfig
 from megatrain_io.cuda_device import Cuda, device_for
 from megatrain_io.device import Cpu
 from megatrain_io.errors import ConfigError, UnsupportedError
@@ -162,18 +163,24 @@ def test_a_copy_in_frees_what_it_came_from(gpu):
     assert larger.sum() == 64
 
 
+def config(vram=None, **train):
+    data = DataConfig(train=["data.jsonl"])
+    memory = MemoryConfig(vram=vram)
+    return RunConfig(model=".", output_dir=".", data=data, train=TrainConfig(**train), memory=memory)
+
+
 def test_a_gpu_without_bf16_is_told_of(gpu, monkeypatch):
     monkeypatch.setattr(cuda_device, "Cuda", lambda _: gpu)
     with pytest.raises(ConfigError, match="GPU does not compute in bf16"):
-        device_for("auto", precision="bf16")
-    assert device_for("auto", precision="fp32") is gpu
+        device_for(config())
+    assert device_for(config(precision="fp32")) is gpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_cpu_computes_or_it_is_said():
-    assert isinstance(device_for("auto", precision="bf16"), Cpu)
+    assert isinstance(device_for(config()), Cpu)
     with pytest.raises(UnsupportedError, match="torch finds no CUDA device here"):
-        device_for("cuda", precision="bf16")
+        device_for(config(device="cuda"))
     for name in ("auto", "cpu"):
         with pytest.raises(ConfigError, match=r"memory\.vram is set, and the CPU computes"):
-            device_for(name, precision="bf16", vram=1 << 30)
+            device_for(config(vram=1 << 30, device=name))

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -140,22 +141,33 @@ def test_every_wait_is_needed(tmp_path, monkeypatch, why):
         trained(tmp_path / "store", case, device, **how)
 
 
+class Pinning(SimulatedDevice):
+    """Knows what is pinned."""
+
+    @contextmanager
+    def pin(self, memory):
+        self.pinned = [*getattr(self, "pinned", []), memory.nbytes]
+        yield True
+        self.pinned.remove(memory.nbytes)
+
+
 def test_inputs_go_on_to_ram_and_from_there_to_the_drive(tmp_path):
     case = Case(tied=True, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 9})
     per_block = -(-per_block_nbytes(case) // 4096) * 4096
     budget = SavedInputsBudget(2 * per_block, [tmp_path / "inputs"], transfer_nbytes=4096)
     make_store(tmp_path / "store", case)
-    device = SimulatedDevice(5)
-    with opened(
-        tmp_path / "store", case, device=device, vram=plan(case, slots=3), saved_inputs=budget
-    ) as model:
+    device = Pinning(5)
+    how = {"device": device, "vram": plan(case, slots=3), "saved_inputs": budget}
+    with opened(tmp_path / "store", case, **how) as model:
         train(model, case, stop=1)
         assert (model.saved.plan.in_ram, model.saved.plan.on_drive) == (2, 4)
+        assert device.pinned == 2 * [per_block], "both slots in RAM"
         before = model.saved.io_bytes()
         losses = train(model, case)
         moved = 4 * per_block
         assert model.saved.io_bytes() == (before[0] + moved, before[1] + moved)
         planes = all_planes(model.state)
+    assert device.pinned == []
     expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
@@ -229,6 +241,25 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when):
     expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
+
+
+def test_memory_that_runs_out_in_a_step_is_one_error_and_the_step_is_dropped(tmp_path, monkeypatch):
+    case = Case(dtype=BF16, counts=(2, 2))
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case, device=SimulatedDevice(nbytes=100 * MIB)) as model:
+
+        def full(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        monkeypatch.setattr(model.cut, "loss", full)
+        with pytest.raises(
+            DoesNotFitError, match=r"ran out of memory in a step, with 100 MiB .* allocate 2.00 GiB"
+        ):
+            model.train_step([*map(to_micro_batch, case.steps[0])], AdamWStep(1, 1e-3), lambda _: b"never")
+        monkeypatch.undo()
+        assert (
+            train(model, case) == train_in_memory(case.model, case.steps, case.hyperparameters, BF16).losses
+        )
 
 
 def test_copies_and_compute_are_in_the_trace(tmp_path):

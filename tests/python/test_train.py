@@ -27,7 +27,7 @@ from megatrain_io.learning_rate import learning_rate_at
 from megatrain_io.metrics import MetricsFile
 from megatrain_io.step import Step
 from megatrain_io.stream import PagedModel
-from paged import differing
+from paged import DEVICE, differing
 from runs import (
     STEPS,
     blob_of,
@@ -231,6 +231,7 @@ def test_what_decides_the_bits_must_not_change(source, whole, stopped, changes, 
         check_equals(stopped, whole)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="RAM holds chunks alone there: less is enough")
 def test_what_does_not_fit_is_refused_before_the_import_with_what_would(source, whole, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(

@@ -1,0 +1,67 @@
+"""What reading a store back finds: extents whose bytes are not those that were written. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Damage", "VerifyReport", "report_of"]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """An extent whose bytes are not those that were written.
+
+    Attributes:
+        tensors: those with parameters in its chunk.
+        record: the block they belong to.
+        chunk: counted from the start of the record.
+        group: which planes of the chunk: ``weight``, or ``update`` for all others.
+        path: of the store.
+        offset: of the first checksum unit that does not hold, in bytes from the start of the file.
+        expected: its checksum as it was written, as ``0x0123abcd``; None where the drive could not read.
+        found: that of the bytes that were read (twice).
+        message: all of it, for a person.
+    """
+
+    tensors: tuple[str, ...]
+    record: str
+    chunk: int
+    group: str
+    path: str
+    offset: int | None
+    expected: str | None
+    found: str | None
+    message: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What reading everything back found."""
+
+    generation: int
+    extents: int
+    nbytes: int
+    damaged: tuple[Damage, ...]
+
+
+def report_of(report: Mapping[str, Any]) -> VerifyReport:
+    """What the core returned, for Python."""
+    damaged = (
+        Damage(
+            tensors=tuple(found["tensors"]),
+            record=found["record"],
+            chunk=found["chunk"],
+            group=found["group"],
+            path=str(found["path"]),
+            offset=found["offset"],
+            expected=_hexadecimal(found["expected"]),
+            found=_hexadecimal(found["found"]),
+            message=found["message"],
+        )
+        for found in report["damaged"]
+    )
+    return VerifyReport(report["generation"], report["extents"], report["nbytes"], tuple(damaged))
+
+
+def _hexadecimal(checksum: int | None) -> str | None:
+    return None if checksum is None else f"{checksum:#010x}"

@@ -1,0 +1,207 @@
+"""A step on a GPU within a budget of VRAM: python benches/gpu.py --sizes 1.3B --vram 8GiB --ram 8GiB --folder DIR.
+
+For each size a process makes a store with random weights, measures the step on two blocks with weights that stay
+(computing alone), then trains from the drive. Beside the median step stand the sum of computing alone, the time that
+the bytes of a step take at the drive's rate of training's traffic, what of the smaller one was hidden behind the
+larger, by the events of both, tokens a second, and the share of the GPU's peak, counted as 6 and as 8 operations for
+each parameter and token (without and with the recomputation of blocks). With ``--device simulated`` nothing of that
+means anything, but all of it runs.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from comparison import answer, child, machine, machine_text, tell
+from ram_budget import make_store, size_of
+from step_bars import BETAS, DECAY, EPS, LEARNING_RATE, SIZES, config_of
+
+Figures = dict[str, Any]
+Intervals = list[tuple[int, int]]
+WARM_UP = 2
+IO_LANES = ("read", "write", "copy in", "copy out")
+
+
+def micro_batches(job: Figures) -> list[Any]:
+    """One row each; all steps train the same ones."""
+    import torch
+
+    from megatrain_io.model import MicroBatch
+
+    random = torch.Generator().manual_seed(1)
+    rows = [
+        torch.randint(SIZES[job["size"]].vocab, (1, job["tokens"]), generator=random)
+        for _ in range(job["micro_batches"])
+    ]
+    shift = lambda ids: torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()  # noqa: E731
+    return [MicroBatch(ids, shift(ids)) for ids in rows]
+
+
+def device_of(job: Figures) -> Any:
+    if job["device"] == "simulated":
+        from megatrain_io.simulated_device import SimulatedDevice
+
+        return SimulatedDevice(nbytes=job["vram"])
+    from megatrain_io.cuda_device import Cuda
+
+    return Cuda(job["vram"])
+
+
+def measure(job: Figures) -> Figures:
+    """In the child."""
+    import torch
+
+    from megatrain_io.calibration import measured_seconds
+    from megatrain_io.fitting import divided, on_device, saved_inputs_of, step_needs
+    from megatrain_io.model import CutModel
+    from megatrain_io.probe import probe
+    from megatrain_io.stream import PagedModel
+    from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+
+    path = Path(job["store"])
+    make_store(path, job["size"])
+    config = config_of(SIZES[job["size"]])
+    cut = CutModel(config, torch.bfloat16, probe(config))
+    batches, device = micro_batches(job), device_of(job)
+    seconds, losses, events = [], [], []
+    with PagedState(path) as state:
+        layout = state.layout
+        alone = measured_seconds(cut, layout, batches[0], device)
+        if device.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        needs = step_needs(
+            CutModel(config, torch.bfloat16, probe(config)), layout, batches, state.ledger.total()[0]
+        )
+        vram, left = on_device(cut, layout, needs, vram=job["vram"])
+        plan = divided(cut, layout, left, ram=job["ram"])
+        inputs = saved_inputs_of(plan, [path.with_name("inputs")])
+        model = PagedModel(cut, state, saved_inputs=inputs, device=device, vram=vram)
+        state.start(
+            plan.pool, residents=plan.residents, settings=lambda _place: TensorSettings(DECAY), by_chunk=True
+        )
+        with device.pin(state.pool_memory()) as is_pinned:
+            for number in range(1, job["steps"] + WARM_UP + 1):
+                if number == WARM_UP + 1:
+                    state.wait_settled()
+                    state.record_events()
+                    model.record_device_events()
+                    before = state.io_bytes()
+                began = time.perf_counter()
+                adamw = AdamWStep(number, LEARNING_RATE, *BETAS, EPS)
+                losses.append(model.train_step(batches, adamw, lambda _loss: b"x").loss)
+                seconds.append(time.perf_counter() - began)
+            state.wait_settled()
+            moved = [now - then for now, then in zip(state.io_bytes(), before, strict=True)]
+            events = [*state.take_events()[0], *model.take_device_events()]
+            model.close()
+    io = joined((start, end) for lane, _, _, start, end in events if lane.startswith(IO_LANES))
+    computing = joined((start, end) for lane, _, _, start, end in events if lane == "device")
+    both = length(io) + length(computing) - length(joined([*io, *computing]))
+    device.close()
+    return {
+        "device": device.name,
+        "is_pinned": is_pinned,
+        "parameters": layout.parameters,
+        "vram": str(vram),
+        "ram": str(plan),
+        "vram_planned": vram.total,
+        "vram_peak": getattr(device, "peak_nbytes", device.accounts.peak_nbytes),
+        "seconds": seconds[WARM_UP:],
+        "compute_alone": job["micro_batches"] * sum(alone.values()),
+        "read": moved[0] / job["steps"],
+        "written": moved[1] / job["steps"],
+        "hidden": both / max(1, min(length(io), length(computing))),
+        "tokens": job["tokens"] * job["micro_batches"],
+        "losses": losses,
+    }
+
+
+def joined(intervals: Iterable[tuple[int, int]]) -> Intervals:
+    """The same moments without overlaps."""
+    found: Intervals = []
+    for start, end in sorted(intervals):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
+
+
+def length(intervals: Intervals) -> int:
+    return sum(end - start for start, end in intervals)
+
+
+def drive_rate(folder: Path) -> float:
+    """Bytes a second of training's traffic."""
+    from megatrain_io.measure import scratch_file, transfer
+
+    with scratch_file(folder, 1 << 30, "auto") as file:
+        file.fill()
+        return 1e9 * transfer(file, "training", (1 << 20, 8), 4 << 30, seconds=5).gb_per_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sizes", default="1.3B", help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--device", choices=["cuda", "simulated"], default="cuda")
+    parser.add_argument("--vram", default="8GiB")
+    parser.add_argument("--ram", default="8GiB")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--tflops", type=float, help="the GPU's peak in bf16, for the share of it")
+    parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every figure")
+    options = parser.parse_args()
+    facts, rate = machine(options.folder, sys.executable), drive_rate(options.folder)
+    print(f"{machine_text(facts)}\ndrive {rate / 1e9:.2f} GB/s of training's traffic\n")
+    print(
+        "| size | parameters | VRAM planned | peak | step | computing alone | bytes at the drive's rate | hidden | "
+        "tok/s | MFU 6PT / 8PT |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    results = {}
+    for size in options.sizes.split(","):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            job = {
+                "size": size,
+                "store": str(Path(folder) / "store.mtio"),
+                "device": options.device,
+                "vram": size_of(options.vram),
+                "ram": size_of(options.ram),
+                "tokens": options.tokens,
+                "micro_batches": options.micro_batches,
+                "steps": options.steps,
+            }
+            tell(f"{size}: storing random weights, then training")
+            results[size] = found = child(__file__, sys.executable, [json.dumps(job)])
+        step = statistics.median(found["seconds"])
+        operations = found["parameters"] * found["tokens"] / step / 1e12
+        share = "-"
+        if options.tflops:
+            share = f"{6 * operations / options.tflops:.1%} / {8 * operations / options.tflops:.1%}"
+        moved = (found["read"] + found["written"]) / rate
+        print(
+            f"| {size} | {found['parameters']} | {found['vram_planned'] / 2**20:.0f} MiB | "
+            f"{found['vram_peak'] / 2**20:.0f} MiB | {step:.2f} s ({min(found['seconds']):.2f} to "
+            f"{max(found['seconds']):.2f}) | {found['compute_alone']:.2f} s | {moved:.2f} s | {found['hidden']:.0%} | "
+            f"{found['tokens'] / step:.0f} | {share} |"
+        )
+    for size, found in results.items():
+        print(f"\n{size} on {found['device']}: {found['vram']}\n{found['ram']}")
+    if options.json is not None:
+        everything = {"machine": facts, "options": vars(options), "drive": rate, "results": results}
+        options.json.write_text(json.dumps(everything, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        answer(lambda: measure(json.loads(sys.argv[2])))
+    else:
+        main()

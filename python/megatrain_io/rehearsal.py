@@ -1,7 +1,7 @@
 """A step without a store: on made-up weights, or on shapes that have no memory, to count what it allocates."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 
@@ -122,7 +122,7 @@ class Rehearsal(StandIn):
     def __init__(self, layout: ModelLayout) -> None:
         super().__init__(layout)
         self._meter = WorkspaceMeter()
-        self._prologue = 0
+        self._again = 0
         self._least = 0
 
     @property
@@ -133,18 +133,30 @@ class Rehearsal(StandIn):
     @contextmanager
     def prologue(self) -> Iterator[None]:
         """Inside, torch computes: masks are made by code that looks at its data."""
-        before = self._meter.nbytes
         with self._meter:
             yield
-        self._prologue = self._meter.peak_nbytes - before
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Of the step: that of a micro-batch is measured by itself."""
+        return self._alone() if name.startswith("micro-batch") else nullcontext()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        meter = self._meter
+        before, peak = meter.nbytes, meter.peak_nbytes
+        meter.peak_nbytes = before
+        yield
+        self._again = max(self._again, meter.peak_nbytes - before)
+        meter.peak_nbytes = max(peak, meter.peak_nbytes)
 
     @contextmanager
     def blocks(self) -> Iterator[None]:
         """Inside, torch computes shapes alone. What the prologue's backward pass takes comes on top."""
+        again = self._again
         with FakeTensorMode(allow_non_fake_inputs=True), self._meter:
             yield
         gradient = sum(place.elements for place in self.layout.records[0].tensors) * self._dtype.itemsize
-        self._least = self._meter.nbytes + self._prologue + gradient
+        self._least = self._meter.nbytes + again + gradient
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
         """As ``SavedInputs.put``."""

@@ -84,7 +84,7 @@ def _rehearse(
 ) -> int | None:
     cut.train()
     rehearsal = Rehearsal(layout)
-    step = Step(cut, rehearsal, rehearsal, micro_batches, slice_tokens=slice_tokens)
+    step = Step(cut, rehearsal, rehearsal, micro_batches, slice_tokens=slice_tokens, span=rehearsal.span)
     random_state = torch.get_rng_state()
     try:
         with rehearsal.prologue():
@@ -264,7 +264,7 @@ class Step:
         for index, micro_batch in self._each(self._micro_batches):
             self._seed(index, Phase.PROLOGUE)
             leaves = leaves_of(weights.tensors)
-            hidden, _ = self._cut.record(leaves, micro_batch)
+            hidden = self._cut.record(leaves, micro_batch)[0]
             gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
             del leaves, hidden
         gradient.submit(weights)

@@ -123,7 +123,8 @@ def row(cut: CutModel, layout: ModelLayout, machine: Hardware, tokens: int) -> R
         data={"train": ["."], "max_length": LENGTH},
         train={"gradient_accumulation_steps": len(batches)},
     )
-    candidate = Candidate(config, cut, layout, batches, 0, machine.ram)
+    vram = None if machine.device is None else machine.device.vram
+    candidate = Candidate(config, cut, layout, batches, 0, machine.ram, vram=vram)
     expected = make_plan(candidate, machine, variants=False)
     formula_seconds = max(wanted[2] + spilled / machine.read + spilled / burst(machine), wanted[3])
     return Row(

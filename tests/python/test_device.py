@@ -1,9 +1,11 @@
 """A device with memory of its own: the same bits as on the CPU, in an order that nothing but its waits makes safe."""
 
+import os
 import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -34,6 +36,9 @@ from reference.reference import train as train_in_memory
 
 FP32, BF16 = torch.float32, torch.bfloat16
 MIB = 1 << 20
+
+SEEDS = int(os.environ.get("MEGATRAIN_SOAK_SEEDS", "12"))
+"""Orders of copies that are tried; `make soak` tries 1,000."""
 
 WAITS = {
     "weights have come",
@@ -84,8 +89,15 @@ def trained(path, case, device, **how):
         return losses, all_planes(model.state)
 
 
+@cache
+def in_memory(family, tied, dtype, counts, layers):
+    case = Case(family, tied, dtype, counts, {"num_hidden_layers": layers})
+    return train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+
+
 def check(path, case, device, **how):
-    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    layers = case.overrides["num_hidden_layers"]
+    expected = in_memory(case.family, case.tied, case.dtype, case.counts, layers)
     losses, planes = trained(path, case, device, **how)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
@@ -108,12 +120,12 @@ def test_a_device_gives_the_bits_of_stock_training(tmp_path, family, tied, dtype
 LEAST = {"block_weights": 1, "block_gradients": 1, "slots": 2}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_no_delay_changes_a_bit(tmp_path, seed):
-    """A run of the 1,000 that `benches/device_orders.py` makes."""
     case = Case(tied=seed % 2 == 1, dtype=BF16, counts=(2, 1, 2), overrides={"num_hidden_layers": 4})
-    shape = plan(case, slots=2 + seed % 3, block_weights=1 + seed // 2 % 2, block_gradients=1 + seed // 4 % 2)
-    check(tmp_path / "store", case, SimulatedDevice(seed, delay=0.002), vram=shape, small_pool=seed % 5 == 0)
+    shape = {"slots": 2 + seed % 3, "block_weights": 1 + seed // 2 % 2, "block_gradients": 1 + seed // 4 % 2}
+    how = {"vram": plan(case, **shape), "small_pool": seed % 5 == 0, "engine": "threads"}
+    check(tmp_path / "store", case, SimulatedDevice(seed, delay=0.002), **how)
 
 
 # Copies so slow that other waits do not happen to cover for the one that is left out.

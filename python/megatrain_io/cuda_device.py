@@ -104,9 +104,10 @@ class Cuda:
         self.name: str = about.name
         self.has_own_memory = True
         self.accounts = Accounts()
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        # What the context took by now is in what is not free.
-        self.vram: int = min(vram or free + CONTEXT_NBYTES, total)
+        # The context is there by now, but not what libraries take when they are first called.
+        self.vram: int = min(vram or free, total)
         # Torch's allocator refuses what is beyond; the driver's part is not its own.
         share = max(0.0, (self.vram - CONTEXT_NBYTES) / total)
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.torch_device)

@@ -12,7 +12,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Accounts", "Cpu", "Device", "Done", "Event", "Stream"]
+from megatrain_io.errors import DoesNotFitError
+
+__all__ = ["Accounts", "Cpu", "Device", "Done", "Event", "Stream", "out_of_memory"]
 
 Stream = Literal["compute", "in", "out"]
 
@@ -112,6 +114,19 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Wait for all streams, and end them."""
+
+
+def out_of_memory(device: Device, error: BaseException) -> DoesNotFitError | None:
+    """The error to tell instead, if this one is of a device whose memory ran out."""
+    says = any(word in str(error) for word in ("out of memory", "ALLOC_FAILED"))
+    if not isinstance(error, torch.OutOfMemoryError) and not (isinstance(error, RuntimeError) and says):
+        return None
+    return DoesNotFitError(
+        f"{device.name} ran out of memory, with {device.vram >> 20} MiB to be taken, of which buffers take "
+        f"{sum(device.accounts.nbytes.values()) >> 20} MiB. What was under way was dropped; the last committed step "
+        "stands. Make a step smaller (train.per_device_train_batch_size, data.max_length) or allow more VRAM. In "
+        f"full: {error}"
+    )
 
 
 class Cpu:

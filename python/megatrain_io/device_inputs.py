@@ -17,6 +17,7 @@ from megatrain_io.checkpoint import SavedInputs, SavedInputsPlan, input_nbytes
 from megatrain_io.device import Device, Done, Event
 from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import ConfigError, MegatrainIoError
+from megatrain_io.vram import slot_nbytes
 
 __all__ = ["DeviceInputs"]
 
@@ -82,7 +83,10 @@ class DeviceInputs:
         per_block = input_nbytes(hidden_nbytes)
         count = blocks
         if self._bound is not None and per_block:
-            count = min(blocks, self._bound // per_block)
+            count = min(blocks, self._bound // slot_nbytes(per_block))
+        if self._memory and per_block <= self._memory[0].nbytes:
+            # Made for a larger step: a smaller one makes no more of them.
+            count = min(count, len(self._memory))
         if count < min(blocks, _SLOTS_MIN):
             raise ConfigError(
                 f"saved inputs may take {self._bound} bytes of {self._device.name}, and those of one block take "
@@ -111,7 +115,8 @@ class DeviceInputs:
         if count > len(self._memory) or per_block > min(memory.nbytes for memory in self._memory):
             self._device.accounts.add("saved inputs", -sum(memory.nbytes for memory in self._memory))
             self._slots, self._memory = [], []  # the old ones go before the new ones come
-            self._memory = [self._device.allocate(per_block, "saved inputs") for _ in range(count)]
+            for _ in range(count):
+                self._memory.append(self._device.allocate(slot_nbytes(per_block), "saved inputs"))
         self._slots = self._memory[:count]
 
     def _reserve_host(self, hidden_nbytes: Sequence[int]) -> None:
@@ -182,6 +187,10 @@ class DeviceInputs:
             self._state.behind("in", came, partial(self.host.release, block))
             did = True
         return did
+
+    def abort(self) -> None:
+        """Nothing is on its way any more."""
+        self._coming.clear()
 
     def close(self) -> None:
         """Give room in RAM and on the drive back."""

@@ -186,7 +186,9 @@ class DeviceState:
     def pass_by(self, record: int) -> None:
         """Take the weights of a load and give them back, without the device: only their update was wanted."""
         for chunk in self.layout.chunks_of(record):
-            self._state.take_piece(chunk.index).release()
+            while (slot := self._state.try_piece(chunk.index, _PATIENCE)) is None:
+                self.advance()
+            slot.release()
 
     def finish(self) -> None:
         """Return when all gradients of the step were handed over."""
@@ -202,6 +204,8 @@ class DeviceState:
         streams: tuple[Stream, ...] = ("compute", "in", "out")
         for stream in streams:
             self._device.record(stream).wait()
+        for event, _ in (*self._behind["in"], *self._behind["out"]):
+            event.wait()  # what a copy leaves to the host is done with its own event
         self._fetching.clear()
         self._fetched.clear()
         self._leaving.clear()

@@ -10,12 +10,14 @@ from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.schedule import build_schedule
 from megatrain_io.step import LOGITS_BYTES, hidden_nbytes, rehearse, slice_tokens
-from megatrain_io.vram import CONTEXT_NBYTES, VramPlan, divide_vram, least_vram
+from megatrain_io.vram import CONTEXT_NBYTES, VramPlan, divide_vram, least_vram, slot_nbytes
 
 __all__ = ["divided", "least_on_device", "on_device", "saved_inputs_of", "step_needs"]
 
 # Of the table that the pipeline has of chunks, where it moves them one by one: the most, a chunk.
 _BY_CHUNK_TABLES = 96
+# Of cuBLAS and its like.
+_WORKSPACES = 64 << 20
 
 
 def step_needs(
@@ -48,10 +50,11 @@ def on_device(
         borrows_prologue=bool(cut.epilogue_borrowed),
         vram=vram,
         context=CONTEXT_NBYTES,
-        activations=needs.activations,
+        activations=_compute_nbytes(needs),
         inputs_per_block=per_block,
     )
-    left = needs.saved_inputs - plan.saved_inputs
+    slot = slot_nbytes(per_block)
+    left = needs.saved_inputs - (plan.saved_inputs // slot * per_block if slot else 0)
     return plan, replace(
         needs,
         tables=needs.tables + _BY_CHUNK_TABLES * len(layout.chunks),
@@ -68,9 +71,14 @@ def least_on_device(cut: CutModel, layout: ModelLayout, needs: StepNeeds) -> int
         layout,
         borrows_prologue=bool(cut.epilogue_borrowed),
         context=CONTEXT_NBYTES,
-        activations=needs.activations,
+        activations=_compute_nbytes(needs),
         inputs_per_block=needs.inputs_per_block,
     )
+
+
+def _compute_nbytes(needs: StepNeeds) -> int:
+    """What torch's allocator takes for compute: tensors, what lies between them, and workspaces of the libraries."""
+    return needs.activations + needs.activations // 16 + _WORKSPACES
 
 
 def divided(

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator as Yields
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from megatrain_io.cuda_device import best_device
-from megatrain_io.device import Device
+from megatrain_io.device import Device, out_of_memory
 from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
 from megatrain_io.model import CutModel, MicroBatch
@@ -29,6 +29,9 @@ from megatrain_io.run import RunFolder
 from megatrain_io.stream import PagedModel, clear_frames
 from megatrain_io.swap import Engine, PagedState
 from megatrain_io.vram import CONTEXT_NBYTES, divide_vram
+
+# Of a device: tensors of a block on a prompt, keys and values.
+_COMPUTE_NBYTES = 512 << 20
 
 __all__ = ["Generator", "next_tokens"]
 
@@ -60,6 +63,8 @@ def next_tokens(
     except BaseException as error:
         # Tensors in the frames of the failed pass would keep their buffers from the next one.
         clear_frames(error)
+        if (full := out_of_memory(model.device, error)) is not None:
+            raise full from error
         raise
     finally:
         model.abort()
@@ -134,6 +139,9 @@ class Generator:
         self._model = model
         self._tokenizer = tokenizer
         self._stop = stop
+        self._pins = ExitStack()
+        if model.device.has_own_memory:
+            self._pins.enter_context(model.device.pin(model.state.pool_memory()))
 
     @classmethod
     def open(cls, run_dir: Path, engine: Engine = "auto", device: Device | None = None) -> Self:
@@ -201,6 +209,7 @@ class Generator:
 
     def close(self) -> None:
         """Close the store."""
+        self._pins.close()
         self._model.state.close()
         self._model.device.close()
 
@@ -237,12 +246,13 @@ def _on_device(cut: CutModel, state: PagedState, device: Device) -> PagedModel:
                 borrows_prologue=bool(cut.epilogue_borrowed),
                 vram=device.vram,
                 context=CONTEXT_NBYTES,
-                activations=0,
+                activations=_COMPUTE_NBYTES,
                 inputs_per_block=0,
                 training=False,
             )
             return PagedModel(cut, state, device=device, vram=vram)
         device.close()
+        cut.to(torch.device("cpu"))
     return PagedModel(cut, state)
 
 

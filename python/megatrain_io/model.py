@@ -156,8 +156,9 @@ class CutModel:
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(device))
+        # One element still: a copy of the expanded ones would be as large as they look.
         self._placeholders = {
-            name: each.to(device) if each.device != device else each
+            name: torch.zeros((), dtype=each.dtype, device=device).expand(each.shape)
             for name, each in self._placeholders.items()
         }
 

@@ -94,6 +94,7 @@ class _Copies(threading.Thread):
         super().__init__(name=f"simulated {name}", daemon=True)
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._delay = delay
+        self.error: Exception | None = None
         self.start()
 
     def put(self, work: Callable[[], None] | None) -> None:
@@ -108,7 +109,10 @@ class _Copies(threading.Thread):
 
     def run(self) -> None:
         while (work := self._queue.get()) is not None:
-            work()
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - told to the next one who looks
+                self.error = self.error or error
             # The tensors of a copy go with it: what keeps host memory lent is a copy that did not happen.
             del work
 
@@ -175,12 +179,14 @@ class SimulatedDevice:
     def copy_in(self, to: Tensor, content: Tensor) -> None:
         """Queue it, and check that nothing uses what it overwrites."""
         self._queued("in")
+        self._check_own(to)
         self._touch("in", to, writes=True, what="copy in")
         self._copies["in"].copy(to, content)
 
     def copy_out(self, to: Tensor, content: Tensor) -> None:
         """Queue it, and check that what it copies is there."""
         self._queued("out")
+        self._check_own(content)
         self._touch("out", content, writes=False, what="copy out")
         self._copies["out"].copy(to, content)
 
@@ -233,10 +239,18 @@ class SimulatedDevice:
 
     def _queued(self, stream: str) -> Clock:
         """Something more on a stream: it comes after all that the host has seen."""
+        for copies in self._copies.values():
+            if copies.error is not None:
+                raise OrderError(f"a copy failed: {copies.error}") from copies.error
         clock = self._clocks[stream]
         _join(clock, self._clocks["host"])
         clock[stream] = clock.get(stream, 0) + 1
         return clock
+
+    def _check_own(self, tensor: Tensor) -> None:
+        """What other streams touch must stay: memory that compute allocates for itself comes and goes."""
+        if tensor.untyped_storage().data_ptr() not in self._memory:
+            raise OrderError("a copy of memory that the device did not allocate for good")
 
     def _computed(self, tensors: list[tuple[Tensor, bool]], name: str) -> None:
         clock = self._queued("compute")

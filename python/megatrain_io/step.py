@@ -149,6 +149,9 @@ class Step:
         self.num_items = trained_tokens(micro_batches)
         if self.num_items == 0:
             raise MegatrainIoError("no token of this step has a label: there is nothing to train or measure")
+        # Where a number is multiplied by its inverse, a tensor is divided by, as in stock loops.
+        is_cuda = device is not None and device.torch_device.type == "cuda"
+        self._divisor = torch.tensor(self.num_items, device="cuda") if is_cuda else self.num_items
         self.span = span
         self._cut = cut
         self._state = state
@@ -296,7 +299,7 @@ class Step:
             wanted = {name: bound[name] for gradient in gradients for name in gradient.expected}
             leaves = leaves_of(wanted)
             part.requires_grad_(bool(gradients))
-            loss = self._cut.loss(bound | leaves, part, label, self.num_items)
+            loss = self._cut.loss(bound | leaves, part, label, self._divisor)
             if gradients:
                 of_part, *of_leaves = torch.autograd.grad(loss, [part, *leaves.values()])
                 of_hidden.append(of_part)

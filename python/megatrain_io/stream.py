@@ -10,15 +10,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget
 from megatrain_io.clipping import Guess, clip_coefficient
-from megatrain_io.device import Cpu, Device
+from megatrain_io.device import Cpu, Device, out_of_memory
 from megatrain_io.device_inputs import DeviceInputs
 from megatrain_io.device_state import DeviceState, Passage, passage_of
 from megatrain_io.errors import (
-    DoesNotFitError,
     MegatrainIoError,
     NotFiniteError,
     TrainingDivergedError,
@@ -305,9 +302,13 @@ class PagedModel:
 
     def abort(self) -> None:
         """Drop a step or a pass under way, and with it everything since the last commit."""
-        if self._on_device is not None:
-            self._on_device.abort()
-        self.state.abort()
+        try:
+            if isinstance(self.saved, DeviceInputs):
+                self.saved.abort()
+            if self._on_device is not None:
+                self._on_device.abort()
+        finally:
+            self.state.abort()
 
     def _choose_gradients(self, *, commits: bool) -> Gradients:
         """What this step does with its gradients: what a guess has changed must lie beside a committed state."""
@@ -414,16 +415,11 @@ class PagedModel:
             self._is_waiting, self._was_committed = False, True
             try:
                 self.abort()
-            except MegatrainIoError as refused:
+            except (MegatrainIoError, RuntimeError) as refused:
                 # The first error is the one to tell; this says what became of the state.
                 error.add_note(str(refused))
-            if isinstance(error, torch.OutOfMemoryError):
-                raise DoesNotFitError(
-                    f"{self.device.name} ran out of memory in a step, with {self.device.vram >> 20} MiB for training, "
-                    f"of which buffers take {sum(self.device.accounts.nbytes.values()) >> 20} MiB. The step was "
-                    "dropped; the last committed one stands. Make a step smaller (train.per_device_train_batch_size, "
-                    f"data.max_length) or allow more VRAM. In full: {error}"
-                ) from error
+            if (full := out_of_memory(self.device, error)) is not None:
+                raise full from error
             raise
 
     @contextmanager

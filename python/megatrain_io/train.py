@@ -412,8 +412,11 @@ class _Trainer:
             for start in range(0, len(rows), batch)
         ]
         total, tokens = 0.0, 0
-        for start in range(0, len(micro_batches), _EVAL_MICRO_BATCHES):
-            group = micro_batches[start : start + _EVAL_MICRO_BATCHES]
+        together = _EVAL_MICRO_BATCHES
+        if self._device.has_own_memory:
+            together = min(together, self._accumulation)  # its memory was divided for so many
+        for start in range(0, len(micro_batches), together):
+            group = micro_batches[start : start + together]
             part = self._model.evaluate(group)
             total += part.loss * part.trained_tokens
             tokens += part.trained_tokens

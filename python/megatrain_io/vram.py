@@ -14,6 +14,7 @@ __all__ = [
     "divide_vram",
     "kind_of",
     "least_vram",
+    "slot_nbytes",
 ]
 
 CONTEXT_NBYTES = 600 << 20
@@ -22,6 +23,7 @@ CONTEXT_NBYTES = 600 << 20
 # Block buffers for weights and for gradients, from what overlaps best to what a step cannot do without.
 _POOLS = ((2, 2), (2, 1), (1, 1))
 _INPUT_SLOTS_MIN = 2
+_STEP = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class VramPlan:
         )
 
 
+def slot_nbytes(nbytes: int) -> int:
+    """Bytes of a buffer for so many: torch's allocator takes large ones in steps of 2 MiB."""
+    return nbytes if nbytes < _STEP // 2 else -(-nbytes // _STEP) * _STEP
+
+
 def kind_of(layout: ModelLayout, record: int, kinds: Collection[str]) -> str:
     """The kind of buffer that a record is in."""
     if layout.prologue < record <= layout.blocks:
@@ -123,7 +130,7 @@ def device_pool(
     def sizes(nbytes_of: Mapping[int, int], count: int) -> dict[str, tuple[int, int]]:
         return {
             kind: (
-                max(nbytes for record, nbytes in nbytes_of.items() if names[record] == kind),
+                slot_nbytes(max(nbytes for record, nbytes in nbytes_of.items() if names[record] == kind)),
                 count if kind == "block" else 1,
             )
             for kind in dict.fromkeys(names.values())
@@ -161,8 +168,9 @@ def divide_vram(
     Raises:
         DoesNotFitError: it is too small; says what would do.
     """
-    inputs = layout.blocks * inputs_per_block if training else 0
-    least = min(layout.blocks, _INPUT_SLOTS_MIN) * inputs_per_block if training else 0
+    slot = slot_nbytes(inputs_per_block)
+    inputs = layout.blocks * slot if training else 0
+    least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot if training else 0
     always = context + activations
     pool = None
     for block_weights, block_gradients in _POOLS:
@@ -185,8 +193,8 @@ def divide_vram(
         )
     slots = layout.blocks
     if inputs_per_block and training:
-        slots = min(slots, (vram - always - pool.nbytes) // inputs_per_block)
-    return VramPlan(vram, context, activations, pool, slots * inputs_per_block if training else 0, inputs)
+        slots = min(slots, (vram - always - pool.nbytes) // slot)
+    return VramPlan(vram, context, activations, pool, slots * slot if training else 0, inputs)
 
 
 def least_vram(
@@ -201,7 +209,8 @@ def least_vram(
         block_weights=block_weights,
         block_gradients=block_gradients,
     )
-    return context + activations + pool.nbytes + min(layout.blocks, _INPUT_SLOTS_MIN) * inputs_per_block
+    least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot_nbytes(inputs_per_block)
+    return context + activations + pool.nbytes + least
 
 
 def _mib(nbytes: int) -> str:

@@ -72,6 +72,7 @@ def gpu(monkeypatch, cudart):
         is_available=lambda: True,
         set_device=lambda _: None,
         get_device_properties=lambda _: SimpleNamespace(name="GPU", total_memory=8192 * MIB),
+        empty_cache=lambda: None,
         mem_get_info=lambda _: (7000 * MIB, 8192 * MIB),
         set_per_process_memory_fraction=lambda part, _: share.append(part),
         current_stream=FakeStream,

@@ -124,8 +124,10 @@ LEAST = {"block_weights": 1, "block_gradients": 1, "slots": 2}
 def test_no_delay_changes_a_bit(tmp_path, seed):
     case = Case(tied=seed % 2 == 1, dtype=BF16, counts=(2, 1, 2), overrides={"num_hidden_layers": 4})
     shape = {"slots": 2 + seed % 3, "block_weights": 1 + seed // 2 % 2, "block_gradients": 1 + seed // 4 % 2}
-    how = {"vram": plan(case, **shape), "small_pool": seed % 5 == 0, "engine": "threads"}
-    check(tmp_path / "store", case, SimulatedDevice(seed, delay=0.002), **how)
+    device, made = SimulatedDevice(seed, delay=0.002), plan(case, **shape)
+    check(tmp_path / "store", case, device, vram=made, small_pool=seed % 5 == 0, engine="threads")
+    # Steps of two sizes: slots for inputs are made once.
+    assert device.accounts.peak_nbytes == sum(device.accounts.nbytes.values()) == made.allocated
 
 
 # Copies so slow that other waits do not happen to cover for the one that is left out.
@@ -265,7 +267,7 @@ def test_memory_that_runs_out_in_a_step_is_one_error_and_the_step_is_dropped(tmp
 
         monkeypatch.setattr(model.cut, "loss", full)
         with pytest.raises(
-            DoesNotFitError, match=r"ran out of memory in a step, with 100 MiB .* allocate 2.00 GiB"
+            DoesNotFitError, match=r"ran out of memory, with 100 MiB to be taken, .* allocate 2.00 GiB"
         ):
             model.train_step([*map(to_micro_batch, case.steps[0])], AdamWStep(1, 1e-3), lambda _: b"never")
         monkeypatch.undo()

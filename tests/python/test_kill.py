@@ -12,7 +12,20 @@ import pytest
 import torch
 
 from megatrain_io.swap import PagedState
-from paged import DRIVES, PROFILE, Case, all_planes, differing, files, make_store, opened, progress_of, train
+from paged import (
+    DEVICE,
+    DEVICE_PROFILE,
+    DRIVES,
+    PROFILE,
+    Case,
+    all_planes,
+    differing,
+    files,
+    make_store,
+    opened,
+    progress_of,
+    train,
+)
 from reference.reference import train as train_in_memory
 
 STEPS = 200
@@ -75,6 +88,7 @@ def run_and_kill(store: Path, how: dict[str, Any], after: float) -> bool:
     script = Path(__file__).with_name("paged.py")
     command = [sys.executable, str(script), str(store), "tied", str(STEPS), json.dumps(how)]
     environment = {"PYTHONPATH": str(script.parents[1]), "PATH": "", PROFILE: str(DRIVES)}
+    environment[DEVICE_PROFILE] = DEVICE
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "training\n"

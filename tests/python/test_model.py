@@ -372,6 +372,16 @@ def test_record_refuses_work_between_the_blocks():
         cut.record(leaves, MicroBatch(input_ids, input_ids))
 
 
+def test_moving_to_a_device_moves_buffers_and_makes_nothing_large():
+    """A copy of a placeholder was as large as the embedding that it stands for."""
+    cut = cut_of("llama tied")
+    cut.to(torch.device("meta"))
+    assert all(not any(each.stride()) and each.is_meta for each in cut._placeholders.values())
+    buffers = [each for root in (cut._skeleton, *cut.blocks) for _, each in root.named_buffers()]
+    assert buffers
+    assert all(each.is_meta for each in buffers)
+
+
 def test_a_stub_has_the_attributes_of_its_block():
     """The forward pass of some transformers versions looks at `decoder_layer.attention_type` and the like."""
     cut = cut_of("gemma3")

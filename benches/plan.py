@@ -237,15 +237,9 @@ def table(results: dict[str, list[Figures]]) -> str:
     return "\n".join(lines)
 
 
-def work(job: Figures) -> Any:
-    """What a child was started for."""
-    if "make" in job:
-        return lambda: make_store(Path(job["store"]), job["make"])
-    return lambda: measure(job)
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        answer(work(json.loads(sys.argv[2])))
+        asked = json.loads(sys.argv[2])
+        answer(lambda: make_store(Path(asked["store"]), asked["make"]) if "make" in asked else measure(asked))
     else:
         main()

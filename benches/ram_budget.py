@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -200,15 +200,9 @@ def main() -> None:
         options.json.write_text(json.dumps(everything, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def work(job: Figures) -> Callable[[], Any]:
-    """What a child was started for."""
-    if "make" in job:
-        return lambda: make_store(Path(job["store"]), job["make"])
-    return lambda: measure(job)
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        answer(work(json.loads(sys.argv[2])))
+        asked = json.loads(sys.argv[2])
+        answer(lambda: make_store(Path(asked["store"]), asked["make"]) if "make" in asked else measure(asked))
     else:
         main()

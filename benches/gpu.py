@@ -102,7 +102,7 @@ def measure(job: Figures) -> Figures:
             events = [*state.take_events()[0], *model.take_device_events()]
             model.close()
     io = joined((start, end) for lane, _, _, start, end in events if lane.startswith(IO_LANES))
-    computing = joined((start, end) for lane, _, _, start, end in events if lane == "device")
+    computing = joined((start, end) for lane, _, _, start, end in events if lane.startswith("device"))
     both = length(io) + length(computing) - length(joined([*io, *computing]))
     device.close()
     return {

@@ -164,7 +164,7 @@ class DeviceState:
             raise MegatrainIoError(f"record {record}: what was submitted was not borrowed here")
         weights.tensors, gradient.tensors = {}, {}
         whole = self._device.record("compute")
-        self._ended("device", self.layout.records[record].name, weights.load.began, whole)
+        self._computed(weights.load, whole)
         self._leaving.append(_Leaving(record, weights.load, gradient.gradient, whole))
         self.advance()
 
@@ -176,7 +176,7 @@ class DeviceState:
             self._gradients[kind].append((borrowed.gradient, used))
             return
         load = borrowed.load
-        self._ended("device", self.layout.records[load.record].name, load.began, used)
+        self._computed(load, used)
         self._free(load, used)
         for buffer in load.held.values():
             self._behind["in"].append((load.event, buffer.release))
@@ -237,6 +237,11 @@ class DeviceState:
 
     def _began(self, stream: Stream) -> Event | None:
         return None if self._events is None else self._device.record(stream)
+
+    def _computed(self, load: _Load, ended: Event) -> None:
+        # The last block's weights stay while the epilogue's are used: each kind has a lane.
+        record = load.record
+        self._ended(f"device, {self._kind(record)}", self.layout.records[record].name, load.began, ended)
 
     def _ended(
         self, lane: str, name: str, began: Event | None, ended: Event, chunk: int | None = None

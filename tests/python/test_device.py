@@ -289,5 +289,6 @@ def test_copies_and_compute_are_in_the_trace(tmp_path):
     loads -= len(layout.chunks_of(layout.epilogue))
     assert by_lane["copy in"] == loads
     assert by_lane["copy out"] == len(layout.chunks)
-    assert by_lane["device"] == 2 * len(layout.records) - 2
+    assert by_lane["device, block"] == 2 * layout.blocks - 1
+    assert by_lane["device, outer"] == 3
     assert all(start <= end for _, _, _, start, end in events)

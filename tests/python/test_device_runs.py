@@ -95,7 +95,7 @@ def test_a_trace_has_the_device_in_it(source, tmp_path, on):
     with Trace(path) as trace:
         train(configured(source, tmp_path / "run"), resume=False, reporter=Reporter(), trace=trace)
     text = path.read_text()
-    assert all(f'"{lane}"' in text for lane in ("copy in", "copy out", "device"))
+    assert all(f'"{lane}"' in text for lane in ("copy in", "copy out", "device, block"))
     assert metrics_of(tmp_path / "run")
 
 

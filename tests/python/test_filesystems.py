@@ -205,7 +205,10 @@ class Failure:
 
         def failing(step, *arguments, **options):
             if step._number == number and self.acknowledged is None:
-                self.acknowledged = step._state.generation - 1
+                state = getattr(
+                    step._state, "_state", step._state
+                )  # beneath a device, where the profile has one
+                self.acknowledged = state.generation - 1
                 befall()
             return plain(step, *arguments, **options)
 

@@ -94,10 +94,7 @@ class Cuda:
 
     def __init__(self, vram: int | None = None, index: int = 0) -> None:
         if not torch.cuda.is_available():
-            raise UnsupportedError(
-                "train.device is cuda, and torch finds no CUDA device here: see megatrain-io doctor, or set "
-                "train.device=cpu"
-            )
+            raise _no_gpu()
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         about = torch.cuda.get_device_properties(self.torch_device)
@@ -300,11 +297,23 @@ def best_device(precision: str) -> Device:
 
 
 def gpu_here(name: str) -> tuple[str, int] | None:
-    """Name and free bytes of the GPU that would compute for this ``train.device``, if any."""
+    """Name and free bytes of the GPU that would compute for this ``train.device``, if any.
+
+    Raises:
+        UnsupportedError: one was asked for, and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise _no_gpu()
     if name == "cpu" or not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
     return torch.cuda.get_device_name(), free
+
+
+def _no_gpu() -> UnsupportedError:
+    return UnsupportedError(
+        "train.device is cuda, and torch finds no CUDA device here: see megatrain-io doctor, or set train.device=cpu"
+    )
 
 
 def _as(memory: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from megatrain_io import cuda_device
 from megatrain_io.config import DataConfig, MemoryConfig, RunConfig, TrainConfig
-from megatrain_io.cuda_device import Cuda, device_for
+from megatrain_io.cuda_device import Cuda, device_for, gpu_here
 from megatrain_io.device import Cpu
 from megatrain_io.errors import ConfigError, UnsupportedError
 
@@ -182,6 +182,8 @@ def test_without_a_gpu_the_cpu_computes_or_it_is_said():
     assert isinstance(device_for(config()), Cpu)
     with pytest.raises(UnsupportedError, match="torch finds no CUDA device here"):
         device_for(config(device="cuda"))
+    with pytest.raises(UnsupportedError, match="torch finds no CUDA device here"):
+        gpu_here("cuda")  # as plan asks
     for name in ("auto", "cpu"):
         with pytest.raises(ConfigError, match=r"memory\.vram is set, and the CPU computes"):
             device_for(config(vram=1 << 30, device=name))

@@ -139,6 +139,22 @@ def test_no_update_is_written_before_the_commit_of_the_step_before():
     )
 
 
+def test_updates_wait_for_the_commit_of_the_step_before():
+    place = layout()
+    rates = Rates(read=1e18, write=1e18, update=place.parameters / 3.0, commit=2.0)
+    found, _ = played(place, rates, seconds_of(place, 1e-4))
+    assert found[STEADY].seconds >= 3.0 + 2.0
+
+
+def test_nothing_of_a_step_is_read_before_the_one_before_has_computed():
+    place = layout()
+    schedule = build_schedule(place, borrows_prologue=False, training=False)
+    pool = pool_sizes(place, borrows_prologue=False, training=False)
+    compute = {(Phase.EPILOGUE, place.epilogue): 100.0}
+    found = simulate([(schedule, False)] * STEPS, place, pool, compute, Rates(read=2e6, write=1e18))
+    assert found[STEADY].seconds == pytest.approx(100.0 + traffic(schedule, place)[0] / 2e6)
+
+
 def test_updates_on_the_cores_that_compute_make_both_slower():
     place = layout(table=8)  # else the next step waits for a large table's update, wherever that is made
     compute = seconds_of(place, 0.01)

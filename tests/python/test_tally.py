@@ -1,8 +1,11 @@
-"""What a run keeps of its steps, to compare them with its plan."""
+"""What a run keeps of its steps, to compare them with its plan; and when it has written enough."""
 
 from dataclasses import fields
 from types import SimpleNamespace
 
+import pytest
+
+from megatrain_io.errors import WearLimitError
 from megatrain_io.metrics import StepReport
 from megatrain_io.tally import Tally
 
@@ -31,3 +34,16 @@ def test_a_long_run_is_compared_by_its_last_steps():
     found = tally.compared(0, 0)
     assert found["read_bytes_per_step"] == {"planned": 10, "measured": 10, "ratio": 1}
     assert found["written_bytes_per_step"] == {"planned": 20, "measured": 20, "ratio": 1}
+
+
+@pytest.mark.parametrize(("written", "is_near"), [(0, False), (880, False), (881, True), (2000, True)])
+def test_a_limit_is_near_when_four_steps_might_reach_it(written, is_near):
+    assert Tally(PLAN, commit_every=1, max_tbw=1000e-12).is_near(written) is is_near
+    assert not Tally(PLAN, commit_every=1, max_tbw=None).is_near(written)
+
+
+def test_a_step_that_may_write_more_than_is_left_is_refused():
+    tally = Tally(PLAN, commit_every=1, max_tbw=1000e-12)
+    tally.check(970, step=7)
+    with pytest.raises(WearLimitError, match="Step 7 is committed"):
+        tally.check(971, step=7)

@@ -48,12 +48,9 @@ def test_what_was_written_is_known_however_often_the_run_paused(source, tmp_path
         memory = {"max_tbw": share * total / 1e12}
         with pytest.raises(WearLimitError):
             start(configured(source, tmp_path / "run", memory=memory), resume=number > 0)
+        # What was still on its way when the last step was reported is in it, too: how much that was is chance.
         last = metrics_of(tmp_path / "run")[-1]
-        assert (
-            0
-            <= blob_of(tmp_path / "run")["written_bytes"] - last["written_bytes_total"]
-            < last["written_bytes"]
-        )
+        assert blob_of(tmp_path / "run")["written_bytes"] >= last["written_bytes_total"]
     result, _ = start(configured(source, tmp_path / "run"), resume=True)
     # A pause commits once more: table, blob and superblock.
     assert 0 <= result.written_bytes_total - total <= len(pauses) * 24 * 1024

@@ -65,9 +65,9 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         variants: whether to say what changes would do.
         notes: for the person.
     """
-    vram, needs, problems = _needs(candidate, hardware)
+    vram, needs, too_small = _needs(candidate, hardware)
     memory, others = _problems(candidate, needs, hardware, usable)
-    problems = (*problems, *others)
+    problems = (*too_small, *others)
     work = work_of(candidate.cut, candidate.layout, [_shape(batch) for batch in candidate.micro_batches])
     seconds = _compute(work, hardware, compute)
     plan = _empty(candidate, hardware, work, prices, problems, notes)
@@ -103,7 +103,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     return replace(
         plan,
         memory=memory,
-        vram=vram,
+        vram=None if too_small else vram,
         ledger_bytes=memory.total - memory.needs.heap,
         process_bytes=process_nbytes(memory, libraries, is_warm=compute is not None) if libraries else None,
         scratch_bytes=round(scratch_nbytes(candidate, memory)),
@@ -242,7 +242,7 @@ def _needs(
         _nearest_rows(candidate, hardware),
     )
     # As if it were just enough.
-    return None, on_device(cut, layout, needs, vram=least)[1], (problem,)
+    return *on_device(cut, layout, needs, vram=least), (problem,)
 
 
 def _problems(

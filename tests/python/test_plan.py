@@ -280,6 +280,9 @@ def test_too_little_vram_is_refused(model, tmp_path):
     on = machine(tmp_path, ram="8GiB", device=gpu(int(0.9 * roomy.require_fits().vram_bytes)))
     problem = refused(model, on, **settings)
     assert "of VRAM at least, and a small one has" in problem.reason
+    unfit = mt.plan(model, on=on, settings=SMALL | settings)
+    assert unfit.vram is None
+    assert unfit.time is not None, "as it would be if the VRAM were just enough"
     nearest_fits(model, on, problem, **settings)
 
 

@@ -293,26 +293,40 @@ class Step:
         total: Tensor | None = None
         of_hidden = []
         for start in range(0, hidden.shape[1], step):
-            part = hidden[:, start : start + step].detach()
-            label = labels[:, start : start + step]
-            bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
-            wanted = {name: bound[name] for gradient in gradients for name in gradient.expected}
-            leaves = leaves_of(wanted)
-            part.requires_grad_(bool(gradients))
-            loss = self._cut.loss(bound | leaves, part, label, self._divisor)
-            if gradients:
-                of_part, *of_leaves = torch.autograd.grad(loss, [part, *leaves.values()])
+            part = slice(start, start + step)
+            loss, of_part = self._epilogue_slice(hidden[:, part], labels[:, part], weights, gradients)
+            total = loss if total is None else total + loss
+            if of_part is not None:
                 of_hidden.append(of_part)
-                by_name = dict(zip(leaves, of_leaves, strict=True))
-                for gradient in gradients:
-                    names = gradient.expected
-                    gradient.add(names, [by_name[name] for name in names])
-            total = loss.detach() if total is None else total + loss.detach()
         if gradients:
             self._hidden[index] = of_hidden[0] if len(of_hidden) == 1 else torch.cat(of_hidden, dim=1)
         if total is None:
             raise MegatrainIoError("a micro-batch without tokens")
         return total
+
+    def _epilogue_slice(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        weights: Sequence[BorrowedRecord],
+        gradients: Sequence[Gradient],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss of some tokens, and the gradient of their hidden state.
+
+        Nothing else outlives it: the head's gradient is as large as the head, and must not meet the next slice's.
+        """
+        hidden = hidden.detach().requires_grad_(bool(gradients))
+        bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
+        leaves = leaves_of({name: bound[name] for gradient in gradients for name in gradient.expected})
+        loss = self._cut.loss(bound | leaves, hidden, labels, self._divisor)
+        if not gradients:
+            return loss.detach(), None
+        of_hidden, *of_leaves = torch.autograd.grad(loss, [hidden, *leaves.values()])
+        by_name = dict(zip(leaves, of_leaves, strict=True))
+        for gradient in gradients:
+            names = gradient.expected
+            gradient.add(names, [by_name[name] for name in names])
+        return loss.detach(), of_hidden
 
     def _block_backward(
         self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: Gradient

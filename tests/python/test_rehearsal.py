@@ -147,6 +147,16 @@ def test_slices_of_logits_are_rehearsed_too(tmp_path):
     assert expected == pytest.approx(measured, rel=0.01)
 
 
+def test_slices_do_not_add_their_gradients_of_the_head_to_one_another(tmp_path):
+    case = Case(counts=(1,), overrides=SIZES | {"vocab_size": 8192})
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case) as model:
+        model.slice_tokens = 4
+        expected = rehearsed(model, [to_micro_batch(batch) for batch in case.steps[0]])
+    head = 8192 * case.config.hidden_size * 4
+    assert head < expected < 1.5 * head
+
+
 def test_two_blocks_stand_for_all_that_are_alike():
     cut = cut_model(Case(overrides=SIZES))
     layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "f32")

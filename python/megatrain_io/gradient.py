@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import MegatrainIoError
@@ -10,6 +11,9 @@ from megatrain_io.rehearsal import StandIn
 from megatrain_io.swap import BorrowedRecord, PagedState
 
 __all__ = ["Gradient", "leaves_of"]
+
+# Elements that are added at once on the CPU: the sum of two dtypes makes a copy in the wider one.
+_PIECE = 1 << 20
 
 
 class Gradient:
@@ -32,7 +36,7 @@ class Gradient:
                 continue
             total = self._borrowed.tensors[name]
             if name in self._seen:
-                total.add_(gradient)
+                _add(total, gradient)
             else:
                 total.copy_(gradient)
                 self._seen.add(name)
@@ -46,6 +50,17 @@ class Gradient:
                 "AdamW would skip them; freezing parameters is not possible yet"
             )
         self._state.submit(self._record, weights, self._borrowed)
+
+
+def _add(total: Tensor, gradient: Tensor) -> None:
+    """``total += gradient``, without a copy of all of it in fp32 on the way."""
+    is_fake = isinstance(gradient, FakeTensor)
+    if total.device.type != "cpu" or total.dtype == gradient.dtype or total.dim() == 0 or is_fake:
+        total.add_(gradient)
+        return
+    rows = max(1, _PIECE * total.shape[0] // max(1, total.numel()))
+    for part, of_part in zip(total.split(rows), gradient.split(rows), strict=True):
+        part.add_(of_part)
 
 
 def leaves_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

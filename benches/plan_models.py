@@ -160,7 +160,7 @@ def main() -> None:
                 (read, written, seconds, _), planned, expected = found.formula, found.planned, found.expected
                 run = "" if expected.time is None else f"{expected.time.seconds:.1f}"
                 rate = "" if expected.time is None else f"{expected.tokens_per_second:.0f}"
-                fits = "yes" if expected.fits else "; ".join(problem.reason for problem in expected.problems)
+                fits = "yes" if expected.fits else "; ".join(map(str, expected.problems))
                 print(
                     f"| {machine_name} | {name} ({layout.parameters / 1e9:.2f} B) | {tokens:,} "
                     f"| {read / 1e9:.0f} / {planned[0] / 1e9:.0f} | {written / 1e9:.0f} / {planned[1] / 1e9:.0f} "

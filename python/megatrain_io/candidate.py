@@ -244,10 +244,12 @@ def _pool_on_device(candidate: Candidate, memory: MemoryPlan, vram: VramPlan) ->
     """Buffers that records pass through, as the simulation knows them: those of the device."""
 
     def outer(kinds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-        sizes = [size for kind, size in kinds.items() if kind != "block"]
-        return max(nbytes for nbytes, _ in sizes), sum(count for _, count in sizes)
+        sizes = [size for kind, size in kinds.items() if kind not in {"block", "any"}]
+        return max((nbytes for nbytes, _ in sizes), default=0), sum(count for _, count in sizes)
 
     def block(kinds: Mapping[str, tuple[int, int]], needed: list[int]) -> tuple[int, int]:
+        if "any" in kinds:
+            return kinds["any"]
         nbytes, count = kinds["block"]
         # Smaller records than a block have buffers of their own there, and none in the simulation.
         return nbytes, count + sum(each <= nbytes for each in needed)

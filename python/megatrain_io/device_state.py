@@ -148,7 +148,7 @@ class DeviceState:
 
     def gradient(self, record: int) -> BorrowedRecord:
         """A buffer for the fp32 gradient of ``record``, content arbitrary."""
-        free = self._gradients[self._kind(record)]
+        free = self._gradients[self._kind(record, self._gradients)]
         self.until(lambda: bool(free))
         buffer, left = free.popleft()
         self._device.wait("compute", left, "the last gradient has left")
@@ -171,8 +171,8 @@ class DeviceState:
     def give_back(self, borrowed: "_OnDevice") -> None:
         """Free the buffer of weights or of a gradient that was not submitted."""
         used = self._device.record("compute")
-        kind = self._kind(borrowed.load.record)
         if borrowed.gradient is not None:
+            kind = self._kind(borrowed.load.record, self._gradients)
             self._gradients[kind].append((borrowed.gradient, used))
             return
         load = borrowed.load
@@ -241,7 +241,12 @@ class DeviceState:
     def _computed(self, load: _Load, ended: Event) -> None:
         # The last block's weights stay while the epilogue's are used: each kind has a lane.
         record = load.record
-        self._ended(f"device, {self._kind(record)}", self.layout.records[record].name, load.began, ended)
+        self._ended(
+            f"device, {self._kind(record, self._weights)}",
+            self.layout.records[record].name,
+            load.began,
+            ended,
+        )
 
     def _ended(
         self, lane: str, name: str, began: Event | None, ended: Event, chunk: int | None = None
@@ -283,7 +288,7 @@ class DeviceState:
             load = self._fetching[0]
             chunks = self.layout.chunks_of(load.record)
             if load.buffer is None:
-                free = self._weights[self._kind(load.record)]
+                free = self._weights[self._kind(load.record, self._weights)]
                 if not free:
                     return did
                 load.buffer, used = free.popleft()
@@ -326,7 +331,7 @@ class DeviceState:
                 did = True
             self._leaving.popleft()
             left = self._device.record("out")
-            self._gradients[self._kind(record)].append((leaving.gradient, left))
+            self._gradients[self._kind(record, self._gradients)].append((leaving.gradient, left))
             self._free(load, left)
             for buffer in load.held.values():
                 self.behind("out", left, buffer.release)
@@ -357,11 +362,11 @@ class DeviceState:
     def _free(self, load: _Load, used: Event) -> None:
         """The buffer of a load may be used again behind an event."""
         if load.buffer is not None:
-            self._weights[self._kind(load.record)].append((load.buffer, used))
+            self._weights[self._kind(load.record, self._weights)].append((load.buffer, used))
         load.buffer = None
 
-    def _kind(self, record: int) -> str:
-        return kind_of(self.layout, record, self._weights.keys())
+    def _kind(self, record: int, buffers: Mapping[str, object]) -> str:
+        return kind_of(self.layout, record, buffers.keys())
 
     def _part(self, buffer: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         start = chunk.start * dtype.itemsize

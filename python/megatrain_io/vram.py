@@ -21,7 +21,7 @@ CONTEXT_NBYTES = 600 << 20
 """What CUDA, cuBLAS and fragments of the allocator take on a GPU, besides tensors."""
 
 # Block buffers for weights and for gradients, from what overlaps best to what a step cannot do without.
-_POOLS = ((2, 2), (2, 1), (1, 1))
+_POOLS = ((2, 2), (2, 1), (1, 1), (2, 0), (1, 0))
 _INPUT_SLOTS_MIN = 2
 _STEP = 2 << 20
 
@@ -94,6 +94,8 @@ def slot_nbytes(nbytes: int) -> int:
 
 def kind_of(layout: ModelLayout, record: int, kinds: Collection[str]) -> str:
     """The kind of buffer that a record is in."""
+    if "any" in kinds:
+        return "any"
     if layout.prologue < record <= layout.blocks:
         return "block"
     if "outer" in kinds:
@@ -117,7 +119,8 @@ def device_pool(
             there at once, and else one buffer serves them one after the other.
         training: False leaves out gradients.
         block_weights: one to compute with, and one that is filled meanwhile.
-        block_gradients: one to accumulate in, and one that leaves meanwhile.
+        block_gradients: one to accumulate in, and one that leaves meanwhile; 0: one buffer serves all records, and
+            none accumulates before the last one has left.
     """
     blocks = [layout.block(index) for index in range(layout.blocks)]
     outer = {layout.prologue: "prologue"}
@@ -138,10 +141,28 @@ def device_pool(
 
     weights = {record: layout.record_weight_bytes(record) for record in names}
     gradients = {record: layout.record_gradient_bytes(record) for record in names}
-    return DevicePool(
-        sizes(weights, min(block_weights, layout.blocks)),
-        sizes(gradients, min(block_gradients, layout.blocks)) if training else {},
-    )
+    of_weights = sizes(weights, min(block_weights, layout.blocks))
+    if not training:
+        return DevicePool(of_weights, {})
+    if block_gradients == 0:
+        return DevicePool(of_weights, {"any": (slot_nbytes(max(gradients.values())), 1)})
+    return DevicePool(of_weights, sizes(gradients, min(block_gradients, layout.blocks)))
+
+
+def _pools(layout: ModelLayout, *, borrows_prologue: bool, training: bool) -> list[DevicePool]:
+    """What there is to choose from, the best first."""
+    return [
+        device_pool(
+            layout,
+            borrows_prologue=borrows_prologue,
+            training=training,
+            block_weights=block_weights,
+            block_gradients=block_gradients,
+        )
+        for block_weights, block_gradients in _POOLS
+        # The gradient of a tied table is there while those of all blocks come and go.
+        if block_gradients or not borrows_prologue
+    ]
 
 
 def divide_vram(
@@ -172,25 +193,17 @@ def divide_vram(
     inputs = layout.blocks * slot if training else 0
     least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot if training else 0
     always = context + activations
-    pool = None
-    for block_weights, block_gradients in _POOLS:
-        pool = device_pool(
-            layout,
-            borrows_prologue=borrows_prologue,
-            training=training,
-            block_weights=block_weights,
-            block_gradients=block_gradients,
-        )
-        if always + pool.nbytes + least <= vram:
-            break
-    else:
-        needed = always + least + (pool.nbytes if pool else 0)
+    pools = _pools(layout, borrows_prologue=borrows_prologue, training=training)
+    fits = [pool for pool in pools if always + pool.nbytes + least <= vram]
+    if not fits:
+        pool = pools[-1]
         raise DoesNotFitError(
-            f"{_mib(vram)} of VRAM may be taken, and this training needs {_mib(needed)} at least: weights and gradient "
-            f"of one block, embeddings and head {_mib(pool.nbytes if pool else 0)}, inputs of two blocks "
+            f"{_mib(vram)} of VRAM may be taken, and this training needs {_mib(always + least + pool.nbytes)} at "
+            f"least: weights and gradient of one block, embeddings and head {_mib(pool.nbytes)}, inputs of two blocks "
             f"{_mib(least)}, compute {_mib(activations)}, driver and libraries {_mib(context)}. Give more, or make a "
             "step smaller: train.per_device_train_batch_size, data.max_length, train.gradient_accumulation_steps"
         )
+    pool = fits[0]
     slots = layout.blocks
     if inputs_per_block and training:
         slots = min(slots, (vram - always - pool.nbytes) // slot)
@@ -201,14 +214,7 @@ def least_vram(
     layout: ModelLayout, *, borrows_prologue: bool, context: int, activations: int, inputs_per_block: int
 ) -> int:
     """The least VRAM that such a training can be done in."""
-    block_weights, block_gradients = _POOLS[-1]
-    pool = device_pool(
-        layout,
-        borrows_prologue=borrows_prologue,
-        training=True,
-        block_weights=block_weights,
-        block_gradients=block_gradients,
-    )
+    pool = _pools(layout, borrows_prologue=borrows_prologue, training=True)[-1]
     least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot_nbytes(inputs_per_block)
     return context + activations + pool.nbytes + least
 

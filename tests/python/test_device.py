@@ -52,8 +52,8 @@ WAITS = {
 }
 
 
-def plan(case, *, vram=1 << 40, slots=None, block_weights=2, block_gradients=2):
-    """A division by which the inputs of all but ``slots`` blocks go on to RAM."""
+def plan(case, *, vram=1 << 40, slots=None, **buffers):
+    """A division by which the inputs of all but ``slots`` blocks go on to RAM, with other buffers if they are named."""
     cut = cut_model(case)
     layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
     per_block = per_block_nbytes(case)
@@ -65,13 +65,10 @@ def plan(case, *, vram=1 << 40, slots=None, block_weights=2, block_gradients=2):
         activations=0,
         inputs_per_block=per_block,
     )
-    pool = device_pool(
-        layout,
-        borrows_prologue=bool(cut.epilogue_borrowed),
-        training=True,
-        block_weights=block_weights,
-        block_gradients=block_gradients,
-    )
+    pool = made.pool
+    if buffers:
+        borrows = bool(cut.epilogue_borrowed)
+        pool = device_pool(layout, borrows_prologue=borrows, training=True, **buffers)
     inputs = made.saved_inputs if slots is None else slots * per_block
     return replace(made, pool=pool, saved_inputs=inputs)
 
@@ -122,8 +119,11 @@ LEAST = {"block_weights": 1, "block_gradients": 1, "slots": 2}
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_no_delay_changes_a_bit(tmp_path, seed):
-    case = Case(tied=seed % 2 == 1, dtype=BF16, counts=(2, 1, 2), overrides={"num_hidden_layers": 4})
-    shape = {"slots": 2 + seed % 3, "block_weights": 1 + seed // 2 % 2, "block_gradients": 1 + seed // 4 % 2}
+    tied = seed % 2 == 1
+    case = Case(tied=tied, dtype=BF16, counts=(2, 1, 2), overrides={"num_hidden_layers": 4})
+    # A tied table's gradient has a buffer of its own always.
+    gradients = (2, 1, 1 if tied else 0)[seed // 4 % 3]
+    shape = {"slots": 2 + seed % 3, "block_weights": 1 + seed // 2 % 2, "block_gradients": gradients}
     device, made = SimulatedDevice(seed, delay=0.002), plan(case, **shape)
     check(tmp_path / "store", case, device, vram=made, small_pool=seed % 5 == 0, engine="threads")
     # Steps of two sizes: slots for inputs are made once.
@@ -191,7 +191,11 @@ def test_inputs_go_on_to_ram_and_from_there_to_the_drive(tmp_path):
 def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
     case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
     whole = plan(case)
-    for vram in (whole.total, whole.total - 1, whole.total - 3 * per_block_nbytes(case)):
+    cut = cut_model(case)
+    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
+    needs = {"context": 0, "activations": 0, "inputs_per_block": per_block_nbytes(case)}
+    least = least_vram(layout, borrows_prologue=tied, **needs)
+    for vram in (whole.total, whole.total - 1, whole.total - 3 * per_block_nbytes(case), least):
         made = plan(case, vram=vram)
         assert made.total <= vram
         device = SimulatedDevice(nbytes=vram)
@@ -201,11 +205,12 @@ def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
         assert device.accounts.peak_nbytes == made.allocated
 
 
-def test_the_least_vram_that_is_named_is_enough_and_one_byte_less_is_not():
-    case = Case(tied=True, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_least_vram_that_is_named_is_enough_and_one_byte_less_is_not(tied):
+    case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
     cut = cut_model(case)
     layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
-    needs = {"context": 600 * MIB, "activations": 5 * MIB, "inputs_per_block": MIB, "borrows_prologue": True}
+    needs = {"context": 600 * MIB, "activations": 5 * MIB, "inputs_per_block": MIB, "borrows_prologue": tied}
     least = least_vram(layout, **needs)
     assert divide_vram(layout, vram=least, **needs).total == least
     with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB at least: weights and gradient of one block"):

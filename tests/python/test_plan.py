@@ -286,6 +286,17 @@ def test_too_little_vram_is_refused(model, tmp_path):
     nearest_fits(model, on, problem, **settings)
 
 
+def test_a_gradient_buffer_for_all_records_costs_time_and_saves_vram(model, tmp_path):
+    """With it, a block's gradient waits for that of the head to leave."""
+    settings = {"data.max_length": 4096, "train.per_device_train_batch_size": 8}
+    roomy = mt.plan(model, on=machine(tmp_path, ram="8GiB", device=gpu("80GB")), settings=SMALL | settings)
+    on = machine(tmp_path, ram="8GiB", device=gpu(roomy.vram_bytes))
+    least = mt.plan(model, on=on, settings=SMALL | settings).require_fits()
+    assert list(least.vram.pool.gradients) == ["any"]
+    assert least.vram.total == roomy.vram_bytes < roomy.vram.total
+    assert least.time.seconds > roomy.time.seconds
+
+
 def gpu(vram):
     return {"name": "a small one", "vram": vram, "tflops": 20}
 

@@ -22,6 +22,8 @@ __all__ = ["Cuda", "best_device", "device_for", "gpu_here"]
 # Copies on their way through memory of the driver, where the pool could not be registered.
 _RING = 4
 _MIB = 1 << 20
+# How long times are counted from one moment, in nanoseconds: CUDA tells them in milliseconds as fp32.
+_ANCHOR_NS = 60 * 10**9
 
 
 class _Landing:
@@ -53,12 +55,32 @@ class _Staging:
 
 
 @dataclass
+class _Origin:
+    """A moment that both clocks know."""
+
+    event: torch.cuda.Event
+    ns: int = 0
+    """By the host's clock, unless it follows from the origin before."""
+    before: "_Origin | None" = None
+
+    def at_ns(self) -> int:
+        """By the host's clock; its event has happened."""
+        if self.before is not None:
+            self.ns, self.before = self.before.until(self.event), None
+        return self.ns
+
+    def until(self, event: torch.cuda.Event) -> int:
+        """When an event has happened, by the host's clock."""
+        milliseconds: float = self.event.elapsed_time(event)
+        return self.at_ns() + round(1e6 * milliseconds)
+
+
+@dataclass
 class _CudaEvent:
     """A point in a stream, and copies that are done by the host when it has happened."""
 
     event: torch.cuda.Event
-    origin: tuple[int, torch.cuda.Event]
-    """A moment by the host's clock, and an event that happened then."""
+    origin: _Origin
     landing: list[_Landing] = field(default_factory=list)
 
     def is_done(self) -> bool:
@@ -72,8 +94,7 @@ class _CudaEvent:
         self._land()
 
     def at_ns(self) -> int | None:
-        milliseconds = self.origin[1].elapsed_time(self.event) if self.event.query() else None
-        return None if milliseconds is None else self.origin[0] + round(1e6 * milliseconds)
+        return self.origin.until(self.event) if self.event.query() else None
 
     def _land(self) -> None:
         for landing in self.landing:
@@ -116,7 +137,8 @@ class Cuda:
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._streams["compute"])
         event.synchronize()
-        self._origin = (time.monotonic_ns(), event)
+        self._anchored = time.monotonic_ns()
+        self._origin = _Origin(event, self._anchored)
         self._pinned: list[range] = []
         self._rings: dict[str, list[_Staging]] = {"in": [], "out": []}
         self._landing: list[_Landing] = []
@@ -198,7 +220,9 @@ class Cuda:
         landing = []
         if stream == "out":
             landing, self._landing = self._landing, []
-        return _CudaEvent(event, self._origin, landing)
+        recorded = _CudaEvent(event, self._origin, landing)
+        self._anchor(event)
+        return recorded
 
     def wait(self, stream: Stream, event: Event, why: str) -> None:
         """Without the host."""
@@ -253,6 +277,13 @@ class Cuda:
     def _joined(self, ring: list[_Staging], nbytes: int) -> _Staging:
         ring.append(_Staging(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)))
         return ring[-1]
+
+    def _anchor(self, event: torch.cuda.Event) -> None:
+        """Count times from this event on, if they are counted from one long ago, which has happened by now."""
+        now = time.monotonic_ns()
+        if now - self._anchored > _ANCHOR_NS and self._origin.event.query():
+            self._origin.at_ns()
+            self._origin, self._anchored = _Origin(event, before=self._origin), now
 
     def _forget_error(self) -> None:
         """A call that failed leaves its error for the next kernel to report, which takes it away."""

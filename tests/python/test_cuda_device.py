@@ -33,6 +33,10 @@ class FakeEvent:
     def synchronize(self):
         pass
 
+    def elapsed_time(self, other):
+        # Milliseconds in fp32, as CUDA has them.
+        return float(torch.tensor((other.at - self.at) / 1e6, dtype=torch.float32))
+
 
 class FakeStream:
     def __init__(self, _device=None):
@@ -106,6 +110,18 @@ def test_memory_is_registered_as_it_is_and_let_go_when_nothing_moves(gpu, cudart
         assert memory[:64].sum() == 64, "straight, without a detour"
     assert cudart.calls[1:] == [("unregister", memory.data_ptr())]
     assert gpu._streams["in"].waited == gpu._streams["out"].waited == ["host"]
+
+
+def test_times_keep_their_grain_for_hours(gpu, monkeypatch):
+    begun = gpu._origin.ns
+    clock = SimpleNamespace(now=begun)
+    monkeypatch.setattr(cuda_device.time, "monotonic_ns", lambda: clock.now)
+    gpu._origin.event.at = begun
+    for seconds in range(0, 10 * 3600, 50):
+        clock.now = begun + seconds * 10**9 + 12_345
+        recorded = gpu.record("compute")
+        recorded.event.at = clock.now
+        assert abs(recorded.at_ns() - clock.now) < 50_000
 
 
 def test_refused_memory_leaves_no_error_behind(gpu, cudart, monkeypatch):

@@ -374,7 +374,7 @@ class PagedModel:
             self.cut,
             self._on_device or self.state,
             self.saved,
-            [batch.to(self.device.torch_device) for batch in micro_batches],
+            self._moved(micro_batches),
             slice_tokens=self.slice_tokens,
             number=number,
             seed=self.seed,
@@ -392,6 +392,15 @@ class PagedModel:
             self.span(name),
         ):
             yield step
+
+    def _moved(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """To where they are computed."""
+        try:
+            return [batch.to(self.device.torch_device) for batch in micro_batches]
+        except RuntimeError as error:
+            if (full := out_of_memory(self.device, error)) is not None:
+                raise full from error
+            raise
 
     @contextmanager
     def _begun(self, schedule: _Prepared, adamw: AdamWStep, *, commits: bool) -> Iterator[None]:

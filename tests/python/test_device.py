@@ -16,6 +16,7 @@ from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import DoesNotFitError, NotFiniteError, TrainingDivergedError
 from megatrain_io.generate import Pick, next_tokens
 from megatrain_io.layout import ModelLayout
+from megatrain_io.model import MicroBatch
 from megatrain_io.simulated_device import OrderError, SimulatedDevice
 from megatrain_io.stream import model_parts
 from megatrain_io.swap import AdamWStep
@@ -275,6 +276,10 @@ def test_memory_that_runs_out_in_a_step_is_one_error_and_the_step_is_dropped(tmp
             DoesNotFitError, match=r"ran out of memory, with 100 MiB to be taken, .* allocate 2.00 GiB"
         ):
             model.train_step([*map(to_micro_batch, case.steps[0])], AdamWStep(1, 1e-3), lambda _: b"never")
+        monkeypatch.undo()
+        monkeypatch.setattr(MicroBatch, "to", full)
+        with pytest.raises(DoesNotFitError, match="ran out of memory"):
+            model.evaluate([to_micro_batch(case.steps[0][0])])
         monkeypatch.undo()
         assert (
             train(model, case) == train_in_memory(case.model, case.steps, case.hyperparameters, BF16).losses

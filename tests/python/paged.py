@@ -1,8 +1,7 @@
-"""Paged training of the reference's tiny models, for the tests. Run as a script it trains until killed."""
+"""Paged training of the reference's tiny models, for the tests."""
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -219,13 +218,3 @@ def expected_planes(result) -> dict[tuple[str, str], torch.Tensor]:
 def differing(got: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor]) -> list[Any]:
     assert got.keys() == expected.keys()
     return [key for key, value in got.items() if not torch.equal(value, expected[key])]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    store, tied, count, how = sys.argv[1:]
-    running = Case(tied=tied == "tied", dtype=torch.bfloat16, counts=(1,) * int(count))
-    with opened(Path(store), running, **json.loads(how)) as paged:
-        print("training", flush=True)  # noqa: T201 - the test that started this waits for it
-        train(paged, running)
-    print("done", flush=True)  # noqa: T201 - the test that started this looks for it

@@ -1,11 +1,11 @@
 """kill -9 at any moment: the store opens at a whole step, and the resumed run ends with the same bits."""
 
-import json
+import multiprocessing
 import random
-import subprocess
-import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import pytest
@@ -13,10 +13,6 @@ import torch
 
 from megatrain_io.swap import PagedState
 from paged import (
-    DEVICE,
-    DEVICE_PROFILE,
-    DRIVES,
-    PROFILE,
     Case,
     all_planes,
     differing,
@@ -83,18 +79,30 @@ def check(tmp_path, count, clipping):
         assert differing(all_planes(model.state), expected) == [], f"seed {seed}"
 
 
+# Each life is forked from one process that has imported everything and done nothing yet.
+LIVES = multiprocessing.get_context("forkserver")
+LIVES.set_forkserver_preload(["megatrain_io.stream", "transformers.models.llama.modeling_llama"])
+
+
+def live(begun: Connection, store: Path, how: dict[str, Any]) -> None:
+    """In a process of its own: train until killed."""
+    torch.set_num_threads(1)
+    with opened(store, CASE, **how) as model:
+        begun.send("training")
+        train(model, CASE)
+
+
 def run_and_kill(store: Path, how: dict[str, Any], after: float) -> bool:
     """Train in a process of its own; whether it was killed before it was done."""
-    script = Path(__file__).with_name("paged.py")
-    command = [sys.executable, str(script), str(store), "tied", str(STEPS), json.dumps(how)]
-    environment = {"PYTHONPATH": str(script.parents[1]), "PATH": "", PROFILE: str(DRIVES)}
-    environment[DEVICE_PROFILE] = DEVICE
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "training\n"
-        timer = threading.Timer(after, process.kill)
-        timer.start()
-        rest = process.stdout.read()
-        process.wait()
-        timer.cancel()
-    return rest != "done\n"
+    begun, says = LIVES.Pipe(duplex=False)
+    life = LIVES.Process(target=live, args=(says, store, how))
+    life.start()
+    says.close()
+    with begun:
+        assert begun.recv() == "training"
+    timer = threading.Timer(after, life.kill)
+    timer.start()
+    life.join()
+    timer.cancel()
+    assert life.exitcode in {0, -SIGKILL}
+    return life.exitcode != 0

@@ -19,6 +19,8 @@ _SCRATCH_TABLES = 512 << 10
 _POOLS = ((3, 4, 2), (3, 2, 1), (2, 2, 1), (2, 1, 1))
 # The same where each holds a chunk.
 _CHUNK_POOLS = ((8, 4, 4), (4, 2, 2), (2, 1, 1))
+# Of the budget, for chunks of a gradient that has left the device and was not updated yet.
+_BEHIND_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def divide(
     def size(slots: tuple[int, int, int], residents: Residents) -> PoolSizes:
         return _pool(layout, needs, slots, residents, borrows_prologue=borrows_prologue, keeps=keeps)
 
-    for sizes in _CHUNK_POOLS if needs.by_chunk else _POOLS:
+    for sizes in _chunk_pools(layout, ram) if needs.by_chunk else _POOLS:
         pool = size(sizes, Residents())
         if needs.always + needs.saved_inputs_at_least + mapped_nbytes(pool) <= ram:
             break
@@ -186,6 +188,21 @@ def divide(
         resident_nbytes=sums[2] - sums[1],
         spills_gradients=spills,
     )
+
+
+def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
+    """What there is to choose from where compute has memory of its own, the best first.
+
+    A gradient that is in RAM as a whole frees its buffer there before it is updated, as fast as it can be copied: so
+    compute does not wait for the drive to take it.
+    """
+    block_buffers, chunk_slots, least = _CHUNK_POOLS[0]
+    blocks = [layout.chunks_of(layout.block(index)) for index in range(layout.blocks)]
+    each = max(
+        layout.weight_extent_bytes(chunk) + layout.gradient_extent_bytes(chunk) for chunk in layout.chunks
+    )
+    behind = min(least + max(map(len, blocks)), ram // _BEHIND_SHARE // each)
+    return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > least else [*_CHUNK_POOLS]
 
 
 def smallest(layout: ModelLayout, needs: StepNeeds, *, borrows_prologue: bool, keeps: bool = False) -> int:

@@ -219,6 +219,7 @@ def step_time(
         _rates(candidate, hardware),
         residents=memory.residents,
         inputs=inputs_moved(candidate, memory),
+        behind=0 if vram is None else memory.pool.block_gradients[1],
     )
     # The step that commits, the one that it passes the commit on to, and those in between.
     weights = {2: 1.0} if every == 1 else {2: 1 / every, 3: 1 / every, 1: 1 - 2 / every}

@@ -76,7 +76,7 @@ class _Job:
     done: Callable[[], None]
 
 
-def simulate(
+def simulate(  # noqa: PLR0913 - each with a meaning of its own
     steps: Sequence[tuple[Sequence[ChunkOp], bool]],
     layout: ModelLayout,
     pool: PoolSizes,
@@ -85,6 +85,7 @@ def simulate(
     *,
     residents: Residents = Residents(),  # noqa: B008 - it never changes
     inputs: Mapping[int, float] | None = None,
+    behind: int = 0,
 ) -> list[SimulatedStep]:
     """Play steps one after the other.
 
@@ -98,16 +99,19 @@ def simulate(
         rates: of the machine.
         residents: what stays in RAM.
         inputs: bytes of inputs that go to the drive, by record.
+        behind: chunks that RAM holds between pool and update, where the pool is a device's.
     """
     program = Program(layout, pool, residents)
     for schedule, commits in steps:
         program.add(schedule, compute, inputs or {}, commits=commits)
-    return _Play(program, layout.prologue, pool, rates).run()
+    return _Play(program, layout, pool, rates, behind).run()
 
 
 class _Play:
-    def __init__(self, program: Program, prologue: int, pool: PoolSizes, rates: Rates) -> None:
-        self._program, self._prologue, self._rates = program, prologue, rates
+    def __init__(
+        self, program: Program, layout: ModelLayout, pool: PoolSizes, rates: Rates, behind: int
+    ) -> None:
+        self._program, self._layout, self._rates, self._behind = program, layout, rates, behind
         self._queues: dict[str, deque[_Job]] = {name: deque() for name in _SERVERS}
         self._free = {
             "block": pool.block_buffers[1],
@@ -124,6 +128,8 @@ class _Play:
         self._on_disk: dict[tuple[int, int], int] = {}
         self._sources: dict[int, int] = {}
         """Records whose gradient was submitted, and parts of it that were not used."""
+        self._submitted: dict[int, bool] = {}
+        """The same in order, and whether it has left the pool."""
         self._kept: dict[int, float] = {}
         self._read_inputs: set[int] = set()
         self._ended: set[int] = set()
@@ -290,8 +296,9 @@ class _Play:
                 if self._program.gradient_kind(record) == "resident gradient":
                     self._give(self._program.gradient_kind(record), record)
             else:
-                self._give(self._program.kind_of(record), record)
-                self._end_gradient(record, waits=False)
+                self._let_go(record, is_updated=True)
+                del self._submitted[record]
+        self._leave()
 
         def written() -> None:
             self._on_disk[record, update.part] = self._on_disk.get((record, update.part), 0) + 1
@@ -300,6 +307,26 @@ class _Play:
                 self._free["slots"] += 1
 
         self._write(update.written, written)
+
+    def _leave(self) -> None:
+        """Gradients that RAM has room for leave the pool, with their weights, in order."""
+        chunks = 0
+        for record in self._submitted:
+            parts, all_chunks = self._program.parts_of(record), len(self._layout.chunks_of(record))
+            chunks += -(-self._sources[record] * all_chunks // parts)
+            if chunks > self._behind:
+                return
+            self._let_go(record, is_updated=False)
+
+    def _let_go(self, record: int, *, is_updated: bool) -> None:
+        """Give back what is of the pool, once; what stays in RAM is in its place when it is updated."""
+        kind, has_left = self._program.kind_of(record), self._submitted[record]
+        if is_updated if kind.startswith("resident") else not has_left:
+            self._give(kind, record)
+        kind = self._program.gradient_kind(record)
+        if is_updated if kind.startswith("resident") else not has_left:
+            self._end_gradient(record, waits=False)
+        self._submitted[record] = True
 
     def _end_gradient(self, record: int, *, waits: bool) -> None:
         """A gradient that is not needed, or that goes to the drive; one that ``waits`` in RAM stays there."""
@@ -350,7 +377,7 @@ class _Play:
         submitted = [
             record
             for record in stop.gradients
-            if stop.phase is not Phase.EPILOGUE or record != self._prologue
+            if stop.phase is not Phase.EPILOGUE or record != self._layout.prologue
         ]
         for load in stop.loads:
             if load.record not in submitted and not stop.holds:
@@ -363,9 +390,11 @@ class _Play:
                 self._kept.pop(record, None)
             if record in stop.updates:
                 self._sources[record] = self._program.parts_of(record)
+                self._submitted[record] = False
             else:
                 self._give(self._program.kind_of(record), record)
                 self._end_gradient(record, waits=True)
+        self._leave()
         if not self._stops or self._stops[0].step != stop.step:
             self._ended.add(stop.step)
 

@@ -43,6 +43,7 @@ def played(
     gradients="update",
     spilled=False,
     slots=(3, 4, 2),
+    behind=0,
 ):
     first = build_schedule(place, borrows_prologue=tied, training=True, gradients=gradients)
     then = build_schedule(
@@ -64,7 +65,7 @@ def played(
     steps = [(first if number == 0 else then, commits) for number in range(STEPS)]
     if gradients == "keep":
         steps.append((flush_schedule(place), False))
-    found = simulate(steps, place, pool, compute, rates, residents=residents)
+    found = simulate(steps, place, pool, compute, rates, residents=residents, behind=behind)
     moved = [traffic(schedule, place, residents, commits=commits) for schedule, _ in steps]
     return found, moved
 
@@ -78,7 +79,7 @@ SPEED = Rates(read=2e9, write=1e9)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(tied, share, gradients, slots):
     place = layout(tied=tied)
-    for commits, spilled in product((True, False), (False, True)):
+    for commits, spilled, behind in product((True, False), (False, True), (0, 2, 1000)):
         found, moved = played(
             place,
             SPEED,
@@ -89,6 +90,7 @@ def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(tied, sha
             gradients=gradients,
             spilled=spilled,
             slots=slots,
+            behind=behind,
         )
         # A side that is busy beside the other one goes at half its speed.
         read, written = (sum(each) for each in zip(*moved, strict=True))
@@ -124,6 +126,17 @@ def test_without_computing_the_drive_is_never_idle():
     faster, _ = played(place, both, {})
     slowest = max(read / SPEED.read, written / SPEED.write)
     assert slowest <= faster[STEADY].seconds < found[STEADY].seconds
+
+
+def test_a_gradient_that_ram_holds_frees_its_buffer_before_the_drive_has_taken_it():
+    place = layout()
+    compute = seconds_of(place, 2e-3, backward=1.2e-2)
+    waiting, enough, ample = (
+        played(place, SPEED, compute, slots=(2, 1, gradients), behind=behind)[0][STEADY].seconds
+        for gradients, behind in ((1, 0), (1, len(place.chunks)), (4, 0))
+    )
+    assert enough < 0.9 * waiting
+    assert enough == pytest.approx(ample, rel=0.02)
 
 
 def test_no_update_is_written_before_the_commit_of_the_step_before():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from megatrain_io.calibration import work_of
 from megatrain_io.candidate import Candidate
@@ -35,6 +35,15 @@ MODELS = {
         intermediate_size=11008,
         num_attention_heads=32,
         vocab_size=32000,
+    ),
+    "8B": Qwen3Config(
+        hidden_size=4096,
+        num_hidden_layers=36,
+        intermediate_size=12288,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
     ),
     "14B": Qwen2Config(
         hidden_size=5120,

@@ -196,13 +196,13 @@ def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
     A gradient that is in RAM as a whole frees its buffer there before it is updated, as fast as it can be copied: so
     compute does not wait for the drive to take it.
     """
-    block_buffers, chunk_slots, least = _CHUNK_POOLS[0]
+    block_buffers, chunk_slots, gradients = _CHUNK_POOLS[0]
     blocks = [layout.chunks_of(layout.block(index)) for index in range(layout.blocks)]
     each = max(
         layout.weight_extent_bytes(chunk) + layout.gradient_extent_bytes(chunk) for chunk in layout.chunks
     )
-    behind = min(least + max(map(len, blocks)), ram // _BEHIND_SHARE // each)
-    return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > least else [*_CHUNK_POOLS]
+    behind = min(gradients + max(map(len, blocks)), ram // _BEHIND_SHARE // each)
+    return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > gradients else [*_CHUNK_POOLS]
 
 
 def smallest(layout: ModelLayout, needs: StepNeeds, *, borrows_prologue: bool, keeps: bool = False) -> int:

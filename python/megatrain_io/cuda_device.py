@@ -56,7 +56,7 @@ class _Staging:
 
 @dataclass
 class _Origin:
-    """A moment that both clocks know."""
+    """A moment that times are counted from: the first by both clocks, the others follow from it by the GPU's."""
 
     event: torch.cuda.Event
     ns: int = 0
@@ -94,7 +94,9 @@ class _CudaEvent:
         self._land()
 
     def at_ns(self) -> int | None:
-        return self.origin.until(self.event) if self.event.query() else None
+        # The origin may be of another stream, and not have happened yet.
+        has_happened = self.event.query() and self.origin.event.query()
+        return self.origin.until(self.event) if has_happened else None
 
     def _land(self) -> None:
         for landing in self.landing:

@@ -99,7 +99,8 @@ def simulate(  # noqa: PLR0913 - each with a meaning of its own
         rates: of the machine.
         residents: what stays in RAM.
         inputs: bytes of inputs that go to the drive, by record.
-        behind: chunks that RAM holds between pool and update, where the pool is a device's.
+        behind: chunks that RAM holds between pool and update, where the pool is a device's. Gradients that wait for
+            their norm are taken to stay in the pool until they are written.
     """
     program = Program(layout, pool, residents)
     for schedule, commits in steps:
@@ -129,7 +130,7 @@ class _Play:
         self._sources: dict[int, int] = {}
         """Records whose gradient was submitted, and parts of it that were not used."""
         self._submitted: dict[int, bool] = {}
-        """The same in order, and whether it has left the pool."""
+        """Those that are updated at once, in order, and whether the gradient has left the pool."""
         self._kept: dict[int, float] = {}
         self._read_inputs: set[int] = set()
         self._ended: set[int] = set()
@@ -320,11 +321,14 @@ class _Play:
 
     def _let_go(self, record: int, *, is_updated: bool) -> None:
         """Give back what is of the pool, once; what stays in RAM is in its place when it is updated."""
-        kind, has_left = self._program.kind_of(record), self._submitted[record]
-        if is_updated if kind.startswith("resident") else not has_left:
+        has_left = self._submitted[record]
+
+        def goes(kind: str) -> bool:
+            return is_updated if kind.startswith("resident") else not has_left
+
+        if goes(kind := self._program.kind_of(record)):
             self._give(kind, record)
-        kind = self._program.gradient_kind(record)
-        if is_updated if kind.startswith("resident") else not has_left:
+        if goes(self._program.gradient_kind(record)):
             self._end_gradient(record, waits=False)
         self._submitted[record] = True
 

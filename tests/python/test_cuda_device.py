@@ -28,7 +28,7 @@ class FakeEvent:
         self.stream = stream
 
     def query(self):
-        return FakeEvent.happened
+        return FakeEvent.happened and getattr(self, "happened_too", True)
 
     def synchronize(self):
         pass
@@ -122,6 +122,11 @@ def test_times_keep_their_grain_for_hours(gpu, monkeypatch):
         recorded = gpu.record("compute")
         recorded.event.at = clock.now
         assert abs(recorded.at_ns() - clock.now) < 50_000
+    clock.now += 61 * 10**9
+    origin, later = gpu.record("out"), gpu.record("compute")
+    origin.event.happened_too, later.event.at = False, clock.now
+    assert gpu._origin.event is origin.event
+    assert later.at_ns() is None, "its origin has not happened"
 
 
 def test_refused_memory_leaves_no_error_behind(gpu, cudart, monkeypatch):

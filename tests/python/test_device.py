@@ -18,6 +18,7 @@ from megatrain_io.generate import Pick, next_tokens
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import MicroBatch
 from megatrain_io.simulated_device import OrderError, SimulatedDevice
+from megatrain_io.step import Step
 from megatrain_io.stream import model_parts
 from megatrain_io.swap import AdamWStep
 from megatrain_io.vram import device_pool, divide_vram, least_vram
@@ -204,6 +205,31 @@ def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
         folder.mkdir()
         check(folder / "store", case, device, vram=made)
         assert device.accounts.peak_nbytes == made.allocated
+
+
+@pytest.mark.parametrize("resident_share", [0.0, 0.5])
+@pytest.mark.parametrize("gradients", ["update", "keep", "both"])
+def test_one_gradient_buffer_serves_all_records(tmp_path, monkeypatch, gradients, resident_share):
+    case = Case(dtype=BF16, counts=(2, 1, 2), overrides={"num_hidden_layers": 4})
+    how = {"vram": plan(case, block_weights=1, block_gradients=0, slots=2), "resident_share": resident_share}
+    if gradients != "update":
+        how |= {"max_grad_norm": 1e9, "gradients": gradients, "kept_in_ram": 0.5}
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case, device=SimulatedDevice(6, delay=0.001), **how) as model:
+        train(model, case, stop=1)
+        # With the head's gradient on its way, and the buffer gone.
+        backward = Step.backward
+        monkeypatch.setattr(Step, "backward", lambda _: (_ for _ in ()).throw(KeyError("broken")))
+        with pytest.raises(KeyError, match="broken"):
+            train(model, case, stop=2)
+        monkeypatch.setattr(Step, "backward", backward)
+        model.evaluate([to_micro_batch(case.steps[0][0])])
+        losses = train(model, case)
+        model.flush()
+        planes = all_planes(model.state)
+    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    assert losses == expected.losses
+    assert differing(planes, expected_planes(expected)) == []
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

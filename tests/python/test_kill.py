@@ -95,7 +95,7 @@ def live(begun: Connection, store: Path, how: dict[str, Any]) -> None:
 def run_and_kill(store: Path, how: dict[str, Any], after: float) -> bool:
     """Train in a process of its own; whether it was killed before it was done."""
     begun, says = LIVES.Pipe(duplex=False)
-    life = LIVES.Process(target=live, args=(says, store, how))
+    life = LIVES.Process(target=live, args=(says, store, how), daemon=True)
     life.start()
     says.close()
     with begun:

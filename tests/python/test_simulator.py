@@ -8,7 +8,7 @@ import pytest
 from megatrain_io.layout import ModelLayout
 from megatrain_io.residents import choose_gradients, choose_residents
 from megatrain_io.schedule import Phase, Residents, build_schedule, flush_schedule, pool_sizes, traffic
-from megatrain_io.simulator import Rates, simulate
+from megatrain_io.simulator import Rates, _Play, simulate
 
 BLOCKS = 6
 STEPS = 4
@@ -77,8 +77,11 @@ SPEED = Rates(read=2e9, write=1e9)
 @pytest.mark.parametrize("gradients", ["update", "keep", "both"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(tied, share, gradients, slots):
-    place = layout(tied=tied)
+def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(
+    monkeypatch, tied, share, gradients, slots
+):
+    place, plays, run = layout(tied=tied), [], _Play.run
+    monkeypatch.setattr(_Play, "run", lambda play: (plays.append((play, dict(play._free))), run(play))[1])
     for commits, spilled, behind in product((True, False), (False, True), (0, 2, 1000)):
         found, moved = played(
             place,
@@ -97,6 +100,9 @@ def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(tied, sha
         for name, least in (("read", read / SPEED.read), ("write", written / SPEED.write)):
             busy = sum(step.busy[name] for step in found)
             assert least * (1 - 1e-9) <= busy <= 2 * least * (1 + 1e-9)
+    for play, buffers in plays:
+        assert play._free == buffers, "each is given back once"
+        assert not play._submitted
 
 
 @pytest.mark.parametrize("gradients", ["update", "keep", "both"])

@@ -1,6 +1,7 @@
 """How much memory this process may use: what the host has left, or what its control groups allow."""
 
 import re
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,15 @@ import psutil
 
 from megatrain_io.drive import Mount, read_mounts, read_text
 
-__all__ = ["CgroupLimit", "cgroup_folders", "cgroup_limit", "memory", "memory_that_counts", "usable_ram"]
+__all__ = [
+    "CgroupLimit",
+    "cgroup_folders",
+    "cgroup_limit",
+    "memory",
+    "memory_that_counts",
+    "peak_ram",
+    "usable_ram",
+]
 
 ReadText = Callable[[Path], str | None]
 
@@ -108,3 +117,14 @@ def usable_ram() -> tuple[int, str]:
     """Bytes that this process may still take, and what says so."""
     found = memory(read_text("/proc/self/cgroup") or "", read_mounts())
     return found["usable"], found["usable_because"]
+
+
+def peak_ram() -> int:
+    """Most bytes of RAM that this process has held since it began, libraries included.
+
+    getrusage would begin a child at what its parent held: that figure outlives exec. It stands in where the kernel has
+    no other.
+    """
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", read_text("/proc/self/status") or "", re.MULTILINE)
+    kib = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib * 1024

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
@@ -31,6 +30,7 @@ from megatrain_io.layout import ModelLayout, TensorPlace
 from megatrain_io.learning_rate import learning_rate_at
 from megatrain_io.metrics import MetricsFile, StepReport, TrainResult, last_report
 from megatrain_io.model import CutModel, MicroBatch
+from megatrain_io.ram import peak_ram
 from megatrain_io.report import Reporter
 from megatrain_io.run import RunFolder, gradient_file, replace_file, saved_inputs_file, storage_errors
 from megatrain_io.start import Start
@@ -337,7 +337,7 @@ class _Trainer:
     def result(self, seconds: float) -> TrainResult:
         """What came of it."""
         parameters = self._state.layout.parameters
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_ram()
         per_step = [count / self._steps / parameters if self._steps else None for count in self._trained]
         return TrainResult(
             steps=self.progress.step,

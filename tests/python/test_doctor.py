@@ -1,6 +1,8 @@
 """The doctor: parsers on texts of machines that are not here, and one examination of the one that is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -297,3 +299,13 @@ def test_the_figures_of_the_last_bench(found, tmp_path):
         "read 2.50, write 5.00, mixed 3.00 GB/s, fdatasync 1.50 ms (engine uring, 2026-11-23T09:00:00Z)"
         in text
     )
+
+
+def test_the_peak_of_a_process_is_its_own_not_that_of_who_started_it():
+    held = bytearray(GIB)
+    program = "import resource, megatrain_io.ram as ram; print(ram.peak_ram(), resource.getrusage(0).ru_maxrss * 1024)"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    its_own, inherited = (int(word) for word in child.stdout.split())
+    assert ram.peak_ram() > len(held)
+    assert inherited > len(held)  # what getrusage says of the child
+    assert its_own < GIB // 4

@@ -99,13 +99,33 @@ def simulate(  # noqa: PLR0913 - each with a meaning of its own
         rates: of the machine.
         residents: what stays in RAM.
         inputs: bytes of inputs that go to the drive, by record.
-        behind: chunks that RAM holds between pool and update, where the pool is a device's. Gradients that wait for
-            their norm are taken to stay in the pool until they are written.
+        behind: chunks of gradients that RAM holds between pool and update or drive, where the pool is a device's.
     """
     program = Program(layout, pool, residents)
     for schedule, commits in steps:
         program.add(schedule, compute, inputs or {}, commits=commits)
     return _Play(program, layout, pool, rates, behind).run()
+
+
+@dataclass
+class _Gradient:
+    """A gradient that was handed over, until it is used.
+
+    Attributes:
+        updates: parts that are still to be updated, before the next step.
+        writes: parts that are still to be written, as it waits for its norm.
+        part: bytes of one that is written.
+        has_weights: whether its weights are still with it.
+        is_written: whether writing has begun.
+        has_left: whether RAM holds it, and the pool has its buffers back.
+    """
+
+    updates: int
+    writes: int
+    part: float
+    has_weights: bool
+    is_written: bool = False
+    has_left: bool = False
 
 
 class _Play:
@@ -128,10 +148,9 @@ class _Play:
         self._granted: list[Update] = []
         self._on_disk: dict[tuple[int, int], int] = {}
         self._sources: dict[int, int] = {}
-        """Records whose gradient was submitted, and parts of it that were not used."""
-        self._submitted: dict[int, bool] = {}
-        """Those that are updated at once, in order, and whether the gradient has left the pool."""
-        self._kept: dict[int, float] = {}
+        """Records whose gradient is there to be used, and parts of them that are not updated."""
+        self._gradients: dict[int, _Gradient] = {}
+        """Of records, in the order in which they were handed over."""
         self._read_inputs: set[int] = set()
         self._ended: set[int] = set()
         self._settled = -1
@@ -263,7 +282,7 @@ class _Play:
                 return
             if self._on_disk.get((update.record, update.part), 0) < update.needs:
                 return
-            if update.applies and self._kept.get(update.record, 0.0) > 0:
+            if update.applies and update.record in self._gradients:
                 return
             if update.has_slot:
                 if self._free["slots"] == 0:
@@ -296,10 +315,9 @@ class _Play:
                 update.load.is_ready = True
                 if self._program.gradient_kind(record) == "resident gradient":
                     self._give(self._program.gradient_kind(record), record)
-            else:
-                self._let_go(record, is_updated=True)
-                del self._submitted[record]
-        self._leave()
+        if update.load is None:
+            self._gradients[record].updates -= 1
+            self._used(record)
 
         def written() -> None:
             self._on_disk[record, update.part] = self._on_disk.get((record, update.part), 0) + 1
@@ -309,42 +327,70 @@ class _Play:
 
         self._write(update.written, written)
 
+    def _hand_over(self, stop: Stop, record: int) -> None:
+        """A gradient is made: it is updated, or waits in RAM or on the drive, or both."""
+        parts, nbytes = self._program.parts_of(record), stop.keeps.get(record, 0.0)
+        is_updated = record in stop.updates
+        if is_updated:
+            self._sources[record] = parts
+        else:
+            self._give(self._program.kind_of(record), record)
+        if is_updated or nbytes:
+            writes = parts if nbytes else 0
+            self._gradients[record] = _Gradient(
+                parts if is_updated else 0, writes, nbytes / parts, has_weights=is_updated
+            )
+            self._used(record)
+        elif not self._program.gradient_kind(record).startswith("resident"):
+            self._give(self._program.gradient_kind(record), record)
+
+    def _used(self, record: int) -> None:
+        """Give back what is of the pool, once; what stays in RAM is in its place when it is updated."""
+        gradient = self._gradients[record]
+        self._leave()
+        if gradient.updates == 0:
+            if gradient.has_weights:
+                gradient.has_weights = False
+                self._give(self._program.kind_of(record), record)
+            self._write_gradient(record, gradient)
+        if gradient.updates == gradient.writes == 0:
+            del self._gradients[record]
+            if not gradient.has_left or self._program.gradient_kind(record).startswith("resident"):
+                self._give(self._program.gradient_kind(record), record)
+            self._leave()
+
     def _leave(self) -> None:
         """Gradients that RAM has room for leave the pool, with their weights, in order."""
         chunks = 0
-        for record in self._submitted:
+        for record, gradient in self._gradients.items():
             parts, all_chunks = self._program.parts_of(record), len(self._layout.chunks_of(record))
-            chunks += -(-self._sources[record] * all_chunks // parts)
+            chunks += -(-max(gradient.updates, gradient.writes) * all_chunks // parts)
             if chunks > self._behind:
                 return
-            self._let_go(record, is_updated=False)
-
-    def _let_go(self, record: int, *, is_updated: bool) -> None:
-        """Give back what is of the pool, once; what stays in RAM is in its place when it is updated."""
-        has_left = self._submitted[record]
-
-        def goes(kind: str) -> bool:
-            return is_updated if kind.startswith("resident") else not has_left
-
-        if goes(kind := self._program.kind_of(record)):
-            self._give(kind, record)
-        if goes(self._program.gradient_kind(record)):
-            self._end_gradient(record, waits=False)
-        self._submitted[record] = True
-
-    def _end_gradient(self, record: int, *, waits: bool) -> None:
-        """A gradient that is not needed, or that goes to the drive; one that ``waits`` in RAM stays there."""
-        kind = self._program.gradient_kind(record)
-        nbytes = self._kept.get(record, 0.0)
-        if nbytes == 0 and not (waits and kind == "resident gradient"):
-            self._give(kind, record)
-        elif nbytes > 0:
-
-            def kept() -> None:
-                self._kept[record] = 0.0
+            if gradient.has_left:
+                continue
+            gradient.has_left = True
+            kind = self._program.kind_of(record)
+            if gradient.has_weights and not kind.startswith("resident"):
+                gradient.has_weights = False
                 self._give(kind, record)
+            kind = self._program.gradient_kind(record)
+            if not kind.startswith("resident"):
+                self._give(kind, record)
+            self._write_gradient(record, gradient)
 
-            self._write(nbytes, kept)
+    def _write_gradient(self, record: int, gradient: _Gradient) -> None:
+        """One that waits for its norm goes to the drive, part by part."""
+        if gradient.is_written:
+            return
+        gradient.is_written = True
+
+        def written() -> None:
+            gradient.writes -= 1
+            self._used(record)
+
+        for _ in range(gradient.writes):
+            self._write(gradient.part, written)
 
     def _start_compute(self) -> None:
         if self._queues["compute"] or not self._stops:
@@ -388,17 +434,7 @@ class _Play:
                 self._give(load.kind, load.record)
         for record in submitted:
             self._out.discard(("gradient", record))
-            if record in stop.keeps:
-                self._kept[record] = stop.keeps[record]
-            else:
-                self._kept.pop(record, None)
-            if record in stop.updates:
-                self._sources[record] = self._program.parts_of(record)
-                self._submitted[record] = False
-            else:
-                self._give(self._program.kind_of(record), record)
-                self._end_gradient(record, waits=True)
-        self._leave()
+            self._hand_over(stop, record)
         if not self._stops or self._stops[0].step != stop.step:
             self._ended.add(stop.step)
 

@@ -123,7 +123,8 @@ def measured_seconds(
             step.epilogue(training=True)
             step.leave_epilogue()
             step.backward()
-            step.prologue_backward()
+            if not layout.is_frozen:
+                step.prologue_backward()
             clock.next_round()
     blocks = range(stand_in.layout.blocks)
     per_block = {
@@ -136,7 +137,8 @@ def measured_seconds(
         found[Phase.BACKWARD, layout.block(index)] = per_block["backward"]
     owner = layout.prologue if layout.epilogue is None else layout.epilogue
     found[Phase.EPILOGUE, owner] = clock.median("epilogue")
-    found[Phase.PROLOGUE_BACKWARD, layout.prologue] = clock.median("prologue_backward")
+    if not layout.is_frozen:
+        found[Phase.PROLOGUE_BACKWARD, layout.prologue] = clock.median("prologue_backward")
     return found
 
 

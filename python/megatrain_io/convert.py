@@ -26,7 +26,7 @@ from megatrain_io.hub_names import HubNames, NamePlan, Piece
 from megatrain_io.layout import Chunk, Durability, ModelLayout, TensorPlace
 from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
-from megatrain_io.precision import DTYPES, FORMATS
+from megatrain_io.precision import DTYPES, FORMATS, dtype_of
 from megatrain_io.probe import probe
 from megatrain_io.run import Precision, RunFolder, RunInfo, storage_errors, sync_folder
 from megatrain_io.safetensors_files import Checkpoint, ShardPlan, ShardWriter, index_of, plan_shards
@@ -252,7 +252,7 @@ def export_model(
 
 
 def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tuple[bytes, str]:
-    """All parameters of a chunk, padding included, as bf16 where every source is, else as fp32."""
+    """All parameters of a chunk, padding included: as bf16 where every source is, else as fp32; frozen as they stay."""
     end = chunk.start + chunk.parameters
     parts = []
     for place in layout.records[chunk.record].tensors:
@@ -261,11 +261,11 @@ def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tupl
             values = read(place, start - place.offset, stop - place.offset)
             parts.append((start - chunk.start, stop - chunk.start, values))
     is_bf16 = all(values.dtype == torch.bfloat16 for _, _, values in parts)
-    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    dtype = dtype_of(layout) if layout.is_frozen else torch.bfloat16 if is_bf16 else torch.float32
     out = torch.zeros(chunk.parameters, dtype=dtype)
     for start, stop, values in parts:
         out[start:stop] = values
-    name = "bfloat16" if is_bf16 else "float32"
+    name = "raw" if layout.is_frozen else "bfloat16" if is_bf16 else "float32"
     return out.view(torch.uint8).numpy().tobytes(), name
 
 

@@ -14,13 +14,13 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from megatrain_io.device import Device, Done, Event, Stream
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.layout import Chunk, ModelLayout, Record
+from megatrain_io.precision import dtype_of
 from megatrain_io.schedule import ChunkOp
-from megatrain_io.swap import BorrowedRecord, PagedState, PieceBuffer
+from megatrain_io.swap import BorrowedRecord, PagedState, PieceBuffer, values_of
 from megatrain_io.vram import DevicePool, kind_of
 
 __all__ = ["DeviceState", "Passage", "passage_of"]
@@ -101,7 +101,7 @@ class DeviceState:
         self.layout: ModelLayout = state.layout
         self._state = state
         self._device = device
-        self._dtype = torch.float32 if state.layout.format == "f32" else torch.bfloat16
+        self._dtype = dtype_of(state.layout)
         self._all: list[tuple[dict[str, deque[tuple[Tensor, Event]]], str, Tensor]] = []
         self._weights = self._allocated(pool.weights, "weights")
         self._gradients = self._allocated(pool.gradients, "gradients")
@@ -306,7 +306,7 @@ class DeviceState:
         if load.buffer is None:
             raise MegatrainIoError("a load without a buffer: this is a bug")
         began = self._began("in")
-        self._device.copy_in(self._part(load.buffer, chunk, self._dtype), from_dlpack(slot))
+        self._device.copy_in(self._part(load.buffer, chunk, self._dtype), values_of(slot))
         load.event = self._device.record("in")
         self._ended("copy in", "weights", began, load.event, chunk.index)
         load.moved += 1
@@ -350,8 +350,8 @@ class DeviceState:
                 weights = state.try_outgoing(chunk.index, patience)
                 if weights is None or leaving.load.buffer is None:
                     return False
-                device.copy_out(from_dlpack(weights), self._part(leaving.load.buffer, chunk, self._dtype))
-        device.copy_out(from_dlpack(leaving.slot), self._part(leaving.gradient, chunk, torch.float32))
+                device.copy_out(values_of(weights), self._part(leaving.load.buffer, chunk, self._dtype))
+        device.copy_out(values_of(leaving.slot), self._part(leaving.gradient, chunk, torch.float32))
         left = device.record("out")
         self._ended("copy out", "gradient", began, left, chunk.index)
         self.behind("out", left, partial(state.submit_piece, chunk.index, weights, leaving.slot))

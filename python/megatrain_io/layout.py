@@ -34,12 +34,15 @@ CHUNK_PARAMETERS_MAX = 2 << 20
 _CHUNK_STEP = 4096
 _TENSOR_ALIGNMENT = 128
 
-StateFormat = Literal["bf16", "f32"]
-Durability = Literal["step", "scratch"]
-"""``bf16``: weight bf16, remainder int16, moments f32. ``f32``: weight and moments f32. 12 bytes each."""
+StateFormat = Literal["bf16", "f32", "raw16", "raw32"]
+"""``bf16``: weight bf16, remainder int16, moments f32. ``f32``: weight and moments f32. 12 bytes each.
+``raw16`` and ``raw32``: frozen, the weight alone, bf16 and f32.
+"""
 
-_WEIGHT_BYTES: dict[StateFormat, int] = {"bf16": 2, "f32": 4}
-_UPDATE_BYTES: dict[StateFormat, int] = {"bf16": 10, "f32": 8}
+Durability = Literal["step", "scratch"]
+
+_WEIGHT_BYTES: dict[StateFormat, int] = {"bf16": 2, "f32": 4, "raw16": 2, "raw32": 4}
+_UPDATE_BYTES: dict[StateFormat, int] = {"bf16": 10, "f32": 8, "raw16": 0, "raw32": 0}
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,13 @@ class ModelLayout:
                 f"the store's manifest has {len(records)} records and says that {blocks!r} of them are blocks: it was "
                 "not made by an import of megatrain-io. Import the model again"
             )
-        state_format: StateFormat = manifest["records"][0]["format"]
+        formats = sorted({entry["format"] for entry in manifest["records"]})
+        if len(formats) > 1:
+            raise FormatError(
+                f"the store's records have different formats ({', '.join(formats)}): this version trains all of a "
+                "model, or nothing"
+            )
+        state_format: StateFormat = formats[0]
         return cls(state_format, manifest["chunk_parameters"], records, blocks, manifest["durability"])
 
     def manifest(self, model: dict[str, Any]) -> bytes:
@@ -163,6 +172,16 @@ class ModelLayout:
                 "model": {**model, "blocks": self.blocks},
             }
         ).encode()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight, where it computes: 2 of bf16, 4 of fp32."""
+        return _WEIGHT_BYTES[self.format]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing is trained: a step then passes gradients on, and makes none of parameters."""
+        return _UPDATE_BYTES[self.format] == 0
 
     @property
     def prologue(self) -> int:

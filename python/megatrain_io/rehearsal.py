@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from megatrain_io.layout import ModelLayout
+from megatrain_io.precision import dtype_of
 from megatrain_io.swap import BorrowedRecord
 from megatrain_io.workspace import WorkspaceMeter
 
@@ -36,9 +37,8 @@ def shortened(layout: ModelLayout) -> ModelLayout:
 
 def stand_in_nbytes(layout: ModelLayout) -> int:
     """Bytes of a stand-in's weights and gradients."""
-    itemsize = 4 if layout.format == "f32" else 2
     sizes = [sum(place.elements for place in record.tensors) for record in shortened(layout).records]
-    return itemsize * sum(sizes) + 4 * max(sizes)
+    return layout.weight_bytes * sum(sizes) + 4 * max(sizes) * (not layout.is_frozen)
 
 
 class _FakeRecord(BorrowedRecord):
@@ -60,7 +60,7 @@ class StandIn:
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = shortened(layout)
-        self._dtype = torch.float32 if layout.format == "f32" else torch.bfloat16
+        self._dtype = dtype_of(layout)
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._kept: dict[int, dict[str, Tensor]] = {}
 
@@ -156,7 +156,7 @@ class Rehearsal(StandIn):
         with FakeTensorMode(allow_non_fake_inputs=True), self._meter:
             yield
         gradient = sum(place.elements for place in self.layout.records[0].tensors) * self._dtype.itemsize
-        self._least = self._meter.nbytes + again + gradient
+        self._least = self._meter.nbytes + (0 if self.layout.is_frozen else again + gradient)
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
         """As ``SavedInputs.put``."""

@@ -119,7 +119,8 @@ def build_schedule(
         applies: whether the step before has kept its gradients, and this one applies them.
         gradients: what becomes of this step's.
 
-    The last block is still in its buffer when the backward pass begins: it is not loaded twice.
+    The last block is still in its buffer when the backward pass begins: it is not loaded twice. Where all weights are
+    frozen, the backward pass is over when the first block has passed its gradient on.
     """
     operations = _forward(layout, "apply" if applies else "load", borrows_prologue=borrows_prologue)
     backward = _backward(layout, gradients) if training else ()
@@ -143,6 +144,8 @@ def _forward(layout: ModelLayout, first: Kind, *, borrows_prologue: bool) -> Ite
 
 def _backward(layout: ModelLayout, gradients: Gradients) -> Iterator[ChunkOp]:
     kinds: tuple[Kind, ...] = ("update", "keep") if gradients == "both" else (gradients,)
+    if layout.is_frozen:
+        kinds = ()
 
     def done(record: int, phase: Phase) -> Iterator[ChunkOp]:
         for kind in kinds:
@@ -155,6 +158,8 @@ def _backward(layout: ModelLayout, gradients: Gradients) -> Iterator[ChunkOp]:
         if index != last:
             yield from _whole(layout, "load", layout.block(index), Phase.BACKWARD)
         yield from done(layout.block(index), Phase.BACKWARD)
+    if layout.is_frozen:
+        return
     yield from _whole(layout, "load", layout.prologue, Phase.PROLOGUE_BACKWARD)
     yield from done(layout.prologue, Phase.PROLOGUE_BACKWARD)
 
@@ -213,7 +218,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     Args:
         layout: the parameter space.
         borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
-        training: False leaves out what only updates need.
+        training: False leaves out what only updates need, as frozen weights do.
         residents: they have memory of their own, which is not counted here.
         keeps: whether gradients wait for their norm, on the drive where they have no buffer of their own.
         by_chunk: whether compute has memory of its own, so that buffers hold chunks on their way to it and back, as
@@ -225,6 +230,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     """
     if block_buffers < (1 if by_chunk else 2) or chunk_slots < 1 or block_gradients < 1:
         raise ValueError("a pool needs two block buffers, one chunk slot and one gradient buffer at least")
+    training = training and not layout.is_frozen
     blocks = [layout.block(index) for index in range(layout.blocks)]
     others = [record for record in range(len(layout.records)) if record not in blocks]
     paged = [record for record in range(len(layout.records)) if record not in residents.records]

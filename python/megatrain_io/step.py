@@ -57,8 +57,7 @@ def slice_tokens(cut: CutModel, logits_bytes: int) -> int:
 def hidden_nbytes(cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]) -> list[int]:
     """Bytes of the hidden state [B, T, H] of each micro-batch."""
     width = cut.config.get_text_config().hidden_size
-    itemsize = 2 if layout.format == "bf16" else 4
-    return [batch.input_ids.numel() * width * itemsize for batch in micro_batches]
+    return [batch.input_ids.numel() * width * layout.weight_bytes for batch in micro_batches]
 
 
 def rehearse(
@@ -210,25 +209,26 @@ class Step:
     def epilogue(self, *, training: bool) -> Tensor:
         """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
         layout = self._layout
+        updates = training and not layout.is_frozen
         own = None if layout.epilogue is None else self._state.weights(layout.epilogue)
         table = self._state.weights(layout.prologue) if self._cut.epilogue_borrowed else None
         weights = [borrowed for borrowed in (own, table) if borrowed is not None]
         gradients = []
-        if training and own is not None and layout.epilogue is not None:
+        if updates and own is not None and layout.epilogue is not None:
             gradients.append(Gradient(self._state, layout.epilogue))
-        if training and table is not None:
+        if updates and table is not None:
             self._table_gradient = Gradient(self._state, layout.prologue, self._cut.epilogue_borrowed)
             gradients.append(self._table_gradient)
         total: Tensor | None = None
         with torch.set_grad_enabled(training):
             for index, _ in self._each(self._micro_batches):
                 self._seed(index, Phase.EPILOGUE)
-                loss = self._epilogue_slices(index, weights, gradients)
+                loss = self._epilogue_slices(index, weights, gradients, training=training)
                 total = loss if total is None else total + loss
         if total is None:
             raise MegatrainIoError("a step needs at least one micro-batch")
         if own is not None:
-            self._in_epilogue.append((own, gradients[0] if training else None))
+            self._in_epilogue.append((own, gradients[0] if updates else None))
         if table is not None:
             self._in_epilogue.append((table, None))
         return total
@@ -244,19 +244,29 @@ class Step:
 
     @_phase
     def backward(self) -> None:
-        """All blocks, last to first: recompute, gradients, hand them over for the update."""
+        """All blocks, last to first: recompute, gradients, hand them over for the update.
+
+        Frozen ones only pass the gradient of their output on to their input.
+        """
         weights = self._last_block
         self._last_block = None
         for block in self._each_block("backward", reversed(range(self._layout.blocks))):
             record = self._layout.block(block)
             weights = weights or self._state.weights(record)
-            gradient = Gradient(self._state, record)
+            gradient = None if self._layout.is_frozen else Gradient(self._state, record)
             for index, _ in self._each(self._micro_batches):
                 self._seed(index, Phase.FORWARD, block)
                 self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
             self._saved.release(block)
-            gradient.submit(weights)
+            if gradient is None:
+                weights.give_back()
+            else:
+                gradient.submit(weights)
             weights = None
+
+    def first_gradients(self) -> list[Tensor]:
+        """After ``backward``: the gradient [B, T, H] of the first hidden state of each micro-batch."""
+        return self._hidden
 
     @_phase
     def prologue_backward(self) -> None:
@@ -285,20 +295,22 @@ class Step:
                 yield block
 
     def _epilogue_slices(
-        self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence[Gradient]
+        self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence[Gradient], *, training: bool
     ) -> Tensor:
-        """Loss of one micro-batch; replaces its hidden state by the gradient, if gradients are wanted."""
+        """Loss of one micro-batch; with ``training``, replaces its hidden state by the gradient."""
         hidden, labels = self._hidden[index], self._micro_batches[index].shift_labels
         step = max(1, self._slice_tokens // hidden.shape[0])
         total: Tensor | None = None
         of_hidden = []
         for start in range(0, hidden.shape[1], step):
             part = slice(start, start + step)
-            loss, of_part = self._epilogue_slice(hidden[:, part], labels[:, part], weights, gradients)
+            loss, of_part = self._epilogue_slice(
+                hidden[:, part], labels[:, part], weights, gradients, training=training
+            )
             total = loss if total is None else total + loss
             if of_part is not None:
                 of_hidden.append(of_part)
-        if gradients:
+        if training:
             self._hidden[index] = of_hidden[0] if len(of_hidden) == 1 else torch.cat(of_hidden, dim=1)
         if total is None:
             raise MegatrainIoError("a micro-batch without tokens")
@@ -310,16 +322,18 @@ class Step:
         labels: Tensor,
         weights: Sequence[BorrowedRecord],
         gradients: Sequence[Gradient],
+        *,
+        training: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Loss of some tokens, and the gradient of their hidden state.
 
         Nothing else outlives it: the head's gradient is as large as the head, and must not meet the next slice's.
         """
-        hidden = hidden.detach().requires_grad_(bool(gradients))
+        hidden = hidden.detach().requires_grad_(training)
         bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
         leaves = leaves_of({name: bound[name] for gradient in gradients for name in gradient.expected})
         loss = self._cut.loss(bound | leaves, hidden, labels, self._divisor)
-        if not gradients:
+        if not training:
             return loss.detach(), None
         of_hidden, *of_leaves = torch.autograd.grad(loss, [hidden, *leaves.values()])
         by_name = dict(zip(leaves, of_leaves, strict=True))
@@ -329,18 +343,19 @@ class Step:
         return loss.detach(), of_hidden
 
     def _block_backward(
-        self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: Gradient
+        self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: Gradient | None
     ) -> Tensor:
-        """Gradient of the block's input; those of its parameters are added to ``gradient``."""
+        """Gradient of the block's input; those of its parameters are added to ``gradient``, if they are trained."""
         # The gradient of a block's output has the shape and dtype of its input.
         saved = self._saved.get(block, index, like=self._hidden[index])
         hidden = saved.detach().requires_grad_()
-        leaves = leaves_of(tensors)
-        out = self._cut.run_block(block, leaves, hidden, self._calls[index][block])
+        leaves = {} if gradient is None else leaves_of(tensors)
+        out = self._cut.run_block(block, {**tensors, **leaves}, hidden, self._calls[index][block])
         of_hidden, *of_leaves = torch.autograd.grad(
             out, [hidden, *leaves.values()], self._hidden[index], allow_unused=True
         )
-        gradient.add(leaves, of_leaves)
+        if gradient is not None:
+            gradient.add(leaves, of_leaves)
         return of_hidden
 
     def _seed(self, index: int, phase: Phase, block: int = 0) -> None:

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget
 from megatrain_io.clipping import Guess, clip_coefficient
 from megatrain_io.device import Cpu, Device, out_of_memory
@@ -212,8 +214,10 @@ class PagedModel:
                 Nothing was begun.
             CorruptionError: an input came back from the drive with other bytes. Nothing of the step remains.
         """
-        self.cut.train()
         layout = self.state.layout
+        if layout.is_frozen:
+            raise MegatrainIoError("all weights of this store are frozen: there is nothing to update")
+        self.cut.train()
         self.saved.reserve(layout.blocks, hidden_nbytes(self.cut, layout, micro_batches))
         number, commits = adamw.step if number is None else number, blob is not None
         gradients = self._choose_gradients(commits=commits)
@@ -247,6 +251,40 @@ class PagedModel:
             self._is_waiting, self._was_committed = not stands, commits
         self._guess.learn(is_clipped=coefficient < 1.0)
         return StepLoss(loss.item(), step.num_items, norm, coefficient)
+
+    def pass_gradients(
+        self, micro_batches: Sequence[MicroBatch], *, number: int = 1
+    ) -> tuple[StepLoss, list[Tensor]]:
+        """A step through frozen weights, forward and backward: nothing of the store changes.
+
+        Args:
+            micro_batches: each goes through the model as a whole.
+            number: of the step, from which random numbers follow.
+
+        Returns:
+            The loss, and its gradient [B, T, H] with respect to the first hidden state of each micro-batch, in the
+            dtype and on the device that compute.
+
+        Raises:
+            ConfigError, NoSpaceError, CorruptionError: as ``train_step``.
+        """
+        layout = self.state.layout
+        if not layout.is_frozen:
+            raise MegatrainIoError(
+                "the weights of this store are trained: a step of it makes their gradients, too"
+            )
+        self.cut.train()
+        self.saved.reserve(layout.blocks, hidden_nbytes(self.cut, layout, micro_batches))
+        with self._step(micro_batches, self._schedule("update"), _NO_UPDATE, number, commits=False) as step:
+            step.prologue()
+            step.forward(saving=True)
+            loss = step.epilogue(training=True)
+            step.leave_epilogue()
+            step.backward()
+            self._wait_for_compute()
+            self.state.end(None)
+            gradients = step.first_gradients()
+        return StepLoss(loss.item(), step.num_items), gradients
 
     def flush(self) -> None:
         """Apply gradients that wait: the update of the last step, if that has not been made yet."""

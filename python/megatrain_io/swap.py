@@ -24,6 +24,7 @@ from megatrain_io.damage import VerifyReport, report_of
 from megatrain_io.errors import BufferInUseError, FormatError, MegatrainIoError
 from megatrain_io.layout import ModelLayout, Record, TensorPlace
 from megatrain_io.outside import waiting_line
+from megatrain_io.precision import dtype_of
 from megatrain_io.run import RunFolder
 from megatrain_io.schedule import ChunkOp, PoolSizes, Residents
 from megatrain_io.store_notes import notes_of
@@ -46,6 +47,7 @@ __all__ = [
     "build_info",
     "probe_uring",
     "store_memory",
+    "values_of",
     "verified",
 ]
 
@@ -62,6 +64,8 @@ adamw_kernels = _lib.adamw_kernels
 build_info = _lib.build_info
 probe_uring = _lib.probe_uring
 store_memory = _lib.store_memory
+
+_OF_BITS = {torch.uint16: torch.bfloat16, torch.uint32: torch.float32}
 
 if build_info()[1] == "debug":
     warnings.warn(
@@ -97,7 +101,7 @@ class BorrowedRecord:
 
     def __init__(self, buffer: _lib.Buffer, record: Record) -> None:
         self._buffer = buffer
-        flat: Tensor = from_dlpack(buffer)
+        flat = values_of(buffer)
         self.tensors: dict[str, Tensor] = {
             place.name: flat[place.offset : place.offset + place.elements].view(place.shape)
             for place in record.tensors
@@ -115,6 +119,12 @@ class BorrowedRecord:
             BufferInUseError: a tensor or view over it is still alive.
         """
         self.take().release()
+
+
+def values_of(buffer: _lib.Buffer) -> Tensor:
+    """The content of a buffer, flat, as what computes with it: frozen weights come as bits."""
+    flat: Tensor = from_dlpack(buffer)
+    return flat.view(_OF_BITS[flat.dtype]) if flat.dtype in _OF_BITS else flat
 
 
 def allocate(nbytes: int, ledger: Ledger, account: str) -> Tensor:
@@ -306,7 +316,7 @@ class PagedState:
 
         Between steps only: chunks read while a commit is under way could be of two generations.
         """
-        dtype = torch.float32 if plane != "weight" or self.layout.format == "f32" else torch.bfloat16
+        dtype = torch.float32 if plane != "weight" else dtype_of(self.layout)
         width = dtype.itemsize
         if self._pipeline is not None:
             self._pipeline.wait_settled()

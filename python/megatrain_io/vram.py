@@ -117,7 +117,7 @@ def device_pool(
         layout: the parameter space.
         borrows_prologue: whether the epilogue needs the prologue's weights, too (tied embeddings): then both are
             there at once, and else one buffer serves them one after the other.
-        training: False leaves out gradients.
+        training: False leaves out gradients, as frozen weights do.
         block_weights: one to compute with, and one that is filled meanwhile.
         block_gradients: one to accumulate in, and one that leaves meanwhile; 0: one buffer serves all records, and
             none accumulates before the last one has left.
@@ -142,7 +142,7 @@ def device_pool(
     weights = {record: layout.record_weight_bytes(record) for record in names}
     gradients = {record: layout.record_gradient_bytes(record) for record in names}
     of_weights = sizes(weights, min(block_weights, layout.blocks))
-    if not training:
+    if not training or layout.is_frozen:
         return DevicePool(of_weights, {})
     if block_gradients == 0:
         return DevicePool(of_weights, {"any": (slot_nbytes(max(gradients.values())), 1)})

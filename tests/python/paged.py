@@ -36,6 +36,7 @@ DEVICE = os.environ.get(DEVICE_PROFILE, "cpu")
 
 PLANES = ("weight", "master", "exp_avg", "exp_avg_sq")
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+FROZEN = {torch.float32: "raw32", torch.bfloat16: "raw16"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Case:
     overrides: dict[str, Any] = field(default_factory=dict, hash=False)
     rows: int = 1
     """How often the rows of each micro-batch are repeated in it."""
+    is_frozen: bool = False
+    """The store has weights alone, and nothing of it is trained."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -90,7 +93,8 @@ def make_store(
     drives: int = DRIVES,
 ) -> None:
     cut = cut_model(case)
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype], chunk_parameters)
+    state_format = (FROZEN if case.is_frozen else FORMATS)[case.dtype]
+    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), state_format, chunk_parameters)
     source = dict(case.model.named_parameters())
     create_store(
         files(path, drives),
@@ -135,9 +139,9 @@ def opened(
             gradient_files=[file.with_name(f"{file.name}.gradients") for file in files(path, drives)]
             if spills
             else (),
-            settings=lambda place: TensorSettings(
-                hyperparameters.weight_decay if len(place.shape) >= 2 else 0.0
-            ),
+            settings=None
+            if case.is_frozen
+            else lambda place: TensorSettings(hyperparameters.weight_decay if len(place.shape) >= 2 else 0.0),
             threads=threads,
             by_chunk=chosen.has_own_memory,
         )

@@ -164,8 +164,8 @@ def test_a_scratch_store_survives_a_loss_that_is_not_finite(source, tmp_path, mo
     config = configured(source, tmp_path / "run", memory={"durability": "scratch"})
     slices = Step._epilogue_slices
 
-    def diverging(step, index, *arguments):
-        loss = slices(step, index, *arguments)
+    def diverging(step, *arguments, **keywords):
+        loss = slices(step, *arguments, **keywords)
         return loss * math.nan if step._number == 3 else loss
 
     monkeypatch.setattr(Step, "_epilogue_slices", diverging)

@@ -296,9 +296,9 @@ def test_a_loss_that_is_not_finite_drops_its_step(source, whole, tmp_path, monke
     config = configured(source, tmp_path / "run")
     slices = Step._epilogue_slices
 
-    def diverging(step, index, *arguments):
-        loss = slices(step, index, *arguments)
-        return loss * math.nan if (step._number, index) == (3, 1) else loss
+    def diverging(step, *arguments, **keywords):
+        loss = slices(step, *arguments, **keywords)
+        return loss * math.nan if (step._number, arguments[0]) == (3, 1) else loss
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "_epilogue_slices", diverging)

@@ -4,8 +4,9 @@ For each size a process makes a store with random weights, measures the step on 
 (computing alone), then trains from the drive. Beside the median step stand the sum of computing alone, the time that
 the bytes of a step take at the drive's rate of training's traffic, what of the smaller one was hidden behind the
 larger, by the events of both, tokens a second, and the share of the GPU's peak, counted as 6 and as 8 operations for
-each parameter and token (without and with the recomputation of blocks). With ``--device simulated`` nothing of that
-means anything, but all of it runs.
+each parameter and token (without and with the recomputation of blocks). With ``--frozen`` the store holds weights
+alone, and a step passes gradients through them, forward and backward, as adapters need it: 4 and 6 operations. With
+``--device simulated`` nothing of that means anything, but all of it runs.
 """
 
 import argparse
@@ -65,7 +66,8 @@ def measure(job: Figures) -> Figures:
     from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
 
     path = Path(job["store"])
-    make_store(path, job["size"])
+    is_frozen = job["frozen"]
+    make_store(path, job["size"], "raw16" if is_frozen else "bf16")
     config = config_of(SIZES[job["size"]])
     cut = CutModel(config, torch.bfloat16, probe(config))
     batches, device = micro_batches(job), device_of(job)
@@ -83,9 +85,8 @@ def measure(job: Figures) -> Figures:
         plan = divided(cut, layout, left, ram=job["ram"])
         inputs = saved_inputs_of(plan, [path.with_name("inputs")])
         model = PagedModel(cut, state, saved_inputs=inputs, device=device, vram=vram)
-        state.start(
-            plan.pool, residents=plan.residents, settings=lambda _place: TensorSettings(DECAY), by_chunk=True
-        )
+        settings = None if is_frozen else lambda _place: TensorSettings(DECAY)
+        state.start(plan.pool, residents=plan.residents, settings=settings, by_chunk=True)
         with device.pin(state.pool_memory()) as is_pinned:
             for number in range(1, job["steps"] + WARM_UP + 1):
                 if number == WARM_UP + 1:
@@ -94,8 +95,12 @@ def measure(job: Figures) -> Figures:
                     model.record_device_events()
                     before = state.io_bytes()
                 began = time.perf_counter()
-                adamw = AdamWStep(number, LEARNING_RATE, *BETAS, EPS)
-                losses.append(model.train_step(batches, adamw, lambda _loss: b"x").loss)
+                if is_frozen:
+                    step = model.pass_gradients(batches, number=number)[0]
+                else:
+                    adamw = AdamWStep(number, LEARNING_RATE, *BETAS, EPS)
+                    step = model.train_step(batches, adamw, lambda _loss: b"x")
+                losses.append(step.loss)
                 seconds.append(time.perf_counter() - began)
             state.wait_settled()
             moved = [now - then for now, then in zip(state.io_bytes(), before, strict=True)]
@@ -150,6 +155,9 @@ def drive_rate(folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", default="1.3B", help=f"of {', '.join(SIZES)}")
+    parser.add_argument(
+        "--frozen", action="store_true", help="no weight is trained: forward and backward alone"
+    )
     parser.add_argument("--device", choices=["cuda", "simulated"], default="cuda")
     parser.add_argument("--vram", default="8GiB")
     parser.add_argument("--ram", default="8GiB")
@@ -160,11 +168,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure")
     options = parser.parse_args()
+    least = 4 if options.frozen else 6  # operations for each parameter and token, without recomputation
     facts, rate = machine(options.folder, sys.executable), drive_rate(options.folder)
     print(f"{machine_text(facts)}\ndrive {rate / 1e9:.2f} GB/s of training's traffic\n")
     print(
         "| size | parameters | VRAM planned | peak | step | computing alone | bytes at the drive's rate | hidden | "
-        "tok/s | MFU 6PT / 8PT |\n|---|---|---|---|---|---|---|---|---|---|"
+        f"tok/s | MFU {least}PT / {least + 2}PT |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     results = {}
     for size in options.sizes.split(","):
@@ -172,6 +181,7 @@ def main() -> None:
             job = {
                 "size": size,
                 "store": str(Path(folder) / "store.mtio"),
+                "frozen": options.frozen,
                 "device": options.device,
                 "vram": size_of(options.vram),
                 "ram": size_of(options.ram),
@@ -185,7 +195,9 @@ def main() -> None:
         operations = found["parameters"] * found["tokens"] / step / 1e12
         share = "-"
         if options.tflops:
-            share = f"{6 * operations / options.tflops:.1%} / {8 * operations / options.tflops:.1%}"
+            share = (
+                f"{least * operations / options.tflops:.1%} / {(least + 2) * operations / options.tflops:.1%}"
+            )
         moved = (found["read"] + found["written"]) / rate
         print(
             f"| {size} | {found['parameters']} | {found['vram_planned'] / 2**20:.0f} MiB | "

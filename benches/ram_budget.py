@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from comparison import answer, child, machine, machine_text, tell
 from step_bars import BETAS, DECAY, EPS, LEARNING_RATE, SIZES, Size, config_of, peak_rss, reset_peak_rss
@@ -39,7 +39,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def make_store(path: Path, size: str) -> Figures:
+def make_store(path: Path, size: str, state_format: Literal["bf16", "raw16"] = "bf16") -> Figures:
     """Random weights, drawn part by part: no more than a chunk is in RAM."""
     import torch
 
@@ -51,7 +51,7 @@ def make_store(path: Path, size: str) -> Figures:
 
     config = config_of(SIZES[size])
     cut = CutModel(config, torch.bfloat16, probe(config))
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "bf16")
+    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), state_format)
 
     def values(place: TensorPlace, start: int, stop: int) -> Any:
         if len(place.shape) == 1:

@@ -1,6 +1,7 @@
 """The reference itself is tested against loops and formulas that are plainer still."""
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -144,8 +145,9 @@ def test_two_runs_give_the_same_bits_and_leave_the_model_alone(dtype: torch.dtyp
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_falls(family: Family, dtype: torch.dtype) -> None:
     model = build(tiny_config(family, tied=False), seed=1)
-    steps = micro_batches(VOCAB, [2], seed=2) * 20
-    result = train(model, steps, Hyperparameters(lr=[3e-3] * 20), dtype)
+    steps = micro_batches(VOCAB, [2], seed=2) * 30
+    # A slow start: AdamW's first steps are as long as its learning rate allows, and in bf16 one may go too far.
+    result = train(model, steps, Hyperparameters(lr=[1e-3] * 10 + [3e-3] * 20), dtype)
     assert abs(result.losses[0] - math.log(VOCAB)) < 0.2  # a fresh model knows nothing
     assert result.losses[-1] < 0.5 * result.losses[0]
     assert all(later < earlier for earlier, later in itertools.pairwise(result.losses))
@@ -171,22 +173,25 @@ def test_a_tied_table_sums_heads_then_embeddings_in_fp32(dtype: torch.dtype) -> 
     model = build(tiny_config("llama", tied=True), seed=1)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    (step,) = micro_batches(VOCAB, [4], seed=2)
+    # So many that their order shows: a sum of few values of 8 bits is exact in fp32.
+    (step,) = micro_batches(VOCAB, [16], seed=2)
     num_items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step)
     leaves = untie(model)
     _, gradients = accumulate(model, leaves, step)
 
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert head is not embedding
-    pairs = []
+    heads, embeddings = [], []
     for batch in step:
         loss = model(**batch, num_items_in_batch=num_items).loss
-        pairs.append([gradient.float() for gradient in torch.autograd.grad(loss, [head, embedding])])
-    (h0, e0), (h1, e1), (h2, e2), (h3, e3) = pairs
+        of_head, of_embedding = torch.autograd.grad(loss, [head, embedding])
+        heads.append(of_head.float())
+        embeddings.append(of_embedding.float())
     table = "model.embed_tokens.weight"
-    expected = ((((((h0 + h1) + h2) + h3) + e0) + e1) + e2) + e3
+    expected = functools.reduce(torch.add, [*heads, *embeddings])
     assert_same({table: gradients[table]}, {table: expected})
-    assert not torch.equal(expected, (h0 + e0) + (h1 + e1) + (h2 + e2) + (h3 + e3))  # the order shows
+    by_batch = functools.reduce(torch.add, [h + e for h, e in zip(heads, embeddings, strict=True)])
+    assert not torch.equal(expected, by_batch)  # the order shows
 
 
 def test_the_first_gradient_is_assigned_not_added_to_zero() -> None:

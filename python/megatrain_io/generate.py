@@ -78,7 +78,7 @@ def _pass(model: PagedModel, records: PagedState | DeviceState, new: Tensor, cac
     micro_batch = MicroBatch(input_ids=new, shift_labels=torch.full_like(new, -100), position_ids=positions)
     micro_batch = micro_batch.to(model.device.torch_device)
     weights = records.weights(layout.prologue)
-    hidden, calls = cut.record(weights.tensors, micro_batch, past_key_values=cache)
+    hidden, calls = cut.record(weights.tensors, micro_batch, cache=cache)
     weights.give_back()
     for block in range(layout.blocks):
         weights = records.weights(layout.block(block))

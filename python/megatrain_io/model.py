@@ -113,6 +113,9 @@ class CutModel:
         self.facts = facts
         self._skeleton = build_skeleton(config, dtype, facts.attn_implementation)
         self._loss_function = self._skeleton.loss_function
+        # As newer transformers call it; older ones say past_key_values.
+        takes_cache = "cache" in inspect.signature(self._skeleton.forward).parameters
+        self._cache_name = "cache" if takes_cache else "past_key_values"
         self.config: PreTrainedConfig = self._skeleton.config
         self.frozen = frozenset(
             name for name, parameter in self._skeleton.named_parameters() if not parameter.requires_grad
@@ -170,7 +173,7 @@ class CutModel:
         self,
         parameters: Mapping[str, Tensor],
         micro_batch: MicroBatch,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, tuple[BlockCall, ...]]:
         """Run the model up to its first block, and note how it calls every block.
 
@@ -178,7 +181,7 @@ class CutModel:
             parameters: those of the prologue.
             micro_batch: the tokens; its labels are not looked at. With a cache, only the new tokens (but an
                 attention mask over all).
-            past_key_values: the cache of a generation. It must hold the earlier tokens of all blocks.
+            cache: keys and values of a generation. It must hold the earlier tokens of all blocks.
 
         Returns:
             The first hidden state [B, T, H], with grad enabled connected to the prologue parameters; and one
@@ -204,8 +207,8 @@ class CutModel:
         optional: dict[str, object] = {
             "position_ids": micro_batch.position_ids,
             "attention_mask": micro_batch.attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": None if past_key_values is None else True,
+            self._cache_name: cache,
+            "use_cache": None if cache is None else True,
         }
         inputs = {name: value for name, value in optional.items() if value is not None}
         needed = [name for name, _ in self.prologue_parameters]

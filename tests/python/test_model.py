@@ -212,7 +212,7 @@ def test_greedy_generation_gives_the_tokens_of_the_stock_model(family):
     cache, found, new = cut.new_cache(), prompt, prompt
     with torch.no_grad():
         for _ in range(12):
-            hidden, calls = cut.record(parameters, MicroBatch(new, new), past_key_values=cache)
+            hidden, calls = cut.record(parameters, MicroBatch(new, new), cache=cache)
             for block, call in enumerate(calls):
                 hidden = cut.run_block(block, parameters, hidden, call)
             new = cut.logits(parameters, hidden[:, -1:])[:, -1].argmax(-1, keepdim=True)

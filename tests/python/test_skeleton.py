@@ -40,6 +40,11 @@ def test_a_skeleton_has_the_buffers_of_the_stock_model_and_no_parameters(model_t
     )
     stock = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     before = config.to_dict()
+    if any(parameter.dtype != dtype for parameter in stock.parameters()):
+        assert model_type == "deepseek_v3", "newer transformers keep its router in fp32"
+        with pytest.raises(UnsupportedModelError, match=r"keeps .* in torch.float32"):
+            build_skeleton(config, dtype)
+        return
     skeleton = build_skeleton(config, dtype)
     assert config.to_dict() == before
     assert all(p.is_meta and p.dtype == dtype for p in skeleton.parameters())

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatrain_io.config import RunConfig
 from megatrain_io.device import Accounts, Cpu, Device, Event, Stream
 from megatrain_io.errors import ConfigError, DoesNotFitError, UnsupportedError
+from megatrain_io.hardware import Gpu
 from megatrain_io.vram import CONTEXT_NBYTES
 
 __all__ = ["Cuda", "best_device", "device_for", "gpu_here"]
@@ -329,8 +330,8 @@ def best_device(precision: str) -> Device:
     return Cpu()
 
 
-def gpu_here(name: str) -> tuple[str, int] | None:
-    """Name and free bytes of the GPU that would compute for this ``train.device``, if any.
+def gpu_here(name: str) -> Gpu | None:
+    """The GPU that would compute for this ``train.device``, if any, with the bytes of its memory that are free.
 
     Raises:
         UnsupportedError: one was asked for, and there is none.
@@ -340,7 +341,7 @@ def gpu_here(name: str) -> tuple[str, int] | None:
     if name == "cpu" or not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
-    return torch.cuda.get_device_name(), free
+    return Gpu(name=torch.cuda.get_device_name(), vram=free)
 
 
 def _no_gpu() -> UnsupportedError:

@@ -13,7 +13,7 @@ from megatrain_io.config import RunConfig, load
 from megatrain_io.data import DataOptions, TrainingData, prepare
 from megatrain_io.device import Device
 from megatrain_io.errors import ConfigError, MegatrainIoError
-from megatrain_io.hardware import Hardware, this_machine
+from megatrain_io.hardware import Gpu, Hardware, this_machine
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
@@ -148,7 +148,7 @@ def _hardware(config: RunConfig, run: RunFolder, ram: int, device: Device) -> Ha
     profile = None
     with suppress(MegatrainIoError):  # no profile, or none that can be read, is no reason not to train
         profile = Profile.read(default_path())
-    gpu = (device.name, device.vram) if device.has_own_memory else None
+    gpu = Gpu(name=device.name, vram=device.vram) if device.has_own_memory else None
     return this_machine([store.parent for store in stores], ram, config.train.precision, profile, gpu=gpu)
 
 

@@ -124,6 +124,7 @@ class Cuda:
         about = torch.cuda.get_device_properties(self.torch_device)
         self.name: str = about.name
         self.has_own_memory = True
+        self.has_bf16 = _has_bf16()
         self.accounts = Accounts()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.torch_device)
@@ -145,11 +146,6 @@ class Cuda:
         self._pinned: list[range] = []
         self._rings: dict[str, list[_Staging]] = {"in": [], "out": []}
         self._landing: list[_Landing] = []
-
-    @property
-    def has_bf16(self) -> bool:
-        """Whether it computes in bf16 itself, and does not only pretend to."""
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
     @property
     def peak_nbytes(self) -> int:
@@ -298,11 +294,11 @@ def device_for(config: RunConfig) -> Device:
     """What computes a run.
 
     Args:
-        config: ``train.device``, ``train.precision`` and ``memory.vram`` of it.
+        config: ``train.device`` and ``memory.vram`` of it.
 
     Raises:
         UnsupportedError: there is no GPU that torch can use.
-        ConfigError: it does not compute in that precision, or there is no VRAM to bound.
+        ConfigError: there is no VRAM to bound.
     """
     name, vram = config.train.device, config.memory.vram
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -312,13 +308,7 @@ def device_for(config: RunConfig) -> Device:
                 + ("set train.device=cuda" if name == "cpu" else "train where torch finds a GPU")
             )
         return Cpu()
-    device = Cuda(vram)
-    if config.train.precision == "bf16" and not device.has_bf16:
-        raise ConfigError(
-            f"{device.name} does not compute in bf16: set train.precision=fp32 (an imported run keeps its precision: "
-            "choose a new output_dir)"
-        )
-    return device
+    return Cuda(vram)
 
 
 def best_device(precision: str) -> Device:
@@ -341,7 +331,12 @@ def gpu_here(name: str) -> Gpu | None:
     if name == "cpu" or not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
-    return Gpu(name=torch.cuda.get_device_name(), vram=free)
+    return Gpu(name=torch.cuda.get_device_name(), vram=free, has_bf16=_has_bf16())
+
+
+def _has_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself, and does not only pretend to."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _no_gpu() -> UnsupportedError:

@@ -57,7 +57,9 @@ class Gpu(_Section):
     vram: Size
     """bytes of its memory"""
     tflops: Positive | None = None
-    """10^12 bf16 operations a second that training reaches, not those of the data sheet"""
+    """10^12 operations a second in the compute dtype that training reaches, not those of the data sheet"""
+    has_bf16: bool = True
+    """whether it computes in bf16"""
 
 
 class Hardware(_Section):

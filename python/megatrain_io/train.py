@@ -231,7 +231,7 @@ class _Trainer:
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
         now = environment_of(self._device)
-        notes = [*notes, *self._state.notes, *changes(self.progress.environment, now)]
+        notes = [*notes, *self._state.notes, *start.cut.loss_notes, *changes(self.progress.environment, now)]
         notes += [*planned.summary(), str(self._data.summary)]
         if not is_pinned:
             notes.insert(0, f"{self._device.name} cannot be given the pool's memory: copies take a detour")

@@ -89,8 +89,8 @@ class TrainConfig(_Section):
     """added to the denominator"""
     max_grad_norm: Fp32Positive | None = None
     """largest norm of all gradients together, exact; an update then waits for the next step; null: no limit"""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """compute dtype: bf16 or fp32; master weights and moments are fp32 either way"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16, fp32, or auto: as imported, else bf16, or fp32 on a GPU without it; masters and moments are fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """what computes: cpu, cuda, or auto: a GPU where there is one"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42

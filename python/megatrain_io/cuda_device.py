@@ -15,6 +15,7 @@ from torch import Tensor
 from megatrain_io.config import RunConfig
 from megatrain_io.device import Accounts, Cpu, Device, Event, Stream
 from megatrain_io.errors import ConfigError, DoesNotFitError, UnsupportedError
+from megatrain_io.hardware import Gpu
 from megatrain_io.vram import CONTEXT_NBYTES
 
 __all__ = ["Cuda", "best_device", "device_for", "gpu_here"]
@@ -123,6 +124,7 @@ class Cuda:
         about = torch.cuda.get_device_properties(self.torch_device)
         self.name: str = about.name
         self.has_own_memory = True
+        self.has_bf16 = _has_bf16()
         self.accounts = Accounts()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.torch_device)
@@ -144,11 +146,6 @@ class Cuda:
         self._pinned: list[range] = []
         self._rings: dict[str, list[_Staging]] = {"in": [], "out": []}
         self._landing: list[_Landing] = []
-
-    @property
-    def has_bf16(self) -> bool:
-        """Whether it computes in bf16 itself, and does not only pretend to."""
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
     @property
     def peak_nbytes(self) -> int:
@@ -297,11 +294,11 @@ def device_for(config: RunConfig) -> Device:
     """What computes a run.
 
     Args:
-        config: ``train.device``, ``train.precision`` and ``memory.vram`` of it.
+        config: ``train.device`` and ``memory.vram`` of it.
 
     Raises:
         UnsupportedError: there is no GPU that torch can use.
-        ConfigError: it does not compute in that precision, or there is no VRAM to bound.
+        ConfigError: there is no VRAM to bound.
     """
     name, vram = config.train.device, config.memory.vram
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -311,13 +308,7 @@ def device_for(config: RunConfig) -> Device:
                 + ("set train.device=cuda" if name == "cpu" else "train where torch finds a GPU")
             )
         return Cpu()
-    device = Cuda(vram)
-    if config.train.precision == "bf16" and not device.has_bf16:
-        raise ConfigError(
-            f"{device.name} does not compute in bf16: set train.precision=fp32 (an imported run keeps its precision: "
-            "choose a new output_dir)"
-        )
-    return device
+    return Cuda(vram)
 
 
 def best_device(precision: str) -> Device:
@@ -329,8 +320,8 @@ def best_device(precision: str) -> Device:
     return Cpu()
 
 
-def gpu_here(name: str) -> tuple[str, int] | None:
-    """Name and free bytes of the GPU that would compute for this ``train.device``, if any.
+def gpu_here(name: str) -> Gpu | None:
+    """The GPU that would compute for this ``train.device``, if any, with the bytes of its memory that are free.
 
     Raises:
         UnsupportedError: one was asked for, and there is none.
@@ -340,7 +331,12 @@ def gpu_here(name: str) -> tuple[str, int] | None:
     if name == "cpu" or not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
-    return torch.cuda.get_device_name(), free
+    return Gpu(name=torch.cuda.get_device_name(), vram=free, has_bf16=_has_bf16())
+
+
+def _has_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself, and does not only pretend to."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _no_gpu() -> UnsupportedError:

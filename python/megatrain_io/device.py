@@ -71,6 +71,7 @@ class Device(Protocol):
         name: for people.
         torch_device: where tensors of compute lie.
         has_own_memory: whether weights must be copied to it.
+        has_bf16: whether it computes in bf16.
         vram: bytes of its own memory that may be taken.
         accounts: of what ``allocate`` gave.
     """
@@ -78,6 +79,7 @@ class Device(Protocol):
     name: str
     torch_device: torch.device
     has_own_memory: bool
+    has_bf16: bool
     vram: int
     accounts: Accounts
 
@@ -136,6 +138,7 @@ class Cpu:
         self.name = "cpu"
         self.torch_device = torch.device("cpu")
         self.has_own_memory = False
+        self.has_bf16 = True
         self.vram = 0
         self.accounts = Accounts()
 

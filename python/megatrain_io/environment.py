@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatrain_io.device import Device
+from megatrain_io.liger_loss import liger_version
 from megatrain_io.swap import adamw_kernels
 
 __all__ = ["changes", "environment_of"]
@@ -23,6 +24,7 @@ def environment_of(device: Device) -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
         "device": device.name,
+        "liger-kernel": liger_version(device.torch_device),
     }
 
 

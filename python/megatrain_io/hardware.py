@@ -14,7 +14,7 @@ from megatrain_io.errors import ConfigError
 from megatrain_io.profile import DriveProfile, Profile
 from megatrain_io.smart import read_smart
 
-__all__ = ["Device", "Drive", "Hardware", "known_machines", "load_hardware", "this_machine"]
+__all__ = ["Drive", "Gpu", "Hardware", "known_machines", "load_hardware", "this_machine"]
 
 # Traffic of training: 14 bytes are read for 12 written.
 _READ_SHARE, _WRITTEN_SHARE = 14 / 26, 12 / 26
@@ -49,7 +49,7 @@ class Drive(_Section):
     """why no store can lie there"""
 
 
-class Device(_Section):
+class Gpu(_Section):
     """What computes, if it is not the CPU."""
 
     name: str
@@ -57,7 +57,9 @@ class Device(_Section):
     vram: Size
     """bytes of its memory"""
     tflops: Positive | None = None
-    """10^12 bf16 operations a second that training reaches, not those of the data sheet"""
+    """10^12 operations a second in the compute dtype that training reaches, not those of the data sheet"""
+    has_bf16: bool = True
+    """whether it computes in bf16"""
 
 
 class Hardware(_Section):
@@ -69,7 +71,7 @@ class Hardware(_Section):
     """bytes of RAM that training may use"""
     drives: Annotated[tuple[Drive, ...], Field(min_length=1)]
     """those that the store is spread over"""
-    device: Device | None = None
+    device: Gpu | None = None
     """GPU; none: the CPU computes"""
     cpu_tflops: Positive | None = None
     """10^12 operations a second of the CPU in the compute dtype, where there is no GPU"""
@@ -119,7 +121,7 @@ def this_machine(
     precision: str,
     profile: Profile | None = None,
     *,
-    gpu: tuple[str, int] | None = None,
+    gpu: Gpu | None = None,
     asks_drives: bool = False,
 ) -> Hardware:
     """The machine that this runs on: its drives as they are now, its rates as ``bench`` measured them.
@@ -129,7 +131,7 @@ def this_machine(
         ram: bytes that training may use.
         precision: compute dtype.
         profile: what was measured; without one there are no rates.
-        gpu: name and bytes of memory of what computes, if it is not the CPU.
+        gpu: what computes, if it is not the CPU.
         asks_drives: whether the drives are asked for their wear.
     """
     mounts = read_mounts()
@@ -143,16 +145,14 @@ def this_machine(
     drives = tuple(
         _drive_here(about, rates, asks=asks_drives) for about, rates in zip(found, measured, strict=True)
     )
-    device = None if gpu is None else Device(name=gpu[0], vram=gpu[1])
     if profile is None:
-        return Hardware(name="this machine", ram=ram, drives=drives, device=device)
+        return Hardware(name="this machine", ram=ram, drives=drives, device=gpu)
     cpu, matmul = profile.cpu, profile.matmul
     tflops = None
     # Measured where it will compute, or not at all.
     if matmul is not None and (matmul.device == "cpu") == (gpu is None):
         tflops = (matmul.bf16 if precision == "bf16" else matmul.fp32) / 1e3
-    if device is not None:
-        device = device.model_copy(update={"tflops": tflops})
+    device = None if gpu is None else gpu.model_copy(update={"tflops": tflops})
     flushes = [each.flush.sync_median + 2 * each.flush.durable_write_median for each in measured if each]
     return Hardware(
         name=f"this machine ({profile.machine.cpu or profile.machine.host}, {profile.machine.threads} threads)",

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatrain_io.errors import UnsupportedModelError
+from megatrain_io.liger_loss import Loss
 from megatrain_io.skeleton import build_skeleton
 
 __all__ = ["BlockCall", "CutFacts", "CutModel", "MicroBatch", "ParameterShape"]
@@ -113,6 +114,7 @@ class CutModel:
         self.facts = facts
         self._skeleton = build_skeleton(config, dtype, facts.attn_implementation)
         self._loss_function = self._skeleton.loss_function
+        self._loss = Loss(self._loss_function, torch.device("cpu"))
         # As newer transformers call it; older ones say past_key_values.
         takes_cache = "cache" in inspect.signature(self._skeleton.forward).parameters
         self._cache_name = "cache" if takes_cache else "past_key_values"
@@ -155,6 +157,7 @@ class CutModel:
 
     def to(self, device: torch.device) -> None:
         """Compute on ``device`` from now on: buffers (rotary tables) move, parameters have no memory here."""
+        self._loss = Loss(self._loss_function, device)
         for root in (self._skeleton, *self.blocks):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
@@ -164,6 +167,11 @@ class CutModel:
             name: torch.zeros((), dtype=each.dtype, device=device).expand(each.shape)
             for name, each in self._placeholders.items()
         }
+
+    @property
+    def loss_notes(self) -> list[str]:
+        """What is to be said of how `loss` computes."""
+        return self._loss.notes
 
     def new_cache(self) -> Cache:
         """An empty key-value cache for one generation: given to `record`, filled by `run_block`."""
@@ -246,6 +254,8 @@ class CutModel:
     ) -> Tensor:
         """Sum the token losses of a slice and divide by `num_items_in_batch`, by the model's own code.
 
+        On CUDA `liger_loss` may stand for transformers' loss function.
+
         Args:
             parameters: those of the epilogue and the borrowed ones.
             hidden: what the last block returned, or some tokens of it, [B, t, H].
@@ -263,7 +273,7 @@ class CutModel:
             nonlocal used
             used = True
             kwargs |= {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            return cast("Tensor", self._loss_function(logits, *args, **kwargs))
+            return self._loss(logits, *args, **kwargs)
 
         self._skeleton.loss_function = loss_of_shifted
         try:

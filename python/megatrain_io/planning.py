@@ -15,13 +15,13 @@ from megatrain_io.config import RunConfig, load
 from megatrain_io.cuda_device import gpu_here
 from megatrain_io.errors import ConfigError, MegatrainIoError
 from megatrain_io.fitting import step_needs
-from megatrain_io.hardware import Hardware, load_hardware, this_machine
+from megatrain_io.hardware import Gpu, Hardware, load_hardware, this_machine
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
 from megatrain_io.planned import Plan, Prices
 from megatrain_io.planner import accumulation_that_hides_io, make_plan
-from megatrain_io.precision import DTYPES, FORMATS
+from megatrain_io.precision import DTYPES, FORMATS, precision_of, settle_precision
 from megatrain_io.probe import probe
 from megatrain_io.profile import Profile, default_path
 from megatrain_io.program import StopKey
@@ -82,8 +82,15 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         [f"model={json.dumps(str(model))}", *given],
         {("", "output_dir"): ".", ("data", "train"): ["."]},
     )
-    candidate, hardware = _candidate(run_config, on)
     is_here = on is None
+    described = None if on is None else load_hardware(on)
+    gpu = gpu_here(run_config.train.device) if described is None else described.device
+    gpu = None if run_config.train.device == "cpu" else gpu
+    without_bf16 = None if gpu is None or gpu.has_bf16 else gpu.name
+    run = RunFolder(Path(run_config.output_dir))
+    run_config, settled = settle_precision(run_config, run, without_bf16=without_bf16)
+    notes += settled
+    candidate, hardware = _candidate(run_config, run, described, gpu)
     compute = calibrate(candidate, hardware) if is_here else None
     libraries = psutil.Process().memory_info().rss if is_here else 0
     count = run_config.train.gradient_accumulation_steps
@@ -114,25 +121,23 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
     return found
 
 
-def _candidate(config: RunConfig, on: str | None) -> tuple[Candidate, Hardware]:
-    precision = config.train.precision
+def _candidate(
+    config: RunConfig, run: RunFolder, described: Hardware | None, gpu: Gpu | None
+) -> tuple[Candidate, Hardware]:
+    precision = precision_of(config)
     path = Path(config.model)
     folder = ModelFolder(path.parent if path.name == "config.json" else path)
     model_config = folder.config()
     cut = CutModel(model_config, DTYPES[precision], probe(model_config))
     layout = layout_of(config, cut)
-    if on is None:
+    if described is None:
         ram = ram_of(config)
-        run = RunFolder(Path(config.output_dir))
         folders = [store.parent for store in run.stores_in(config.memory.store_dir)]
-        gpu = gpu_here(config.train.device)
         profile = Profile.read(default_path())
         hardware = this_machine(folders, ram, precision, profile, gpu=gpu, asks_drives=True)
     else:
-        hardware = load_hardware(on)
+        hardware = described.model_copy(update={"device": gpu})
         ram = config.memory.ram or hardware.ram
-    if config.train.device == "cpu":
-        hardware = hardware.model_copy(update={"device": None})
     packed = config.data.packing and cut.facts.packs
     batch = blank_micro_batch(config.train.per_device_train_batch_size, config.data.max_length, packed=packed)
     tables = store_memory(layout.manifest({}))
@@ -142,8 +147,8 @@ def _candidate(config: RunConfig, on: str | None) -> tuple[Candidate, Hardware]:
 
 def layout_of(config: RunConfig, cut: CutModel) -> ModelLayout:
     """That of the store which an import makes."""
-    durability, precision = config.memory.durability, config.train.precision
-    return ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[precision], durability=durability)
+    durability, state_format = config.memory.durability, FORMATS[precision_of(config)]
+    return ModelLayout.build(model_parts(cut), len(cut.blocks), state_format, durability=durability)
 
 
 def ram_of(config: RunConfig) -> int:

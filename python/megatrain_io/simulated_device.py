@@ -140,6 +140,7 @@ class SimulatedDevice:
         self.name = "simulated accelerator"
         self.torch_device = torch.device("cpu")
         self.has_own_memory = True
+        self.has_bf16 = True
         self.vram = nbytes
         self.accounts = Accounts()
         self.waits: set[str] = set()

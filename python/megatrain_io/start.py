@@ -13,14 +13,14 @@ from megatrain_io.config import RunConfig, load
 from megatrain_io.data import DataOptions, TrainingData, prepare
 from megatrain_io.device import Device
 from megatrain_io.errors import ConfigError, MegatrainIoError
-from megatrain_io.hardware import Hardware, this_machine
+from megatrain_io.hardware import Gpu, Hardware, this_machine
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel
 from megatrain_io.model_folder import ModelFolder
 from megatrain_io.planned import Plan
 from megatrain_io.planner import accumulation_that_hides_io, make_plan
 from megatrain_io.planning import calibrate, layout_of, ram_of
-from megatrain_io.precision import DTYPES
+from megatrain_io.precision import DTYPES, precision_of
 from megatrain_io.probe import probe
 from megatrain_io.profile import Profile, default_path
 from megatrain_io.program import StopKey
@@ -71,7 +71,7 @@ class Start:
         """
         if cut is None:
             model_config: PreTrainedConfig = ModelFolder(model).config()
-            cut = CutModel(model_config, DTYPES[config.train.precision], probe(model_config))
+            cut = CutModel(model_config, DTYPES[precision_of(config)], probe(model_config))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
         data = prepare(_data_options(config), tokenizer, run.data, packs=cut.facts.packs)
         largest, vocabulary = data.train.largest_token, cut.config.get_text_config().vocab_size
@@ -148,8 +148,10 @@ def _hardware(config: RunConfig, run: RunFolder, ram: int, device: Device) -> Ha
     profile = None
     with suppress(MegatrainIoError):  # no profile, or none that can be read, is no reason not to train
         profile = Profile.read(default_path())
-    gpu = (device.name, device.vram) if device.has_own_memory else None
-    return this_machine([store.parent for store in stores], ram, config.train.precision, profile, gpu=gpu)
+    gpu = None
+    if device.has_own_memory:
+        gpu = Gpu(name=device.name, vram=device.vram, has_bf16=device.has_bf16)
+    return this_machine([store.parent for store in stores], ram, precision_of(config), profile, gpu=gpu)
 
 
 def _seconds_of(candidate: Candidate, hardware: Hardware, data: TrainingData) -> dict[StopKey, float] | None:

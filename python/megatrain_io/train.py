@@ -30,6 +30,7 @@ from megatrain_io.layout import ModelLayout, TensorPlace
 from megatrain_io.learning_rate import learning_rate_at
 from megatrain_io.metrics import MetricsFile, StepReport, TrainResult, last_report
 from megatrain_io.model import CutModel, MicroBatch
+from megatrain_io.precision import precision_of, settle_precision
 from megatrain_io.ram import peak_ram
 from megatrain_io.report import Reporter
 from megatrain_io.run import RunFolder, gradient_file, replace_file, saved_inputs_file, storage_errors
@@ -73,11 +74,13 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
     safe = "the last committed step is safe: go on with --resume"
     with ExitStack() as open_:
         device = open_.enter_context(closing(device_for(config)))
+        without_bf16 = None if device.has_bf16 else device.name
+        config, notes = settle_precision(config, run, without_bf16=without_bf16)
         start = _import_if_needed(config, run, device, resume=resume)
         open_.enter_context(storage_errors(run.path, safe))
         state = open_.enter_context(PagedState.of_run(run, engine=config.memory.io_backend))
         with closing(_Trainer(config, run, state, device, reporter, trace)) as trainer:
-            trainer.prepare(start, resume=resume)
+            trainer.prepare(start, notes, resume=resume)
             try:
                 trainer.run()
             except KeyboardInterrupt:
@@ -124,7 +127,7 @@ def _import_if_needed(config: RunConfig, run: RunFolder, device: Device, *, resu
         import_model(
             Path(config.model),
             run,
-            precision=config.train.precision,
+            precision=precision_of(config),
             stores=run.stores_in(config.memory.store_dir),
             durability=config.memory.durability,
             engine=config.memory.io_backend,
@@ -171,11 +174,12 @@ class _Trainer:
         self._under_way = 0
         self._is_scratch = state.layout.durability == "scratch"
 
-    def prepare(self, imported: Start | None, *, resume: bool) -> None:
+    def prepare(self, imported: Start | None, notes: Sequence[str], *, resume: bool) -> None:
         """Everything that can be refused is refused here, before the first step.
 
         Args:
             imported: what was prepared for the import, if there was one.
+            notes: what is to be said at the start, too.
             resume: go on with a run that has begun.
         """
         config, progress = self._config, self.progress
@@ -227,7 +231,7 @@ class _Trainer:
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
         now = environment_of(self._device)
-        notes = [*self._state.notes, *changes(self.progress.environment, now)]
+        notes = [*notes, *self._state.notes, *start.cut.loss_notes, *changes(self.progress.environment, now)]
         notes += [*planned.summary(), str(self._data.summary)]
         if not is_pinned:
             notes.insert(0, f"{self._device.name} cannot be given the pool's memory: copies take a detour")

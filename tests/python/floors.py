@@ -21,7 +21,7 @@ PYTHON_FLOORS: dict[str, int] = {
     **dict.fromkeys(
         ["layout", "residents", "schedule", "damage", "store_notes", "tensor_manifest", "workspace"], 1
     ),
-    **dict.fromkeys(["miniature", "model", "precision", "probe", "skeleton"], 1),
+    **dict.fromkeys(["liger_loss", "miniature", "model", "precision", "probe", "skeleton"], 1),
     **dict.fromkeys(["data", "documents", "rows", "sources", "tokens"], 1),
     **dict.fromkeys(["hub_names", "model_folder", "safetensors_files"], 1),
     **dict.fromkeys(["budget", "drive", "hardware", "measure", "outside", "ram", "smart"], 1),

@@ -284,7 +284,7 @@ def test_sections_of_other_tools_too(write):
             "per_device_train_batch_size=10000000000",
             "must be less than or equal to 2147483647, and is 10000000000",
         ),
-        ("precision=fp16", "must be 'bf16' or 'fp32', and is fp16"),
+        ("precision=fp16", "must be 'auto', 'bf16' or 'fp32', and is fp16"),
         ("lr_scheduler_type=cos", "must be 'cosine', 'linear' or 'constant', and is cos"),
         ("io_backend=libaio", "must be 'auto', 'uring' or 'threads', and is libaio"),
         ("packing=1", "must be a valid boolean, and is 1"),

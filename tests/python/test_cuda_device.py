@@ -11,7 +11,7 @@ import torch
 
 from megatrain_io import cuda_device
 from megatrain_io.config import DataConfig, MemoryConfig, RunConfig, TrainConfig
-from megatrain_io.cuda_device import Cuda, device_for, gpu_here
+from megatrain_io.cuda_device import Cuda, best_device, device_for, gpu_here
 from megatrain_io.device import Cpu
 from megatrain_io.errors import ConfigError, UnsupportedError
 
@@ -77,7 +77,8 @@ def gpu(monkeypatch, cudart):
         set_device=lambda _: None,
         get_device_properties=lambda _: SimpleNamespace(name="GPU", total_memory=8192 * MIB),
         empty_cache=lambda: None,
-        mem_get_info=lambda _: (7000 * MIB, 8192 * MIB),
+        mem_get_info=lambda _=None: (7000 * MIB, 8192 * MIB),
+        get_device_name=lambda: "GPU",
         set_per_process_memory_fraction=lambda part, _: share.append(part),
         current_stream=FakeStream,
         Stream=FakeStream,
@@ -191,11 +192,15 @@ def config(vram=None, **train):
     return RunConfig(model=".", output_dir=".", data=data, train=TrainConfig(**train), memory=memory)
 
 
-def test_a_gpu_without_bf16_is_told_of(gpu, monkeypatch):
-    monkeypatch.setattr(cuda_device, "Cuda", lambda _: gpu)
-    with pytest.raises(ConfigError, match="GPU does not compute in bf16"):
-        device_for(config())
-    assert device_for(config(precision="fp32")) is gpu
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_bf16_that_is_emulated_is_none(gpu, monkeypatch, has_bf16):
+    supported = lambda including_emulation: including_emulation or has_bf16  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert not gpu.has_bf16
+    assert device_for(config()).has_bf16 == has_bf16
+    assert gpu_here("auto").has_bf16 == has_bf16
+    assert best_device("fp32").name == "GPU"
+    assert best_device("bf16").name == ("GPU" if has_bf16 else "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

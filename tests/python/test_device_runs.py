@@ -1,15 +1,19 @@
 """Whole runs on a device with memory of its own: in the VRAM and RAM that were planned, with the bits of the CPU."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from megatrain_io import train as loop
 from megatrain_io.calibration import measured_seconds
-from megatrain_io.errors import DoesNotFitError
+from megatrain_io.config import load
+from megatrain_io.device import Cpu
+from megatrain_io.errors import ConfigError, DoesNotFitError, InterruptedRunError
 from megatrain_io.generate import Generator
 from megatrain_io.layout import ModelLayout
+from megatrain_io.run import RunFolder
 from megatrain_io.simulated_device import SimulatedDevice
 from megatrain_io.stream import model_parts
 from megatrain_io.trace import Trace
@@ -81,6 +85,36 @@ def test_a_run_goes_on_on_another_device(source, whole, stopped, on):
         for _, _, notes in reporter.starts
         for note in notes
     )
+
+
+def test_a_gpu_without_bf16_trains_in_fp32_and_the_run_goes_on_so(source, tmp_path, on):
+    on(SimulatedDevice(3)).has_bf16 = False
+    config = configured(source, tmp_path / "run", memory={"ram": "4MiB"})
+    asked = config.train.model_copy(update={"precision": "bf16"})
+    with pytest.raises(ConfigError, match="simulated accelerator does not compute in bf16"):
+        start(config.model_copy(update={"train": asked}))
+    assert not config.output_dir.exists(), "nothing was imported"
+    on(SimulatedDevice(3)).has_bf16 = False  # a start closes its device
+    started = Reporter(stop=2)
+    with pytest.raises(InterruptedRunError, match="step 2 "):
+        train(config, resume=False, reporter=started)
+    said = "train.precision is fp32, because simulated accelerator does not compute in bf16"
+    assert sum(note.startswith(said) for note in started.starts[0][2]) == 1
+    run = RunFolder(config.output_dir)
+    assert run.read().precision == load(run.config)[0].train.precision == "fp32"
+    for device in (SimulatedDevice(3), Cpu()):
+        on(device)
+        going_on = Reporter(stop=3)
+        with pytest.raises(InterruptedRunError) if device.has_own_memory else nullcontext():
+            train(config, resume=True, reporter=going_on)
+        assert not any("does not compute in bf16" in note for note in going_on.starts[0][2])
+    assert load(run.config)[0].train.precision == "fp32"
+
+
+def test_a_run_in_bf16_is_refused_by_a_gpu_without_it(source, stopped, on):
+    on(SimulatedDevice(3)).has_bf16 = False
+    with pytest.raises(ConfigError, match=r"does not compute in bf16: .*an imported run keeps its precision"):
+        start(configured(source, stopped), resume=True)
 
 
 def test_computing_alone_can_be_timed_on_a_device():

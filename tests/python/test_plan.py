@@ -297,8 +297,30 @@ def test_a_gradient_buffer_for_all_records_saves_vram_and_is_known_to_the_simula
     assert least.memory.pool.block_gradients[1] > 4, "a block's gradient has room in RAM"
 
 
-def gpu(vram):
-    return {"name": "a small one", "vram": vram, "tflops": 20}
+def gpu(vram, **more):
+    return {"name": "a small one", "vram": vram, "tflops": 20} | more
+
+
+def test_a_gpu_without_bf16_is_planned_in_fp32_and_it_is_said(model, tmp_path):
+    on = machine(tmp_path, ram="8GiB", device=gpu("8GB", has_bf16=False))
+    found = mt.plan(model, on=on, settings=SMALL)
+    assert found.settings["precision"] == "fp32"
+    assert "because a small one does not compute in bf16: 16 bytes are read and 12 written" in str(found)
+    with pytest.raises(ConfigError, match="a small one does not compute in bf16"):
+        mt.plan(model, on=on, settings=SMALL | {"train.precision": "bf16"})
+    with_it = mt.plan(model, on=machine(tmp_path, ram="8GiB", device=gpu("8GB")), settings=SMALL)
+    on_cpu = mt.plan(model, on=on, settings=SMALL | {"train.device": "cpu"})
+    for other in (with_it, on_cpu):
+        assert other.settings["precision"] == "bf16"
+        assert "does not compute in bf16" not in str(other)
+    assert found.vram_bytes > with_it.vram_bytes
+
+
+def test_a_run_that_is_imported_is_planned_in_its_precision(model, tmp_path):
+    run = RunFolder(tmp_path)
+    run.write("fp32", [run.own_store], "uuid", model)
+    settings = SMALL | {"output_dir": str(tmp_path)}
+    assert mt.plan(model, on=machine(tmp_path), settings=settings).settings["precision"] == "fp32"
 
 
 def test_a_network_drive_is_refused(source, model, tmp_path, monkeypatch):

@@ -21,27 +21,12 @@ from typing import Any
 
 from comparison import answer, child, machine, machine_text, tell
 from ram_budget import make_store, size_of
-from step_bars import BETAS, DECAY, EPS, LEARNING_RATE, SIZES, config_of
+from step_bars import BETAS, DECAY, EPS, LEARNING_RATE, SIZES, config_of, micro_batches
 
 Figures = dict[str, Any]
 Intervals = list[tuple[int, int]]
 WARM_UP = 2
 IO_LANES = ("read", "write", "copy in", "copy out")
-
-
-def micro_batches(job: Figures) -> list[Any]:
-    """One row each; all steps train the same ones."""
-    import torch
-
-    from megatrain_io.model import MicroBatch
-
-    random = torch.Generator().manual_seed(1)
-    rows = [
-        torch.randint(SIZES[job["size"]].vocab, (1, job["tokens"]), generator=random)
-        for _ in range(job["micro_batches"])
-    ]
-    shift = lambda ids: torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()  # noqa: E731
-    return [MicroBatch(ids, shift(ids)) for ids in rows]
 
 
 def device_of(job: Figures) -> Any:
@@ -56,6 +41,12 @@ def device_of(job: Figures) -> Any:
 
 def measure(job: Figures) -> Figures:
     """In the child."""
+    make_store(Path(job["store"]), job["size"], "raw16" if job["frozen"] else "bf16")
+    return train(job)
+
+
+def train(job: Figures) -> Figures:
+    """Steps from a store that is there."""
     import torch
 
     from megatrain_io.calibration import measured_seconds
@@ -67,7 +58,6 @@ def measure(job: Figures) -> Figures:
 
     path = Path(job["store"])
     is_frozen = job["frozen"]
-    make_store(path, job["size"], "raw16" if is_frozen else "bf16")
     config = config_of(SIZES[job["size"]])
     cut = CutModel(config, torch.bfloat16, probe(config))
     batches, device = micro_batches(job), device_of(job)

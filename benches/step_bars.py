@@ -86,14 +86,24 @@ def model_of(size: Size) -> Any:
 
 
 def tokens_of(job: Job) -> list[Any]:
-    """One row of tokens for each micro-batch; all steps train the same ones."""
+    """One row of tokens for each micro-batch, ``tokens`` of them if it says so; all steps train the same ones."""
     import torch
 
     random = torch.Generator().manual_seed(SEED)
-    shape = (1, TOKENS)
+    shape = (1, job.get("tokens", TOKENS))
     return [
         torch.randint(SIZES[job["size"]].vocab, shape, generator=random) for _ in range(job["micro_batches"])
     ]
+
+
+def micro_batches(job: Job) -> list[Any]:
+    """The same rows, with labels, for a bar of ours."""
+    import torch
+
+    from megatrain_io.model import MicroBatch
+
+    shift = lambda ids: torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()  # noqa: E731
+    return [MicroBatch(ids, shift(ids)) for ids in tokens_of(job)]
 
 
 # --------------------------------------------------------------------------------------------- measuring
@@ -328,7 +338,7 @@ def ours(job: Job) -> Figures:
     import torch
     from step_bound import bytes_of_phases
 
-    from megatrain_io.model import CutModel, MicroBatch
+    from megatrain_io.model import CutModel
     from megatrain_io.probe import probe
     from megatrain_io.residents import choose_residents, resident_nbytes
     from megatrain_io.stream import PagedModel
@@ -336,10 +346,7 @@ def ours(job: Job) -> Figures:
 
     config = config_of(SIZES[job["size"]])
     cut = CutModel(config, torch.bfloat16, probe(config))
-    batches = [
-        MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
-        for ids in tokens_of(job)
-    ]
+    batches = micro_batches(job)
     with PagedState(store_of(job)) as state:
         model = PagedModel(cut, state)
         layout, schedule = state.layout, model.training_schedule

@@ -21,7 +21,18 @@ from typing import Any
 
 from comparison import answer, child, machine, machine_text, tell
 from ram_budget import make_store, size_of
-from step_bars import BETAS, DECAY, EPS, LEARNING_RATE, SIZES, config_of, micro_batches
+from step_bars import (
+    BETAS,
+    DECAY,
+    EPS,
+    LEARNING_RATE,
+    SIZES,
+    config_of,
+    drive_bytes,
+    micro_batches,
+    peak_rss,
+    reset_peak_rss,
+)
 
 Figures = dict[str, Any]
 Intervals = list[tuple[int, int]]
@@ -75,6 +86,7 @@ def train(job: Figures) -> Figures:
         plan = divided(cut, layout, left, ram=job["ram"])
         inputs = saved_inputs_of(plan, [path.with_name("inputs")])
         model = PagedModel(cut, state, saved_inputs=inputs, device=device, vram=vram)
+        reset_peak_rss()
         settings = None if is_frozen else lambda _place: TensorSettings(DECAY)
         state.start(plan.pool, residents=plan.residents, settings=settings, by_chunk=True)
         with device.pin(state.pool_memory()) as is_pinned:
@@ -83,7 +95,7 @@ def train(job: Figures) -> Figures:
                     state.wait_settled()
                     state.record_events()
                     model.record_device_events()
-                    before = state.io_bytes()
+                    before, drive_before = state.io_bytes(), drive_bytes()
                 began = time.perf_counter()
                 if is_frozen:
                     step = model.pass_gradients(batches, number=number)[0]
@@ -93,7 +105,10 @@ def train(job: Figures) -> Figures:
                 losses.append(step.loss)
                 seconds.append(time.perf_counter() - began)
             state.wait_settled()
-            moved = [now - then for now, then in zip(state.io_bytes(), before, strict=True)]
+            moved, by_system = (
+                [(now - then) / job["steps"] for now, then in zip(nows, thens, strict=True)]
+                for nows, thens in ((state.io_bytes(), before), (drive_bytes(), drive_before))
+            )
             events = [*state.take_events()[0], *model.take_device_events()]
             model.close()
     io = joined((start, end) for lane, _, _, start, end in events if lane.startswith(IO_LANES))
@@ -110,8 +125,11 @@ def train(job: Figures) -> Figures:
         "vram_peak": getattr(device, "peak_nbytes", device.accounts.peak_nbytes),
         "seconds": seconds[WARM_UP:],
         "compute_alone": job["micro_batches"] * sum(alone.values()),
-        "read": moved[0] / job["steps"],
-        "written": moved[1] / job["steps"],
+        "read": moved[0],
+        "written": moved[1],
+        "read_by_system": by_system[0],
+        "written_by_system": by_system[1],
+        "peak_rss": peak_rss(),
         "hidden": both / max(1, min(length(io), length(computing))),
         "tokens": job["tokens"] * job["micro_batches"],
         "losses": losses,

@@ -264,7 +264,7 @@ def deepspeed_config(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def deepspeed(job: Job) -> Figures:
-    """One process, CPU accelerator; activations stay, as with these settings checkpoints change its losses."""
+    """One process; activations stay, as with these settings checkpoints change its losses."""
     try:
         import deepspeed as peer
     except ImportError as error:
@@ -275,12 +275,13 @@ def deepspeed(job: Job) -> Figures:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"
     )
-    model, batches = model_of(SIZES[job["size"]]), tokens_of(job)
+    model = model_of(SIZES[job["size"]])
     try:
-        peer.init_distributed("gloo")
+        peer.init_distributed("nccl" if job.get("device") == "cuda" else "gloo")
         config = deepspeed_config(job, Path(job["folder"]))
         engine, *_ = peer.initialize(model=model, model_parameters=model.parameters(), config=config)
         del model
+        batches = [ids.to(engine.device) for ids in tokens_of(job)]
 
         def step(_number: int) -> tuple[float, Mapping[str, float]]:
             parts, total = Parts(), 0.0
@@ -438,13 +439,14 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def _run(job: Job) -> Figures:
+def run(job: Job, bars: Mapping[str, Bar]) -> Figures:
+    """In the child: a bar, or the store for it."""
     with _quiet():
         if job["makes_store"]:
             return make_store(job)
-        bar = BARS[job["bar"]]
+        bar = bars[job["bar"]]
         return bar.work({**job, **bar.settings})
 
 
 if __name__ == "__main__":
-    answer(lambda: _run(json.loads(sys.argv[2])))
+    answer(lambda: run(json.loads(sys.argv[2]), BARS))

@@ -60,14 +60,14 @@ Results = dict[str, Rounds]
 # ------------------------------------------------------------------------------------------------ running
 
 
-def refuse_what_does_not_fit(bar: Bar, size: str, folder: Path) -> None:
-    """Rather say it than let the machine swap or the drive fill.
+def refuse_what_does_not_fit(bar: Bar, size: str, folder: Path, budget: int = 0) -> None:
+    """Rather say it than let the machine swap or the drive fill; ``budget`` is what the bar takes of RAM in any case.
 
     Raises:
         SkippedError: not enough free RAM or disk.
     """
     parameters = SIZES[size].parameters
-    ram, disk = bar.ram * parameters + RAM_OF_ALL, bar.disk * parameters
+    ram, disk = max(bar.ram * parameters, budget) + RAM_OF_ALL, bar.disk * parameters
     available, free = psutil.virtual_memory().available, shutil.disk_usage(folder).free
     for what, needed, there in (("RAM", ram, available), ("disk", disk, free)):
         if needed > there:

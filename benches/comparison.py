@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def child(
         raise SkippedError(f"it did not end within {limit:.0f} seconds") from error
     lines = done.stdout.splitlines()
     if done.returncode != 0 or not lines:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+        ended = f"\nended by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}{ended}")
     said = json.loads(lines[-1])
     if "skipped" in said:
         raise SkippedError(said["skipped"])

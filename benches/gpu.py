@@ -21,27 +21,23 @@ from typing import Any
 
 from comparison import answer, child, machine, machine_text, tell
 from ram_budget import make_store, size_of
-from step_bars import BETAS, DECAY, EPS, LEARNING_RATE, SIZES, config_of
+from step_bars import (
+    BETAS,
+    DECAY,
+    EPS,
+    LEARNING_RATE,
+    SIZES,
+    config_of,
+    drive_bytes,
+    micro_batches,
+    peak_rss,
+    reset_peak_rss,
+)
 
 Figures = dict[str, Any]
 Intervals = list[tuple[int, int]]
 WARM_UP = 2
 IO_LANES = ("read", "write", "copy in", "copy out")
-
-
-def micro_batches(job: Figures) -> list[Any]:
-    """One row each; all steps train the same ones."""
-    import torch
-
-    from megatrain_io.model import MicroBatch
-
-    random = torch.Generator().manual_seed(1)
-    rows = [
-        torch.randint(SIZES[job["size"]].vocab, (1, job["tokens"]), generator=random)
-        for _ in range(job["micro_batches"])
-    ]
-    shift = lambda ids: torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()  # noqa: E731
-    return [MicroBatch(ids, shift(ids)) for ids in rows]
 
 
 def device_of(job: Figures) -> Any:
@@ -56,6 +52,12 @@ def device_of(job: Figures) -> Any:
 
 def measure(job: Figures) -> Figures:
     """In the child."""
+    make_store(Path(job["store"]), job["size"], "raw16" if job["frozen"] else "bf16")
+    return train(job)
+
+
+def train(job: Figures) -> Figures:
+    """Steps from a store that is there."""
     import torch
 
     from megatrain_io.calibration import measured_seconds
@@ -67,7 +69,6 @@ def measure(job: Figures) -> Figures:
 
     path = Path(job["store"])
     is_frozen = job["frozen"]
-    make_store(path, job["size"], "raw16" if is_frozen else "bf16")
     config = config_of(SIZES[job["size"]])
     cut = CutModel(config, torch.bfloat16, probe(config))
     batches, device = micro_batches(job), device_of(job)
@@ -85,6 +86,7 @@ def measure(job: Figures) -> Figures:
         plan = divided(cut, layout, left, ram=job["ram"])
         inputs = saved_inputs_of(plan, [path.with_name("inputs")])
         model = PagedModel(cut, state, saved_inputs=inputs, device=device, vram=vram)
+        reset_peak_rss()
         settings = None if is_frozen else lambda _place: TensorSettings(DECAY)
         state.start(plan.pool, residents=plan.residents, settings=settings, by_chunk=True)
         with device.pin(state.pool_memory()) as is_pinned:
@@ -93,7 +95,7 @@ def measure(job: Figures) -> Figures:
                     state.wait_settled()
                     state.record_events()
                     model.record_device_events()
-                    before = state.io_bytes()
+                    before, drive_before = state.io_bytes(), drive_bytes()
                 began = time.perf_counter()
                 if is_frozen:
                     step = model.pass_gradients(batches, number=number)[0]
@@ -103,7 +105,10 @@ def measure(job: Figures) -> Figures:
                 losses.append(step.loss)
                 seconds.append(time.perf_counter() - began)
             state.wait_settled()
-            moved = [now - then for now, then in zip(state.io_bytes(), before, strict=True)]
+            moved, by_system = (
+                [(now - then) / job["steps"] for now, then in zip(nows, thens, strict=True)]
+                for nows, thens in ((state.io_bytes(), before), (drive_bytes(), drive_before))
+            )
             events = [*state.take_events()[0], *model.take_device_events()]
             model.close()
     io = joined((start, end) for lane, _, _, start, end in events if lane.startswith(IO_LANES))
@@ -120,8 +125,11 @@ def measure(job: Figures) -> Figures:
         "vram_peak": getattr(device, "peak_nbytes", device.accounts.peak_nbytes),
         "seconds": seconds[WARM_UP:],
         "compute_alone": job["micro_batches"] * sum(alone.values()),
-        "read": moved[0] / job["steps"],
-        "written": moved[1] / job["steps"],
+        "read": moved[0],
+        "written": moved[1],
+        "read_by_system": by_system[0],
+        "written_by_system": by_system[1],
+        "peak_rss": peak_rss(),
         "hidden": both / max(1, min(length(io), length(computing))),
         "tokens": job["tokens"] * job["micro_batches"],
         "losses": losses,

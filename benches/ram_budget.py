@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from comparison import answer, child, machine, machine_text, tell
 from step_bars import BETAS, DECAY, EPS, LEARNING_RATE, SIZES, Size, config_of, peak_rss, reset_peak_rss
-from step_bars import tokens_of as tokens
+from step_bars import micro_batches as micro_batches_of
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 WARM = "warm"
@@ -68,17 +68,14 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
     import torch
 
     from megatrain_io.fitting import divided, saved_inputs_of, step_needs
-    from megatrain_io.model import CutModel, MicroBatch
+    from megatrain_io.model import CutModel
     from megatrain_io.probe import probe
     from megatrain_io.stream import PagedModel
     from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
 
     config = config_of(SIZES[size])
     cut = CutModel(config, torch.bfloat16, probe(config))
-    batches = [
-        MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
-        for ids in tokens({"size": size, "micro_batches": micro_batches})
-    ]
+    batches = micro_batches_of({"size": size, "micro_batches": micro_batches})
     losses = []
     with PagedState(path) as state:
         needs = step_needs(cut, state.layout, batches, state.ledger.total()[0])

@@ -86,14 +86,24 @@ def model_of(size: Size) -> Any:
 
 
 def tokens_of(job: Job) -> list[Any]:
-    """One row of tokens for each micro-batch; all steps train the same ones."""
+    """One row of tokens for each micro-batch, ``tokens`` of them if it says so; all steps train the same ones."""
     import torch
 
     random = torch.Generator().manual_seed(SEED)
-    shape = (1, TOKENS)
+    shape = (1, job.get("tokens", TOKENS))
     return [
         torch.randint(SIZES[job["size"]].vocab, shape, generator=random) for _ in range(job["micro_batches"])
     ]
+
+
+def micro_batches(job: Job) -> list[Any]:
+    """The same rows, with labels, for a bar of ours."""
+    import torch
+
+    from megatrain_io.model import MicroBatch
+
+    shift = lambda ids: torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()  # noqa: E731
+    return [MicroBatch(ids, shift(ids)) for ids in tokens_of(job)]
 
 
 # --------------------------------------------------------------------------------------------- measuring
@@ -254,7 +264,7 @@ def deepspeed_config(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def deepspeed(job: Job) -> Figures:
-    """One process, CPU accelerator; activations stay, as with these settings checkpoints change its losses."""
+    """One process; activations stay, as with these settings checkpoints change its losses."""
     try:
         import deepspeed as peer
     except ImportError as error:
@@ -265,12 +275,13 @@ def deepspeed(job: Job) -> Figures:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"
     )
-    model, batches = model_of(SIZES[job["size"]]), tokens_of(job)
+    model = model_of(SIZES[job["size"]])
     try:
-        peer.init_distributed("gloo")
+        peer.init_distributed("nccl" if job.get("device") == "cuda" else "gloo")
         config = deepspeed_config(job, Path(job["folder"]))
         engine, *_ = peer.initialize(model=model, model_parameters=model.parameters(), config=config)
         del model
+        batches = [ids.to(engine.device) for ids in tokens_of(job)]
 
         def step(_number: int) -> tuple[float, Mapping[str, float]]:
             parts, total = Parts(), 0.0
@@ -328,7 +339,7 @@ def ours(job: Job) -> Figures:
     import torch
     from step_bound import bytes_of_phases
 
-    from megatrain_io.model import CutModel, MicroBatch
+    from megatrain_io.model import CutModel
     from megatrain_io.probe import probe
     from megatrain_io.residents import choose_residents, resident_nbytes
     from megatrain_io.stream import PagedModel
@@ -336,10 +347,7 @@ def ours(job: Job) -> Figures:
 
     config = config_of(SIZES[job["size"]])
     cut = CutModel(config, torch.bfloat16, probe(config))
-    batches = [
-        MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
-        for ids in tokens_of(job)
-    ]
+    batches = micro_batches(job)
     with PagedState(store_of(job)) as state:
         model = PagedModel(cut, state)
         layout, schedule = state.layout, model.training_schedule
@@ -431,13 +439,14 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def _run(job: Job) -> Figures:
+def run(job: Job, bars: Mapping[str, Bar]) -> Figures:
+    """In the child: a bar, or the store for it."""
     with _quiet():
         if job["makes_store"]:
             return make_store(job)
-        bar = BARS[job["bar"]]
+        bar = bars[job["bar"]]
         return bar.work({**job, **bar.settings})
 
 
 if __name__ == "__main__":
-    answer(lambda: _run(json.loads(sys.argv[2])))
+    answer(lambda: run(json.loads(sys.argv[2]), BARS))

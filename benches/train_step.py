@@ -39,6 +39,7 @@ from step_bars import (
     SELDOM,
     SIZES,
     TOKENS,
+    Bar,
 )
 from step_bound import PHASES, bound
 
@@ -59,14 +60,14 @@ Results = dict[str, Rounds]
 # ------------------------------------------------------------------------------------------------ running
 
 
-def refuse_what_does_not_fit(name: str, size: str, folder: Path) -> None:
-    """Rather say it than let the machine swap or the drive fill.
+def refuse_what_does_not_fit(bar: Bar, size: str, folder: Path, budget: int = 0) -> None:
+    """Rather say it than let the machine swap or the drive fill; ``budget`` is what the bar takes of RAM in any case.
 
     Raises:
         SkippedError: not enough free RAM or disk.
     """
-    bar, parameters = BARS[name], SIZES[size].parameters
-    ram, disk = bar.ram * parameters + RAM_OF_ALL, bar.disk * parameters
+    parameters = SIZES[size].parameters
+    ram, disk = max(bar.ram * parameters, budget) + RAM_OF_ALL, bar.disk * parameters
     available, free = psutil.virtual_memory().available, shutil.disk_usage(folder).free
     for what, needed, there in (("RAM", ram, available), ("disk", disk, free)):
         if needed > there:
@@ -77,7 +78,7 @@ def run(name: str, size: str, micro_batches: int, options: argparse.Namespace, f
     """One round of one bar; its files are gone afterwards."""
     if name == FIO:
         return rates_of(folder, options.mib * MIB)
-    refuse_what_does_not_fit(name, size, folder)
+    refuse_what_does_not_fit(BARS[name], size, folder)
     place = folder / "bar"
     place.mkdir()
     job = {"bar": name, "size": size, "micro_batches": micro_batches, "steps": options.steps}
@@ -89,14 +90,23 @@ def run(name: str, size: str, micro_batches: int, options: argparse.Namespace, f
         os.sync()  # what others left to be written is not this bar's
         if name != DEEPSPEED:
             return child(script, sys.executable, [json.dumps(job)])
-        path = f"{Path(options.peer_python).parent}:{os.environ.get('PATH', '')}"
-        environment = {"DS_ACCELERATOR": "cpu", "PATH": path}
-        try:
-            return child(script, options.peer_python, [json.dumps(job)], environment, PEER_LIMIT)
-        except SystemExit as failed:  # it can end without an exception of Python
-            raise SkippedError(f"DeepSpeed fails: {str(failed.code).strip().splitlines()[-1]}") from failed
+        return deepspeed_child(script, options.peer_python, job, "cpu")
     finally:
         shutil.rmtree(place)
+
+
+def deepspeed_child(script: str, python: str, job: Figures, accelerator: str) -> Figures:
+    """A bar of DeepSpeed, with the interpreter that has it.
+
+    Raises:
+        SkippedError: it hangs or fails, or is not there.
+    """
+    path = f"{Path(python).parent}:{os.environ.get('PATH', '')}"
+    environment = {"DS_ACCELERATOR": accelerator, "PATH": path}
+    try:
+        return child(script, python, [json.dumps(job)], environment, PEER_LIMIT)
+    except SystemExit as failed:  # it can end without an exception of Python
+        raise SkippedError(f"DeepSpeed fails: {str(failed.code).strip().splitlines()[-1]}") from failed
 
 
 def rates_of(folder: Path, nbytes: int) -> Figures:

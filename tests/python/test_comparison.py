@@ -85,3 +85,13 @@ def test_the_bits_of_adamw_are_compared(tmp_path):
     found = json.loads(output.read_text())
     assert found["same_bits"] is True
     assert found["results"]["megatrain-io f32"][0]["parameters_per_s"] > 0
+
+
+def test_a_bar_that_the_system_ends_says_by_what(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHES)
+    from comparison import child
+
+    script = tmp_path / "ends.py"
+    script.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    with pytest.raises(SystemExit, match=r"ended by SIGKILL$"):
+        child(str(script), sys.executable, [])

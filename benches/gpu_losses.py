@@ -30,6 +30,14 @@ def train_in_memory(case: Any, device: Any) -> Any:
     from reference.reference import Result, accumulate, is_matrix, round_half_away, untie
 
     asked, model = case.hyperparameters, case.model.to(device)
+    # As stock loops on a GPU pass it: a number would be multiplied by as its inverse there, not divided by.
+    model.register_forward_pre_hook(
+        lambda _, args, named: (
+            args,
+            {**named, "num_items_in_batch": torch.tensor(named["num_items_in_batch"], device=device)},
+        ),
+        with_kwargs=True,
+    )
     leaves = untie(model)
     masters = {
         name: torch.nn.Parameter(own[0].detach().float().cpu().clone()) for name, own in leaves.items()
@@ -99,6 +107,8 @@ def compare(job: Figures) -> list[Figures]:
     from paged import Case, expected_planes
 
     torch.use_deterministic_algorithms(True)
+    # Where it is installed it would compute the loss of one side alone.
+    sys.modules["liger_kernel"] = None  # type: ignore[assignment]
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for tied in (False, True):

@@ -34,6 +34,7 @@ class StepNeeds:
         saved_inputs_least: with all that can be on the drive instead.
         inputs_per_block: of ``saved_inputs``; where compute has memory of its own, not those of all blocks.
         by_chunk: whether it has: then buffers hold chunks on their way to it, and back.
+        gathered: chunks of gradients that gather in RAM, where that memory has no room for those of a record.
         is_rehearsed: whether ``activations`` is known; if not it is 0, and comes on top of the budget.
     """
 
@@ -43,6 +44,7 @@ class StepNeeds:
     saved_inputs_least: int
     inputs_per_block: int = 0
     by_chunk: bool = False
+    gathered: int = 0
     is_rehearsed: bool = True
 
     @property
@@ -232,6 +234,7 @@ def _pool(
         block_buffers=block_buffers,
         chunk_slots=chunk_slots,
         block_gradients=block_gradients,
+        gathered=needs.gathered,
     )
 
 

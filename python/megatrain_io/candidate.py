@@ -219,7 +219,7 @@ def step_time(
         _rates(candidate, hardware),
         residents=memory.residents,
         inputs=inputs_moved(candidate, memory),
-        behind=0 if vram is None else memory.pool.block_gradients[1],
+        behind=0 if vram is None else memory.pool.block_gradients[1] - memory.needs.gathered,
     )
     # The step that commits, the one that it passes the commit on to, and those in between.
     weights = {2: 1.0} if every == 1 else {2: 1 / every, 3: 1 / every, 1: 1 - 2 / every}
@@ -255,14 +255,18 @@ def _pool_on_device(candidate: Candidate, memory: MemoryPlan, vram: VramPlan) ->
         # Smaller records than a block have buffers of their own there, and none in the simulation.
         return nbytes, count + sum(each <= nbytes for each in needed)
 
-    layout, pool = candidate.layout, vram.pool
+    layout, pool, gradients = candidate.layout, vram.pool, vram.pool.gradients
+    if pool.gathers:
+        # RAM has room for one of a record, and for a tied table's beside it.
+        largest = max(map(layout.record_gradient_bytes, range(len(layout.records))))
+        gradients = {"any": (largest, 1 + bool(candidate.cut.epilogue_borrowed))}
     others = [record for record in (layout.prologue, layout.epilogue) if record is not None]
     return PoolSizes(
         memory.pool.chunk_slots,
         block(pool.weights, [layout.record_weight_bytes(record) for record in others]),
         outer(pool.weights),
-        block(pool.gradients, [layout.record_gradient_bytes(record) for record in others]),
-        outer(pool.gradients),
+        block(gradients, [layout.record_gradient_bytes(record) for record in others]),
+        outer(gradients),
     )
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from megatrain_io.device import Device, Done, Event, Stream
+from megatrain_io.device_events import DeviceEvents
+from megatrain_io.device_sums import DeviceSums, GatheredGradient
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.layout import Chunk, ModelLayout, Record
 from megatrain_io.precision import dtype_of
@@ -63,7 +65,7 @@ class _Leaving:
 
     record: int
     load: _Load
-    gradient: Tensor
+    gradient: Tensor | GatheredGradient
     whole: Event
     is_ordered: bool = False
     moved: int = 0
@@ -110,7 +112,11 @@ class DeviceState:
         self._leaving: deque[_Leaving] = deque()
         self._behind: dict[str, deque[tuple[Event, Callable[[], None]]]] = {"in": deque(), "out": deque()}
         self._updated: frozenset[int] = frozenset()
-        self._events: list[tuple[str, str, int | None, Event, Event]] | None = None
+        self.events = DeviceEvents(device)
+        """When copies and compute happened; of compute, by record."""
+        self._sums: DeviceSums | None = None
+        if pool.gathers:
+            self._sums = DeviceSums(state, device, self._gradients["pieces"], self.events, self.advance)
         self.also: list[Callable[[], bool]] = []
         """What else to look after; each says whether it did anything."""
 
@@ -143,11 +149,13 @@ class DeviceState:
                 f"weights of record {record} were asked for, and those of {load.record} are next"
             )
         self._device.wait("compute", load.event, "weights have come")
-        load.began = self._began("compute")
+        load.began = self.events.began("compute")
         return _OnDevice(self, self._tensors(load.buffer, record, self._dtype), load, None)
 
     def gradient(self, record: int) -> BorrowedRecord:
-        """A buffer for the fp32 gradient of ``record``, content arbitrary."""
+        """A buffer for the fp32 gradient of ``record``, content arbitrary; or what gathers it in RAM."""
+        if self._sums is not None:
+            return GatheredGradient(self._sums, record)
         free = self._gradients[self._kind(record, self._gradients)]
         self.until(lambda: bool(free))
         buffer, left = free.popleft()
@@ -156,16 +164,13 @@ class DeviceState:
 
     def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
         """Hand a gradient over: it leaves by chunks, and each is updated when it has come."""
-        if (
-            not isinstance(weights, _OnDevice)
-            or not isinstance(gradient, _OnDevice)
-            or gradient.gradient is None
-        ):
+        total = gradient.gradient if isinstance(gradient, _OnDevice) else gradient
+        if not isinstance(weights, _OnDevice) or not isinstance(total, Tensor | GatheredGradient):
             raise MegatrainIoError(f"record {record}: what was submitted was not borrowed here")
         weights.tensors, gradient.tensors = {}, {}
         whole = self._device.record("compute")
         self._computed(weights.load, whole)
-        self._leaving.append(_Leaving(record, weights.load, gradient.gradient, whole))
+        self._leaving.append(_Leaving(record, weights.load, total, whole))
         self.advance()
 
     def give_back(self, borrowed: "_OnDevice") -> None:
@@ -217,42 +222,15 @@ class DeviceState:
         for free, kind, buffer in self._all:
             free[kind].append((buffer, Done()))
 
-    def record_events(self) -> None:
-        """Note when copies and compute happen from now on, for ``take_events``."""
-        self._events = []
-
-    def take_events(self) -> list[tuple[str, str, int | None, int, int]]:
-        """Lane, name, chunk, start and end of what has happened since the last call; of compute, by record."""
-        taken: list[tuple[str, str, int | None, int, int]] = []
-        left = []
-        for lane, name, chunk, began, ended in self._events or ():
-            start, end = began.at_ns(), ended.at_ns()
-            if start is None or end is None:
-                left.append((lane, name, chunk, began, ended))
-            else:
-                taken.append((lane, name, chunk, start, end))
-        if self._events is not None:
-            self._events = left
-        return taken
-
-    def _began(self, stream: Stream) -> Event | None:
-        return None if self._events is None else self._device.record(stream)
-
     def _computed(self, load: _Load, ended: Event) -> None:
         # The last block's weights stay while the epilogue's are used: each kind has a lane.
         record = load.record
-        self._ended(
+        self.events.ended(
             f"device, {self._kind(record, self._weights)}",
             self.layout.records[record].name,
             load.began,
             ended,
         )
-
-    def _ended(
-        self, lane: str, name: str, began: Event | None, ended: Event, chunk: int | None = None
-    ) -> None:
-        if self._events is not None and began is not None:
-            self._events.append((lane, name, chunk, began, ended))
 
     # ------------------------------------------------------------------------------------- keeping it going
 
@@ -305,10 +283,10 @@ class DeviceState:
     def _bring_in(self, load: _Load, chunk: Chunk, slot: PieceBuffer) -> None:
         if load.buffer is None:
             raise MegatrainIoError("a load without a buffer: this is a bug")
-        began = self._began("in")
+        began = self.events.began("in")
         self._device.copy_in(self._part(load.buffer, chunk, self._dtype), values_of(slot))
         load.event = self._device.record("in")
-        self._ended("copy in", "weights", began, load.event, chunk.index)
+        self.events.ended("copy in", "weights", began, load.event, chunk.index)
         load.moved += 1
         if load.record in self._state.residents.records:
             load.held[chunk.index] = slot
@@ -331,7 +309,8 @@ class DeviceState:
                 did = True
             self._leaving.popleft()
             left = self._device.record("out")
-            self._gradients[self._kind(record, self._gradients)].append((leaving.gradient, left))
+            if isinstance(leaving.gradient, Tensor):
+                self._gradients[self._kind(record, self._gradients)].append((leaving.gradient, left))
             self._free(load, left)
             for buffer in load.held.values():
                 self.behind("out", left, buffer.release)
@@ -340,10 +319,14 @@ class DeviceState:
     def _send_chunk(self, leaving: _Leaving, chunk: Chunk, patience: float) -> bool:
         """False where there is no slot for it."""
         state, device = self._state, self._device
-        leaving.slot = leaving.slot or state.try_piece_gradient(chunk.index, patience)
+        gradient = leaving.gradient
+        if isinstance(gradient, GatheredGradient):
+            leaving.slot = leaving.slot or gradient.slots.pop(chunk.index)
+        else:
+            leaving.slot = leaving.slot or state.try_piece_gradient(chunk.index, patience)
         if leaving.slot is None:
             return False
-        weights, began = None, self._began("out")
+        weights, began = None, self.events.began("out")
         if leaving.record in self._updated:
             weights = leaving.load.held.pop(chunk.index, None)
             if weights is None:
@@ -351,9 +334,10 @@ class DeviceState:
                 if weights is None or leaving.load.buffer is None:
                     return False
                 device.copy_out(values_of(weights), self._part(leaving.load.buffer, chunk, self._dtype))
-        device.copy_out(values_of(leaving.slot), self._part(leaving.gradient, chunk, torch.float32))
+        if isinstance(gradient, Tensor):
+            device.copy_out(values_of(leaving.slot), self._part(gradient, chunk, torch.float32))
         left = device.record("out")
-        self._ended("copy out", "gradient", began, left, chunk.index)
+        self.events.ended("copy out", "gradient", began, left, chunk.index)
         self.behind("out", left, partial(state.submit_piece, chunk.index, weights, leaving.slot))
         leaving.slot = None
         leaving.moved += 1

@@ -10,7 +10,14 @@ from megatrain_io.layout import ModelLayout
 from megatrain_io.model import CutModel, MicroBatch
 from megatrain_io.schedule import build_schedule
 from megatrain_io.step import LOGITS_BYTES, hidden_nbytes, rehearse, slice_tokens
-from megatrain_io.vram import CONTEXT_NBYTES, VramPlan, divide_vram, least_vram, slot_nbytes
+from megatrain_io.vram import (
+    CONTEXT_NBYTES,
+    VramPlan,
+    divide_vram,
+    gathered_chunks,
+    least_vram,
+    slot_nbytes,
+)
 
 __all__ = ["divided", "least_on_device", "on_device", "saved_inputs_of", "step_needs"]
 
@@ -44,10 +51,10 @@ def on_device(
     Raises:
         DoesNotFitError: it is too small; says what would do.
     """
-    per_block = needs.inputs_per_block
+    per_block, borrows = needs.inputs_per_block, bool(cut.epilogue_borrowed)
     plan = divide_vram(
         layout,
-        borrows_prologue=bool(cut.epilogue_borrowed),
+        borrows_prologue=borrows,
         vram=vram,
         context=CONTEXT_NBYTES,
         activations=_compute_nbytes(needs),
@@ -62,6 +69,7 @@ def on_device(
         saved_inputs=left,
         saved_inputs_least=least_saved_inputs(left // per_block if per_block else 0, per_block),
         by_chunk=True,
+        gathered=gathered_chunks(layout, borrows_prologue=borrows) if plan.pool.gathers else 0,
     )
 
 

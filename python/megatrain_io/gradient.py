@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from megatrain_io.device_state import DeviceState
+from megatrain_io.device_sums import GatheredGradient
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.rehearsal import StandIn
 from megatrain_io.swap import BorrowedRecord, PagedState
@@ -27,23 +28,26 @@ class Gradient:
         self._record = record
         self._borrowed = state.gradient(record)
         self._seen: set[str] = set()
-        self.expected = tuple(self._borrowed.tensors if expected is None else expected)
+        self._names = [place.name for place in state.layout.records[record].tensors]
+        self.expected = tuple(self._names if expected is None else expected)
 
     def add(self, names: Mapping[str, Tensor] | Sequence[str], gradients: Sequence[Tensor | None]) -> None:
         """Add native gradients by name; the first one of each tensor is copied, not added to zero."""
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is None:
                 continue
-            total = self._borrowed.tensors[name]
-            if name in self._seen:
-                _add(total, gradient)
+            is_first = name not in self._seen
+            self._seen.add(name)
+            if isinstance(self._borrowed, GatheredGradient):
+                self._borrowed.add(name, gradient, is_first=is_first)
+            elif is_first:
+                self._borrowed.tensors[name].copy_(gradient)
             else:
-                total.copy_(gradient)
-                self._seen.add(name)
+                _add(self._borrowed.tensors[name], gradient)
 
     def submit(self, weights: BorrowedRecord) -> None:
         """Hand gradient and weights over for the update."""
-        missing = sorted(set(self._borrowed.tensors) - self._seen)
+        missing = sorted(set(self._names) - self._seen)
         if missing:
             raise MegatrainIoError(
                 f"{len(missing)} parameter(s) got no gradient in this step, the first is {missing[0]}: stock "

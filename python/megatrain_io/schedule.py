@@ -209,6 +209,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     block_buffers: int = 3,
     chunk_slots: int = 4,
     block_gradients: int = 2,
+    gathered: int = 0,
 ) -> PoolSizes:
     """Size the pool for ``build_schedule``'s step.
 
@@ -227,6 +228,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
             block waits in its buffer while the epilogue runs.
         chunk_slots: updates in flight.
         block_gradients: one to accumulate in and the others for updates behind.
+        gathered: by chunk, how many more gradients gather here as the device has no room for those of a record.
     """
     if block_buffers < (1 if by_chunk else 2) or chunk_slots < 1 or block_gradients < 1:
         raise ValueError("a pool needs two block buffers, one chunk slot and one gradient buffer at least")
@@ -279,7 +281,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
             chunk_slots=(slot, min(chunk_slots, len(updated)) if training else 0),
             block_buffers=(weights, block_buffers if weights else 0),
             outer_buffers=(weights, block_gradients if weights and training else 0),
-            block_gradients=(gradients, block_gradients if gradients and training else 0),
+            block_gradients=(gradients, block_gradients + gathered if gradients and training else 0),
             outer_gradients=(0, 0),
         )
     in_block_gradients = len(shared) - len(outer_gradient)

@@ -147,6 +147,7 @@ class SimulatedDevice:
         """Names of the waits that were asked for."""
         self._skipped = skipped
         self._memory: dict[int, _Memory] = {}
+        self._ram = _Memory("RAM", [])
         self._clocks: dict[str, Clock] = {name: {} for name in ("host", "compute", "in", "out")}
         numbers, rates = random.Random(seed), gb_per_s or {}  # noqa: S311 - delays
 
@@ -182,6 +183,7 @@ class SimulatedDevice:
         self._queued("in")
         self._check_own(to)
         self._touch("in", to, writes=True, what="copy in")
+        self._touch_ram("in", content, writes=False, what="copy in")
         self._copies["in"].copy(to, content)
 
     def copy_out(self, to: Tensor, content: Tensor) -> None:
@@ -189,6 +191,7 @@ class SimulatedDevice:
         self._queued("out")
         self._check_own(content)
         self._touch("out", content, writes=False, what="copy out")
+        self._touch_ram("out", to, writes=True, what="copy out")
         self._copies["out"].copy(to, content)
 
     def record(self, stream: Stream) -> Event:
@@ -261,10 +264,20 @@ class SimulatedDevice:
 
     def _touch(self, stream: str, tensor: Tensor, *, writes: bool, what: str) -> None:
         memory = self._memory.get(tensor.untyped_storage().data_ptr())
-        if memory is None or tensor.numel() == 0:
-            return
+        if memory is not None and tensor.numel() > 0:
+            start = int(tensor.storage_offset()) * tensor.itemsize
+            self._check(memory, tensor, start, stream, writes=writes, what=what)
+
+    def _touch_ram(self, stream: str, tensor: Tensor, *, writes: bool, what: str) -> None:
+        """Copies alone: what the host does to its memory comes after all that it has seen, and nobody else looks."""
+        if tensor.numel() > 0:
+            self._check(self._ram, tensor, tensor.data_ptr(), stream, writes=writes, what=what)
+
+    def _check(
+        self, memory: _Memory, tensor: Tensor, start: int, stream: str, *, writes: bool, what: str
+    ) -> None:
+        """Enter an access to a tensor that starts there, if it is ordered behind those that it must not meet."""
         clock = self._clocks[stream]
-        start = int(tensor.storage_offset()) * tensor.itemsize
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         new = _Access(start, start + (last + 1) * tensor.itemsize, stream, clock[stream], writes, what)
         kept = []

@@ -36,7 +36,7 @@ from megatrain_io.schedule import (
 from megatrain_io.step import LOGITS_BYTES, Step, hidden_nbytes, slice_tokens
 from megatrain_io.swap import AdamWStep, CheckedSchedule, Engine, PagedState
 from megatrain_io.trace import Trace
-from megatrain_io.vram import VramPlan, device_pool
+from megatrain_io.vram import VramPlan, device_pool, gathered_chunks
 from megatrain_io.workspace import WorkspaceMeter
 
 __all__ = ["PagedModel", "StepLoss", "clear_frames", "model_parts"]
@@ -142,11 +142,14 @@ class PagedModel:
         saved = SavedInputs(state.ledger, saved_inputs, engine)
         self.saved: SavedInputs | DeviceInputs = saved
         self._on_device: DeviceState | None = None
+        self._gathered = 0
         if self.device.has_own_memory:
             cut.to(self.device.torch_device)
             layout, borrows = state.layout, self.borrows_prologue
             pool = vram.pool if vram else device_pool(layout, borrows_prologue=borrows, training=True)
             self._on_device = DeviceState(state, self.device, pool)
+            if pool.gathers:
+                self._gathered = gathered_chunks(layout, borrows_prologue=borrows)
             self.saved = DeviceInputs(
                 saved, self.device, self._on_device, vram.saved_inputs if vram else None
             )
@@ -186,6 +189,7 @@ class PagedModel:
             block_buffers=block_buffers,
             chunk_slots=chunk_slots,
             block_gradients=block_gradients,
+            gathered=self._gathered,
         )
 
     def train_step(
@@ -384,11 +388,11 @@ class PagedModel:
     def record_device_events(self) -> None:
         """Note when copies and compute happen on a device from now on."""
         if self._on_device is not None:
-            self._on_device.record_events()
+            self._on_device.events.record()
 
     def take_device_events(self) -> list[tuple[str, str, int | None, int, int]]:
         """Lane, name, chunk, start and end of what has happened there since the last call."""
-        return [] if self._on_device is None else self._on_device.take_events()
+        return [] if self._on_device is None else self._on_device.events.take()
 
     def close(self) -> None:
         """Give back what saved inputs take in RAM and on the drive. The state stays open."""

@@ -12,6 +12,7 @@ __all__ = [
     "VramPlan",
     "device_pool",
     "divide_vram",
+    "gathered_chunks",
     "kind_of",
     "least_vram",
     "slot_nbytes",
@@ -21,7 +22,9 @@ CONTEXT_NBYTES = 600 << 20
 """What CUDA, cuBLAS and fragments of the allocator take on a GPU, besides tensors."""
 
 # Block buffers for weights and for gradients, from what overlaps best to what a step cannot do without.
-_POOLS = ((2, 2), (2, 1), (1, 1), (2, 0), (1, 0))
+_POOLS = ((2, 2), (2, 1), (1, 1), (2, 0), (1, 0), (2, None), (1, None))
+# Pieces of gradients that gather in RAM: one comes in, one is added to, one goes out.
+_PIECES = 3
 _INPUT_SLOTS_MIN = 2
 _STEP = 2 << 20
 
@@ -32,11 +35,17 @@ class DevicePool:
 
     Attributes:
         weights: of a record.
-        gradients: of a record, fp32; none where nothing is trained.
+        gradients: of a record, fp32; of the kind ``pieces`` of a chunk, where gradients gather in RAM; none where
+            nothing is trained.
     """
 
     weights: Mapping[str, tuple[int, int]]
     gradients: Mapping[str, tuple[int, int]]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether gradients gather in RAM, as there is no room for one of a whole record."""
+        return "pieces" in self.gradients
 
     @property
     def nbytes(self) -> int:
@@ -80,10 +89,11 @@ class VramPlan:
         is_spilled = self.saved_inputs < self.all_inputs
         inputs = _mib(self.saved_inputs) + f" (of {_mib(self.all_inputs)}, the rest in RAM)" * is_spilled
         gradients = sum(nbytes * count for nbytes, count in self.pool.gradients.values())
+        gathers = " (they gather in RAM)" * self.pool.gathers
         return (
             f"VRAM: {_mib(self.total)} of {_mib(self.vram)}: weights {_mib(self.pool.nbytes - gradients)}, gradients "
-            f"{_mib(gradients)}, inputs of blocks {inputs}, compute {_mib(self.activations)}, driver and libraries "
-            f"{_mib(self.context)}"
+            f"{_mib(gradients)}{gathers}, inputs of blocks {inputs}, compute {_mib(self.activations)}, driver and "
+            f"libraries {_mib(self.context)}"
         )
 
 
@@ -94,13 +104,21 @@ def slot_nbytes(nbytes: int) -> int:
 
 def kind_of(layout: ModelLayout, record: int, kinds: Collection[str]) -> str:
     """The kind of buffer that a record is in."""
-    if "any" in kinds:
-        return "any"
+    for shared in ("any", "pieces"):
+        if shared in kinds:
+            return shared
     if layout.prologue < record <= layout.blocks:
         return "block"
     if "outer" in kinds:
         return "outer"
     return "prologue" if record == layout.prologue else "epilogue"
+
+
+def gathered_chunks(layout: ModelLayout, *, borrows_prologue: bool) -> int:
+    """Chunks of gradients that are in RAM at once where they gather there: a record's, and beside it a tied table's."""
+    table = layout.prologue if borrows_prologue else None
+    others = [len(layout.chunks_of(record)) for record in range(len(layout.records)) if record != table]
+    return max(others) + (0 if table is None else len(layout.chunks_of(table)))
 
 
 def device_pool(
@@ -109,7 +127,7 @@ def device_pool(
     borrows_prologue: bool,
     training: bool,
     block_weights: int = 2,
-    block_gradients: int = 2,
+    block_gradients: int | None = 2,
 ) -> DevicePool:
     """Buffers for a step.
 
@@ -120,7 +138,7 @@ def device_pool(
         training: False leaves out gradients, as frozen weights do.
         block_weights: one to compute with, and one that is filled meanwhile.
         block_gradients: one to accumulate in, and one that leaves meanwhile; 0: one buffer serves all records, and
-            none accumulates before the last one has left.
+            none accumulates before the last one has left; None: they gather in RAM, and pass through in pieces.
     """
     blocks = [layout.block(index) for index in range(layout.blocks)]
     outer = {layout.prologue: "prologue"}
@@ -144,6 +162,9 @@ def device_pool(
     of_weights = sizes(weights, min(block_weights, layout.blocks))
     if not training or layout.is_frozen:
         return DevicePool(of_weights, {})
+    if block_gradients is None:
+        chunk = max(chunk.parameters for chunk in layout.chunks)
+        return DevicePool(of_weights, {"pieces": (slot_nbytes(4 * chunk), _PIECES)})
     if block_gradients == 0:
         return DevicePool(of_weights, {"any": (slot_nbytes(max(gradients.values())), 1)})
     return DevicePool(of_weights, sizes(gradients, min(block_gradients, layout.blocks)))
@@ -161,7 +182,7 @@ def _pools(layout: ModelLayout, *, borrows_prologue: bool, training: bool) -> li
         )
         for block_weights, block_gradients in _POOLS
         # The gradient of a tied table is there while those of all blocks come and go.
-        if block_gradients or not borrows_prologue
+        if block_gradients != 0 or not borrows_prologue
     ]
 
 
@@ -199,7 +220,7 @@ def divide_vram(
         pool = pools[-1]
         raise DoesNotFitError(
             f"{_mib(vram)} of VRAM may be taken, and this training needs {_mib(always + least + pool.nbytes)} at "
-            f"least: weights and gradient of one block, embeddings and head {_mib(pool.nbytes)}, inputs of two blocks "
+            f"least: weights of one block, embeddings and head {_mib(pool.nbytes)}, inputs of two blocks "
             f"{_mib(least)}, compute {_mib(activations)}, driver and libraries {_mib(context)}. Give more, or make a "
             "step smaller: train.per_device_train_batch_size, data.max_length, train.gradient_accumulation_steps"
         )

@@ -52,12 +52,14 @@ WAITS = {
     "inputs were used",
     "inputs have come",
 }
+GATHERING = {"the last sum has left", "sums have left", "the sum has come", "the sum is whole"}
+"""Of gradients that gather in RAM."""
 
 
-def plan(case, *, vram=1 << 40, slots=None, **buffers):
+def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
     """A division by which the inputs of all but ``slots`` blocks go on to RAM, with other buffers if they are named."""
     cut = cut_model(case)
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
+    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype], chunk_parameters)
     per_block = per_block_nbytes(case)
     made = divide_vram(
         layout,
@@ -117,14 +119,15 @@ def test_a_device_gives_the_bits_of_stock_training(tmp_path, family, tied, dtype
 
 
 LEAST = {"block_weights": 1, "block_gradients": 1, "slots": 2}
+GATHERED = LEAST | {"block_gradients": None}
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_no_delay_changes_a_bit(tmp_path, seed):
     tied = seed % 2 == 1
     case = Case(tied=tied, dtype=BF16, counts=(2, 1, 2), overrides={"num_hidden_layers": 4})
-    # A tied table's gradient has a buffer of its own always.
-    gradients = (2, 1, 1 if tied else 0)[seed // 4 % 3]
+    # Where records have buffers, a tied table's gradient has one of its own always.
+    gradients = (2, 1, 1 if tied else 0, None)[seed // 4 % 4]
     shape = {"slots": 2 + seed % 3, "block_weights": 1 + seed // 2 % 2, "block_gradients": gradients}
     device, made = SimulatedDevice(seed, delay=0.002), plan(case, **shape)
     check(tmp_path / "store", case, device, vram=made, small_pool=seed % 5 == 0, engine="threads")
@@ -153,6 +156,21 @@ def test_every_wait_is_needed(tmp_path, monkeypatch, why):
         device._copies["out"].put(hold.wait)
         abort = DeviceState.abort
         monkeypatch.setattr(DeviceState, "abort", lambda state: (hold.set(), abort(state)))
+    with pytest.raises(OrderError):
+        trained(tmp_path / "store", case, device, **how)
+
+
+@pytest.mark.parametrize("chunk_parameters", [4096, 1 << 20])
+@pytest.mark.parametrize("why", sorted(GATHERING))
+def test_every_wait_of_gradients_that_gather_is_needed(tmp_path, why, chunk_parameters):
+    """With records of many chunks, and of one: what must have left differs."""
+    case = Case(dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 3})
+    how = {"chunk_parameters": chunk_parameters}
+    how["vram"] = plan(case, **GATHERED, **how)
+    whole = SimulatedDevice(1)
+    check(tmp_path / "whole", case, whole, **how)
+    assert whole.waits > GATHERING
+    device = SimulatedDevice(1, gb_per_s={"in": 0.002, "out": 0.002}, skipped=frozenset({why}))
     with pytest.raises(OrderError):
         trained(tmp_path / "store", case, device, **how)
 
@@ -207,11 +225,18 @@ def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
         assert device.accounts.peak_nbytes == made.allocated
 
 
-@pytest.mark.parametrize("resident_share", [0.0, 0.5])
+@pytest.mark.parametrize("resident_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("gradients", ["update", "keep", "both"])
-def test_one_gradient_buffer_serves_all_records(tmp_path, monkeypatch, gradients, resident_share):
-    case = Case(dtype=BF16, counts=(2, 1, 2), overrides={"num_hidden_layers": 4})
-    how = {"vram": plan(case, block_weights=1, block_gradients=0, slots=2), "resident_share": resident_share}
+@pytest.mark.parametrize("buffers", ["any", "pieces", "pieces, tied"])
+def test_little_memory_for_gradients_serves_all_records(
+    tmp_path, monkeypatch, buffers, gradients, resident_share
+):
+    """One buffer for all, or pieces of those that gather in RAM."""
+    tied = buffers == "pieces, tied"
+    case = Case(tied=tied, dtype=BF16, counts=(2, 1, 2), overrides={"num_hidden_layers": 4})
+    count = 0 if buffers == "any" else None
+    made = plan(case, block_weights=1, block_gradients=count, slots=2)
+    how = {"vram": made, "resident_share": resident_share, "small_pool": tied}
     if gradients != "update":
         how |= {"max_grad_norm": 1e9, "gradients": gradients, "kept_in_ram": 0.5}
     make_store(tmp_path / "store", case)
@@ -240,7 +265,7 @@ def test_the_least_vram_that_is_named_is_enough_and_one_byte_less_is_not(tied):
     needs = {"context": 600 * MIB, "activations": 5 * MIB, "inputs_per_block": MIB, "borrows_prologue": tied}
     least = least_vram(layout, **needs)
     assert divide_vram(layout, vram=least, **needs).total == least
-    with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB at least: weights and gradient of one block"):
+    with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB at least: weights of one block"):
         divide_vram(layout, vram=least - 1, **needs)
 
 

@@ -1,5 +1,7 @@
 """Gradients of a record: summed over micro-batches with the bits of a plain sum, and no copy of them in fp32."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,6 +14,8 @@ SHAPES = [(), (0, 3), (7,), (3, 5), (2_500_000,), (1_500, 1_000), (2, 3, 700_000
 
 class State:
     """Lends one buffer."""
+
+    layout = SimpleNamespace(records=[SimpleNamespace(tensors=[SimpleNamespace(name="weight")])])
 
     def __init__(self, shape):
         self.total = torch.full(shape, float("nan"))

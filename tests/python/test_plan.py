@@ -286,15 +286,31 @@ def test_too_little_vram_is_refused(model, tmp_path):
     nearest_fits(model, on, problem, **settings)
 
 
-def test_a_gradient_buffer_for_all_records_saves_vram_and_is_known_to_the_simulation(model, tmp_path):
+def test_what_saves_vram_of_gradients_is_known_to_the_simulation(model, tmp_path):
     settings = {"data.max_length": 4096, "train.per_device_train_batch_size": 8}
-    roomy = mt.plan(model, on=machine(tmp_path, ram="8GiB", device=gpu("80GB")), settings=SMALL | settings)
-    on = machine(tmp_path, ram="8GiB", device=gpu(roomy.vram_bytes))
-    least = mt.plan(model, on=on, settings=SMALL | settings).require_fits()
-    assert list(least.vram.pool.gradients) == ["any"]
-    assert least.vram.total == roomy.vram_bytes < roomy.vram.total
-    assert least.time.seconds >= roomy.time.seconds
-    assert least.memory.pool.block_gradients[1] > 4, "a block's gradient has room in RAM"
+
+    def planned(vram):
+        on = machine(tmp_path, ram="8GiB", device=gpu(vram))
+        return mt.plan(model, on=on, settings=SMALL | settings).require_fits()
+
+    roomy = planned("80GB")
+    least = planned(roomy.vram_bytes)
+    assert list(least.vram.pool.gradients) == ["pieces"]
+    assert least.vram.total == roomy.vram_bytes
+    assert "gradients 1 MiB (they gather in RAM)" in str(least.vram)
+    gathered = least.memory.needs.gathered
+    assert least.memory.pool.block_gradients[1] >= gathered + 4, (
+        "a block's gradient has room in RAM beside them"
+    )
+    (pieces,) = least.vram.pool.gradients.values()
+    largest = max(nbytes for nbytes, _ in roomy.vram.pool.gradients.values())
+    # With room for a buffer for all records, and the weights of one block.
+    one = planned(least.vram.total - pieces[0] * pieces[1] + largest)
+    assert list(one.vram.pool.gradients) == ["any"]
+    assert one.memory.needs.gathered == 0
+    assert one.memory.pool.block_gradients[1] > 4, "a block's gradient has room in RAM"
+    assert least.vram.total < one.vram.total < roomy.vram.total
+    assert min(least.time.seconds, one.time.seconds) >= roomy.time.seconds
 
 
 def gpu(vram, **more):

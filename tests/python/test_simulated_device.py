@@ -46,7 +46,7 @@ def test_memory_that_compute_reads_is_not_overwritten(device):
     device.wait("compute", device.record("in"), "it has come")
     with device.computing():
         memory.sum()
-    with pytest.raises(OrderError, match="copy in in in writes"):
+    with pytest.raises(OrderError, match=r"copy in in in writes"):
         device.copy_in(memory, torch.ones(16))
     device.wait("in", device.record("compute"), "it was used")
     device.copy_in(memory, torch.ones(16))
@@ -79,7 +79,7 @@ def test_two_reads_need_no_order(device):
     device.copy_out(torch.empty(16), memory)
     with device.computing():
         memory.sum()
-        with pytest.raises(OrderError, match="copy out in out reads"):
+        with pytest.raises(OrderError, match=r"copy out in out reads"):
             memory.zero_()
 
 
@@ -134,3 +134,17 @@ def test_its_memory_has_an_end():
         device.allocate(400, "gradients")
         assert device.accounts.nbytes == {"weights": 600, "gradients": 400}
         assert device.accounts.peak_nbytes == 1000
+
+
+def test_ram_is_not_read_before_a_copy_out_has_written_it_nor_overwritten_while_it_is_read(device):
+    memory, ram = floats(device.allocate(128, "test")), torch.zeros(16)
+    first, second = memory[:16], memory[16:]
+    device.copy_out(ram, first)
+    with pytest.raises(OrderError, match=r"copy in in in reads .* of RAM, which copy out in out writes"):
+        device.copy_in(second, ram)
+    device.wait("in", device.record("out"), "it has left")
+    device.copy_in(second, ram)
+    with pytest.raises(OrderError, match=r"copy out in out writes .* of RAM, which copy in in in reads"):
+        device.copy_out(ram, first)
+    device.record("in").wait()
+    device.copy_out(ram, first)

@@ -33,6 +33,13 @@ class _Landing:
     def __init__(self, to: Tensor, content: Tensor) -> None:
         self._copy: tuple[Tensor, Tensor] | None = (to, content)
 
+    def is_to(self, place: range) -> bool:
+        """Whether it is still to write to some of these addresses."""
+        if self._copy is None:
+            return False
+        start = self._copy[0].data_ptr()
+        return start < place.stop and place.start < start + self._copy[0].nbytes
+
     def land(self) -> None:
         copy, self._copy = self._copy, None
         if copy is not None:
@@ -191,6 +198,11 @@ class Cuda:
             if self._is_pinned(content):
                 to.copy_(content, non_blocking=True)
                 return
+            # The host reads it now, and what was queued to be there by now must have landed.
+            place = range(content.data_ptr(), content.data_ptr() + content.nbytes)
+            for leaving in self._rings["out"]:
+                if leaving.landing is not None and leaving.landing.is_to(place):
+                    leaving.settle()
             staging = self._staging("in", content.nbytes)
             there = _as(staging.memory, content)
             there.copy_(content)

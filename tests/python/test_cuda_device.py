@@ -186,6 +186,17 @@ def test_a_copy_in_frees_what_it_came_from(gpu):
     assert larger.sum() == 64
 
 
+def test_what_comes_in_from_memory_that_is_not_registered_has_landed_there_before(gpu):
+    ram, device = torch.zeros(16), torch.zeros(8)
+    FakeEvent.happened = False
+    gpu.copy_out(ram[:8], torch.ones(8))
+    gpu.wait("in", gpu.record("out"), "it has left")
+    gpu.copy_in(device, ram[8:])
+    assert ram.sum() == 0, "another place need not wait"
+    gpu.copy_in(device, ram[4:12])
+    assert device.tolist() == [1.0] * 4 + [0.0] * 4
+
+
 def config(vram=None, **train):
     data = DataConfig(train=["data.jsonl"])
     memory = MemoryConfig(vram=vram)

@@ -133,6 +133,8 @@ def measured(step: Callable[[int], tuple[float, Mapping[str, float]]], job: Job)
     import torch
 
     reset_peak_rss()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     rows = []
     for number in range(1, job["steps"] + 1):
         read, written = drive_bytes()

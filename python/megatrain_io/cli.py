@@ -81,7 +81,10 @@ def import_command(
     run: Run,
     *,
     precision: Annotated[
-        Literal["bf16", "fp32"], typer.Option(help="Compute dtype; master weights are fp32 either way.")
+        Literal["bf16", "fp32"],
+        typer.Option(
+            help="Compute dtype; master weights are fp32 either way. A GPU without bf16 (RTX 20, T4) needs fp32."
+        ),
     ] = "bf16",
     store_dir: Annotated[
         list[Path] | None,

@@ -33,6 +33,10 @@ class _Landing:
     def __init__(self, to: Tensor, content: Tensor) -> None:
         self._copy: tuple[Tensor, Tensor] | None = (to, content)
 
+    @property
+    def has_landed(self) -> bool:
+        return self._copy is None
+
     def is_to(self, place: range) -> bool:
         """Whether it is still to write to some of these addresses."""
         if self._copy is None:
@@ -230,7 +234,9 @@ class Cuda:
         event.record(self._streams[stream])
         landing = []
         if stream == "out":
-            landing, self._landing = self._landing, []
+            # All so far, as a stream is in order: nobody may look at the events before this one.
+            self._landing = [each for each in self._landing if not each.has_landed]
+            landing = [*self._landing]
         recorded = _CudaEvent(event, self._origin, landing)
         self._anchor(event)
         return recorded

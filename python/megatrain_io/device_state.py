@@ -214,6 +214,8 @@ class DeviceState:
         self._fetching.clear()
         self._fetched.clear()
         self._leaving.clear()
+        if self._sums is not None:
+            self._sums.abort()
         for behind in self._behind.values():
             behind.clear()
         for free in (self._weights, self._gradients):

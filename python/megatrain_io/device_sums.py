@@ -4,14 +4,17 @@ Each chunk's sum lies in the slot of the pool that it is updated from. A piece o
 added there, and it goes out again: the additions and their order are those of a sum that stays, so its bits are, too.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from megatrain_io.device import Device, Done, Event
 from megatrain_io.device_events import DeviceEvents
+from megatrain_io.errors import BufferInUseError
 from megatrain_io.layout import Chunk
 from megatrain_io.swap import BorrowedRecord, PagedState, PieceBuffer, values_of
 
@@ -29,6 +32,7 @@ class GatheredGradient(BorrowedRecord):
         self.record = record
         self.slots: dict[int, PieceBuffer] = {}
         self._sums = sums
+        sums.gradients.add(self)
 
     def add(self, name: str, gradient: Tensor, *, is_first: bool) -> None:
         """Add the native gradient of a tensor; the first one is copied."""
@@ -59,6 +63,8 @@ class DeviceSums:
         self._buffers = buffers
         self._events = events
         self._advance = advance
+        self.gradients: weakref.WeakSet[GatheredGradient] = weakref.WeakSet()
+        """Those that may hold slots."""
         self._number = 0
         # Of each buffer and each chunk's slot, which sum has left it last.
         self._of_buffer: dict[int, int] = {}
@@ -75,6 +81,15 @@ class DeviceSums:
                 slot = self._slot(gradient, chunk)
                 there = values_of(slot)[start - chunk.start : stop - chunk.start]
                 self._add(chunk, there, _part(native, start - place.offset, stop - place.offset), is_first)
+
+    def abort(self) -> None:
+        """Give slots back; nothing is on its way any more. Whoever keeps an error keeps gradients of its step."""
+        for gradient in list(self.gradients):
+            for slot in gradient.slots.values():
+                # A tensor that somebody still holds keeps its slot until it dies.
+                with suppress(BufferInUseError):
+                    slot.release()
+            gradient.slots.clear()
 
     def _slot(self, gradient: GatheredGradient, chunk: Chunk) -> PieceBuffer:
         while chunk.index not in gradient.slots:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from megatrain_io.device import Device
-from megatrain_io.liger_loss import liger_version
+from megatrain_io.model import CutModel
 from megatrain_io.swap import adamw_kernels
 
 __all__ = ["changes", "environment_of"]
 
 
-def environment_of(device: Device) -> dict[str, Any]:
-    """Of this process, by name."""
+def environment_of(device: Device, cut: CutModel) -> dict[str, Any]:
+    """Of this process, by name, where ``device`` computes ``cut``."""
     return {
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -24,7 +24,7 @@ def environment_of(device: Device) -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
         "device": device.name,
-        "liger-kernel": liger_version(device.torch_device),
+        "liger-kernel": cut.liger_version,
     }
 
 

@@ -19,7 +19,7 @@ from megatrain_io.vram import (
     slot_nbytes,
 )
 
-__all__ = ["divided", "least_on_device", "on_device", "saved_inputs_of", "step_needs"]
+__all__ = ["divided", "gathered_nbytes", "least_on_device", "on_device", "saved_inputs_of", "step_needs"]
 
 # Of the table that the pipeline has of chunks, where it moves them one by one: the most, a chunk.
 _BY_CHUNK_TABLES = 96
@@ -82,6 +82,25 @@ def least_on_device(cut: CutModel, layout: ModelLayout, needs: StepNeeds) -> int
         activations=_compute_nbytes(needs),
         inputs_per_block=needs.inputs_per_block,
     )
+
+
+def gathered_nbytes(cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]) -> int:
+    """Bytes to and from a device in a step whose gradients gather in RAM.
+
+    For each native gradient a sum comes in and goes out, and for the first one of a step it only goes out. Blocks and
+    embeddings have one a micro-batch, the head one a slice of tokens.
+    """
+    tokens = slice_tokens(cut, LOGITS_BYTES)
+    shapes = [batch.input_ids.shape for batch in micro_batches]
+    slices = sum(-(-length // max(1, tokens // rows)) for rows, length in shapes)
+    found = 0
+    for number, record in enumerate(layout.records):
+        for place in record.tensors:
+            count = slices if number == layout.epilogue else len(shapes)
+            if place.name in cut.epilogue_borrowed:
+                count += slices
+            found += 4 * place.elements * (2 * count - 1)
+    return found
 
 
 def _compute_nbytes(needs: StepNeeds) -> int:

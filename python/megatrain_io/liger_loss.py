@@ -40,6 +40,11 @@ class Loss:
         """What is to be said of it."""
         return self._chosen[1]
 
+    @property
+    def version(self) -> str | None:
+        """Of liger-kernel, where that computes it."""
+        return None if self._chosen[0] is self._own else liger_version(self._device)
+
     @cached_property
     def _chosen(self) -> tuple[LossFunction, list[str]]:
         number = liger_version(self._device)

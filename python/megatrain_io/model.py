@@ -173,6 +173,11 @@ class CutModel:
         """What is to be said of how `loss` computes."""
         return self._loss.notes
 
+    @property
+    def liger_version(self) -> str | None:
+        """Of liger-kernel, where that computes the loss."""
+        return self._loss.version
+
     def new_cache(self) -> Cache:
         """An empty key-value cache for one generation: given to `record`, filled by `run_block`."""
         return DynamicCache(config=self.config)

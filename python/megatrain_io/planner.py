@@ -17,7 +17,7 @@ from megatrain_io.candidate import (
     written_by_commit,
 )
 from megatrain_io.errors import ConfigError, DoesNotFitError
-from megatrain_io.fitting import divided, least_on_device, on_device, step_needs
+from megatrain_io.fitting import divided, gathered_nbytes, least_on_device, on_device, step_needs
 from megatrain_io.hardware import Hardware
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import MicroBatch
@@ -89,6 +89,13 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
             )
         except StandstillError as error:
             plan = replace(plan, notes=(*plan.notes, f"no times: {error}. Please report this"))
+    if vram is not None and vram.pool.gathers:
+        moved = gathered_nbytes(candidate.cut, candidate.layout, candidate.micro_batches)
+        gathers = (
+            "gradients gather in RAM, as the VRAM has no room for one of a whole record: "
+            f"{moved / 1e9:.3g} GB a step more over the bus, which is not in the times"
+        )
+        plan = replace(plan, notes=(*plan.notes, gathers))
     written = sum(each for _, each in phases.values())
     committing = written_by_commit(candidate, memory, gradients)
     limit = candidate.config.memory.max_tbw

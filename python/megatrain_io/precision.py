@@ -1,5 +1,7 @@
 """The two precisions of training: what computes, what a store keeps for it, and which one a run has."""
 
+from pathlib import Path
+
 import torch
 
 from megatrain_io.config import RunConfig
@@ -46,7 +48,7 @@ def settle_precision(
         ConfigError: it is bf16, and the GPU has none; or the run's folder is damaged.
     """
     precision, notes = config.train.precision, []
-    if precision == "auto" and run.is_imported:
+    if precision == "auto" and run.is_imported and run.read().source == str(_folder_of(config.model)):
         precision = run.read().precision
     elif precision == "auto" and without_bf16 is not None:
         precision = "fp32"
@@ -63,3 +65,9 @@ def settle_precision(
         )
     train = config.train.model_copy(update={"precision": precision})
     return config.model_copy(update={"train": train}), notes
+
+
+def _folder_of(model: Path) -> Path:
+    """That of a model which may be named by its config.json, as a plan takes it."""
+    model = Path(model).resolve()
+    return model.parent if model.name == "config.json" else model

@@ -102,15 +102,15 @@ def _import_if_needed(config: RunConfig, run: RunFolder, device: Device, *, resu
     """What the run starts from, if the model had to be imported for it."""
     if run.is_imported:
         recorded = run.read()
-        if recorded.precision != config.train.precision:
-            raise ConfigError(
-                f"train.precision is {config.train.precision}, and {run.path} was imported with {recorded.precision}: "
-                "set it to that, or choose a new output_dir"
-            )
         if recorded.source != str(config.model.resolve()):
             raise ConfigError(
                 f"model is {config.model}, and {run.path} was imported from {recorded.source}: set it to that, or "
                 "choose a new output_dir"
+            )
+        if recorded.precision != config.train.precision:
+            raise ConfigError(
+                f"train.precision is {config.train.precision}, and {run.path} was imported with {recorded.precision}: "
+                "set it to that, or choose a new output_dir"
             )
         return None
     if resume:
@@ -230,7 +230,7 @@ class _Trainer:
             self._model.record_device_events()
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
-        now = environment_of(self._device)
+        now = environment_of(self._device, start.cut)
         notes = [*notes, *self._state.notes, *start.cut.loss_notes, *changes(self.progress.environment, now)]
         notes += [*planned.summary(), str(self._data.summary)]
         if not is_pinned:
@@ -441,7 +441,7 @@ class _Trainer:
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
                 "written_bytes": self._tally.at_most(self._written_total(), is_settled=is_settled),
-                "environment": environment_of(self._device),
+                "environment": environment_of(self._device, self._model.cut),
             }
             return TrainerState(**fields).encode()
 

@@ -220,9 +220,10 @@ def divide_vram(
         pool = pools[-1]
         raise DoesNotFitError(
             f"{_mib(vram)} of VRAM may be taken, and this training needs {_mib(always + least + pool.nbytes)} at "
-            f"least: weights of one block, embeddings and head {_mib(pool.nbytes)}, inputs of two blocks "
-            f"{_mib(least)}, compute {_mib(activations)}, driver and libraries {_mib(context)}. Give more, or make a "
-            "step smaller: train.per_device_train_batch_size, data.max_length, train.gradient_accumulation_steps"
+            f"least: weights of one block, embeddings and head, and pieces of gradients {_mib(pool.nbytes)}, inputs of "
+            f"two blocks {_mib(least)}, compute {_mib(activations)}, driver and libraries {_mib(context)}. Give more, "
+            "or make a step smaller: train.per_device_train_batch_size, data.max_length, "
+            "train.gradient_accumulation_steps"
         )
     pool = fits[0]
     slots = layout.blocks

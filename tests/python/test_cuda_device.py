@@ -14,6 +14,8 @@ from megatrain_io.config import DataConfig, MemoryConfig, RunConfig, TrainConfig
 from megatrain_io.cuda_device import Cuda, best_device, device_for, gpu_here
 from megatrain_io.device import Cpu
 from megatrain_io.errors import ConfigError, UnsupportedError
+from paged import Case
+from test_device import GATHERED, LEAST, check, plan
 
 MIB = 1 << 20
 
@@ -195,6 +197,40 @@ def test_what_comes_in_from_memory_that_is_not_registered_has_landed_there_befor
     assert ram.sum() == 0, "another place need not wait"
     gpu.copy_in(device, ram[4:12])
     assert device.tolist() == [1.0] * 4 + [0.0] * 4
+
+
+@pytest.mark.parametrize("chunk_parameters", [4096, 1 << 20])
+@pytest.mark.parametrize("gathers", [False, True], ids=["on the device", "gathering"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_training_with_memory_that_is_not_registered_has_the_bits_of_stock_training(
+    tmp_path, monkeypatch, gpu, cudart, tied, gathers, chunk_parameters
+):
+    """Torch computes on the CPU, and all that `Cuda` asks of CUDA is made up: copies take the detour."""
+    cudart.refuses = 1
+    made_up = torch.cuda
+    for name in ("manual_seed", "get_rng_state", "set_rng_state"):
+        setattr(made_up, name, lambda *_: None)
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_device, "torch", Torch(made_up))
+        case = Case(tied=tied, dtype=torch.bfloat16, counts=(2, 2), overrides={"num_hidden_layers": 3})
+        buffers = GATHERED if gathers else LEAST
+        vram = plan(case, chunk_parameters=chunk_parameters, **buffers)
+        check(tmp_path / "store", case, gpu, vram=vram, chunk_parameters=chunk_parameters)
+
+
+class Torch:
+    """Torch with another ``cuda``, and memory that is pinned by its name alone."""
+
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *size, pin_memory=False, **how):
+        del pin_memory
+        return torch.empty(*size, **how)
 
 
 def config(vram=None, **train):

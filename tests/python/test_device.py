@@ -10,10 +10,12 @@ from functools import cache
 import pytest
 import torch
 
+from megatrain_io import fitting
 from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget, input_nbytes
 from megatrain_io.device import Cpu
 from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import DoesNotFitError, NotFiniteError, TrainingDivergedError
+from megatrain_io.fitting import gathered_nbytes
 from megatrain_io.generate import Pick, next_tokens
 from megatrain_io.layout import ModelLayout
 from megatrain_io.model import MicroBatch
@@ -284,11 +286,15 @@ def test_generating_on_a_device_gives_the_tokens_of_the_cpu(tmp_path, tied):
     assert found[:2] == found[2:]
 
 
+@pytest.mark.parametrize("gathers", [False, True], ids=["on the device", "gathering"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("when", ["forward", "backward", "loss", "gradient"])
-def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when):
-    case = Case(dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 4})
+def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when, tied, gathers):
+    """Also where the error is kept, and with it the step's gradients."""
+    case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 4})
     make_store(tmp_path / "store", case)
-    with opened(tmp_path / "store", case, device=SimulatedDevice(4), vram=plan(case, **LEAST)) as model:
+    how = {"vram": plan(case, **(GATHERED if gathers else LEAST)), "small_pool": gathers}
+    with opened(tmp_path / "store", case, device=SimulatedDevice(4), **how) as model:
         run, loss, calls = model.cut.run_block, model.cut.loss, Counter()
 
         def broken(index, parameters, hidden, call):
@@ -304,14 +310,44 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when):
         monkeypatch.setattr(model.cut, "run_block", broken)
         monkeypatch.setattr(model.cut, "loss", diverged)
         errors = {"loss": TrainingDivergedError, "gradient": NotFiniteError}
-        with pytest.raises(errors.get(when, KeyError)):
+        with pytest.raises(errors.get(when, KeyError)) as kept:
             model.train_step([*map(to_micro_batch, case.steps[0])], AdamWStep(1, 1e-3), lambda _: b"never")
         monkeypatch.undo()
         losses = train(model, case)
         planes = all_planes(model.state)
+    assert kept.value.__traceback__ is not None
     expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
+
+
+class Counting(SimulatedDevice):
+    """Knows how much of which dtype was copied."""
+
+    copied = 0
+
+    def copy_in(self, to, content):
+        self.copied += to.nbytes * (to.dtype == FP32)
+        super().copy_in(to, content)
+
+    def copy_out(self, to, content):
+        self.copied += to.nbytes * (to.dtype == FP32)
+        super().copy_out(to, content)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_what_gathering_moves_over_the_bus_is_known(tmp_path, monkeypatch, tied):
+    case = Case(tied=tied, dtype=BF16, counts=(3,), overrides={"num_hidden_layers": 3})
+    # Some slices of tokens for each micro-batch.
+    monkeypatch.setattr(fitting, "LOGITS_BYTES", 10 * 4 * case.config.vocab_size)
+    make_store(tmp_path / "store", case)
+    device = Counting(2)
+    with opened(tmp_path / "store", case, device=device, vram=plan(case, **GATHERED)) as model:
+        model.slice_tokens = 10
+        batches = [*map(to_micro_batch, case.steps[0])]
+        expected = gathered_nbytes(model.cut, model.state.layout, batches)
+        train(model, case)
+    assert device.copied == expected
 
 
 def test_memory_that_runs_out_in_a_step_is_one_error_and_the_step_is_dropped(tmp_path, monkeypatch):

@@ -298,6 +298,7 @@ def test_what_saves_vram_of_gradients_is_known_to_the_simulation(model, tmp_path
     assert list(least.vram.pool.gradients) == ["pieces"]
     assert least.vram.total == roomy.vram_bytes
     assert "gradients 1 MiB (they gather in RAM)" in str(least.vram)
+    assert "GB a step more over the bus, which is not in the times" in str(least)
     gathered = least.memory.needs.gathered
     assert least.memory.pool.block_gradients[1] >= gathered + 4, (
         "a block's gradient has room in RAM beside them"
@@ -307,6 +308,7 @@ def test_what_saves_vram_of_gradients_is_known_to_the_simulation(model, tmp_path
     # With room for a buffer for all records, and the weights of one block.
     one = planned(least.vram.total - pieces[0] * pieces[1] + largest)
     assert list(one.vram.pool.gradients) == ["any"]
+    assert "over the bus" not in str(one)
     assert one.memory.needs.gathered == 0
     assert one.memory.pool.block_gradients[1] > 4, "a block's gradient has room in RAM"
     assert least.vram.total < one.vram.total < roomy.vram.total

@@ -1,5 +1,7 @@
 """Which precision a run has where ``train.precision`` is auto: its own, else bf16, else what the GPU can."""
 
+from pathlib import Path
+
 import pytest
 
 from megatrain_io.config import DataConfig, RunConfig, TrainConfig, load
@@ -34,16 +36,23 @@ def test_auto_is_fp32_on_a_gpu_without_bf16_and_that_is_said_with_its_price(run)
 
 @pytest.mark.parametrize("imported", ["bf16", "fp32"])
 def test_auto_is_the_precision_of_an_imported_run(run, imported):
-    run.write(imported, [run.own_store], "uuid", run.model)
+    run.write(imported, [run.own_store], "uuid", Path())
     settled, notes = settle_precision(config("auto"), run, without_bf16=None)
     assert (precision_of(settled), notes) == (imported, [])
 
 
+def test_a_run_of_another_model_says_nothing(run):
+    run.write("fp32", [run.own_store], "uuid", Path("other"))
+    assert precision_of(settle_precision(config("auto"), run, without_bf16=None)[0]) == "bf16"
+    named = config("auto").model_copy(update={"model": Path("other/config.json")})
+    assert precision_of(settle_precision(named, run, without_bf16=None)[0]) == "fp32"
+
+
 def test_an_imported_run_keeps_its_precision_on_a_gpu_without_bf16(run):
-    run.write("fp32", [run.own_store], "uuid", run.model)
+    run.write("fp32", [run.own_store], "uuid", Path())
     settled, notes = settle_precision(config("auto"), run, without_bf16="GPU")
     assert (precision_of(settled), notes) == ("fp32", [])
-    run.write("bf16", [run.own_store], "uuid", run.model)
+    run.write("bf16", [run.own_store], "uuid", Path())
     with pytest.raises(ConfigError, match=r"GPU does not compute in bf16: .* choose a new output_dir"):
         settle_precision(config("auto"), run, without_bf16="GPU")
 

@@ -57,7 +57,9 @@ class WorkspaceMeter(TorchDispatchMode):
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         identity, nbytes = _identity(tensor), storage.nbytes()
-        if identity in self._known or nbytes == 0 or self._is_paused:
+        # A shape alone has no memory, though its storage names a size.
+        is_empty = nbytes == 0 or tensor.device.type == "meta"
+        if identity in self._known or is_empty or self._is_paused:
             return
         self._known.add(identity)
         self.nbytes += nbytes

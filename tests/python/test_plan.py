@@ -18,6 +18,7 @@ from megatrain_io.profile import default_path
 from megatrain_io.ram import usable_ram
 from megatrain_io.run import RunFolder
 from megatrain_io.smart import parse_smart
+from paged import DEVICE
 from reference.reference import tiny_config
 from runs import ENGINE, STEPS, configured
 from runs import start as train
@@ -119,6 +120,7 @@ def test_bytes_and_ram_are_those_that_were_planned(source, tmp_path, train_keys,
     assert any(note.startswith("plan: ") for note in reporter.starts[0][2])
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="nobody measured how fast a device that is made up computes")
 def test_with_a_profile_there_is_a_time_too(source, tmp_path, measured):
     del measured
     result, reporter = train(configured(source, tmp_path / "run"))
@@ -440,6 +442,7 @@ def test_auto_takes_as_many_micro_batches_as_hide_the_drive(model, tmp_path):
     assert fewer.tokens_per_step < fewer.tokens_to_hide_io
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="nobody measured how fast a device that is made up computes")
 def test_auto_is_decided_once_and_written_down(source, tmp_path, profile):
     slow = profile.drives[0].read.model_copy(update={"gb_per_s": 0.01})
     drive = profile.drives[0].model_copy(update={"read": slow, "mixed": slow})

@@ -67,12 +67,13 @@ def train(job: Figures) -> Figures:
     """In the child: the steps of one bar."""
     import torch
 
-    from megatrain_io.model import CutModel, MicroBatch
-    from megatrain_io.probe import probe
-    from megatrain_io.residents import choose_gradients
-    from megatrain_io.schedule import Residents
-    from megatrain_io.stream import PagedModel
-    from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.data.batch import MicroBatch
+    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.probe import probe
+    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.planning.residents import choose_gradients
+    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.store.schedule import Residents
 
     bar, config = BARS[job["bar"]], config_of(SIZES[job["size"]])
     cut, store = CutModel(config, torch.bfloat16, probe(config)), store_of(job)

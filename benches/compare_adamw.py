@@ -42,7 +42,7 @@ def timed(step: Callable[[], object], parameters: int) -> Figure:
 
 def ours(parameters: int, name: str) -> Figure:
     """The kernel that training runs, over memory like its pool."""
-    from megatrain_io.measure import Workload
+    from megatrain_io.machine.measure import Workload
 
     return timed(Workload(name, parameters).run, parameters)
 
@@ -86,7 +86,7 @@ def same_bits(parameters: int, steps: int = 3) -> bool:
     """Whether weights and moments of our f32 step are those of torch, bit for bit, over some steps."""
     import torch
 
-    from megatrain_io.measure import adamw_step
+    from megatrain_io.machine.measure import adamw_step
 
     parameter = parameter_of(parameters)
     optimizer = torch.optim.AdamW([parameter], fused=True, **SETTINGS)

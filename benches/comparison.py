@@ -22,7 +22,7 @@ class SkippedError(Exception):
 
 def machine(folder: Path, peer_python: str) -> dict[str, Any]:
     """CPU, kernel, drive, file system, huge pages and versions; that of deepspeed is the peers' interpreter's."""
-    from megatrain_io import doctor
+    from megatrain_io.machine import doctor
 
     found = doctor.examine(folder)
     drive = {name: value for name, value in found["drive"].items() if name != "path"}

@@ -42,10 +42,10 @@ IO_LANES = ("read", "write", "copy in", "copy out")
 
 def device_of(job: Figures) -> Any:
     if job["device"] == "simulated":
-        from megatrain_io.simulated_device import SimulatedDevice
+        from megatrain_io.paging.device.simulated import SimulatedDevice
 
         return SimulatedDevice(nbytes=job["vram"])
-    from megatrain_io.cuda_device import Cuda
+    from megatrain_io.paging.device.cuda import Cuda
 
     return Cuda(job["vram"])
 
@@ -60,12 +60,12 @@ def train(job: Figures) -> Figures:
     """Steps from a store that is there."""
     import torch
 
-    from megatrain_io.calibration import measured_seconds
-    from megatrain_io.fitting import divided, on_device, saved_inputs_of, step_needs
-    from megatrain_io.model import CutModel
-    from megatrain_io.probe import probe
-    from megatrain_io.stream import PagedModel
-    from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.probe import probe
+    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.planning.compute_time import measured_seconds
+    from megatrain_io.planning.memory_needs import divided, on_device, saved_inputs_of, step_needs
+    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
 
     path = Path(job["store"])
     is_frozen = job["frozen"]
@@ -153,7 +153,7 @@ def length(intervals: Intervals) -> int:
 
 def drive_rate(folder: Path) -> float:
     """Bytes a second of training's traffic."""
-    from megatrain_io.measure import scratch_file, transfer
+    from megatrain_io.machine.measure import scratch_file, transfer
 
     with scratch_file(folder, 1 << 30, "auto") as file:
         file.fill()

@@ -91,10 +91,10 @@ def train_paged(case: Any, device: Any, path: Path) -> tuple[list[float], dict[t
 
 def new_device(name: str) -> Any:
     if name == "simulated":
-        from megatrain_io.simulated_device import SimulatedDevice
+        from megatrain_io.paging.device.simulated import SimulatedDevice
 
         return SimulatedDevice()
-    from megatrain_io.cuda_device import Cuda
+    from megatrain_io.paging.device.cuda import Cuda
 
     return Cuda()
 

@@ -46,7 +46,7 @@ def run(name: str, size: str, options: argparse.Namespace, folder: Path) -> Figu
     Raises:
         SkippedError: it does not fit, or fails.
     """
-    from megatrain_io.vram import CONTEXT_NBYTES
+    from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 
     refuse_what_does_not_fit(BARS[name], size, folder, options.ram if name == OURS else 0)
     place = folder / "bar"

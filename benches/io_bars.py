@@ -114,7 +114,7 @@ def lay_out(path: Path, nbytes: int) -> None:
 def engine(folder: Path, nbytes: int, name: str, form: str) -> Figures:
     """Transfers by the package's own engine, without checksums, as fio makes them."""
     from megatrain_io.errors import UnsupportedError
-    from megatrain_io.measure import scratch_file, transfer
+    from megatrain_io.machine.measure import scratch_file, transfer
 
     found: Figures = {}
     try:
@@ -215,7 +215,7 @@ def settle(tickets: list[Any]) -> None:
 
 def checksum(_folder: Path, nbytes: int) -> Figures:
     """What the store's checksums cost by themselves."""
-    from megatrain_io.measure import Workload, figure_of
+    from megatrain_io.machine.measure import Workload, figure_of
 
     workload = Workload("checksum", nbytes // 4)
     workload.run()

@@ -61,17 +61,18 @@ def measure(job: Figures) -> Figures:
     import psutil
     import torch
 
-    from megatrain_io.bench import Options, bench
-    from megatrain_io.candidate import Candidate
-    from megatrain_io.config import RunConfig
-    from megatrain_io.fitting import saved_inputs_of, step_needs
-    from megatrain_io.hardware import this_machine
-    from megatrain_io.model import CutModel, MicroBatch
-    from megatrain_io.planner import make_plan
-    from megatrain_io.planning import calibrate
-    from megatrain_io.probe import probe
-    from megatrain_io.stream import PagedModel
-    from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.config.schema import RunConfig
+    from megatrain_io.data.batch import MicroBatch
+    from megatrain_io.machine.bench import Options, bench
+    from megatrain_io.machine.hardware import this_machine
+    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.probe import probe
+    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.planning.job import Candidate
+    from megatrain_io.planning.memory_needs import saved_inputs_of, step_needs
+    from megatrain_io.planning.planner import make_plan
+    from megatrain_io.planning.resolve import calibrate
+    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
 
     setting, store = Setting(**job["setting"]), Path(job["store"])
     profile = bench(store.parent, Options(nbytes=1 << 30, seconds=job["seconds"]), lambda _done, _total: None)
@@ -146,8 +147,7 @@ def measure(job: Figures) -> Figures:
 
 def least_for_overlap(cut: Any, layout: Any, needs: Any) -> int:
     """RAM in which the largest pool fits, and nothing stays."""
-    from megatrain_io.budget import mapped_nbytes
-    from megatrain_io.schedule import pool_sizes
+    from megatrain_io.store.pool import mapped_nbytes, pool_sizes
 
     pool = pool_sizes(layout, borrows_prologue=bool(cut.epilogue_borrowed), training=True)
     return needs.always + needs.saved_inputs + mapped_nbytes(pool) + (8 << 20)

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from megatrain_io.calibration import work_of
-from megatrain_io.candidate import Candidate
-from megatrain_io.config import RunConfig
-from megatrain_io.hardware import Hardware, load_hardware
-from megatrain_io.layout import ModelLayout
-from megatrain_io.model import CutModel
-from megatrain_io.planner import make_plan
-from megatrain_io.probe import probe
-from megatrain_io.residents import choose_residents
-from megatrain_io.rows import blank_micro_batch
-from megatrain_io.schedule import build_schedule, pool_sizes, traffic
-from megatrain_io.simulator import Rates, simulate
-from megatrain_io.stream import model_parts
+from megatrain_io.config.schema import RunConfig
+from megatrain_io.data.batch import blank_micro_batch
+from megatrain_io.machine.hardware import Hardware, load_hardware
+from megatrain_io.models.partition import CutModel, model_parts
+from megatrain_io.models.probe import probe
+from megatrain_io.planning.flops import work_of
+from megatrain_io.planning.job import Candidate
+from megatrain_io.planning.planner import make_plan
+from megatrain_io.planning.residents import choose_residents
+from megatrain_io.planning.simulator import Rates, simulate
+from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.pool import pool_sizes
+from megatrain_io.store.schedule import build_schedule, traffic
 
 LENGTH = 4096
 MODELS = {

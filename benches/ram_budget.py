@@ -43,11 +43,10 @@ def make_store(path: Path, size: str, state_format: Literal["bf16", "raw16"] = "
     """Random weights, drawn part by part: no more than a chunk is in RAM."""
     import torch
 
-    from megatrain_io.convert import create_store
-    from megatrain_io.layout import ModelLayout, TensorPlace
-    from megatrain_io.model import CutModel
-    from megatrain_io.probe import probe
-    from megatrain_io.stream import model_parts
+    from megatrain_io.models.partition import CutModel, model_parts
+    from megatrain_io.models.probe import probe
+    from megatrain_io.runs.import_model import create_store
+    from megatrain_io.store.layout import ModelLayout, TensorPlace
 
     config = config_of(SIZES[size])
     cut = CutModel(config, torch.bfloat16, probe(config))
@@ -67,11 +66,11 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
     """Some steps within ``ram``."""
     import torch
 
-    from megatrain_io.fitting import divided, saved_inputs_of, step_needs
-    from megatrain_io.model import CutModel
-    from megatrain_io.probe import probe
-    from megatrain_io.stream import PagedModel
-    from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.probe import probe
+    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.planning.memory_needs import divided, saved_inputs_of, step_needs
+    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
 
     config = config_of(SIZES[size])
     cut = CutModel(config, torch.bfloat16, probe(config))

@@ -100,7 +100,7 @@ def micro_batches(job: Job) -> list[Any]:
     """The same rows, with labels, for a bar of ours."""
     import torch
 
-    from megatrain_io.model import MicroBatch
+    from megatrain_io.data.batch import MicroBatch
 
     shift = lambda ids: torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()  # noqa: E731
     return [MicroBatch(ids, shift(ids)) for ids in tokens_of(job)]
@@ -310,11 +310,10 @@ def make_store(job: Job) -> Figures:
     """The store that a bar of ours trains, made in a process of its own: the whole model passes through its RAM."""
     import torch
 
-    from megatrain_io.convert import create_store
-    from megatrain_io.layout import ModelLayout
-    from megatrain_io.model import CutModel
-    from megatrain_io.probe import probe
-    from megatrain_io.stream import model_parts
+    from megatrain_io.models.partition import CutModel, model_parts
+    from megatrain_io.models.probe import probe
+    from megatrain_io.runs.import_model import create_store
+    from megatrain_io.store.layout import ModelLayout
 
     size = SIZES[job["size"]]
     config = config_of(size)
@@ -341,11 +340,11 @@ def ours(job: Job) -> Figures:
     import torch
     from step_bound import bytes_of_phases
 
-    from megatrain_io.model import CutModel
-    from megatrain_io.probe import probe
-    from megatrain_io.residents import choose_residents, resident_nbytes
-    from megatrain_io.stream import PagedModel
-    from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.probe import probe
+    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.planning.residents import choose_residents, resident_nbytes
+    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
 
     config = config_of(SIZES[job["size"]])
     cut = CutModel(config, torch.bfloat16, probe(config))

@@ -18,17 +18,20 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from megatrain_io.cuda_device import best_device
-from megatrain_io.device import Device, out_of_memory
-from megatrain_io.device_state import DeviceState
+from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
-from megatrain_io.model import CutModel, MicroBatch
-from megatrain_io.precision import DTYPES
-from megatrain_io.probe import probe
-from megatrain_io.run import RunFolder
-from megatrain_io.stream import PagedModel, clear_frames
-from megatrain_io.swap import Engine, PagedState
-from megatrain_io.vram import CONTEXT_NBYTES, divide_vram
+from megatrain_io.models.partition import CutModel
+from megatrain_io.models.probe import probe
+from megatrain_io.paging.device.base import Device, out_of_memory
+from megatrain_io.paging.device.choose import best_device
+from megatrain_io.paging.device.pool import CONTEXT_NBYTES
+from megatrain_io.paging.device.records import DeviceState
+from megatrain_io.paging.paged_model import PagedModel, clear_frames
+from megatrain_io.planning.vram_budget import divide_vram
+from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.open_store import open_store
+from megatrain_io.store.dtypes import DTYPES
+from megatrain_io.store.paged_store import Engine, PagedState
 
 # Of a device: tensors of a block on a prompt, keys and values.
 _COMPUTE_NBYTES = 512 << 20
@@ -157,7 +160,7 @@ class Generator:
         """
         run = RunFolder(Path(run_dir))
         info = run.read()
-        state = PagedState.of_run(run, engine=engine)
+        state = open_store(run, engine=engine)
         try:
             config = AutoConfig.from_pretrained(run.model, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)

@@ -8,8 +8,8 @@ import typer
 import yaml
 
 from megatrain_io import errors
-from megatrain_io.cli import app
-from megatrain_io.config import load
+from megatrain_io.cli.app import app
+from megatrain_io.config.parse import load
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,122 @@
+"""What training a model needs, and how a budget of RAM is divided for it: known before anything is read or written."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatrain_io.data.batch import MicroBatch
+from megatrain_io.models.partition import CutModel
+from megatrain_io.paging.activations import SavedInputsBudget, input_nbytes, least_saved_inputs
+from megatrain_io.paging.device.pool import CONTEXT_NBYTES, VramPlan, gathered_chunks, slot_nbytes
+from megatrain_io.paging.step import LOGITS_BYTES, hidden_nbytes, slice_tokens
+from megatrain_io.planning.dry_run import rehearse
+from megatrain_io.planning.ram_budget import MemoryPlan, StepNeeds, divide
+from megatrain_io.planning.vram_budget import divide_vram, least_vram
+from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.schedule import build_schedule
+
+__all__ = ["divided", "gathered_nbytes", "least_on_device", "on_device", "saved_inputs_of", "step_needs"]
+
+# Of the table that the pipeline has of chunks, where it moves them one by one: the most, a chunk.
+_BY_CHUNK_TABLES = 96
+# Of cuBLAS and its like.
+_WORKSPACES = 64 << 20
+
+
+def step_needs(
+    cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], tables: int
+) -> StepNeeds:
+    """What a training step on ``micro_batches`` needs besides pool and residents; ``tables`` bytes are the store's."""
+    per_block = input_nbytes(hidden_nbytes(cut, layout, micro_batches))
+    activations = rehearse(cut, layout, micro_batches, slice_tokens=slice_tokens(cut, LOGITS_BYTES))
+    return StepNeeds(
+        tables=tables,
+        activations=activations or 0,
+        saved_inputs=layout.blocks * per_block,
+        saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
+        inputs_per_block=per_block,
+        is_rehearsed=activations is not None,
+    )
+
+
+def on_device(
+    cut: CutModel, layout: ModelLayout, needs: StepNeeds, *, vram: int
+) -> tuple[VramPlan, StepNeeds]:
+    """Divide ``vram`` bytes for steps that need ``needs``; and what RAM is left to hold.
+
+    Raises:
+        DoesNotFitError: it is too small; says what would do.
+    """
+    per_block, borrows = needs.inputs_per_block, bool(cut.epilogue_borrowed)
+    plan = divide_vram(
+        layout,
+        borrows_prologue=borrows,
+        vram=vram,
+        context=CONTEXT_NBYTES,
+        activations=_compute_nbytes(needs),
+        inputs_per_block=per_block,
+    )
+    slot = slot_nbytes(per_block)
+    left = needs.saved_inputs - (plan.saved_inputs // slot * per_block if slot else 0)
+    return plan, replace(
+        needs,
+        tables=needs.tables + _BY_CHUNK_TABLES * len(layout.chunks),
+        activations=0,
+        saved_inputs=left,
+        saved_inputs_least=least_saved_inputs(left // per_block if per_block else 0, per_block),
+        by_chunk=True,
+        gathered=gathered_chunks(layout, borrows_prologue=borrows) if plan.pool.gathers else 0,
+    )
+
+
+def least_on_device(cut: CutModel, layout: ModelLayout, needs: StepNeeds) -> int:
+    """The least VRAM that steps which need ``needs`` can be done in."""
+    return least_vram(
+        layout,
+        borrows_prologue=bool(cut.epilogue_borrowed),
+        context=CONTEXT_NBYTES,
+        activations=_compute_nbytes(needs),
+        inputs_per_block=needs.inputs_per_block,
+    )
+
+
+def gathered_nbytes(cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]) -> int:
+    """Bytes to and from a device in a step whose gradients gather in RAM.
+
+    For each native gradient a sum comes in and goes out, and for the first one of a step it only goes out. Blocks and
+    embeddings have one a micro-batch, the head one a slice of tokens.
+    """
+    tokens = slice_tokens(cut, LOGITS_BYTES)
+    shapes = [batch.input_ids.shape for batch in micro_batches]
+    slices = sum(-(-length // max(1, tokens // rows)) for rows, length in shapes)
+    found = 0
+    for number, record in enumerate(layout.records):
+        for place in record.tensors:
+            count = slices if number == layout.epilogue else len(shapes)
+            if place.name in cut.epilogue_borrowed:
+                count += slices
+            found += 4 * place.elements * (2 * count - 1)
+    return found
+
+
+def _compute_nbytes(needs: StepNeeds) -> int:
+    """What torch's allocator takes for compute: tensors, what lies between them, and workspaces of the libraries."""
+    return needs.activations + needs.activations // 16 + _WORKSPACES
+
+
+def divided(
+    cut: CutModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, keeps: bool = False
+) -> MemoryPlan:
+    """Divide ``ram`` bytes for steps that need ``needs``.
+
+    Raises:
+        DoesNotFitError: it is too small; says what would do.
+    """
+    borrows = bool(cut.epilogue_borrowed)
+    schedule = build_schedule(layout, borrows_prologue=borrows, training=True)
+    return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram, keeps=keeps)
+
+
+def saved_inputs_of(plan: MemoryPlan, scratch: Sequence[Path]) -> SavedInputsBudget:
+    """The part of saved inputs in a plan; ``scratch`` is the file for what does not fit, one for each drive."""
+    return SavedInputsBudget(plan.saved_inputs if plan.is_spilled else None, scratch)

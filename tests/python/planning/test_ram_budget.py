@@ -1,0 +1,152 @@
+"""A budget of RAM is divided to the byte, or refused with what would do."""
+
+import pytest
+import torch
+
+from megatrain_io.errors import ConfigError
+from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.planning.memory_needs import divided, saved_inputs_of, step_needs
+from megatrain_io.planning.ram_budget import StepNeeds, divide, smallest
+from megatrain_io.planning.residents import resident_nbytes
+from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings, store_memory
+from megatrain_io.store.schedule import build_schedule
+from paged import (
+    Case,
+    all_planes,
+    cut_model,
+    differing,
+    expected_planes,
+    files,
+    make_store,
+    to_micro_batch,
+    train,
+)
+from reference.reference import train as train_in_memory
+
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "vocab_size": 4099,
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+}
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("clips", [False, True], ids=["free", "clipped"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, clips):
+    case = Case(tied=tied, dtype=torch.bfloat16, counts=(2,), overrides=SIZES, rows=8)
+    make_store(tmp_path / "store", case)
+    with PagedState(*files(tmp_path / "store")) as state:
+        cut, layout, tables = cut_model(case), state.layout, state.ledger.total()[0]
+        batches = [to_micro_batch(batch) for batch in case.steps[0]]
+        borrows = bool(cut.epilogue_borrowed)
+        assert tables == store_memory(layout.manifest({}))
+        needs = step_needs(cut, layout, batches, tables)
+        least = smallest(layout, needs, borrows_prologue=borrows, keeps=clips)
+        everything = (16 if clips else 12) * layout.parameters + needs.saved_inputs
+        ram = int(least + share * everything)
+        plan = divided(cut, layout, needs, ram=ram, keeps=clips)
+        model = PagedModel(
+            cut,
+            state,
+            saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]),
+            max_grad_norm=1.0 if clips else None,
+        )
+        gradient_files = [file.with_name(f"{file.name}.g") for file in files(tmp_path / "store")]
+        model.state.start(
+            plan.pool,
+            residents=plan.residents,
+            gradient_files=gradient_files if plan.spills_gradients else (),
+            settings=lambda _place: TensorSettings(0.0),
+        )
+        for step in (1, 2):
+            model.train_step(batches, AdamWStep(step, 1e-3), (lambda _loss: b"x") if step == 2 else None)
+        model.settle()
+        peak = model.state.ledger.total()[1]
+        model.close()
+    assert plan.is_spilled == (share == 0.0)
+    assert plan.total <= ram
+    # Pages are rounded up here and there, and the scratch file has tables of its own.
+    assert peak <= 1.003 * ram
+    assert peak >= 0.97 * (plan.total - needs.heap)
+    assert plan.resident_nbytes >= resident_nbytes(plan.residents, layout)
+    assert plan.spills_gradients == (clips and len(plan.residents.gradients) < len(layout.records))
+    assert plan.spills_gradients == (clips and share < 0.5)
+    if share == 1.0:
+        assert plan.resident_nbytes >= 0.5 * 12 * layout.parameters
+
+
+# Rows that make inputs worth spilling.
+CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1, 2, 1, 2), overrides=SIZES, rows=8)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return train_in_memory(CASE.model, CASE.steps, CASE.hyperparameters, CASE.dtype)
+
+
+@pytest.mark.parametrize("commit_every", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
+    make_store(tmp_path / "store", CASE)
+    with PagedState(*files(tmp_path / "store")) as state:
+        cut, layout, tables = cut_model(CASE), state.layout, state.ledger.total()[0]
+        batches = [to_micro_batch(batch) for batch in CASE.steps[1]]
+        needs = step_needs(cut, layout, batches, tables)
+        least = smallest(layout, needs, borrows_prologue=True)
+        ram = int(least + share * (12 * layout.parameters + needs.saved_inputs))
+        plan = divided(cut, layout, needs, ram=ram)
+        model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]))
+        decay = CASE.hyperparameters.weight_decay
+        state.start(
+            plan.pool,
+            residents=plan.residents,
+            settings=lambda place: TensorSettings(decay if len(place.shape) > 1 else 0.0),
+        )
+        losses = train(model, CASE, commit_every=commit_every)
+        planes = all_planes(state)
+        model.close()
+    stays = plan.resident_nbytes / (12 * layout.parameters)
+    assert (plan.is_spilled, stays) == (True, 0.0) if share == 0.0 else not plan.is_spilled
+    assert stays > 0.5 if share == 1.0 else stays < 0.5
+    assert losses == expected.losses
+    assert differing(planes, expected_planes(expected)) == []
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["free", "clipped"])
+@pytest.mark.parametrize(
+    ("blocks", "block", "table"),
+    [(6, 3_150_000, 25_700_000), (3, 12_000_000, 30_000_000), (22, 4_000_000, 6_000_000)],
+)
+def test_no_division_is_larger_than_the_budget(blocks, block, table, keeps):
+    inner = [(f"block {index}", [(f"w{index}", (block,))]) for index in range(blocks)]
+    parts = [("prologue", [("table", (table,))]), *inner, ("epilogue", [("head", (table,))])]
+    layout = ModelLayout.build(parts, blocks, "bf16")
+    schedule = build_schedule(layout, borrows_prologue=False, training=True)
+    needs = StepNeeds(MIB, activations=MIB, saved_inputs=2 * MIB, saved_inputs_least=MIB)
+    least = smallest(layout, needs, borrows_prologue=False, keeps=keeps)
+    for step in range(60):
+        ram = least + step * 16 * layout.parameters // 55
+        plan = divide(layout, schedule, needs, borrows_prologue=False, ram=ram, keeps=keeps)
+        assert plan.total <= ram, step
+    assert len(plan.residents.chunks) == len(layout.chunks)
+
+
+def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
+    case = Case(dtype=torch.bfloat16, counts=(1,), overrides=SIZES)
+    make_store(tmp_path / "store", case)
+    with PagedState(*files(tmp_path / "store")) as state:
+        model = PagedModel(cut_model(case), state)
+        layout = model.state.layout
+        needs = StepNeeds(MIB, activations=20 * MIB, saved_inputs=50 * MIB, saved_inputs_least=5 * MIB)
+        least = smallest(layout, needs, borrows_prologue=False)
+        arguments = (layout, model.training_schedule, needs)
+        plan = divide(*arguments, borrows_prologue=False, ram=least)
+        assert not plan.residents.records
+        assert 5 * MIB <= plan.saved_inputs < 6 * MIB
+        with pytest.raises(ConfigError, match=r"at least: inputs of blocks 5\.5 MiB, compute 40\.0 MiB"):
+            divide(*arguments, borrows_prologue=False, ram=least - 1)

@@ -68,7 +68,7 @@ def measure(job: Figures) -> Figures:
     from megatrain_io.models.partition import CutModel
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
-    from megatrain_io.planning.job import Candidate
+    from megatrain_io.planning.job import TrainingJob
     from megatrain_io.planning.memory_needs import saved_inputs_of, step_needs
     from megatrain_io.planning.planner import make_plan
     from megatrain_io.planning.resolve import calibrate
@@ -93,12 +93,12 @@ def measure(job: Figures) -> Figures:
         layout, tables = state.layout, state.ledger.total()[0]
         needs = step_needs(cut, layout, batches, tables)
         ram = least_for_overlap(cut, layout, needs) + int(setting.resident * layout.parameters)
-        candidate = Candidate(config, cut, layout, batches, tables, ram, is_made=True)
+        job = TrainingJob(config, cut, layout, batches, tables, ram, is_made=True)
         hardware = this_machine([store.parent], ram, "bf16", profile)
-        compute = calibrate(replace(candidate, micro_batches=batches[:1]), hardware)
+        compute = calibrate(replace(job, micro_batches=batches[:1]), hardware)
         libraries = psutil.Process().memory_info().rss
         planned = make_plan(
-            candidate,
+            job,
             hardware,
             compute=compute and {stop: len(batches) * seconds for stop, seconds in compute.items()},
             libraries=libraries,

@@ -19,7 +19,7 @@ from megatrain_io.machine.hardware import Hardware, load_hardware
 from megatrain_io.models.partition import CutModel, model_parts
 from megatrain_io.models.probe import probe
 from megatrain_io.planning.flops import work_of
-from megatrain_io.planning.job import Candidate
+from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.planner import make_plan
 from megatrain_io.planning.residents import choose_residents
 from megatrain_io.planning.simulator import Rates, simulate
@@ -133,8 +133,8 @@ def row(cut: CutModel, layout: ModelLayout, machine: Hardware, tokens: int) -> R
         train={"gradient_accumulation_steps": len(batches)},
     )
     vram = None if machine.device is None else machine.device.vram
-    candidate = Candidate(config, cut, layout, batches, 0, machine.ram, vram=vram)
-    expected = make_plan(candidate, machine, variants=False)
+    job = TrainingJob(config, cut, layout, batches, 0, machine.ram, vram=vram)
+    expected = make_plan(job, machine, variants=False)
     formula_seconds = max(wanted[2] + spilled / machine.read + spilled / burst(machine), wanted[3])
     return Row(
         (wanted[0] + spilled, wanted[1] + spilled, formula_seconds, wanted[3]),

@@ -8,11 +8,11 @@ from megatrain_io.data.batch import MicroBatch, blank_micro_batch
 from megatrain_io.models.partition import CutModel
 from megatrain_io.store.layout import ModelLayout
 
-__all__ = ["Candidate"]
+__all__ = ["TrainingJob"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TrainingJob:
     """What is planned: a configuration over a model.
 
     Attributes:
@@ -52,13 +52,13 @@ class Candidate:
         """Whether every step is committed: then a step may guess that its gradients stay below the limit."""
         return self.config.memory.commit_every == 1 and self.layout.durability == "step"
 
-    def with_accumulation(self, count: int) -> "Candidate":
+    def with_accumulation(self, count: int) -> "TrainingJob":
         """The same with ``count`` micro-batches like the first one."""
         train = self.config.train.model_copy(update={"gradient_accumulation_steps": count})
         config = self.config.model_copy(update={"train": train})
         return replace(self, config=config, micro_batches=[self.micro_batches[0]] * count)
 
-    def with_rows(self, batch: int, length: int, tokens: int) -> "Candidate":
+    def with_rows(self, batch: int, length: int, tokens: int) -> "TrainingJob":
         """The same with ``tokens`` a step or a few more, in micro-batches of ``batch`` rows of ``length``."""
         train, data = self.config.train, self.config.data
         count = max(1, -(-tokens // (batch * length)))

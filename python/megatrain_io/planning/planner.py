@@ -10,7 +10,7 @@ from megatrain_io.errors import ConfigError, DoesNotFitError
 from megatrain_io.machine.hardware import Hardware
 from megatrain_io.paging.device.pool import VramPlan
 from megatrain_io.planning.flops import Work, work_of
-from megatrain_io.planning.job import Candidate
+from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.memory_needs import (
     divided,
     gathered_nbytes,
@@ -49,7 +49,7 @@ _COMMIT_SELDOM = 10
 
 
 def make_plan(  # noqa: PLR0913 - each with a meaning of its own
-    candidate: Candidate,
+    job: TrainingJob,
     hardware: Hardware,
     *,
     compute: Mapping[StopKey, float] | None = None,
@@ -62,7 +62,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     """Plan a run.
 
     Args:
-        candidate: what is planned.
+        job: what is planned.
         hardware: the machine; without rates there are no times.
         compute: seconds of each stop that were measured; None works them out from FLOPs.
         usable: bytes of RAM that may be used at all, and what says so; None: not looked at.
@@ -72,21 +72,21 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         variants: whether to say what changes would do.
         notes: for the person.
     """
-    vram, needs, too_small = _needs(candidate, hardware)
-    memory, others = _problems(candidate, needs, hardware, usable)
+    vram, needs, too_small = _needs(job, hardware)
+    memory, others = _problems(job, needs, hardware, usable)
     problems = (*too_small, *others)
-    work = work_of(candidate.cut, candidate.layout, [_shape(batch) for batch in candidate.micro_batches])
+    work = work_of(job.cut, job.layout, [_shape(batch) for batch in job.micro_batches])
     seconds = _compute(work, hardware, compute)
-    plan = _empty(candidate, hardware, work, prices, problems, notes)
+    plan = _empty(job, hardware, work, prices, problems, notes)
     if memory is None:
         return plan
-    gradients = gradients_of(candidate)
-    phases = phases_of(candidate, memory, gradients)
+    gradients = gradients_of(job)
+    phases = phases_of(job, memory, gradients)
     time = None
     if seconds is not None:
         try:
             time = step_time(
-                candidate,
+                job,
                 memory,
                 seconds,
                 hardware,
@@ -97,22 +97,20 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         except StandstillError as error:
             plan = replace(plan, notes=(*plan.notes, f"no times: {error}. Please report this"))
     if vram is not None and vram.pool.gathers:
-        moved = gathered_nbytes(candidate.cut, candidate.layout, candidate.micro_batches)
+        moved = gathered_nbytes(job.cut, job.layout, job.micro_batches)
         gathers = (
             "gradients gather in RAM, as the VRAM has no room for one of a whole record: "
             f"{moved / 1e9:.3g} GB a step more over the bus, which is not in the times"
         )
         plan = replace(plan, notes=(*plan.notes, gathers))
     written = sum(each for _, each in phases.values())
-    committing = written_by_commit(candidate, memory, gradients)
-    limit = candidate.config.memory.max_tbw
+    committing = written_by_commit(job, memory, gradients)
+    limit = job.config.memory.max_tbw
     if limit is not None and committing > limit * 1e12:
         problem = Problem(f"a step may write {committing / 1e12:.3g} TB, and memory.max_tbw is {limit:g}")
         plan = replace(plan, problems=(*plan.problems, problem))
-    elif limit is not None and candidate.steps is not None and candidate.steps * written > limit * 1e12:
-        pause = (
-            f"pauses at memory.max_tbw after about {int(limit * 1e12 / written)} of {candidate.steps} steps"
-        )
+    elif limit is not None and job.steps is not None and job.steps * written > limit * 1e12:
+        pause = f"pauses at memory.max_tbw after about {int(limit * 1e12 / written)} of {job.steps} steps"
         plan = replace(plan, notes=(*plan.notes, pause))
     return replace(
         plan,
@@ -120,13 +118,13 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         vram=None if too_small else vram,
         ledger_bytes=memory.total - memory.needs.heap,
         process_bytes=process_nbytes(memory, libraries, is_warm=compute is not None) if libraries else None,
-        scratch_bytes=round(scratch_nbytes(candidate, memory)),
+        scratch_bytes=round(scratch_nbytes(job, memory)),
         phases=phases,
         committing_bytes=committing,
         time=time,
-        tokens_to_hide_io=(None if seconds is None else hiding_tokens(candidate, phases, hardware, seconds)),
-        variants=_variants(candidate, vram, needs, hardware, seconds) if variants else (),
-        wear=None if candidate.steps is None else _wear(candidate.steps * written, hardware),
+        tokens_to_hide_io=(None if seconds is None else hiding_tokens(job, phases, hardware, seconds)),
+        variants=_variants(job, vram, needs, hardware, seconds) if variants else (),
+        wear=None if job.steps is None else _wear(job.steps * written, hardware),
     )
 
 
@@ -152,7 +150,7 @@ def _compute(
 
 
 def _empty(
-    candidate: Candidate,
+    job: TrainingJob,
     hardware: Hardware,
     work: Work,
     prices: Prices,
@@ -160,34 +158,34 @@ def _empty(
     notes: Sequence[str],
 ) -> Plan:
     """A plan without what the division of RAM decides."""
-    config = candidate.config
+    config = job.config
     device = hardware.device
     return Plan(
-        model=candidate.cut.facts.model_type,
-        parameters=candidate.layout.parameters,
+        model=job.cut.facts.model_type,
+        parameters=job.layout.parameters,
         active_parameters=work.active,
         machine=hardware.name,
         settings={
             "precision": config.train.precision,
             "max_length": config.data.max_length,
             "per_device_train_batch_size": config.train.per_device_train_batch_size,
-            "gradient_accumulation_steps": len(candidate.micro_batches),
+            "gradient_accumulation_steps": len(job.micro_batches),
             "max_grad_norm": config.train.max_grad_norm,
             "commit_every": config.memory.commit_every,
             "durability": config.memory.durability,
         },
-        tokens_per_step=candidate.tokens,
-        steps=candidate.steps,
+        tokens_per_step=job.tokens,
+        steps=job.steps,
         memory=None,
         vram=None,
         ledger_bytes=None,
         process_bytes=None,
-        store_bytes=store_nbytes(candidate.layout),
+        store_bytes=store_nbytes(job.layout),
         scratch_bytes=0,
-        vram_bytes=None if device is None else vram_nbytes(candidate),
+        vram_bytes=None if device is None else vram_nbytes(job),
         phases={},
         committing_bytes=0,
-        updates_wait=gradients_of(candidate) == "keep",
+        updates_wait=gradients_of(job) == "keep",
         time=None,
         tokens_to_hide_io=None,
         variants=(),
@@ -206,22 +204,22 @@ def store_nbytes(layout: ModelLayout) -> int:
     )
 
 
-def scratch_nbytes(candidate: Candidate, memory: MemoryPlan) -> float:
+def scratch_nbytes(job: TrainingJob, memory: MemoryPlan) -> float:
     """Bytes on the drives while it runs: inputs of blocks, gradients that wait."""
-    found = sum(inputs_moved(candidate, memory).values())
+    found = sum(inputs_moved(job, memory).values())
     if memory.spills_gradients:
         found += sum(
-            candidate.layout.gradient_extent_bytes(chunk)
-            for chunk in candidate.layout.chunks
+            job.layout.gradient_extent_bytes(chunk)
+            for chunk in job.layout.chunks
             if chunk.record not in memory.residents.gradients
         )
     return found
 
 
-def vram_nbytes(candidate: Candidate) -> int:
+def vram_nbytes(job: TrainingJob) -> int:
     """The least on a GPU."""
-    cut, layout = candidate.cut, candidate.layout
-    return least_on_device(cut, layout, step_needs(cut, layout, candidate.micro_batches, candidate.tables))
+    cut, layout = job.cut, job.layout
+    return least_on_device(cut, layout, step_needs(cut, layout, job.micro_batches, job.tables))
 
 
 def _wear(written: float, hardware: Hardware) -> Wear:
@@ -238,63 +236,61 @@ def _wear(written: float, hardware: Hardware) -> Wear:
 # ----------------------------------------------------------------------------------------------- fitting
 
 
-def _needs(
-    candidate: Candidate, hardware: Hardware
-) -> tuple[VramPlan | None, StepNeeds, tuple[Problem, ...]]:
+def _needs(job: TrainingJob, hardware: Hardware) -> tuple[VramPlan | None, StepNeeds, tuple[Problem, ...]]:
     """How VRAM is divided, if there is any; what is left to RAM; and why the VRAM is not enough."""
-    cut, layout = candidate.cut, candidate.layout
-    needs = step_needs(cut, layout, candidate.micro_batches, candidate.tables)
-    if hardware.device is None or candidate.vram is None:
+    cut, layout = job.cut, job.layout
+    needs = step_needs(cut, layout, job.micro_batches, job.tables)
+    if hardware.device is None or job.vram is None:
         return None, needs, ()
-    vram, least = candidate.vram, least_on_device(cut, layout, needs)
+    vram, least = job.vram, least_on_device(cut, layout, needs)
     if least <= vram:
         return *on_device(cut, layout, needs, vram=vram), ()
-    asked = candidate.config.memory.vram
+    asked = job.config.memory.vram
     has = f"memory.vram is {_size(vram)}" if asked == vram else f"{hardware.device.name} has {_size(vram)}"
     problem = Problem(
         f"a step needs {-(-least // 2**20)} MiB of VRAM at least, and {has}",
-        _nearest_rows(candidate, hardware),
+        _nearest_rows(job, hardware),
     )
     # As if it were just enough.
     return *on_device(cut, layout, needs, vram=least), (problem,)
 
 
 def _problems(
-    candidate: Candidate, needs: StepNeeds, hardware: Hardware, usable: tuple[int, str] | None
+    job: TrainingJob, needs: StepNeeds, hardware: Hardware, usable: tuple[int, str] | None
 ) -> tuple[MemoryPlan | None, tuple[Problem, ...]]:
     """How RAM is divided, and all that keeps it from being run."""
     found = []
     memory = None
     try:
-        memory = divided(candidate.cut, candidate.layout, needs, ram=candidate.ram, keeps=candidate.keeps)
+        memory = divided(job.cut, job.layout, needs, ram=job.ram, keeps=job.keeps)
     except DoesNotFitError as error:
-        found.append(Problem(str(error).removesuffix("."), _nearest_rows(candidate, hardware)))
+        found.append(Problem(str(error).removesuffix("."), _nearest_rows(job, hardware)))
     if usable is not None and memory is not None and memory.total > usable[0]:
         room = int(usable[0] * 0.9)
         found.append(
             Problem(
-                f"memory.ram is {_size(candidate.ram)}, and {usable[1]} leaves {_size(usable[0])} to this process",
-                (f"memory.ram={room >> 10}KiB",) if _divides(candidate, needs, room) else (),
+                f"memory.ram is {_size(job.ram)}, and {usable[1]} leaves {_size(usable[0])} to this process",
+                (f"memory.ram={room >> 10}KiB",) if _divides(job, needs, room) else (),
             )
         )
-    found += _drive_problems(candidate, memory, hardware)
+    found += _drive_problems(job, memory, hardware)
     return memory, tuple(found)
 
 
-def _divides(candidate: Candidate, needs: StepNeeds, ram: int) -> bool:
-    borrows = bool(candidate.cut.epilogue_borrowed)
-    return ram >= smallest(candidate.layout, needs, borrows_prologue=borrows, keeps=candidate.keeps)
+def _divides(job: TrainingJob, needs: StepNeeds, ram: int) -> bool:
+    borrows = bool(job.cut.epilogue_borrowed)
+    return ram >= smallest(job.layout, needs, borrows_prologue=borrows, keeps=job.keeps)
 
 
-def _nearest_rows(candidate: Candidate, hardware: Hardware) -> tuple[str, ...]:
+def _nearest_rows(job: TrainingJob, hardware: Hardware) -> tuple[str, ...]:
     """Settings with micro-batches so small that they fit, if need be with fewer tokens a step; none if nothing does."""
-    train, data = candidate.config.train, candidate.config.data
+    train, data = job.config.train, job.config.data
     for keeps_tokens in (True, False):
         batch, length = train.per_device_train_batch_size, data.max_length
         while batch > 1 or length // 2 >= _LENGTH_LEAST:
             batch, length = (batch // 2, length) if batch > 1 else (batch, length // 2)
-            tokens = candidate.tokens if keeps_tokens else len(candidate.micro_batches) * batch * length
-            smaller = candidate.with_rows(batch, length, tokens)
+            tokens = job.tokens if keeps_tokens else len(job.micro_batches) * batch * length
+            smaller = job.with_rows(batch, length, tokens)
             if not _fits_memory(smaller, hardware):
                 continue
             changed = {
@@ -302,35 +298,35 @@ def _nearest_rows(candidate: Candidate, hardware: Hardware) -> tuple[str, ...]:
                 "data.max_length": (length, data.max_length),
                 "train.gradient_accumulation_steps": (
                     len(smaller.micro_batches),
-                    len(candidate.micro_batches),
+                    len(job.micro_batches),
                 ),
             }
             return tuple(f"{key}={new}" for key, (new, old) in changed.items() if new != old)
     return ()
 
 
-def _fits_memory(candidate: Candidate, hardware: Hardware) -> bool:
+def _fits_memory(job: TrainingJob, hardware: Hardware) -> bool:
     """Whether RAM and VRAM are enough."""
-    cut, layout = candidate.cut, candidate.layout
-    needs = step_needs(cut, layout, candidate.micro_batches, candidate.tables)
-    if hardware.device is not None and candidate.vram is not None:
+    cut, layout = job.cut, job.layout
+    needs = step_needs(cut, layout, job.micro_batches, job.tables)
+    if hardware.device is not None and job.vram is not None:
         try:
-            needs = on_device(cut, layout, needs, vram=candidate.vram)[1]
+            needs = on_device(cut, layout, needs, vram=job.vram)[1]
         except DoesNotFitError:
             return False
-    return _divides(candidate, needs, candidate.ram)
+    return _divides(job, needs, job.ram)
 
 
-def _drive_problems(candidate: Candidate, memory: MemoryPlan | None, hardware: Hardware) -> list[Problem]:
+def _drive_problems(job: TrainingJob, memory: MemoryPlan | None, hardware: Hardware) -> list[Problem]:
     found = [Problem(drive.problem) for drive in hardware.drives if drive.problem is not None]
-    scratch = 0.0 if memory is None else scratch_nbytes(candidate, memory)
-    store = 0 if candidate.is_made else store_nbytes(candidate.layout)
+    scratch = 0.0 if memory is None else scratch_nbytes(job, memory)
+    store = 0 if job.is_made else store_nbytes(job.layout)
     share = (store + scratch) / len(hardware.drives)
     for number, drive in enumerate(hardware.drives, start=1):
         if drive.free is None or share <= drive.free:
             continue
         halved = (share - scratch / len(hardware.drives)) / 2 + scratch / len(hardware.drives)
-        can_be_scratch = candidate.layout.durability == "step" and store > 0 and halved <= drive.free
+        can_be_scratch = job.layout.durability == "step" and store > 0 and halved <= drive.free
         which = "the drive" if len(hardware.drives) == 1 else f"drive {number}"
         found.append(
             Problem(
@@ -342,32 +338,32 @@ def _drive_problems(candidate: Candidate, memory: MemoryPlan | None, hardware: H
 
 
 def _variants(
-    candidate: Candidate,
+    job: TrainingJob,
     vram: VramPlan | None,
     needs: StepNeeds,
     hardware: Hardware,
     compute: Mapping[StopKey, float] | None,
 ) -> tuple[Variant, ...]:
     """What changes would do, one at a time."""
-    train, kept = candidate.config.train, candidate.config.memory
-    clipped = candidate.config.model_copy(update={"train": train.model_copy(update={"max_grad_norm": 1.0})})
-    seldom = candidate.config.model_copy(
+    train, kept = job.config.train, job.config.memory
+    clipped = job.config.model_copy(update={"train": train.model_copy(update={"max_grad_norm": 1.0})})
+    seldom = job.config.model_copy(
         update={"memory": kept.model_copy(update={"commit_every": _COMMIT_SELDOM})}
     )
-    changed: list[tuple[str, Candidate, Gradients, Hardware]] = []
-    if candidate.keeps:
-        changed.append(("every step clipped: updates wait", candidate, "keep", hardware))
+    changed: list[tuple[str, TrainingJob, Gradients, Hardware]] = []
+    if job.keeps:
+        changed.append(("every step clipped: updates wait", job, "keep", hardware))
     else:
-        asks = replace(candidate, config=clipped)
+        asks = replace(job, config=clipped)
         changed.append(("max_grad_norm, never reached", asks, gradients_of(asks), hardware))
         changed.append(("max_grad_norm, always reached: updates wait", asks, "keep", hardware))
-    if kept.commit_every < _COMMIT_SELDOM and candidate.layout.durability == "step":
-        less = replace(candidate, config=seldom)
+    if kept.commit_every < _COMMIT_SELDOM and job.layout.durability == "step":
+        less = replace(job, config=seldom)
         changed.append((f"commit_every {_COMMIT_SELDOM}", less, gradients_of(less), hardware))
-    more = replace(candidate, ram=2 * candidate.ram)
-    changed.append((f"{_size(2 * candidate.ram)} of RAM", more, gradients_of(candidate), hardware))
+    more = replace(job, ram=2 * job.ram)
+    changed.append((f"{_size(2 * job.ram)} of RAM", more, gradients_of(job), hardware))
     second = hardware.model_copy(update={"drives": (*hardware.drives, hardware.drives[0])})
-    changed.append(("one drive more", candidate, gradients_of(candidate), second))
+    changed.append(("one drive more", job, gradients_of(job), second))
     found = []
     for change, variant, gradients, machine in changed:
         try:
@@ -385,12 +381,12 @@ def _variants(
 
 
 def accumulation_that_hides_io(
-    candidate: Candidate, hardware: Hardware, compute: Mapping[StopKey, float] | None
+    job: TrainingJob, hardware: Hardware, compute: Mapping[StopKey, float] | None
 ) -> int:
     """Micro-batches of a step from which on computing takes longer than moving bytes, or as many as RAM has room for.
 
     Args:
-        candidate: with one micro-batch.
+        job: with one micro-batch.
         hardware: the machine.
         compute: seconds of its stops that were measured; None works them out from FLOPs.
 
@@ -398,20 +394,20 @@ def accumulation_that_hides_io(
         ConfigError: the machine's rates are not known.
         DoesNotFitError: not even one fits.
     """
-    work = work_of(candidate.cut, candidate.layout, [_shape(batch) for batch in candidate.micro_batches])
+    work = work_of(job.cut, job.layout, [_shape(batch) for batch in job.micro_batches])
     compute = _compute(work, hardware, compute)
     if compute is None:
         raise ConfigError(
             "train.gradient_accumulation_steps is auto, which is worked out from the rates of drive and CPU; one of "
             "these is not known: run megatrain-io bench DIR on the drive of the store once, or give a number"
         )
-    _, needs, _ = _needs(candidate, hardware)
-    memory = divided(candidate.cut, candidate.layout, needs, ram=candidate.ram, keeps=candidate.keeps)
-    gradients = gradients_of(candidate)
-    phases = phases_of(candidate, memory, gradients)
-    tokens = hiding_tokens(candidate, phases, hardware, compute)
-    count = min(_ACCUMULATION_MAX, max(1, -(-tokens // candidate.tokens)))
-    while count > 1 and not _fits_memory(candidate.with_accumulation(count), hardware):
+    _, needs, _ = _needs(job, hardware)
+    memory = divided(job.cut, job.layout, needs, ram=job.ram, keeps=job.keeps)
+    gradients = gradients_of(job)
+    phases = phases_of(job, memory, gradients)
+    tokens = hiding_tokens(job, phases, hardware, compute)
+    count = min(_ACCUMULATION_MAX, max(1, -(-tokens // job.tokens)))
+    while count > 1 and not _fits_memory(job.with_accumulation(count), hardware):
         count //= 2
     return count
 

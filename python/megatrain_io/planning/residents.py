@@ -15,7 +15,7 @@ __all__ = ["choose_gradients", "choose_residents", "gradient_nbytes", "resident_
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class _Resident:
     record: int | None
     chunk: int | None
     nbytes: int
@@ -55,18 +55,18 @@ def choose_residents(layout: ModelLayout, schedule: Sequence[ChunkOp], nbytes: i
     Every choice is spread evenly over the model, so that I/O stays as smooth as it was.
     """
     records, chunks, left = set(), set(), nbytes
-    for candidate in _by_worth(layout, schedule):
-        if candidate.nbytes > left:
+    for resident in _by_worth(layout, schedule):
+        if resident.nbytes > left:
             continue
-        left -= candidate.nbytes
-        if candidate.record is not None:
-            records.add(candidate.record)
-        if candidate.chunk is not None:
-            chunks.add(candidate.chunk)
+        left -= resident.nbytes
+        if resident.record is not None:
+            records.add(resident.record)
+        if resident.chunk is not None:
+            chunks.add(resident.chunk)
     return Residents(frozenset(records), frozenset(chunks))
 
 
-def _by_worth(layout: ModelLayout, schedule: Sequence[ChunkOp]) -> Iterator[_Candidate]:
+def _by_worth(layout: ModelLayout, schedule: Sequence[ChunkOp]) -> Iterator[_Resident]:
     firsts = {layout.chunks_of(record)[0].index for record in range(len(layout.records))}
     loads = Counter(
         op.chunk.record for op in schedule if op.kind in {"load", "apply"} and op.chunk.index in firsts
@@ -75,10 +75,10 @@ def _by_worth(layout: ModelLayout, schedule: Sequence[ChunkOp]) -> Iterator[_Can
     # Python's sort is stable: equals keep their spread order.
     for record in sorted(_spread(len(layout.records)), key=lambda record: -loads[record]):
         if loads[record]:
-            yield _Candidate(record, None, layout.record_weight_bytes(record))
+            yield _Resident(record, None, layout.record_weight_bytes(record))
     for position in _spread(len(updated)):
         chunk = updated[position]
-        yield _Candidate(None, chunk.index, layout.update_extent_bytes(chunk))
+        yield _Resident(None, chunk.index, layout.update_extent_bytes(chunk))
 
 
 def _spread(count: int) -> list[int]:

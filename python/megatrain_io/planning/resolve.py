@@ -26,7 +26,7 @@ from megatrain_io.paging.device.cuda import Cuda, has_bf16, no_gpu
 from megatrain_io.planning.compute_time import measured_seconds
 from megatrain_io.planning.dry_run import shortened, stand_in_nbytes
 from megatrain_io.planning.flops import work_of
-from megatrain_io.planning.job import Candidate
+from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.memory_needs import step_needs
 from megatrain_io.planning.plan import Plan, Prices
 from megatrain_io.planning.planner import accumulation_that_hides_io, make_plan
@@ -105,18 +105,18 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
     run = RunFolder(Path(run_config.output_dir))
     run_config, settled = settle_precision(run_config, run, without_bf16=without_bf16)
     notes += settled
-    candidate, hardware = _candidate(run_config, run, described, gpu)
-    compute = calibrate(candidate, hardware) if is_here else None
+    job, hardware = _job(run_config, run, described, gpu)
+    compute = calibrate(job, hardware) if is_here else None
     libraries = psutil.Process().memory_info().rss if is_here else 0
     count = run_config.train.gradient_accumulation_steps
     if count == "auto":
-        count = accumulation_that_hides_io(candidate, hardware, compute)
-    candidate = candidate.with_accumulation(count)
+        count = accumulation_that_hides_io(job, hardware, compute)
+    job = job.with_accumulation(count)
     steps = run_config.train.max_steps
     if tokens is not None and not 1 <= tokens < inf:
         raise ConfigError(f"tokens must be a number from 1 on, and are {tokens}")
     if steps is None and tokens is not None:
-        steps = max(1, round(tokens / candidate.tokens))
+        steps = max(1, round(tokens / job.tokens))
     if hardware.read is None:
         notes.append(_NO_RATES)
     elif compute is None and hardware.flops_per_second is None:
@@ -124,7 +124,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
     if hardware.device is not None:
         notes.append(_GPU_NOTE)
     found = make_plan(
-        replace(candidate, steps=steps),
+        replace(job, steps=steps),
         hardware,
         compute=compute and {stop: count * seconds for stop, seconds in compute.items()},
         usable=usable_ram() if is_here and run_config.memory.ram is not None else None,
@@ -136,9 +136,9 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
     return found
 
 
-def _candidate(
+def _job(
     config: RunConfig, run: RunFolder, described: Hardware | None, gpu: Gpu | None
-) -> tuple[Candidate, Hardware]:
+) -> tuple[TrainingJob, Hardware]:
     precision = precision_of(config)
     path = Path(config.model)
     folder = ModelFolder(path.parent if path.name == "config.json" else path)
@@ -157,7 +157,7 @@ def _candidate(
     batch = blank_micro_batch(config.train.per_device_train_batch_size, config.data.max_length, packed=packed)
     tables = store_memory(layout.manifest({}))
     vram = vram_of(config, hardware)
-    return Candidate(config, cut, layout, [batch], tables, ram, vram=vram), hardware
+    return TrainingJob(config, cut, layout, [batch], tables, ram, vram=vram), hardware
 
 
 def layout_of(config: RunConfig, cut: CutModel) -> ModelLayout:
@@ -186,22 +186,22 @@ def vram_of(config: RunConfig, hardware: Hardware) -> int | None:
     return None
 
 
-def calibrate(candidate: Candidate, hardware: Hardware) -> dict[StopKey, float] | None:
+def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StopKey, float] | None:
     """Seconds of each stop of one micro-batch on this machine.
 
     None where nobody asks, because the drive's rates are not known, or where finding out would take too long or too
     much RAM.
     """
     cut, layout, batch, rate = (
-        candidate.cut,
-        candidate.layout,
-        candidate.micro_batches[0],
+        job.cut,
+        job.layout,
+        job.micro_batches[0],
         hardware.flops_per_second,
     )
     if hardware.read is None or rate is None or hardware.device is not None:
         return None
-    needs = step_needs(cut, layout, [batch], candidate.tables)
-    if stand_in_nbytes(layout) + needs.always + needs.saved_inputs > candidate.ram:
+    needs = step_needs(cut, layout, [batch], job.tables)
+    if stand_in_nbytes(layout) + needs.always + needs.saved_inputs > job.ram:
         return None
     rows, length = batch.input_ids.shape
     work = work_of(cut, layout, [(rows, length)])

@@ -7,7 +7,7 @@ from math import ceil, inf
 from megatrain_io.machine.hardware import Hardware
 from megatrain_io.paging.activations import saved_inputs_plan
 from megatrain_io.paging.device.pool import VramPlan
-from megatrain_io.planning.job import Candidate
+from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.memory_needs import saved_inputs_of
 from megatrain_io.planning.plan import StepTime
 from megatrain_io.planning.ram_budget import MemoryPlan
@@ -36,9 +36,9 @@ _HANDOFF = 0.9e-3
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def schedule_of(candidate: Candidate, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
+def schedule_of(job: TrainingJob, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
     """That of a training step, as training builds it; kept until ``forget_schedules``, as large ones take seconds."""
-    return _schedule(candidate.layout, bool(candidate.cut.epilogue_borrowed), gradients, applies)
+    return _schedule(job.layout, bool(job.cut.epilogue_borrowed), gradients, applies)
 
 
 @lru_cache(maxsize=4)
@@ -58,41 +58,37 @@ def forget_schedules() -> None:
     _schedule.cache_clear()
 
 
-def gradients_of(candidate: Candidate) -> Gradients:
+def gradients_of(job: TrainingJob) -> Gradients:
     """What a step does with its gradients as long as none is too large."""
-    if not candidate.keeps:
+    if not job.keeps:
         return "update"
-    return "both" if candidate.commits_at_once else "keep"
+    return "both" if job.commits_at_once else "keep"
 
 
-def _commits(candidate: Candidate) -> tuple[float, float]:
+def _commits(job: TrainingJob) -> tuple[float, float]:
     """Shares of steps that commit, and that do not."""
-    if candidate.layout.durability == "scratch":
+    if job.layout.durability == "scratch":
         return 1.0, 0.0
-    every = candidate.config.memory.commit_every
+    every = job.config.memory.commit_every
     return 1 / every, 1 - 1 / every
 
 
-def inputs_moved(candidate: Candidate, memory: MemoryPlan) -> dict[int, float]:
+def inputs_moved(job: TrainingJob, memory: MemoryPlan) -> dict[int, float]:
     """Bytes of inputs that go to the drive and come back, by record."""
-    budget, needs = saved_inputs_of(memory, [candidate.config.output_dir / "inputs"]), memory.needs
+    budget, needs = saved_inputs_of(memory, [job.config.output_dir / "inputs"]), memory.needs
     # Those of the last blocks stay where they are computed, if that has memory of its own.
     blocks = needs.saved_inputs // max(1, needs.inputs_per_block)
     plan = saved_inputs_plan(blocks, needs.inputs_per_block, budget.ram_bytes)
     if not plan.on_drive:
         return {}
-    return {
-        candidate.layout.block(index): plan.moved_nbytes / plan.on_drive for index in range(plan.on_drive)
-    }
+    return {job.layout.block(index): plan.moved_nbytes / plan.on_drive for index in range(plan.on_drive)}
 
 
-def phases_of(
-    candidate: Candidate, memory: MemoryPlan, gradients: Gradients
-) -> dict[str, tuple[float, float]]:
+def phases_of(job: TrainingJob, memory: MemoryPlan, gradients: Gradients) -> dict[str, tuple[float, float]]:
     """Bytes read and written, by phase, of a step between others of its kind."""
-    schedule = schedule_of(candidate, gradients, applies=gradients == "keep")
-    layout, residents = candidate.layout, memory.residents
-    shares = list(zip(_commits(candidate), (True, False), strict=True))
+    schedule = schedule_of(job, gradients, applies=gradients == "keep")
+    layout, residents = job.layout, memory.residents
+    shares = list(zip(_commits(job), (True, False), strict=True))
     found = dict.fromkeys(map(str, Phase), (0.0, 0.0))
     for operation in schedule:
         read, written = found[operation.phase]
@@ -102,24 +98,24 @@ def phases_of(
             if share
         )
         found[operation.phase] = read + operation.read_bytes(layout, residents), written
-    moved = sum(inputs_moved(candidate, memory).values())
+    moved = sum(inputs_moved(job, memory).values())
     forward, backward = found[Phase.FORWARD], found[Phase.BACKWARD]
     found[Phase.FORWARD] = forward[0], forward[1] + moved
     found[Phase.BACKWARD] = backward[0] + moved, backward[1]
     return found
 
 
-def written_by_commit(candidate: Candidate, memory: MemoryPlan, gradients: Gradients) -> int:
+def written_by_commit(job: TrainingJob, memory: MemoryPlan, gradients: Gradients) -> int:
     """The most that a step writes: one that commits, whose guess, if it makes one, was wrong."""
-    schedule = schedule_of(candidate, gradients, applies=gradients == "keep")
-    _, written = traffic(schedule, candidate.layout, memory.residents)
-    if candidate.keeps:
-        written += traffic(flush_schedule(candidate.layout), candidate.layout, memory.residents)[1]
-    return written + ceil(sum(inputs_moved(candidate, memory).values()))
+    schedule = schedule_of(job, gradients, applies=gradients == "keep")
+    _, written = traffic(schedule, job.layout, memory.residents)
+    if job.keeps:
+        written += traffic(flush_schedule(job.layout), job.layout, memory.residents)[1]
+    return written + ceil(sum(inputs_moved(job, memory).values()))
 
 
 def step_time(
-    candidate: Candidate,
+    job: TrainingJob,
     memory: MemoryPlan,
     compute: Mapping[StopKey, float],
     hardware: Hardware,
@@ -130,18 +126,18 @@ def step_time(
 ) -> StepTime:
     """Seconds of a step in the steady state."""
     applies = gradients == "keep"
-    first = schedule_of(candidate, gradients)
-    then = schedule_of(candidate, gradients, applies=True) if applies else first
-    every = 1 if candidate.layout.durability == "scratch" else candidate.config.memory.commit_every
+    first = schedule_of(job, gradients)
+    then = schedule_of(job, gradients, applies=True) if applies else first
+    every = 1 if job.layout.durability == "scratch" else job.config.memory.commit_every
     pattern = [True] * 3 if every == 1 else [False, False, True, False]
     played = simulate(
         [(first if index == 0 else then, commits) for index, commits in enumerate(pattern)],
-        candidate.layout,
-        memory.pool if vram is None else _pool_on_device(candidate, memory, vram),
+        job.layout,
+        memory.pool if vram is None else _pool_on_device(job, memory, vram),
         compute,
-        _rates(candidate, hardware),
+        _rates(job, hardware),
         residents=memory.residents,
-        inputs=inputs_moved(candidate, memory),
+        inputs=inputs_moved(job, memory),
         behind=0 if vram is None else memory.pool.block_gradients[1] - memory.needs.gathered,
     )
     # The step that commits, the one that it passes the commit on to, and those in between.
@@ -164,7 +160,7 @@ def step_time(
     )
 
 
-def _pool_on_device(candidate: Candidate, memory: MemoryPlan, vram: VramPlan) -> PoolSizes:
+def _pool_on_device(job: TrainingJob, memory: MemoryPlan, vram: VramPlan) -> PoolSizes:
     """Buffers that records pass through, as the simulation knows them: those of the device."""
 
     def outer(kinds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
@@ -178,11 +174,11 @@ def _pool_on_device(candidate: Candidate, memory: MemoryPlan, vram: VramPlan) ->
         # Smaller records than a block have buffers of their own there, and none in the simulation.
         return nbytes, count + sum(each <= nbytes for each in needed)
 
-    layout, pool, gradients = candidate.layout, vram.pool, vram.pool.gradients
+    layout, pool, gradients = job.layout, vram.pool, vram.pool.gradients
     if pool.gathers:
         # RAM has room for one of a record, and for a tied table's beside it.
         largest = max(map(layout.record_gradient_bytes, range(len(layout.records))))
-        gradients = {"any": (largest, 1 + bool(candidate.cut.epilogue_borrowed))}
+        gradients = {"any": (largest, 1 + bool(job.cut.epilogue_borrowed))}
     others = [record for record in (layout.prologue, layout.epilogue) if record is not None]
     return PoolSizes(
         memory.pool.chunk_slots,
@@ -193,8 +189,8 @@ def _pool_on_device(candidate: Candidate, memory: MemoryPlan, vram: VramPlan) ->
     )
 
 
-def _rates(candidate: Candidate, hardware: Hardware) -> Rates:
-    scratch = candidate.layout.durability == "scratch"
+def _rates(job: TrainingJob, hardware: Hardware) -> Rates:
+    scratch = job.layout.durability == "scratch"
     return Rates(
         read=hardware.read or inf,
         write=hardware.write or inf,
@@ -208,7 +204,7 @@ def _rates(candidate: Candidate, hardware: Hardware) -> Rates:
 
 
 def hiding_tokens(
-    candidate: Candidate,
+    job: TrainingJob,
     phases: Mapping[str, tuple[float, float]],
     hardware: Hardware,
     compute: Mapping[StopKey, float],
@@ -222,4 +218,4 @@ def hiding_tokens(
         both = max((read + write) / hardware.side_by_side, read, write)
         computing = sum(seconds for (phase, _), seconds in compute.items() if phase in half)
         most = max(most, both / computing if computing else 0.0)
-    return round(candidate.tokens * most)
+    return round(job.tokens * most)

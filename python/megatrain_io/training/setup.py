@@ -20,7 +20,7 @@ from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.partition import CutModel
 from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device
-from megatrain_io.planning.job import Candidate
+from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.plan import Plan
 from megatrain_io.planning.planner import accumulation_that_hides_io, make_plan
 from megatrain_io.planning.resolve import calibrate, layout_of, precision_of, ram_of
@@ -102,7 +102,7 @@ class Start:
             is_made: whether it is there already. If not, times are not asked for.
         """
         one = replace(
-            _candidate(self.config, self.cut, layout, tables, self.data, self.device),
+            _job(self.config, self.cut, layout, tables, self.data, self.device),
             steps=self.max_steps,
             is_made=is_made,
         )
@@ -132,18 +132,18 @@ class Start:
                 replace_file(model / file.name, file.read_bytes())
 
 
-def _candidate(
+def _job(
     config: RunConfig,
     cut: CutModel,
     layout: ModelLayout,
     tables: int,
     data: TrainingData,
     device: Device,
-) -> Candidate:
+) -> TrainingJob:
     """A step of one micro-batch."""
     batch = data.train.largest_micro_batch(config.train.per_device_train_batch_size)
     vram = device.vram if device.has_own_memory else None
-    return Candidate(config, cut, layout, [batch], tables, ram_of(config), vram=vram)
+    return TrainingJob(config, cut, layout, [batch], tables, ram_of(config), vram=vram)
 
 
 def _hardware(config: RunConfig, run: RunFolder, ram: int, device: Device) -> Hardware:
@@ -157,9 +157,9 @@ def _hardware(config: RunConfig, run: RunFolder, ram: int, device: Device) -> Ha
     return this_machine([store.parent for store in stores], ram, precision_of(config), profile, gpu=gpu)
 
 
-def _seconds_of(candidate: Candidate, hardware: Hardware, data: TrainingData) -> dict[StopKey, float] | None:
-    """Seconds of the stops of one micro-batch of rows of mean length; ``candidate`` has the longest."""
-    compute = calibrate(candidate, hardware)
+def _seconds_of(job: TrainingJob, hardware: Hardware, data: TrainingData) -> dict[StopKey, float] | None:
+    """Seconds of the stops of one micro-batch of rows of mean length; ``job`` has the longest."""
+    compute = calibrate(job, hardware)
     if compute is None:
         return None
     share = data.train.tokens / (len(data.train) * max(1, data.train.longest_row))
@@ -177,9 +177,9 @@ def _chosen_before(run: RunFolder) -> int | None:
 def _choose(config: RunConfig, run: RunFolder, cut: CutModel, data: TrainingData, device: Device) -> int:
     """As many micro-batches as hide the drive behind computing, and no more than there are rows."""
     layout = layout_of(config, cut)
-    candidate = _candidate(config, cut, layout, store_memory(layout.manifest({})), data, device)
-    hardware = _hardware(config, run, candidate.ram, device)
-    count = accumulation_that_hides_io(candidate, hardware, _seconds_of(candidate, hardware, data))
+    job = _job(config, cut, layout, store_memory(layout.manifest({})), data, device)
+    hardware = _hardware(config, run, job.ram, device)
+    count = accumulation_that_hides_io(job, hardware, _seconds_of(job, hardware, data))
     return min(count, max(1, len(data.train) // config.train.per_device_train_batch_size))
 
 

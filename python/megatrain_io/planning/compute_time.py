@@ -16,7 +16,7 @@ from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.step import LOGITS_BYTES, Step, slice_tokens
 from megatrain_io.planning.dry_run import StandIn
-from megatrain_io.planning.timeline import StopKey
+from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.schedule import Phase
 
@@ -28,8 +28,8 @@ _SECONDS = 2.0
 
 def measured_seconds(
     cut: CutModel, layout: ModelLayout, batch: MicroBatch, device: Device | None = None
-) -> dict[StopKey, float]:
-    """Seconds of each stop for one micro-batch on this machine, when nothing else runs.
+) -> dict[StageKey, float]:
+    """Seconds of each stage for one micro-batch on this machine, when nothing else runs.
 
     The step itself is run, on two blocks, with weights that are made up: how long a product takes does not depend on
     them. Medians of some rounds: the best would promise what a machine does in its best moments only. On a device with
@@ -65,7 +65,7 @@ def measured_seconds(
         phase: clock.median(*(f"{phase} block {index}" for index in blocks))
         for phase in ("forward", "backward")
     }
-    found: dict[StopKey, float] = {(Phase.PROLOGUE, layout.prologue): clock.median("prologue")}
+    found: dict[StageKey, float] = {(Phase.PROLOGUE, layout.prologue): clock.median("prologue")}
     for index in range(layout.blocks):
         found[Phase.FORWARD, layout.block(index)] = per_block["forward"]
         found[Phase.BACKWARD, layout.block(index)] = per_block["backward"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatrain_io.models.partition import CutModel
-from megatrain_io.planning.timeline import StopKey
+from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout, Record
 from megatrain_io.store.schedule import Phase
 
@@ -16,18 +16,18 @@ class Work:
     """FLOPs of one step.
 
     Attributes:
-        flops: by stop.
+        flops: by stage.
         active: parameters that a token meets; fewer than there are in a mixture of experts.
         tokens: of the step.
     """
 
-    flops: Mapping[StopKey, float]
+    flops: Mapping[StageKey, float]
     active: int
     tokens: int
 
-    def seconds(self, flops_per_second: float) -> dict[StopKey, float]:
-        """At one rate for all stops."""
-        return {stop: flops / flops_per_second for stop, flops in self.flops.items()}
+    def seconds(self, flops_per_second: float) -> dict[StageKey, float]:
+        """At one rate for all stages."""
+        return {stage: flops / flops_per_second for stage, flops in self.flops.items()}
 
 
 def work_of(
@@ -46,7 +46,7 @@ def work_of(
     config = cut.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 0
     width = heads * (getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))
-    flops: dict[StopKey, float] = {}
+    flops: dict[StageKey, float] = {}
     active = 0
     for index in range(layout.blocks):
         record = layout.block(index)

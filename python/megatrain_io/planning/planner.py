@@ -29,7 +29,7 @@ from megatrain_io.planning.step_time import (
     step_time,
     written_by_commit,
 )
-from megatrain_io.planning.timeline import StopKey
+from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     job: TrainingJob,
     hardware: Hardware,
     *,
-    compute: Mapping[StopKey, float] | None = None,
+    compute: Mapping[StageKey, float] | None = None,
     usable: tuple[int, str] | None = None,
     libraries: int = 0,
     prices: Prices = Prices(),  # noqa: B008 - it never changes
@@ -64,7 +64,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     Args:
         job: what is planned.
         hardware: the machine; without rates there are no times.
-        compute: seconds of each stop that were measured; None works them out from FLOPs.
+        compute: seconds of each stage that were measured; None works them out from FLOPs.
         usable: bytes of RAM that may be used at all, and what says so; None: not looked at.
         libraries: bytes that the process takes without training; if ``compute`` was measured, with what that left
             in the heap for training to use again.
@@ -139,8 +139,8 @@ def _shape(batch: MicroBatch) -> tuple[int, int]:
 
 
 def _compute(
-    work: Work, hardware: Hardware, measured: Mapping[StopKey, float] | None
-) -> Mapping[StopKey, float] | None:
+    work: Work, hardware: Hardware, measured: Mapping[StageKey, float] | None
+) -> Mapping[StageKey, float] | None:
     if hardware.read is None or hardware.write is None:
         return None
     if measured is not None:
@@ -342,7 +342,7 @@ def _variants(
     vram: VramPlan | None,
     needs: StepNeeds,
     hardware: Hardware,
-    compute: Mapping[StopKey, float] | None,
+    compute: Mapping[StageKey, float] | None,
 ) -> tuple[Variant, ...]:
     """What changes would do, one at a time."""
     train, kept = job.config.train, job.config.memory
@@ -381,14 +381,14 @@ def _variants(
 
 
 def accumulation_that_hides_io(
-    job: TrainingJob, hardware: Hardware, compute: Mapping[StopKey, float] | None
+    job: TrainingJob, hardware: Hardware, compute: Mapping[StageKey, float] | None
 ) -> int:
     """Micro-batches of a step from which on computing takes longer than moving bytes, or as many as RAM has room for.
 
     Args:
         job: with one micro-batch.
         hardware: the machine.
-        compute: seconds of its stops that were measured; None works them out from FLOPs.
+        compute: seconds of its stages that were measured; None works them out from FLOPs.
 
     Raises:
         ConfigError: the machine's rates are not known.

@@ -31,7 +31,7 @@ from megatrain_io.planning.memory_needs import step_needs
 from megatrain_io.planning.plan import Plan, Prices
 from megatrain_io.planning.planner import accumulation_that_hides_io, make_plan
 from megatrain_io.planning.step_time import forget_schedules
-from megatrain_io.planning.timeline import StopKey
+from megatrain_io.planning.timeline import StageKey
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.store.dtypes import DTYPES, FORMATS
 from megatrain_io.store.layout import ModelLayout, Precision
@@ -126,7 +126,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
     found = make_plan(
         replace(job, steps=steps),
         hardware,
-        compute=compute and {stop: count * seconds for stop, seconds in compute.items()},
+        compute=compute and {stage: count * seconds for stage, seconds in compute.items()},
         usable=usable_ram() if is_here and run_config.memory.ram is not None else None,
         libraries=libraries,
         prices=Prices(watts or hardware.watts, kilowatt_hour, rented_hour),
@@ -186,8 +186,8 @@ def vram_of(config: RunConfig, hardware: Hardware) -> int | None:
     return None
 
 
-def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StopKey, float] | None:
-    """Seconds of each stop of one micro-batch on this machine.
+def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | None:
+    """Seconds of each stage of one micro-batch on this machine.
 
     None where nobody asks, because the drive's rates are not known, or where finding out would take too long or too
     much RAM.
@@ -205,13 +205,13 @@ def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StopKey, float] | No
         return None
     rows, length = batch.input_ids.shape
     work = work_of(cut, layout, [(rows, length)])
-    stops = [
+    stages = [
         (phase, layout.block(index))
         for phase in (Phase.FORWARD, Phase.BACKWARD)
         for index in range(shortened(layout).blocks)
     ]
     head = sum(flops for (phase, _), flops in work.flops.items() if phase is Phase.EPILOGUE)
-    if (sum(work.flops.get(stop, 0.0) for stop in stops) + head) / rate > _CALIBRATION_SECONDS:
+    if (sum(work.flops.get(stage, 0.0) for stage in stages) + head) / rate > _CALIBRATION_SECONDS:
         return None
     try:
         return measured_seconds(cut, layout, batch)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf
 
-from megatrain_io.planning.timeline import Load, Program, Stop, StopKey, Update
+from megatrain_io.planning.timeline import Load, Stage, StageKey, Timeline, Update
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.pool import PoolSizes
 from megatrain_io.store.schedule import ChunkOp, Phase, Residents
@@ -81,7 +81,7 @@ def simulate(  # noqa: PLR0913 - each with a meaning of its own
     steps: Sequence[tuple[Sequence[ChunkOp], bool]],
     layout: ModelLayout,
     pool: PoolSizes,
-    compute: Mapping[StopKey, float],
+    compute: Mapping[StageKey, float],
     rates: Rates,
     *,
     residents: Residents = Residents(),  # noqa: B008 - it never changes
@@ -96,16 +96,16 @@ def simulate(  # noqa: PLR0913 - each with a meaning of its own
         steps: schedule of each, and whether it commits.
         layout: of the store.
         pool: buffers.
-        compute: seconds of each stop, all micro-batches, when nothing else runs.
+        compute: seconds of each stage, all micro-batches, when nothing else runs.
         rates: of the machine.
         residents: what stays in RAM.
         inputs: bytes of inputs that go to the drive, by record.
         behind: chunks of gradients that RAM holds between pool and update or drive, where the pool is a device's.
     """
-    program = Program(layout, pool, residents)
+    timeline = Timeline(layout, pool, residents)
     for schedule, commits in steps:
-        program.add(schedule, compute, inputs or {}, commits=commits)
-    return _Play(program, layout, pool, rates, behind).run()
+        timeline.add(schedule, compute, inputs or {}, commits=commits)
+    return _Simulation(timeline, layout, pool, rates, behind).run()
 
 
 @dataclass
@@ -129,11 +129,11 @@ class _Gradient:
     has_left: bool = False
 
 
-class _Play:
+class _Simulation:
     def __init__(
-        self, program: Program, layout: ModelLayout, pool: PoolSizes, rates: Rates, behind: int
+        self, timeline: Timeline, layout: ModelLayout, pool: PoolSizes, rates: Rates, behind: int
     ) -> None:
-        self._program, self._layout, self._rates, self._behind = program, layout, rates, behind
+        self._timeline, self._layout, self._rates, self._behind = timeline, layout, rates, behind
         self._queues: dict[str, deque[_Job]] = {name: deque() for name in _SERVERS}
         self._free = {
             "block": pool.block_buffers[1],
@@ -144,8 +144,8 @@ class _Play:
         }
         self._out: set[tuple[str, int]] = set()
         """Buffers of residents that are not in their place."""
-        self._loads, self._planned = program.loads, program.updates
-        self._stops, self._left, self._commits = program.stops, program.left, program.commits
+        self._loads, self._planned = timeline.loads, timeline.updates
+        self._stages, self._left, self._commits = timeline.stages, timeline.left, timeline.commits
         self._granted: list[Update] = []
         self._on_disk: dict[tuple[int, int], int] = {}
         self._sources: dict[int, int] = {}
@@ -157,9 +157,9 @@ class _Play:
         self._settled = -1
         self._is_committing = False
         self._figures: list[dict[str, dict[str, float]]] = [
-            {"phases": {}, "busy": dict.fromkeys(_SERVERS, 0.0), "waits": {}} for _ in range(program.count)
+            {"phases": {}, "busy": dict.fromkeys(_SERVERS, 0.0), "waits": {}} for _ in range(timeline.count)
         ]
-        self._computing: Stop | None = None
+        self._computing: Stage | None = None
 
     # --------------------------------------------------------------------------------------------- playing
 
@@ -179,9 +179,9 @@ class _Play:
                 if job.seconds <= 1e-12:  # noqa: PLR2004 - rounding
                     self._queues[name].popleft()
                     job.done()
-        if self._stops:
-            raise StandstillError(f"the schedule came to a standstill before {self._stops[0]}")
-        return [self._figure(number) for number in range(self._program.count)]
+        if self._stages:
+            raise StandstillError(f"the schedule came to a standstill before {self._stages[0]}")
+        return [self._figure(number) for number in range(self._timeline.count)]
 
     def _speeds(self, busy: Sequence[str]) -> dict[str, float]:
         speeds = dict.fromkeys(busy, 1.0)
@@ -193,17 +193,17 @@ class _Play:
 
     def _note(self, busy: Sequence[str], elapsed: float) -> None:
         """Account for time."""
-        stop: Stop | None
+        stage: Stage | None
         if self._queues["compute"]:
-            stop, cause = self._computing, None
-        elif self._stops:
-            stop, cause = self._stops[0], self._cause(self._stops[0])
+            stage, cause = self._computing, None
+        elif self._stages:
+            stage, cause = self._stages[0], self._cause(self._stages[0])
         else:
-            stop, cause = None, None
-        number = stop.step if stop is not None else self._program.count - 1
+            stage, cause = None, None
+        number = stage.step if stage is not None else self._timeline.count - 1
         figures = self._figures[number]
-        if stop is not None:
-            figures["phases"][stop.phase] = figures["phases"].get(stop.phase, 0.0) + elapsed
+        if stage is not None:
+            figures["phases"][stage.phase] = figures["phases"].get(stage.phase, 0.0) + elapsed
         if cause is not None:
             figures["waits"][cause] = figures["waits"].get(cause, 0.0) + elapsed
         for name in busy:
@@ -216,12 +216,12 @@ class _Play:
             seconds=seconds, phases=figures["phases"], busy=figures["busy"], waits=figures["waits"]
         )
 
-    def _cause(self, stop: Stop) -> str:
+    def _cause(self, stage: Stage) -> str:
         """What compute waits for."""
-        for load in stop.loads:
+        for load in stage.loads:
             if not load.is_ready:
                 return self._load_cause(load)
-        if stop.phase is Phase.BACKWARD and stop.inputs and stop.record not in self._read_inputs:
+        if stage.phase is Phase.BACKWARD and stage.inputs and stage.record not in self._read_inputs:
             return "read"
         busy = (cause for name, cause in _CAUSES.items() if self._queues[name])
         return next(busy, "write")
@@ -314,8 +314,8 @@ class _Play:
             del self._sources[record]
             if update.load is not None:
                 update.load.is_ready = True
-                if self._program.gradient_kind(record) == "resident gradient":
-                    self._give(self._program.gradient_kind(record), record)
+                if self._timeline.gradient_kind(record) == "resident gradient":
+                    self._give(self._timeline.gradient_kind(record), record)
         if update.load is None:
             self._gradients[record].updates -= 1
             self._used(record)
@@ -328,22 +328,22 @@ class _Play:
 
         self._write(update.written, written)
 
-    def _hand_over(self, stop: Stop, record: int) -> None:
+    def _hand_over(self, stage: Stage, record: int) -> None:
         """A gradient is made: it is updated, or waits in RAM or on the drive, or both."""
-        parts, nbytes = self._program.parts_of(record), stop.keeps.get(record, 0.0)
-        is_updated = record in stop.updates
+        parts, nbytes = self._timeline.parts_of(record), stage.keeps.get(record, 0.0)
+        is_updated = record in stage.updates
         if is_updated:
             self._sources[record] = parts
         else:
-            self._give(self._program.kind_of(record), record)
+            self._give(self._timeline.kind_of(record), record)
         if is_updated or nbytes:
             writes = parts if nbytes else 0
             self._gradients[record] = _Gradient(
                 parts if is_updated else 0, writes, nbytes / parts, has_weights=is_updated
             )
             self._used(record)
-        elif not self._program.gradient_kind(record).startswith("resident"):
-            self._give(self._program.gradient_kind(record), record)
+        elif not self._timeline.gradient_kind(record).startswith("resident"):
+            self._give(self._timeline.gradient_kind(record), record)
 
     def _used(self, record: int) -> None:
         """Give back what is of the pool, once; what stays in RAM is in its place when it is updated."""
@@ -352,30 +352,30 @@ class _Play:
         if gradient.updates == 0:
             if gradient.has_weights:
                 gradient.has_weights = False
-                self._give(self._program.kind_of(record), record)
+                self._give(self._timeline.kind_of(record), record)
             self._write_gradient(record, gradient)
         if gradient.updates == gradient.writes == 0:
             del self._gradients[record]
-            if not gradient.has_left or self._program.gradient_kind(record).startswith("resident"):
-                self._give(self._program.gradient_kind(record), record)
+            if not gradient.has_left or self._timeline.gradient_kind(record).startswith("resident"):
+                self._give(self._timeline.gradient_kind(record), record)
             self._leave()
 
     def _leave(self) -> None:
         """Gradients that RAM has room for leave the pool, with their weights, in order."""
         chunks = 0
         for record, gradient in self._gradients.items():
-            parts, all_chunks = self._program.parts_of(record), len(self._layout.chunks_of(record))
+            parts, all_chunks = self._timeline.parts_of(record), len(self._layout.chunks_of(record))
             chunks += -(-max(gradient.updates, gradient.writes) * all_chunks // parts)
             if chunks > self._behind:
                 return
             if gradient.has_left:
                 continue
             gradient.has_left = True
-            kind = self._program.kind_of(record)
+            kind = self._timeline.kind_of(record)
             if gradient.has_weights and not kind.startswith("resident"):
                 gradient.has_weights = False
                 self._give(kind, record)
-            kind = self._program.gradient_kind(record)
+            kind = self._timeline.gradient_kind(record)
             if not kind.startswith("resident"):
                 self._give(kind, record)
             self._write_gradient(record, gradient)
@@ -394,54 +394,54 @@ class _Play:
             self._write(gradient.part, written)
 
     def _start_compute(self) -> None:
-        if self._queues["compute"] or not self._stops:
+        if self._queues["compute"] or not self._stages:
             return
-        stop = self._stops[0]
-        if not all(load.is_ready for load in stop.loads):
+        stage = self._stages[0]
+        if not all(load.is_ready for load in stage.loads):
             return
-        if stop.phase is Phase.BACKWARD and stop.inputs and stop.record not in self._read_inputs:
+        if stage.phase is Phase.BACKWARD and stage.inputs and stage.record not in self._read_inputs:
             return
-        for record in stop.gradients:
+        for record in stage.gradients:
             key = ("gradient", record)
             if key not in self._out:
-                if not self._take(self._program.gradient_kind(record), record):
+                if not self._take(self._timeline.gradient_kind(record), record):
                     return
                 self._out.add(key)
-        self._stops.popleft()
-        self._computing = stop
-        self._move_inputs(stop)
-        self._queues["compute"].append(_Job(stop.seconds, lambda: self._computed(stop)))
+        self._stages.popleft()
+        self._computing = stage
+        self._move_inputs(stage)
+        self._queues["compute"].append(_Job(stage.seconds, lambda: self._computed(stage)))
 
-    def _move_inputs(self, stop: Stop) -> None:
+    def _move_inputs(self, stage: Stage) -> None:
         """Inputs go to the drive behind the forward pass, and come back one block ahead."""
-        if stop.phase is Phase.FORWARD and stop.inputs:
-            self._write(stop.inputs, lambda: None)
-        following = self._stops[0] if self._stops else None
+        if stage.phase is Phase.FORWARD and stage.inputs:
+            self._write(stage.inputs, lambda: None)
+        following = self._stages[0] if self._stages else None
         if following is not None and following.phase is Phase.BACKWARD and following.inputs:
             record = following.record
             self._read(following.inputs, 1, lambda: self._read_inputs.add(record))
 
-    def _computed(self, stop: Stop) -> None:
-        if stop.phase is Phase.BACKWARD:
-            self._read_inputs.discard(stop.record)
+    def _computed(self, stage: Stage) -> None:
+        if stage.phase is Phase.BACKWARD:
+            self._read_inputs.discard(stage.record)
         # A tied table's gradient is carried on to the end of the step.
         submitted = [
             record
-            for record in stop.gradients
-            if stop.phase is not Phase.EPILOGUE or record != self._layout.prologue
+            for record in stage.gradients
+            if stage.phase is not Phase.EPILOGUE or record != self._layout.prologue
         ]
-        for load in stop.loads:
-            if load.record not in submitted and not stop.holds:
+        for load in stage.loads:
+            if load.record not in submitted and not stage.holds:
                 self._give(load.kind, load.record)
         for record in submitted:
             self._out.discard(("gradient", record))
-            self._hand_over(stop, record)
-        if not self._stops or self._stops[0].step != stop.step:
-            self._ended.add(stop.step)
+            self._hand_over(stage, record)
+        if not self._stages or self._stages[0].step != stage.step:
+            self._ended.add(stage.step)
 
     def _start_commit(self) -> None:
         step = self._settled + 1
-        waits = any(stop.step == step for stop in self._stops) or step not in self._ended
+        waits = any(stage.step == step for stage in self._stages) or step not in self._ended
         if self._is_committing or waits or self._left.get(step, 0) > 0:
             return
 

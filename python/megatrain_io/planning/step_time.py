@@ -12,7 +12,7 @@ from megatrain_io.planning.memory_needs import saved_inputs_of
 from megatrain_io.planning.plan import StepTime
 from megatrain_io.planning.ram_budget import MemoryPlan
 from megatrain_io.planning.simulator import Rates, simulate
-from megatrain_io.planning.timeline import StopKey
+from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.pool import PoolSizes
 from megatrain_io.store.schedule import ChunkOp, Gradients, Phase, build_schedule, flush_schedule, traffic
@@ -117,7 +117,7 @@ def written_by_commit(job: TrainingJob, memory: MemoryPlan, gradients: Gradients
 def step_time(
     job: TrainingJob,
     memory: MemoryPlan,
-    compute: Mapping[StopKey, float],
+    compute: Mapping[StageKey, float],
     hardware: Hardware,
     gradients: Gradients,
     *,
@@ -207,7 +207,7 @@ def hiding_tokens(
     job: TrainingJob,
     phases: Mapping[str, tuple[float, float]],
     hardware: Hardware,
-    compute: Mapping[StopKey, float],
+    compute: Mapping[StageKey, float],
 ) -> int:
     """Tokens of a step from which on both halves of it compute for longer than they move bytes."""
     halves = ({Phase.PROLOGUE, Phase.FORWARD}, {Phase.EPILOGUE, Phase.BACKWARD, Phase.PROLOGUE_BACKWARD})

@@ -1,4 +1,4 @@
-"""The schedule as a simulation plays it: stops of compute, loads and updates, in their order. Pure."""
+"""The schedule as a simulation plays it: stages of compute, loads and updates, in their order. Pure."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.pool import PoolSizes
 from megatrain_io.store.schedule import ChunkOp, Phase, Residents
 
-__all__ = ["Load", "Program", "Stop", "StopKey", "Update"]
+__all__ = ["Load", "Stage", "StageKey", "Timeline", "Update"]
 
-StopKey = tuple[Phase, int]
+StageKey = tuple[Phase, int]
 """A part of a step that computes: its phase, and the record that it computes with."""
 
 # Chunks are put together until a record has no more parts than this, and fewer in a model of many: what is lost is
@@ -57,7 +57,7 @@ class Update:
 
 
 @dataclass(kw_only=True)
-class Stop:
+class Stage:
     """What compute does at once, and what it needs first."""
 
     step: int
@@ -74,11 +74,11 @@ class Stop:
     inputs: float = 0.0
 
 
-class Program:
+class Timeline:
     """Steps, one after the other.
 
     Attributes:
-        stops: of compute, in order.
+        stages: of compute, in order.
         loads: in order, by kind of buffer: ``block``, ``outer``, ``resident``.
         updates: in order.
         commits: whether each step commits.
@@ -88,7 +88,7 @@ class Program:
 
     def __init__(self, layout: ModelLayout, pool: PoolSizes, residents: Residents) -> None:
         self._layout, self._pool, self._residents = layout, pool, residents
-        self.stops: deque[Stop] = deque()
+        self.stages: deque[Stage] = deque()
         self.loads: dict[str, deque[Load]] = {"block": deque(), "outer": deque(), "resident": deque()}
         self.updates: deque[Update] = deque()
         self.commits: dict[int, bool] = {}
@@ -100,7 +100,7 @@ class Program:
     def add(
         self,
         schedule: Sequence[ChunkOp],
-        compute: Mapping[StopKey, float],
+        compute: Mapping[StageKey, float],
         inputs: Mapping[int, float],
         *,
         commits: bool,
@@ -110,35 +110,35 @@ class Program:
         self.commits[number], self.left[number] = commits, 0
         self.left.setdefault(number - 1, 0)
         self.count += 1
-        stops: dict[StopKey, Stop] = {}
+        stages: dict[StageKey, Stage] = {}
         for (kind, record, phase), run in groupby(schedule, lambda op: (op.kind, op.chunk.record, op.phase)):
             owner = record
             if phase is Phase.EPILOGUE:
                 owner = record if self._layout.epilogue is None else self._layout.epilogue
-            stop = stops.get((phase, owner))
-            if stop is None:
-                stop = stops[phase, owner] = Stop(
+            stage = stages.get((phase, owner))
+            if stage is None:
+                stage = stages[phase, owner] = Stage(
                     step=number,
                     phase=phase,
                     record=owner,
                     seconds=compute.get((phase, owner), 0.0),
                     inputs=inputs.get(owner, 0.0),
                 )
-                self.stops.append(stop)
-            self._add_run(stop, kind, record, list(run), commits=commits)
-        self._finish(stops)
+                self.stages.append(stage)
+            self._add_run(stage, kind, record, list(run), commits=commits)
+        self._finish(stages)
 
-    def _add_run(self, stop: Stop, kind: str, record: int, run: list[ChunkOp], *, commits: bool) -> None:
+    def _add_run(self, stage: Stage, kind: str, record: int, run: list[ChunkOp], *, commits: bool) -> None:
         layout, residents = self._layout, self._residents
         parts = _parts(run, self._parts_max)
         if kind == "keep":
-            stop.keeps[record] = sum(op.written_bytes(layout, residents) for op in run)
+            stage.keeps[record] = sum(op.written_bytes(layout, residents) for op in run)
             return
         load = None
         if kind in {"load", "apply"}:
             weights = [(index, self._weight_bytes(part), len(part)) for index, part in enumerate(parts)]
             load = Load(
-                begun=stop.step,
+                begun=stage.step,
                 record=record,
                 pending=deque(weights),
                 kind=self.kind_of(record),
@@ -146,12 +146,12 @@ class Program:
                 applies=kind == "apply",
                 missing=len(parts),
             )
-            stop.loads.append(load)
+            stage.loads.append(load)
             self.loads[load.kind].append(load)
         if kind in {"update", "apply"}:
-            step = stop.step - (kind == "apply")
+            step = stage.step - (kind == "apply")
             if kind == "update":
-                stop.updates.append(record)
+                stage.updates.append(record)
             for index, part in enumerate(parts):
                 read: float = sum(op.read_bytes(layout, residents) for op in part)
                 written = sum(
@@ -174,7 +174,7 @@ class Program:
                 )
                 self.updates.append(
                     Update(
-                        begun=stop.step,
+                        begun=stage.step,
                         step=step,
                         record=record,
                         part=index,
@@ -189,16 +189,16 @@ class Program:
                     )
                 )
 
-    def _finish(self, stops: Mapping[StopKey, Stop]) -> None:
-        """Which stop makes which gradient, and whose weights are held across the turn."""
+    def _finish(self, stages: Mapping[StageKey, Stage]) -> None:
+        """Which stage makes which gradient, and whose weights are held across the turn."""
         last = self._layout.block(self._layout.blocks - 1)
-        trains = any(stop.updates or stop.keeps for stop in stops.values())
-        for (phase, record), stop in stops.items():
+        trains = any(stage.updates or stage.keeps for stage in stages.values())
+        for (phase, record), stage in stages.items():
             if phase is Phase.FORWARD and record == last and trains:
-                stop.holds = True
-            stop.gradients = list(dict.fromkeys([*stop.updates, *stop.keeps]))
-            if phase is Phase.EPILOGUE and trains and len(stop.loads) > (self._layout.epilogue is not None):
-                stop.gradients.append(self._layout.prologue)
+                stage.holds = True
+            stage.gradients = list(dict.fromkeys([*stage.updates, *stage.keeps]))
+            if phase is Phase.EPILOGUE and trains and len(stage.loads) > (self._layout.epilogue is not None):
+                stage.gradients.append(self._layout.prologue)
 
     def _weight_bytes(self, part: Sequence[ChunkOp]) -> float:
         """Read for the weights alone."""
@@ -229,4 +229,4 @@ def _parts(run: Sequence[ChunkOp], most: int) -> list[list[ChunkOp]]:
     """The chunks of a record, in as many parts as are played one by one."""
     count = min(most, len(run))
     borders = [len(run) * index // count for index in range(count + 1)]
-    return [list(run[start:stop]) for start, stop in pairwise(borders)]
+    return [list(run[start:stage]) for start, stage in pairwise(borders)]

@@ -25,7 +25,7 @@ from megatrain_io.planning.plan import Plan
 from megatrain_io.planning.planner import accumulation_that_hides_io, make_plan
 from megatrain_io.planning.resolve import calibrate, layout_of, precision_of, ram_of
 from megatrain_io.planning.step_time import forget_schedules
-from megatrain_io.planning.timeline import StopKey
+from megatrain_io.planning.timeline import StageKey
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import ModelLayout
@@ -113,7 +113,7 @@ class Start:
         found = make_plan(
             one.with_accumulation(count),
             hardware,
-            compute=compute and {stop: count * seconds for stop, seconds in compute.items()},
+            compute=compute and {stage: count * seconds for stage, seconds in compute.items()},
             usable=None if self.config.memory.ram is None else usable_ram(),
             libraries=libraries,
             variants=False,
@@ -157,13 +157,13 @@ def _hardware(config: RunConfig, run: RunFolder, ram: int, device: Device) -> Ha
     return this_machine([store.parent for store in stores], ram, precision_of(config), profile, gpu=gpu)
 
 
-def _seconds_of(job: TrainingJob, hardware: Hardware, data: TrainingData) -> dict[StopKey, float] | None:
-    """Seconds of the stops of one micro-batch of rows of mean length; ``job`` has the longest."""
+def _seconds_of(job: TrainingJob, hardware: Hardware, data: TrainingData) -> dict[StageKey, float] | None:
+    """Seconds of the stages of one micro-batch of rows of mean length; ``job`` has the longest."""
     compute = calibrate(job, hardware)
     if compute is None:
         return None
     share = data.train.tokens / (len(data.train) * max(1, data.train.longest_row))
-    return {stop: share * seconds for stop, seconds in compute.items()}
+    return {stage: share * seconds for stage, seconds in compute.items()}
 
 
 def _chosen_before(run: RunFolder) -> int | None:

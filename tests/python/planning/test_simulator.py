@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from megatrain_io.planning.residents import choose_gradients, choose_residents
-from megatrain_io.planning.simulator import Rates, _Play, simulate
+from megatrain_io.planning.simulator import Rates, _Simulation, simulate
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.pool import pool_sizes
 from megatrain_io.store.schedule import Phase, Residents, build_schedule, flush_schedule, traffic
@@ -81,8 +81,10 @@ SPEED = Rates(read=2e9, write=1e9)
 def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(
     monkeypatch, tied, share, gradients, slots
 ):
-    place, plays, run = layout(tied=tied), [], _Play.run
-    monkeypatch.setattr(_Play, "run", lambda play: (plays.append((play, dict(play._free))), run(play))[1])
+    place, plays, run = layout(tied=tied), [], _Simulation.run
+    monkeypatch.setattr(
+        _Simulation, "run", lambda play: (plays.append((play, dict(play._free))), run(play))[1]
+    )
     for commits, spilled, behind in product((True, False), (False, True), (0, 2, 1000)):
         found, moved = played(
             place,

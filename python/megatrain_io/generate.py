@@ -25,7 +25,7 @@ from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device, out_of_memory
 from megatrain_io.paging.device.choose import best_device
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES
-from megatrain_io.paging.device.records import DeviceState
+from megatrain_io.paging.device.records import DeviceRecords
 from megatrain_io.paging.paged_model import PagedModel, clear_frames
 from megatrain_io.planning.vram_budget import divide_vram
 from megatrain_io.runs.folder import RunFolder
@@ -73,7 +73,7 @@ def next_tokens(
         model.abort()
 
 
-def _pass(model: PagedModel, records: PagedState | DeviceState, new: Tensor, cache: Cache) -> Tensor:
+def _pass(model: PagedModel, records: PagedState | DeviceRecords, new: Tensor, cache: Cache) -> Tensor:
     """Scores [1, V] of the token after ``new``, int64 [1, t]."""
     cut, layout = model.cut, model.state.layout
     start = cache.get_seq_length()

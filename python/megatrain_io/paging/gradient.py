@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from megatrain_io.errors import MegatrainIoError
-from megatrain_io.paging.device.host_gradients import GatheredGradient
+from megatrain_io.paging.device.host_gradients import HostGradient
 from megatrain_io.paging.protocols import Records
 from megatrain_io.store.paged_store import BorrowedRecord
 
@@ -35,7 +35,7 @@ class Gradient:
                 continue
             is_first = name not in self._seen
             self._seen.add(name)
-            if isinstance(self._borrowed, GatheredGradient):
+            if isinstance(self._borrowed, HostGradient):
                 self._borrowed.add(name, gradient, is_first=is_first)
             elif is_first:
                 self._borrowed.tensors[name].copy_(gradient)

@@ -21,11 +21,11 @@ from megatrain_io.errors import (
 from megatrain_io.models.partition import CutModel
 from megatrain_io.paging.activations import SavedInputs, SavedInputsBudget
 from megatrain_io.paging.clipping import Guess, clip_coefficient
-from megatrain_io.paging.device.activations import DeviceInputs
+from megatrain_io.paging.device.activations import DeviceActivations
 from megatrain_io.paging.device.base import Device, out_of_memory
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.pool import VramPlan, device_pool, gathered_chunks
-from megatrain_io.paging.device.records import DeviceState, Passage, passage_of
+from megatrain_io.paging.device.records import DeviceRecords, TransferPlan, transfer_plan_of
 from megatrain_io.paging.step import LOGITS_BYTES, Step, hidden_nbytes, slice_tokens
 from megatrain_io.paging.tensor_meter import WorkspaceMeter
 from megatrain_io.paging.trace import Trace
@@ -44,7 +44,7 @@ class _Prepared:
     """A schedule, checked; and what it moves to a device, if there is one."""
 
     checked: CheckedSchedule
-    passage: Passage
+    transfer_plan: TransferPlan
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,17 @@ class PagedModel:
         self.device = device or Cpu()
         engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
         saved = SavedInputs(state.ledger, saved_inputs, engine)
-        self.saved: SavedInputs | DeviceInputs = saved
-        self._on_device: DeviceState | None = None
+        self.saved: SavedInputs | DeviceActivations = saved
+        self._on_device: DeviceRecords | None = None
         self._gathered = 0
         if self.device.has_own_memory:
             cut.to(self.device.torch_device)
             layout, borrows = state.layout, self.borrows_prologue
             pool = vram.pool if vram else device_pool(layout, borrows_prologue=borrows, training=True)
-            self._on_device = DeviceState(state, self.device, pool)
+            self._on_device = DeviceRecords(state, self.device, pool)
             if pool.gathers:
                 self._gathered = gathered_chunks(layout, borrows_prologue=borrows)
-            self.saved = DeviceInputs(
+            self.saved = DeviceActivations(
                 saved, self.device, self._on_device, vram.saved_inputs if vram else None
             )
         self._trace = trace
@@ -272,7 +272,7 @@ class PagedModel:
             return
         layout = self.state.layout
         # Nothing is computed: no device sees it.
-        schedule = _Prepared(self._checked(flush_schedule(layout)), passage_of(()))
+        schedule = _Prepared(self._checked(flush_schedule(layout)), transfer_plan_of(()))
         with self._begun(schedule, _NO_UPDATE, commits=False), self.span("flush"):
             for record in range(len(layout.records)):
                 if self._on_device is None:
@@ -305,12 +305,12 @@ class PagedModel:
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)
 
-    def begin_forward(self) -> PagedState | DeviceState:
+    def begin_forward(self) -> PagedState | DeviceRecords:
         """Begin a pass forward of the caller's own; weights come from what is returned, in the schedule's order."""
         self.state.begin(self._forward.checked, _NO_UPDATE)
         if self._on_device is None:
             return self.state
-        self._on_device.begin(self._forward.passage)
+        self._on_device.begin(self._forward.transfer_plan)
         return self._on_device
 
     def end_forward(self) -> None:
@@ -321,7 +321,7 @@ class PagedModel:
     def abort(self) -> None:
         """Drop a step or a pass under way, and with it everything since the last commit."""
         try:
-            if isinstance(self.saved, DeviceInputs):
+            if isinstance(self.saved, DeviceActivations):
                 self.saved.abort()
             if self._on_device is not None:
                 self._on_device.abort()
@@ -345,7 +345,7 @@ class PagedModel:
         return self.state.check(schedule, by_chunk=self._on_device is not None)
 
     def _prepared(self, schedule: Sequence[ChunkOp]) -> _Prepared:
-        return _Prepared(self._checked(schedule), passage_of(schedule))
+        return _Prepared(self._checked(schedule), transfer_plan_of(schedule))
 
     def _schedule(self, gradients: Gradients) -> _Prepared:
         """That of a training step; made once."""
@@ -431,7 +431,7 @@ class PagedModel:
                 is_refused = True  # nothing was begun: what waits goes on waiting
                 raise
             if self._on_device is not None:
-                self._on_device.begin(schedule.passage)
+                self._on_device.begin(schedule.transfer_plan)
             self._is_waiting = False
             yield
         except BaseException as error:

@@ -17,7 +17,7 @@ from megatrain_io.models.partition import model_parts
 from megatrain_io.paging.activations import SavedInputs, SavedInputsBudget, input_nbytes
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.pool import device_pool
-from megatrain_io.paging.device.records import DeviceState
+from megatrain_io.paging.device.records import DeviceRecords
 from megatrain_io.paging.device.simulated import OrderError, SimulatedDevice
 from megatrain_io.paging.step import Step
 from megatrain_io.planning import memory_needs
@@ -157,8 +157,8 @@ def test_every_wait_is_needed(tmp_path, monkeypatch, why):
         # None does, before the step is dropped, which waits for all copies.
         hold = threading.Event()
         device._copies["out"].put(hold.wait)
-        abort = DeviceState.abort
-        monkeypatch.setattr(DeviceState, "abort", lambda state: (hold.set(), abort(state)))
+        abort = DeviceRecords.abort
+        monkeypatch.setattr(DeviceRecords, "abort", lambda state: (hold.set(), abort(state)))
     with pytest.raises(OrderError):
         trained(tmp_path / "store", case, device, **how)
 

@@ -17,9 +17,9 @@ from megatrain_io.errors import ConfigError, MegatrainIoError
 from megatrain_io.paging.activations import SavedInputs, SavedInputsPlan, input_nbytes
 from megatrain_io.paging.device.base import Device, Done, Event
 from megatrain_io.paging.device.pool import slot_nbytes
-from megatrain_io.paging.device.records import DeviceState
+from megatrain_io.paging.device.records import DeviceRecords
 
-__all__ = ["DeviceInputs"]
+__all__ = ["DeviceActivations"]
 
 # As tensors in a block buffer: matrix kernels choose their path by alignment.
 _ALIGNMENT = 256
@@ -27,7 +27,7 @@ _ALIGNMENT = 256
 _SLOTS_MIN = 2
 
 
-class DeviceInputs:
+class DeviceActivations:
     """Stands for ``SavedInputs`` in a step.
 
     Args:
@@ -38,7 +38,7 @@ class DeviceInputs:
     """
 
     def __init__(
-        self, host: SavedInputs, device: Device, state: DeviceState, nbytes: int | None = None
+        self, host: SavedInputs, device: Device, state: DeviceRecords, nbytes: int | None = None
     ) -> None:
         self.host = host
         self._device = device

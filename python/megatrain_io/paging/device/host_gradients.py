@@ -18,16 +18,16 @@ from megatrain_io.paging.device.events import DeviceEvents
 from megatrain_io.store.layout import Chunk
 from megatrain_io.store.paged_store import BorrowedRecord, PagedState, PieceBuffer, values_of
 
-__all__ = ["DeviceSums", "GatheredGradient"]
+__all__ = ["HostGradient", "HostGradients"]
 
 # How long to wait for a slot before other copies are looked after, in seconds.
 _PATIENCE = 0.001
 
 
-class GatheredGradient(BorrowedRecord):
+class HostGradient(BorrowedRecord):
     """The fp32 gradient of a record, in slots of the pool: one for each chunk that something was added to."""
 
-    def __init__(self, sums: "DeviceSums", record: int) -> None:
+    def __init__(self, sums: "HostGradients", record: int) -> None:
         self.tensors = {}
         self.record = record
         self.slots: dict[int, PieceBuffer] = {}
@@ -39,7 +39,7 @@ class GatheredGradient(BorrowedRecord):
         self._sums.add(self, name, gradient, is_first=is_first)
 
 
-class DeviceSums:
+class HostGradients:
     """Adds native gradients to sums in RAM, on the device, piece by piece.
 
     Args:
@@ -63,14 +63,14 @@ class DeviceSums:
         self._buffers = buffers
         self._events = events
         self._advance = advance
-        self.gradients: weakref.WeakSet[GatheredGradient] = weakref.WeakSet()
+        self.gradients: weakref.WeakSet[HostGradient] = weakref.WeakSet()
         """Those that may hold slots."""
         self._number = 0
         # Of each buffer and each chunk's slot, which sum has left it last.
         self._of_buffer: dict[int, int] = {}
         self._of_chunk: dict[int, tuple[int, Event]] = {}
 
-    def add(self, gradient: GatheredGradient, name: str, native: Tensor, *, is_first: bool) -> None:
+    def add(self, gradient: HostGradient, name: str, native: Tensor, *, is_first: bool) -> None:
         """Add a native gradient; its memory may be given back as soon as this returns."""
         layout = self._state.layout
         (place,) = (place for place in layout.records[gradient.record].tensors if place.name == name)
@@ -91,7 +91,7 @@ class DeviceSums:
                     slot.release()
             gradient.slots.clear()
 
-    def _slot(self, gradient: GatheredGradient, chunk: Chunk) -> PieceBuffer:
+    def _slot(self, gradient: HostGradient, chunk: Chunk) -> PieceBuffer:
         while chunk.index not in gradient.slots:
             slot = self._state.try_piece_gradient(chunk.index, _PATIENCE)
             if slot is None:

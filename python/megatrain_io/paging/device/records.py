@@ -18,32 +18,32 @@ from torch import Tensor
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.paging.device.base import Device, Done, Event, Stream
 from megatrain_io.paging.device.events import DeviceEvents
-from megatrain_io.paging.device.host_gradients import DeviceSums, GatheredGradient
+from megatrain_io.paging.device.host_gradients import HostGradient, HostGradients
 from megatrain_io.paging.device.pool import DevicePool, kind_of
 from megatrain_io.store.dtypes import dtype_of
 from megatrain_io.store.layout import Chunk, ModelLayout, Record
 from megatrain_io.store.paged_store import BorrowedRecord, PagedState, PieceBuffer, values_of
 from megatrain_io.store.schedule import ChunkOp
 
-__all__ = ["DeviceState", "Passage", "passage_of"]
+__all__ = ["DeviceRecords", "TransferPlan", "transfer_plan_of"]
 
 # How long to wait for a chunk before the other direction is looked after again, in seconds.
 _PATIENCE = 0.001
 
 
 @dataclass(frozen=True)
-class Passage:
+class TransferPlan:
     """What a schedule moves to a device: the records that are loaded, in order, and those that are updated."""
 
     loads: tuple[int, ...]
     updated: frozenset[int]
 
 
-def passage_of(schedule: Sequence[ChunkOp]) -> Passage:
+def transfer_plan_of(schedule: Sequence[ChunkOp]) -> TransferPlan:
     """Of the operations of a step."""
     runs = [key for key, _ in groupby(schedule, lambda op: (op.kind, op.chunk.record, op.phase))]
     loads = tuple(record for kind, record, _ in runs if kind in {"load", "apply"})
-    return Passage(loads, frozenset(record for kind, record, _ in runs if kind == "update"))
+    return TransferPlan(loads, frozenset(record for kind, record, _ in runs if kind == "update"))
 
 
 @dataclass
@@ -65,7 +65,7 @@ class _Leaving:
 
     record: int
     load: _Load
-    gradient: Tensor | GatheredGradient
+    gradient: Tensor | HostGradient
     whole: Event
     is_ordered: bool = False
     moved: int = 0
@@ -76,7 +76,7 @@ class _OnDevice(BorrowedRecord):
     """Tensors over a buffer of the device."""
 
     def __init__(
-        self, state: "DeviceState", tensors: dict[str, Tensor], load: _Load, gradient: Tensor | None
+        self, state: "DeviceRecords", tensors: dict[str, Tensor], load: _Load, gradient: Tensor | None
     ) -> None:
         self.tensors = tensors
         self.load = load
@@ -88,7 +88,7 @@ class _OnDevice(BorrowedRecord):
         self._state.give_back(self)
 
 
-class DeviceState:
+class DeviceRecords:
     """The records of a paged state on a device, for as long as they are borrowed.
 
     Stands for the state in a step: ``weights`` in the schedule's order, ``gradient`` and ``submit``.
@@ -114,9 +114,9 @@ class DeviceState:
         self._updated: frozenset[int] = frozenset()
         self.events = DeviceEvents(device)
         """When copies and compute happened; of compute, by record."""
-        self._sums: DeviceSums | None = None
+        self._sums: HostGradients | None = None
         if pool.gathers:
-            self._sums = DeviceSums(state, device, self._gradients["pieces"], self.events, self.advance)
+            self._sums = HostGradients(state, device, self._gradients["pieces"], self.events, self.advance)
         self.also: list[Callable[[], bool]] = []
         """What else to look after; each says whether it did anything."""
 
@@ -134,10 +134,10 @@ class DeviceState:
 
     # ----------------------------------------------------------------------------------------- of a step
 
-    def begin(self, passage: Passage) -> None:
+    def begin(self, transfer_plan: TransferPlan) -> None:
         """The state has begun a step: its weights begin to come."""
-        self._fetching.extend(map(_Load, passage.loads))
-        self._updated = passage.updated
+        self._fetching.extend(map(_Load, transfer_plan.loads))
+        self._updated = transfer_plan.updated
         self.advance()
 
     def weights(self, record: int) -> BorrowedRecord:
@@ -155,7 +155,7 @@ class DeviceState:
     def gradient(self, record: int) -> BorrowedRecord:
         """A buffer for the fp32 gradient of ``record``, content arbitrary; or what gathers it in RAM."""
         if self._sums is not None:
-            return GatheredGradient(self._sums, record)
+            return HostGradient(self._sums, record)
         free = self._gradients[self._kind(record, self._gradients)]
         self.until(lambda: bool(free))
         buffer, left = free.popleft()
@@ -165,7 +165,7 @@ class DeviceState:
     def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
         """Hand a gradient over: it leaves by chunks, and each is updated when it has come."""
         total = gradient.gradient if isinstance(gradient, _OnDevice) else gradient
-        if not isinstance(weights, _OnDevice) or not isinstance(total, Tensor | GatheredGradient):
+        if not isinstance(weights, _OnDevice) or not isinstance(total, Tensor | HostGradient):
             raise MegatrainIoError(f"record {record}: what was submitted was not borrowed here")
         weights.tensors, gradient.tensors = {}, {}
         whole = self._device.record("compute")
@@ -322,7 +322,7 @@ class DeviceState:
         """False where there is no slot for it."""
         state, device = self._state, self._device
         gradient = leaving.gradient
-        if isinstance(gradient, GatheredGradient):
+        if isinstance(gradient, HostGradient):
             leaving.slot = leaving.slot or gradient.slots.pop(chunk.index)
         else:
             leaving.slot = leaving.slot or state.try_piece_gradient(chunk.index, patience)

@@ -11,10 +11,10 @@ from megatrain_io.machine.extension import adamw_kernels
 from megatrain_io.models.partition import CutModel
 from megatrain_io.paging.device.base import Device
 
-__all__ = ["changes", "environment_of"]
+__all__ = ["differences", "fingerprint_of"]
 
 
-def environment_of(device: Device, cut: CutModel) -> dict[str, Any]:
+def fingerprint_of(device: Device, cut: CutModel) -> dict[str, Any]:
     """Of this process, by name, where ``device`` computes ``cut``."""
     return {
         "torch": torch.__version__,
@@ -28,7 +28,7 @@ def environment_of(device: Device, cut: CutModel) -> dict[str, Any]:
     }
 
 
-def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
     """A sentence for each thing that is not as it was; ``before`` is None where a run begins."""
     if before is None:
         return []

@@ -36,7 +36,7 @@ from megatrain_io.runs.open_store import open_store
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.layout import ModelLayout, TensorPlace
 from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings, store_memory
-from megatrain_io.training.fingerprint import changes, environment_of
+from megatrain_io.training.fingerprint import differences, fingerprint_of
 from megatrain_io.training.interrupt import after_the_step
 from megatrain_io.training.lr_schedule import learning_rate_at
 from megatrain_io.training.reporters import Reporter
@@ -231,8 +231,13 @@ class _Trainer:
             self._model.record_device_events()
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
-        now = environment_of(self._device, start.cut)
-        notes = [*notes, *self._state.notes, *start.cut.loss_notes, *changes(self.progress.environment, now)]
+        now = fingerprint_of(self._device, start.cut)
+        notes = [
+            *notes,
+            *self._state.notes,
+            *start.cut.loss_notes,
+            *differences(self.progress.environment, now),
+        ]
         notes += [*planned.summary(), str(self._data.summary)]
         if not is_pinned:
             notes.insert(0, f"{self._device.name} cannot be given the pool's memory: copies take a detour")
@@ -442,7 +447,7 @@ class _Trainer:
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
                 "written_bytes": self._tally.at_most(self._written_total(), is_settled=is_settled),
-                "environment": environment_of(self._device, self._model.cut),
+                "environment": fingerprint_of(self._device, self._model.cut),
             }
             return TrainerState(**fields).encode()
 

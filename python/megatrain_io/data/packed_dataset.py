@@ -25,12 +25,12 @@ from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch, blank_micro_batch
 from megatrain_io.data.packing import STARTS, TRAINED, Shard
 from megatrain_io.errors import DataError
 
-__all__ = ["RowOrder", "Rows"]
+__all__ = ["EpochOrder", "PackedDataset"]
 
 _FRAMES_KEPT = 8
 
 
-class Rows:
+class PackedDataset:
     """The rows of a shard file. Not to be shared between threads."""
 
     def __init__(self, path: Path, shard: Shard, pad_token: int) -> None:
@@ -171,7 +171,7 @@ class Rows:
         )
 
 
-class RowOrder:
+class EpochOrder:
     """The order in which rows are trained: every epoch all of them, shuffled anew.
 
     Which rows a step takes follows from its number alone, so that resuming needs nothing else.

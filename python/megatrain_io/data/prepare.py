@@ -24,7 +24,7 @@ import numpy as np
 
 from megatrain_io.data.files import SourceFile, find_files
 from megatrain_io.data.formats import Document, DocumentReader, Format, Text
-from megatrain_io.data.packed_dataset import RowOrder, Rows
+from megatrain_io.data.packed_dataset import EpochOrder, PackedDataset
 from megatrain_io.data.packing import RowWriter, Shard
 from megatrain_io.data.tokenize import Encoder, Encoding, marked, read_chat_template, tokenizer_digest
 from megatrain_io.errors import ConfigError, DataError, StorageError
@@ -32,7 +32,15 @@ from megatrain_io.errors import ConfigError, DataError, StorageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataOptions", "DataSummary", "FileSummary", "RowOrder", "Rows", "TrainingData", "prepare"]
+__all__ = [
+    "DataOptions",
+    "DataSummary",
+    "EpochOrder",
+    "FileSummary",
+    "PackedDataset",
+    "TrainingData",
+    "prepare",
+]
 
 # Raised with every change that gives other rows for the same data, or another layout of the files.
 _CACHE_VERSION = 1
@@ -141,9 +149,9 @@ class TrainingData:
         reused: whether the tokens were there already.
     """
 
-    train: Rows
-    eval: Rows | None
-    order: RowOrder
+    train: PackedDataset
+    eval: PackedDataset | None
+    order: EpochOrder
     fingerprint: str
     summary: DataSummary
     chat_template: str | None
@@ -258,17 +266,17 @@ class _Preparation:
         return TrainingData(
             train=rows["train"],
             eval=rows.get("eval"),
-            order=RowOrder(len(rows["train"]), self._options.seed),
+            order=EpochOrder(len(rows["train"]), self._options.seed),
             fingerprint=fingerprint,
             summary=DataSummary(**{**found, **lists}),
             chat_template=self._chat_template,
             reused=True,
         )
 
-    def _open(self, name: str, shard: dict[str, Any]) -> Rows:
+    def _open(self, name: str, shard: dict[str, Any]) -> PackedDataset:
         tokens = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
         pad = next(token for token in tokens if token is not None)
-        return Rows(self._cache_dir / _SHARD.format(name), Shard(**shard), pad)
+        return PackedDataset(self._cache_dir / _SHARD.format(name), Shard(**shard), pad)
 
     def _build(self, fingerprint: str, progress: Callable[[int, int], None]) -> None:
         self._cache_dir.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from corpus import TOKENIZER, documents, ready, shown
 from megatrain_io.data import packed_dataset, packing
-from megatrain_io.data.prepare import RowOrder
+from megatrain_io.data.prepare import EpochOrder
 
 # ------------------------------------------------------------------------------- packing, micro-batches
 
@@ -126,7 +126,7 @@ def test_tokens_take_two_bytes_where_the_vocabulary_allows(tmp_path, vocabulary,
         writer.add(np.array([1, vocabulary - 1]), np.array([True, True]))
         shard = writer.finish()
     assert shard.token_type == token_type
-    made = packed_dataset.Rows(tmp_path / "tokens", shard, 0)
+    made = packed_dataset.PackedDataset(tmp_path / "tokens", shard, 0)
     assert made.micro_batch([0]).input_ids.tolist() == [[1, vocabulary - 1]]
     assert made.largest_token == vocabulary - 1
 
@@ -135,21 +135,21 @@ def test_tokens_take_two_bytes_where_the_vocabulary_allows(tmp_path, vocabulary,
 
 
 def test_each_epoch_is_another_order_of_all_rows_and_never_changes():
-    order = RowOrder(10, seed=42)
+    order = EpochOrder(10, seed=42)
     epochs = [order.epoch(epoch).tolist() for epoch in range(4)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert RowOrder(10, seed=43).epoch(0).tolist() != epochs[0]
+    assert EpochOrder(10, seed=43).epoch(0).tolist() != epochs[0]
     assert epochs[0] == [9, 4, 0, 3, 5, 1, 6, 2, 7, 8], "runs that were begun before go on in this order"
 
 
 def test_a_step_takes_the_rows_that_its_number_says():
-    order = RowOrder(10, seed=1)
+    order = EpochOrder(10, seed=1)
     through = [row for epoch in range(6) for row in order.epoch(epoch).tolist()]
     taken = [order.indices_for_step(step, 4) for step in range(1, 16)]
     assert [row for step in taken for row in step] == through[:60]
-    assert RowOrder(10, seed=1).indices_for_step(9, 4) == taken[8], "resumed in a new process"
-    assert list(RowOrder(10, seed=1).indices_for_step(2, 25)) == through[25:50], "more rows than there are"
+    assert EpochOrder(10, seed=1).indices_for_step(9, 4) == taken[8], "resumed in a new process"
+    assert list(EpochOrder(10, seed=1).indices_for_step(2, 25)) == through[25:50], "more rows than there are"
     assert [order.steps(*how) for how in [(1, 4), (2, 4), (0.7, 1), (0.01, 4)]] == [3, 5, 7, 1]
     with pytest.raises(ValueError, match="step 0"):
         order.indices_for_step(0, 4)

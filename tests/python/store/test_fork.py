@@ -39,7 +39,7 @@ PARENT = """
         print(os.getpid(), max(sizes, default=0), holds, flush=True)
         os.read(int(sys.argv[4]), 1)
 
-    class Rows(Dataset):
+    class PackedDataset(Dataset):
         def __len__(self):
             return 1
 
@@ -47,7 +47,7 @@ PARENT = """
             work()
 
     if sys.argv[3] == "loader":
-        next(iter(DataLoader(Rows(), num_workers=1, multiprocessing_context="fork")))
+        next(iter(DataLoader(PackedDataset(), num_workers=1, multiprocessing_context="fork")))
     elif os.fork() == 0:
         work()
         os._exit(0)

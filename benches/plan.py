@@ -149,7 +149,7 @@ def least_for_overlap(cut: Any, layout: Any, needs: Any) -> int:
     """RAM in which the largest pool fits, and nothing stays."""
     from megatrain_io.store.pool import mapped_nbytes, pool_sizes
 
-    pool = pool_sizes(layout, borrows_prologue=bool(cut.epilogue_borrowed), training=True)
+    pool = pool_sizes(layout, tied_embeddings=bool(cut.tied_parameters), training=True)
     return needs.always + needs.saved_inputs + mapped_nbytes(pool) + (8 << 20)
 
 

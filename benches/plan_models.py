@@ -108,12 +108,12 @@ def row(cut: CutModel, layout: ModelLayout, machine: Hardware, tokens: int) -> R
     cache = max(0.0, machine.ram - inputs)
     spilled = max(0.0, inputs - machine.ram)
     wanted = formula(layout.parameters, tokens, cache, machine)
-    schedule = build_schedule(layout, borrows_prologue=False, training=True)
+    schedule = build_schedule(layout, tied_embeddings=False, training=True)
     residents = choose_residents(layout, schedule, int(cache))
     read, written = traffic(schedule, layout, residents, commits=False)
     work = work_of(cut, layout, [tuple(batch.input_ids.shape) for batch in batches], attention=False)
     pool = pool_sizes(
-        layout, borrows_prologue=False, training=True, residents=residents, block_buffers=4, chunk_slots=16
+        layout, tied_embeddings=False, training=True, residents=residents, block_buffers=4, chunk_slots=16
     )
     compute = spread(work.seconds(machine.flops_per_second), wanted[3])
     blocks = range(round(layout.blocks * spilled / inputs))

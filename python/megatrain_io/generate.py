@@ -88,7 +88,7 @@ def _pass(model: PagedModel, records: PagedState | DeviceRecords, new: Tensor, c
         hidden = cut.run_block(block, weights.tensors, hidden, calls[block])
         weights.give_back()
     borrowed = [] if layout.epilogue is None else [records.weights(layout.epilogue)]
-    if cut.epilogue_borrowed:
+    if cut.tied_parameters:
         borrowed.append(records.weights(layout.prologue))
     bound = {name: tensor for record in borrowed for name, tensor in record.tensors.items()}
     scores = cut.logits(bound, hidden[:, -1:])[:, -1].float()
@@ -246,7 +246,7 @@ def _on_device(cut: CutModel, state: PagedState, device: Device) -> PagedModel:
         with suppress(DoesNotFitError):
             vram = divide_vram(
                 state.layout,
-                borrows_prologue=bool(cut.epilogue_borrowed),
+                tied_embeddings=bool(cut.tied_parameters),
                 vram=device.vram,
                 context=CONTEXT_NBYTES,
                 activations=_COMPUTE_NBYTES,

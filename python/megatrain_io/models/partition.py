@@ -81,7 +81,7 @@ class CutModel:
         tied: alias -> full name of the parameter that it shares.
         prologue_parameters: what `record` needs, in model order.
         epilogue_parameters: what `loss` and `logits` need, less what the prologue owns.
-        epilogue_borrowed: names of prologue parameters that `loss` and `logits` need too.
+        tied_parameters: names of prologue parameters that `loss` and `logits` need too.
         frozen: names of parameters that the architecture itself does not train.
     """
 
@@ -119,7 +119,7 @@ class CutModel:
         self.epilogue_parameters: tuple[ParameterShape, ...] = tuple(
             (name, shape) for name, shape in resident if name not in facts.prologue
         )
-        self.epilogue_borrowed: tuple[str, ...] = tuple(
+        self.tied_parameters: tuple[str, ...] = tuple(
             name for name, _ in self.prologue_parameters if name in facts.epilogue
         )
         # One element, strides of zero: what a parameter is while `forward` passes it to no purpose.
@@ -281,7 +281,7 @@ class CutModel:
     def _run_epilogue(
         self, parameters: Mapping[str, Tensor], hidden: Tensor, inputs: Mapping[str, object]
     ) -> CausalLMOutputWithPast:
-        needed = [*(name for name, _ in self.epilogue_parameters), *self.epilogue_borrowed]
+        needed = [*(name for name, _ in self.epilogue_parameters), *self.tied_parameters]
         bound = self._placeholders | {name: parameters[name] for name in needed}
         # `forward` must embed something; the stubs drop whatever comes of it.
         input_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)

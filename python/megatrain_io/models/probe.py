@@ -312,7 +312,7 @@ def _layer_major(
         for index in range(len(cut.blocks)):
             for each in passes:
                 each.hiddens.append(cut.run_block(index, leaves, each.hiddens[-1], each.calls[index]))
-    names = [name for name, _ in cut.epilogue_parameters] + list(cut.epilogue_borrowed)
+    names = [name for name, _ in cut.epilogue_parameters] + list(cut.tied_parameters)
     names = [name for name in names if leaves[name].requires_grad]
     for each, micro_batch in zip(passes, micro_batches, strict=True):
         hidden = each.hiddens.pop().requires_grad_()

@@ -112,7 +112,7 @@ class PagedModel:
         self.cut = cut
         self.state = state
         self.seed = seed
-        self.borrows_prologue = bool(cut.epilogue_borrowed)
+        self.tied_embeddings = bool(cut.tied_parameters)
         self.device = device or Cpu()
         engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
         saved = SavedInputs(state.ledger, saved_inputs, engine)
@@ -121,19 +121,19 @@ class PagedModel:
         self._gathered = 0
         if self.device.has_own_memory:
             cut.to(self.device.torch_device)
-            layout, borrows = state.layout, self.borrows_prologue
-            pool = vram.pool if vram else device_pool(layout, borrows_prologue=borrows, training=True)
+            layout, tied = state.layout, self.tied_embeddings
+            pool = vram.pool if vram else device_pool(layout, tied_embeddings=tied, training=True)
             self._on_device = DeviceRecords(state, self.device, pool)
             if pool.gathers:
-                self._gathered = gathered_chunks(layout, borrows_prologue=borrows)
+                self._gathered = gathered_chunks(layout, tied_embeddings=tied)
             self.saved = DeviceActivations(
                 saved, self.device, self._on_device, vram.saved_inputs if vram else None
             )
         self._trace = trace
         self.slice_tokens = slice_tokens(cut, logits_bytes)
-        borrows = self.borrows_prologue
-        self.training_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=True)
-        self.forward_schedule = build_schedule(state.layout, borrows_prologue=borrows, training=False)
+        tied = self.tied_embeddings
+        self.training_schedule = build_schedule(state.layout, tied_embeddings=tied, training=True)
+        self.forward_schedule = build_schedule(state.layout, tied_embeddings=tied, training=False)
         self.max_grad_norm = max_grad_norm
         self._guess = Guess()
         self._gradients = gradients
@@ -157,7 +157,7 @@ class PagedModel:
         """Sizes of a pool for this model; see ``schedule.pool_sizes``."""
         return pool_sizes(
             self.state.layout,
-            borrows_prologue=self.borrows_prologue,
+            tied_embeddings=self.tied_embeddings,
             training=training,
             residents=residents,
             keeps=training and self.max_grad_norm is not None,
@@ -353,7 +353,7 @@ class PagedModel:
         if key not in self._schedules:
             operations = build_schedule(
                 self.state.layout,
-                borrows_prologue=self.borrows_prologue,
+                tied_embeddings=self.tied_embeddings,
                 training=True,
                 applies=key[0],
                 gradients=gradients,

@@ -160,13 +160,13 @@ class Step:
         layout = self._layout
         updates = training and not layout.is_frozen
         own = None if layout.epilogue is None else self._state.weights(layout.epilogue)
-        table = self._state.weights(layout.prologue) if self._cut.epilogue_borrowed else None
+        table = self._state.weights(layout.prologue) if self._cut.tied_parameters else None
         weights = [borrowed for borrowed in (own, table) if borrowed is not None]
         gradients = []
         if updates and own is not None and layout.epilogue is not None:
             gradients.append(Gradient(self._state, layout.epilogue))
         if updates and table is not None:
-            self._table_gradient = Gradient(self._state, layout.prologue, self._cut.epilogue_borrowed)
+            self._table_gradient = Gradient(self._state, layout.prologue, self._cut.tied_parameters)
             gradients.append(self._table_gradient)
         total: Tensor | None = None
         with torch.set_grad_enabled(training):

@@ -47,10 +47,10 @@ def on_device(
     Raises:
         DoesNotFitError: it is too small; says what would do.
     """
-    per_block, borrows = needs.inputs_per_block, bool(cut.epilogue_borrowed)
+    per_block, tied = needs.inputs_per_block, bool(cut.tied_parameters)
     plan = divide_vram(
         layout,
-        borrows_prologue=borrows,
+        tied_embeddings=tied,
         vram=vram,
         context=CONTEXT_NBYTES,
         activations=_compute_nbytes(needs),
@@ -65,7 +65,7 @@ def on_device(
         saved_inputs=left,
         saved_inputs_least=least_saved_inputs(left // per_block if per_block else 0, per_block),
         by_chunk=True,
-        gathered=gathered_chunks(layout, borrows_prologue=borrows) if plan.pool.gathers else 0,
+        gathered=gathered_chunks(layout, tied_embeddings=tied) if plan.pool.gathers else 0,
     )
 
 
@@ -73,7 +73,7 @@ def least_on_device(cut: CutModel, layout: ModelLayout, needs: StepNeeds) -> int
     """The least VRAM that steps which need ``needs`` can be done in."""
     return least_vram(
         layout,
-        borrows_prologue=bool(cut.epilogue_borrowed),
+        tied_embeddings=bool(cut.tied_parameters),
         context=CONTEXT_NBYTES,
         activations=_compute_nbytes(needs),
         inputs_per_block=needs.inputs_per_block,
@@ -93,7 +93,7 @@ def gathered_nbytes(cut: CutModel, layout: ModelLayout, micro_batches: Sequence[
     for number, record in enumerate(layout.records):
         for place in record.tensors:
             count = slices if number == layout.epilogue else len(shapes)
-            if place.name in cut.epilogue_borrowed:
+            if place.name in cut.tied_parameters:
                 count += slices
             found += 4 * place.elements * (2 * count - 1)
     return found
@@ -112,9 +112,9 @@ def divided(
     Raises:
         DoesNotFitError: it is too small; says what would do.
     """
-    borrows = bool(cut.epilogue_borrowed)
-    schedule = build_schedule(layout, borrows_prologue=borrows, training=True)
-    return divide(layout, schedule, needs, borrows_prologue=borrows, ram=ram, keeps=keeps)
+    tied = bool(cut.tied_parameters)
+    schedule = build_schedule(layout, tied_embeddings=tied, training=True)
+    return divide(layout, schedule, needs, tied_embeddings=tied, ram=ram, keeps=keeps)
 
 
 def saved_inputs_of(plan: MemoryPlan, scratch: Sequence[Path]) -> SavedInputsBudget:

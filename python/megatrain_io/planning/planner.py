@@ -278,8 +278,8 @@ def _problems(
 
 
 def _divides(job: TrainingJob, needs: StepNeeds, ram: int) -> bool:
-    borrows = bool(job.cut.epilogue_borrowed)
-    return ram >= smallest(job.layout, needs, borrows_prologue=borrows, keeps=job.keeps)
+    tied = bool(job.cut.tied_parameters)
+    return ram >= smallest(job.layout, needs, tied_embeddings=tied, keeps=job.keeps)
 
 
 def _nearest_rows(job: TrainingJob, hardware: Hardware) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def divide(
     schedule: Sequence[ChunkOp],
     needs: StepNeeds,
     *,
-    borrows_prologue: bool,
+    tied_embeddings: bool,
     ram: int,
     keeps: bool = False,
 ) -> MemoryPlan:
@@ -139,7 +139,7 @@ def divide(
         layout: the parameter space.
         schedule: of a step.
         needs: what it needs besides pool and residents.
-        borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
+        tied_embeddings: whether the epilogue needs the prologue's weights too (tied embeddings).
         ram: the budget.
         keeps: whether gradients wait for their norm.
 
@@ -148,14 +148,14 @@ def divide(
     """
 
     def size(slots: tuple[int, int, int], residents: Residents) -> PoolSizes:
-        return _pool(layout, needs, slots, residents, borrows_prologue=borrows_prologue, keeps=keeps)
+        return _pool(layout, needs, slots, residents, tied_embeddings=tied_embeddings, keeps=keeps)
 
     for sizes in _chunk_pools(layout, ram) if needs.by_chunk else _POOLS:
         pool = size(sizes, Residents())
         if needs.always + needs.saved_inputs_at_least + mapped_nbytes(pool) <= ram:
             break
     else:
-        least = smallest(layout, needs, borrows_prologue=borrows_prologue, keeps=keeps)
+        least = smallest(layout, needs, tied_embeddings=tied_embeddings, keeps=keeps)
         compute = needs.activations + needs.heap
         raise DoesNotFitError(
             f"memory.ram is {mib(ram)}, and this training needs {mib(least)} at least: inputs of blocks "
@@ -211,10 +211,10 @@ def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
     return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > gradients else [*_CHUNK_POOLS]
 
 
-def smallest(layout: ModelLayout, needs: StepNeeds, *, borrows_prologue: bool, keeps: bool = False) -> int:
+def smallest(layout: ModelLayout, needs: StepNeeds, *, tied_embeddings: bool, keeps: bool = False) -> int:
     """The least RAM that such a step can be done in."""
     slots = (_CHUNK_POOLS if needs.by_chunk else _POOLS)[-1]
-    pool = _pool(layout, needs, slots, Residents(), borrows_prologue=borrows_prologue, keeps=keeps)
+    pool = _pool(layout, needs, slots, Residents(), tied_embeddings=tied_embeddings, keeps=keeps)
     return needs.always + needs.saved_inputs_at_least + mapped_nbytes(pool)
 
 
@@ -224,13 +224,13 @@ def _pool(
     slots: tuple[int, int, int],
     residents: Residents,
     *,
-    borrows_prologue: bool,
+    tied_embeddings: bool,
     keeps: bool,
 ) -> PoolSizes:
     block_buffers, chunk_slots, block_gradients = slots
     return pool_sizes(
         layout,
-        borrows_prologue=borrows_prologue,
+        tied_embeddings=tied_embeddings,
         training=True,
         residents=residents,
         keeps=keeps,

@@ -38,18 +38,18 @@ _HANDOFF = 0.9e-3
 
 def schedule_of(job: TrainingJob, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
     """That of a training step, as training builds it; kept until ``forget_schedules``, as large ones take seconds."""
-    return _schedule(job.layout, bool(job.cut.epilogue_borrowed), gradients, applies)
+    return _schedule(job.layout, bool(job.cut.tied_parameters), gradients, applies)
 
 
 @lru_cache(maxsize=4)
 def _schedule(
     layout: ModelLayout,
-    borrows_prologue: bool,  # noqa: FBT001 - of one caller
+    tied_embeddings: bool,  # noqa: FBT001 - of one caller
     gradients: Gradients,
     applies: bool,  # noqa: FBT001
 ) -> tuple[ChunkOp, ...]:
     return build_schedule(
-        layout, borrows_prologue=borrows_prologue, training=True, applies=applies, gradients=gradients
+        layout, tied_embeddings=tied_embeddings, training=True, applies=applies, gradients=gradients
     )
 
 
@@ -178,7 +178,7 @@ def _pool_on_device(job: TrainingJob, memory: MemoryPlan, vram: VramPlan) -> Poo
     if pool.gathers:
         # RAM has room for one of a record, and for a tied table's beside it.
         largest = max(map(layout.record_gradient_bytes, range(len(layout.records))))
-        gradients = {"any": (largest, 1 + bool(job.cut.epilogue_borrowed))}
+        gradients = {"any": (largest, 1 + bool(job.cut.tied_parameters))}
     others = [record for record in (layout.prologue, layout.epilogue) if record is not None]
     return PoolSizes(
         memory.pool.chunk_slots,

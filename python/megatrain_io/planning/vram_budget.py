@@ -12,26 +12,26 @@ _POOLS = ((2, 2), (2, 1), (1, 1), (2, 0), (1, 0), (2, None), (1, None))
 _INPUT_SLOTS_MIN = 2
 
 
-def _pools(layout: ModelLayout, *, borrows_prologue: bool, training: bool) -> list[DevicePool]:
+def _pools(layout: ModelLayout, *, tied_embeddings: bool, training: bool) -> list[DevicePool]:
     """What there is to choose from, the best first."""
     return [
         device_pool(
             layout,
-            borrows_prologue=borrows_prologue,
+            tied_embeddings=tied_embeddings,
             training=training,
             block_weights=block_weights,
             block_gradients=block_gradients,
         )
         for block_weights, block_gradients in _POOLS
         # The gradient of a tied table is there while those of all blocks come and go.
-        if block_gradients != 0 or not borrows_prologue
+        if block_gradients != 0 or not tied_embeddings
     ]
 
 
 def divide_vram(
     layout: ModelLayout,
     *,
-    borrows_prologue: bool,
+    tied_embeddings: bool,
     vram: int,
     context: int,
     activations: int,
@@ -42,7 +42,7 @@ def divide_vram(
 
     Args:
         layout: the parameter space.
-        borrows_prologue: see ``device_pool``.
+        tied_embeddings: see ``device_pool``.
         vram: the budget.
         context: bytes that the driver and its libraries take.
         activations: bytes that compute needs at once.
@@ -56,7 +56,7 @@ def divide_vram(
     inputs = layout.blocks * slot if training else 0
     least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot if training else 0
     always = context + activations
-    pools = _pools(layout, borrows_prologue=borrows_prologue, training=training)
+    pools = _pools(layout, tied_embeddings=tied_embeddings, training=training)
     fits = [pool for pool in pools if always + pool.nbytes + least <= vram]
     if not fits:
         pool = pools[-1]
@@ -76,9 +76,9 @@ def divide_vram(
 
 
 def least_vram(
-    layout: ModelLayout, *, borrows_prologue: bool, context: int, activations: int, inputs_per_block: int
+    layout: ModelLayout, *, tied_embeddings: bool, context: int, activations: int, inputs_per_block: int
 ) -> int:
     """The least VRAM that such a training can be done in."""
-    pool = _pools(layout, borrows_prologue=borrows_prologue, training=True)[-1]
+    pool = _pools(layout, tied_embeddings=tied_embeddings, training=True)[-1]
     least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot_nbytes(inputs_per_block)
     return context + activations + pool.nbytes + least

@@ -27,7 +27,7 @@ class PoolSizes:
 def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     layout: ModelLayout,
     *,
-    borrows_prologue: bool,
+    tied_embeddings: bool,
     training: bool,
     residents: Residents = _NOTHING,
     keeps: bool = False,
@@ -44,7 +44,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
 
     Args:
         layout: the parameter space.
-        borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
+        tied_embeddings: whether the epilogue needs the prologue's weights too (tied embeddings).
         training: False leaves out what only updates need, as frozen weights do.
         residents: they have memory of their own, which is not counted here.
         keeps: whether gradients wait for their norm, on the drive where they have no buffer of their own.
@@ -80,7 +80,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     held_gradient = layout.prologue in outer_gradient or layout.prologue not in shared
     # A tied head holds the prologue's weights beside the last block and the epilogue, and its gradient
     # from the epilogue to the end of the step.
-    beside = int(borrows_prologue)
+    beside = int(tied_embeddings)
     # Kept gradients are applied on the weights' way to compute, so those are written from elsewhere.
     updated = [
         chunk

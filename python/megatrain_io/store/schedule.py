@@ -103,7 +103,7 @@ class ChunkOp:
 def build_schedule(
     layout: ModelLayout,
     *,
-    borrows_prologue: bool,
+    tied_embeddings: bool,
     training: bool,
     applies: bool = False,
     gradients: Gradients = "update",
@@ -112,7 +112,7 @@ def build_schedule(
 
     Args:
         layout: the parameter space.
-        borrows_prologue: whether the epilogue needs the prologue's weights too (tied embeddings).
+        tied_embeddings: whether the epilogue needs the prologue's weights too (tied embeddings).
         training: False leaves out the backward pass: evaluation and generation.
         applies: whether the step before has kept its gradients, and this one applies them.
         gradients: what becomes of this step's.
@@ -120,23 +120,23 @@ def build_schedule(
     The last block is still in its buffer when the backward pass begins: it is not loaded twice. Where all weights are
     frozen, the backward pass is over when the first block has passed its gradient on.
     """
-    operations = _forward(layout, "apply" if applies else "load", borrows_prologue=borrows_prologue)
+    operations = _forward(layout, "apply" if applies else "load", tied_embeddings=tied_embeddings)
     backward = _backward(layout, gradients) if training else ()
     return (*operations, *backward)
 
 
 def flush_schedule(layout: ModelLayout) -> tuple[ChunkOp, ...]:
     """Apply the gradients that the last step has kept, and compute nothing."""
-    return tuple(_forward(layout, "apply", borrows_prologue=False))
+    return tuple(_forward(layout, "apply", tied_embeddings=False))
 
 
-def _forward(layout: ModelLayout, first: Kind, *, borrows_prologue: bool) -> Iterator[ChunkOp]:
+def _forward(layout: ModelLayout, first: Kind, *, tied_embeddings: bool) -> Iterator[ChunkOp]:
     yield from _whole(layout, first, layout.prologue, Phase.PROLOGUE)
     for index in range(layout.blocks):
         yield from _whole(layout, first, layout.block(index), Phase.FORWARD)
     if layout.epilogue is not None:
         yield from _whole(layout, first, layout.epilogue, Phase.EPILOGUE)
-    if borrows_prologue:
+    if tied_embeddings:
         yield from _whole(layout, "load", layout.prologue, Phase.EPILOGUE)
 
 

@@ -62,7 +62,7 @@ def test_the_drives_rate_depends_on_the_share_of_writes(step_bound, moved, expec
 
 
 def test_bytes_of_phases_are_those_of_the_schedule(step_bound, layout):
-    schedule = build_schedule(layout, borrows_prologue=False, training=True)
+    schedule = build_schedule(layout, tied_embeddings=False, training=True)
     found = step_bound.bytes_of_phases(schedule, layout, NOTHING, commits=True)
     page = 4096
     # Weights of prologue and blocks; then the epilogue's, those of two blocks and the prologue again, all planes.
@@ -72,7 +72,7 @@ def test_bytes_of_phases_are_those_of_the_schedule(step_bound, layout):
 
 
 def test_what_stays_in_ram_moves_with_commits_alone(step_bound, layout):
-    schedule = build_schedule(layout, borrows_prologue=False, training=True)
+    schedule = build_schedule(layout, tied_embeddings=False, training=True)
     stays = Residents(frozenset(range(5)), frozenset(range(5)))
     assert step_bound.bytes_of_phases(schedule, layout, stays, commits=False)["backward"] == (0, 0)
     found = step_bound.bytes_of_phases(schedule, layout, stays, commits=True)

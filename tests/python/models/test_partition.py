@@ -120,7 +120,7 @@ def layer_major(cut, leaves, micro_batches, items):
     for number in numbered:
         hidden = saved[-1][number].requires_grad_()
         loss = cut.loss(leaves, hidden, micro_batches[number].shift_labels, items)
-        names = [*(name for name, _ in cut.epilogue_parameters), *cut.epilogue_borrowed]
+        names = [*(name for name, _ in cut.epilogue_parameters), *cut.tied_parameters]
         (of_hidden,), gradients = grads(loss, leaves, names, hidden)
         losses.append(loss.detach())
         above.append(of_hidden)
@@ -261,13 +261,13 @@ def test_a_tied_head_is_the_prologues_and_borrowed_by_the_epilogue():
     cut = cut_of("llama tied")
     assert cut.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert cut.prologue_parameters == (("model.embed_tokens.weight", (97, 32)),)
-    assert cut.epilogue_borrowed == ("model.embed_tokens.weight",)
+    assert cut.tied_parameters == ("model.embed_tokens.weight",)
     assert cut.epilogue_parameters == (("model.norm.weight", (32,)),)
 
 
 def test_an_untied_head_is_the_epilogues():
     cut = cut_of("llama")
-    assert (cut.tied, cut.epilogue_borrowed) == ({}, ())
+    assert (cut.tied, cut.tied_parameters) == ({}, ())
     assert [name for name, _ in cut.epilogue_parameters] == ["model.norm.weight", "lm_head.weight"]
 
 

@@ -66,7 +66,7 @@ def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
     per_block = per_block_nbytes(case)
     made = divide_vram(
         layout,
-        borrows_prologue=bool(cut.epilogue_borrowed),
+        tied_embeddings=bool(cut.tied_parameters),
         vram=vram,
         context=0,
         activations=0,
@@ -74,8 +74,8 @@ def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
     )
     pool = made.pool
     if buffers:
-        borrows = bool(cut.epilogue_borrowed)
-        pool = device_pool(layout, borrows_prologue=borrows, training=True, **buffers)
+        tied = bool(cut.tied_parameters)
+        pool = device_pool(layout, tied_embeddings=tied, training=True, **buffers)
     inputs = made.saved_inputs if slots is None else slots * per_block
     return replace(made, pool=pool, saved_inputs=inputs)
 
@@ -217,7 +217,7 @@ def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
     cut = cut_model(case)
     layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
     needs = {"context": 0, "activations": 0, "inputs_per_block": per_block_nbytes(case)}
-    least = least_vram(layout, borrows_prologue=tied, **needs)
+    least = least_vram(layout, tied_embeddings=tied, **needs)
     for vram in (whole.total, whole.total - 1, whole.total - 3 * per_block_nbytes(case), least):
         made = plan(case, vram=vram)
         assert made.total <= vram
@@ -265,7 +265,7 @@ def test_the_least_vram_that_is_named_is_enough_and_one_byte_less_is_not(tied):
     case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
     cut = cut_model(case)
     layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
-    needs = {"context": 600 * MIB, "activations": 5 * MIB, "inputs_per_block": MIB, "borrows_prologue": tied}
+    needs = {"context": 600 * MIB, "activations": 5 * MIB, "inputs_per_block": MIB, "tied_embeddings": tied}
     least = least_vram(layout, **needs)
     assert divide_vram(layout, vram=least, **needs).total == least
     with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB at least: weights of one block"):

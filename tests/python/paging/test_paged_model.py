@@ -258,9 +258,9 @@ from megatrain_io.schedule import build_schedule, pool_sizes
 from megatrain_io.swap import AdamWStep, PagedState
 
 with PagedState(*sys.argv[1:], engine="threads") as state:
-    operations = build_schedule(state.layout, borrows_prologue=True, training=False)
+    operations = build_schedule(state.layout, tied_embeddings=True, training=False)
     schedule = state.check(operations)
-    state.start(pool_sizes(state.layout, borrows_prologue=True, training=False))
+    state.start(pool_sizes(state.layout, tied_embeddings=True, training=False))
     child = os.fork()
     if child == 0:
         refused = 0

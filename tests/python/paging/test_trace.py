@@ -82,7 +82,7 @@ def lanes(source, folder):
 @pytest.fixture(scope="module")
 def schedule(lanes, folder):  # noqa: ARG001 - the run is made by then
     with PagedState(folder / "run" / "store.mtio", engine="threads") as state:
-        return build_schedule(state.layout, borrows_prologue=True, training=True)
+        return build_schedule(state.layout, tied_embeddings=True, training=True)
 
 
 def test_nothing_overlaps_in_a_lane_but_what_holds_the_other(lanes):

@@ -101,7 +101,7 @@ def test_gradients_that_wait_cost_what_the_schedule_says(tmp_path, kept_in_ram, 
 
     def step(applies):
         schedule = build_schedule(
-            layout, borrows_prologue=False, training=True, applies=applies, gradients=gradients
+            layout, tied_embeddings=False, training=True, applies=applies, gradients=gradients
         )
         return traffic(schedule, layout, residents)
 

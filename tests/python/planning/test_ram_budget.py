@@ -43,10 +43,10 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, c
     with PagedState(*files(tmp_path / "store")) as state:
         cut, layout, tables = cut_model(case), state.layout, state.ledger.total()[0]
         batches = [to_micro_batch(batch) for batch in case.steps[0]]
-        borrows = bool(cut.epilogue_borrowed)
+        tied = bool(cut.tied_parameters)
         assert tables == store_memory(layout.manifest({}))
         needs = step_needs(cut, layout, batches, tables)
-        least = smallest(layout, needs, borrows_prologue=borrows, keeps=clips)
+        least = smallest(layout, needs, tied_embeddings=tied, keeps=clips)
         everything = (16 if clips else 12) * layout.parameters + needs.saved_inputs
         ram = int(least + share * everything)
         plan = divided(cut, layout, needs, ram=ram, keeps=clips)
@@ -97,7 +97,7 @@ def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
         cut, layout, tables = cut_model(CASE), state.layout, state.ledger.total()[0]
         batches = [to_micro_batch(batch) for batch in CASE.steps[1]]
         needs = step_needs(cut, layout, batches, tables)
-        least = smallest(layout, needs, borrows_prologue=True)
+        least = smallest(layout, needs, tied_embeddings=True)
         ram = int(least + share * (12 * layout.parameters + needs.saved_inputs))
         plan = divided(cut, layout, needs, ram=ram)
         model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]))
@@ -126,12 +126,12 @@ def test_no_division_is_larger_than_the_budget(blocks, block, table, keeps):
     inner = [(f"block {index}", [(f"w{index}", (block,))]) for index in range(blocks)]
     parts = [("prologue", [("table", (table,))]), *inner, ("epilogue", [("head", (table,))])]
     layout = ModelLayout.build(parts, blocks, "bf16")
-    schedule = build_schedule(layout, borrows_prologue=False, training=True)
+    schedule = build_schedule(layout, tied_embeddings=False, training=True)
     needs = StepNeeds(MIB, activations=MIB, saved_inputs=2 * MIB, saved_inputs_least=MIB)
-    least = smallest(layout, needs, borrows_prologue=False, keeps=keeps)
+    least = smallest(layout, needs, tied_embeddings=False, keeps=keeps)
     for step in range(60):
         ram = least + step * 16 * layout.parameters // 55
-        plan = divide(layout, schedule, needs, borrows_prologue=False, ram=ram, keeps=keeps)
+        plan = divide(layout, schedule, needs, tied_embeddings=False, ram=ram, keeps=keeps)
         assert plan.total <= ram, step
     assert len(plan.residents.chunks) == len(layout.chunks)
 
@@ -143,10 +143,10 @@ def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
         model = PagedModel(cut_model(case), state)
         layout = model.state.layout
         needs = StepNeeds(MIB, activations=20 * MIB, saved_inputs=50 * MIB, saved_inputs_least=5 * MIB)
-        least = smallest(layout, needs, borrows_prologue=False)
+        least = smallest(layout, needs, tied_embeddings=False)
         arguments = (layout, model.training_schedule, needs)
-        plan = divide(*arguments, borrows_prologue=False, ram=least)
+        plan = divide(*arguments, tied_embeddings=False, ram=least)
         assert not plan.residents.records
         assert 5 * MIB <= plan.saved_inputs < 6 * MIB
         with pytest.raises(ConfigError, match=r"at least: inputs of blocks 5\.5 MiB, compute 40\.0 MiB"):
-            divide(*arguments, borrows_prologue=False, ram=least - 1)
+            divide(*arguments, tied_embeddings=False, ram=least - 1)

@@ -17,7 +17,7 @@ def model(blocks: int = 8, *, tied: bool = False) -> tuple[ModelLayout, tuple]:
     parts += [(f"block {index}", [(f"{index}.w", (1 << 16,))]) for index in range(blocks)]
     parts.append(("epilogue", [("norm", (128,)), *([] if tied else [("head", (1 << 15,))])]))
     layout = ModelLayout.build(parts, blocks, "bf16", chunk_parameters=1 << 14)
-    return layout, build_schedule(layout, borrows_prologue=tied, training=True)
+    return layout, build_schedule(layout, tied_embeddings=tied, training=True)
 
 
 def test_nothing_stays_without_room_and_everything_with_enough():
@@ -68,13 +68,13 @@ def test_more_room_never_saves_less():
 def test_the_pool_needs_no_buffer_for_what_stays():
     layout, schedule = model()
     everything = choose_residents(layout, schedule, EVERYTHING)
-    sizes = pool_sizes(layout, borrows_prologue=False, training=True, residents=everything)
+    sizes = pool_sizes(layout, tied_embeddings=False, training=True, residents=everything)
     assert sizes.chunk_slots[1] == sizes.block_buffers[1] == sizes.outer_buffers[1] == 0
     assert sizes.block_gradients[1] == 2
     weights = Residents(everything.records)
-    sizes = pool_sizes(layout, borrows_prologue=False, training=True, residents=weights)
+    sizes = pool_sizes(layout, tied_embeddings=False, training=True, residents=weights)
     assert sizes.chunk_slots[1] == 4
     assert sizes.block_buffers[1] == 0
     one_left = Residents(everything.records - {3}, everything.chunks)
-    sizes = pool_sizes(layout, borrows_prologue=False, training=True, residents=one_left)
+    sizes = pool_sizes(layout, tied_embeddings=False, training=True, residents=one_left)
     assert sizes.block_buffers == (layout.record_weight_bytes(3), 1)

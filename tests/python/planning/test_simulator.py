@@ -46,16 +46,16 @@ def played(
     slots=(3, 4, 2),
     behind=0,
 ):
-    first = build_schedule(place, borrows_prologue=tied, training=True, gradients=gradients)
+    first = build_schedule(place, tied_embeddings=tied, training=True, gradients=gradients)
     then = build_schedule(
-        place, borrows_prologue=tied, training=True, gradients=gradients, applies=gradients == "keep"
+        place, tied_embeddings=tied, training=True, gradients=gradients, applies=gradients == "keep"
     )
     residents = choose_residents(place, first, int(share * 12 * place.parameters)) if share else Residents()
     if gradients != "update" and not spilled:
         residents = replace(residents, gradients=choose_gradients(place, 1 << 40))
     pool = pool_sizes(
         place,
-        borrows_prologue=tied,
+        tied_embeddings=tied,
         training=True,
         residents=residents,
         keeps=gradients != "update",
@@ -173,8 +173,8 @@ def test_updates_wait_for_the_commit_of_the_step_before():
 
 def test_nothing_of_a_step_is_read_before_the_one_before_has_computed():
     place = layout()
-    schedule = build_schedule(place, borrows_prologue=False, training=False)
-    pool = pool_sizes(place, borrows_prologue=False, training=False)
+    schedule = build_schedule(place, tied_embeddings=False, training=False)
+    pool = pool_sizes(place, tied_embeddings=False, training=False)
     compute = {(Phase.EPILOGUE, place.epilogue): 100.0}
     found = simulate([(schedule, False)] * STEPS, place, pool, compute, Rates(read=2e6, write=1e18))
     assert found[STEADY].seconds == pytest.approx(100.0 + traffic(schedule, place)[0] / 2e6)
@@ -215,8 +215,8 @@ def test_gradients_that_wait_cost_time_and_a_right_guess_does_not():
 
 def test_inputs_on_the_drive_are_moved_twice():
     place = layout()
-    schedule = build_schedule(place, borrows_prologue=False, training=True)
-    pool = pool_sizes(place, borrows_prologue=False, training=True)
+    schedule = build_schedule(place, tied_embeddings=False, training=True)
+    pool = pool_sizes(place, tied_embeddings=False, training=True)
     inputs = {place.block(index): 1e9 for index in range(3)}
     steps = [(schedule, True)] * STEPS
     compute = seconds_of(place, 1e-3)

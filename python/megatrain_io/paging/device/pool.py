@@ -114,9 +114,9 @@ def kind_of(layout: ModelLayout, record: int, kinds: Collection[str]) -> str:
     return "prologue" if record == layout.prologue else "epilogue"
 
 
-def gathered_chunks(layout: ModelLayout, *, borrows_prologue: bool) -> int:
+def gathered_chunks(layout: ModelLayout, *, tied_embeddings: bool) -> int:
     """Chunks of gradients that are in RAM at once where they gather there: a record's, and beside it a tied table's."""
-    table = layout.prologue if borrows_prologue else None
+    table = layout.prologue if tied_embeddings else None
     others = [len(layout.chunks_of(record)) for record in range(len(layout.records)) if record != table]
     return max(others) + (0 if table is None else len(layout.chunks_of(table)))
 
@@ -124,7 +124,7 @@ def gathered_chunks(layout: ModelLayout, *, borrows_prologue: bool) -> int:
 def device_pool(
     layout: ModelLayout,
     *,
-    borrows_prologue: bool,
+    tied_embeddings: bool,
     training: bool,
     block_weights: int = 2,
     block_gradients: int | None = 2,
@@ -133,7 +133,7 @@ def device_pool(
 
     Args:
         layout: the parameter space.
-        borrows_prologue: whether the epilogue needs the prologue's weights, too (tied embeddings): then both are
+        tied_embeddings: whether the epilogue needs the prologue's weights, too (tied embeddings): then both are
             there at once, and else one buffer serves them one after the other.
         training: False leaves out gradients, as frozen weights do.
         block_weights: one to compute with, and one that is filled meanwhile.
@@ -144,7 +144,7 @@ def device_pool(
     outer = {layout.prologue: "prologue"}
     if layout.epilogue is not None:
         outer[layout.epilogue] = "epilogue"
-    if not borrows_prologue:
+    if not tied_embeddings:
         outer = dict.fromkeys(outer, "outer")
     names = {**dict.fromkeys(blocks, "block"), **outer}
 

@@ -13,8 +13,8 @@ Bytes = tuple[float, float]
 
 # A phase of the bound, and those of the schedule that it is made of.
 PHASES = {
-    "forward": ("prologue", "forward"),
-    "backward": ("epilogue", "backward", "prologue_backward"),
+    "forward": ("embedding", "forward"),
+    "backward": ("head", "backward", "embedding_backward"),
 }
 MIXED_WRITES = 12 / 26
 """Share of writes in what fio moves as ``mixed``."""

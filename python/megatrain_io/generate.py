@@ -48,7 +48,7 @@ def next_tokens(
     """
     model.cut.train(False)
     cache = model.cut.new_cache()
-    # The prologue and the first blocks of the next pass are read while this token is chosen.
+    # The embedding and the first blocks of the next pass are read while this token is chosen.
     records = model.begin_forward()
     try:
         tokens, new = prompt, prompt
@@ -80,16 +80,16 @@ def _pass(model: PagedModel, records: PagedState | DeviceRecords, new: Tensor, c
     positions = torch.arange(start, start + new.shape[1]).unsqueeze(0)
     micro_batch = MicroBatch(input_ids=new, shift_labels=torch.full_like(new, -100), position_ids=positions)
     micro_batch = micro_batch.to(model.device.torch_device)
-    weights = records.weights(layout.prologue)
+    weights = records.weights(layout.embedding)
     hidden, calls = cut.record(weights.tensors, micro_batch, cache=cache)
     weights.give_back()
     for block in range(layout.blocks):
         weights = records.weights(layout.block(block))
         hidden = cut.run_block(block, weights.tensors, hidden, calls[block])
         weights.give_back()
-    borrowed = [] if layout.epilogue is None else [records.weights(layout.epilogue)]
+    borrowed = [] if layout.head is None else [records.weights(layout.head)]
     if cut.tied_parameters:
-        borrowed.append(records.weights(layout.prologue))
+        borrowed.append(records.weights(layout.embedding))
     bound = {name: tensor for record in borrowed for name, tensor in record.tensors.items()}
     scores = cut.logits(bound, hidden[:, -1:])[:, -1].float()
     bound.clear()

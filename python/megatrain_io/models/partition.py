@@ -52,8 +52,8 @@ class CutFacts:
         attn_implementation: as the probe was told: "sdpa", "eager", or None for transformers' own choice.
         block_list: name of the module list that holds the decoder blocks.
         output_entries: None where blocks return the hidden state, else the length of their tuple.
-        prologue: names of the parameters that the first hidden state depends on.
-        epilogue: names of the parameters that the loss depends on behind the last block.
+        embedding: names of the parameters that the first hidden state depends on.
+        head: names of the parameters that the loss depends on behind the last block.
         packs: whether position ids that restart keep the documents of a row apart.
     """
 
@@ -61,8 +61,8 @@ class CutFacts:
     attn_implementation: str | None
     block_list: str
     output_entries: int | None
-    prologue: frozenset[str]
-    epilogue: frozenset[str]
+    embedding: frozenset[str]
+    head: frozenset[str]
     packs: bool
 
 
@@ -79,9 +79,9 @@ class CutModel:
         config: the skeleton's own configuration.
         blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
         tied: alias -> full name of the parameter that it shares.
-        prologue_parameters: what `record` needs, in model order.
-        epilogue_parameters: what `loss` and `logits` need, less what the prologue owns.
-        tied_parameters: names of prologue parameters that `loss` and `logits` need too.
+        embedding_parameters: what `record` needs, in model order.
+        head_parameters: what `loss` and `logits` need, less what the embedding owns.
+        tied_parameters: names of embedding parameters that `loss` and `logits` need too.
         frozen: names of parameters that the architecture itself does not train.
     """
 
@@ -111,16 +111,16 @@ class CutModel:
         ]
         resident = [(name, tuple(p.shape)) for name, p in self._skeleton.named_parameters()]
         for name, _ in resident:
-            if name not in facts.prologue | facts.epilogue:
+            if name not in facts.embedding | facts.head:
                 raise self._refused(f"parameter {name} was not there in the small copy that was probed")
-        self.prologue_parameters: tuple[ParameterShape, ...] = tuple(
-            (name, shape) for name, shape in resident if name in facts.prologue
+        self.embedding_parameters: tuple[ParameterShape, ...] = tuple(
+            (name, shape) for name, shape in resident if name in facts.embedding
         )
-        self.epilogue_parameters: tuple[ParameterShape, ...] = tuple(
-            (name, shape) for name, shape in resident if name not in facts.prologue
+        self.head_parameters: tuple[ParameterShape, ...] = tuple(
+            (name, shape) for name, shape in resident if name not in facts.embedding
         )
         self.tied_parameters: tuple[str, ...] = tuple(
-            name for name, _ in self.prologue_parameters if name in facts.epilogue
+            name for name, _ in self.embedding_parameters if name in facts.head
         )
         # One element, strides of zero: what a parameter is while `forward` passes it to no purpose.
         self._placeholders = {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in resident}
@@ -171,13 +171,13 @@ class CutModel:
         """Run the model up to its first block, and note how it calls every block.
 
         Args:
-            parameters: those of the prologue.
+            parameters: those of the embedding.
             micro_batch: the tokens; its labels are not looked at. With a cache, only the new tokens (but an
                 attention mask over all).
             cache: keys and values of a generation. It must hold the earlier tokens of all blocks.
 
         Returns:
-            The first hidden state [B, T, H], with grad enabled connected to the prologue parameters; and one
+            The first hidden state [B, T, H], with grad enabled connected to the embedding parameters; and one
             call per block, never connected to anything.
 
         Raises:
@@ -204,7 +204,7 @@ class CutModel:
             "use_cache": None if cache is None else True,
         }
         inputs = {name: value for name, value in optional.items() if value is not None}
-        needed = [name for name, _ in self.prologue_parameters]
+        needed = [name for name, _ in self.embedding_parameters]
         bound = self._placeholders | {name: parameters[name] for name in needed}
         try:
             self._forward(note, bound, {"input_ids": micro_batch.input_ids, **inputs})
@@ -242,7 +242,7 @@ class CutModel:
         On CUDA `liger_loss` may stand for transformers' loss function.
 
         Args:
-            parameters: those of the epilogue and the borrowed ones.
+            parameters: those of the head and the borrowed ones.
             hidden: what the last block returned, or some tokens of it, [B, t, H].
             shift_labels: int64 [B, t], the same tokens of the micro-batch's.
             num_items_in_batch: trained tokens of the whole step. (On CUDA torch multiplies by the inverse
@@ -262,7 +262,7 @@ class CutModel:
 
         self._skeleton.loss_function = loss_of_shifted
         try:
-            output = self._run_epilogue(parameters, hidden, {"labels": shift_labels})
+            output = self._run_head(parameters, hidden, {"labels": shift_labels})
         finally:
             self._skeleton.loss_function = self._loss_function
         if not used or output.loss is None:
@@ -273,15 +273,15 @@ class CutModel:
         """Scores of the next token [B, t, V] from what the last block returned, [B, t, H].
 
         Args:
-            parameters: those of the epilogue and the borrowed ones.
+            parameters: those of the head and the borrowed ones.
             hidden: all tokens, or only those of interest.
         """
-        return cast("Tensor", self._run_epilogue(parameters, hidden, {}).logits)
+        return cast("Tensor", self._run_head(parameters, hidden, {}).logits)
 
-    def _run_epilogue(
+    def _run_head(
         self, parameters: Mapping[str, Tensor], hidden: Tensor, inputs: Mapping[str, object]
     ) -> CausalLMOutputWithPast:
-        needed = [*(name for name, _ in self.epilogue_parameters), *self.tied_parameters]
+        needed = [*(name for name, _ in self.head_parameters), *self.tied_parameters]
         bound = self._placeholders | {name: parameters[name] for name in needed}
         # `forward` must embed something; the stubs drop whatever comes of it.
         input_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
@@ -361,6 +361,8 @@ def _outside_a_run(index: int, _hidden: Tensor, _call: BlockCall) -> Tensor:
 def model_parts(cut: CutModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
     """Name and tensors of each record of a cut model, in the order of the parameter space.
 
+    In the file the records of embeddings and head are named prologue and epilogue, as they were from the beginning.
+
     Raises:
         UnsupportedModelError: the architecture keeps some of its parameters from being trained.
     """
@@ -369,8 +371,8 @@ def model_parts(cut: CutModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ..
             f"{cut.facts.model_type}: {len(cut.frozen)} of its parameters are not trained, the first is "
             f"{min(cut.frozen)}; models with frozen parameters cannot be trained here yet"
         )
-    parts = [("prologue", cut.prologue_parameters)]
+    parts = [("prologue", cut.embedding_parameters)]
     parts += [(f"block {index}", cut.block_parameters(index)) for index in range(len(cut.blocks))]
-    if cut.epilogue_parameters:
-        parts.append(("epilogue", cut.epilogue_parameters))
+    if cut.head_parameters:
+        parts.append(("epilogue", cut.head_parameters))
     return parts

@@ -180,9 +180,9 @@ def _observe(stock: PreTrainedModel, micro_batch: MicroBatch, block_list: str) -
             raise _RefusedError(
                 f"its forward pass calls the blocks of {block_list} in the order {witness.called}; {_NO_WAY}"
             )
-        prologue, epilogue = _used(witness.first_hidden, resident), _used([loss], resident)
+        embedding, head = _used(witness.first_hidden, resident), _used([loss], resident)
     for name in resident:
-        if name not in prologue | epilogue:
+        if name not in embedding | head:
             raise _RefusedError(
                 f"parameter {name} takes no part in the loss of a text; use the configuration of the text "
                 f"model alone (get_text_config())"
@@ -196,8 +196,8 @@ def _observe(stock: PreTrainedModel, micro_batch: MicroBatch, block_list: str) -
         attn_implementation=None,
         block_list=block_list,
         output_entries=witness.output_entries.pop(),
-        prologue=prologue,
-        epilogue=epilogue,
+        embedding=embedding,
+        head=head,
         packs=False,
     )
 
@@ -312,7 +312,7 @@ def _layer_major(
         for index in range(len(cut.blocks)):
             for each in passes:
                 each.hiddens.append(cut.run_block(index, leaves, each.hiddens[-1], each.calls[index]))
-    names = [name for name, _ in cut.epilogue_parameters] + list(cut.tied_parameters)
+    names = [name for name, _ in cut.head_parameters] + list(cut.tied_parameters)
     names = [name for name in names if leaves[name].requires_grad]
     for each, micro_batch in zip(passes, micro_batches, strict=True):
         hidden = each.hiddens.pop().requires_grad_()
@@ -328,7 +328,7 @@ def _layer_major(
             inputs = [hidden, *(leaves[name] for name in names)]
             each.grad_hidden, *gradients = _gradients(output, inputs, each.grad_hidden)
             each.add(names, gradients)
-    names = [name for name, _ in cut.prologue_parameters if leaves[name].requires_grad]
+    names = [name for name, _ in cut.embedding_parameters if leaves[name].requires_grad]
     for each, micro_batch in zip(passes, micro_batches, strict=True):
         hidden, _ = cut.record(leaves, micro_batch)
         each.add(names, _gradients(hidden, [leaves[name] for name in names], each.grad_hidden))

@@ -203,9 +203,9 @@ class PagedModel:
         gradients = self._choose_gradients(commits=commits)
         schedule = self._schedule(gradients)
         with self._step(micro_batches, schedule, adamw, number, commits=commits) as step:
-            step.prologue()
+            step.embedding()
             step.forward(saving=True)
-            loss = step.epilogue(training=True)
+            loss = step.head(training=True)
             self._wait_for_compute()
             if not loss.isfinite():
                 # Before anything is updated: nothing was written of this step.
@@ -215,9 +215,9 @@ class PagedModel:
                     "step"
                 )
             try:
-                step.leave_epilogue()
+                step.leave_head()
                 step.backward()
-                step.prologue_backward()
+                step.embedding_backward()
                 if self._on_device is not None:
                     self._on_device.finish()
                 norm = self.state.gradient_norm()
@@ -256,10 +256,10 @@ class PagedModel:
         self.cut.train()
         self.saved.reserve(layout.blocks, hidden_nbytes(self.cut, layout, micro_batches))
         with self._step(micro_batches, self._schedule("update"), _NO_UPDATE, number, commits=False) as step:
-            step.prologue()
+            step.embedding()
             step.forward(saving=True)
-            loss = step.epilogue(training=True)
-            step.leave_epilogue()
+            loss = step.head(training=True)
+            step.leave_head()
             step.backward()
             self._wait_for_compute()
             self.state.end(None)
@@ -297,10 +297,10 @@ class PagedModel:
         self.flush()
         self.cut.train(False)
         with self._step(micro_batches, self._forward, _NO_UPDATE, 1, commits=False) as step:
-            step.prologue()
+            step.embedding()
             step.forward(saving=False)
-            loss = step.epilogue(training=False)
-            step.leave_epilogue()
+            loss = step.head(training=False)
+            step.leave_head()
             self._wait_for_compute()
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)

@@ -33,6 +33,9 @@ LOGITS_BYTES = 128 << 20
 """Bound on the fp32 logits of one slice of tokens, unless said otherwise."""
 
 
+# Random numbers follow from these words, so that a run has the bits that it began with.
+_SEED_NAMES = {Phase.EMBEDDING: "prologue", Phase.HEAD: "epilogue"}
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -113,16 +116,16 @@ class Step:
         self._hidden: list[Tensor] = []
         self._calls: list[tuple[BlockCall, ...]] = []
         self._last_block: BorrowedRecord | None = None
-        self._in_epilogue: list[tuple[BorrowedRecord, Gradient | None]] = []
+        self._in_head: list[tuple[BorrowedRecord, Gradient | None]] = []
         self._table_gradient: Gradient | None = None
 
     @_phase
-    def prologue(self) -> None:
+    def embedding(self) -> None:
         """The first hidden state of every micro-batch, and the arguments of every block."""
-        weights = self._state.weights(self._layout.prologue)
+        weights = self._state.weights(self._layout.embedding)
         with torch.no_grad():
             for index, micro_batch in self._each(self._micro_batches):
-                self._seed(index, Phase.PROLOGUE)
+                self._seed(index, Phase.EMBEDDING)
                 hidden, calls = self._cut.record(weights.tensors, micro_batch)
                 self._hidden.append(hidden)
                 self._calls.append(calls)
@@ -155,41 +158,41 @@ class Step:
                 weights.give_back()
 
     @_phase
-    def epilogue(self, *, training: bool) -> Tensor:
+    def head(self, *, training: bool) -> Tensor:
         """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
         layout = self._layout
         updates = training and not layout.is_frozen
-        own = None if layout.epilogue is None else self._state.weights(layout.epilogue)
-        table = self._state.weights(layout.prologue) if self._cut.tied_parameters else None
+        own = None if layout.head is None else self._state.weights(layout.head)
+        table = self._state.weights(layout.embedding) if self._cut.tied_parameters else None
         weights = [borrowed for borrowed in (own, table) if borrowed is not None]
         gradients = []
-        if updates and own is not None and layout.epilogue is not None:
-            gradients.append(Gradient(self._state, layout.epilogue))
+        if updates and own is not None and layout.head is not None:
+            gradients.append(Gradient(self._state, layout.head))
         if updates and table is not None:
-            self._table_gradient = Gradient(self._state, layout.prologue, self._cut.tied_parameters)
+            self._table_gradient = Gradient(self._state, layout.embedding, self._cut.tied_parameters)
             gradients.append(self._table_gradient)
         total: Tensor | None = None
         with torch.set_grad_enabled(training):
             for index, _ in self._each(self._micro_batches):
-                self._seed(index, Phase.EPILOGUE)
-                loss = self._epilogue_slices(index, weights, gradients, training=training)
+                self._seed(index, Phase.HEAD)
+                loss = self._head_slices(index, weights, gradients, training=training)
                 total = loss if total is None else total + loss
         if total is None:
             raise MegatrainIoError("a step needs at least one micro-batch")
         if own is not None:
-            self._in_epilogue.append((own, gradients[0] if updates else None))
+            self._in_head.append((own, gradients[0] if updates else None))
         if table is not None:
-            self._in_epilogue.append((table, None))
+            self._in_head.append((table, None))
         return total
 
-    def leave_epilogue(self) -> None:
+    def leave_head(self) -> None:
         """Hand its own gradients over, and give back what was borrowed for it."""
-        for weights, gradient in self._in_epilogue:
+        for weights, gradient in self._in_head:
             if gradient is not None:
                 gradient.submit(weights)
             else:
                 weights.give_back()
-        self._in_epilogue.clear()
+        self._in_head.clear()
 
     @_phase
     def backward(self) -> None:
@@ -218,13 +221,13 @@ class Step:
         return self._hidden
 
     @_phase
-    def prologue_backward(self) -> None:
-        """Gradients of the prologue from those of the first hidden state."""
-        weights = self._state.weights(self._layout.prologue)
-        gradient = self._table_gradient or Gradient(self._state, self._layout.prologue)
+    def embedding_backward(self) -> None:
+        """Gradients of the embedding from those of the first hidden state."""
+        weights = self._state.weights(self._layout.embedding)
+        gradient = self._table_gradient or Gradient(self._state, self._layout.embedding)
         self._table_gradient = None
         for index, micro_batch in self._each(self._micro_batches):
-            self._seed(index, Phase.PROLOGUE)
+            self._seed(index, Phase.EMBEDDING)
             leaves = leaves_of(weights.tensors)
             hidden = self._cut.record(leaves, micro_batch)[0]
             gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
@@ -243,7 +246,7 @@ class Step:
             with self.span(f"{phase} block {block}"):
                 yield block
 
-    def _epilogue_slices(
+    def _head_slices(
         self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence[Gradient], *, training: bool
     ) -> Tensor:
         """Loss of one micro-batch; with ``training``, replaces its hidden state by the gradient."""
@@ -253,7 +256,7 @@ class Step:
         of_hidden = []
         for start in range(0, hidden.shape[1], step):
             part = slice(start, start + step)
-            loss, of_part = self._epilogue_slice(
+            loss, of_part = self._head_slice(
                 hidden[:, part], labels[:, part], weights, gradients, training=training
             )
             total = loss if total is None else total + loss
@@ -265,7 +268,7 @@ class Step:
             raise MegatrainIoError("a micro-batch without tokens")
         return total
 
-    def _epilogue_slice(
+    def _head_slice(
         self,
         hidden: Tensor,
         labels: Tensor,
@@ -309,6 +312,6 @@ class Step:
 
     def _seed(self, index: int, phase: Phase, block: int = 0) -> None:
         """One stream of random numbers for each (step, micro-batch, block): the recompute replays it."""
-        text = f"{self._run_seed}/{self._number}/{index}/{phase}/{block}".encode()
+        text = f"{self._run_seed}/{self._number}/{index}/{_SEED_NAMES.get(phase, phase)}/{block}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         self._device.seed(seed)

@@ -52,27 +52,27 @@ def measured_seconds(
                 span=clock.span,
                 device=device,
             )
-            step.prologue()
+            step.embedding()
             step.forward(saving=True)
-            step.epilogue(training=True)
-            step.leave_epilogue()
+            step.head(training=True)
+            step.leave_head()
             step.backward()
             if not layout.is_frozen:
-                step.prologue_backward()
+                step.embedding_backward()
             clock.next_round()
     blocks = range(stand_in.layout.blocks)
     per_block = {
         phase: clock.median(*(f"{phase} block {index}" for index in blocks))
         for phase in ("forward", "backward")
     }
-    found: dict[StageKey, float] = {(Phase.PROLOGUE, layout.prologue): clock.median("prologue")}
+    found: dict[StageKey, float] = {(Phase.EMBEDDING, layout.embedding): clock.median("embedding")}
     for index in range(layout.blocks):
         found[Phase.FORWARD, layout.block(index)] = per_block["forward"]
         found[Phase.BACKWARD, layout.block(index)] = per_block["backward"]
-    owner = layout.prologue if layout.epilogue is None else layout.epilogue
-    found[Phase.EPILOGUE, owner] = clock.median("epilogue")
+    owner = layout.embedding if layout.head is None else layout.head
+    found[Phase.HEAD, owner] = clock.median("head")
     if not layout.is_frozen:
-        found[Phase.PROLOGUE_BACKWARD, layout.prologue] = clock.median("prologue_backward")
+        found[Phase.EMBEDDING_BACKWARD, layout.embedding] = clock.median("embedding_backward")
     return found
 
 

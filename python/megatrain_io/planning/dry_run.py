@@ -32,9 +32,9 @@ def shortened(layout: ModelLayout) -> ModelLayout:
     shapes = {tuple(place.shape for place in block.tensors) for block in blocks}
     if len(blocks) <= _ENOUGH_BLOCKS or len(shapes) > 1:
         return layout
-    epilogue = layout.records[1 + layout.blocks :]
+    head = layout.records[1 + layout.blocks :]
     return replace(
-        layout, records=(layout.records[0], *blocks[:_ENOUGH_BLOCKS], *epilogue), blocks=_ENOUGH_BLOCKS
+        layout, records=(layout.records[0], *blocks[:_ENOUGH_BLOCKS], *head), blocks=_ENOUGH_BLOCKS
     )
 
 
@@ -134,7 +134,7 @@ class Rehearsal(StandIn):
         return max(self._meter.peak_nbytes, self._least)
 
     @contextmanager
-    def prologue(self) -> Iterator[None]:
+    def embedding(self) -> Iterator[None]:
         """Inside, torch computes: masks are made by code that looks at its data."""
         with self._meter:
             yield
@@ -154,7 +154,7 @@ class Rehearsal(StandIn):
 
     @contextmanager
     def blocks(self) -> Iterator[None]:
-        """Inside, torch computes shapes alone. What the prologue's backward pass takes comes on top."""
+        """Inside, torch computes shapes alone. What the embedding's backward pass takes comes on top."""
         again = self._again
         with FakeTensorMode(allow_non_fake_inputs=True), self._meter:
             yield
@@ -204,12 +204,12 @@ def _rehearse(
     step = Step(cut, rehearsal, rehearsal, micro_batches, slice_tokens=slice_tokens, span=rehearsal.span)
     random_state = torch.get_rng_state()
     try:
-        with rehearsal.prologue():
-            step.prologue()
+        with rehearsal.embedding():
+            step.embedding()
         with rehearsal.blocks():
             step.forward(saving=True)
-            step.epilogue(training=True)
-            step.leave_epilogue()
+            step.head(training=True)
+            step.leave_head()
             step.backward()
     except CANNOT_REHEARSE:
         return None

@@ -56,11 +56,11 @@ def work_of(
         forward = 2.0 * used * tokens + 4.0 * width * pairs
         flops[Phase.FORWARD, record] = forward
         flops[Phase.BACKWARD, record] = 3.0 * forward
-    outer = [record for record in (layout.prologue, layout.epilogue) if record is not None]
+    outer = [record for record in (layout.embedding, layout.head) if record is not None]
     active += sum(place.elements for record in outer for place in layout.records[record].tensors)
     head = config.vocab_size * config.hidden_size
-    owner = layout.prologue if layout.epilogue is None else layout.epilogue
-    flops[Phase.EPILOGUE, owner] = 3.0 * 2.0 * head * tokens
+    owner = layout.embedding if layout.head is None else layout.head
+    flops[Phase.HEAD, owner] = 3.0 * 2.0 * head * tokens
     return Work(flops, active, tokens)
 
 

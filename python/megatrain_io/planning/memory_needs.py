@@ -92,7 +92,7 @@ def gathered_nbytes(cut: CutModel, layout: ModelLayout, micro_batches: Sequence[
     found = 0
     for number, record in enumerate(layout.records):
         for place in record.tensors:
-            count = slices if number == layout.epilogue else len(shapes)
+            count = slices if number == layout.head else len(shapes)
             if place.name in cut.tied_parameters:
                 count += slices
             found += 4 * place.elements * (2 * count - 1)

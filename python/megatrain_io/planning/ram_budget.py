@@ -139,7 +139,7 @@ def divide(
         layout: the parameter space.
         schedule: of a step.
         needs: what it needs besides pool and residents.
-        tied_embeddings: whether the epilogue needs the prologue's weights too (tied embeddings).
+        tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
         ram: the budget.
         keeps: whether gradients wait for their norm.
 

@@ -210,7 +210,7 @@ def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | N
         for phase in (Phase.FORWARD, Phase.BACKWARD)
         for index in range(shortened(layout).blocks)
     ]
-    head = sum(flops for (phase, _), flops in work.flops.items() if phase is Phase.EPILOGUE)
+    head = sum(flops for (phase, _), flops in work.flops.items() if phase is Phase.HEAD)
     if (sum(work.flops.get(stage, 0.0) for stage in stages) + head) / rate > _CALIBRATION_SECONDS:
         return None
     try:

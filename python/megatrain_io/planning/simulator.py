@@ -428,7 +428,7 @@ class _Simulation:
         submitted = [
             record
             for record in stage.gradients
-            if stage.phase is not Phase.EPILOGUE or record != self._layout.prologue
+            if stage.phase is not Phase.HEAD or record != self._layout.embedding
         ]
         for load in stage.loads:
             if load.record not in submitted and not stage.holds:

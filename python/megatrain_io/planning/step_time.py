@@ -179,7 +179,7 @@ def _pool_on_device(job: TrainingJob, memory: MemoryPlan, vram: VramPlan) -> Poo
         # RAM has room for one of a record, and for a tied table's beside it.
         largest = max(map(layout.record_gradient_bytes, range(len(layout.records))))
         gradients = {"any": (largest, 1 + bool(job.cut.tied_parameters))}
-    others = [record for record in (layout.prologue, layout.epilogue) if record is not None]
+    others = [record for record in (layout.embedding, layout.head) if record is not None]
     return PoolSizes(
         memory.pool.chunk_slots,
         block(pool.weights, [layout.record_weight_bytes(record) for record in others]),
@@ -210,7 +210,7 @@ def hiding_tokens(
     compute: Mapping[StageKey, float],
 ) -> int:
     """Tokens of a step from which on both halves of it compute for longer than they move bytes."""
-    halves = ({Phase.PROLOGUE, Phase.FORWARD}, {Phase.EPILOGUE, Phase.BACKWARD, Phase.PROLOGUE_BACKWARD})
+    halves = ({Phase.EMBEDDING, Phase.FORWARD}, {Phase.HEAD, Phase.BACKWARD, Phase.EMBEDDING_BACKWARD})
     most = 0.0
     for half in halves:
         read = sum(phases[phase][0] for phase in half) / (hardware.read or inf)

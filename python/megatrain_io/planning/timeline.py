@@ -113,8 +113,8 @@ class Timeline:
         stages: dict[StageKey, Stage] = {}
         for (kind, record, phase), run in groupby(schedule, lambda op: (op.kind, op.chunk.record, op.phase)):
             owner = record
-            if phase is Phase.EPILOGUE:
-                owner = record if self._layout.epilogue is None else self._layout.epilogue
+            if phase is Phase.HEAD:
+                owner = record if self._layout.head is None else self._layout.head
             stage = stages.get((phase, owner))
             if stage is None:
                 stage = stages[phase, owner] = Stage(
@@ -197,8 +197,8 @@ class Timeline:
             if phase is Phase.FORWARD and record == last and trains:
                 stage.holds = True
             stage.gradients = list(dict.fromkeys([*stage.updates, *stage.keeps]))
-            if phase is Phase.EPILOGUE and trains and len(stage.loads) > (self._layout.epilogue is not None):
-                stage.gradients.append(self._layout.prologue)
+            if phase is Phase.HEAD and trains and len(stage.loads) > (self._layout.head is not None):
+                stage.gradients.append(self._layout.embedding)
 
     def _weight_bytes(self, part: Sequence[ChunkOp]) -> float:
         """Read for the weights alone."""

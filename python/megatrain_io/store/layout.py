@@ -1,6 +1,6 @@
 """The parameter space: which tensor lies in which record, at which offset, in which chunk. Pure.
 
-All parameters lie end to end, in the order in which a step meets them: prologue, decoder blocks, epilogue,
+All parameters lie end to end, in the order in which a step meets them: embedding, decoder blocks, head,
 one record each. Offsets count parameters, not bytes, so they do not depend on the dtype. The same arithmetic
 lays the bytes out on disk (``rust/src/layout.rs``); a test holds the two together.
 """
@@ -89,7 +89,7 @@ class Record:
 class ModelLayout:
     """The whole parameter space of one model.
 
-    Record 0 is the prologue, then one record for each decoder block, then the epilogue if it has
+    Record 0 is the embedding, then one record for each decoder block, then the head if it has
     parameters of its own.
     """
 
@@ -187,7 +187,7 @@ class ModelLayout:
         return _UPDATE_BYTES[self.format] == 0
 
     @property
-    def prologue(self) -> int:
+    def embedding(self) -> int:
         """Record of the embeddings and whatever else comes before the blocks."""
         return 0
 
@@ -196,7 +196,7 @@ class ModelLayout:
         return 1 + index
 
     @property
-    def epilogue(self) -> int | None:
+    def head(self) -> int | None:
         """Record of final norm and head; None when they have no parameters of their own."""
         return 1 + self.blocks if len(self.records) > 1 + self.blocks else None
 

@@ -40,18 +40,18 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     """Size the pool for ``build_schedule``'s step.
 
     Records larger than any block (embeddings, head) have buffers of their own kind: one is enough, because
-    the step needs them one after the other, except where a tied head holds prologue and epilogue at once.
+    the step needs them one after the other, except where a tied head holds embedding and head at once.
 
     Args:
         layout: the parameter space.
-        tied_embeddings: whether the epilogue needs the prologue's weights too (tied embeddings).
+        tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
         training: False leaves out what only updates need, as frozen weights do.
         residents: they have memory of their own, which is not counted here.
         keeps: whether gradients wait for their norm, on the drive where they have no buffer of their own.
         by_chunk: whether compute has memory of its own, so that buffers hold chunks on their way to it and back, as
             many as are said for blocks; those for larger records are then for weights that come back to be updated.
         block_buffers: one to compute with and the others to read ahead; at least two, because the last
-            block waits in its buffer while the epilogue runs.
+            block waits in its buffer while the head runs.
         chunk_slots: updates in flight.
         block_gradients: one to accumulate in and the others for updates behind.
         gathered: by chunk, how many more gradients gather here as the device has no room for those of a record.
@@ -76,10 +76,10 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
         for record in others
         if record in shared and layout.record_gradient_bytes(record) > block_gradient
     ]
-    held = layout.prologue in outer
-    held_gradient = layout.prologue in outer_gradient or layout.prologue not in shared
-    # A tied head holds the prologue's weights beside the last block and the epilogue, and its gradient
-    # from the epilogue to the end of the step.
+    held = layout.embedding in outer
+    held_gradient = layout.embedding in outer_gradient or layout.embedding not in shared
+    # A tied head holds the embedding's weights beside the last block and the head, and its gradient
+    # from the head to the end of the step.
     beside = int(tied_embeddings)
     # Kept gradients are applied on the weights' way to compute, so those are written from elsewhere.
     updated = [

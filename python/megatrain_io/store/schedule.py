@@ -1,8 +1,8 @@
 """The schedule of a step: one pure function that training, plan, simulator and trace share.
 
 Cyclic and known before it starts, so nothing has to be guessed while it runs: the pipeline reads ahead in
-this order. A step meets, in order: prologue, blocks first to last, epilogue, blocks last to first with
-their updates, prologue with its update. Updates that need the norm of all gradients ride on the first load
+this order. A step meets, in order: embedding, blocks first to last, head, blocks last to first with
+their updates, embedding with its update. Updates that need the norm of all gradients ride on the first load
 of each record in the step after.
 """
 
@@ -35,11 +35,11 @@ and the next step applies them, or both: then it may take its updates back.
 class Phase(StrEnum):
     """Part of a step."""
 
-    PROLOGUE = "prologue"
+    EMBEDDING = "embedding"
     FORWARD = "forward"
-    EPILOGUE = "epilogue"
+    HEAD = "head"
     BACKWARD = "backward"
-    PROLOGUE_BACKWARD = "prologue_backward"
+    EMBEDDING_BACKWARD = "embedding_backward"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def build_schedule(
 
     Args:
         layout: the parameter space.
-        tied_embeddings: whether the epilogue needs the prologue's weights too (tied embeddings).
+        tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
         training: False leaves out the backward pass: evaluation and generation.
         applies: whether the step before has kept its gradients, and this one applies them.
         gradients: what becomes of this step's.
@@ -131,13 +131,13 @@ def flush_schedule(layout: ModelLayout) -> tuple[ChunkOp, ...]:
 
 
 def _forward(layout: ModelLayout, first: Kind, *, tied_embeddings: bool) -> Iterator[ChunkOp]:
-    yield from _whole(layout, first, layout.prologue, Phase.PROLOGUE)
+    yield from _whole(layout, first, layout.embedding, Phase.EMBEDDING)
     for index in range(layout.blocks):
         yield from _whole(layout, first, layout.block(index), Phase.FORWARD)
-    if layout.epilogue is not None:
-        yield from _whole(layout, first, layout.epilogue, Phase.EPILOGUE)
+    if layout.head is not None:
+        yield from _whole(layout, first, layout.head, Phase.HEAD)
     if tied_embeddings:
-        yield from _whole(layout, "load", layout.prologue, Phase.EPILOGUE)
+        yield from _whole(layout, "load", layout.embedding, Phase.HEAD)
 
 
 def _backward(layout: ModelLayout, gradients: Gradients) -> Iterator[ChunkOp]:
@@ -150,16 +150,16 @@ def _backward(layout: ModelLayout, gradients: Gradients) -> Iterator[ChunkOp]:
             yield from _whole(layout, kind, record, phase)
 
     last = layout.blocks - 1
-    if layout.epilogue is not None:
-        yield from done(layout.epilogue, Phase.EPILOGUE)
+    if layout.head is not None:
+        yield from done(layout.head, Phase.HEAD)
     for index in range(last, -1, -1):
         if index != last:
             yield from _whole(layout, "load", layout.block(index), Phase.BACKWARD)
         yield from done(layout.block(index), Phase.BACKWARD)
     if layout.is_frozen:
         return
-    yield from _whole(layout, "load", layout.prologue, Phase.PROLOGUE_BACKWARD)
-    yield from done(layout.prologue, Phase.PROLOGUE_BACKWARD)
+    yield from _whole(layout, "load", layout.embedding, Phase.EMBEDDING_BACKWARD)
+    yield from done(layout.embedding, Phase.EMBEDDING_BACKWARD)
 
 
 def _whole(layout: ModelLayout, kind: Kind, record: int, phase: Phase) -> Iterator[ChunkOp]:

@@ -33,8 +33,8 @@ def train_step(monkeypatch):
 
 @pytest.fixture
 def layout():
-    """Prologue, three blocks and epilogue of 4096 parameters each: 2 and 10 pages."""
-    names = ["prologue", "block 0", "block 1", "block 2", "epilogue"]
+    """Embedding, three blocks and head of 4096 parameters each: 2 and 10 pages."""
+    names = ["embedding", "block 0", "block 1", "block 2", "head"]
     return ModelLayout.build([(name, [(f"{name}.x", (4096,))]) for name in names], 3, "bf16")
 
 
@@ -65,7 +65,7 @@ def test_bytes_of_phases_are_those_of_the_schedule(step_bound, layout):
     schedule = build_schedule(layout, tied_embeddings=False, training=True)
     found = step_bound.bytes_of_phases(schedule, layout, NOTHING, commits=True)
     page = 4096
-    # Weights of prologue and blocks; then the epilogue's, those of two blocks and the prologue again, all planes.
+    # Weights of embedding and blocks; then the head's, those of two blocks and the embedding again, all planes.
     assert found == {"forward": (8 * page, 0), "backward": ((8 + 50) * page, 60 * page)}
     sums = tuple(map(sum, zip(*found.values(), strict=True)))
     assert sums == traffic(schedule, layout)

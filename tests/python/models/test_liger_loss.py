@@ -46,7 +46,7 @@ def results_of_all_losses(cross_entropy=None):
             hidden = torch.randn(2, 11, 32, generator=generator).to(dtype).requires_grad_()
             labels = shifted_labels(tokens(2, 11, seed=1)[1])
             leaves = leaves_of(stock)
-            names = [name for name, _ in cut.epilogue_parameters] + list(cut.tied_parameters)
+            names = [name for name, _ in cut.head_parameters] + list(cut.tied_parameters)
             # A slice of tokens is no contiguous piece of its labels; nothing of the second is trained.
             for part, begin, end in (("some", 2, 11), ("none", 0, 2)):
                 key = f"{family}/{name}/{part}"

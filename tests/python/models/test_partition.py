@@ -120,7 +120,7 @@ def layer_major(cut, leaves, micro_batches, items):
     for number in numbered:
         hidden = saved[-1][number].requires_grad_()
         loss = cut.loss(leaves, hidden, micro_batches[number].shift_labels, items)
-        names = [*(name for name, _ in cut.epilogue_parameters), *cut.tied_parameters]
+        names = [*(name for name, _ in cut.head_parameters), *cut.tied_parameters]
         (of_hidden,), gradients = grads(loss, leaves, names, hidden)
         losses.append(loss.detach())
         above.append(of_hidden)
@@ -132,7 +132,7 @@ def layer_major(cut, leaves, micro_batches, items):
             output = cut.run_block(block, leaves, hidden, calls[number][block])
             (above[number],), gradients = grads(output, leaves, names, hidden, grad_output=above[number])
             add(number, gradients)
-    names = [name for name, _ in cut.prologue_parameters]
+    names = [name for name, _ in cut.embedding_parameters]
     for number in numbered:
         hidden, _ = cut.record(leaves, micro_batches[number])
         add(number, grads(hidden, leaves, names, grad_output=above[number])[1])
@@ -248,27 +248,27 @@ def test_loss_in_slices_of_tokens_adds_up_to_the_whole():
 @EVERY_FAMILY
 def test_every_parameter_belongs_to_exactly_one_part(family):
     cut = cut_of(family)
-    parts = [*cut.prologue_parameters, *cut.epilogue_parameters]
+    parts = [*cut.embedding_parameters, *cut.head_parameters]
     parts += [entry for block in range(len(cut.blocks)) for entry in cut.block_parameters(block)]
     stock = {name: tuple(p.shape) for name, p in stock_of(family).named_parameters()}
     assert sorted(parts) == sorted(stock.items())
     order = list(stock)
-    for part in (cut.prologue_parameters, cut.epilogue_parameters, cut.block_parameters(2)):
+    for part in (cut.embedding_parameters, cut.head_parameters, cut.block_parameters(2)):
         assert [name for name, _ in part] == sorted((name for name, _ in part), key=order.index)
 
 
-def test_a_tied_head_is_the_prologues_and_borrowed_by_the_epilogue():
+def test_a_tied_head_is_the_embeddings_and_borrowed_by_the_head():
     cut = cut_of("llama tied")
     assert cut.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert cut.prologue_parameters == (("model.embed_tokens.weight", (97, 32)),)
+    assert cut.embedding_parameters == (("model.embed_tokens.weight", (97, 32)),)
     assert cut.tied_parameters == ("model.embed_tokens.weight",)
-    assert cut.epilogue_parameters == (("model.norm.weight", (32,)),)
+    assert cut.head_parameters == (("model.norm.weight", (32,)),)
 
 
-def test_an_untied_head_is_the_epilogues():
+def test_an_untied_head_is_the_heads():
     cut = cut_of("llama")
     assert (cut.tied, cut.tied_parameters) == ({}, ())
-    assert [name for name, _ in cut.epilogue_parameters] == ["model.norm.weight", "lm_head.weight"]
+    assert [name for name, _ in cut.head_parameters] == ["model.norm.weight", "lm_head.weight"]
 
 
 def test_each_block_keeps_its_own_state():
@@ -295,7 +295,7 @@ def test_a_missing_parameter_is_a_key_error():
         cut.loss(without, hidden, input_ids, 4)
 
 
-def test_only_the_hidden_state_is_connected_to_the_prologue():
+def test_only_the_hidden_state_is_connected_to_the_embedding():
     cut, leaves = cut_of("gpt2"), leaves_of(stock_of("gpt2"))
     input_ids, _ = tokens(1, 5, seed=0)
     hidden, calls = cut.record(leaves, MicroBatch(input_ids, input_ids))
@@ -323,7 +323,7 @@ def test_no_call_keeps_parameters_alive(family):
         gc.enable()
 
 
-def test_train_switches_the_dropout_of_prologue_and_blocks():
+def test_train_switches_the_dropout_of_embedding_and_blocks():
     config = config_of("gpt2")
     config.embd_pdrop = config.resid_pdrop = 0.5
     cut, parameters = CutModel(config, torch.float32, facts_of("gpt2")), leaves_of(stock_of("gpt2"))
@@ -349,7 +349,7 @@ def test_record_refuses_a_forward_that_skips_blocks():
     )
     cut = CutModel(config, torch.float32, probe(config))
     parameters = {
-        name: torch.zeros(shape) for name, shape in (*cut.prologue_parameters, *cut.epilogue_parameters)
+        name: torch.zeros(shape) for name, shape in (*cut.embedding_parameters, *cut.head_parameters)
     }
     input_ids, _ = tokens(1, 5, seed=0)
     with pytest.raises(UnsupportedModelError, match=r"opt: its forward pass calls"):

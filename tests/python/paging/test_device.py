@@ -384,7 +384,7 @@ def test_copies_and_compute_are_in_the_trace(tmp_path):
         layout = model.state.layout
     by_lane = Counter(lane for lane, *_ in events)
     loads = 2 * len(layout.chunks) - len(layout.chunks_of(layout.block(layout.blocks - 1)))
-    loads -= len(layout.chunks_of(layout.epilogue))
+    loads -= len(layout.chunks_of(layout.head))
     assert by_lane["copy in"] == loads
     assert by_lane["copy out"] == len(layout.chunks)
     assert by_lane["device, block"] == 2 * layout.blocks - 1

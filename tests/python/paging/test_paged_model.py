@@ -237,7 +237,7 @@ def test_a_tensor_that_is_kept_is_told_of(store):
     with opened(store, TIED, engine=ENGINE) as model:
         state = model.state
         state.begin(state.check(model.forward_schedule), AdamWStep(1, 0.0))
-        record = state.weights(state.layout.prologue)
+        record = state.weights(state.layout.embedding)
         kept = next(iter(record.tensors.values()))[0]
         content = kept.clone()
         with pytest.raises(BufferInUseError, match="1 tensor"):
@@ -300,10 +300,10 @@ with PagedState(*sys.argv[1:], engine="threads") as state:
 @pytest.mark.parametrize("chunk_parameters", [None, 4096, 12288])
 def test_the_layout_is_that_of_rust(tmp_path, state_format, chunk_parameters):
     shapes = {
-        "prologue": [("a", (257, 33)), ("b", (1,))],
+        "embedding": [("a", (257, 33)), ("b", (1,))],
         "block 0": [("c", (4096,)), ("d", (127, 3, 5)), ("e", (1, 1))],
         "block 1": [("f", (129,))],
-        "epilogue": [("g", (8191,)), ("h", (64, 65))],
+        "head": [("g", (8191,)), ("h", (64, 65))],
     }
     layout = ModelLayout.build(shapes.items(), 2, state_format, chunk_parameters)
     creator = StoreCreator(files(tmp_path / "store"), layout.manifest({}), ENGINE, Ledger())

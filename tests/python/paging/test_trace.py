@@ -119,9 +119,9 @@ def test_every_transfer_of_the_schedule_is_there(lanes, schedule):
 
 def test_compute_covers_each_step_phase_block_and_micro_batch(lanes):
     counts = Counter(name for _, _, name, _ in lanes["compute"])
-    phases = ("prologue", "forward", "epilogue", "backward", "prologue_backward")
+    phases = ("embedding", "forward", "head", "backward", "embedding_backward")
     blocks = [f"{phase} block {block}" for phase in ("forward", "backward") for block in range(BLOCKS)]
-    passes = 3 + 2 * BLOCKS  # prologue, epilogue, prologue again; each block forward and backward
+    passes = 3 + 2 * BLOCKS  # embedding, head, embedding again; each block forward and backward
     expected = {f"step {step}": 1 for step in range(1, STEPS + 1)}
     expected |= dict.fromkeys((*phases, *blocks), STEPS)
     expected |= {f"micro-batch {index}": STEPS * passes for index in range(MICRO_BATCHES)}

@@ -77,7 +77,7 @@ def test_many_alike_are_rehearsed_by_three_of_them(tmp_path, dtype):
 
 
 class _Positions(Case):
-    """A model with a table of positions: the backward pass of its prologue is where a step needs most."""
+    """A model with a table of positions: the backward pass of its embedding is where a step needs most."""
 
     @property
     def config(self):
@@ -86,7 +86,7 @@ class _Positions(Case):
         )
 
 
-def test_the_gradient_of_a_large_prologue_is_rehearsed(tmp_path, monkeypatch):
+def test_the_gradient_of_a_large_embedding_is_rehearsed(tmp_path, monkeypatch):
     case = _Positions(tied=True, counts=(9,))
     monkeypatch.setattr(paged, "facts_of", lambda *_: probe(case.config))
     make_store(tmp_path / "store", case)
@@ -95,7 +95,7 @@ def test_the_gradient_of_a_large_prologue_is_rehearsed(tmp_path, monkeypatch):
         train(model, case)
         measured = model.activations
     assert measured > 4 * 64 * 3072
-    # Rather too much: of the backward pass no more is known than that it makes the prologue once more.
+    # Rather too much: of the backward pass no more is known than that it makes the embedding once more.
     assert measured <= expected <= 1.05 * measured
 
 

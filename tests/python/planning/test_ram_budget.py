@@ -124,7 +124,7 @@ def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
 )
 def test_no_division_is_larger_than_the_budget(blocks, block, table, keeps):
     inner = [(f"block {index}", [(f"w{index}", (block,))]) for index in range(blocks)]
-    parts = [("prologue", [("table", (table,))]), *inner, ("epilogue", [("head", (table,))])]
+    parts = [("embedding", [("table", (table,))]), *inner, ("head", [("head", (table,))])]
     layout = ModelLayout.build(parts, blocks, "bf16")
     schedule = build_schedule(layout, tied_embeddings=False, training=True)
     needs = StepNeeds(MIB, activations=MIB, saved_inputs=2 * MIB, saved_inputs_least=MIB)

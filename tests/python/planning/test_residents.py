@@ -13,9 +13,9 @@ EVERYTHING = 1 << 60
 
 
 def model(blocks: int = 8, *, tied: bool = False) -> tuple[ModelLayout, tuple]:
-    parts = [("prologue", [("table", (1 << 15,))])]
+    parts = [("embedding", [("table", (1 << 15,))])]
     parts += [(f"block {index}", [(f"{index}.w", (1 << 16,))]) for index in range(blocks)]
-    parts.append(("epilogue", [("norm", (128,)), *([] if tied else [("head", (1 << 15,))])]))
+    parts.append(("head", [("norm", (128,)), *([] if tied else [("head", (1 << 15,))])]))
     layout = ModelLayout.build(parts, blocks, "bf16", chunk_parameters=1 << 14)
     return layout, build_schedule(layout, tied_embeddings=tied, training=True)
 
@@ -40,7 +40,7 @@ def test_what_is_read_most_often_stays_first(tied):
         assert 0 in first.records, "three reads a step"
     # Block 7 is read once, as it stays across the turn; the others twice.
     twice = choose_residents(layout, schedule, table + 7 * weights)
-    assert twice.records == frozenset(range(8)), "prologue and blocks 0 to 6"
+    assert twice.records == frozenset(range(8)), "embedding and blocks 0 to 6"
     assert not twice.chunks
 
 

@@ -19,14 +19,14 @@ STEADY = 3
 def layout(*, tied=False, table=2048, width=512):
     block = [("weight", (width, 512))]
     outer = [("table", (table, 512))]
-    parts = [("prologue", outer), *((f"block {index}", block) for index in range(BLOCKS))]
-    parts.append(("epilogue", [("norm", (512,))] if tied else outer))
+    parts = [("embedding", outer), *((f"block {index}", block) for index in range(BLOCKS))]
+    parts.append(("head", [("norm", (512,))] if tied else outer))
     return ModelLayout.build(parts, BLOCKS, "bf16")
 
 
 def seconds_of(place, forward, *, backward=None):
     """Seconds of computing for each stop."""
-    found = {(Phase.EPILOGUE, place.epilogue): forward}
+    found = {(Phase.HEAD, place.head): forward}
     for index in range(BLOCKS):
         found[Phase.FORWARD, place.block(index)] = forward
         found[Phase.BACKWARD, place.block(index)] = 3 * forward if backward is None else backward
@@ -175,7 +175,7 @@ def test_nothing_of_a_step_is_read_before_the_one_before_has_computed():
     place = layout()
     schedule = build_schedule(place, tied_embeddings=False, training=False)
     pool = pool_sizes(place, tied_embeddings=False, training=False)
-    compute = {(Phase.EPILOGUE, place.epilogue): 100.0}
+    compute = {(Phase.HEAD, place.head): 100.0}
     found = simulate([(schedule, False)] * STEPS, place, pool, compute, Rates(read=2e6, write=1e18))
     assert found[STEADY].seconds == pytest.approx(100.0 + traffic(schedule, place)[0] / 2e6)
 

@@ -217,7 +217,7 @@ class Failure:
 
 
 # While the step reads ahead; while it updates and writes; while the step before it is being committed.
-PLACES = [("forward", 3), ("_block_backward", 3), ("prologue", 4)]
+PLACES = [("forward", 3), ("_block_backward", 3), ("embedding", 4)]
 
 
 def check_stopped(ended, acknowledged):

@@ -52,7 +52,7 @@ def test_what_waits_when_a_run_is_stopped_is_applied_first(source, tmp_path, cli
     check(config.output_dir, clipped)
 
 
-@pytest.mark.parametrize("phase", ["prologue", "forward", "epilogue", "backward", "prologue_backward"])
+@pytest.mark.parametrize("phase", ["embedding", "forward", "head", "backward", "embedding_backward"])
 def test_a_step_that_is_dropped_takes_none_before_it_along(source, tmp_path, clipped, monkeypatch, phase):
     config = configured(source, tmp_path / "run", max_grad_norm=LIMIT)
     done = getattr(Step, phase)

@@ -164,13 +164,13 @@ def test_a_step_that_is_dropped_ends_a_scratch_store(source, tmp_path, monkeypat
 def test_a_scratch_store_survives_a_loss_that_is_not_finite(source, tmp_path, monkeypatch):
     """The loss is looked at before anything of its step is written."""
     config = configured(source, tmp_path / "run", memory={"durability": "scratch"})
-    slices = Step._epilogue_slices
+    slices = Step._head_slices
 
     def diverging(step, *arguments, **keywords):
         loss = slices(step, *arguments, **keywords)
         return loss * math.nan if step._number == 3 else loss
 
-    monkeypatch.setattr(Step, "_epilogue_slices", diverging)
+    monkeypatch.setattr(Step, "_head_slices", diverging)
     with pytest.raises(TrainingDivergedError, match="step 3"):
         start(config)
     assert blob_of(config.output_dir)["step"] == 2

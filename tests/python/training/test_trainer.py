@@ -295,14 +295,14 @@ def test_a_finished_run_has_nothing_left(source, whole):
 
 def test_a_loss_that_is_not_finite_drops_its_step(source, whole, tmp_path, monkeypatch):
     config = configured(source, tmp_path / "run")
-    slices = Step._epilogue_slices
+    slices = Step._head_slices
 
     def diverging(step, *arguments, **keywords):
         loss = slices(step, *arguments, **keywords)
         return loss * math.nan if (step._number, arguments[0]) == (3, 1) else loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "_epilogue_slices", diverging)
+        patch.setattr(Step, "_head_slices", diverging)
         with pytest.raises(TrainingDivergedError, match="step 3 is nan") as caught:
             start(config)
     assert caught.value.exit_code == 7

@@ -107,16 +107,16 @@ def kind_of(layout: ModelLayout, record: int, kinds: Collection[str]) -> str:
     for shared in ("any", "pieces"):
         if shared in kinds:
             return shared
-    if layout.prologue < record <= layout.blocks:
+    if layout.embedding < record <= layout.blocks:
         return "block"
     if "outer" in kinds:
         return "outer"
-    return "prologue" if record == layout.prologue else "epilogue"
+    return "embedding" if record == layout.embedding else "head"
 
 
 def gathered_chunks(layout: ModelLayout, *, tied_embeddings: bool) -> int:
     """Chunks of gradients that are in RAM at once where they gather there: a record's, and beside it a tied table's."""
-    table = layout.prologue if tied_embeddings else None
+    table = layout.embedding if tied_embeddings else None
     others = [len(layout.chunks_of(record)) for record in range(len(layout.records)) if record != table]
     return max(others) + (0 if table is None else len(layout.chunks_of(table)))
 
@@ -133,7 +133,7 @@ def device_pool(
 
     Args:
         layout: the parameter space.
-        tied_embeddings: whether the epilogue needs the prologue's weights, too (tied embeddings): then both are
+        tied_embeddings: whether the head needs the embedding's weights, too (tied embeddings): then both are
             there at once, and else one buffer serves them one after the other.
         training: False leaves out gradients, as frozen weights do.
         block_weights: one to compute with, and one that is filled meanwhile.
@@ -141,9 +141,9 @@ def device_pool(
             none accumulates before the last one has left; None: they gather in RAM, and pass through in pieces.
     """
     blocks = [layout.block(index) for index in range(layout.blocks)]
-    outer = {layout.prologue: "prologue"}
-    if layout.epilogue is not None:
-        outer[layout.epilogue] = "epilogue"
+    outer = {layout.embedding: "embedding"}
+    if layout.head is not None:
+        outer[layout.head] = "head"
     if not tied_embeddings:
         outer = dict.fromkeys(outer, "outer")
     names = {**dict.fromkeys(blocks, "block"), **outer}

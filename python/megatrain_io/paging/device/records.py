@@ -225,7 +225,7 @@ class DeviceRecords:
             free[kind].append((buffer, Done()))
 
     def _computed(self, load: _Load, ended: Event) -> None:
-        # The last block's weights stay while the epilogue's are used: each kind has a lane.
+        # The last block's weights stay while the head's are used: each kind has a lane.
         record = load.record
         self.events.ended(
             f"device, {self._kind(record, self._weights)}",

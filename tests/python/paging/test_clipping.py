@@ -146,7 +146,7 @@ def test_a_flipped_bit_of_a_gradient_that_waits_is_found_and_costs_its_step(tmp_
             pass
         flip(store)
         with pytest.raises(
-            CorruptionError, match=r"gradient of embedding .*store\.gradients.* committed step is whole"
+            CorruptionError, match=r"gradient of prologue .*store\.gradients.* committed step is whole"
         ):
             model.train_step([to_micro_batch(case.steps[3][0])], AdamWStep(4, 1e-3), lambda _loss: b"4")
         assert progress_of(model.state)[0] == 2

@@ -1,4 +1,4 @@
-"""What a step works with, by what it does: so that one without a store can be run on stand-ins."""
+"""What a step works with, by what it does: so that one without a store can be run on fakes."""
 
 from collections.abc import Sequence
 from typing import Protocol

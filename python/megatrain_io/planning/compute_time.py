@@ -15,7 +15,7 @@ from megatrain_io.models.partition import CutModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.step import LOGITS_BYTES, Step, slice_tokens
-from megatrain_io.planning.dry_run import StandIn
+from megatrain_io.planning.dry_run import FakeStore
 from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.schedule import Phase
@@ -38,15 +38,15 @@ def measured_seconds(
     device = device or Cpu()
     cut.to(device.torch_device)
     batch = batch.to(device.torch_device)
-    stand_in = StandIn(layout)
+    fake_store = FakeStore(layout)
     clock = _Clock(device)
     cut.train()
     with device.random_state(), device.computing(), device.torch_device:
         while not clock.is_enough:
             step = Step(
                 cut,
-                stand_in,
-                stand_in,
+                fake_store,
+                fake_store,
                 [batch],
                 slice_tokens=slice_tokens(cut, LOGITS_BYTES),
                 span=clock.span,
@@ -60,7 +60,7 @@ def measured_seconds(
             if not layout.is_frozen:
                 step.embedding_backward()
             clock.next_round()
-    blocks = range(stand_in.layout.blocks)
+    blocks = range(fake_store.layout.blocks)
     per_block = {
         phase: clock.median(*(f"{phase} block {index}" for index in blocks))
         for phase in ("forward", "backward")

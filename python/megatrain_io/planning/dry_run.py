@@ -18,9 +18,9 @@ from megatrain_io.store.dtypes import dtype_of
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import BorrowedRecord
 
-__all__ = ["CANNOT_REHEARSE", "Rehearsal", "StandIn", "rehearse", "shortened", "stand_in_nbytes"]
+__all__ = ["CANNOT_DRY_RUN", "DryRun", "FakeStore", "dry_run", "fake_store_nbytes", "shortened"]
 
-CANNOT_REHEARSE = (DataDependentOutputException, GuardOnDataDependentSymNode, NotImplementedError)
+CANNOT_DRY_RUN = (DataDependentOutputException, GuardOnDataDependentSymNode, NotImplementedError)
 """A model whose shapes depend on its data (a mixture of experts that looks at its routing) raises one of these."""
 
 _ENOUGH_BLOCKS = 2
@@ -38,8 +38,8 @@ def shortened(layout: ModelLayout) -> ModelLayout:
     )
 
 
-def stand_in_nbytes(layout: ModelLayout) -> int:
-    """Bytes of a stand-in's weights and gradients."""
+def fake_store_nbytes(layout: ModelLayout) -> int:
+    """Bytes of a fake store's weights and gradients."""
     sizes = [sum(place.elements for place in record.tensors) for record in shortened(layout).records]
     return layout.weight_bytes * sum(sizes) + 4 * max(sizes) * (not layout.is_frozen)
 
@@ -54,7 +54,7 @@ class _FakeRecord(BorrowedRecord):
         self.tensors = {}
 
 
-class StandIn:
+class FakeStore:
     """Stands for store, pool and saved inputs in a step that trains nothing: weights that are made up.
 
     Attributes:
@@ -115,8 +115,8 @@ class StandIn:
         """As ``SavedInputs.release``."""
 
 
-class Rehearsal(StandIn):
-    """A stand-in whose tensors have shapes and no memory, and that counts what the step allocates.
+class DryRun(FakeStore):
+    """A fake store whose tensors have shapes and no memory, and that counts what the step allocates.
 
     Attributes:
         peak_nbytes: most bytes of tensors that were alive at once, without those of pool and saved inputs.
@@ -175,10 +175,10 @@ class Rehearsal(StandIn):
 
 
 # Micro-batches; what more of the same take is worked out.
-_REHEARSED = 3
+_COUNTED = 3
 
 
-def rehearse(
+def dry_run(
     cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], *, slice_tokens: int
 ) -> int | None:
     """Bytes of tensors that a training step needs at once, beside pool, residents and saved inputs.
@@ -187,32 +187,30 @@ def rehearse(
     its data, so that only a real step can tell.
     """
     count = len(micro_batches)
-    if count <= _REHEARSED or any(batch is not micro_batches[0] for batch in micro_batches):
-        return _rehearse(cut, layout, micro_batches, slice_tokens)
+    if count <= _COUNTED or any(batch is not micro_batches[0] for batch in micro_batches):
+        return _dry_run(cut, layout, micro_batches, slice_tokens)
     # Each of the same takes the same more.
-    two, three = (
-        _rehearse(cut, layout, micro_batches[:n], slice_tokens) for n in (_REHEARSED - 1, _REHEARSED)
-    )
-    return None if two is None or three is None else three + (count - _REHEARSED) * (three - two)
+    two, three = (_dry_run(cut, layout, micro_batches[:n], slice_tokens) for n in (_COUNTED - 1, _COUNTED))
+    return None if two is None or three is None else three + (count - _COUNTED) * (three - two)
 
 
-def _rehearse(
+def _dry_run(
     cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], slice_tokens: int
 ) -> int | None:
     cut.train()
-    rehearsal = Rehearsal(layout)
-    step = Step(cut, rehearsal, rehearsal, micro_batches, slice_tokens=slice_tokens, span=rehearsal.span)
+    run = DryRun(layout)
+    step = Step(cut, run, run, micro_batches, slice_tokens=slice_tokens, span=run.span)
     random_state = torch.get_rng_state()
     try:
-        with rehearsal.embedding():
+        with run.embedding():
             step.embedding()
-        with rehearsal.blocks():
+        with run.blocks():
             step.forward(saving=True)
             step.head(training=True)
             step.leave_head()
             step.backward()
-    except CANNOT_REHEARSE:
+    except CANNOT_DRY_RUN:
         return None
     finally:
         torch.set_rng_state(random_state)
-    return rehearsal.peak_nbytes
+    return run.peak_nbytes

@@ -9,7 +9,7 @@ from megatrain_io.models.partition import CutModel
 from megatrain_io.paging.activations import SavedInputsBudget, input_nbytes, least_saved_inputs
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES, VramPlan, gathered_chunks, slot_nbytes
 from megatrain_io.paging.step import LOGITS_BYTES, hidden_nbytes, slice_tokens
-from megatrain_io.planning.dry_run import rehearse
+from megatrain_io.planning.dry_run import dry_run
 from megatrain_io.planning.ram_budget import MemoryPlan, StepNeeds, divide
 from megatrain_io.planning.vram_budget import divide_vram, least_vram
 from megatrain_io.store.layout import ModelLayout
@@ -28,14 +28,14 @@ def step_needs(
 ) -> StepNeeds:
     """What a training step on ``micro_batches`` needs besides pool and residents; ``tables`` bytes are the store's."""
     per_block = input_nbytes(hidden_nbytes(cut, layout, micro_batches))
-    activations = rehearse(cut, layout, micro_batches, slice_tokens=slice_tokens(cut, LOGITS_BYTES))
+    activations = dry_run(cut, layout, micro_batches, slice_tokens=slice_tokens(cut, LOGITS_BYTES))
     return StepNeeds(
         tables=tables,
         activations=activations or 0,
         saved_inputs=layout.blocks * per_block,
         saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
         inputs_per_block=per_block,
-        is_rehearsed=activations is not None,
+        is_known=activations is not None,
     )
 
 

@@ -39,7 +39,7 @@ class StepNeeds:
         inputs_per_block: of ``saved_inputs``; where compute has memory of its own, not those of all blocks.
         by_chunk: whether it has: then buffers hold chunks on their way to it, and back.
         gathered: chunks of gradients that gather in RAM, where that memory has no room for those of a record.
-        is_rehearsed: whether ``activations`` is known; if not it is 0, and comes on top of the budget.
+        is_known: whether ``activations`` is known; if not it is 0, and comes on top of the budget.
     """
 
     tables: int
@@ -49,7 +49,7 @@ class StepNeeds:
     inputs_per_block: int = 0
     by_chunk: bool = False
     gathered: int = 0
-    is_rehearsed: bool = True
+    is_known: bool = True
 
     @property
     def saved_inputs_at_least(self) -> int:
@@ -113,7 +113,7 @@ class MemoryPlan:
         stays = f"state that stays {mib(self.resident_nbytes)}" if self.resident_nbytes else "no state stays"
         spilled = f" (of {mib(self.needs.saved_inputs)}, the rest on the drive)" if self.is_spilled else ""
         compute = f"compute {mib(self.needs.activations + self.needs.heap)}"
-        if not self.needs.is_rehearsed:
+        if not self.needs.is_known:
             compute = "compute not counted (its shapes depend on the data: it comes on top of memory.ram)"
         return (
             f"RAM: {mib(self.total)} of {mib(self.ram)}: buffers {mib(self.pool_nbytes)}, inputs of blocks "

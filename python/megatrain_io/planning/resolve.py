@@ -24,7 +24,7 @@ from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.cuda import Cuda, has_bf16, no_gpu
 from megatrain_io.planning.compute_time import measured_seconds
-from megatrain_io.planning.dry_run import shortened, stand_in_nbytes
+from megatrain_io.planning.dry_run import fake_store_nbytes, shortened
 from megatrain_io.planning.flops import work_of
 from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.memory_needs import step_needs
@@ -201,7 +201,7 @@ def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | N
     if hardware.read is None or rate is None or hardware.device is not None:
         return None
     needs = step_needs(cut, layout, [batch], job.tables)
-    if stand_in_nbytes(layout) + needs.always + needs.saved_inputs > job.ram:
+    if fake_store_nbytes(layout) + needs.always + needs.saved_inputs > job.ram:
         return None
     rows, length = batch.input_ids.shape
     work = work_of(cut, layout, [(rows, length)])

@@ -9,7 +9,7 @@ from megatrain_io.errors import FormatError, MegatrainIoError
 from megatrain_io.paging.activations import SavedInputsBudget
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 from megatrain_io.paging.device.simulated import SimulatedDevice
-from megatrain_io.planning.dry_run import rehearse
+from megatrain_io.planning.dry_run import dry_run
 from megatrain_io.planning.memory_needs import divided, on_device, step_needs
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep
@@ -128,13 +128,13 @@ def test_records_of_different_formats_are_refused():
 @pytest.mark.skipif(DEVICE != "cpu", reason="measures the RAM of compute")
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_rehearsed_step_needs_what_a_real_one_does(tmp_path, tied, micro_batches):
+def test_a_dry_run_needs_what_a_real_one_does(tmp_path, tied, micro_batches):
     sizes = {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 2053, "head_dim": 64}
     case = Case(tied=tied, dtype=BF16, counts=(micro_batches,), overrides=sizes, is_frozen=True)
     make_store(tmp_path / "store", case)
     batches = [to_micro_batch(batch) for batch in case.steps[0]]
     with opened(tmp_path / "store", case) as model:
-        expected = rehearse(model.cut, model.state.layout, batches, slice_tokens=model.slice_tokens)
+        expected = dry_run(model.cut, model.state.layout, batches, slice_tokens=model.slice_tokens)
         model.pass_gradients(batches)
         measured = model.state.ledger.balances()["activations"][1]
     assert expected == pytest.approx(measured, rel=0.01)

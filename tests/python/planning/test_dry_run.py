@@ -10,7 +10,7 @@ import paged
 from megatrain_io.data.batch import blank_micro_batch
 from megatrain_io.models.partition import model_parts
 from megatrain_io.models.probe import probe
-from megatrain_io.planning.dry_run import rehearse, shortened
+from megatrain_io.planning.dry_run import dry_run, shortened
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep
 from paged import DEVICE, Case, cut_model, make_store, opened, to_micro_batch, train
@@ -24,20 +24,20 @@ SIZES = {
 }
 
 
-def rehearsed(model, micro_batches):
-    return rehearse(model.cut, model.state.layout, micro_batches, slice_tokens=model.slice_tokens)
+def counted(model, micro_batches):
+    return dry_run(model.cut, model.state.layout, micro_batches, slice_tokens=model.slice_tokens)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_rehearsed_step_needs_what_a_real_one_does(tmp_path, family, tied, dtype, micro_batches):
+def test_a_dry_run_needs_what_a_real_one_does(tmp_path, family, tied, dtype, micro_batches):
     case = Case(family, tied, dtype, (micro_batches,), SIZES)
     make_store(tmp_path / "store", case)
     with opened(tmp_path / "store", case) as model:
         batches = [to_micro_batch(batch) for batch in case.steps[0]]
-        expected = rehearsed(model, batches)
+        expected = counted(model, batches)
         read = model.state.io_bytes()
         train(model, case)
         accounts = model.state.ledger.balances()
@@ -48,13 +48,13 @@ def test_a_rehearsed_step_needs_what_a_real_one_does(tmp_path, family, tied, dty
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_many_alike_take_what_a_rehearsal_of_all_says(tied):
+def test_many_alike_take_what_a_dry_run_of_all_says(tied):
     cut = cut_model(Case(tied=tied, overrides=SIZES))
     layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "f32")
     batch = blank_micro_batch(2, 24, packed=True)
     one_by_one = [replace(batch) for _ in range(9)]
-    whole = rehearse(cut, layout, one_by_one, slice_tokens=16)
-    assert rehearse(cut, layout, [batch] * 9, slice_tokens=16) == pytest.approx(whole, rel=1e-4)
+    whole = dry_run(cut, layout, one_by_one, slice_tokens=16)
+    assert dry_run(cut, layout, [batch] * 9, slice_tokens=16) == pytest.approx(whole, rel=1e-4)
 
 
 # Blocks and head so small that hidden states are nearly all that a step needs.
@@ -62,14 +62,14 @@ FLAT = SIZES | {"intermediate_size": 16, "vocab_size": 263, "head_dim": 16}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_many_alike_are_rehearsed_by_three_of_them(tmp_path, dtype):
+def test_many_alike_are_counted_by_three_of_them(tmp_path, dtype):
     case = Case(dtype=dtype, overrides=FLAT | {"num_attention_heads": 1, "num_key_value_heads": 1})
     batches = [blank_micro_batch(4, 64, packed=False)] * 9
     make_store(tmp_path / "store", case)
     with opened(tmp_path / "store", case) as model:
         model.slice_tokens = 16
-        expected = rehearsed(model, batches)
-        whole = rehearsed(model, [replace(batch) for batch in batches])
+        expected = counted(model, batches)
+        whole = counted(model, [replace(batch) for batch in batches])
         model.train_step(batches, AdamWStep(1, 1e-3), lambda _loss: b"")
         measured = model.activations
     assert expected == pytest.approx(whole, rel=1e-4)
@@ -86,12 +86,12 @@ class _Positions(Case):
         )
 
 
-def test_the_gradient_of_a_large_embedding_is_rehearsed(tmp_path, monkeypatch):
+def test_the_gradient_of_a_large_embedding_is_counted(tmp_path, monkeypatch):
     case = _Positions(tied=True, counts=(9,))
     monkeypatch.setattr(paged, "facts_of", lambda *_: probe(case.config))
     make_store(tmp_path / "store", case)
     with opened(tmp_path / "store", case) as model:
-        expected = rehearsed(model, [to_micro_batch(batch) for batch in case.steps[0]])
+        expected = counted(model, [to_micro_batch(batch) for batch in case.steps[0]])
         train(model, case)
         measured = model.activations
     assert measured > 4 * 64 * 3072
@@ -116,12 +116,12 @@ def padded(batch):
 
 @pytest.mark.parametrize("made", [packed, padded])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_rows_of_several_documents_and_padded_ones_are_rehearsed(tmp_path, dtype, made):
+def test_rows_of_several_documents_and_padded_ones_are_counted(tmp_path, dtype, made):
     case = Case(dtype=dtype, counts=(2,), overrides=SIZES)
     make_store(tmp_path / "store", case)
     with opened(tmp_path / "store", case) as model:
         batches = [made(batch) for batch in case.steps[0]]
-        expected = rehearsed(model, batches)
+        expected = counted(model, batches)
         model.train_step(batches, AdamWStep(1, 1e-3), lambda _loss: b"")
         measured = model.activations
     assert expected == pytest.approx(measured, rel=0.01)
@@ -133,16 +133,16 @@ def test_dropout_of_the_step_after_is_what_it_would_have_been(tmp_path):
     with opened(tmp_path / "store", case) as model:
         torch.manual_seed(5)
         before = torch.get_rng_state()
-        rehearsed(model, [to_micro_batch(batch) for batch in case.steps[0]])
+        counted(model, [to_micro_batch(batch) for batch in case.steps[0]])
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_slices_of_logits_are_rehearsed_too(tmp_path):
+def test_slices_of_logits_are_counted_too(tmp_path):
     case = Case(counts=(1,), overrides=SIZES)
     make_store(tmp_path / "store", case)
     with opened(tmp_path / "store", case) as model:
         model.slice_tokens = 8
-        expected = rehearsed(model, [to_micro_batch(batch) for batch in case.steps[0]])
+        expected = counted(model, [to_micro_batch(batch) for batch in case.steps[0]])
         train(model, case)
         measured = model.activations
     assert expected == pytest.approx(measured, rel=0.01)
@@ -153,7 +153,7 @@ def test_slices_do_not_add_their_gradients_of_the_head_to_one_another(tmp_path):
     make_store(tmp_path / "store", case)
     with opened(tmp_path / "store", case) as model:
         model.slice_tokens = 4
-        expected = rehearsed(model, [to_micro_batch(batch) for batch in case.steps[0]])
+        expected = counted(model, [to_micro_batch(batch) for batch in case.steps[0]])
     head = 8192 * case.config.hidden_size * 4
     assert head < expected < 1.5 * head
 

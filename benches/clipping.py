@@ -72,7 +72,7 @@ def train(job: Figures) -> Figures:
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.residents import choose_gradients
-    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
     from megatrain_io.store.schedule import Residents
 
     bar, config = BARS[job["bar"]], config_of(SIZES[job["size"]])
@@ -81,7 +81,7 @@ def train(job: Figures) -> Figures:
         MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
         for ids in tokens_of(job)
     ]
-    with PagedState(store) as state:
+    with PagedStore(store) as state:
         model = PagedModel(
             cut,
             state,

@@ -65,7 +65,7 @@ def train(job: Figures) -> Figures:
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.compute_time import measured_seconds
     from megatrain_io.planning.memory_needs import divided, on_device, saved_inputs_of, step_needs
-    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     path = Path(job["store"])
     is_frozen = job["frozen"]
@@ -73,7 +73,7 @@ def train(job: Figures) -> Figures:
     cut = CutModel(config, torch.bfloat16, probe(config))
     batches, device = micro_batches(job), device_of(job)
     seconds, losses, events = [], [], []
-    with PagedState(path) as state:
+    with PagedStore(path) as state:
         layout = state.layout
         alone = measured_seconds(cut, layout, batches[0], device)
         if device.torch_device.type == "cuda":

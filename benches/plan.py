@@ -72,7 +72,7 @@ def measure(job: Figures) -> Figures:
     from megatrain_io.planning.memory_needs import saved_inputs_of, step_needs
     from megatrain_io.planning.planner import make_plan
     from megatrain_io.planning.resolve import calibrate
-    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     setting, store = Setting(**job["setting"]), Path(job["store"])
     profile = bench(store.parent, Options(nbytes=1 << 30, seconds=job["seconds"]), lambda _done, _total: None)
@@ -89,7 +89,7 @@ def measure(job: Figures) -> Figures:
         train={"gradient_accumulation_steps": setting.micro_batches, "max_grad_norm": setting.max_grad_norm},
         memory={"commit_every": setting.commit_every},
     )
-    with PagedState(store) as state:
+    with PagedStore(store) as state:
         layout, tables = state.layout, state.ledger.total()[0]
         needs = step_needs(cut, layout, batches, tables)
         ram = least_for_overlap(cut, layout, needs) + int(setting.resident * layout.parameters)

@@ -70,13 +70,13 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.memory_needs import divided, saved_inputs_of, step_needs
-    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     config = config_of(SIZES[size])
     cut = CutModel(config, torch.bfloat16, probe(config))
     batches = micro_batches_of({"size": size, "micro_batches": micro_batches})
     losses = []
-    with PagedState(path) as state:
+    with PagedStore(path) as state:
         needs = step_needs(cut, state.layout, batches, state.ledger.total()[0])
         plan = divided(cut, state.layout, needs, ram=ram)
         model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [path.with_name("inputs")]))

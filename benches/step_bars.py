@@ -344,12 +344,12 @@ def ours(job: Job) -> Figures:
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.residents import choose_residents, resident_nbytes
-    from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
+    from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     config = config_of(SIZES[job["size"]])
     cut = CutModel(config, torch.bfloat16, probe(config))
     batches = micro_batches(job)
-    with PagedState(store_of(job)) as state:
+    with PagedStore(store_of(job)) as state:
         model = PagedModel(cut, state)
         layout, schedule = state.layout, model.training_schedule
         state_nbytes = sum(map(layout.record_weight_bytes, range(len(layout.records))))

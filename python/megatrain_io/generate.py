@@ -31,7 +31,7 @@ from megatrain_io.planning.vram_budget import divide_vram
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.dtypes import DTYPES
-from megatrain_io.store.paged_store import Engine, PagedState
+from megatrain_io.store.paged_store import Engine, PagedStore
 
 # Of a device: tensors of a block on a prompt, keys and values.
 _COMPUTE_NBYTES = 512 << 20
@@ -73,7 +73,7 @@ def next_tokens(
         model.abort()
 
 
-def _pass(model: PagedModel, records: PagedState | DeviceRecords, new: Tensor, cache: Cache) -> Tensor:
+def _pass(model: PagedModel, records: PagedStore | DeviceRecords, new: Tensor, cache: Cache) -> Tensor:
     """Scores [1, V] of the token after ``new``, int64 [1, t]."""
     cut, layout = model.cut, model.state.layout
     start = cache.get_seq_length()
@@ -240,7 +240,7 @@ class Generator:
         return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _on_device(cut: CutModel, state: PagedState, device: Device) -> PagedModel:
+def _on_device(cut: CutModel, state: PagedStore, device: Device) -> PagedModel:
     """A model that only passes forward; on the CPU, if the device has no room for a block."""
     if device.has_own_memory:
         with suppress(DoesNotFitError):

@@ -29,7 +29,7 @@ from megatrain_io.paging.device.records import DeviceRecords, TransferPlan, tran
 from megatrain_io.paging.step import LOGITS_BYTES, Step, hidden_nbytes, slice_tokens
 from megatrain_io.paging.tensor_meter import WorkspaceMeter
 from megatrain_io.paging.trace import Trace
-from megatrain_io.store.paged_store import AdamWStep, CheckedSchedule, Engine, PagedState
+from megatrain_io.store.paged_store import AdamWStep, CheckedSchedule, Engine, PagedStore
 from megatrain_io.store.pool import PoolSizes, pool_sizes
 from megatrain_io.store.schedule import ChunkOp, Gradients, Residents, build_schedule, flush_schedule
 
@@ -77,7 +77,7 @@ def clear_frames(error: BaseException | None) -> None:
 
 
 class PagedModel:
-    """A cut model over a paged state: training steps and losses.
+    """A cut model over a paged store: training steps and losses.
 
     Args:
         cut: the model without its parameters.
@@ -98,7 +98,7 @@ class PagedModel:
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
         self,
         cut: CutModel,
-        state: PagedState,
+        state: PagedStore,
         *,
         seed: int = 0,
         logits_bytes: int = LOGITS_BYTES,
@@ -305,7 +305,7 @@ class PagedModel:
             self.state.end(None)
         return StepLoss(loss.item(), step.num_items)
 
-    def begin_forward(self) -> PagedState | DeviceRecords:
+    def begin_forward(self) -> PagedStore | DeviceRecords:
         """Begin a pass forward of the caller's own; weights come from what is returned, in the schedule's order."""
         self.state.begin(self._forward.checked, _NO_UPDATE)
         if self._on_device is None:

@@ -76,7 +76,7 @@ class Trace:
         self._waiting.append(event if chunk is None else event | {"args": {"chunk": chunk}})
 
     def extend(self, events: Iterable[tuple[str, str, int | None, int, int]], dropped: int) -> None:
-        """Add what ``PagedState.take_events`` gave; what it dropped becomes a mark."""
+        """Add what ``PagedStore.take_events`` gave; what it dropped becomes a mark."""
         for lane, name, chunk, start, end in events:
             self.add(lane, name, start, end, chunk)
         if dropped:

@@ -68,11 +68,11 @@ class FakeStore:
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def weights(self, record: int) -> BorrowedRecord:
-        """As ``PagedState.weights``."""
+        """As ``PagedStore.weights``."""
         return self._made_up(record, self._dtype, is_gradient=False)
 
     def gradient(self, record: int) -> BorrowedRecord:
-        """As ``PagedState.gradient``."""
+        """As ``PagedStore.gradient``."""
         return self._made_up(record, torch.float32, is_gradient=True)
 
     def _made_up(self, record: int, dtype: torch.dtype, *, is_gradient: bool) -> BorrowedRecord:
@@ -91,7 +91,7 @@ class FakeStore:
         return torch.zeros(max(record.parameters for record in self.layout.records))
 
     def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
-        """As ``PagedState.submit``."""
+        """As ``PagedStore.submit``."""
         del record
         weights.give_back()
         gradient.give_back()

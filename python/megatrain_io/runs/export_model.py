@@ -32,7 +32,7 @@ from megatrain_io.runs.import_model import NOTHING_LEFT, Progress
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.dtypes import DTYPES, check_precision
 from megatrain_io.store.layout import ModelLayout, Precision
-from megatrain_io.store.paged_store import Engine, PagedState
+from megatrain_io.store.paged_store import Engine, PagedStore
 
 __all__ = ["export_model"]
 
@@ -127,7 +127,7 @@ def _plan_export(
 
 
 def _write_parameters(
-    files: ShardWriter, state: PagedState, plan: NamePlan, dtype: Precision, progress: Progress | None
+    files: ShardWriter, state: PagedStore, plan: NamePlan, dtype: Precision, progress: Progress | None
 ) -> None:
     plane = "master" if dtype == "fp32" else "weight"
     is_fp32 = dtype == "fp32" or state.layout.format == "f32"

@@ -2,12 +2,12 @@
 
 from megatrain_io.errors import FormatError
 from megatrain_io.runs.folder import RunFolder
-from megatrain_io.store.paged_store import Engine, Ledger, PagedState
+from megatrain_io.store.paged_store import Engine, Ledger, PagedStore
 
 __all__ = ["open_store"]
 
 
-def open_store(run: RunFolder, *, engine: Engine = "auto", ledger: Ledger | None = None) -> PagedState:
+def open_store(run: RunFolder, *, engine: Engine = "auto", ledger: Ledger | None = None) -> PagedStore:
     """Open the store that ``run.json`` names, at its newest whole generation.
 
     Raises:
@@ -15,7 +15,7 @@ def open_store(run: RunFolder, *, engine: Engine = "auto", ledger: Ledger | None
         FormatError: the store in its place is another run's; and what opening raises.
     """
     info = run.read()
-    state = PagedState(*run.store_paths(), engine=engine, ledger=ledger)
+    state = PagedStore(*run.store_paths(), engine=engine, ledger=ledger)
     if state.uuid != info.store_uuid:
         found = state.uuid
         state.close()

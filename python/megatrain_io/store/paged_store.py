@@ -1,6 +1,6 @@
 """The door to the extension for who opens a store: records of the store as tensors, for as long as they are borrowed.
 
-``PagedState`` owns store, pool and pipeline. A borrowed record is a mapping from parameter name to tensor
+``PagedStore`` owns store, pool and pipeline. A borrowed record is a mapping from parameter name to tensor
 over a buffer of the pool; giving it back with a tensor still alive raises, because the buffer will be
 filled with something else.
 """
@@ -37,7 +37,7 @@ __all__ = [
     "Engine",
     "Ledger",
     "OpenStore",
-    "PagedState",
+    "PagedStore",
     "PieceBuffer",
     "RecordTensors",
     "StoreCreator",
@@ -128,7 +128,7 @@ def allocate(nbytes: int, ledger: Ledger, account: str) -> Tensor:
     return flat
 
 
-class PagedState:
+class PagedStore:
     """A store, its pool and the pipeline that moves records between them.
 
     One step at a time: ``begin``, then ``weights`` in the schedule's order, ``gradient`` and ``submit`` for

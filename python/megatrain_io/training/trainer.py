@@ -35,7 +35,7 @@ from megatrain_io.runs.metrics import MetricsFile, StepReport, TrainResult, last
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.layout import ModelLayout, TensorPlace
-from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings, store_memory
+from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings, store_memory
 from megatrain_io.training.fingerprint import differences, fingerprint_of
 from megatrain_io.training.interrupt import after_the_step
 from megatrain_io.training.lr_schedule import learning_rate_at
@@ -148,7 +148,7 @@ class _Trainer:
         self,
         config: RunConfig,
         run: RunFolder,
-        state: PagedState,
+        state: PagedStore,
         device: Device,
         reporter: Reporter,
         trace: Trace | None,

@@ -23,7 +23,7 @@ from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.metrics import MetricsFile, StepReport
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.inspect import held, owner_of
-from megatrain_io.store.paged_store import PagedState
+from megatrain_io.store.paged_store import PagedStore
 from paged import AdamWStep, Case, make_store, opened, to_micro_batch, train
 
 ENGINE = "threads"
@@ -124,7 +124,7 @@ def test_a_store_that_stays_in_use_is_refused_after_five_seconds_in_all(run):
         holder(run.own_store) as process,
         pytest.raises(StoreInUseError, match=rf"process {process.pid} \(\S+\) since {SINCE} \(waited 5\."),
     ):
-        PagedState(run.own_store, engine=ENGINE)
+        PagedStore(run.own_store, engine=ENGINE)
 
 
 def test_a_wait_gives_way_to_ctrl_c(run):
@@ -181,7 +181,7 @@ def test_status_of_a_run_that_can_go_on(run):
     assert files_of(run.path) == before, "looking changes nothing"
 
     found = json.loads(call("status", run.path, "--json").stdout)
-    with PagedState(run.own_store, engine=ENGINE) as state:
+    with PagedStore(run.own_store, engine=ENGINE) as state:
         assert found["parameters"] == state.layout.parameters
         assert found["is_direct"] == state.is_direct
     assert found["store_bytes"] == pytest.approx(run.own_store.stat().st_size, rel=0.05)  # and its own blocks
@@ -415,7 +415,7 @@ def test_clean_keeps_what_only_looks_like_a_leftover(run, tmp_path):
     imported = RunFolder(tmp_path / "imported")
     imported.path.mkdir()
     make_store(imported.own_store, CASE, engine=ENGINE, drives=1)
-    with PagedState(imported.own_store, engine=ENGINE) as state:
+    with PagedStore(imported.own_store, engine=ENGINE) as state:
         imported.write("bf16", [imported.own_store], state.uuid, tmp_path)
     assert "nothing to remove" in call("clean", imported.path, "--yes").stdout
     assert imported.own_store.exists()
@@ -438,7 +438,7 @@ def test_a_store_that_is_removed_while_it_is_waited_for_is_not_trained(run):
         when_waiting(file.remove),
         pytest.raises(FormatError, match="removed while it was waited for"),
     ):
-        PagedState(run.own_store, engine=ENGINE)
+        PagedStore(run.own_store, engine=ENGINE)
 
 
 # ----------------------------------------------------------------------------------------------- verify
@@ -447,7 +447,7 @@ def test_a_store_that_is_removed_while_it_is_waited_for_is_not_trained(run):
 @pytest.mark.parametrize("group", ["weight", "update"])
 def test_verify_names_everything_about_a_flipped_byte(run, group):
     """Found by itself: the byte is one of a plane of chunk 1 of the last block's record, which is looked up here."""
-    with PagedState(run.own_store, engine=ENGINE) as state:
+    with PagedStore(run.own_store, engine=ENGINE) as state:
         record = state.layout.records[state.layout.block(1)]
         chunk = state.layout.chunks_of(state.layout.block(1))[1]
         plane = state.read_plane(chunk.index, {"weight": "weight", "update": "exp_avg"}[group])

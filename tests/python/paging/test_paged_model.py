@@ -13,7 +13,7 @@ from megatrain_io.errors import BufferInUseError, MegatrainIoError
 from megatrain_io.models.probe import probe
 from megatrain_io.paging.paged_model import PagedModel
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.paged_store import AdamWStep, Ledger, PagedState, StoreCreator, TensorSettings
+from megatrain_io.store.paged_store import AdamWStep, Ledger, PagedStore, StoreCreator, TensorSettings
 from paged import (
     DEVICE,
     Case,
@@ -89,7 +89,7 @@ def test_dropout_follows_from_seed_and_step_alone(tmp_path):
             resumed = all_planes(model.state)
     assert again == losses
     assert differing(resumed, planes) == []
-    with PagedState(*files(tmp_path / "b"), engine=ENGINE) as state:
+    with PagedStore(*files(tmp_path / "b"), engine=ENGINE) as state:
         assert differing(all_planes(state), planes) == []
 
 
@@ -106,7 +106,7 @@ def test_another_seed_drops_others_and_the_recompute_drops_the_same(tmp_path, mo
 
     monkeypatch.setattr(cut, "run_block", noted)
     losses = []
-    with PagedState(*files(tmp_path / "store"), engine=ENGINE) as state:
+    with PagedStore(*files(tmp_path / "store"), engine=ENGINE) as state:
         for seed in (0, 1):
             model = PagedModel(cut, state, seed=seed)
             state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.0))
@@ -154,7 +154,7 @@ def test_slices_change_the_loss_by_rounding_only(tmp_path, tied):
     found = {}
     for name, tokens in {"whole": 1 << 20, "one": longest, "many": 3}.items():
         make_store(tmp_path / name, case, engine=ENGINE)
-        with PagedState(*files(tmp_path / name), engine=ENGINE) as state:
+        with PagedStore(*files(tmp_path / name), engine=ENGINE) as state:
             model = PagedModel(cut_model(case), state, logits_bytes=4 * 257 * tokens)
             assert model.slice_tokens == tokens
             state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.0))
@@ -255,9 +255,9 @@ import os, sys
 from pathlib import Path
 from megatrain_io.errors import UsedAfterForkError
 from megatrain_io.schedule import build_schedule, pool_sizes
-from megatrain_io.swap import AdamWStep, PagedState
+from megatrain_io.swap import AdamWStep, PagedStore
 
-with PagedState(*sys.argv[1:], engine="threads") as state:
+with PagedStore(*sys.argv[1:], engine="threads") as state:
     operations = build_schedule(state.layout, tied_embeddings=True, training=False)
     schedule = state.check(operations)
     state.start(pool_sizes(state.layout, tied_embeddings=True, training=False))
@@ -314,7 +314,7 @@ def test_the_layout_is_that_of_rust(tmp_path, state_format, chunk_parameters):
     for chunk in layout.chunks:
         creator.write_chunk(chunk.index, b"\x01" * (chunk.parameters * width), name)
     creator.finish(b"")
-    with PagedState(*files(tmp_path / "store"), engine=ENGINE) as state:
+    with PagedStore(*files(tmp_path / "store"), engine=ENGINE) as state:
         assert state._store.chunks() == expected
         assert state.layout == layout
         report = state.verify()

@@ -11,7 +11,7 @@ from megatrain_io.errors import ConfigError, InterruptedRunError
 from megatrain_io.paging.paged_model import PagedModel
 from megatrain_io.paging.step import Step
 from megatrain_io.paging.trace import Trace
-from megatrain_io.store.paged_store import PagedState
+from megatrain_io.store.paged_store import PagedStore
 from megatrain_io.store.schedule import build_schedule
 from megatrain_io.training.reporters import QuietReporter
 from megatrain_io.training.trainer import train
@@ -81,7 +81,7 @@ def lanes(source, folder):
 
 @pytest.fixture(scope="module")
 def schedule(lanes, folder):  # noqa: ARG001 - the run is made by then
-    with PagedState(folder / "run" / "store.mtio", engine="threads") as state:
+    with PagedStore(folder / "run" / "store.mtio", engine="threads") as state:
         return build_schedule(state.layout, tied_embeddings=True, training=True)
 
 
@@ -171,8 +171,8 @@ def test_a_trace_can_be_read_while_it_is_written(tmp_path):
 
 def test_without_a_trace_nothing_is_recorded(source, tmp_path, monkeypatch):
     taken = []
-    close = PagedState.close
-    monkeypatch.setattr(PagedState, "close", lambda state: (taken.append(state.take_events()), close(state)))
+    close = PagedStore.close
+    monkeypatch.setattr(PagedStore, "close", lambda state: (taken.append(state.take_events()), close(state)))
     monkeypatch.setattr(Trace, "add", lambda *_: pytest.fail("an event"))
     train(configured(source, tmp_path / "run", max_steps=1), resume=False, reporter=QuietReporter())
     assert taken == [([], 0)]

@@ -9,7 +9,7 @@ from megatrain_io.planning.memory_needs import divided, saved_inputs_of, step_ne
 from megatrain_io.planning.ram_budget import StepNeeds, divide, smallest
 from megatrain_io.planning.residents import resident_nbytes
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings, store_memory
+from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings, store_memory
 from megatrain_io.store.schedule import build_schedule
 from paged import (
     Case,
@@ -40,7 +40,7 @@ MIB = 1 << 20
 def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, clips):
     case = Case(tied=tied, dtype=torch.bfloat16, counts=(2,), overrides=SIZES, rows=8)
     make_store(tmp_path / "store", case)
-    with PagedState(*files(tmp_path / "store")) as state:
+    with PagedStore(*files(tmp_path / "store")) as state:
         cut, layout, tables = cut_model(case), state.layout, state.ledger.total()[0]
         batches = [to_micro_batch(batch) for batch in case.steps[0]]
         tied = bool(cut.tied_parameters)
@@ -93,7 +93,7 @@ def expected():
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
     make_store(tmp_path / "store", CASE)
-    with PagedState(*files(tmp_path / "store")) as state:
+    with PagedStore(*files(tmp_path / "store")) as state:
         cut, layout, tables = cut_model(CASE), state.layout, state.ledger.total()[0]
         batches = [to_micro_batch(batch) for batch in CASE.steps[1]]
         needs = step_needs(cut, layout, batches, tables)
@@ -139,7 +139,7 @@ def test_no_division_is_larger_than_the_budget(blocks, block, table, keeps):
 def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
     case = Case(dtype=torch.bfloat16, counts=(1,), overrides=SIZES)
     make_store(tmp_path / "store", case)
-    with PagedState(*files(tmp_path / "store")) as state:
+    with PagedStore(*files(tmp_path / "store")) as state:
         model = PagedModel(cut_model(case), state)
         layout = model.state.layout
         needs = StepNeeds(MIB, activations=20 * MIB, saved_inputs=50 * MIB, saved_inputs_least=5 * MIB)

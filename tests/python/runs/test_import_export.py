@@ -25,7 +25,7 @@ from megatrain_io.runs.export_model import export_model
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import import_model
 from megatrain_io.runs.state import TrainerState
-from megatrain_io.store.paged_store import AdamWStep, PagedState
+from megatrain_io.store.paged_store import AdamWStep, PagedStore
 from model_sources import (
     BF16,
     ENGINE,
@@ -150,7 +150,7 @@ def test_the_store_records_the_configuration_and_starts_at_step_zero(source, run
     edit(source / "config.json", unusual=float("inf"))
     info = bring_in(source, run)
     assert run.path.stat().st_mode & 0o777 == 0o700
-    with PagedState(*run.store_paths(), engine=ENGINE) as state:
+    with PagedStore(*run.store_paths(), engine=ENGINE) as state:
         assert TrainerState.parse(state.blob) == TrainerState(step=0)
         model = json.loads(state.manifest)["model"]
         assert (info.precision, info.stores, info.store_uuid) == ("bf16", ["store.mtio"], state.uuid)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from megatrain_io.errors import MegatrainIoError
-from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
+from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 from megatrain_io.store.pool import PoolSizes
 from megatrain_io.store.schedule import ChunkOp, Phase, Residents
 from paged import Case, all_planes, files, make_store
@@ -16,7 +16,7 @@ CHUNK = 4096
 RESIDENTS = Residents(records=frozenset({1}), chunks=frozenset({0, 2}))
 
 
-def schedule(state: PagedState) -> list[ChunkOp]:
+def schedule(state: PagedStore) -> list[ChunkOp]:
     layout = state.layout
     return [
         ChunkOp(kind, chunk, Phase.BACKWARD)
@@ -26,12 +26,12 @@ def schedule(state: PagedState) -> list[ChunkOp]:
     ]
 
 
-def gradient_of(state: PagedState, step: int, record: int) -> torch.Tensor:
+def gradient_of(state: PagedStore, step: int, record: int) -> torch.Tensor:
     seeded = torch.Generator().manual_seed(100 * step + record)
     return torch.randn(state.layout.records[record].parameters, generator=seeded)
 
 
-def start(state: PagedState, *, by_chunk: bool, residents: Residents = RESIDENTS) -> None:
+def start(state: PagedStore, *, by_chunk: bool, residents: Residents = RESIDENTS) -> None:
     layout = state.layout
     chunk, records = layout.chunks[0], range(len(layout.records))
     weights = layout.weight_extent_bytes(chunk)
@@ -47,7 +47,7 @@ def start(state: PagedState, *, by_chunk: bool, residents: Residents = RESIDENTS
     state.start(pool, residents=residents, settings=settings, by_chunk=by_chunk)
 
 
-def train_record(state: PagedState, record: int, gradient: torch.Tensor) -> None:
+def train_record(state: PagedStore, record: int, gradient: torch.Tensor) -> None:
     weights, buffer = state.weights(record), state.gradient(record)
     for place in state.layout.records[record].tensors:
         values = gradient[place.offset : place.offset + place.elements]
@@ -55,7 +55,7 @@ def train_record(state: PagedState, record: int, gradient: torch.Tensor) -> None
     state.submit(record, weights, buffer)
 
 
-def train_chunks(state: PagedState, record: int, gradient: torch.Tensor) -> None:
+def train_chunks(state: PagedStore, record: int, gradient: torch.Tensor) -> None:
     """The weights of the whole record go away, and come back one by one, as to a device."""
     chunks, away, held = state.layout.chunks_of(record), [], []
     for chunk in chunks:
@@ -86,7 +86,7 @@ def test_training_by_chunk_has_the_bits_of_training_by_record(tmp_path: Path, dt
         path = tmp_path / f"by_chunk_{by_chunk}"
         make_store(path, Case(dtype=dtype), CHUNK)
         norms = []
-        with PagedState(*files(path)) as state:
+        with PagedStore(*files(path)) as state:
             start(state, by_chunk=by_chunk)
             checked = state.check(schedule(state), by_chunk=by_chunk)
             for step in (1, 2):
@@ -106,7 +106,7 @@ def test_training_by_chunk_has_the_bits_of_training_by_record(tmp_path: Path, dt
 def test_all_memory_of_the_pool_has_an_address(tmp_path: Path) -> None:
     path = tmp_path / "store"
     make_store(path, Case(), CHUNK)
-    with PagedState(*files(path)) as state:
+    with PagedStore(*files(path)) as state:
         start(state, by_chunk=True, residents=Residents())
         pipeline = state._pipeline
         assert pipeline is not None
@@ -130,6 +130,6 @@ def test_all_memory_of_the_pool_has_an_address(tmp_path: Path) -> None:
         assert state.ledger.balances()["pool"][0] == 1 << 20
 
 
-def memory_nbytes(state: PagedState) -> int:
+def memory_nbytes(state: PagedStore) -> int:
     """What the ledger has of the pool's mapping."""
     return sum(state.ledger.balances()[account][0] for account in ("pool", "gradients"))

@@ -36,7 +36,7 @@ from megatrain_io.paging.step import Step
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.metrics import MetricsFile
 from megatrain_io.runs.open_store import open_store
-from megatrain_io.store.paged_store import PagedState
+from megatrain_io.store.paged_store import PagedStore
 from paged import Case, all_planes, differing, files, make_store, opened, progress_of, train
 from reference.reference import build, tiny_config
 
@@ -374,7 +374,7 @@ def test_an_image_of_any_moment_opens_at_a_whole_step(kind, drive, training, und
         cut.folder.mkdir(exist_ok=True)
         try:
             cut.mount()
-            with PagedState(*files(cut.folder / "store"), engine=ENGINE) as state:
+            with PagedStore(*files(cut.folder / "store"), engine=ENGINE) as state:
                 step, seen = progress_of(state)
                 assert least <= step <= most, f"seed {seed}, {image.name}"
                 assert state.generation == step + 1, f"seed {seed}, {image.name}"

@@ -11,7 +11,7 @@ import pytest
 
 from megatrain_io.store.inspect import owner_of
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.paged_store import Ledger, PagedState, StoreCreator
+from megatrain_io.store.paged_store import Ledger, PagedStore, StoreCreator
 from megatrain_io.store.pool import PoolSizes
 
 ENGINES = ["uring", "threads"]
@@ -23,9 +23,9 @@ PARENT = """
     from pathlib import Path
     from torch.utils.data import DataLoader, Dataset
     from megatrain_io.schedule import PoolSizes
-    from megatrain_io.swap import PagedState
+    from megatrain_io.swap import PagedStore
 
-    state = PagedState(Path(sys.argv[1]), engine=sys.argv[2])
+    state = PagedStore(Path(sys.argv[1]), engine=sys.argv[2])
     state.start(PoolSizes((4 << 20, 2), (4 << 20, 2), (0, 0), (0, 0), (0, 0)))
     maps = lambda: open("/proc/self/maps").read().splitlines()
     regions = {line.split()[0] for line in maps()}
@@ -81,7 +81,7 @@ def test_a_worker_that_outlives_its_killed_parent_holds_neither_lock_nor_pool(st
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         os.kill(int(child), 0)  # the worker is alive
-        with PagedState(store, engine="threads") as state:  # waits up to 5 s for the lock, else raises
+        with PagedStore(store, engine="threads") as state:  # waits up to 5 s for the lock, else raises
             assert state.blob == b"blob"
         os.kill(int(child), 0)
         assert holds == "False", "the child holds the store's or the ring's descriptor"
@@ -96,7 +96,7 @@ def test_a_worker_that_outlives_its_killed_parent_holds_neither_lock_nor_pool(st
 def test_closing_gives_the_lock_back_at_once(store, engine):
     """Nothing of the engine keeps the file open, however soon the next one comes."""
     for _ in range(3):
-        with PagedState(store, engine=engine) as state:
+        with PagedStore(store, engine=engine) as state:
             state.start(PoolSizes((4 << 20, 2), (4 << 20, 2), (0, 0), (0, 0), (0, 0)))
             assert state.verify().damaged == ()
             assert owner_of(store) is not None

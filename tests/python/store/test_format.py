@@ -6,7 +6,7 @@ import torch
 from format_reader import StoreReader
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.open_store import open_store
-from megatrain_io.store.paged_store import PagedState
+from megatrain_io.store.paged_store import PagedStore
 from paged import Case, blob, files, make_store, opened, train
 from runs import configured, start
 
@@ -25,7 +25,7 @@ def test_a_reader_made_from_the_document_reads_every_plane(tmp_path, dtype, step
     reader = StoreReader(*files(path, drives))
     assert reader.is_clean
     planes = ["weight", "exp_avg", "exp_avg_sq"]
-    with PagedState(*files(path, drives), engine="threads") as state:
+    with PagedStore(*files(path, drives), engine="threads") as state:
         assert (reader.generation, reader.blob) == (state.generation, state.blob)
         assert reader.generation == 1 + steps
         if not steps:

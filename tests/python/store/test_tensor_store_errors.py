@@ -23,7 +23,7 @@ from megatrain_io.errors import (
 )
 from megatrain_io.store import tensor_manifest, tensor_store
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.paged_store import Ledger, PagedState, StoreCreator
+from megatrain_io.store.paged_store import Ledger, PagedStore, StoreCreator
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_runs_and_tensors_do_not_take_each_others_stores(tmp_path, store):
     with pytest.raises(
         FormatError, match=r"holds tensors, not a model in training: .* megatrain_io.TensorStore"
     ):
-        PagedState(store.path)
+        PagedStore(store.path)
     layout = ModelLayout.build([("only", [("weight", (4096,))])], 0, "f32", 4096)
     path = tmp_path / "run"
     creator = StoreCreator([path], layout.manifest({}), "threads", Ledger())

@@ -13,7 +13,7 @@ import torch
 
 from megatrain_io.models.partition import CutModel
 from megatrain_io.paging.paged_model import PagedModel
-from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
+from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 from paged import Case, cut_model, files, make_store, to_micro_batch
 from reference.reference import micro_batches
 
@@ -36,8 +36,8 @@ def resident() -> dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
 
 
-def run(store: Path, cut: CutModel, steps: list) -> PagedState:
-    with PagedState(*files(store)) as state:
+def run(store: Path, cut: CutModel, steps: list) -> PagedStore:
+    with PagedStore(*files(store)) as state:
         model = PagedModel(cut, state)
         state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.1))
         for number, step in enumerate(steps, start=1):

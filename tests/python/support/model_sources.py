@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from megatrain_io.runs.import_model import import_model
-from megatrain_io.store.paged_store import PagedState
+from megatrain_io.store.paged_store import PagedStore
 from paged import all_planes
 from reference.reference import build, tiny_config
 
@@ -63,7 +63,7 @@ def bring_in(source, run, precision="bf16", **options):
 
 
 def planes(run):
-    with PagedState(*run.store_paths(), engine=ENGINE) as state:
+    with PagedStore(*run.store_paths(), engine=ENGINE) as state:
         return all_planes(state)
 
 

@@ -24,7 +24,7 @@ from megatrain_io.paging.paged_model import PagedModel
 from megatrain_io.planning.residents import choose_gradients, choose_residents, resident_nbytes
 from megatrain_io.runs.import_model import create_store
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.paged_store import AdamWStep, PagedState, TensorSettings
+from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 from megatrain_io.store.schedule import Residents
 from reference.reference import Hyperparameters, build, micro_batches, tiny_config
 
@@ -127,7 +127,7 @@ def opened(
 ) -> Iterator[PagedModel]:
     """A model that is ready to train; of gradients that wait for their norm, a share does so in RAM."""
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
-    with closing(device or new_device()) as chosen, PagedState(*files(path, drives), engine=engine) as state:
+    with closing(device or new_device()) as chosen, PagedStore(*files(path, drives), engine=engine) as state:
         how = {"max_grad_norm": max_grad_norm, "gradients": gradients, "device": chosen, "vram": vram}
         model = PagedModel(cut_model(case), state, saved_inputs=saved_inputs, **how)
         hyperparameters = case.hyperparameters
@@ -182,7 +182,7 @@ def blob(step: int, losses: Sequence[float]) -> bytes:
     return json.dumps({"step": step, "losses": [loss.hex() for loss in losses]}).encode()
 
 
-def progress_of(state: PagedState) -> tuple[int, list[float]]:
+def progress_of(state: PagedStore) -> tuple[int, list[float]]:
     text = json.loads(state.blob)
     return text["step"], [float.fromhex(loss) for loss in text["losses"]]
 
@@ -209,7 +209,7 @@ def train(model: PagedModel, case: Case, stop: int | None = None, commit_every: 
     return losses
 
 
-def all_planes(state: PagedState) -> dict[tuple[str, str], torch.Tensor]:
+def all_planes(state: PagedStore) -> dict[tuple[str, str], torch.Tensor]:
     return {
         (place.name, plane): state.read_tensor(place, plane)
         for place in state.layout.tensors()

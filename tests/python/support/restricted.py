@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megatrain_io.paging.paged_model import PagedModel
-from megatrain_io.store.paged_store import PagedState, TensorSettings
+from megatrain_io.store.paged_store import PagedStore, TensorSettings
 from paged import Case, all_planes, cut_model, files, train
 
 CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1,) * 3)
@@ -100,7 +100,7 @@ RESTRICTIONS: dict[str, Callable[[], None]] = {
 
 
 def trained(path: Path) -> dict[str, object]:
-    with PagedState(*files(path)) as state:
+    with PagedStore(*files(path)) as state:
         model = PagedModel(cut_model(CASE), state)
         pool = dataclasses.replace(model.pool_sizes(training=True), chunk_slots=POOL_SLOTS)
         state.start(pool, settings=lambda _: TensorSettings(0.01))

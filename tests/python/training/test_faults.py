@@ -31,7 +31,7 @@ from megatrain_io.paging.step import Step
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import import_model
 from megatrain_io.runs.open_store import open_store
-from megatrain_io.store.paged_store import PagedState
+from megatrain_io.store.paged_store import PagedStore
 from megatrain_io.training.interrupt import after_the_step
 from reference.reference import build, tiny_config
 from runs import (
@@ -257,7 +257,7 @@ def test_a_newer_format_is_left_alone(source, stopped):
 @pytest.mark.parametrize("plane", ["weight", "exp_avg"])
 def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
     path, name = stopped / "store.mtio", "model.layers.1.mlp.down_proj.weight"
-    with PagedState(path, engine=ENGINE) as state:
+    with PagedStore(path, engine=ENGINE) as state:
         place = next(place for place in state.layout.tensors() if place.name == name)
         pattern = state.read_tensor(place, plane).flatten()[:64].view(torch.uint8).numpy().tobytes()
     content = path.read_bytes()
@@ -266,7 +266,7 @@ def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
         file.seek(content.index(pattern) + 9)
         flipped = bytes([content[content.index(pattern) + 9] ^ 4])
         file.write(flipped)
-    with PagedState(path, engine=ENGINE) as state:
+    with PagedStore(path, engine=ENGINE) as state:
         damaged = state.verify().damaged
         assert len(damaged) == 1
         assert name in damaged[0].tensors
@@ -275,7 +275,7 @@ def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
     with pytest.raises(CorruptionError, match=name):
         start(configured(source, stopped), resume=True)
     assert len(metrics_of(stopped)) == 3
-    with PagedState(path, engine=ENGINE) as state:
+    with PagedStore(path, engine=ENGINE) as state:
         assert json.loads(state.blob)["step"] == 3
         assert state.verify().damaged == damaged
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatrain_io.store.paged_store import PagedState
+from megatrain_io.store.paged_store import PagedStore
 from paged import (
     Case,
     all_planes,
@@ -66,7 +66,7 @@ def check(tmp_path, count, clipping):
         killed = run_and_kill(tmp_path / "killed", how, after=moments.uniform(0.005, 0.25))
         assert killed, f"seed {seed}: training was done after {kills} kills; it needs more steps"
         kills += 1
-        with PagedState(*files(tmp_path / "killed")) as state:
+        with PagedStore(*files(tmp_path / "killed")) as state:
             report = state.verify()
             assert report.damaged == (), f"seed {seed}, kill {kills}"
             step, seen = progress_of(state)

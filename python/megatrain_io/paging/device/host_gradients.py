@@ -16,7 +16,7 @@ from megatrain_io.errors import BufferInUseError
 from megatrain_io.paging.device.base import Device, Done, Event
 from megatrain_io.paging.device.events import DeviceEvents
 from megatrain_io.store.layout import Chunk
-from megatrain_io.store.paged_store import BorrowedRecord, PagedState, PieceBuffer, values_of
+from megatrain_io.store.paged_store import BorrowedRecord, PagedStore, PieceBuffer, values_of
 
 __all__ = ["HostGradient", "HostGradients"]
 
@@ -52,7 +52,7 @@ class HostGradients:
 
     def __init__(
         self,
-        state: PagedState,
+        state: PagedStore,
         device: Device,
         buffers: deque[tuple[Tensor, Event]],
         events: DeviceEvents,

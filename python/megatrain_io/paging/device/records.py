@@ -22,7 +22,7 @@ from megatrain_io.paging.device.host_gradients import HostGradient, HostGradient
 from megatrain_io.paging.device.pool import DevicePool, kind_of
 from megatrain_io.store.dtypes import dtype_of
 from megatrain_io.store.layout import Chunk, ModelLayout, Record
-from megatrain_io.store.paged_store import BorrowedRecord, PagedState, PieceBuffer, values_of
+from megatrain_io.store.paged_store import BorrowedRecord, PagedStore, PieceBuffer, values_of
 from megatrain_io.store.schedule import ChunkOp
 
 __all__ = ["DeviceRecords", "TransferPlan", "transfer_plan_of"]
@@ -99,7 +99,7 @@ class DeviceRecords:
         pool: its buffers, allocated here; nothing grows later.
     """
 
-    def __init__(self, state: PagedState, device: Device, pool: DevicePool) -> None:
+    def __init__(self, state: PagedStore, device: Device, pool: DevicePool) -> None:
         self.layout: ModelLayout = state.layout
         self._state = state
         self._device = device

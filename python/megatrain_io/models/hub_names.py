@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 )
 
 from megatrain_io.errors import ModelFilesError, UnsupportedModelError
-from megatrain_io.models.meta_model import build_skeleton
+from megatrain_io.models.meta_model import build_meta_model
 
 __all__ = ["HubNames", "NamePlan", "Piece"]
 
@@ -128,7 +128,7 @@ class HubNames:
         Raises:
             UnsupportedModelError: transformers cannot build it.
         """
-        self._model = build_skeleton(config, dtype, "eager")
+        self._model = build_meta_model(config, dtype, "eager")
         self.architecture = type(self._model).__name__
         self._owners = {id(p): name for name, p in self._model.named_parameters()}
         self._names_of: dict[str, list[str]] = {name: [name] for name in self._owners.values()}

@@ -19,14 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatrain_io.errors import UnsupportedModelError
 
-__all__ = ["build_skeleton", "find_block_list"]
+__all__ = ["build_meta_model", "find_block_list"]
 
 # What a constructor allocates from this size on is a parameter. Constructors make buffers with values, so
 # uninitialised memory is a parameter's much earlier; it would leave holes in the heap that the whole run fills.
 _META_FROM_ELEMENTS = {torch.empty: 1 << 12, torch.zeros: 1 << 24}
 
 
-def build_skeleton(
+def build_meta_model(
     config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """Build the stock causal language model of `config` with its parameters on the meta device.

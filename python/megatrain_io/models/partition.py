@@ -1,6 +1,6 @@
 """A transformers causal language model, cut at its decoder blocks.
 
-The blocks are taken out of the skeleton and stubs put in their place. So the model's own `forward` still
+The blocks are taken out of the meta model and stubs put in their place. So the model's own `forward` still
 embeds the tokens, builds masks, positions and rotary tables, and computes final norm, head and loss, while
 the blocks are run by hand, one at a time. Parameters are bound for one call only; none is kept here.
 
@@ -24,7 +24,7 @@ from megatrain_io.errors import (
     UnsupportedModelError,
 )
 from megatrain_io.models.liger_loss import Loss
-from megatrain_io.models.meta_model import build_skeleton
+from megatrain_io.models.meta_model import build_meta_model
 
 __all__ = ["BlockCall", "CutFacts", "CutModel", "ParameterShape", "model_parts"]
 
@@ -76,7 +76,7 @@ class CutModel:
 
     Attributes:
         facts: as handed in.
-        config: the skeleton's own configuration.
+        config: the meta model's own configuration.
         blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
         tied: alias -> full name of the parameter that it shares.
         embedding_parameters: what `record` needs, in model order.
@@ -86,21 +86,21 @@ class CutModel:
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, facts: CutFacts) -> None:
-        """Build the skeleton of `config` in `dtype` and cut it as `facts` say.
+        """Build the meta model of `config` in `dtype` and cut it as `facts` say.
 
         Raises:
             UnsupportedModelError: it cannot be built, or is not of the architecture that was probed.
         """
         self.facts = facts
-        self._skeleton = build_skeleton(config, dtype, facts.attn_implementation)
-        self._loss_function = self._skeleton.loss_function
+        self._model = build_meta_model(config, dtype, facts.attn_implementation)
+        self._loss_function = self._model.loss_function
         self._loss = Loss(self._loss_function, torch.device("cpu"))
         # As newer transformers call it; older ones say past_key_values.
-        takes_cache = "cache" in inspect.signature(self._skeleton.forward).parameters
+        takes_cache = "cache" in inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if takes_cache else "past_key_values"
-        self.config: PreTrainedConfig = self._skeleton.config
+        self.config: PreTrainedConfig = self._model.config
         self.frozen = frozenset(
-            name for name, parameter in self._skeleton.named_parameters() if not parameter.requires_grad
+            name for name, parameter in self._model.named_parameters() if not parameter.requires_grad
         )
         self.tied = self._find_tied()
         self._visit: Callable[[int, Tensor, BlockCall], Tensor] = _outside_a_run
@@ -109,7 +109,7 @@ class CutModel:
             {f"{facts.block_list}.{index}.{name}": name for name, _ in block.named_parameters()}
             for index, block in enumerate(self.blocks)
         ]
-        resident = [(name, tuple(p.shape)) for name, p in self._skeleton.named_parameters()]
+        resident = [(name, tuple(p.shape)) for name, p in self._model.named_parameters()]
         for name, _ in resident:
             if name not in facts.embedding | facts.head:
                 raise self._refused(f"parameter {name} was not there in the small copy that was probed")
@@ -132,13 +132,13 @@ class CutModel:
 
     def train(self, mode: bool = True) -> None:  # noqa: FBT001, FBT002 - as nn.Module.train
         """Switch dropout on or off like `nn.Module.train`; a new CutModel is in training mode."""
-        for module in (self._skeleton, *self.blocks):
+        for module in (self._model, *self.blocks):
             module.train(mode)
 
     def to(self, device: torch.device) -> None:
         """Compute on ``device`` from now on: buffers (rotary tables) move, parameters have no memory here."""
         self._loss = Loss(self._loss_function, device)
-        for root in (self._skeleton, *self.blocks):
+        for root in (self._model, *self.blocks):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(device))
@@ -260,11 +260,11 @@ class CutModel:
             kwargs |= {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             return self._loss(logits, *args, **kwargs)
 
-        self._skeleton.loss_function = loss_of_shifted
+        self._model.loss_function = loss_of_shifted
         try:
             output = self._run_head(parameters, hidden, {"labels": shift_labels})
         finally:
-            self._skeleton.loss_function = self._loss_function
+            self._model.loss_function = self._loss_function
         if not used or output.loss is None:
             raise self._refused("it does not compute its loss by transformers' loss_function")
         return output.loss
@@ -296,7 +296,7 @@ class CutModel:
         """Run the model's own `forward`; in place of each block, `visit` gives the next hidden state."""
         self._visit = visit
         try:
-            return cast("CausalLMOutputWithPast", functional_call(self._skeleton, bound, (), inputs))
+            return cast("CausalLMOutputWithPast", functional_call(self._model, bound, (), inputs))
         finally:
             self._visit = _outside_a_run
 
@@ -308,7 +308,7 @@ class CutModel:
 
     def _take_blocks_out(self) -> Iterator[nn.Module]:
         try:
-            block_list = self._skeleton.get_submodule(self.facts.block_list)
+            block_list = self._model.get_submodule(self.facts.block_list)
         except AttributeError:
             raise self._refused(
                 f"it has no module list {self.facts.block_list}; probe this configuration again"
@@ -320,10 +320,10 @@ class CutModel:
             yield block
 
     def _find_tied(self) -> dict[str, str]:
-        owners = {id(parameter): name for name, parameter in self._skeleton.named_parameters()}
+        owners = {id(parameter): name for name, parameter in self._model.named_parameters()}
         aliases = {
             name: owners[id(parameter)]
-            for name, parameter in self._skeleton.named_parameters(remove_duplicate=False)
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
             if owners[id(parameter)] != name
         }
         for alias, owner in aliases.items():
@@ -340,7 +340,7 @@ class _Stub(nn.Module):
 
     def __init__(self, block: nn.Module, called: Callable[..., object]) -> None:
         super().__init__()
-        # Not registered as a submodule: the skeleton must not list the block's parameters.
+        # Not registered as a submodule: the meta model must not list the block's parameters.
         self.__dict__.update(_block=block, _called=called)
 
     def __getattr__(self, name: str) -> Any:

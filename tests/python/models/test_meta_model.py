@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatrain_io.errors import UnsupportedModelError
-from megatrain_io.models.meta_model import build_skeleton
+from megatrain_io.models.meta_model import build_meta_model
 from megatrain_io.models.shrink import shrink
 
 SMALL = {
@@ -32,7 +32,7 @@ WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attent
     ids=["llama", "gemma3", "gptj", "deepseek_v3"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_a_skeleton_has_the_buffers_of_the_stock_model_and_no_parameters(model_type, values, dtype):
+def test_a_meta_model_has_the_buffers_of_the_stock_model_and_no_parameters(model_type, values, dtype):
     config = (
         shrink(AutoConfig.for_model(model_type))
         if values is None
@@ -43,19 +43,19 @@ def test_a_skeleton_has_the_buffers_of_the_stock_model_and_no_parameters(model_t
     if any(parameter.dtype != dtype for parameter in stock.parameters()):
         assert model_type == "deepseek_v3", "newer transformers keep its router in fp32"
         with pytest.raises(UnsupportedModelError, match=r"keeps .* in torch.float32"):
-            build_skeleton(config, dtype)
+            build_meta_model(config, dtype)
         return
-    skeleton = build_skeleton(config, dtype)
+    model = build_meta_model(config, dtype)
     assert config.to_dict() == before
-    assert all(p.is_meta and p.dtype == dtype for p in skeleton.parameters())
-    assert [n for n, _ in skeleton.named_parameters()] == [n for n, _ in stock.named_parameters()]
-    expected, found = dict(stock.named_buffers()), dict(skeleton.named_buffers())
+    assert all(p.is_meta and p.dtype == dtype for p in model.parameters())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in stock.named_parameters()]
+    expected, found = dict(stock.named_buffers()), dict(model.named_buffers())
     assert len(expected) > 0
     assert found.keys() == expected.keys()
     for name, buffer in expected.items():
         assert found[name].dtype == buffer.dtype
         assert torch.equal(found[name], buffer)
-    assert not skeleton.config.use_cache
+    assert not model.config.use_cache
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -82,18 +82,18 @@ class LargestAllocation(TorchDispatchMode):
         ("llama4_text", {}, 107e9),
     ],
 )
-def test_a_large_skeleton_takes_no_memory(model_type, values, parameters):
+def test_a_large_meta_model_takes_no_memory(model_type, values, parameters):
     config = AutoConfig.for_model(model_type, **values)
     with LargestAllocation() as largest:
-        skeleton = build_skeleton(config, torch.bfloat16)
-    assert sum(p.numel() for p in skeleton.parameters()) > parameters
+        model = build_meta_model(config, torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) > parameters
     assert 0 < largest.nbytes < 1 << 26
 
 
 def test_parameters_that_stay_in_float32_are_refused_in_bfloat16():
     config = shrink(AutoConfig.for_model("ernie4_5_moe"))
-    assert build_skeleton(config, torch.float32)
+    assert build_meta_model(config, torch.float32)
     with pytest.raises(
         UnsupportedModelError, match=r"keeps model\.layers\.\d\.mlp\.gate\.weight in torch\.float32"
     ):
-        build_skeleton(config, torch.bfloat16)
+        build_meta_model(config, torch.bfloat16)

@@ -358,7 +358,7 @@ def test_record_refuses_a_forward_that_skips_blocks():
 
 def test_record_refuses_a_forward_that_reorders_blocks():
     cut, leaves = cut_of("llama"), leaves_of(stock_of("llama"))
-    layers = cut._skeleton.model.layers
+    layers = cut._model.model.layers
     layers[0], layers[1] = layers[1], layers[0]
     input_ids, _ = tokens(1, 5, seed=0)
     with pytest.raises(UnsupportedModelError, match=r"calls block 1 where block 0 is next"):
@@ -367,7 +367,7 @@ def test_record_refuses_a_forward_that_reorders_blocks():
 
 def test_record_refuses_work_between_the_blocks():
     cut, leaves = cut_of("llama"), leaves_of(stock_of("llama"))
-    cut._skeleton.model.layers[1].register_forward_hook(lambda _block, _args, output: output + 1)
+    cut._model.model.layers[1].register_forward_hook(lambda _block, _args, output: output + 1)
     input_ids, _ = tokens(1, 5, seed=0)
     with pytest.raises(UnsupportedModelError, match=r"changes the hidden state before block 2"):
         cut.record(leaves, MicroBatch(input_ids, input_ids))
@@ -378,7 +378,7 @@ def test_moving_to_a_device_moves_buffers_and_makes_nothing_large():
     cut = cut_of("llama tied")
     cut.to(torch.device("meta"))
     assert all(not any(each.stride()) and each.is_meta for each in cut._placeholders.values())
-    buffers = [each for root in (cut._skeleton, *cut.blocks) for _, each in root.named_buffers()]
+    buffers = [each for root in (cut._model, *cut.blocks) for _, each in root.named_buffers()]
     assert buffers
     assert all(each.is_meta for each in buffers)
 
@@ -386,9 +386,9 @@ def test_moving_to_a_device_moves_buffers_and_makes_nothing_large():
 def test_a_stub_has_the_attributes_of_its_block():
     """The forward pass of some transformers versions looks at `decoder_layer.attention_type` and the like."""
     cut = cut_of("gemma3")
-    assert cut._skeleton.model.layers[1].self_attn is cut.blocks[1].self_attn
+    assert cut._model.model.layers[1].self_attn is cut.blocks[1].self_attn
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
-        cut._skeleton.model.layers[1].absent  # noqa: B018
+        cut._model.model.layers[1].absent  # noqa: B018
 
 
 def test_facts_of_another_architecture_are_refused():

@@ -70,7 +70,7 @@ def keeps_apart(model_type):
         ("deepseek_v32", {}, r"no gradient reaches parameter .*indexer"),
         ("mixtral", {"output_router_logits": True}, "set it to false"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
-        ("mamba2", {}, "miniature="),
+        ("mamba2", {}, "shrink_config="),
     ],
 )
 def test_what_cannot_be_equal_is_refused_by_name(model_type, values, reason):
@@ -106,10 +106,10 @@ def test_the_small_copy_can_be_made_by_hand():
         chunk_size=8,
     )
     before = small.to_dict()
-    assert not probe(config, miniature=small).packs
+    assert not probe(config, shrink_config=small).packs
     assert small.to_dict() == before
-    with pytest.raises(UnsupportedModelError, match="at most 33,554,432 with miniature="):
-        probe(config, miniature=config)
+    with pytest.raises(UnsupportedModelError, match="at most 33,554,432 with shrink_config="):
+        probe(config, shrink_config=config)
 
 
 def test_the_small_copy_keeps_a_layer_of_each_kind_and_leaves_the_configuration_alone():

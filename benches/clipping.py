@@ -68,7 +68,7 @@ def train(job: Figures) -> Figures:
     import torch
 
     from megatrain_io.data.batch import MicroBatch
-    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.residents import choose_gradients
@@ -76,7 +76,7 @@ def train(job: Figures) -> Figures:
     from megatrain_io.store.schedule import Residents
 
     bar, config = BARS[job["bar"]], config_of(SIZES[job["size"]])
-    cut, store = CutModel(config, torch.bfloat16, probe(config)), store_of(job)
+    cut, store = PartitionedModel(config, torch.bfloat16, probe(config)), store_of(job)
     batches = [
         MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
         for ids in tokens_of(job)

@@ -60,7 +60,7 @@ def train(job: Figures) -> Figures:
     """Steps from a store that is there."""
     import torch
 
-    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.compute_time import measured_seconds
@@ -70,7 +70,7 @@ def train(job: Figures) -> Figures:
     path = Path(job["store"])
     is_frozen = job["frozen"]
     config = config_of(SIZES[job["size"]])
-    cut = CutModel(config, torch.bfloat16, probe(config))
+    cut = PartitionedModel(config, torch.bfloat16, probe(config))
     batches, device = micro_batches(job), device_of(job)
     seconds, losses, events = [], [], []
     with PagedStore(path) as state:
@@ -80,7 +80,7 @@ def train(job: Figures) -> Figures:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         needs = step_needs(
-            CutModel(config, torch.bfloat16, probe(config)), layout, batches, state.ledger.total()[0]
+            PartitionedModel(config, torch.bfloat16, probe(config)), layout, batches, state.ledger.total()[0]
         )
         vram, left = on_device(cut, layout, needs, vram=job["vram"])
         plan = divided(cut, layout, left, ram=job["ram"])

@@ -65,7 +65,7 @@ def measure(job: Figures) -> Figures:
     from megatrain_io.data.batch import MicroBatch
     from megatrain_io.machine.bench import Options, bench
     from megatrain_io.machine.hardware import this_machine
-    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.job import TrainingJob
@@ -77,7 +77,7 @@ def measure(job: Figures) -> Figures:
     setting, store = Setting(**job["setting"]), Path(job["store"])
     profile = bench(store.parent, Options(nbytes=1 << 30, seconds=job["seconds"]), lambda _done, _total: None)
     model_config = config_of(SIZES[setting.size])
-    cut = CutModel(model_config, torch.bfloat16, probe(model_config))
+    cut = PartitionedModel(model_config, torch.bfloat16, probe(model_config))
     batches = [
         MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
         for ids in tokens({"size": setting.size, "micro_batches": setting.micro_batches})

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from megatrain_io.config.schema import RunConfig
 from megatrain_io.data.batch import blank_micro_batch
 from megatrain_io.machine.hardware import Hardware, load_hardware
-from megatrain_io.models.partition import CutModel, model_parts
+from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
 from megatrain_io.planning.flops import work_of
 from megatrain_io.planning.job import TrainingJob
@@ -101,7 +101,7 @@ def burst(machine: Hardware) -> float:
     return sum(drive.burst_write_gb_per_s for drive in machine.drives) * 1e9
 
 
-def row(cut: CutModel, layout: ModelLayout, machine: Hardware, tokens: int) -> Row:
+def row(cut: PartitionedModel, layout: ModelLayout, machine: Hardware, tokens: int) -> Row:
     """The formula, the plan with the same assumptions, and the plan as it would be run."""
     batches = [blank_micro_batch(1, LENGTH, packed=False)] * (tokens // LENGTH)
     inputs = 2 * cut.config.hidden_size * tokens * layout.blocks
@@ -160,7 +160,7 @@ def main() -> None:
     print("|---" * 10 + "|")
     for name in options.models.split(","):
         config = MODELS[name]
-        cut = CutModel(config, torch.bfloat16, probe(config))
+        cut = PartitionedModel(config, torch.bfloat16, probe(config))
         layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "bf16")
         for machine_name, counts in TOKENS.items():
             machine = load_hardware(machine_name)

@@ -43,13 +43,13 @@ def make_store(path: Path, size: str, state_format: Literal["bf16", "raw16"] = "
     """Random weights, drawn part by part: no more than a chunk is in RAM."""
     import torch
 
-    from megatrain_io.models.partition import CutModel, model_parts
+    from megatrain_io.models.partition import PartitionedModel, model_parts
     from megatrain_io.models.probe import probe
     from megatrain_io.runs.import_model import create_store
     from megatrain_io.store.layout import ModelLayout, TensorPlace
 
     config = config_of(SIZES[size])
-    cut = CutModel(config, torch.bfloat16, probe(config))
+    cut = PartitionedModel(config, torch.bfloat16, probe(config))
     layout = ModelLayout.build(model_parts(cut), len(cut.blocks), state_format)
 
     def values(place: TensorPlace, start: int, stop: int) -> Any:
@@ -66,14 +66,14 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
     """Some steps within ``ram``."""
     import torch
 
-    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.memory_needs import divided, saved_inputs_of, step_needs
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     config = config_of(SIZES[size])
-    cut = CutModel(config, torch.bfloat16, probe(config))
+    cut = PartitionedModel(config, torch.bfloat16, probe(config))
     batches = micro_batches_of({"size": size, "micro_batches": micro_batches})
     losses = []
     with PagedStore(path) as state:

@@ -310,14 +310,14 @@ def make_store(job: Job) -> Figures:
     """The store that a bar of ours trains, made in a process of its own: the whole model passes through its RAM."""
     import torch
 
-    from megatrain_io.models.partition import CutModel, model_parts
+    from megatrain_io.models.partition import PartitionedModel, model_parts
     from megatrain_io.models.probe import probe
     from megatrain_io.runs.import_model import create_store
     from megatrain_io.store.layout import ModelLayout
 
     size = SIZES[job["size"]]
     config = config_of(size)
-    cut = CutModel(config, torch.bfloat16, probe(config))
+    cut = PartitionedModel(config, torch.bfloat16, probe(config))
     layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "bf16")
     source = dict(model_of(size).named_parameters())
     create_store(
@@ -340,14 +340,14 @@ def ours(job: Job) -> Figures:
     import torch
     from step_bound import bytes_of_phases
 
-    from megatrain_io.models.partition import CutModel
+    from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.residents import choose_residents, resident_nbytes
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     config = config_of(SIZES[job["size"]])
-    cut = CutModel(config, torch.bfloat16, probe(config))
+    cut = PartitionedModel(config, torch.bfloat16, probe(config))
     batches = micro_batches(job)
     with PagedStore(store_of(job)) as state:
         model = PagedModel(cut, state)

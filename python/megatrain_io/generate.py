@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device, out_of_memory
 from megatrain_io.paging.device.choose import best_device
@@ -164,7 +164,7 @@ class Generator:
         try:
             config = AutoConfig.from_pretrained(run.model, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)
-            cut = CutModel(config, DTYPES[info.precision], probe(config))
+            cut = PartitionedModel(config, DTYPES[info.precision], probe(config))
             model = _on_device(cut, state, device or best_device(info.precision))
             state.start(model.pool_sizes(training=False), by_chunk=model.device.has_own_memory)
             return cls(model, tokenizer, _stop_tokens(run.model, config, tokenizer))
@@ -240,7 +240,7 @@ class Generator:
         return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _on_device(cut: CutModel, state: PagedStore, device: Device) -> PagedModel:
+def _on_device(cut: PartitionedModel, state: PagedStore, device: Device) -> PagedModel:
     """A model that only passes forward; on the CPU, if the device has no room for a block."""
     if device.has_own_memory:
         with suppress(DoesNotFitError):

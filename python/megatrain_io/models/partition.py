@@ -26,7 +26,7 @@ from megatrain_io.errors import (
 from megatrain_io.models.liger_loss import Loss
 from megatrain_io.models.meta_model import build_meta_model
 
-__all__ = ["BlockCall", "CutFacts", "CutModel", "ParameterShape", "model_parts"]
+__all__ = ["BlockCall", "ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
 
 ParameterShape = tuple[str, tuple[int, ...]]
 """Full name as in `named_parameters()` of the stock model, and shape."""
@@ -44,7 +44,7 @@ class BlockCall:
 
 
 @dataclass(frozen=True)
-class CutFacts:
+class PartitionSpec:
     """How an architecture is cut, as `probe` found out; the same for every size of it.
 
     Attributes:
@@ -66,7 +66,7 @@ class CutFacts:
     packs: bool
 
 
-class CutModel:
+class PartitionedModel:
     """A causal language model without parameters, run in three parts.
 
     `record` runs what comes before the blocks, `run_block` one block, `loss` and `logits` what comes after.
@@ -85,7 +85,7 @@ class CutModel:
         frozen: names of parameters that the architecture itself does not train.
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, facts: CutFacts) -> None:
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, facts: PartitionSpec) -> None:
         """Build the meta model of `config` in `dtype` and cut it as `facts` say.
 
         Raises:
@@ -131,7 +131,7 @@ class CutModel:
         return tuple((full, tuple(own[name].shape)) for full, name in self._block_names[index].items())
 
     def train(self, mode: bool = True) -> None:  # noqa: FBT001, FBT002 - as nn.Module.train
-        """Switch dropout on or off like `nn.Module.train`; a new CutModel is in training mode."""
+        """Switch dropout on or off like `nn.Module.train`; a new PartitionedModel is in training mode."""
         for module in (self._model, *self.blocks):
             module.train(mode)
 
@@ -358,7 +358,7 @@ def _outside_a_run(index: int, _hidden: Tensor, _call: BlockCall) -> Tensor:
     raise AssertionError(f"the stub of block {index} was called outside record, loss and logits")
 
 
-def model_parts(cut: CutModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
+def model_parts(cut: PartitionedModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
     """Name and tensors of each record of a cut model, in the order of the parameter space.
 
     In the file the records of embeddings and head are named prologue and epilogue, as they were from the beginning.

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.meta_model import build_meta_model, find_block_list
-from megatrain_io.models.partition import BlockCall, CutFacts, CutModel
+from megatrain_io.models.partition import BlockCall, PartitionedModel, PartitionSpec
 from megatrain_io.models.shrink import shrink
 
 __all__ = ["probe"]
@@ -45,7 +45,7 @@ def probe(
     attn_implementation: str | None = None,
     block_list: str | None = None,
     shrink_config: PreTrainedConfig | None = None,
-) -> CutFacts:
+) -> PartitionSpec:
     """Find out how models of this architecture are cut, and prove it on a small copy.
 
     Random number generators, warning filters and log levels are left as they were.
@@ -81,7 +81,7 @@ def _probe(
     attn_implementation: str | None,
     block_list: str | None,
     shrink_config: PreTrainedConfig | None,
-) -> CutFacts:
+) -> PartitionSpec:
     if getattr(config, "quantization_config", None) is not None:
         raise _RefusedError("its weights are quantised; take the original model in float32 or bfloat16")
     if getattr(config.get_text_config(), "output_router_logits", False):
@@ -97,7 +97,7 @@ def _probe(
         facts, attn_implementation=attn_implementation, packs=_keeps_apart(stock, packed, boundary=4)
     )
     micro_batches = [one, two, packed] if facts.packs else [one, two]
-    _refuse_unless_equal(stock, CutModel(small, _DTYPE, facts), micro_batches)
+    _refuse_unless_equal(stock, PartitionedModel(small, _DTYPE, facts), micro_batches)
     return facts
 
 
@@ -154,7 +154,7 @@ def _alike(some: Tensor, others: Tensor) -> bool:
     return bool((some - others).abs().max() < _IN_SIGHT * some.abs().max())
 
 
-def _observe(stock: PreTrainedModel, micro_batch: MicroBatch, block_list: str) -> CutFacts:
+def _observe(stock: PreTrainedModel, micro_batch: MicroBatch, block_list: str) -> PartitionSpec:
     """Watch the stock model call its blocks; `packs` and `attn_implementation` are not known here."""
     try:
         blocks = list(cast("nn.ModuleList", stock.get_submodule(block_list)))
@@ -191,7 +191,7 @@ def _observe(stock: PreTrainedModel, micro_batch: MicroBatch, block_list: str) -
         raise _RefusedError(
             f"its blocks return now a tensor, now a tuple, or tuples of two lengths; {_NO_WAY}"
         )
-    return CutFacts(
+    return PartitionSpec(
         model_type=stock.config.model_type,
         attn_implementation=None,
         block_list=block_list,
@@ -262,7 +262,9 @@ def _stock_loss(stock: PreTrainedModel, micro_batch: MicroBatch, num_items_in_ba
         stock.loss_function = own
 
 
-def _refuse_unless_equal(stock: PreTrainedModel, cut: CutModel, micro_batches: Sequence[MicroBatch]) -> None:
+def _refuse_unless_equal(
+    stock: PreTrainedModel, cut: PartitionedModel, micro_batches: Sequence[MicroBatch]
+) -> None:
     trained = {name: parameter for name, parameter in stock.named_parameters() if name not in cut.frozen}
     items = sum(int((micro_batch.shift_labels != _IGNORED).sum()) for micro_batch in micro_batches)
     leaves = {name: parameter.detach() for name, parameter in stock.named_parameters()}
@@ -301,7 +303,7 @@ class _Pass:
 
 
 def _layer_major(
-    cut: CutModel, leaves: Mapping[str, Tensor], micro_batches: Sequence[MicroBatch], items: int
+    cut: PartitionedModel, leaves: Mapping[str, Tensor], micro_batches: Sequence[MicroBatch], items: int
 ) -> list[_Pass]:
     """Forward and backward through the cut model, all micro-batches through one block before the next."""
     passes = []

@@ -18,7 +18,7 @@ from megatrain_io.errors import (
     NotFiniteError,
     TrainingDivergedError,
 )
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.activations import SavedInputs, SavedInputsBudget
 from megatrain_io.paging.clipping import Guess, clip_coefficient
 from megatrain_io.paging.device.activations import DeviceActivations
@@ -97,7 +97,7 @@ class PagedModel:
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
         self,
-        cut: CutModel,
+        cut: PartitionedModel,
         state: PagedStore,
         *,
         seed: int = 0,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatrain_io.data.batch import MicroBatch, trained_tokens
 from megatrain_io.errors import MegatrainIoError
-from megatrain_io.models.partition import BlockCall, CutModel
+from megatrain_io.models.partition import BlockCall, PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.gradient import Gradient, leaves_of
@@ -40,13 +40,15 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def slice_tokens(cut: CutModel, logits_bytes: int) -> int:
+def slice_tokens(cut: PartitionedModel, logits_bytes: int) -> int:
     """Tokens whose fp32 logits take at most ``logits_bytes``; at least one."""
     vocabulary: int = cut.config.get_text_config().vocab_size
     return max(1, logits_bytes // (4 * vocabulary))
 
 
-def hidden_nbytes(cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]) -> list[int]:
+def hidden_nbytes(
+    cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]
+) -> list[int]:
     """Bytes of the hidden state [B, T, H] of each micro-batch."""
     width = cut.config.get_text_config().hidden_size
     return [batch.input_ids.numel() * width * layout.weight_bytes for batch in micro_batches]
@@ -86,7 +88,7 @@ class Step:
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
         self,
-        cut: CutModel,
+        cut: PartitionedModel,
         state: Records,
         saved: Activations,
         micro_batches: Sequence[MicroBatch],

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatrain_io.data.batch import MicroBatch
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.step import LOGITS_BYTES, Step, slice_tokens
@@ -27,7 +27,7 @@ _SECONDS = 2.0
 
 
 def measured_seconds(
-    cut: CutModel, layout: ModelLayout, batch: MicroBatch, device: Device | None = None
+    cut: PartitionedModel, layout: ModelLayout, batch: MicroBatch, device: Device | None = None
 ) -> dict[StageKey, float]:
     """Seconds of each stage for one micro-batch on this machine, when nothing else runs.
 

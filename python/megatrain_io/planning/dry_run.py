@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from megatrain_io.data.batch import MicroBatch
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.step import Step
 from megatrain_io.paging.tensor_meter import WorkspaceMeter
 from megatrain_io.store.dtypes import dtype_of
@@ -179,7 +179,7 @@ _COUNTED = 3
 
 
 def dry_run(
-    cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], *, slice_tokens: int
+    cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], *, slice_tokens: int
 ) -> int | None:
     """Bytes of tensors that a training step needs at once, beside pool, residents and saved inputs.
 
@@ -195,7 +195,7 @@ def dry_run(
 
 
 def _dry_run(
-    cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], slice_tokens: int
+    cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], slice_tokens: int
 ) -> int | None:
     cut.train()
     run = DryRun(layout)

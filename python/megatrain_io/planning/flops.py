@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout, Record
 from megatrain_io.store.schedule import Phase
@@ -31,7 +31,7 @@ class Work:
 
 
 def work_of(
-    cut: CutModel, layout: ModelLayout, rows: Sequence[tuple[int, int]], *, attention: bool = True
+    cut: PartitionedModel, layout: ModelLayout, rows: Sequence[tuple[int, int]], *, attention: bool = True
 ) -> Work:
     """Count the FLOPs of a step.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from megatrain_io.config.schema import RunConfig
 from megatrain_io.data.batch import MicroBatch, blank_micro_batch
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.store.layout import ModelLayout
 
 __all__ = ["TrainingJob"]
@@ -28,7 +28,7 @@ class TrainingJob:
     """
 
     config: RunConfig
-    cut: CutModel
+    cut: PartitionedModel
     layout: ModelLayout
     micro_batches: Sequence[MicroBatch]
     tables: int

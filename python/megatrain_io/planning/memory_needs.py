@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatrain_io.data.batch import MicroBatch
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.activations import SavedInputsBudget, input_nbytes, least_saved_inputs
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES, VramPlan, gathered_chunks, slot_nbytes
 from megatrain_io.paging.step import LOGITS_BYTES, hidden_nbytes, slice_tokens
@@ -24,7 +24,7 @@ _WORKSPACES = 64 << 20
 
 
 def step_needs(
-    cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], tables: int
+    cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], tables: int
 ) -> StepNeeds:
     """What a training step on ``micro_batches`` needs besides pool and residents; ``tables`` bytes are the store's."""
     per_block = input_nbytes(hidden_nbytes(cut, layout, micro_batches))
@@ -40,7 +40,7 @@ def step_needs(
 
 
 def on_device(
-    cut: CutModel, layout: ModelLayout, needs: StepNeeds, *, vram: int
+    cut: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, vram: int
 ) -> tuple[VramPlan, StepNeeds]:
     """Divide ``vram`` bytes for steps that need ``needs``; and what RAM is left to hold.
 
@@ -69,7 +69,7 @@ def on_device(
     )
 
 
-def least_on_device(cut: CutModel, layout: ModelLayout, needs: StepNeeds) -> int:
+def least_on_device(cut: PartitionedModel, layout: ModelLayout, needs: StepNeeds) -> int:
     """The least VRAM that steps which need ``needs`` can be done in."""
     return least_vram(
         layout,
@@ -80,7 +80,7 @@ def least_on_device(cut: CutModel, layout: ModelLayout, needs: StepNeeds) -> int
     )
 
 
-def gathered_nbytes(cut: CutModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]) -> int:
+def gathered_nbytes(cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]) -> int:
     """Bytes to and from a device in a step whose gradients gather in RAM.
 
     For each native gradient a sum comes in and goes out, and for the first one of a step it only goes out. Blocks and
@@ -105,7 +105,7 @@ def _compute_nbytes(needs: StepNeeds) -> int:
 
 
 def divided(
-    cut: CutModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, keeps: bool = False
+    cut: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, keeps: bool = False
 ) -> MemoryPlan:
     """Divide ``ram`` bytes for steps that need ``needs``.
 

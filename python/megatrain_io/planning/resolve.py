@@ -18,7 +18,7 @@ from megatrain_io.machine.hardware import Gpu, Hardware, load_hardware, this_mac
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.machine.profile import Profile, default_path
 from megatrain_io.models.hub_folder import ModelFolder
-from megatrain_io.models.partition import CutModel, model_parts
+from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
@@ -143,7 +143,7 @@ def _job(
     path = Path(config.model)
     folder = ModelFolder(path.parent if path.name == "config.json" else path)
     model_config = folder.config()
-    cut = CutModel(model_config, DTYPES[precision], probe(model_config))
+    cut = PartitionedModel(model_config, DTYPES[precision], probe(model_config))
     layout = layout_of(config, cut)
     if described is None:
         ram = ram_of(config)
@@ -160,7 +160,7 @@ def _job(
     return TrainingJob(config, cut, layout, [batch], tables, ram, vram=vram), hardware
 
 
-def layout_of(config: RunConfig, cut: CutModel) -> ModelLayout:
+def layout_of(config: RunConfig, cut: PartitionedModel) -> ModelLayout:
     """That of the store which an import makes."""
     durability, state_format = config.memory.durability, FORMATS[precision_of(config)]
     return ModelLayout.build(model_parts(cut), len(cut.blocks), state_format, durability=durability)

@@ -23,7 +23,7 @@ from megatrain_io.errors import (
 from megatrain_io.files import storage_errors, sync_folder
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan, Piece
-from megatrain_io.models.partition import CutModel, model_parts
+from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
 from megatrain_io.models.safetensors import TORCH_DTYPES, Checkpoint
 from megatrain_io.runs.folder import RunFolder, RunInfo
@@ -91,7 +91,7 @@ def import_model(  # noqa: PLR0913 - as create_store
     durability: Durability = "step",
     engine: Engine = "auto",
     ledger: Ledger | None = None,
-    before: Callable[[CutModel, ModelLayout], None] | None = None,
+    before: Callable[[PartitionedModel, ModelLayout], None] | None = None,
     progress: Progress | None = None,
 ) -> RunInfo:
     """Make the store of a run from a model folder of the Hugging Face hub.
@@ -129,7 +129,7 @@ def import_model(  # noqa: PLR0913 - as create_store
         names = HubNames(config, DTYPES[precision])
         plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
         _check_values(files, names, plan, config.model_type)
-        cut = CutModel(config, DTYPES[precision], probe(config))
+        cut = PartitionedModel(config, DTYPES[precision], probe(config))
         parts, blocks = model_parts(cut), len(cut.blocks)
         layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
         with storage_errors(run.path, NOTHING_LEFT), ExitStack() as undo:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from megatrain_io.machine.extension import adamw_kernels
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device
 
 __all__ = ["differences", "fingerprint_of"]
 
 
-def fingerprint_of(device: Device, cut: CutModel) -> dict[str, Any]:
+def fingerprint_of(device: Device, cut: PartitionedModel) -> dict[str, Any]:
     """Of this process, by name, where ``device`` computes ``cut``."""
     return {
         "torch": torch.__version__,

@@ -17,7 +17,7 @@ from megatrain_io.machine.hardware import Gpu, Hardware, this_machine
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.machine.profile import Profile, default_path
 from megatrain_io.models.hub_folder import ModelFolder
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device
 from megatrain_io.planning.job import TrainingJob
@@ -49,7 +49,7 @@ class Start:
     """
 
     config: RunConfig
-    cut: CutModel
+    cut: PartitionedModel
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     max_steps: int
@@ -58,7 +58,12 @@ class Start:
 
     @classmethod
     def prepare(
-        cls, config: RunConfig, run: RunFolder, model: Path, device: Device, cut: CutModel | None = None
+        cls,
+        config: RunConfig,
+        run: RunFolder,
+        model: Path,
+        device: Device,
+        cut: PartitionedModel | None = None,
     ) -> "Start":
         """Read configuration and tokenizer of ``model``, and tokenise the data into ``run``.
 
@@ -74,7 +79,7 @@ class Start:
         """
         if cut is None:
             model_config: PreTrainedConfig = ModelFolder(model).config()
-            cut = CutModel(model_config, DTYPES[precision_of(config)], probe(model_config))
+            cut = PartitionedModel(model_config, DTYPES[precision_of(config)], probe(model_config))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
         data = prepare(_data_options(config), tokenizer, run.data, packs=cut.facts.packs)
         largest, vocabulary = data.train.largest_token, cut.config.get_text_config().vocab_size
@@ -134,7 +139,7 @@ class Start:
 
 def _job(
     config: RunConfig,
-    cut: CutModel,
+    cut: PartitionedModel,
     layout: ModelLayout,
     tables: int,
     data: TrainingData,
@@ -174,7 +179,9 @@ def _chosen_before(run: RunFolder) -> int | None:
     return None if count == "auto" else count
 
 
-def _choose(config: RunConfig, run: RunFolder, cut: CutModel, data: TrainingData, device: Device) -> int:
+def _choose(
+    config: RunConfig, run: RunFolder, cut: PartitionedModel, data: TrainingData, device: Device
+) -> int:
     """As many micro-batches as hide the drive behind computing, and no more than there are rows."""
     layout = layout_of(config, cut)
     job = _job(config, cut, layout, store_memory(layout.manifest({})), data, device)

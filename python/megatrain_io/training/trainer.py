@@ -23,7 +23,7 @@ from megatrain_io.errors import (
 )
 from megatrain_io.files import replace_file, storage_errors
 from megatrain_io.machine.memory import peak_ram
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.paged_model import PagedModel, StepLoss
 from megatrain_io.paging.trace import Trace
@@ -118,7 +118,7 @@ def _import_if_needed(config: RunConfig, run: RunFolder, device: Device, *, resu
         raise ConfigError(f"{run.path} has no run to resume: leave --resume out to start one")
     starts = []
 
-    def prepare(cut: CutModel, layout: ModelLayout) -> None:
+    def prepare(cut: PartitionedModel, layout: ModelLayout) -> None:
         # Before the import, which may take long: data that cannot be read, RAM that is not enough.
         start = Start.prepare(config, run, config.model, device, cut)
         start.plan(run, layout, store_memory(layout.manifest({})), is_made=False).require_fits()

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import UnsupportedModelError
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 
 SMALL = {
@@ -71,7 +71,7 @@ def stock_of(family, dtype=torch.float32):
 
 
 def cut_of(family, dtype=torch.float32):
-    return CutModel(config_of(family), dtype, facts_of(family))
+    return PartitionedModel(config_of(family), dtype, facts_of(family))
 
 
 def leaves_of(model):
@@ -194,7 +194,7 @@ def test_padded_rows_are_those_of_the_stock_model(family):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_is_the_one_asked_for(attention):
     facts = probe(config_of("llama"), attn_implementation=attention)
-    cut = CutModel(config_of("llama"), torch.float32, facts)
+    cut = PartitionedModel(config_of("llama"), torch.float32, facts)
     input_ids, _ = tokens(1, 5, seed=0)
     _, calls = cut.record(leaves_of(stock_of("llama")), MicroBatch(input_ids, input_ids))
     # sdpa is told to be causal, eager attention adds a mask.
@@ -326,7 +326,7 @@ def test_no_call_keeps_parameters_alive(family):
 def test_train_switches_the_dropout_of_embedding_and_blocks():
     config = config_of("gpt2")
     config.embd_pdrop = config.resid_pdrop = 0.5
-    cut, parameters = CutModel(config, torch.float32, facts_of("gpt2")), leaves_of(stock_of("gpt2"))
+    cut, parameters = PartitionedModel(config, torch.float32, facts_of("gpt2")), leaves_of(stock_of("gpt2"))
     input_ids, _ = tokens(1, 5, seed=0)
 
     def run(seed):
@@ -347,7 +347,7 @@ def test_record_refuses_a_forward_that_skips_blocks():
     config = AutoConfig.for_model(
         "opt", **SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, layerdrop=0.999
     )
-    cut = CutModel(config, torch.float32, probe(config))
+    cut = PartitionedModel(config, torch.float32, probe(config))
     parameters = {
         name: torch.zeros(shape) for name, shape in (*cut.embedding_parameters, *cut.head_parameters)
     }
@@ -393,6 +393,6 @@ def test_a_stub_has_the_attributes_of_its_block():
 
 def test_facts_of_another_architecture_are_refused():
     with pytest.raises(UnsupportedModelError, match=r"has no module list model\.layers; probe"):
-        CutModel(config_of("gpt2"), torch.float32, facts_of("llama"))
+        PartitionedModel(config_of("gpt2"), torch.float32, facts_of("llama"))
     with pytest.raises(UnsupportedModelError, match=r"model\.norm\.bias was not there"):
-        CutModel(AutoConfig.for_model("phimoe", **GROUPED), torch.float32, facts_of("llama"))
+        PartitionedModel(AutoConfig.for_model("phimoe", **GROUPED), torch.float32, facts_of("llama"))

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from megatrain_io.errors import UnsupportedModelError
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 from megatrain_io.models.shrink import shrink
 
@@ -79,8 +79,8 @@ def test_what_cannot_be_equal_is_refused_by_name(model_type, values, reason):
 
 
 def test_a_loss_that_differs_is_refused_though_its_gradients_agree(monkeypatch):
-    loss_of = CutModel.loss
-    monkeypatch.setattr(CutModel, "loss", lambda *args: loss_of(*args) + 1)
+    loss_of = PartitionedModel.loss
+    monkeypatch.setattr(PartitionedModel, "loss", lambda *args: loss_of(*args) + 1)
     with pytest.raises(UnsupportedModelError, match=r"^llama: block by block its loss is .* as in memory"):
         probe(AutoConfig.for_model("llama"))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatrain_io.models.partition import CutModel
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.paged_model import PagedModel
 from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 from paged import Case, cut_model, files, make_store, to_micro_batch
@@ -36,7 +36,7 @@ def resident() -> dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
 
 
-def run(store: Path, cut: CutModel, steps: list) -> PagedStore:
+def run(store: Path, cut: PartitionedModel, steps: list) -> PagedStore:
     with PagedStore(*files(store)) as state:
         model = PagedModel(cut, state)
         state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.1))

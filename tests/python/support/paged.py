@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from megatrain_io.data.batch import MicroBatch
-from megatrain_io.models.partition import CutModel, model_parts
-from megatrain_io.models.probe import CutFacts, probe
+from megatrain_io.models.partition import PartitionedModel, model_parts
+from megatrain_io.models.probe import PartitionSpec, probe
 from megatrain_io.paging.activations import SavedInputsBudget
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
@@ -74,12 +74,12 @@ class Case:
 
 
 @cache
-def facts_of(family: str, tied: bool) -> CutFacts:
+def facts_of(family: str, tied: bool) -> PartitionSpec:
     return probe(tiny_config(family, tied))
 
 
-def cut_model(case: Case) -> CutModel:
-    return CutModel(case.config, case.dtype, facts_of(case.family, case.tied))
+def cut_model(case: Case) -> PartitionedModel:
+    return PartitionedModel(case.config, case.dtype, facts_of(case.family, case.tied))
 
 
 def files(path: Path, drives: int = DRIVES) -> list[Path]:

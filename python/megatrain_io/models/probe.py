@@ -22,7 +22,7 @@ from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.meta_model import build_meta_model, find_block_list
 from megatrain_io.models.partition import BlockCall, PartitionedModel, PartitionSpec
-from megatrain_io.models.shrink import shrink
+from megatrain_io.models.shrink import shrink_config
 
 __all__ = ["probe"]
 
@@ -44,7 +44,7 @@ def probe(
     *,
     attn_implementation: str | None = None,
     block_list: str | None = None,
-    shrink_config: PreTrainedConfig | None = None,
+    small_config: PreTrainedConfig | None = None,
 ) -> PartitionSpec:
     """Find out how models of this architecture are cut, and prove it on a small copy.
 
@@ -54,7 +54,7 @@ def probe(
         config: of the model to be trained; it is not changed.
         attn_implementation: "sdpa", "eager", or None for sdpa where the architecture has it, else eager.
         block_list: name of the module list of decoder blocks, where transformers does not mark it.
-        shrink_config: a small configuration of the same class, where the probe's own does not work.
+        small_config: a small configuration of the same class, where the probe's own does not work.
 
     Raises:
         UnsupportedModelError: the model cannot be trained block by block to the stock model's results. The
@@ -63,7 +63,7 @@ def probe(
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_SEED)
-            return _probe(config, attn_implementation, block_list, shrink_config)
+            return _probe(config, attn_implementation, block_list, small_config)
     except UnsupportedModelError:
         raise
     except _RefusedError as refusal:
@@ -72,7 +72,7 @@ def probe(
         raise UnsupportedModelError(
             f"{config.model_type}: a small copy of the model failed with {type(cause).__name__}: "
             f"{' '.join(str(cause).split())}; if the model itself works, give the probe a small configuration "
-            f"of it with shrink_config="
+            f"of it with small_config="
         ) from cause
 
 
@@ -80,13 +80,13 @@ def _probe(
     config: PreTrainedConfig,
     attn_implementation: str | None,
     block_list: str | None,
-    shrink_config: PreTrainedConfig | None,
+    small_config: PreTrainedConfig | None,
 ) -> PartitionSpec:
     if getattr(config, "quantization_config", None) is not None:
         raise _RefusedError("its weights are quantised; take the original model in float32 or bfloat16")
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise _RefusedError("output_router_logits adds a loss over all blocks at once; set it to false")
-    small = shrink(config) if shrink_config is None else shrink_config
+    small = shrink_config(config) if small_config is None else small_config
     stock = _stock_model(small, attn_implementation)
     vocabulary = stock.config.get_text_config().vocab_size
     one, two, packed = (_random_tokens(vocabulary, *shape) for shape in ((2, 11), (1, 7), (1, 9)))
@@ -107,7 +107,7 @@ def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> P
     if size > _SMALL_PARAMETERS_MAX:
         raise _RefusedError(
             f"its small copy would have {size:,} parameters; give the probe a configuration of at most "
-            f"{_SMALL_PARAMETERS_MAX:,} with shrink_config="
+            f"{_SMALL_PARAMETERS_MAX:,} with small_config="
         )
     config = copy.deepcopy(config)  # transformers writes into it
     stock: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-__all__ = ["shrink"]
+__all__ = ["shrink_config"]
 
 _HEADS = 4
 _HEAD_DIM = 32
@@ -49,7 +49,7 @@ _NOISE = ("drop", "jitter")
 _LIKE_HIDDEN_SIZE = ("size", "dim", "width", "model")
 
 
-def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrink_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Reduce `config` to a few layers, heads, experts and tokens, with dropout 0; `config` stays as it is.
 
     Where layers differ by a list in the configuration (layer types, sliding windows), one layer of each

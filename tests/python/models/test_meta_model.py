@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.meta_model import build_meta_model
-from megatrain_io.models.shrink import shrink
+from megatrain_io.models.shrink import shrink_config
 
 SMALL = {
     "vocab_size": 97,
@@ -34,7 +34,7 @@ WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attent
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_a_meta_model_has_the_buffers_of_the_stock_model_and_no_parameters(model_type, values, dtype):
     config = (
-        shrink(AutoConfig.for_model(model_type))
+        shrink_config(AutoConfig.for_model(model_type))
         if values is None
         else AutoConfig.for_model(model_type, **values)
     )
@@ -91,7 +91,7 @@ def test_a_large_meta_model_takes_no_memory(model_type, values, parameters):
 
 
 def test_parameters_that_stay_in_float32_are_refused_in_bfloat16():
-    config = shrink(AutoConfig.for_model("ernie4_5_moe"))
+    config = shrink_config(AutoConfig.for_model("ernie4_5_moe"))
     assert build_meta_model(config, torch.float32)
     with pytest.raises(
         UnsupportedModelError, match=r"keeps model\.layers\.\d\.mlp\.gate\.weight in torch\.float32"

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
-from megatrain_io.models.shrink import shrink
+from megatrain_io.models.shrink import shrink_config
 
 PACKS = {
     "llama": True,
@@ -47,7 +47,7 @@ def test_architectures_are_accepted_at_the_size_they_were_published(model_type):
 @torch.no_grad()
 def keeps_apart(model_type):
     """Whether the stock model's scores of a row's second document do not change with the first one."""
-    stock = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model(model_type))).eval()
+    stock = AutoModelForCausalLM.from_config(shrink_config(AutoConfig.for_model(model_type))).eval()
     rows = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(1))
     rows[1, 4:] = rows[0, 4:]
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
@@ -70,7 +70,7 @@ def keeps_apart(model_type):
         ("deepseek_v32", {}, r"no gradient reaches parameter .*indexer"),
         ("mixtral", {"output_router_logits": True}, "set it to false"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
-        ("mamba2", {}, "shrink_config="),
+        ("mamba2", {}, "small_config="),
     ],
 )
 def test_what_cannot_be_equal_is_refused_by_name(model_type, values, reason):
@@ -106,16 +106,16 @@ def test_the_small_copy_can_be_made_by_hand():
         chunk_size=8,
     )
     before = small.to_dict()
-    assert not probe(config, shrink_config=small).packs
+    assert not probe(config, small_config=small).packs
     assert small.to_dict() == before
-    with pytest.raises(UnsupportedModelError, match="at most 33,554,432 with shrink_config="):
-        probe(config, shrink_config=config)
+    with pytest.raises(UnsupportedModelError, match="at most 33,554,432 with small_config="):
+        probe(config, small_config=config)
 
 
 def test_the_small_copy_keeps_a_layer_of_each_kind_and_leaves_the_configuration_alone():
     config = AutoConfig.for_model("gemma3_text")
     before = config.to_dict()
-    small = shrink(config)
+    small = shrink_config(config)
     assert config.to_dict() == before
     assert set(small.layer_types) == set(config.layer_types) == {"sliding_attention", "full_attention"}
     assert small.layer_types[-1] == config.layer_types[-1]

@@ -76,14 +76,14 @@ def train(job: Figures) -> Figures:
     from megatrain_io.store.schedule import Residents
 
     bar, config = BARS[job["bar"]], config_of(SIZES[job["size"]])
-    cut, store = PartitionedModel(config, torch.bfloat16, probe(config)), store_of(job)
+    partition, store = PartitionedModel(config, torch.bfloat16, probe(config)), store_of(job)
     batches = [
         MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
         for ids in tokens_of(job)
     ]
     with PagedStore(store) as state:
         model = PagedModel(
-            cut,
+            partition,
             state,
             max_grad_norm=None if bar.limits is None else NEVER,
             gradients=bar.gradients,  # type: ignore[arg-type]  # a word of the table above

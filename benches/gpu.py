@@ -70,22 +70,22 @@ def train(job: Figures) -> Figures:
     path = Path(job["store"])
     is_frozen = job["frozen"]
     config = config_of(SIZES[job["size"]])
-    cut = PartitionedModel(config, torch.bfloat16, probe(config))
+    partition = PartitionedModel(config, torch.bfloat16, probe(config))
     batches, device = micro_batches(job), device_of(job)
     seconds, losses, events = [], [], []
     with PagedStore(path) as state:
         layout = state.layout
-        alone = measured_seconds(cut, layout, batches[0], device)
+        alone = measured_seconds(partition, layout, batches[0], device)
         if device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         needs = step_needs(
             PartitionedModel(config, torch.bfloat16, probe(config)), layout, batches, state.ledger.total()[0]
         )
-        vram, left = on_device(cut, layout, needs, vram=job["vram"])
-        plan = divided(cut, layout, left, ram=job["ram"])
+        vram, left = on_device(partition, layout, needs, vram=job["vram"])
+        plan = divided(partition, layout, left, ram=job["ram"])
         inputs = saved_inputs_of(plan, [path.with_name("inputs")])
-        model = PagedModel(cut, state, saved_inputs=inputs, device=device, vram=vram)
+        model = PagedModel(partition, state, saved_inputs=inputs, device=device, vram=vram)
         reset_peak_rss()
         settings = None if is_frozen else lambda _place: TensorSettings(DECAY)
         state.start(plan.pool, residents=plan.residents, settings=settings, by_chunk=True)

@@ -77,7 +77,7 @@ def measure(job: Figures) -> Figures:
     setting, store = Setting(**job["setting"]), Path(job["store"])
     profile = bench(store.parent, Options(nbytes=1 << 30, seconds=job["seconds"]), lambda _done, _total: None)
     model_config = config_of(SIZES[setting.size])
-    cut = PartitionedModel(model_config, torch.bfloat16, probe(model_config))
+    partition = PartitionedModel(model_config, torch.bfloat16, probe(model_config))
     batches = [
         MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
         for ids in tokens({"size": setting.size, "micro_batches": setting.micro_batches})
@@ -91,9 +91,9 @@ def measure(job: Figures) -> Figures:
     )
     with PagedStore(store) as state:
         layout, tables = state.layout, state.ledger.total()[0]
-        needs = step_needs(cut, layout, batches, tables)
-        ram = least_for_overlap(cut, layout, needs) + int(setting.resident * layout.parameters)
-        job = TrainingJob(config, cut, layout, batches, tables, ram, is_made=True)
+        needs = step_needs(partition, layout, batches, tables)
+        ram = least_for_overlap(partition, layout, needs) + int(setting.resident * layout.parameters)
+        job = TrainingJob(config, partition, layout, batches, tables, ram, is_made=True)
         hardware = this_machine([store.parent], ram, "bf16", profile)
         compute = calibrate(replace(job, micro_batches=batches[:1]), hardware)
         libraries = psutil.Process().memory_info().rss
@@ -106,7 +106,7 @@ def measure(job: Figures) -> Figures:
         ).require_fits()
         memory = planned.memory
         model = PagedModel(
-            cut,
+            partition,
             state,
             saved_inputs=saved_inputs_of(memory, [store.with_name("inputs")]),
             max_grad_norm=setting.max_grad_norm,
@@ -145,11 +145,11 @@ def measure(job: Figures) -> Figures:
         }
 
 
-def least_for_overlap(cut: Any, layout: Any, needs: Any) -> int:
+def least_for_overlap(partition: Any, layout: Any, needs: Any) -> int:
     """RAM in which the largest pool fits, and nothing stays."""
     from megatrain_io.store.pool import mapped_nbytes, pool_sizes
 
-    pool = pool_sizes(layout, tied_embeddings=bool(cut.tied_parameters), training=True)
+    pool = pool_sizes(layout, tied_embeddings=bool(partition.tied_parameters), training=True)
     return needs.always + needs.saved_inputs + mapped_nbytes(pool) + (8 << 20)
 
 

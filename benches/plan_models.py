@@ -101,17 +101,17 @@ def burst(machine: Hardware) -> float:
     return sum(drive.burst_write_gb_per_s for drive in machine.drives) * 1e9
 
 
-def row(cut: PartitionedModel, layout: ModelLayout, machine: Hardware, tokens: int) -> Row:
+def row(partition: PartitionedModel, layout: ModelLayout, machine: Hardware, tokens: int) -> Row:
     """The formula, the plan with the same assumptions, and the plan as it would be run."""
     batches = [blank_micro_batch(1, LENGTH, packed=False)] * (tokens // LENGTH)
-    inputs = 2 * cut.config.hidden_size * tokens * layout.blocks
+    inputs = 2 * partition.config.hidden_size * tokens * layout.blocks
     cache = max(0.0, machine.ram - inputs)
     spilled = max(0.0, inputs - machine.ram)
     wanted = formula(layout.parameters, tokens, cache, machine)
     schedule = build_schedule(layout, tied_embeddings=False, training=True)
     residents = choose_residents(layout, schedule, int(cache))
     read, written = traffic(schedule, layout, residents, commits=False)
-    work = work_of(cut, layout, [tuple(batch.input_ids.shape) for batch in batches], attention=False)
+    work = work_of(partition, layout, [tuple(batch.input_ids.shape) for batch in batches], attention=False)
     pool = pool_sizes(
         layout, tied_embeddings=False, training=True, residents=residents, block_buffers=4, chunk_slots=16
     )
@@ -133,7 +133,7 @@ def row(cut: PartitionedModel, layout: ModelLayout, machine: Hardware, tokens: i
         train={"gradient_accumulation_steps": len(batches)},
     )
     vram = None if machine.device is None else machine.device.vram
-    job = TrainingJob(config, cut, layout, batches, 0, machine.ram, vram=vram)
+    job = TrainingJob(config, partition, layout, batches, 0, machine.ram, vram=vram)
     expected = make_plan(job, machine, variants=False)
     formula_seconds = max(wanted[2] + spilled / machine.read + spilled / burst(machine), wanted[3])
     return Row(
@@ -160,12 +160,12 @@ def main() -> None:
     print("|---" * 10 + "|")
     for name in options.models.split(","):
         config = MODELS[name]
-        cut = PartitionedModel(config, torch.bfloat16, probe(config))
-        layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "bf16")
+        partition = PartitionedModel(config, torch.bfloat16, probe(config))
+        layout = ModelLayout.build(model_parts(partition), len(partition.blocks), "bf16")
         for machine_name, counts in TOKENS.items():
             machine = load_hardware(machine_name)
             for tokens in counts:
-                found = row(cut, layout, machine, tokens)
+                found = row(partition, layout, machine, tokens)
                 (read, written, seconds, _), planned, expected = found.formula, found.planned, found.expected
                 run = "" if expected.time is None else f"{expected.time.seconds:.1f}"
                 rate = "" if expected.time is None else f"{expected.tokens_per_second:.0f}"

@@ -49,8 +49,8 @@ def make_store(path: Path, size: str, state_format: Literal["bf16", "raw16"] = "
     from megatrain_io.store.layout import ModelLayout, TensorPlace
 
     config = config_of(SIZES[size])
-    cut = PartitionedModel(config, torch.bfloat16, probe(config))
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), state_format)
+    partition = PartitionedModel(config, torch.bfloat16, probe(config))
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), state_format)
 
     def values(place: TensorPlace, start: int, stop: int) -> Any:
         if len(place.shape) == 1:
@@ -73,13 +73,13 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     config = config_of(SIZES[size])
-    cut = PartitionedModel(config, torch.bfloat16, probe(config))
+    partition = PartitionedModel(config, torch.bfloat16, probe(config))
     batches = micro_batches_of({"size": size, "micro_batches": micro_batches})
     losses = []
     with PagedStore(path) as state:
-        needs = step_needs(cut, state.layout, batches, state.ledger.total()[0])
-        plan = divided(cut, state.layout, needs, ram=ram)
-        model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [path.with_name("inputs")]))
+        needs = step_needs(partition, state.layout, batches, state.ledger.total()[0])
+        plan = divided(partition, state.layout, needs, ram=ram)
+        model = PagedModel(partition, state, saved_inputs=saved_inputs_of(plan, [path.with_name("inputs")]))
         state.start(plan.pool, residents=plan.residents, settings=lambda _place: TensorSettings(DECAY))
         for number in range(1, steps + 1):
             adamw = AdamWStep(number, LEARNING_RATE, *BETAS, EPS)

@@ -317,8 +317,8 @@ def make_store(job: Job) -> Figures:
 
     size = SIZES[job["size"]]
     config = config_of(size)
-    cut = PartitionedModel(config, torch.bfloat16, probe(config))
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "bf16")
+    partition = PartitionedModel(config, torch.bfloat16, probe(config))
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), "bf16")
     source = dict(model_of(size).named_parameters())
     create_store(
         [store_of(job)],
@@ -347,10 +347,10 @@ def ours(job: Job) -> Figures:
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     config = config_of(SIZES[job["size"]])
-    cut = PartitionedModel(config, torch.bfloat16, probe(config))
+    partition = PartitionedModel(config, torch.bfloat16, probe(config))
     batches = micro_batches(job)
     with PagedStore(store_of(job)) as state:
-        model = PagedModel(cut, state)
+        model = PagedModel(partition, state)
         layout, schedule = state.layout, model.training_schedule
         state_nbytes = sum(map(layout.record_weight_bytes, range(len(layout.records))))
         state_nbytes += sum(map(layout.update_extent_bytes, layout.chunks))

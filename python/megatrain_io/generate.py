@@ -46,8 +46,8 @@ def next_tokens(
 
     Keys and values are kept in a cache, so each token goes through the model once.
     """
-    model.cut.train(False)
-    cache = model.cut.new_cache()
+    model.partition.train(False)
+    cache = model.partition.new_cache()
     # The embedding and the first blocks of the next pass are read while this token is chosen.
     records = model.begin_forward()
     try:
@@ -75,23 +75,23 @@ def next_tokens(
 
 def _pass(model: PagedModel, records: PagedStore | DeviceRecords, new: Tensor, cache: Cache) -> Tensor:
     """Scores [1, V] of the token after ``new``, int64 [1, t]."""
-    cut, layout = model.cut, model.state.layout
+    partition, layout = model.partition, model.state.layout
     start = cache.get_seq_length()
     positions = torch.arange(start, start + new.shape[1]).unsqueeze(0)
     micro_batch = MicroBatch(input_ids=new, shift_labels=torch.full_like(new, -100), position_ids=positions)
     micro_batch = micro_batch.to(model.device.torch_device)
     weights = records.weights(layout.embedding)
-    hidden, calls = cut.record(weights.tensors, micro_batch, cache=cache)
+    hidden, calls = partition.record(weights.tensors, micro_batch, cache=cache)
     weights.give_back()
     for block in range(layout.blocks):
         weights = records.weights(layout.block(block))
-        hidden = cut.run_block(block, weights.tensors, hidden, calls[block])
+        hidden = partition.run_block(block, weights.tensors, hidden, calls[block])
         weights.give_back()
     borrowed = [] if layout.head is None else [records.weights(layout.head)]
-    if cut.tied_parameters:
+    if partition.tied_parameters:
         borrowed.append(records.weights(layout.embedding))
     bound = {name: tensor for record in borrowed for name, tensor in record.tensors.items()}
-    scores = cut.logits(bound, hidden[:, -1:])[:, -1].float()
+    scores = partition.logits(bound, hidden[:, -1:])[:, -1].float()
     bound.clear()
     for record in borrowed:
         record.give_back()
@@ -164,8 +164,8 @@ class Generator:
         try:
             config = AutoConfig.from_pretrained(run.model, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)
-            cut = PartitionedModel(config, DTYPES[info.precision], probe(config))
-            model = _on_device(cut, state, device or best_device(info.precision))
+            partition = PartitionedModel(config, DTYPES[info.precision], probe(config))
+            model = _on_device(partition, state, device or best_device(info.precision))
             state.start(model.pool_sizes(training=False), by_chunk=model.device.has_own_memory)
             return cls(model, tokenizer, _stop_tokens(run.model, config, tokenizer))
         except BaseException:
@@ -229,7 +229,7 @@ class Generator:
             raise DataError("the prompt is empty: give it at least one token")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}: must be at least 1")
-        largest, vocabulary = int(ids.max()), self._model.cut.config.get_text_config().vocab_size
+        largest, vocabulary = int(ids.max()), self._model.partition.config.get_text_config().vocab_size
         if largest >= vocabulary:
             raise ConfigError(
                 f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
@@ -240,23 +240,23 @@ class Generator:
         return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _on_device(cut: PartitionedModel, state: PagedStore, device: Device) -> PagedModel:
+def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -> PagedModel:
     """A model that only passes forward; on the CPU, if the device has no room for a block."""
     if device.has_own_memory:
         with suppress(DoesNotFitError):
             vram = divide_vram(
                 state.layout,
-                tied_embeddings=bool(cut.tied_parameters),
+                tied_embeddings=bool(partition.tied_parameters),
                 vram=device.vram,
                 context=CONTEXT_NBYTES,
                 activations=_COMPUTE_NBYTES,
                 inputs_per_block=0,
                 training=False,
             )
-            return PagedModel(cut, state, device=device, vram=vram)
+            return PagedModel(partition, state, device=device, vram=vram)
         device.close()
-        cut.to(torch.device("cpu"))
-    return PagedModel(cut, state)
+        partition.to(torch.device("cpu"))
+    return PagedModel(partition, state)
 
 
 def _stop_tokens(folder: Path, config: AutoConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -158,7 +158,7 @@ def test_a_failure_leaves_the_next_answer_whole(generator, prompt, monkeypatch):
     kept = []
     for _ in range(4):
         with monkeypatch.context() as patch:
-            patch.setattr(generator._model.cut, "run_block", interrupt)
+            patch.setattr(generator._model.partition, "run_block", interrupt)
             with pytest.raises(KeyboardInterrupt) as caught:
                 paged(generator, prompt)
         kept.append(caught)

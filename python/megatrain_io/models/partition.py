@@ -1,4 +1,4 @@
-"""A transformers causal language model, cut at its decoder blocks.
+"""A transformers causal language model, partitioned at its decoder blocks.
 
 The blocks are taken out of the meta model and stubs put in their place. So the model's own `forward` still
 embeds the tokens, builds masks, positions and rotary tables, and computes final norm, head and loss, while
@@ -45,7 +45,7 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class PartitionSpec:
-    """How an architecture is cut, as `probe` found out; the same for every size of it.
+    """How an architecture is partitioned, as `probe` found out; the same for every size of it.
 
     Attributes:
         model_type: as in the configuration.
@@ -75,7 +75,7 @@ class PartitionedModel:
     at a time: the stubs are shared.
 
     Attributes:
-        facts: as handed in.
+        spec: as handed in.
         config: the meta model's own configuration.
         blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
         tied: alias -> full name of the parameter that it shares.
@@ -85,14 +85,14 @@ class PartitionedModel:
         frozen: names of parameters that the architecture itself does not train.
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, facts: PartitionSpec) -> None:
-        """Build the meta model of `config` in `dtype` and cut it as `facts` say.
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, spec: PartitionSpec) -> None:
+        """Build the meta model of `config` in `dtype` and partition it as `spec` says.
 
         Raises:
             UnsupportedModelError: it cannot be built, or is not of the architecture that was probed.
         """
-        self.facts = facts
-        self._model = build_meta_model(config, dtype, facts.attn_implementation)
+        self.spec = spec
+        self._model = build_meta_model(config, dtype, spec.attn_implementation)
         self._loss_function = self._model.loss_function
         self._loss = Loss(self._loss_function, torch.device("cpu"))
         # As newer transformers call it; older ones say past_key_values.
@@ -106,21 +106,21 @@ class PartitionedModel:
         self._visit: Callable[[int, Tensor, BlockCall], Tensor] = _outside_a_run
         self.blocks = tuple(self._take_blocks_out())
         self._block_names = [
-            {f"{facts.block_list}.{index}.{name}": name for name, _ in block.named_parameters()}
+            {f"{spec.block_list}.{index}.{name}": name for name, _ in block.named_parameters()}
             for index, block in enumerate(self.blocks)
         ]
         resident = [(name, tuple(p.shape)) for name, p in self._model.named_parameters()]
         for name, _ in resident:
-            if name not in facts.embedding | facts.head:
+            if name not in spec.embedding | spec.head:
                 raise self._refused(f"parameter {name} was not there in the small copy that was probed")
         self.embedding_parameters: tuple[ParameterShape, ...] = tuple(
-            (name, shape) for name, shape in resident if name in facts.embedding
+            (name, shape) for name, shape in resident if name in spec.embedding
         )
         self.head_parameters: tuple[ParameterShape, ...] = tuple(
-            (name, shape) for name, shape in resident if name not in facts.embedding
+            (name, shape) for name, shape in resident if name not in spec.embedding
         )
         self.tied_parameters: tuple[str, ...] = tuple(
-            name for name, _ in self.embedding_parameters if name in facts.head
+            name for name, _ in self.embedding_parameters if name in spec.head
         )
         # One element, strides of zero: what a parameter is while `forward` passes it to no purpose.
         self._placeholders = {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in resident}
@@ -228,7 +228,7 @@ class PartitionedModel:
         """
         bound = {name: parameters[full] for full, name in self._block_names[index].items()}
         output = functional_call(self.blocks[index], bound, (hidden, *call.args), call.kwargs)
-        return cast("Tensor", output if self.facts.output_entries is None else output[0])
+        return cast("Tensor", output if self.spec.output_entries is None else output[0])
 
     def loss(
         self,
@@ -303,15 +303,15 @@ class PartitionedModel:
     def _called(self, index: int, hidden_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         hidden = args[0] if args else kwargs.pop(hidden_name)
         output = self._visit(index, hidden, BlockCall(args[1:], kwargs))
-        entries = self.facts.output_entries
+        entries = self.spec.output_entries
         return output if entries is None else (output, *[None] * (entries - 1))
 
     def _take_blocks_out(self) -> Iterator[nn.Module]:
         try:
-            block_list = self._model.get_submodule(self.facts.block_list)
+            block_list = self._model.get_submodule(self.spec.block_list)
         except AttributeError:
             raise self._refused(
-                f"it has no module list {self.facts.block_list}; probe this configuration again"
+                f"it has no module list {self.spec.block_list}; probe this configuration again"
             ) from None
         block_list = cast("nn.ModuleList", block_list)
         for index, block in enumerate(block_list):
@@ -327,12 +327,12 @@ class PartitionedModel:
             if owners[id(parameter)] != name
         }
         for alias, owner in aliases.items():
-            if f"{self.facts.block_list}." in f"{alias} {owner}":
+            if f"{self.spec.block_list}." in f"{alias} {owner}":
                 raise self._refused(f"{alias} and {owner} are one parameter, which no single block owns")
         return aliases
 
     def _refused(self, reason: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{self.facts.model_type}: {reason}")
+        return UnsupportedModelError(f"{self.spec.model_type}: {reason}")
 
 
 class _Stub(nn.Module):
@@ -358,21 +358,21 @@ def _outside_a_run(index: int, _hidden: Tensor, _call: BlockCall) -> Tensor:
     raise AssertionError(f"the stub of block {index} was called outside record, loss and logits")
 
 
-def model_parts(cut: PartitionedModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
-    """Name and tensors of each record of a cut model, in the order of the parameter space.
+def model_parts(partition: PartitionedModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
+    """Name and tensors of each record of a partitioned model, in the order of the parameter space.
 
     In the file the records of embeddings and head are named prologue and epilogue, as they were from the beginning.
 
     Raises:
         UnsupportedModelError: the architecture keeps some of its parameters from being trained.
     """
-    if cut.frozen:
+    if partition.frozen:
         raise UnsupportedModelError(
-            f"{cut.facts.model_type}: {len(cut.frozen)} of its parameters are not trained, the first is "
-            f"{min(cut.frozen)}; models with frozen parameters cannot be trained here yet"
+            f"{partition.spec.model_type}: {len(partition.frozen)} of its parameters are not trained, the first is "
+            f"{min(partition.frozen)}; models with frozen parameters cannot be trained here yet"
         )
-    parts = [("prologue", cut.embedding_parameters)]
-    parts += [(f"block {index}", cut.block_parameters(index)) for index in range(len(cut.blocks))]
-    if cut.head_parameters:
-        parts.append(("epilogue", cut.head_parameters))
+    parts = [("prologue", partition.embedding_parameters)]
+    parts += [(f"block {index}", partition.block_parameters(index)) for index in range(len(partition.blocks))]
+    if partition.head_parameters:
+        parts.append(("epilogue", partition.head_parameters))
     return parts

@@ -1,7 +1,7 @@
-"""The start-up probe: find out how an architecture is cut, and prove on a small copy that it is right.
+"""The start-up probe: find out how an architecture is partitioned, and prove on a small copy that it is right.
 
 The copy has random weights and is trained on a few tokens twice: as the stock model does it, and block by
-block through the cut model. Only if all losses and gradients agree to the bit is the architecture accepted.
+block through the partitioned model. Only if all losses and gradients agree to the bit is the architecture accepted.
 """
 
 import copy
@@ -46,7 +46,7 @@ def probe(
     block_list: str | None = None,
     small_config: PreTrainedConfig | None = None,
 ) -> PartitionSpec:
-    """Find out how models of this architecture are cut, and prove it on a small copy.
+    """Find out how models of this architecture are partitioned, and prove it on a small copy.
 
     Random number generators, warning filters and log levels are left as they were.
 
@@ -92,13 +92,13 @@ def _probe(
     one, two, packed = (_random_tokens(vocabulary, *shape) for shape in ((2, 11), (1, 7), (1, 9)))
     packed = replace(packed, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
     _refuse_unless_causal(stock, two)
-    facts = _observe(stock, one, find_block_list(stock) if block_list is None else block_list)
-    facts = replace(
-        facts, attn_implementation=attn_implementation, packs=_keeps_apart(stock, packed, boundary=4)
+    spec = _observe(stock, one, find_block_list(stock) if block_list is None else block_list)
+    spec = replace(
+        spec, attn_implementation=attn_implementation, packs=_keeps_apart(stock, packed, boundary=4)
     )
-    micro_batches = [one, two, packed] if facts.packs else [one, two]
-    _refuse_unless_equal(stock, PartitionedModel(small, _DTYPE, facts), micro_batches)
-    return facts
+    micro_batches = [one, two, packed] if spec.packs else [one, two]
+    _refuse_unless_equal(stock, PartitionedModel(small, _DTYPE, spec), micro_batches)
+    return spec
 
 
 def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> PreTrainedModel:
@@ -263,14 +263,16 @@ def _stock_loss(stock: PreTrainedModel, micro_batch: MicroBatch, num_items_in_ba
 
 
 def _refuse_unless_equal(
-    stock: PreTrainedModel, cut: PartitionedModel, micro_batches: Sequence[MicroBatch]
+    stock: PreTrainedModel, partition: PartitionedModel, micro_batches: Sequence[MicroBatch]
 ) -> None:
-    trained = {name: parameter for name, parameter in stock.named_parameters() if name not in cut.frozen}
+    trained = {
+        name: parameter for name, parameter in stock.named_parameters() if name not in partition.frozen
+    }
     items = sum(int((micro_batch.shift_labels != _IGNORED).sum()) for micro_batch in micro_batches)
     leaves = {name: parameter.detach() for name, parameter in stock.named_parameters()}
     for name in trained:
         leaves[name].requires_grad_()
-    passes = _layer_major(cut, leaves, micro_batches, items)
+    passes = _layer_major(partition, leaves, micro_batches, items)
     for micro_batch, own in zip(micro_batches, passes, strict=True):
         loss = _stock_loss(stock, micro_batch, items)
         if not torch.equal(own.loss, loss):
@@ -303,36 +305,36 @@ class _Pass:
 
 
 def _layer_major(
-    cut: PartitionedModel, leaves: Mapping[str, Tensor], micro_batches: Sequence[MicroBatch], items: int
+    partition: PartitionedModel, leaves: Mapping[str, Tensor], micro_batches: Sequence[MicroBatch], items: int
 ) -> list[_Pass]:
-    """Forward and backward through the cut model, all micro-batches through one block before the next."""
+    """Forward and backward through the partitioned model, all micro-batches through one block before the next."""
     passes = []
     with torch.no_grad():
         for micro_batch in micro_batches:
-            hidden, calls = cut.record(leaves, micro_batch)
+            hidden, calls = partition.record(leaves, micro_batch)
             passes.append(_Pass(calls, [hidden]))
-        for index in range(len(cut.blocks)):
+        for index in range(len(partition.blocks)):
             for each in passes:
-                each.hiddens.append(cut.run_block(index, leaves, each.hiddens[-1], each.calls[index]))
-    names = [name for name, _ in cut.head_parameters] + list(cut.tied_parameters)
+                each.hiddens.append(partition.run_block(index, leaves, each.hiddens[-1], each.calls[index]))
+    names = [name for name, _ in partition.head_parameters] + list(partition.tied_parameters)
     names = [name for name in names if leaves[name].requires_grad]
     for each, micro_batch in zip(passes, micro_batches, strict=True):
         hidden = each.hiddens.pop().requires_grad_()
-        loss = cut.loss(leaves, hidden, micro_batch.shift_labels, items)
+        loss = partition.loss(leaves, hidden, micro_batch.shift_labels, items)
         each.grad_hidden, *gradients = _gradients(loss, [hidden, *(leaves[name] for name in names)])
         each.loss = loss.detach()
         each.add(names, gradients)
-    for index in reversed(range(len(cut.blocks))):
-        names = [name for name, _ in cut.block_parameters(index) if leaves[name].requires_grad]
+    for index in reversed(range(len(partition.blocks))):
+        names = [name for name, _ in partition.block_parameters(index) if leaves[name].requires_grad]
         for each in passes:
             hidden = each.hiddens.pop().requires_grad_()
-            output = cut.run_block(index, leaves, hidden, each.calls[index])
+            output = partition.run_block(index, leaves, hidden, each.calls[index])
             inputs = [hidden, *(leaves[name] for name in names)]
             each.grad_hidden, *gradients = _gradients(output, inputs, each.grad_hidden)
             each.add(names, gradients)
-    names = [name for name, _ in cut.embedding_parameters if leaves[name].requires_grad]
+    names = [name for name, _ in partition.embedding_parameters if leaves[name].requires_grad]
     for each, micro_batch in zip(passes, micro_batches, strict=True):
-        hidden, _ = cut.record(leaves, micro_batch)
+        hidden, _ = partition.record(leaves, micro_batch)
         each.add(names, _gradients(hidden, [leaves[name] for name in names], each.grad_hidden))
     return passes
 

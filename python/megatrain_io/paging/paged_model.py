@@ -77,10 +77,10 @@ def clear_frames(error: BaseException | None) -> None:
 
 
 class PagedModel:
-    """A cut model over a paged store: training steps and losses.
+    """A partitioned model over a paged store: training steps and losses.
 
     Args:
-        cut: the model without its parameters.
+        partition: the model without its parameters.
         state: where they are.
         seed: of all random numbers of training (dropout).
         logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
@@ -97,7 +97,7 @@ class PagedModel:
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
         self,
-        cut: PartitionedModel,
+        partition: PartitionedModel,
         state: PagedStore,
         *,
         seed: int = 0,
@@ -109,10 +109,10 @@ class PagedModel:
         device: Device | None = None,
         vram: VramPlan | None = None,
     ) -> None:
-        self.cut = cut
+        self.partition = partition
         self.state = state
         self.seed = seed
-        self.tied_embeddings = bool(cut.tied_parameters)
+        self.tied_embeddings = bool(partition.tied_parameters)
         self.device = device or Cpu()
         engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
         saved = SavedInputs(state.ledger, saved_inputs, engine)
@@ -120,7 +120,7 @@ class PagedModel:
         self._on_device: DeviceRecords | None = None
         self._gathered = 0
         if self.device.has_own_memory:
-            cut.to(self.device.torch_device)
+            partition.to(self.device.torch_device)
             layout, tied = state.layout, self.tied_embeddings
             pool = vram.pool if vram else device_pool(layout, tied_embeddings=tied, training=True)
             self._on_device = DeviceRecords(state, self.device, pool)
@@ -130,7 +130,7 @@ class PagedModel:
                 saved, self.device, self._on_device, vram.saved_inputs if vram else None
             )
         self._trace = trace
-        self.slice_tokens = slice_tokens(cut, logits_bytes)
+        self.slice_tokens = slice_tokens(partition, logits_bytes)
         tied = self.tied_embeddings
         self.training_schedule = build_schedule(state.layout, tied_embeddings=tied, training=True)
         self.forward_schedule = build_schedule(state.layout, tied_embeddings=tied, training=False)
@@ -197,8 +197,8 @@ class PagedModel:
         layout = self.state.layout
         if layout.is_frozen:
             raise MegatrainIoError("all weights of this store are frozen: there is nothing to update")
-        self.cut.train()
-        self.saved.reserve(layout.blocks, hidden_nbytes(self.cut, layout, micro_batches))
+        self.partition.train()
+        self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, layout, micro_batches))
         number, commits = adamw.step if number is None else number, blob is not None
         gradients = self._choose_gradients(commits=commits)
         schedule = self._schedule(gradients)
@@ -253,8 +253,8 @@ class PagedModel:
             raise MegatrainIoError(
                 "the weights of this store are trained: a step of it makes their gradients, too"
             )
-        self.cut.train()
-        self.saved.reserve(layout.blocks, hidden_nbytes(self.cut, layout, micro_batches))
+        self.partition.train()
+        self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, layout, micro_batches))
         with self._step(micro_batches, self._schedule("update"), _NO_UPDATE, number, commits=False) as step:
             step.embedding()
             step.forward(saving=True)
@@ -295,7 +295,7 @@ class PagedModel:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
         """The loss alone, without dropout; nothing is written but an update that waits."""
         self.flush()
-        self.cut.train(False)
+        self.partition.train(False)
         with self._step(micro_batches, self._forward, _NO_UPDATE, 1, commits=False) as step:
             step.embedding()
             step.forward(saving=False)
@@ -389,7 +389,7 @@ class PagedModel:
         commits: bool,
     ) -> Iterator[Step]:
         step = Step(
-            self.cut,
+            self.partition,
             self._on_device or self.state,
             self.saved,
             self._moved(micro_batches),

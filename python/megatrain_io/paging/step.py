@@ -40,17 +40,17 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def slice_tokens(cut: PartitionedModel, logits_bytes: int) -> int:
+def slice_tokens(partition: PartitionedModel, logits_bytes: int) -> int:
     """Tokens whose fp32 logits take at most ``logits_bytes``; at least one."""
-    vocabulary: int = cut.config.get_text_config().vocab_size
+    vocabulary: int = partition.config.get_text_config().vocab_size
     return max(1, logits_bytes // (4 * vocabulary))
 
 
 def hidden_nbytes(
-    cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]
+    partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]
 ) -> list[int]:
     """Bytes of the hidden state [B, T, H] of each micro-batch."""
-    width = cut.config.get_text_config().hidden_size
+    width = partition.config.get_text_config().hidden_size
     return [batch.input_ids.numel() * width * layout.weight_bytes for batch in micro_batches]
 
 
@@ -75,7 +75,7 @@ class Step:
     """One pass over all micro-batches: the phases, in the order in which they are called.
 
     Args:
-        cut: the model without its parameters.
+        partition: the model without its parameters.
         state: where they are.
         saved: where inputs of blocks are kept.
         micro_batches: each goes through the model as a whole.
@@ -88,7 +88,7 @@ class Step:
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
         self,
-        cut: PartitionedModel,
+        partition: PartitionedModel,
         state: Records,
         saved: Activations,
         micro_batches: Sequence[MicroBatch],
@@ -106,7 +106,7 @@ class Step:
         is_cuda = device is not None and device.torch_device.type == "cuda"
         self._divisor = torch.tensor(self.num_items, device="cuda") if is_cuda else self.num_items
         self.span = span
-        self._cut = cut
+        self._partition = partition
         self._state = state
         self._saved = saved
         self._device = device or Cpu()
@@ -128,7 +128,7 @@ class Step:
         with torch.no_grad():
             for index, micro_batch in self._each(self._micro_batches):
                 self._seed(index, Phase.EMBEDDING)
-                hidden, calls = self._cut.record(weights.tensors, micro_batch)
+                hidden, calls = self._partition.record(weights.tensors, micro_batch)
                 self._hidden.append(hidden)
                 self._calls.append(calls)
                 del hidden, calls
@@ -151,7 +151,7 @@ class Step:
             with torch.no_grad():
                 for index, calls in self._each(self._calls):
                     self._seed(index, Phase.FORWARD, block)
-                    self._hidden[index] = self._cut.run_block(
+                    self._hidden[index] = self._partition.run_block(
                         block, weights.tensors, self._hidden[index], calls[block]
                     )
             if saving and block == last:
@@ -165,13 +165,13 @@ class Step:
         layout = self._layout
         updates = training and not layout.is_frozen
         own = None if layout.head is None else self._state.weights(layout.head)
-        table = self._state.weights(layout.embedding) if self._cut.tied_parameters else None
+        table = self._state.weights(layout.embedding) if self._partition.tied_parameters else None
         weights = [borrowed for borrowed in (own, table) if borrowed is not None]
         gradients = []
         if updates and own is not None and layout.head is not None:
             gradients.append(Gradient(self._state, layout.head))
         if updates and table is not None:
-            self._table_gradient = Gradient(self._state, layout.embedding, self._cut.tied_parameters)
+            self._table_gradient = Gradient(self._state, layout.embedding, self._partition.tied_parameters)
             gradients.append(self._table_gradient)
         total: Tensor | None = None
         with torch.set_grad_enabled(training):
@@ -231,7 +231,7 @@ class Step:
         for index, micro_batch in self._each(self._micro_batches):
             self._seed(index, Phase.EMBEDDING)
             leaves = leaves_of(weights.tensors)
-            hidden = self._cut.record(leaves, micro_batch)[0]
+            hidden = self._partition.record(leaves, micro_batch)[0]
             gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
             del leaves, hidden
         gradient.submit(weights)
@@ -286,7 +286,7 @@ class Step:
         hidden = hidden.detach().requires_grad_(training)
         bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
         leaves = leaves_of({name: bound[name] for gradient in gradients for name in gradient.expected})
-        loss = self._cut.loss(bound | leaves, hidden, labels, self._divisor)
+        loss = self._partition.loss(bound | leaves, hidden, labels, self._divisor)
         if not training:
             return loss.detach(), None
         of_hidden, *of_leaves = torch.autograd.grad(loss, [hidden, *leaves.values()])
@@ -304,7 +304,7 @@ class Step:
         saved = self._saved.get(block, index, like=self._hidden[index])
         hidden = saved.detach().requires_grad_()
         leaves = {} if gradient is None else leaves_of(tensors)
-        out = self._cut.run_block(block, {**tensors, **leaves}, hidden, self._calls[index][block])
+        out = self._partition.run_block(block, {**tensors, **leaves}, hidden, self._calls[index][block])
         of_hidden, *of_leaves = torch.autograd.grad(
             out, [hidden, *leaves.values()], self._hidden[index], allow_unused=True
         )

@@ -27,7 +27,7 @@ _SECONDS = 2.0
 
 
 def measured_seconds(
-    cut: PartitionedModel, layout: ModelLayout, batch: MicroBatch, device: Device | None = None
+    partition: PartitionedModel, layout: ModelLayout, batch: MicroBatch, device: Device | None = None
 ) -> dict[StageKey, float]:
     """Seconds of each stage for one micro-batch on this machine, when nothing else runs.
 
@@ -36,19 +36,19 @@ def measured_seconds(
     memory of its own the model computes from then on.
     """
     device = device or Cpu()
-    cut.to(device.torch_device)
+    partition.to(device.torch_device)
     batch = batch.to(device.torch_device)
     fake_store = FakeStore(layout)
     clock = _Clock(device)
-    cut.train()
+    partition.train()
     with device.random_state(), device.computing(), device.torch_device:
         while not clock.is_enough:
             step = Step(
-                cut,
+                partition,
                 fake_store,
                 fake_store,
                 [batch],
-                slice_tokens=slice_tokens(cut, LOGITS_BYTES),
+                slice_tokens=slice_tokens(partition, LOGITS_BYTES),
                 span=clock.span,
                 device=device,
             )

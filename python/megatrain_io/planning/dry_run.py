@@ -179,7 +179,11 @@ _COUNTED = 3
 
 
 def dry_run(
-    cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], *, slice_tokens: int
+    partition: PartitionedModel,
+    layout: ModelLayout,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    slice_tokens: int,
 ) -> int | None:
     """Bytes of tensors that a training step needs at once, beside pool, residents and saved inputs.
 
@@ -188,18 +192,20 @@ def dry_run(
     """
     count = len(micro_batches)
     if count <= _COUNTED or any(batch is not micro_batches[0] for batch in micro_batches):
-        return _dry_run(cut, layout, micro_batches, slice_tokens)
+        return _dry_run(partition, layout, micro_batches, slice_tokens)
     # Each of the same takes the same more.
-    two, three = (_dry_run(cut, layout, micro_batches[:n], slice_tokens) for n in (_COUNTED - 1, _COUNTED))
+    two, three = (
+        _dry_run(partition, layout, micro_batches[:n], slice_tokens) for n in (_COUNTED - 1, _COUNTED)
+    )
     return None if two is None or three is None else three + (count - _COUNTED) * (three - two)
 
 
 def _dry_run(
-    cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], slice_tokens: int
+    partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], slice_tokens: int
 ) -> int | None:
-    cut.train()
+    partition.train()
     run = DryRun(layout)
-    step = Step(cut, run, run, micro_batches, slice_tokens=slice_tokens, span=run.span)
+    step = Step(partition, run, run, micro_batches, slice_tokens=slice_tokens, span=run.span)
     random_state = torch.get_rng_state()
     try:
         with run.embedding():

@@ -31,19 +31,23 @@ class Work:
 
 
 def work_of(
-    cut: PartitionedModel, layout: ModelLayout, rows: Sequence[tuple[int, int]], *, attention: bool = True
+    partition: PartitionedModel,
+    layout: ModelLayout,
+    rows: Sequence[tuple[int, int]],
+    *,
+    attention: bool = True,
 ) -> Work:
     """Count the FLOPs of a step.
 
     Args:
-        cut: the model in pieces.
+        partition: the model in pieces.
         layout: of its parameters.
         rows: micro-batches as (sequences, tokens of each).
         attention: whether attention's own products are counted, those of tokens with tokens.
     """
     tokens = sum(count * length for count, length in rows)
     pairs = sum(count * length * length for count, length in rows) / 2 if attention else 0.0
-    config = cut.config.get_text_config()
+    config = partition.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 0
     width = heads * (getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))
     flops: dict[StageKey, float] = {}

@@ -17,7 +17,7 @@ class TrainingJob:
 
     Attributes:
         config: of the run.
-        cut: the model without its parameters.
+        partition: the model without its parameters.
         layout: of its store, which need not be there.
         micro_batches: of the largest step.
         tables: bytes that the store itself takes when it is open.
@@ -28,7 +28,7 @@ class TrainingJob:
     """
 
     config: RunConfig
-    cut: PartitionedModel
+    partition: PartitionedModel
     layout: ModelLayout
     micro_batches: Sequence[MicroBatch]
     tables: int
@@ -70,7 +70,7 @@ class TrainingJob:
                 "data": data.model_copy(update={"max_length": length}),
             }
         )
-        packed = data.packing and self.cut.facts.packs
+        packed = data.packing and self.partition.spec.packs
         return replace(
             self, config=config, micro_batches=[blank_micro_batch(batch, length, packed=packed)] * count
         )

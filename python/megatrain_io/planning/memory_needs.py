@@ -24,11 +24,13 @@ _WORKSPACES = 64 << 20
 
 
 def step_needs(
-    cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], tables: int
+    partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], tables: int
 ) -> StepNeeds:
     """What a training step on ``micro_batches`` needs besides pool and residents; ``tables`` bytes are the store's."""
-    per_block = input_nbytes(hidden_nbytes(cut, layout, micro_batches))
-    activations = dry_run(cut, layout, micro_batches, slice_tokens=slice_tokens(cut, LOGITS_BYTES))
+    per_block = input_nbytes(hidden_nbytes(partition, layout, micro_batches))
+    activations = dry_run(
+        partition, layout, micro_batches, slice_tokens=slice_tokens(partition, LOGITS_BYTES)
+    )
     return StepNeeds(
         tables=tables,
         activations=activations or 0,
@@ -40,14 +42,14 @@ def step_needs(
 
 
 def on_device(
-    cut: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, vram: int
+    partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, vram: int
 ) -> tuple[VramPlan, StepNeeds]:
     """Divide ``vram`` bytes for steps that need ``needs``; and what RAM is left to hold.
 
     Raises:
         DoesNotFitError: it is too small; says what would do.
     """
-    per_block, tied = needs.inputs_per_block, bool(cut.tied_parameters)
+    per_block, tied = needs.inputs_per_block, bool(partition.tied_parameters)
     plan = divide_vram(
         layout,
         tied_embeddings=tied,
@@ -69,31 +71,33 @@ def on_device(
     )
 
 
-def least_on_device(cut: PartitionedModel, layout: ModelLayout, needs: StepNeeds) -> int:
+def least_on_device(partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds) -> int:
     """The least VRAM that steps which need ``needs`` can be done in."""
     return least_vram(
         layout,
-        tied_embeddings=bool(cut.tied_parameters),
+        tied_embeddings=bool(partition.tied_parameters),
         context=CONTEXT_NBYTES,
         activations=_compute_nbytes(needs),
         inputs_per_block=needs.inputs_per_block,
     )
 
 
-def gathered_nbytes(cut: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]) -> int:
+def gathered_nbytes(
+    partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]
+) -> int:
     """Bytes to and from a device in a step whose gradients gather in RAM.
 
     For each native gradient a sum comes in and goes out, and for the first one of a step it only goes out. Blocks and
     embeddings have one a micro-batch, the head one a slice of tokens.
     """
-    tokens = slice_tokens(cut, LOGITS_BYTES)
+    tokens = slice_tokens(partition, LOGITS_BYTES)
     shapes = [batch.input_ids.shape for batch in micro_batches]
     slices = sum(-(-length // max(1, tokens // rows)) for rows, length in shapes)
     found = 0
     for number, record in enumerate(layout.records):
         for place in record.tensors:
             count = slices if number == layout.head else len(shapes)
-            if place.name in cut.tied_parameters:
+            if place.name in partition.tied_parameters:
                 count += slices
             found += 4 * place.elements * (2 * count - 1)
     return found
@@ -105,14 +109,14 @@ def _compute_nbytes(needs: StepNeeds) -> int:
 
 
 def divided(
-    cut: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, keeps: bool = False
+    partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, keeps: bool = False
 ) -> MemoryPlan:
     """Divide ``ram`` bytes for steps that need ``needs``.
 
     Raises:
         DoesNotFitError: it is too small; says what would do.
     """
-    tied = bool(cut.tied_parameters)
+    tied = bool(partition.tied_parameters)
     schedule = build_schedule(layout, tied_embeddings=tied, training=True)
     return divide(layout, schedule, needs, tied_embeddings=tied, ram=ram, keeps=keeps)
 

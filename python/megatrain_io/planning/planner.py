@@ -75,7 +75,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     vram, needs, too_small = _needs(job, hardware)
     memory, others = _problems(job, needs, hardware, usable)
     problems = (*too_small, *others)
-    work = work_of(job.cut, job.layout, [_shape(batch) for batch in job.micro_batches])
+    work = work_of(job.partition, job.layout, [_shape(batch) for batch in job.micro_batches])
     seconds = _compute(work, hardware, compute)
     plan = _empty(job, hardware, work, prices, problems, notes)
     if memory is None:
@@ -97,7 +97,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         except StandstillError as error:
             plan = replace(plan, notes=(*plan.notes, f"no times: {error}. Please report this"))
     if vram is not None and vram.pool.gathers:
-        moved = gathered_nbytes(job.cut, job.layout, job.micro_batches)
+        moved = gathered_nbytes(job.partition, job.layout, job.micro_batches)
         gathers = (
             "gradients gather in RAM, as the VRAM has no room for one of a whole record: "
             f"{moved / 1e9:.3g} GB a step more over the bus, which is not in the times"
@@ -161,7 +161,7 @@ def _empty(
     config = job.config
     device = hardware.device
     return Plan(
-        model=job.cut.facts.model_type,
+        model=job.partition.spec.model_type,
         parameters=job.layout.parameters,
         active_parameters=work.active,
         machine=hardware.name,
@@ -218,8 +218,8 @@ def scratch_nbytes(job: TrainingJob, memory: MemoryPlan) -> float:
 
 def vram_nbytes(job: TrainingJob) -> int:
     """The least on a GPU."""
-    cut, layout = job.cut, job.layout
-    return least_on_device(cut, layout, step_needs(cut, layout, job.micro_batches, job.tables))
+    partition, layout = job.partition, job.layout
+    return least_on_device(partition, layout, step_needs(partition, layout, job.micro_batches, job.tables))
 
 
 def _wear(written: float, hardware: Hardware) -> Wear:
@@ -238,13 +238,13 @@ def _wear(written: float, hardware: Hardware) -> Wear:
 
 def _needs(job: TrainingJob, hardware: Hardware) -> tuple[VramPlan | None, StepNeeds, tuple[Problem, ...]]:
     """How VRAM is divided, if there is any; what is left to RAM; and why the VRAM is not enough."""
-    cut, layout = job.cut, job.layout
-    needs = step_needs(cut, layout, job.micro_batches, job.tables)
+    partition, layout = job.partition, job.layout
+    needs = step_needs(partition, layout, job.micro_batches, job.tables)
     if hardware.device is None or job.vram is None:
         return None, needs, ()
-    vram, least = job.vram, least_on_device(cut, layout, needs)
+    vram, least = job.vram, least_on_device(partition, layout, needs)
     if least <= vram:
-        return *on_device(cut, layout, needs, vram=vram), ()
+        return *on_device(partition, layout, needs, vram=vram), ()
     asked = job.config.memory.vram
     has = f"memory.vram is {_size(vram)}" if asked == vram else f"{hardware.device.name} has {_size(vram)}"
     problem = Problem(
@@ -252,7 +252,7 @@ def _needs(job: TrainingJob, hardware: Hardware) -> tuple[VramPlan | None, StepN
         _nearest_rows(job, hardware),
     )
     # As if it were just enough.
-    return *on_device(cut, layout, needs, vram=least), (problem,)
+    return *on_device(partition, layout, needs, vram=least), (problem,)
 
 
 def _problems(
@@ -262,7 +262,7 @@ def _problems(
     found = []
     memory = None
     try:
-        memory = divided(job.cut, job.layout, needs, ram=job.ram, keeps=job.keeps)
+        memory = divided(job.partition, job.layout, needs, ram=job.ram, keeps=job.keeps)
     except DoesNotFitError as error:
         found.append(Problem(str(error).removesuffix("."), _nearest_rows(job, hardware)))
     if usable is not None and memory is not None and memory.total > usable[0]:
@@ -278,7 +278,7 @@ def _problems(
 
 
 def _divides(job: TrainingJob, needs: StepNeeds, ram: int) -> bool:
-    tied = bool(job.cut.tied_parameters)
+    tied = bool(job.partition.tied_parameters)
     return ram >= smallest(job.layout, needs, tied_embeddings=tied, keeps=job.keeps)
 
 
@@ -307,11 +307,11 @@ def _nearest_rows(job: TrainingJob, hardware: Hardware) -> tuple[str, ...]:
 
 def _fits_memory(job: TrainingJob, hardware: Hardware) -> bool:
     """Whether RAM and VRAM are enough."""
-    cut, layout = job.cut, job.layout
-    needs = step_needs(cut, layout, job.micro_batches, job.tables)
+    partition, layout = job.partition, job.layout
+    needs = step_needs(partition, layout, job.micro_batches, job.tables)
     if hardware.device is not None and job.vram is not None:
         try:
-            needs = on_device(cut, layout, needs, vram=job.vram)[1]
+            needs = on_device(partition, layout, needs, vram=job.vram)[1]
         except DoesNotFitError:
             return False
     return _divides(job, needs, job.ram)
@@ -367,7 +367,7 @@ def _variants(
     found = []
     for change, variant, gradients, machine in changed:
         try:
-            division = divided(variant.cut, variant.layout, needs, ram=variant.ram, keeps=variant.keeps)
+            division = divided(variant.partition, variant.layout, needs, ram=variant.ram, keeps=variant.keeps)
         except DoesNotFitError:
             continue  # what a change needs more is not there
         phases = phases_of(variant, division, gradients)
@@ -394,7 +394,7 @@ def accumulation_that_hides_io(
         ConfigError: the machine's rates are not known.
         DoesNotFitError: not even one fits.
     """
-    work = work_of(job.cut, job.layout, [_shape(batch) for batch in job.micro_batches])
+    work = work_of(job.partition, job.layout, [_shape(batch) for batch in job.micro_batches])
     compute = _compute(work, hardware, compute)
     if compute is None:
         raise ConfigError(
@@ -402,7 +402,7 @@ def accumulation_that_hides_io(
             "these is not known: run megatrain-io bench DIR on the drive of the store once, or give a number"
         )
     _, needs, _ = _needs(job, hardware)
-    memory = divided(job.cut, job.layout, needs, ram=job.ram, keeps=job.keeps)
+    memory = divided(job.partition, job.layout, needs, ram=job.ram, keeps=job.keeps)
     gradients = gradients_of(job)
     phases = phases_of(job, memory, gradients)
     tokens = hiding_tokens(job, phases, hardware, compute)

@@ -143,8 +143,8 @@ def _job(
     path = Path(config.model)
     folder = ModelFolder(path.parent if path.name == "config.json" else path)
     model_config = folder.config()
-    cut = PartitionedModel(model_config, DTYPES[precision], probe(model_config))
-    layout = layout_of(config, cut)
+    partition = PartitionedModel(model_config, DTYPES[precision], probe(model_config))
+    layout = layout_of(config, partition)
     if described is None:
         ram = ram_of(config)
         folders = [store.parent for store in run.stores_in(config.memory.store_dir)]
@@ -153,17 +153,19 @@ def _job(
     else:
         hardware = described.model_copy(update={"device": gpu})
         ram = config.memory.ram or hardware.ram
-    packed = config.data.packing and cut.facts.packs
+    packed = config.data.packing and partition.spec.packs
     batch = blank_micro_batch(config.train.per_device_train_batch_size, config.data.max_length, packed=packed)
     tables = store_memory(layout.manifest({}))
     vram = vram_of(config, hardware)
-    return TrainingJob(config, cut, layout, [batch], tables, ram, vram=vram), hardware
+    return TrainingJob(config, partition, layout, [batch], tables, ram, vram=vram), hardware
 
 
-def layout_of(config: RunConfig, cut: PartitionedModel) -> ModelLayout:
+def layout_of(config: RunConfig, partition: PartitionedModel) -> ModelLayout:
     """That of the store which an import makes."""
     durability, state_format = config.memory.durability, FORMATS[precision_of(config)]
-    return ModelLayout.build(model_parts(cut), len(cut.blocks), state_format, durability=durability)
+    return ModelLayout.build(
+        model_parts(partition), len(partition.blocks), state_format, durability=durability
+    )
 
 
 def ram_of(config: RunConfig) -> int:
@@ -192,19 +194,19 @@ def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | N
     None where nobody asks, because the drive's rates are not known, or where finding out would take too long or too
     much RAM.
     """
-    cut, layout, batch, rate = (
-        job.cut,
+    partition, layout, batch, rate = (
+        job.partition,
         job.layout,
         job.micro_batches[0],
         hardware.flops_per_second,
     )
     if hardware.read is None or rate is None or hardware.device is not None:
         return None
-    needs = step_needs(cut, layout, [batch], job.tables)
+    needs = step_needs(partition, layout, [batch], job.tables)
     if fake_store_nbytes(layout) + needs.always + needs.saved_inputs > job.ram:
         return None
     rows, length = batch.input_ids.shape
-    work = work_of(cut, layout, [(rows, length)])
+    work = work_of(partition, layout, [(rows, length)])
     stages = [
         (phase, layout.block(index))
         for phase in (Phase.FORWARD, Phase.BACKWARD)
@@ -214,7 +216,7 @@ def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | N
     if (sum(work.flops.get(stage, 0.0) for stage in stages) + head) / rate > _CALIBRATION_SECONDS:
         return None
     try:
-        return measured_seconds(cut, layout, batch)
+        return measured_seconds(partition, layout, batch)
     except MegatrainIoError:
         return None  # made-up weights may leave a part of the model without a gradient
 

@@ -38,7 +38,7 @@ _HANDOFF = 0.9e-3
 
 def schedule_of(job: TrainingJob, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
     """That of a training step, as training builds it; kept until ``forget_schedules``, as large ones take seconds."""
-    return _schedule(job.layout, bool(job.cut.tied_parameters), gradients, applies)
+    return _schedule(job.layout, bool(job.partition.tied_parameters), gradients, applies)
 
 
 @lru_cache(maxsize=4)
@@ -178,7 +178,7 @@ def _pool_on_device(job: TrainingJob, memory: MemoryPlan, vram: VramPlan) -> Poo
     if pool.gathers:
         # RAM has room for one of a record, and for a tied table's beside it.
         largest = max(map(layout.record_gradient_bytes, range(len(layout.records))))
-        gradients = {"any": (largest, 1 + bool(job.cut.tied_parameters))}
+        gradients = {"any": (largest, 1 + bool(job.partition.tied_parameters))}
     others = [record for record in (layout.embedding, layout.head) if record is not None]
     return PoolSizes(
         memory.pool.chunk_slots,

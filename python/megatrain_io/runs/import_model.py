@@ -129,8 +129,8 @@ def import_model(  # noqa: PLR0913 - as create_store
         names = HubNames(config, DTYPES[precision])
         plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
         _check_values(files, names, plan, config.model_type)
-        cut = PartitionedModel(config, DTYPES[precision], probe(config))
-        parts, blocks = model_parts(cut), len(cut.blocks)
+        partition = PartitionedModel(config, DTYPES[precision], probe(config))
+        parts, blocks = model_parts(partition), len(partition.blocks)
         layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
         with storage_errors(run.path, NOTHING_LEFT), ExitStack() as undo:
             _make_folder(run.path, undo)
@@ -139,7 +139,7 @@ def import_model(  # noqa: PLR0913 - as create_store
             undo.callback(holding.close)
             holding.enter_context(run.importing())
             if before is not None:
-                before(cut, layout)
+                before(partition, layout)
             for target in targets:
                 _make_folder(target.parent, undo)
             partial = run.model.with_name(run.model.name + ".partial")
@@ -151,7 +151,11 @@ def import_model(  # noqa: PLR0913 - as create_store
                 targets,
                 layout,
                 lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop),
-                model={"config": folder.raw_config, "architecture": names.architecture, "tied": cut.tied},
+                model={
+                    "config": folder.raw_config,
+                    "architecture": names.architecture,
+                    "tied": partition.tied,
+                },
                 blob=TrainerState().encode(),
                 engine=engine,
                 ledger=ledger,

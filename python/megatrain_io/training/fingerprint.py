@@ -14,8 +14,8 @@ from megatrain_io.paging.device.base import Device
 __all__ = ["differences", "fingerprint_of"]
 
 
-def fingerprint_of(device: Device, cut: PartitionedModel) -> dict[str, Any]:
-    """Of this process, by name, where ``device`` computes ``cut``."""
+def fingerprint_of(device: Device, partition: PartitionedModel) -> dict[str, Any]:
+    """Of this process, by name, where ``device`` computes ``partition``."""
     return {
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -24,7 +24,7 @@ def fingerprint_of(device: Device, cut: PartitionedModel) -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
         "device": device.name,
-        "liger-kernel": cut.liger_version,
+        "liger-kernel": partition.liger_version,
     }
 
 

@@ -40,7 +40,7 @@ class Start:
 
     Attributes:
         config: of the run.
-        cut: the model without its parameters.
+        partition: the model without its parameters.
         tokenizer: the model's.
         data: tokens, and the order of rows.
         max_steps: at which the run ends.
@@ -49,7 +49,7 @@ class Start:
     """
 
     config: RunConfig
-    cut: PartitionedModel
+    partition: PartitionedModel
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     max_steps: int
@@ -63,7 +63,7 @@ class Start:
         run: RunFolder,
         model: Path,
         device: Device,
-        cut: PartitionedModel | None = None,
+        partition: PartitionedModel | None = None,
     ) -> "Start":
         """Read configuration and tokenizer of ``model``, and tokenise the data into ``run``.
 
@@ -72,17 +72,17 @@ class Start:
             run: its folder.
             model: folder of the model.
             device: what computes.
-            cut: the same model in pieces, if it was made before.
+            partition: the same model in pieces, if it was made before.
 
         Raises:
             MegatrainIoError: model, data or configuration cannot be used.
         """
-        if cut is None:
+        if partition is None:
             model_config: PreTrainedConfig = ModelFolder(model).config()
-            cut = PartitionedModel(model_config, DTYPES[precision_of(config)], probe(model_config))
+            partition = PartitionedModel(model_config, DTYPES[precision_of(config)], probe(model_config))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        data = prepare(_data_options(config), tokenizer, run.data, packs=cut.facts.packs)
-        largest, vocabulary = data.train.largest_token, cut.config.get_text_config().vocab_size
+        data = prepare(_data_options(config), tokenizer, run.data, packs=partition.spec.packs)
+        largest, vocabulary = data.train.largest_token, partition.config.get_text_config().vocab_size
         if largest >= vocabulary:
             raise ConfigError(
                 f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
@@ -90,12 +90,12 @@ class Start:
             )
         accumulation = config.train.gradient_accumulation_steps
         if accumulation == "auto":
-            accumulation = _chosen_before(run) or _choose(config, run, cut, data, device)
+            accumulation = _chosen_before(run) or _choose(config, run, partition, data, device)
         train = config.train.model_copy(update={"gradient_accumulation_steps": accumulation})
         config = config.model_copy(update={"train": train})
         rows_per_step = train.per_device_train_batch_size * accumulation
         steps = train.max_steps or data.order.steps(train.num_train_epochs, rows_per_step)
-        return cls(config, cut, tokenizer, data, steps, accumulation, device)
+        return cls(config, partition, tokenizer, data, steps, accumulation, device)
 
     def plan(self, run: RunFolder, layout: ModelLayout, tables: int, *, is_made: bool) -> Plan:
         """What the run will take and do.
@@ -107,7 +107,7 @@ class Start:
             is_made: whether it is there already. If not, times are not asked for.
         """
         one = replace(
-            _job(self.config, self.cut, layout, tables, self.data, self.device),
+            _job(self.config, self.partition, layout, tables, self.data, self.device),
             steps=self.max_steps,
             is_made=is_made,
         )
@@ -139,7 +139,7 @@ class Start:
 
 def _job(
     config: RunConfig,
-    cut: PartitionedModel,
+    partition: PartitionedModel,
     layout: ModelLayout,
     tables: int,
     data: TrainingData,
@@ -148,7 +148,7 @@ def _job(
     """A step of one micro-batch."""
     batch = data.train.largest_micro_batch(config.train.per_device_train_batch_size)
     vram = device.vram if device.has_own_memory else None
-    return TrainingJob(config, cut, layout, [batch], tables, ram_of(config), vram=vram)
+    return TrainingJob(config, partition, layout, [batch], tables, ram_of(config), vram=vram)
 
 
 def _hardware(config: RunConfig, run: RunFolder, ram: int, device: Device) -> Hardware:
@@ -180,11 +180,11 @@ def _chosen_before(run: RunFolder) -> int | None:
 
 
 def _choose(
-    config: RunConfig, run: RunFolder, cut: PartitionedModel, data: TrainingData, device: Device
+    config: RunConfig, run: RunFolder, partition: PartitionedModel, data: TrainingData, device: Device
 ) -> int:
     """As many micro-batches as hide the drive behind computing, and no more than there are rows."""
-    layout = layout_of(config, cut)
-    job = _job(config, cut, layout, store_memory(layout.manifest({})), data, device)
+    layout = layout_of(config, partition)
+    job = _job(config, partition, layout, store_memory(layout.manifest({})), data, device)
     hardware = _hardware(config, run, job.ram, device)
     count = accumulation_that_hides_io(job, hardware, _seconds_of(job, hardware, data))
     return min(count, max(1, len(data.train) // config.train.per_device_train_batch_size))

@@ -118,9 +118,9 @@ def _import_if_needed(config: RunConfig, run: RunFolder, device: Device, *, resu
         raise ConfigError(f"{run.path} has no run to resume: leave --resume out to start one")
     starts = []
 
-    def prepare(cut: PartitionedModel, layout: ModelLayout) -> None:
+    def prepare(partition: PartitionedModel, layout: ModelLayout) -> None:
         # Before the import, which may take long: data that cannot be read, RAM that is not enough.
-        start = Start.prepare(config, run, config.model, device, cut)
+        start = Start.prepare(config, run, config.model, device, partition)
         start.plan(run, layout, store_memory(layout.manifest({})), is_made=False).require_fits()
         starts.append(start)
 
@@ -207,7 +207,7 @@ class _Trainer:
         self._tally = Tally(planned, commit_every, config.memory.max_tbw)
         scratch = [saved_inputs_file(store) for store in self._run.store_paths()]
         self._model = PagedModel(
-            start.cut,
+            start.partition,
             self._state,
             seed=config.train.seed,
             saved_inputs=saved_inputs_of(memory, scratch),
@@ -231,11 +231,11 @@ class _Trainer:
             self._model.record_device_events()
         replace_file(self._run.config, config.to_yaml())
         self._metrics = MetricsFile(self._run.metrics, progress.step)
-        now = fingerprint_of(self._device, start.cut)
+        now = fingerprint_of(self._device, start.partition)
         notes = [
             *notes,
             *self._state.notes,
-            *start.cut.loss_notes,
+            *start.partition.loss_notes,
             *differences(self.progress.environment, now),
         ]
         notes += [*planned.summary(), str(self._data.summary)]
@@ -447,7 +447,7 @@ class _Trainer:
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
                 "written_bytes": self._tally.at_most(self._written_total(), is_settled=is_settled),
-                "environment": fingerprint_of(self._device, self._model.cut),
+                "environment": fingerprint_of(self._device, self._model.partition),
             }
             return TrainerState(**fields).encode()
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_partition import cut_of, leaves_of, stock_of, tokens
+from test_partition import leaves_of, partition_of, stock_of, tokens
 from test_partition import shifted as shifted_labels
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -39,24 +39,24 @@ def results_of_all_losses(cross_entropy=None):
     found = {}
     for family in FAMILIES:
         for name, dtype in DTYPES.items():
-            stock, cut = stock_of(family, dtype), cut_of(family, dtype)
+            stock, partition = stock_of(family, dtype), partition_of(family, dtype)
             if cross_entropy is not None:
-                cut._loss = module.partial(module.liger_loss, cross_entropy)
+                partition._loss = module.partial(module.liger_loss, cross_entropy)
             generator = torch.Generator().manual_seed(0)
             hidden = torch.randn(2, 11, 32, generator=generator).to(dtype).requires_grad_()
             labels = shifted_labels(tokens(2, 11, seed=1)[1])
             leaves = leaves_of(stock)
-            names = [name for name, _ in cut.head_parameters] + list(cut.tied_parameters)
+            names = [name for name, _ in partition.head_parameters] + list(partition.tied_parameters)
             # A slice of tokens is no contiguous piece of its labels; nothing of the second is trained.
             for part, begin, end in (("some", 2, 11), ("none", 0, 2)):
                 key = f"{family}/{name}/{part}"
-                loss = cut.loss(leaves, hidden[:, begin:end], labels[:, begin:end], torch.tensor(ITEMS))
+                loss = partition.loss(leaves, hidden[:, begin:end], labels[:, begin:end], torch.tensor(ITEMS))
                 gradients = torch.autograd.grad(loss, [hidden, *(leaves[each] for each in names)])
                 found[f"{key}/loss"] = loss.detach()
                 for each, gradient in zip(["hidden", *names], gradients, strict=True):
                     found[f"{key}/{each}"] = gradient.contiguous()
                 with torch.no_grad():
-                    found[f"{key}/evaluated"] = cut.loss(
+                    found[f"{key}/evaluated"] = partition.loss(
                         leaves, hidden[:, begin:end], labels[:, begin:end], ITEMS
                     )
     return found
@@ -163,16 +163,16 @@ def test_what_is_not_installed_is_not_missed(monkeypatch):
 
 @pytest.mark.usefixtures("blocked")
 def test_a_cpu_never_imports_it_and_a_device_gets_it_with_the_model():
-    cut = cut_of("llama")
-    assert cut.loss_notes == []
+    partition = partition_of("llama")
+    assert partition.loss_notes == []
     assert liger_version(CPU) is None
-    cut.to(torch.device("meta"))
-    assert cut._loss._device.type == "meta"
-    assert cut.loss_notes == []
+    partition.to(torch.device("meta"))
+    assert partition._loss._device.type == "meta"
+    assert partition.loss_notes == []
     # Nothing is imported before it is asked for: generating computes no loss.
-    cut._loss = Loss(cut._loss_function, CUDA)
-    assert "_chosen" not in vars(cut._loss)
-    assert len(cut.loss_notes) == 1
+    partition._loss = Loss(partition._loss_function, CUDA)
+    assert "_chosen" not in vars(partition._loss)
+    assert len(partition.loss_notes) == 1
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="compares with a run on the CPU")

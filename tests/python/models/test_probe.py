@@ -38,10 +38,10 @@ PACKS = {
 @pytest.mark.parametrize("model_type", PACKS)
 def test_architectures_are_accepted_at_the_size_they_were_published(model_type):
     """`packs`: whether documents in one row are kept apart (the stock models themselves mix some)."""
-    facts = probe(AutoConfig.for_model(model_type))
-    assert facts.model_type == model_type
+    spec = probe(AutoConfig.for_model(model_type))
+    assert spec.model_type == model_type
     expected = PACKS[model_type]
-    assert facts.packs is (keeps_apart(model_type) if expected is None else expected)
+    assert spec.packs is (keeps_apart(model_type) if expected is None else expected)
 
 
 @torch.no_grad()

@@ -231,7 +231,7 @@ def flip(store):
 
 def in_backward(model, patch, action):
     """Do something when the backward pass reaches its first block."""
-    run_block, done = model.cut.run_block, []
+    run_block, done = model.partition.run_block, []
 
     def acting(index, parameters, hidden, call):
         if torch.is_grad_enabled() and not done:
@@ -239,7 +239,7 @@ def in_backward(model, patch, action):
             action()
         return run_block(index, parameters, hidden, call)
 
-    patch.setattr(model.cut, "run_block", acting)
+    patch.setattr(model.partition, "run_block", acting)
 
 
 class Boom(Exception):  # noqa: N818
@@ -268,8 +268,8 @@ def test_a_failed_step_leaves_nothing(tmp_path, monkeypatch):
                     step_of(model, CASE, 2)
             kept.append(caught)
         with monkeypatch.context() as patch:
-            loss = model.cut.loss
-            patch.setattr(model.cut, "loss", lambda *arguments: loss(*arguments) * float("nan"))
+            loss = model.partition.loss
+            patch.setattr(model.partition, "loss", lambda *arguments: loss(*arguments) * float("nan"))
             with pytest.raises(TrainingDivergedError):
                 step_of(model, CASE, 2)
         assert train(model, CASE) == losses

@@ -29,11 +29,11 @@ from paged import (
     FORMATS,
     Case,
     all_planes,
-    cut_model,
     differing,
     expected_planes,
     make_store,
     opened,
+    partitioned,
     to_micro_batch,
     train,
 )
@@ -61,12 +61,14 @@ GATHERING = {"the last sum has left", "sums have left", "the sum has come", "the
 
 def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
     """A division by which the inputs of all but ``slots`` blocks go on to RAM, with other buffers if they are named."""
-    cut = cut_model(case)
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype], chunk_parameters)
+    partition = partitioned(case)
+    layout = ModelLayout.build(
+        model_parts(partition), len(partition.blocks), FORMATS[case.dtype], chunk_parameters
+    )
     per_block = per_block_nbytes(case)
     made = divide_vram(
         layout,
-        tied_embeddings=bool(cut.tied_parameters),
+        tied_embeddings=bool(partition.tied_parameters),
         vram=vram,
         context=0,
         activations=0,
@@ -74,7 +76,7 @@ def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
     )
     pool = made.pool
     if buffers:
-        tied = bool(cut.tied_parameters)
+        tied = bool(partition.tied_parameters)
         pool = device_pool(layout, tied_embeddings=tied, training=True, **buffers)
     inputs = made.saved_inputs if slots is None else slots * per_block
     return replace(made, pool=pool, saved_inputs=inputs)
@@ -214,8 +216,8 @@ def test_inputs_go_on_to_ram_and_from_there_to_the_drive(tmp_path):
 def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
     case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
     whole = plan(case)
-    cut = cut_model(case)
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
+    partition = partitioned(case)
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), FORMATS[case.dtype])
     needs = {"context": 0, "activations": 0, "inputs_per_block": per_block_nbytes(case)}
     least = least_vram(layout, tied_embeddings=tied, **needs)
     for vram in (whole.total, whole.total - 1, whole.total - 3 * per_block_nbytes(case), least):
@@ -263,8 +265,8 @@ def test_little_memory_for_gradients_serves_all_records(
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_least_vram_that_is_named_is_enough_and_one_byte_less_is_not(tied):
     case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
-    cut = cut_model(case)
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype])
+    partition = partitioned(case)
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), FORMATS[case.dtype])
     needs = {"context": 600 * MIB, "activations": 5 * MIB, "inputs_per_block": MIB, "tied_embeddings": tied}
     least = least_vram(layout, **needs)
     assert divide_vram(layout, vram=least, **needs).total == least
@@ -296,7 +298,7 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when, ti
     make_store(tmp_path / "store", case)
     how = {"vram": plan(case, **(GATHERED if gathers else LEAST)), "small_pool": gathers}
     with opened(tmp_path / "store", case, device=SimulatedDevice(4), **how) as model:
-        run, loss, calls = model.cut.run_block, model.cut.loss, Counter()
+        run, loss, calls = model.partition.run_block, model.partition.loss, Counter()
 
         def broken(index, parameters, hidden, call):
             calls[when] += 1
@@ -308,8 +310,8 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when, ti
         def diverged(*args):
             return loss(*args) * (float("nan") if when == "loss" else 1.0)
 
-        monkeypatch.setattr(model.cut, "run_block", broken)
-        monkeypatch.setattr(model.cut, "loss", diverged)
+        monkeypatch.setattr(model.partition, "run_block", broken)
+        monkeypatch.setattr(model.partition, "loss", diverged)
         errors = {"loss": TrainingDivergedError, "gradient": NotFiniteError}
         with pytest.raises(errors.get(when, KeyError)) as kept:
             model.train_step([*map(to_micro_batch, case.steps[0])], AdamWStep(1, 1e-3), lambda _: b"never")
@@ -346,7 +348,7 @@ def test_what_gathering_moves_over_the_bus_is_known(tmp_path, monkeypatch, tied)
     with opened(tmp_path / "store", case, device=device, vram=plan(case, **GATHERED)) as model:
         model.slice_tokens = 10
         batches = [*map(to_micro_batch, case.steps[0])]
-        expected = gathered_nbytes(model.cut, model.state.layout, batches)
+        expected = gathered_nbytes(model.partition, model.state.layout, batches)
         train(model, case)
     assert device.copied == expected
 
@@ -359,7 +361,7 @@ def test_memory_that_runs_out_in_a_step_is_one_error_and_the_step_is_dropped(tmp
         def full(*_):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-        monkeypatch.setattr(model.cut, "loss", full)
+        monkeypatch.setattr(model.partition, "loss", full)
         with pytest.raises(
             DoesNotFitError, match=r"ran out of memory, with 100 MiB to be taken, .* allocate 2.00 GiB"
         ):

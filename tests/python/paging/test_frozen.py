@@ -134,7 +134,7 @@ def test_a_dry_run_needs_what_a_real_one_does(tmp_path, tied, micro_batches):
     make_store(tmp_path / "store", case)
     batches = [to_micro_batch(batch) for batch in case.steps[0]]
     with opened(tmp_path / "store", case) as model:
-        expected = dry_run(model.cut, model.state.layout, batches, slice_tokens=model.slice_tokens)
+        expected = dry_run(model.partition, model.state.layout, batches, slice_tokens=model.slice_tokens)
         model.pass_gradients(batches)
         measured = model.state.ledger.balances()["activations"][1]
     assert expected == pytest.approx(measured, rel=0.01)
@@ -146,9 +146,9 @@ def test_it_keeps_within_ram_and_vram_that_have_no_room_for_gradients(tmp_path, 
     make_store(tmp_path / "store", case, 4096)
     batches = [to_micro_batch(batch) for batch in case.steps[0]]
     with opened(tmp_path / "store", case) as model:
-        needs = step_needs(model.cut, model.state.layout, batches, model.state.ledger.total()[0])
-        plan, left = on_device(model.cut, model.state.layout, needs, vram=CONTEXT_NBYTES + 66 * MIB)
-        ram = divided(model.cut, model.state.layout, left, ram=2 * MIB)
+        needs = step_needs(model.partition, model.state.layout, batches, model.state.ledger.total()[0])
+        plan, left = on_device(model.partition, model.state.layout, needs, vram=CONTEXT_NBYTES + 66 * MIB)
+        ram = divided(model.partition, model.state.layout, left, ram=2 * MIB)
     assert not plan.pool.gradients
     assert ram.pool.chunk_slots[1] == ram.pool.block_gradients[1] == ram.pool.outer_buffers[1] == 0
     assert not ram.residents.chunks

@@ -18,11 +18,11 @@ from paged import (
     DEVICE,
     Case,
     all_planes,
-    cut_model,
     differing,
     files,
     make_store,
     opened,
+    partitioned,
     to_micro_batch,
     train,
 )
@@ -96,19 +96,19 @@ def test_dropout_follows_from_seed_and_step_alone(tmp_path):
 def test_another_seed_drops_others_and_the_recompute_drops_the_same(tmp_path, monkeypatch):
     make_store(tmp_path / "store", DROPPING, engine=ENGINE)
     outputs = {True: [], False: []}
-    cut = cut_model(DROPPING)
-    run_block = cut.run_block
+    partition = partitioned(DROPPING)
+    run_block = partition.run_block
 
     def noted(index, parameters, hidden, call):
         out = run_block(index, parameters, hidden, call)
         outputs[torch.is_grad_enabled()].append((index, out.detach().clone()))
         return out
 
-    monkeypatch.setattr(cut, "run_block", noted)
+    monkeypatch.setattr(partition, "run_block", noted)
     losses = []
     with PagedStore(*files(tmp_path / "store"), engine=ENGINE) as state:
         for seed in (0, 1):
-            model = PagedModel(cut, state, seed=seed)
+            model = PagedModel(partition, state, seed=seed)
             state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.0))
             before = torch.get_rng_state()
             losses.append(model.train_step([to_micro_batch(DROPPING.steps[1][0])], AdamWStep(1, 0.0), None))
@@ -155,7 +155,7 @@ def test_slices_change_the_loss_by_rounding_only(tmp_path, tied):
     for name, tokens in {"whole": 1 << 20, "one": longest, "many": 3}.items():
         make_store(tmp_path / name, case, engine=ENGINE)
         with PagedStore(*files(tmp_path / name), engine=ENGINE) as state:
-            model = PagedModel(cut_model(case), state, logits_bytes=4 * 257 * tokens)
+            model = PagedModel(partitioned(case), state, logits_bytes=4 * 257 * tokens)
             assert model.slice_tokens == tokens
             state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.0))
             evaluated = model.evaluate(batches)
@@ -180,7 +180,7 @@ class Boom(Exception):  # noqa: N818
 
 def fail(model, where, monkeypatch):
     """Raise in the middle of the next step, with tensors of the block in frames and in a chained exception."""
-    run_block = model.cut.run_block
+    run_block = model.partition.run_block
 
     def deeper(held):
         raise KeyError(next(iter(held)))
@@ -193,7 +193,7 @@ def fail(model, where, monkeypatch):
                 raise Boom(error) from error
         return run_block(index, parameters, hidden, call)
 
-    monkeypatch.setattr(model.cut, "run_block", failing)
+    monkeypatch.setattr(model.partition, "run_block", failing)
 
 
 @pytest.mark.timeout(30)

@@ -13,7 +13,7 @@ from megatrain_io.models.probe import probe
 from megatrain_io.planning.dry_run import dry_run, shortened
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep
-from paged import DEVICE, Case, cut_model, make_store, opened, to_micro_batch, train
+from paged import DEVICE, Case, make_store, opened, partitioned, to_micro_batch, train
 
 SIZES = {
     "hidden_size": 256,
@@ -25,7 +25,7 @@ SIZES = {
 
 
 def counted(model, micro_batches):
-    return dry_run(model.cut, model.state.layout, micro_batches, slice_tokens=model.slice_tokens)
+    return dry_run(model.partition, model.state.layout, micro_batches, slice_tokens=model.slice_tokens)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
@@ -49,12 +49,12 @@ def test_a_dry_run_needs_what_a_real_one_does(tmp_path, family, tied, dtype, mic
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_many_alike_take_what_a_dry_run_of_all_says(tied):
-    cut = cut_model(Case(tied=tied, overrides=SIZES))
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "f32")
+    partition = partitioned(Case(tied=tied, overrides=SIZES))
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), "f32")
     batch = blank_micro_batch(2, 24, packed=True)
     one_by_one = [replace(batch) for _ in range(9)]
-    whole = dry_run(cut, layout, one_by_one, slice_tokens=16)
-    assert dry_run(cut, layout, [batch] * 9, slice_tokens=16) == pytest.approx(whole, rel=1e-4)
+    whole = dry_run(partition, layout, one_by_one, slice_tokens=16)
+    assert dry_run(partition, layout, [batch] * 9, slice_tokens=16) == pytest.approx(whole, rel=1e-4)
 
 
 # Blocks and head so small that hidden states are nearly all that a step needs.
@@ -159,11 +159,13 @@ def test_slices_do_not_add_their_gradients_of_the_head_to_one_another(tmp_path):
 
 
 def test_two_blocks_stand_for_all_that_are_alike():
-    cut = cut_model(Case(overrides=SIZES))
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "f32")
+    partition = partitioned(Case(overrides=SIZES))
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), "f32")
     short = shortened(layout)
     assert (short.blocks, len(short.records)) == (2, len(layout.records) - 3)
     assert short.records[-1] == layout.records[-1]
-    parts = [(name, tensors if name != "block 3" else tensors[:-1]) for name, tensors in model_parts(cut)]
-    unlike = ModelLayout.build(parts, len(cut.blocks), "f32")
+    parts = [
+        (name, tensors if name != "block 3" else tensors[:-1]) for name, tensors in model_parts(partition)
+    ]
+    unlike = ModelLayout.build(parts, len(partition.blocks), "f32")
     assert shortened(unlike) == unlike

@@ -14,11 +14,11 @@ from megatrain_io.store.schedule import build_schedule
 from paged import (
     Case,
     all_planes,
-    cut_model,
     differing,
     expected_planes,
     files,
     make_store,
+    partitioned,
     to_micro_batch,
     train,
 )
@@ -41,17 +41,17 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, c
     case = Case(tied=tied, dtype=torch.bfloat16, counts=(2,), overrides=SIZES, rows=8)
     make_store(tmp_path / "store", case)
     with PagedStore(*files(tmp_path / "store")) as state:
-        cut, layout, tables = cut_model(case), state.layout, state.ledger.total()[0]
+        partition, layout, tables = partitioned(case), state.layout, state.ledger.total()[0]
         batches = [to_micro_batch(batch) for batch in case.steps[0]]
-        tied = bool(cut.tied_parameters)
+        tied = bool(partition.tied_parameters)
         assert tables == store_memory(layout.manifest({}))
-        needs = step_needs(cut, layout, batches, tables)
+        needs = step_needs(partition, layout, batches, tables)
         least = smallest(layout, needs, tied_embeddings=tied, keeps=clips)
         everything = (16 if clips else 12) * layout.parameters + needs.saved_inputs
         ram = int(least + share * everything)
-        plan = divided(cut, layout, needs, ram=ram, keeps=clips)
+        plan = divided(partition, layout, needs, ram=ram, keeps=clips)
         model = PagedModel(
-            cut,
+            partition,
             state,
             saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]),
             max_grad_norm=1.0 if clips else None,
@@ -94,13 +94,13 @@ def expected():
 def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
     make_store(tmp_path / "store", CASE)
     with PagedStore(*files(tmp_path / "store")) as state:
-        cut, layout, tables = cut_model(CASE), state.layout, state.ledger.total()[0]
+        partition, layout, tables = partitioned(CASE), state.layout, state.ledger.total()[0]
         batches = [to_micro_batch(batch) for batch in CASE.steps[1]]
-        needs = step_needs(cut, layout, batches, tables)
+        needs = step_needs(partition, layout, batches, tables)
         least = smallest(layout, needs, tied_embeddings=True)
         ram = int(least + share * (12 * layout.parameters + needs.saved_inputs))
-        plan = divided(cut, layout, needs, ram=ram)
-        model = PagedModel(cut, state, saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]))
+        plan = divided(partition, layout, needs, ram=ram)
+        model = PagedModel(partition, state, saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]))
         decay = CASE.hyperparameters.weight_decay
         state.start(
             plan.pool,
@@ -140,7 +140,7 @@ def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
     case = Case(dtype=torch.bfloat16, counts=(1,), overrides=SIZES)
     make_store(tmp_path / "store", case)
     with PagedStore(*files(tmp_path / "store")) as state:
-        model = PagedModel(cut_model(case), state)
+        model = PagedModel(partitioned(case), state)
         layout = model.state.layout
         needs = StepNeeds(MIB, activations=20 * MIB, saved_inputs=50 * MIB, saved_inputs_least=5 * MIB)
         least = smallest(layout, needs, tied_embeddings=False)

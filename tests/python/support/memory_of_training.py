@@ -14,7 +14,7 @@ import torch
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.paged_model import PagedModel
 from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
-from paged import Case, cut_model, files, make_store, to_micro_batch
+from paged import Case, files, make_store, partitioned, to_micro_batch
 from reference.reference import micro_batches
 
 STEPS = 3
@@ -36,9 +36,9 @@ def resident() -> dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
 
 
-def run(store: Path, cut: PartitionedModel, steps: list) -> PagedStore:
+def run(store: Path, partition: PartitionedModel, steps: list) -> PagedStore:
     with PagedStore(*files(store)) as state:
-        model = PagedModel(cut, state)
+        model = PagedModel(partition, state)
         state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.1))
         for number, step in enumerate(steps, start=1):
             model.train_step(
@@ -53,17 +53,17 @@ def main() -> None:
     store, layers, hidden, dtype, tokens = sys.argv[1:]
     case = Case(dtype=getattr(torch, dtype), overrides=shape(int(layers), int(hidden)))
     steps = micro_batches(2053, (2,) * STEPS, seed=3, lengths=(int(tokens) - 3, int(tokens)))
-    cut = cut_model(case)
+    partition = partitioned(case)
     # What libraries load at first use, and the kernels that they make and keep for every shape of matrix, are
     # theirs: the same tokens go through a model of the same width first.
     warm = Case(dtype=case.dtype, overrides=shape(1, int(hidden)))
     with tempfile.TemporaryDirectory(dir=Path(store).parent) as folder:
         make_store(Path(folder) / "warm", warm)
-        run(Path(folder) / "warm", cut_model(warm), steps)
+        run(Path(folder) / "warm", partitioned(warm), steps)
     gc.collect()
     before = resident()["VmRSS"]
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-    state = run(Path(store), cut, steps)
+    state = run(Path(store), partition, steps)
     result = {
         "growth": resident()["VmHWM"] - before,
         "ledger": state.ledger.total()[1],

@@ -78,7 +78,7 @@ def facts_of(family: str, tied: bool) -> PartitionSpec:
     return probe(tiny_config(family, tied))
 
 
-def cut_model(case: Case) -> PartitionedModel:
+def partitioned(case: Case) -> PartitionedModel:
     return PartitionedModel(case.config, case.dtype, facts_of(case.family, case.tied))
 
 
@@ -94,9 +94,9 @@ def make_store(
     engine: str = "auto",
     drives: int = DRIVES,
 ) -> None:
-    cut = cut_model(case)
+    partition = partitioned(case)
     state_format = (FROZEN if case.is_frozen else FORMATS)[case.dtype]
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), state_format, chunk_parameters)
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), state_format, chunk_parameters)
     source = dict(case.model.named_parameters())
     create_store(
         files(path, drives),
@@ -129,7 +129,7 @@ def opened(
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
     with closing(device or new_device()) as chosen, PagedStore(*files(path, drives), engine=engine) as state:
         how = {"max_grad_norm": max_grad_norm, "gradients": gradients, "device": chosen, "vram": vram}
-        model = PagedModel(cut_model(case), state, saved_inputs=saved_inputs, **how)
+        model = PagedModel(partitioned(case), state, saved_inputs=saved_inputs, **how)
         hyperparameters = case.hyperparameters
         residents = resident_part(model, resident_share)
         spills = max_grad_norm is not None and kept_in_ram < 1

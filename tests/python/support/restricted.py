@@ -20,7 +20,7 @@ import torch
 
 from megatrain_io.paging.paged_model import PagedModel
 from megatrain_io.store.paged_store import PagedStore, TensorSettings
-from paged import Case, all_planes, cut_model, files, train
+from paged import Case, all_planes, files, partitioned, train
 
 CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1,) * 3)
 NOBODY = 65534
@@ -101,7 +101,7 @@ RESTRICTIONS: dict[str, Callable[[], None]] = {
 
 def trained(path: Path) -> dict[str, object]:
     with PagedStore(*files(path)) as state:
-        model = PagedModel(cut_model(CASE), state)
+        model = PagedModel(partitioned(CASE), state)
         pool = dataclasses.replace(model.pool_sizes(training=True), chunk_slots=POOL_SLOTS)
         state.start(pool, settings=lambda _: TensorSettings(0.01))
         losses = train(model, CASE)
@@ -124,7 +124,7 @@ if __name__ == "__main__":
     # The user that a child becomes may not be able to walk to the folder: it starts inside.
     os.chdir(folder)
     # Found out once, by who may: building the tiny model needs nothing of the restrictions.
-    cut_model(CASE)
+    partitioned(CASE)
     for name in names:
         child = os.fork()
         if child == 0:

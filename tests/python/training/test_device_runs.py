@@ -20,7 +20,7 @@ from megatrain_io.runs.folder import RunFolder
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.training import trainer
 from megatrain_io.training.trainer import train
-from paged import DEVICE, Case, cut_model, to_micro_batch
+from paged import DEVICE, Case, partitioned, to_micro_batch
 from runs import ENGINE, Reporter, check_equals, configured, metrics_of, start
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compares with runs on the CPU")
@@ -119,10 +119,10 @@ def test_a_run_in_bf16_is_refused_by_a_gpu_without_it(source, stopped, on):
 
 def test_computing_alone_can_be_timed_on_a_device():
     case = Case(dtype=torch.bfloat16, counts=(1,))
-    cut, device = cut_model(case), SimulatedDevice(1)
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), "bf16")
-    seconds = measured_seconds(cut, layout, to_micro_batch(case.steps[0][0]), device)
-    assert len(seconds) == 2 * len(cut.blocks) + 3
+    partition, device = partitioned(case), SimulatedDevice(1)
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), "bf16")
+    seconds = measured_seconds(partition, layout, to_micro_batch(case.steps[0][0]), device)
+    assert len(seconds) == 2 * len(partition.blocks) + 3
     assert all(each > 0 for each in seconds.values())
 
 

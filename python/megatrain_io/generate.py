@@ -249,7 +249,7 @@ def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -
                 tied_embeddings=bool(partition.tied_parameters),
                 vram=device.vram,
                 context=CONTEXT_NBYTES,
-                activations=_COMPUTE_NBYTES,
+                compute=_COMPUTE_NBYTES,
                 inputs_per_block=0,
                 training=False,
             )

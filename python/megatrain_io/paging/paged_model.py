@@ -27,7 +27,7 @@ from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.pool import VramPlan, device_pool, gathered_chunks
 from megatrain_io.paging.device.records import DeviceRecords, TransferPlan, transfer_plan_of
 from megatrain_io.paging.step import LOGITS_BYTES, Step, hidden_nbytes, slice_tokens
-from megatrain_io.paging.tensor_meter import WorkspaceMeter
+from megatrain_io.paging.tensor_meter import TensorMeter
 from megatrain_io.paging.trace import Trace
 from megatrain_io.store.paged_store import AdamWStep, CheckedSchedule, Engine, PagedStore
 from megatrain_io.store.pool import PoolSizes, pool_sizes
@@ -141,7 +141,7 @@ class PagedModel:
         self._is_waiting = False
         self._was_committed = True
         self._metered_size = (False, 0, 0)
-        self.activations = 0
+        self.compute_nbytes = 0
         """Bytes of tensors that the largest step so far needed at once, wherever it computes."""
         self._forward = self._prepared(self.forward_schedule)
 
@@ -457,9 +457,9 @@ class PagedModel:
         if size <= self._metered_size:
             yield
             return
-        with WorkspaceMeter() as meter:
+        with TensorMeter() as meter:
             yield
         self._metered_size = size
-        self.activations = max(self.activations, meter.peak_nbytes)
+        self.compute_nbytes = max(self.compute_nbytes, meter.peak_nbytes)
         if self._on_device is None:
-            self.state.ledger.set("activations", self.activations)
+            self.state.ledger.set("compute", self.compute_nbytes)

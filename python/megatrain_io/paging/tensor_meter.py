@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["WorkspaceMeter"]
+__all__ = ["TensorMeter"]
 
 
-class WorkspaceMeter(TorchDispatchMode):
+class TensorMeter(TorchDispatchMode):
     """Counts the bytes of all tensors made inside the ``with`` that are alive at once.
 
     Sees what passes through torch's dispatcher (activations, gradients, logits), not the scratch memory

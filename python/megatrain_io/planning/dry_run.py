@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.step import Step
-from megatrain_io.paging.tensor_meter import WorkspaceMeter
+from megatrain_io.paging.tensor_meter import TensorMeter
 from megatrain_io.store.dtypes import dtype_of
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import BorrowedRecord
@@ -124,7 +124,7 @@ class DryRun(FakeStore):
 
     def __init__(self, layout: ModelLayout) -> None:
         super().__init__(layout)
-        self._meter = WorkspaceMeter()
+        self._meter = TensorMeter()
         self._again = 0
         self._least = 0
 

@@ -28,16 +28,14 @@ def step_needs(
 ) -> StepNeeds:
     """What a training step on ``micro_batches`` needs besides pool and residents; ``tables`` bytes are the store's."""
     per_block = input_nbytes(hidden_nbytes(partition, layout, micro_batches))
-    activations = dry_run(
-        partition, layout, micro_batches, slice_tokens=slice_tokens(partition, LOGITS_BYTES)
-    )
+    compute = dry_run(partition, layout, micro_batches, slice_tokens=slice_tokens(partition, LOGITS_BYTES))
     return StepNeeds(
         tables=tables,
-        activations=activations or 0,
+        compute=compute or 0,
         saved_inputs=layout.blocks * per_block,
         saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
         inputs_per_block=per_block,
-        is_known=activations is not None,
+        is_known=compute is not None,
     )
 
 
@@ -55,7 +53,7 @@ def on_device(
         tied_embeddings=tied,
         vram=vram,
         context=CONTEXT_NBYTES,
-        activations=_compute_nbytes(needs),
+        compute=_compute_nbytes(needs),
         inputs_per_block=per_block,
     )
     slot = slot_nbytes(per_block)
@@ -63,7 +61,7 @@ def on_device(
     return plan, replace(
         needs,
         tables=needs.tables + _BY_CHUNK_TABLES * len(layout.chunks),
-        activations=0,
+        compute=0,
         saved_inputs=left,
         saved_inputs_least=least_saved_inputs(left // per_block if per_block else 0, per_block),
         by_chunk=True,
@@ -77,7 +75,7 @@ def least_on_device(partition: PartitionedModel, layout: ModelLayout, needs: Ste
         layout,
         tied_embeddings=bool(partition.tied_parameters),
         context=CONTEXT_NBYTES,
-        activations=_compute_nbytes(needs),
+        compute=_compute_nbytes(needs),
         inputs_per_block=needs.inputs_per_block,
     )
 
@@ -105,7 +103,7 @@ def gathered_nbytes(
 
 def _compute_nbytes(needs: StepNeeds) -> int:
     """What torch's allocator takes for compute: tensors, what lies between them, and workspaces of the libraries."""
-    return needs.activations + needs.activations // 16 + _WORKSPACES
+    return needs.compute + needs.compute // 16 + _WORKSPACES
 
 
 def divided(

@@ -202,7 +202,7 @@ class Plan:
                 "total": memory.total,
                 "buffers": memory.pool_nbytes,
                 "saved_inputs": memory.saved_inputs,
-                "compute": memory.needs.activations + memory.needs.heap,
+                "compute": memory.needs.compute + memory.needs.heap,
                 "tables": memory.needs.tables,
                 "gradients": memory.kept_nbytes,
                 "residents": memory.resident_nbytes,

@@ -130,7 +130,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
 
 def process_nbytes(memory: MemoryPlan, libraries: int, *, is_warm: bool) -> int:
     """The most that the process takes; a heap that has seen a step has room for the tensors of one."""
-    return memory.total + libraries - (memory.needs.activations + memory.needs.heap) * is_warm
+    return memory.total + libraries - (memory.needs.compute + memory.needs.heap) * is_warm
 
 
 def _shape(batch: MicroBatch) -> tuple[int, int]:

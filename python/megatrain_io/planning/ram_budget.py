@@ -33,17 +33,17 @@ class StepNeeds:
 
     Attributes:
         tables: of the store, and buffers of its commit.
-        activations: tensors of compute that are alive at once.
+        compute: tensors of compute that are alive at once.
         saved_inputs: inputs of all blocks and micro-batches.
         saved_inputs_least: with all that can be on the drive instead.
         inputs_per_block: of ``saved_inputs``; where compute has memory of its own, not those of all blocks.
         by_chunk: whether it has: then buffers hold chunks on their way to it, and back.
         gathered: chunks of gradients that gather in RAM, where that memory has no room for those of a record.
-        is_known: whether ``activations`` is known; if not it is 0, and comes on top of the budget.
+        is_known: whether ``compute`` is known; if not it is 0, and comes on top of the budget.
     """
 
     tables: int
-    activations: int
+    compute: int
     saved_inputs: int
     saved_inputs_least: int
     inputs_per_block: int = 0
@@ -59,12 +59,12 @@ class StepNeeds:
     @property
     def always(self) -> int:
         """What no budget can change."""
-        return self.tables + self.activations + self.heap
+        return self.tables + self.compute + self.heap
 
     @property
     def heap(self) -> int:
         """What the C heap and torch's kernels keep beside the tensors: at most as much again, measured."""
-        return self.activations
+        return self.compute
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class MemoryPlan:
         kept += ", " * bool(kept)
         stays = f"state that stays {mib(self.resident_nbytes)}" if self.resident_nbytes else "no state stays"
         spilled = f" (of {mib(self.needs.saved_inputs)}, the rest on the drive)" if self.is_spilled else ""
-        compute = f"compute {mib(self.needs.activations + self.needs.heap)}"
+        compute = f"compute {mib(self.needs.compute + self.needs.heap)}"
         if not self.needs.is_known:
             compute = "compute not counted (its shapes depend on the data: it comes on top of memory.ram)"
         return (
@@ -156,7 +156,7 @@ def divide(
             break
     else:
         least = smallest(layout, needs, tied_embeddings=tied_embeddings, keeps=keeps)
-        compute = needs.activations + needs.heap
+        compute = needs.compute + needs.heap
         raise DoesNotFitError(
             f"memory.ram is {mib(ram)}, and this training needs {mib(least)} at least: inputs of blocks "
             f"{mib(needs.saved_inputs_at_least)}, compute {mib(compute)}, tables {mib(needs.tables)}, "

@@ -34,7 +34,7 @@ def divide_vram(
     tied_embeddings: bool,
     vram: int,
     context: int,
-    activations: int,
+    compute: int,
     inputs_per_block: int,
     training: bool = True,
 ) -> VramPlan:
@@ -45,7 +45,7 @@ def divide_vram(
         tied_embeddings: see ``device_pool``.
         vram: the budget.
         context: bytes that the driver and its libraries take.
-        activations: bytes that compute needs at once.
+        compute: bytes that compute needs at once.
         inputs_per_block: bytes of the inputs of one block, all micro-batches.
         training: False: nothing is saved, and there are no gradients.
 
@@ -55,7 +55,7 @@ def divide_vram(
     slot = slot_nbytes(inputs_per_block)
     inputs = layout.blocks * slot if training else 0
     least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot if training else 0
-    always = context + activations
+    always = context + compute
     pools = _pools(layout, tied_embeddings=tied_embeddings, training=training)
     fits = [pool for pool in pools if always + pool.nbytes + least <= vram]
     if not fits:
@@ -64,7 +64,7 @@ def divide_vram(
             f"{whole_mib(vram)} of VRAM may be taken, and this training needs "
             f"{whole_mib(always + least + pool.nbytes)} at least: weights of one block, embeddings and head, and "
             f"pieces of gradients {whole_mib(pool.nbytes)}, inputs of two blocks {whole_mib(least)}, compute "
-            f"{whole_mib(activations)}, driver and libraries {whole_mib(context)}. Give more, "
+            f"{whole_mib(compute)}, driver and libraries {whole_mib(context)}. Give more, "
             "or make a step smaller: train.per_device_train_batch_size, data.max_length, "
             "train.gradient_accumulation_steps"
         )
@@ -72,13 +72,13 @@ def divide_vram(
     slots = layout.blocks
     if inputs_per_block and training:
         slots = min(slots, (vram - always - pool.nbytes) // slot)
-    return VramPlan(vram, context, activations, pool, slots * slot if training else 0, inputs)
+    return VramPlan(vram, context, compute, pool, slots * slot if training else 0, inputs)
 
 
 def least_vram(
-    layout: ModelLayout, *, tied_embeddings: bool, context: int, activations: int, inputs_per_block: int
+    layout: ModelLayout, *, tied_embeddings: bool, context: int, compute: int, inputs_per_block: int
 ) -> int:
     """The least VRAM that such a training can be done in."""
     pool = _pools(layout, tied_embeddings=tied_embeddings, training=True)[-1]
     least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot_nbytes(inputs_per_block)
-    return context + activations + pool.nbytes + least
+    return context + compute + pool.nbytes + least

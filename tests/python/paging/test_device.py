@@ -71,7 +71,7 @@ def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
         tied_embeddings=bool(partition.tied_parameters),
         vram=vram,
         context=0,
-        activations=0,
+        compute=0,
         inputs_per_block=per_block,
     )
     pool = made.pool
@@ -218,7 +218,7 @@ def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
     whole = plan(case)
     partition = partitioned(case)
     layout = ModelLayout.build(model_parts(partition), len(partition.blocks), FORMATS[case.dtype])
-    needs = {"context": 0, "activations": 0, "inputs_per_block": per_block_nbytes(case)}
+    needs = {"context": 0, "compute": 0, "inputs_per_block": per_block_nbytes(case)}
     least = least_vram(layout, tied_embeddings=tied, **needs)
     for vram in (whole.total, whole.total - 1, whole.total - 3 * per_block_nbytes(case), least):
         made = plan(case, vram=vram)
@@ -267,7 +267,7 @@ def test_the_least_vram_that_is_named_is_enough_and_one_byte_less_is_not(tied):
     case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
     partition = partitioned(case)
     layout = ModelLayout.build(model_parts(partition), len(partition.blocks), FORMATS[case.dtype])
-    needs = {"context": 600 * MIB, "activations": 5 * MIB, "inputs_per_block": MIB, "tied_embeddings": tied}
+    needs = {"context": 600 * MIB, "compute": 5 * MIB, "inputs_per_block": MIB, "tied_embeddings": tied}
     least = least_vram(layout, **needs)
     assert divide_vram(layout, vram=least, **needs).total == least
     with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB at least: weights of one block"):

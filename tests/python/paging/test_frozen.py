@@ -136,7 +136,7 @@ def test_a_dry_run_needs_what_a_real_one_does(tmp_path, tied, micro_batches):
     with opened(tmp_path / "store", case) as model:
         expected = dry_run(model.partition, model.state.layout, batches, slice_tokens=model.slice_tokens)
         model.pass_gradients(batches)
-        measured = model.state.ledger.balances()["activations"][1]
+        measured = model.state.ledger.balances()["compute"][1]
     assert expected == pytest.approx(measured, rel=0.01)
 
 

@@ -42,9 +42,9 @@ def test_a_dry_run_needs_what_a_real_one_does(tmp_path, family, tied, dtype, mic
         train(model, case)
         accounts = model.state.ledger.balances()
     assert read == (0, 0) or read[0] < 1 << 20, "nothing of the model was read"
-    assert expected == pytest.approx(model.activations, rel=0.01)
+    assert expected == pytest.approx(model.compute_nbytes, rel=0.01)
     if DEVICE == "cpu":  # elsewhere it is no RAM
-        assert accounts["activations"][1] == model.activations
+        assert accounts["compute"][1] == model.compute_nbytes
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -71,7 +71,7 @@ def test_many_alike_are_counted_by_three_of_them(tmp_path, dtype):
         expected = counted(model, batches)
         whole = counted(model, [replace(batch) for batch in batches])
         model.train_step(batches, AdamWStep(1, 1e-3), lambda _loss: b"")
-        measured = model.activations
+        measured = model.compute_nbytes
     assert expected == pytest.approx(whole, rel=1e-4)
     assert expected == pytest.approx(measured, rel=0.01)
 
@@ -93,7 +93,7 @@ def test_the_gradient_of_a_large_embedding_is_counted(tmp_path, monkeypatch):
     with opened(tmp_path / "store", case) as model:
         expected = counted(model, [to_micro_batch(batch) for batch in case.steps[0]])
         train(model, case)
-        measured = model.activations
+        measured = model.compute_nbytes
     assert measured > 4 * 64 * 3072
     # Rather too much: of the backward pass no more is known than that it makes the embedding once more.
     assert measured <= expected <= 1.05 * measured
@@ -123,7 +123,7 @@ def test_rows_of_several_documents_and_padded_ones_are_counted(tmp_path, dtype, 
         batches = [made(batch) for batch in case.steps[0]]
         expected = counted(model, batches)
         model.train_step(batches, AdamWStep(1, 1e-3), lambda _loss: b"")
-        measured = model.activations
+        measured = model.compute_nbytes
     assert expected == pytest.approx(measured, rel=0.01)
 
 
@@ -144,7 +144,7 @@ def test_slices_of_logits_are_counted_too(tmp_path):
         model.slice_tokens = 8
         expected = counted(model, [to_micro_batch(batch) for batch in case.steps[0]])
         train(model, case)
-        measured = model.activations
+        measured = model.compute_nbytes
     assert expected == pytest.approx(measured, rel=0.01)
 
 

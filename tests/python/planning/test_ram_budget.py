@@ -127,7 +127,7 @@ def test_no_division_is_larger_than_the_budget(blocks, block, table, keeps):
     parts = [("embedding", [("table", (table,))]), *inner, ("head", [("head", (table,))])]
     layout = ModelLayout.build(parts, blocks, "bf16")
     schedule = build_schedule(layout, tied_embeddings=False, training=True)
-    needs = StepNeeds(MIB, activations=MIB, saved_inputs=2 * MIB, saved_inputs_least=MIB)
+    needs = StepNeeds(MIB, compute=MIB, saved_inputs=2 * MIB, saved_inputs_least=MIB)
     least = smallest(layout, needs, tied_embeddings=False, keeps=keeps)
     for step in range(60):
         ram = least + step * 16 * layout.parameters // 55
@@ -142,7 +142,7 @@ def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
     with PagedStore(*files(tmp_path / "store")) as state:
         model = PagedModel(partitioned(case), state)
         layout = model.state.layout
-        needs = StepNeeds(MIB, activations=20 * MIB, saved_inputs=50 * MIB, saved_inputs_least=5 * MIB)
+        needs = StepNeeds(MIB, compute=20 * MIB, saved_inputs=50 * MIB, saved_inputs_least=5 * MIB)
         least = smallest(layout, needs, tied_embeddings=False)
         arguments = (layout, model.training_schedule, needs)
         plan = divide(*arguments, tied_embeddings=False, ram=least)

@@ -60,7 +60,7 @@ class VramPlan:
     Attributes:
         vram: the budget.
         context: what the driver and its libraries take.
-        activations: tensors of compute that are alive at once.
+        compute: tensors of compute that are alive at once.
         pool: buffers for weights and gradients.
         saved_inputs: for inputs of blocks; those that do not fit go on to RAM.
         all_inputs: bytes of all of them.
@@ -68,7 +68,7 @@ class VramPlan:
 
     vram: int
     context: int
-    activations: int
+    compute: int
     pool: DevicePool
     saved_inputs: int
     all_inputs: int
@@ -81,7 +81,7 @@ class VramPlan:
     @property
     def total(self) -> int:
         """Bytes that will be taken: at most the budget."""
-        return self.context + self.activations + self.allocated
+        return self.context + self.compute + self.allocated
 
     def __str__(self) -> str:
         """The division, for a person."""
@@ -93,7 +93,7 @@ class VramPlan:
         return (
             f"VRAM: {whole_mib(self.total)} of {whole_mib(self.vram)}: weights "
             f"{whole_mib(self.pool.nbytes - gradients)}, gradients {whole_mib(gradients)}{gathers}, inputs of blocks "
-            f"{inputs}, compute {whole_mib(self.activations)}, driver and libraries {whole_mib(self.context)}"
+            f"{inputs}, compute {whole_mib(self.compute)}, driver and libraries {whole_mib(self.context)}"
         )
 
 

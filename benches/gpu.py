@@ -64,7 +64,7 @@ def train(job: Figures) -> Figures:
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.compute_time import measured_seconds
-    from megatrain_io.planning.memory_needs import divided, on_device, saved_inputs_of, step_needs
+    from megatrain_io.planning.memory_needs import activation_budget_of, divided, on_device, step_needs
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     path = Path(job["store"])
@@ -84,8 +84,8 @@ def train(job: Figures) -> Figures:
         )
         vram, left = on_device(partition, layout, needs, vram=job["vram"])
         plan = divided(partition, layout, left, ram=job["ram"])
-        inputs = saved_inputs_of(plan, [path.with_name("inputs")])
-        model = PagedModel(partition, state, saved_inputs=inputs, device=device, vram=vram)
+        inputs = activation_budget_of(plan, [path.with_name("inputs")])
+        model = PagedModel(partition, state, activations=inputs, device=device, vram=vram)
         reset_peak_rss()
         settings = None if is_frozen else lambda _place: TensorSettings(DECAY)
         state.start(plan.pool, residents=plan.residents, settings=settings, by_chunk=True)

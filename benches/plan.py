@@ -69,7 +69,7 @@ def measure(job: Figures) -> Figures:
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.job import TrainingJob
-    from megatrain_io.planning.memory_needs import saved_inputs_of, step_needs
+    from megatrain_io.planning.memory_needs import activation_budget_of, step_needs
     from megatrain_io.planning.planner import make_plan
     from megatrain_io.planning.resolve import calibrate
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
@@ -108,7 +108,7 @@ def measure(job: Figures) -> Figures:
         model = PagedModel(
             partition,
             state,
-            saved_inputs=saved_inputs_of(memory, [store.with_name("inputs")]),
+            activations=activation_budget_of(memory, [store.with_name("inputs")]),
             max_grad_norm=setting.max_grad_norm,
         )
         reset_peak_rss()
@@ -150,7 +150,7 @@ def least_for_overlap(partition: Any, layout: Any, needs: Any) -> int:
     from megatrain_io.store.pool import mapped_nbytes, pool_sizes
 
     pool = pool_sizes(layout, tied_embeddings=bool(partition.tied_parameters), training=True)
-    return needs.always + needs.saved_inputs + mapped_nbytes(pool) + (8 << 20)
+    return needs.always + needs.activations + mapped_nbytes(pool) + (8 << 20)
 
 
 def train(job: Figures, setting: Setting, model: Any, batches: Any, adamw_step: Any) -> list[Figures]:

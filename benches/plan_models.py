@@ -1,7 +1,7 @@
 """Plans of 7B to 70B on machines that come with the package: python benches/plan_models.py.
 
 Nothing is measured. The first figures are of formulas over the same assumptions as the plan's own beside them: no
-commit, all RAM but saved inputs for state that stays, full rates of the drive, reading and writing in turns, 8 P T
+commit, all RAM but activations for state that stays, full rates of the drive, reading and writing in turns, 8 P T
 operations a step. The last column is what to expect: every step committed, the drive's sustained rate of writing, RAM
 for buffers too.
 """

@@ -250,7 +250,7 @@ def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -
                 vram=device.vram,
                 context=CONTEXT_NBYTES,
                 compute=_COMPUTE_NBYTES,
-                inputs_per_block=0,
+                activations_per_block=0,
                 training=False,
             )
             return PagedModel(partition, state, device=device, vram=vram)

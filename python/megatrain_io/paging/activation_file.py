@@ -1,4 +1,4 @@
-"""Inputs of blocks on the drive: a file without a name that lives as long as its process, and the RAM that it fills.
+"""Activations on the drive: a file without a name that lives as long as its process, and the RAM that it fills.
 
 It is a store of tensors with durability scratch (``docs/tensor_store.md``): direct I/O behind the caller's back, a
 checksum on every transfer. ``TensorStore`` itself does not fit: its tensors have one size for ever, and it keeps
@@ -20,13 +20,13 @@ from megatrain_io.store.inspect import held, waiting_line
 from megatrain_io.store.paged_store import Engine, Ledger, OpenStore, RecordTensors, StoreCreator, Transfer
 from megatrain_io.store.tensor_manifest import TensorSpec, manifest_of
 
-__all__ = ["ACCOUNT", "InputScratch", "remove_abandoned"]
+__all__ = ["ACCOUNT", "ActivationFile", "remove_abandoned"]
 
-ACCOUNT = "saved inputs"
-"""Of the ledger, for inputs of blocks wherever they lie in RAM."""
+ACCOUNT = "activations"
+"""Of the ledger, for activation checkpoints wherever they lie in RAM."""
 
 
-class InputScratch:
+class ActivationFile:
     """Room on the drive for one input of each of the first blocks, and slots in RAM to move them from and to."""
 
     def __init__(
@@ -49,7 +49,7 @@ class InputScratch:
             transfer_nbytes: unit of transfers and checksums, a multiple of 4096.
             memory_nbytes: RAM for slots.
             engine: how bytes move.
-            ledger: of memory; the account of the slots is "saved inputs".
+            ledger: of memory; the account of the slots is "activations".
 
         Raises:
             NoSpaceError: the drive has not enough room.
@@ -91,7 +91,7 @@ class InputScratch:
             if buffer is None:
                 free, _longest = self._tensors.free_nbytes()
                 raise MegatrainIoError(
-                    f"{count} slots of {nbytes} bytes for saved inputs do not fit what is free, {free} bytes: a "
+                    f"{count} slots of {nbytes} bytes for activations do not fit what is free, {free} bytes: a "
                     "tensor of an earlier step is still alive, in a kept traceback for example. Let go of it"
                 )
             slots.append(from_dlpack(buffer))

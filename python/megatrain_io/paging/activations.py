@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from megatrain_io.errors import ConfigError, CorruptionError, MegatrainIoError
-from megatrain_io.paging.activation_file import ACCOUNT, InputScratch, remove_abandoned
+from megatrain_io.paging.activation_file import ACCOUNT, ActivationFile, remove_abandoned
 from megatrain_io.store.paged_store import Engine, Ledger, Transfer, allocate
 
 __all__ = [
-    "SavedInputs",
-    "SavedInputsBudget",
-    "SavedInputsPlan",
-    "input_nbytes",
-    "least_saved_inputs",
-    "saved_inputs_plan",
+    "ActivationBudget",
+    "ActivationPlan",
+    "SavedActivations",
+    "activation_nbytes",
+    "activation_plan",
+    "least_activations",
 ]
 
 # As tensors in a block buffer: matrix kernels choose their path by alignment.
@@ -38,8 +38,8 @@ _SLOTS_MIN = 2
 
 
 @dataclass(frozen=True)
-class SavedInputsBudget:
-    """Where the inputs of blocks may be.
+class ActivationBudget:
+    """Where the activation checkpoints may be.
 
     Attributes:
         ram_bytes: the most RAM that they take; None = all of them lie in RAM.
@@ -58,13 +58,15 @@ class SavedInputsBudget:
             ConfigError: there is a bound and no place for the rest, or the transfers are of no whole pages.
         """
         if self.ram_bytes is not None and not self.scratch:
-            raise ConfigError("saved inputs have a bound on RAM and no file for what is beyond it: give one")
+            raise ConfigError(
+                "activation checkpoints have a bound on RAM and no file for what is beyond it: give one"
+            )
         if self.transfer_nbytes < _PAGE_BYTES or self.transfer_nbytes % _PAGE_BYTES:
             raise ConfigError(f"transfers of {self.transfer_nbytes} bytes: give a multiple of {_PAGE_BYTES}")
 
 
 @dataclass(frozen=True)
-class SavedInputsPlan:
+class ActivationPlan:
     """What one step's inputs take.
 
     Attributes:
@@ -82,12 +84,12 @@ class SavedInputsPlan:
     moved_nbytes: int
 
 
-def input_nbytes(hidden_nbytes: Sequence[int]) -> int:
+def activation_nbytes(hidden_nbytes: Sequence[int]) -> int:
     """Bytes of a block's inputs, one hidden state [B, T, H] for each micro-batch, each aligned."""
     return sum(_up(nbytes, _ALIGNMENT) for nbytes in hidden_nbytes)
 
 
-def least_saved_inputs(blocks: int, nbytes_per_block: int, transfer_nbytes: int = _TRANSFER_BYTES) -> int:
+def least_activations(blocks: int, nbytes_per_block: int, transfer_nbytes: int = _TRANSFER_BYTES) -> int:
     """Bytes of RAM without which the inputs cannot pass: one block's in use, one's on their way."""
     return min(blocks, _SLOTS_MIN) * _slot_nbytes(nbytes_per_block, transfer_nbytes)
 
@@ -97,14 +99,14 @@ def _slot_nbytes(nbytes_per_block: int, transfer_nbytes: int) -> int:
     return moved if moved < _HUGE_PAGE_BYTES else _up(moved, _HUGE_PAGE_BYTES)
 
 
-def saved_inputs_plan(
+def activation_plan(
     blocks: int, nbytes_per_block: int, ram_bytes: int | None, transfer_nbytes: int = _TRANSFER_BYTES
-) -> SavedInputsPlan:
+) -> ActivationPlan:
     """Which inputs stay in RAM, and what the others move.
 
     Args:
         blocks: of the model.
-        nbytes_per_block: by ``input_nbytes``.
+        nbytes_per_block: by ``activation_nbytes``.
         ram_bytes: the most RAM that the inputs take; None = all stay.
         transfer_nbytes: unit of transfers.
 
@@ -113,20 +115,20 @@ def saved_inputs_plan(
     """
     moved, slot = _up(nbytes_per_block, transfer_nbytes), _slot_nbytes(nbytes_per_block, transfer_nbytes)
     if ram_bytes is None:
-        return SavedInputsPlan(blocks, 0, nbytes_per_block, blocks * nbytes_per_block, 0)
+        return ActivationPlan(blocks, 0, nbytes_per_block, blocks * nbytes_per_block, 0)
     in_ram = min(blocks, ram_bytes // slot) if slot else blocks
     if in_ram < min(blocks, _SLOTS_MIN):
-        least = least_saved_inputs(blocks, nbytes_per_block, transfer_nbytes)
+        least = least_activations(blocks, nbytes_per_block, transfer_nbytes)
         raise ConfigError(
-            f"saved inputs may take {ram_bytes} bytes of RAM, and those of one block of this step take {slot} "
+            f"activations may take {ram_bytes} bytes of RAM, and those of one block of this step take {slot} "
             f"(all {blocks} blocks: {blocks * slot}): {least} is the least, for one block in use and one on its way "
             "to or from the drive. Allow more, or use shorter or fewer micro-batches"
         )
     on_drive = blocks - in_ram
-    return SavedInputsPlan(in_ram, on_drive, slot, in_ram * slot, on_drive * moved)
+    return ActivationPlan(in_ram, on_drive, slot, in_ram * slot, on_drive * moved)
 
 
-class SavedInputs:
+class SavedActivations:
     """Hidden states by block and micro-batch, in one piece of RAM that is kept from step to step, and on the drive.
 
     Tensors that live through the whole step among short-lived ones would leave holes in the heap.
@@ -136,12 +138,12 @@ class SavedInputs:
     """
 
     def __init__(
-        self, ledger: Ledger, budget: SavedInputsBudget | None = None, engine: Engine = "auto"
+        self, ledger: Ledger, budget: ActivationBudget | None = None, engine: Engine = "auto"
     ) -> None:
         """Nothing is made yet.
 
         Args:
-            ledger: of memory; the account is "saved inputs".
+            ledger: of memory; the account is "activations".
             budget: how much RAM, and where the rest goes; None = all in RAM.
             engine: how bytes move to and from the drive.
 
@@ -149,17 +151,17 @@ class SavedInputs:
             StorageError: the scratch file of a killed process cannot be removed.
         """
         self._ledger = ledger
-        self._budget = budget or SavedInputsBudget()
+        self._budget = budget or ActivationBudget()
         self._engine = engine
         self._arena = torch.empty(0, dtype=torch.uint8)
-        self._scratch: InputScratch | None = None
+        self._scratch: ActivationFile | None = None
         self._failed = False
         self._slots: list[Tensor] = []
         self._transfers: dict[int, Transfer] = {}
         self._offsets: list[int] = []
         self._nbytes: list[int] = []
         self._moved_before = [0, 0]
-        self.plan = SavedInputsPlan(0, 0, 0, 0, 0)
+        self.plan = ActivationPlan(0, 0, 0, 0, 0)
         """Of the step for which was reserved last."""
         self.before_release: Callable[[], None] = lambda: None
         """Called before the RAM of inputs is given back, in whole."""
@@ -177,11 +179,11 @@ class SavedInputs:
             ConfigError: the bound on RAM is too small for this step.
             NoSpaceError: the drive has not enough room for it.
         """
-        budget, per_block = self._budget, input_nbytes(hidden_nbytes)
-        plan = saved_inputs_plan(blocks, per_block, budget.ram_bytes, budget.transfer_nbytes)
+        budget, per_block = self._budget, activation_nbytes(hidden_nbytes)
+        plan = activation_plan(blocks, per_block, budget.ram_bytes, budget.transfer_nbytes)
         self._let_end()
         self._nbytes = list(hidden_nbytes)
-        self._offsets = [input_nbytes(hidden_nbytes[:index]) for index in range(len(hidden_nbytes))]
+        self._offsets = [activation_nbytes(hidden_nbytes[:index]) for index in range(len(hidden_nbytes))]
         scratch = self._scratch
         if scratch is not None and (
             self._failed or (plan.on_drive and (scratch.nbytes * plan.on_drive < plan.moved_nbytes))
@@ -269,13 +271,13 @@ class SavedInputs:
             self._arena = allocate(nbytes, self._ledger, ACCOUNT)
         self._slots = [self._arena[block * per_block : (block + 1) * per_block] for block in range(blocks)]
 
-    def _reserve_slots(self, plan: SavedInputsPlan) -> None:
+    def _reserve_slots(self, plan: ActivationPlan) -> None:
         """A ring of slots in the RAM that the scratch file is moved through, and the file if there is none."""
         self.before_release()
         self._slots, self._arena = [], torch.empty(0, dtype=torch.uint8)
         budget = self._budget
         if self._scratch is None:
-            self._scratch = InputScratch(
+            self._scratch = ActivationFile(
                 budget.scratch,
                 blocks=plan.on_drive,
                 nbytes=plan.moved_nbytes // plan.on_drive,
@@ -284,7 +286,7 @@ class SavedInputs:
                 engine=self._engine,
                 ledger=self._ledger,
             )
-        moved = _up(input_nbytes(self._nbytes), budget.transfer_nbytes)
+        moved = _up(activation_nbytes(self._nbytes), budget.transfer_nbytes)
         self._slots = self._scratch.slots(plan.in_ram, moved)
 
     def _wait(self, slot: int) -> None:

@@ -19,7 +19,7 @@ from megatrain_io.errors import (
     TrainingDivergedError,
 )
 from megatrain_io.models.partition import PartitionedModel
-from megatrain_io.paging.activations import SavedInputs, SavedInputsBudget
+from megatrain_io.paging.activations import ActivationBudget, SavedActivations
 from megatrain_io.paging.clipping import Guess, clip_coefficient
 from megatrain_io.paging.device.activations import DeviceActivations
 from megatrain_io.paging.device.base import Device, out_of_memory
@@ -85,14 +85,14 @@ class PagedModel:
         seed: of all random numbers of training (dropout).
         logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
             slice, and then every bit is that of stock training.
-        saved_inputs: RAM for the inputs of blocks, and the file for what is beyond it; None = all in RAM.
+        activations: RAM for the activation checkpoints, and the file for what is beyond it; None = all in RAM.
         max_grad_norm: gradients with a larger norm over all parameters are scaled down to it; None = never.
         gradients: what a step does with them where there is a limit: "keep" until their norm is known and the
             next step applies them, or "both": it updates at once, and takes that back if the norm is too large.
             None = what promises to be faster. No bit depends on it.
         trace: gets a span for each step, phase, block and micro-batch.
         device: what computes; None = the CPU.
-        vram: how its memory is divided, if it has any; None = as much as overlaps best, and all inputs of blocks.
+        vram: how its memory is divided, if it has any; None = as much as overlaps best, and all activation checkpoints.
     """
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
@@ -102,7 +102,7 @@ class PagedModel:
         *,
         seed: int = 0,
         logits_bytes: int = LOGITS_BYTES,
-        saved_inputs: SavedInputsBudget | None = None,
+        activations: ActivationBudget | None = None,
         max_grad_norm: float | None = None,
         gradients: Literal["keep", "both"] | None = None,
         trace: Trace | None = None,
@@ -115,8 +115,8 @@ class PagedModel:
         self.tied_embeddings = bool(partition.tied_parameters)
         self.device = device or Cpu()
         engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
-        saved = SavedInputs(state.ledger, saved_inputs, engine)
-        self.saved: SavedInputs | DeviceActivations = saved
+        saved = SavedActivations(state.ledger, activations, engine)
+        self.saved: SavedActivations | DeviceActivations = saved
         self._on_device: DeviceRecords | None = None
         self._gathered = 0
         if self.device.has_own_memory:
@@ -127,7 +127,7 @@ class PagedModel:
             if pool.gathers:
                 self._gathered = gathered_chunks(layout, tied_embeddings=tied)
             self.saved = DeviceActivations(
-                saved, self.device, self._on_device, vram.saved_inputs if vram else None
+                saved, self.device, self._on_device, vram.activations if vram else None
             )
         self._trace = trace
         self.slice_tokens = slice_tokens(partition, logits_bytes)
@@ -371,7 +371,7 @@ class PagedModel:
         return [] if self._on_device is None else self._on_device.events.take()
 
     def close(self) -> None:
-        """Give back what saved inputs take in RAM and on the drive. The state stays open."""
+        """Give back what activation checkpoints take in RAM and on the drive. The state stays open."""
         self.saved.close()
 
     def span(self, name: str) -> AbstractContextManager[None]:

@@ -77,7 +77,7 @@ class Step:
     Args:
         partition: the model without its parameters.
         state: where they are.
-        saved: where inputs of blocks are kept.
+        saved: where activation checkpoints are kept.
         micro_batches: each goes through the model as a whole.
         number: of the step; random numbers follow from it.
         seed: of all random numbers.

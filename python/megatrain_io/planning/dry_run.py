@@ -55,7 +55,7 @@ class _FakeRecord(BorrowedRecord):
 
 
 class FakeStore:
-    """Stands for store, pool and saved inputs in a step that trains nothing: weights that are made up.
+    """Stands for store, pool and activation checkpoints in a step that trains nothing: weights that are made up.
 
     Attributes:
         layout: of the model, shortened where its blocks are alike.
@@ -97,29 +97,29 @@ class FakeStore:
         gradient.give_back()
 
     def reserve(self, blocks: int, hidden_nbytes: Sequence[int]) -> None:
-        """As ``SavedInputs.reserve``."""
+        """As ``SavedActivations.reserve``."""
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
-        """As ``SavedInputs.put``."""
+        """As ``SavedActivations.put``."""
         self._inputs[block, micro_batch] = hidden.clone()
 
     def get(self, block: int, micro_batch: int, like: Tensor) -> Tensor:
-        """As ``SavedInputs.get``."""
+        """As ``SavedActivations.get``."""
         del like
         return self._inputs[block, micro_batch]
 
     def finish(self, block: int) -> None:
-        """As ``SavedInputs.finish``."""
+        """As ``SavedActivations.finish``."""
 
     def release(self, block: int) -> None:
-        """As ``SavedInputs.release``."""
+        """As ``SavedActivations.release``."""
 
 
 class DryRun(FakeStore):
     """A fake store whose tensors have shapes and no memory, and that counts what the step allocates.
 
     Attributes:
-        peak_nbytes: most bytes of tensors that were alive at once, without those of pool and saved inputs.
+        peak_nbytes: most bytes of tensors that were alive at once, without those of pool and activation checkpoints.
     """
 
     def __init__(self, layout: ModelLayout) -> None:
@@ -162,7 +162,7 @@ class DryRun(FakeStore):
         self._least = self._meter.nbytes + (0 if self.layout.is_frozen else again + gradient)
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
-        """As ``SavedInputs.put``."""
+        """As ``SavedActivations.put``."""
         with self._meter.paused():
             super().put(block, micro_batch, hidden)
 
@@ -185,7 +185,7 @@ def dry_run(
     *,
     slice_tokens: int,
 ) -> int | None:
-    """Bytes of tensors that a training step needs at once, beside pool, residents and saved inputs.
+    """Bytes of tensors that a training step needs at once, beside pool, residents and activation checkpoints.
 
     Nothing is read, and all but the masks is computed on shapes alone. None where the model's shapes depend on
     its data, so that only a real step can tell.

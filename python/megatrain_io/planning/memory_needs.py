@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.models.partition import PartitionedModel
-from megatrain_io.paging.activations import SavedInputsBudget, input_nbytes, least_saved_inputs
+from megatrain_io.paging.activations import ActivationBudget, activation_nbytes, least_activations
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES, VramPlan, gathered_chunks, slot_nbytes
 from megatrain_io.paging.step import LOGITS_BYTES, hidden_nbytes, slice_tokens
 from megatrain_io.planning.dry_run import dry_run
@@ -15,7 +15,7 @@ from megatrain_io.planning.vram_budget import divide_vram, least_vram
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.schedule import build_schedule
 
-__all__ = ["divided", "gathered_nbytes", "least_on_device", "on_device", "saved_inputs_of", "step_needs"]
+__all__ = ["activation_budget_of", "divided", "gathered_nbytes", "least_on_device", "on_device", "step_needs"]
 
 # Of the table that the pipeline has of chunks, where it moves them one by one: the most, a chunk.
 _BY_CHUNK_TABLES = 96
@@ -27,14 +27,14 @@ def step_needs(
     partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], tables: int
 ) -> StepNeeds:
     """What a training step on ``micro_batches`` needs besides pool and residents; ``tables`` bytes are the store's."""
-    per_block = input_nbytes(hidden_nbytes(partition, layout, micro_batches))
+    per_block = activation_nbytes(hidden_nbytes(partition, layout, micro_batches))
     compute = dry_run(partition, layout, micro_batches, slice_tokens=slice_tokens(partition, LOGITS_BYTES))
     return StepNeeds(
         tables=tables,
         compute=compute or 0,
-        saved_inputs=layout.blocks * per_block,
-        saved_inputs_least=least_saved_inputs(layout.blocks, per_block),
-        inputs_per_block=per_block,
+        activations=layout.blocks * per_block,
+        activations_least=least_activations(layout.blocks, per_block),
+        activations_per_block=per_block,
         is_known=compute is not None,
     )
 
@@ -47,23 +47,23 @@ def on_device(
     Raises:
         DoesNotFitError: it is too small; says what would do.
     """
-    per_block, tied = needs.inputs_per_block, bool(partition.tied_parameters)
+    per_block, tied = needs.activations_per_block, bool(partition.tied_parameters)
     plan = divide_vram(
         layout,
         tied_embeddings=tied,
         vram=vram,
         context=CONTEXT_NBYTES,
         compute=_compute_nbytes(needs),
-        inputs_per_block=per_block,
+        activations_per_block=per_block,
     )
     slot = slot_nbytes(per_block)
-    left = needs.saved_inputs - (plan.saved_inputs // slot * per_block if slot else 0)
+    left = needs.activations - (plan.activations // slot * per_block if slot else 0)
     return plan, replace(
         needs,
         tables=needs.tables + _BY_CHUNK_TABLES * len(layout.chunks),
         compute=0,
-        saved_inputs=left,
-        saved_inputs_least=least_saved_inputs(left // per_block if per_block else 0, per_block),
+        activations=left,
+        activations_least=least_activations(left // per_block if per_block else 0, per_block),
         by_chunk=True,
         gathered=gathered_chunks(layout, tied_embeddings=tied) if plan.pool.gathers else 0,
     )
@@ -76,7 +76,7 @@ def least_on_device(partition: PartitionedModel, layout: ModelLayout, needs: Ste
         tied_embeddings=bool(partition.tied_parameters),
         context=CONTEXT_NBYTES,
         compute=_compute_nbytes(needs),
-        inputs_per_block=needs.inputs_per_block,
+        activations_per_block=needs.activations_per_block,
     )
 
 
@@ -119,6 +119,6 @@ def divided(
     return divide(layout, schedule, needs, tied_embeddings=tied, ram=ram, keeps=keeps)
 
 
-def saved_inputs_of(plan: MemoryPlan, scratch: Sequence[Path]) -> SavedInputsBudget:
-    """The part of saved inputs in a plan; ``scratch`` is the file for what does not fit, one for each drive."""
-    return SavedInputsBudget(plan.saved_inputs if plan.is_spilled else None, scratch)
+def activation_budget_of(plan: MemoryPlan, scratch: Sequence[Path]) -> ActivationBudget:
+    """The part of activations in a plan; ``scratch`` is the file for what does not fit, one for each drive."""
+    return ActivationBudget(plan.activations if plan.is_spilled else None, scratch)

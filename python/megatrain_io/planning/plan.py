@@ -104,7 +104,7 @@ class Plan:
         ledger_bytes: the most that the package itself holds.
         process_bytes: the most that the process takes, libraries included.
         store_bytes: on the drives, for ever.
-        scratch_bytes: on the drives while it runs: inputs of blocks, gradients that wait.
+        scratch_bytes: on the drives while it runs: activation checkpoints, gradients that wait.
         vram: how the memory of a GPU is divided; None without one, or where it does not fit.
         vram_bytes: the least on the GPU; None without one.
         phases: bytes read and written, by phase of a step.
@@ -201,7 +201,7 @@ class Plan:
                 "ram": memory.ram,
                 "total": memory.total,
                 "buffers": memory.pool_nbytes,
-                "saved_inputs": memory.saved_inputs,
+                "activations": memory.activations,
                 "compute": memory.needs.compute + memory.needs.heap,
                 "tables": memory.needs.tables,
                 "gradients": memory.kept_nbytes,

@@ -22,9 +22,9 @@ from megatrain_io.planning.plan import Plan, Prices, Problem, Variant, Wear
 from megatrain_io.planning.ram_budget import MemoryPlan, StepNeeds, smallest
 from megatrain_io.planning.simulator import StandstillError
 from megatrain_io.planning.step_time import (
+    activations_moved,
     gradients_of,
     hiding_tokens,
-    inputs_moved,
     phases_of,
     step_time,
     written_by_commit,
@@ -205,8 +205,8 @@ def store_nbytes(layout: ModelLayout) -> int:
 
 
 def scratch_nbytes(job: TrainingJob, memory: MemoryPlan) -> float:
-    """Bytes on the drives while it runs: inputs of blocks, gradients that wait."""
-    found = sum(inputs_moved(job, memory).values())
+    """Bytes on the drives while it runs: activation checkpoints, gradients that wait."""
+    found = sum(activations_moved(job, memory).values())
     if memory.spills_gradients:
         found += sum(
             job.layout.gradient_extent_bytes(chunk)

@@ -17,7 +17,7 @@ from megatrain_io.text import mib
 
 __all__ = ["MemoryPlan", "StepNeeds", "divide", "smallest"]
 
-# Of the file for saved inputs: its tables, and the buffers of its commit.
+# Of the file for activation checkpoints: its tables, and the buffers of its commit.
 _SCRATCH_TABLES = 512 << 10
 # Block buffers, chunk slots and gradient buffers, from what overlaps best to what a step cannot do without.
 _POOLS = ((3, 4, 2), (3, 2, 1), (2, 2, 1), (2, 1, 1))
@@ -34,9 +34,9 @@ class StepNeeds:
     Attributes:
         tables: of the store, and buffers of its commit.
         compute: tensors of compute that are alive at once.
-        saved_inputs: inputs of all blocks and micro-batches.
-        saved_inputs_least: with all that can be on the drive instead.
-        inputs_per_block: of ``saved_inputs``; where compute has memory of its own, not those of all blocks.
+        activations: activation checkpoints of all blocks and micro-batches.
+        activations_least: with all that can be on the drive instead.
+        activations_per_block: of ``activations``; where compute has memory of its own, not those of all blocks.
         by_chunk: whether it has: then buffers hold chunks on their way to it, and back.
         gathered: chunks of gradients that gather in RAM, where that memory has no room for those of a record.
         is_known: whether ``compute`` is known; if not it is 0, and comes on top of the budget.
@@ -44,17 +44,17 @@ class StepNeeds:
 
     tables: int
     compute: int
-    saved_inputs: int
-    saved_inputs_least: int
-    inputs_per_block: int = 0
+    activations: int
+    activations_least: int
+    activations_per_block: int = 0
     by_chunk: bool = False
     gathered: int = 0
     is_known: bool = True
 
     @property
-    def saved_inputs_at_least(self) -> int:
-        """The least RAM for inputs of blocks, with the tables of the file that the others go to."""
-        return min(self.saved_inputs, self.saved_inputs_least + _SCRATCH_TABLES)
+    def activations_at_least(self) -> int:
+        """The least RAM for activation checkpoints, with the tables of the file that the others go to."""
+        return min(self.activations, self.activations_least + _SCRATCH_TABLES)
 
     @property
     def always(self) -> int:
@@ -74,7 +74,7 @@ class MemoryPlan:
     Attributes:
         ram: the budget.
         needs: what a step needs besides.
-        saved_inputs: RAM for inputs of blocks; the rest of them goes to the drive.
+        activations: RAM for activation checkpoints; the rest of them goes to the drive.
         pool: buffers of transfers and gradients.
         residents: what stays in RAM from step to step.
         pool_nbytes: of pool and gradients.
@@ -85,7 +85,7 @@ class MemoryPlan:
 
     ram: int
     needs: StepNeeds
-    saved_inputs: int
+    activations: int
     pool: PoolSizes
     residents: Residents
     pool_nbytes: int
@@ -97,12 +97,12 @@ class MemoryPlan:
     def total(self) -> int:
         """Bytes that will be taken: at most the budget."""
         state = self.pool_nbytes + self.kept_nbytes + self.resident_nbytes
-        return self.needs.always + self.saved_inputs + state
+        return self.needs.always + self.activations + state
 
     @property
     def is_spilled(self) -> bool:
-        """Whether some inputs of blocks go to the drive."""
-        return self.saved_inputs < self.needs.saved_inputs
+        """Whether some activation checkpoints go to the drive."""
+        return self.activations < self.needs.activations
 
     def __str__(self) -> str:
         """The division, for a person."""
@@ -111,13 +111,13 @@ class MemoryPlan:
             kept = f"{kept} (the rest on the drive)" if kept else "gradients wait for their norm on the drive"
         kept += ", " * bool(kept)
         stays = f"state that stays {mib(self.resident_nbytes)}" if self.resident_nbytes else "no state stays"
-        spilled = f" (of {mib(self.needs.saved_inputs)}, the rest on the drive)" if self.is_spilled else ""
+        spilled = f" (of {mib(self.needs.activations)}, the rest on the drive)" if self.is_spilled else ""
         compute = f"compute {mib(self.needs.compute + self.needs.heap)}"
         if not self.needs.is_known:
             compute = "compute not counted (its shapes depend on the data: it comes on top of memory.ram)"
         return (
-            f"RAM: {mib(self.total)} of {mib(self.ram)}: buffers {mib(self.pool_nbytes)}, inputs of blocks "
-            f"{mib(self.saved_inputs)}{spilled}, {compute}, tables {mib(self.needs.tables)}, {kept}{stays}"
+            f"RAM: {mib(self.total)} of {mib(self.ram)}: buffers {mib(self.pool_nbytes)}, activations "
+            f"{mib(self.activations)}{spilled}, {compute}, tables {mib(self.needs.tables)}, {kept}{stays}"
         )
 
 
@@ -130,7 +130,7 @@ def divide(
     ram: int,
     keeps: bool = False,
 ) -> MemoryPlan:
-    """Divide ``ram`` bytes: the largest pool that fits, then inputs of blocks, gradients, residents.
+    """Divide ``ram`` bytes: the largest pool that fits, then activation checkpoints, gradients, residents.
 
     A byte of an input or of a gradient that waits saves two bytes a step, as one of a weight does, and no
     commit writes it.
@@ -152,22 +152,22 @@ def divide(
 
     for sizes in _chunk_pools(layout, ram) if needs.by_chunk else _POOLS:
         pool = size(sizes, Residents())
-        if needs.always + needs.saved_inputs_at_least + mapped_nbytes(pool) <= ram:
+        if needs.always + needs.activations_at_least + mapped_nbytes(pool) <= ram:
             break
     else:
         least = smallest(layout, needs, tied_embeddings=tied_embeddings, keeps=keeps)
         compute = needs.compute + needs.heap
         raise DoesNotFitError(
-            f"memory.ram is {mib(ram)}, and this training needs {mib(least)} at least: inputs of blocks "
-            f"{mib(needs.saved_inputs_at_least)}, compute {mib(compute)}, tables {mib(needs.tables)}, "
-            f"buffers {mib(least - needs.always - needs.saved_inputs_at_least)}. Give "
+            f"memory.ram is {mib(ram)}, and this training needs {mib(least)} at least: activations "
+            f"{mib(needs.activations_at_least)}, compute {mib(compute)}, tables {mib(needs.tables)}, "
+            f"buffers {mib(least - needs.always - needs.activations_at_least)}. Give "
             "more, or make a step smaller: train.per_device_train_batch_size, data.max_length, "
             "train.gradient_accumulation_steps"
         )
-    saved_inputs = min(needs.saved_inputs, ram - needs.always - mapped_nbytes(pool))
-    if saved_inputs < needs.saved_inputs:
-        saved_inputs -= _SCRATCH_TABLES
-    free = ram - needs.always - saved_inputs
+    activations = min(needs.activations, ram - needs.always - mapped_nbytes(pool))
+    if activations < needs.activations:
+        activations -= _SCRATCH_TABLES
+    free = ram - needs.always - activations
     chosen, taken = Residents(), (0, 0)
     # What stays needs no buffers in the pool, and their room is for more that stays.
     while True:
@@ -186,7 +186,7 @@ def divide(
     return MemoryPlan(
         ram=ram,
         needs=needs,
-        saved_inputs=saved_inputs,
+        activations=activations,
         pool=pool,
         residents=chosen,
         pool_nbytes=sums[0],
@@ -215,7 +215,7 @@ def smallest(layout: ModelLayout, needs: StepNeeds, *, tied_embeddings: bool, ke
     """The least RAM that such a step can be done in."""
     slots = (_CHUNK_POOLS if needs.by_chunk else _POOLS)[-1]
     pool = _pool(layout, needs, slots, Residents(), tied_embeddings=tied_embeddings, keeps=keeps)
-    return needs.always + needs.saved_inputs_at_least + mapped_nbytes(pool)
+    return needs.always + needs.activations_at_least + mapped_nbytes(pool)
 
 
 def _pool(

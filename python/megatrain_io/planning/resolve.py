@@ -203,7 +203,7 @@ def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | N
     if hardware.read is None or rate is None or hardware.device is not None:
         return None
     needs = step_needs(partition, layout, [batch], job.tables)
-    if fake_store_nbytes(layout) + needs.always + needs.saved_inputs > job.ram:
+    if fake_store_nbytes(layout) + needs.always + needs.activations > job.ram:
         return None
     rows, length = batch.input_ids.shape
     work = work_of(partition, layout, [(rows, length)])

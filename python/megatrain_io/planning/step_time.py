@@ -5,10 +5,10 @@ from functools import lru_cache
 from math import ceil, inf
 
 from megatrain_io.machine.hardware import Hardware
-from megatrain_io.paging.activations import saved_inputs_plan
+from megatrain_io.paging.activations import activation_plan
 from megatrain_io.paging.device.pool import VramPlan
 from megatrain_io.planning.job import TrainingJob
-from megatrain_io.planning.memory_needs import saved_inputs_of
+from megatrain_io.planning.memory_needs import activation_budget_of
 from megatrain_io.planning.plan import StepTime
 from megatrain_io.planning.ram_budget import MemoryPlan
 from megatrain_io.planning.simulator import Rates, simulate
@@ -18,10 +18,10 @@ from megatrain_io.store.pool import PoolSizes
 from megatrain_io.store.schedule import ChunkOp, Gradients, Phase, build_schedule, flush_schedule, traffic
 
 __all__ = [
+    "activations_moved",
     "forget_schedules",
     "gradients_of",
     "hiding_tokens",
-    "inputs_moved",
     "phases_of",
     "schedule_of",
     "step_time",
@@ -73,12 +73,12 @@ def _commits(job: TrainingJob) -> tuple[float, float]:
     return 1 / every, 1 - 1 / every
 
 
-def inputs_moved(job: TrainingJob, memory: MemoryPlan) -> dict[int, float]:
+def activations_moved(job: TrainingJob, memory: MemoryPlan) -> dict[int, float]:
     """Bytes of inputs that go to the drive and come back, by record."""
-    budget, needs = saved_inputs_of(memory, [job.config.output_dir / "inputs"]), memory.needs
+    budget, needs = activation_budget_of(memory, [job.config.output_dir / "inputs"]), memory.needs
     # Those of the last blocks stay where they are computed, if that has memory of its own.
-    blocks = needs.saved_inputs // max(1, needs.inputs_per_block)
-    plan = saved_inputs_plan(blocks, needs.inputs_per_block, budget.ram_bytes)
+    blocks = needs.activations // max(1, needs.activations_per_block)
+    plan = activation_plan(blocks, needs.activations_per_block, budget.ram_bytes)
     if not plan.on_drive:
         return {}
     return {job.layout.block(index): plan.moved_nbytes / plan.on_drive for index in range(plan.on_drive)}
@@ -98,7 +98,7 @@ def phases_of(job: TrainingJob, memory: MemoryPlan, gradients: Gradients) -> dic
             if share
         )
         found[operation.phase] = read + operation.read_bytes(layout, residents), written
-    moved = sum(inputs_moved(job, memory).values())
+    moved = sum(activations_moved(job, memory).values())
     forward, backward = found[Phase.FORWARD], found[Phase.BACKWARD]
     found[Phase.FORWARD] = forward[0], forward[1] + moved
     found[Phase.BACKWARD] = backward[0] + moved, backward[1]
@@ -111,7 +111,7 @@ def written_by_commit(job: TrainingJob, memory: MemoryPlan, gradients: Gradients
     _, written = traffic(schedule, job.layout, memory.residents)
     if job.keeps:
         written += traffic(flush_schedule(job.layout), job.layout, memory.residents)[1]
-    return written + ceil(sum(inputs_moved(job, memory).values()))
+    return written + ceil(sum(activations_moved(job, memory).values()))
 
 
 def step_time(
@@ -137,7 +137,7 @@ def step_time(
         compute,
         _rates(job, hardware),
         residents=memory.residents,
-        inputs=inputs_moved(job, memory),
+        inputs=activations_moved(job, memory),
         behind=0 if vram is None else memory.pool.block_gradients[1] - memory.needs.gathered,
     )
     # The step that commits, the one that it passes the commit on to, and those in between.

@@ -1,4 +1,4 @@
-"""The memory of a device, divided before the run: buffers for weights, gradients, inputs of blocks. Pure."""
+"""The memory of a device, divided before the run: buffers for weights, gradients, activation checkpoints. Pure."""
 
 from megatrain_io.errors import DoesNotFitError
 from megatrain_io.paging.device.pool import DevicePool, VramPlan, device_pool, slot_nbytes
@@ -35,10 +35,10 @@ def divide_vram(
     vram: int,
     context: int,
     compute: int,
-    inputs_per_block: int,
+    activations_per_block: int,
     training: bool = True,
 ) -> VramPlan:
-    """Divide ``vram`` bytes: as many buffers as overlap best, then inputs of blocks.
+    """Divide ``vram`` bytes: as many buffers as overlap best, then activation checkpoints.
 
     Args:
         layout: the parameter space.
@@ -46,13 +46,13 @@ def divide_vram(
         vram: the budget.
         context: bytes that the driver and its libraries take.
         compute: bytes that compute needs at once.
-        inputs_per_block: bytes of the inputs of one block, all micro-batches.
+        activations_per_block: bytes of the inputs of one block, all micro-batches.
         training: False: nothing is saved, and there are no gradients.
 
     Raises:
         DoesNotFitError: it is too small; says what would do.
     """
-    slot = slot_nbytes(inputs_per_block)
+    slot = slot_nbytes(activations_per_block)
     inputs = layout.blocks * slot if training else 0
     least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot if training else 0
     always = context + compute
@@ -63,22 +63,22 @@ def divide_vram(
         raise DoesNotFitError(
             f"{whole_mib(vram)} of VRAM may be taken, and this training needs "
             f"{whole_mib(always + least + pool.nbytes)} at least: weights of one block, embeddings and head, and "
-            f"pieces of gradients {whole_mib(pool.nbytes)}, inputs of two blocks {whole_mib(least)}, compute "
+            f"pieces of gradients {whole_mib(pool.nbytes)}, activations of two blocks {whole_mib(least)}, compute "
             f"{whole_mib(compute)}, driver and libraries {whole_mib(context)}. Give more, "
             "or make a step smaller: train.per_device_train_batch_size, data.max_length, "
             "train.gradient_accumulation_steps"
         )
     pool = fits[0]
     slots = layout.blocks
-    if inputs_per_block and training:
+    if activations_per_block and training:
         slots = min(slots, (vram - always - pool.nbytes) // slot)
     return VramPlan(vram, context, compute, pool, slots * slot if training else 0, inputs)
 
 
 def least_vram(
-    layout: ModelLayout, *, tied_embeddings: bool, context: int, compute: int, inputs_per_block: int
+    layout: ModelLayout, *, tied_embeddings: bool, context: int, compute: int, activations_per_block: int
 ) -> int:
     """The least VRAM that such a training can be done in."""
     pool = _pools(layout, tied_embeddings=tied_embeddings, training=True)[-1]
-    least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot_nbytes(inputs_per_block)
+    least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot_nbytes(activations_per_block)
     return context + compute + pool.nbytes + least

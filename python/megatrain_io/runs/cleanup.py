@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError, StorageError
-from megatrain_io.runs.folder import RunFolder, gradient_file, saved_inputs_file
+from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.inspect import HeldFile, glance, held
 
@@ -130,8 +130,8 @@ class Leftovers:
         return [_beside(path, _PARTIAL) for path in self._store_paths]
 
     def _inputs(self) -> list[Path]:
-        """Saved inputs lose their name at once, unless the process is killed within that moment."""
-        paths = [file(path) for path in self._store_paths for file in (saved_inputs_file, gradient_file)]
+        """Activation checkpoints lose their name at once, unless the process is killed within that moment."""
+        paths = [file(path) for path in self._store_paths for file in (activations_file, gradient_file)]
         return [*paths, *(_beside(path, _PARTIAL) for path in paths)]
 
     def _look(self) -> Iterator[Leftover]:
@@ -156,7 +156,7 @@ class Leftovers:
             if _is_file(path):
                 yield _leftover(path, "store of an import that was killed")
         inputs = [path for path in self._inputs() if _is_file(path)]
-        yield from (_leftover(path, "saved inputs of a step that was killed") for path in inputs)
+        yield from (_leftover(path, "activation checkpoints of a step that was killed") for path in inputs)
         yield from self._hints()
         yield from self._unfinished()
         cache = [run.data / name for name in _CACHE]

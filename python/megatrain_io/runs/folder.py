@@ -28,7 +28,7 @@ from megatrain_io.errors import (
 from megatrain_io.files import replace_file
 from megatrain_io.store.layout import Precision
 
-__all__ = ["RunFolder", "RunInfo", "gradient_file", "saved_inputs_file"]
+__all__ = ["RunFolder", "RunInfo", "activations_file", "gradient_file"]
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,11 @@ class RunFolder:
         return [self.path / store for store in self.read().stores]
 
 
-def saved_inputs_file(store: Path) -> Path:
-    """Where saved inputs go that do not fit in RAM: beside the store's file, on the same drive."""
+def activations_file(store: Path) -> Path:
+    """Where activation checkpoints go that do not fit in RAM: beside the store's file, on the same drive."""
     return store.with_name(store.name + ".inputs")
 
 
 def gradient_file(store: Path) -> Path:
-    """Where gradients wait for their norm that do not fit in RAM: as saved inputs."""
+    """Where gradients wait for their norm that do not fit in RAM: as activation checkpoints."""
     return store.with_name(store.name + ".gradients")

@@ -27,9 +27,9 @@ from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.paged_model import PagedModel, StepLoss
 from megatrain_io.paging.trace import Trace
-from megatrain_io.planning.memory_needs import saved_inputs_of
+from megatrain_io.planning.memory_needs import activation_budget_of
 from megatrain_io.planning.resolve import device_for, precision_of, settle_precision
-from megatrain_io.runs.folder import RunFolder, gradient_file, saved_inputs_file
+from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
 from megatrain_io.runs.import_model import import_model
 from megatrain_io.runs.metrics import MetricsFile, StepReport, TrainResult, last_report
 from megatrain_io.runs.open_store import open_store
@@ -205,12 +205,12 @@ class _Trainer:
             raise MegatrainIoError("a plan that fits without a division of RAM")
         commit_every = 1 if self._is_scratch else config.memory.commit_every
         self._tally = Tally(planned, commit_every, config.memory.max_tbw)
-        scratch = [saved_inputs_file(store) for store in self._run.store_paths()]
+        scratch = [activations_file(store) for store in self._run.store_paths()]
         self._model = PagedModel(
             start.partition,
             self._state,
             seed=config.train.seed,
-            saved_inputs=saved_inputs_of(memory, scratch),
+            activations=activation_budget_of(memory, scratch),
             max_grad_norm=config.train.max_grad_norm,
             trace=self._trace,
             device=self._device,

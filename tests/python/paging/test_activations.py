@@ -1,4 +1,4 @@
-"""Saved inputs beyond their RAM: the same bits, the bytes of the plan, and nothing left on the drive."""
+"""Activation checkpoints beyond their RAM: the same bits, the bytes of the plan, and nothing left on the drive."""
 
 import os
 import signal
@@ -11,9 +11,14 @@ import torch
 
 from megatrain_io.errors import ConfigError, CorruptionError, NoSpaceError, TrainingDivergedError
 from megatrain_io.paging import activation_file
-from megatrain_io.paging.activation_file import InputScratch
-from megatrain_io.paging.activations import SavedInputs, SavedInputsBudget, input_nbytes, saved_inputs_plan
-from megatrain_io.runs.folder import saved_inputs_file
+from megatrain_io.paging.activation_file import ActivationFile
+from megatrain_io.paging.activations import (
+    ActivationBudget,
+    SavedActivations,
+    activation_nbytes,
+    activation_plan,
+)
+from megatrain_io.runs.folder import activations_file
 from megatrain_io.store.paged_store import AdamWStep, Ledger
 from paged import (
     DEVICE,
@@ -31,7 +36,7 @@ from paged import (
 )
 
 pytestmark = pytest.mark.skipif(
-    DEVICE != "cpu", reason="there inputs of blocks stay on the device: test_device.py"
+    DEVICE != "cpu", reason="there activation checkpoints stay on the device: test_device.py"
 )
 
 ENGINE = "threads"  # stopping a ring takes a second; one test uses it
@@ -42,15 +47,15 @@ CASE = Case(tied=True, dtype=torch.bfloat16, counts=(3, 1, 3), overrides=SHAPE)
 
 
 def budget(store, ram_bytes):
-    scratch = [saved_inputs_file(path) for path in files(store)]
-    return SavedInputsBudget(ram_bytes, scratch, transfer_nbytes=PAGE)
+    scratch = [activations_file(path) for path in files(store)]
+    return ActivationBudget(ram_bytes, scratch, transfer_nbytes=PAGE)
 
 
 def plans(case, ram_bytes):
     """What each step is to move."""
     width = case.config.hidden_size * case.dtype.itemsize
-    nbytes = [input_nbytes([each["input_ids"].numel() * width for each in step]) for step in case.steps]
-    return [saved_inputs_plan(BLOCKS, each, ram_bytes, PAGE) for each in nbytes]
+    nbytes = [activation_nbytes([each["input_ids"].numel() * width for each in step]) for step in case.steps]
+    return [activation_plan(BLOCKS, each, ram_bytes, PAGE) for each in nbytes]
 
 
 def largest_slot(case):
@@ -68,13 +73,13 @@ def beside(store):
 
 def trained(path, case, ram_bytes, engine=ENGINE):
     make_store(path, case, engine=engine)
-    with opened(path, case, engine=engine, saved_inputs=ram_bytes and budget(path, ram_bytes)) as model:
+    with opened(path, case, engine=engine, activations=ram_bytes and budget(path, ram_bytes)) as model:
         losses = train(model, case)
         assert beside(path) == []
         found = losses, all_planes(model.state)
-        peak = model.state.ledger.balances()["saved inputs"][1]
+        peak = model.state.ledger.balances()["activations"][1]
         moved = model.saved.io_bytes()
-    assert model.state.ledger.balances()["saved inputs"][0] == 0
+    assert model.state.ledger.balances()["activations"][0] == 0
     return found, peak, moved
 
 
@@ -83,30 +88,30 @@ def trained(path, case, ram_bytes, engine=ENGINE):
 
 def test_the_plan_keeps_the_last_blocks_and_moves_the_others_once_each_way():
     mib = 1 << 20
-    plan = saved_inputs_plan(32, 100 * mib, 1000 * mib)
+    plan = activation_plan(32, 100 * mib, 1000 * mib)
     assert (plan.in_ram, plan.on_drive, plan.ram_nbytes) == (10, 22, 1000 * mib)
     assert plan.moved_nbytes == 22 * 100 * mib
-    plan = saved_inputs_plan(32, 3 * mib - 1, 9 * mib)  # slots are whole huge pages, transfers whole MiB
+    plan = activation_plan(32, 3 * mib - 1, 9 * mib)  # slots are whole huge pages, transfers whole MiB
     assert (plan.in_ram, plan.slot_nbytes, plan.moved_nbytes) == (2, 4 * mib, 30 * 3 * mib)
-    assert saved_inputs_plan(32, 100 * mib, None).moved_nbytes == 0
-    assert saved_inputs_plan(32, 100 * mib, 3200 * mib).on_drive == 0
+    assert activation_plan(32, 100 * mib, None).moved_nbytes == 0
+    assert activation_plan(32, 100 * mib, 3200 * mib).on_drive == 0
 
 
 def test_less_than_two_blocks_is_refused_with_the_least_that_does(tmp_path):
     with pytest.raises(
         ConfigError, match=r"may take 8191 bytes .* take 4096 \(all 6 blocks: 24576\): 8192 is the least"
     ):
-        saved_inputs_plan(BLOCKS, 4000, 8191, PAGE)
-    assert saved_inputs_plan(BLOCKS, 4000, 8192, PAGE).in_ram == 2
+        activation_plan(BLOCKS, 4000, 8191, PAGE)
+    assert activation_plan(BLOCKS, 4000, 8192, PAGE).in_ram == 2
     make_store(tmp_path / "store", CASE, engine=ENGINE)
     with opened(
-        tmp_path / "store", CASE, engine=ENGINE, saved_inputs=budget(tmp_path / "store", PAGE)
+        tmp_path / "store", CASE, engine=ENGINE, activations=budget(tmp_path / "store", PAGE)
     ) as model:
         with pytest.raises(ConfigError, match="is the least"):
             step_of(model, CASE, 1)
         assert model.state.io_bytes()[1] == 0
     with pytest.raises(ConfigError, match="no file for what is beyond it"):
-        SavedInputsBudget(1 << 20)
+        ActivationBudget(1 << 20)
 
 
 # ---------------------------------------------------------------------------------------------- the bits
@@ -142,7 +147,7 @@ def test_a_step_moves_exactly_what_the_plan_says(tmp_path):
     bound = 2 * largest_slot(case)
     make_store(tmp_path / "store", case, engine=ENGINE)
     with opened(
-        tmp_path / "store", case, engine=ENGINE, saved_inputs=budget(tmp_path / "store", bound)
+        tmp_path / "store", case, engine=ENGINE, activations=budget(tmp_path / "store", bound)
     ) as model:
         step_of(model, case, 1)
         step_of(model, case, 3)
@@ -176,7 +181,7 @@ def test_one_block_is_written_while_the_next_are_computed_and_read_ahead(tmp_pat
             order.append((f"{self.what} waited for", self.block))
             self.transfer.wait()
 
-    class Noted(InputScratch):
+    class Noted(ActivationFile):
         def write(self, block, slot):
             return Waited("write", block, super().write(block, slot))
 
@@ -184,8 +189,8 @@ def test_one_block_is_written_while_the_next_are_computed_and_read_ahead(tmp_pat
             return Waited("read", block, super().read(block, slot))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatrain_io.paging.activations.InputScratch", Noted)
-        saved = SavedInputs(Ledger(), budget(tmp_path / "store", 2 * PAGE), ENGINE)
+        patch.setattr("megatrain_io.paging.activations.ActivationFile", Noted)
+        saved = SavedActivations(Ledger(), budget(tmp_path / "store", 2 * PAGE), ENGINE)
         saved.reserve(4, [PAGE])
     inputs = [torch.full((PAGE,), block, dtype=torch.uint8) for block in range(4)]
     for block in range(4):
@@ -259,7 +264,7 @@ def test_a_failed_step_leaves_nothing(tmp_path, monkeypatch):
     (losses, planes), _, _ = trained(tmp_path / "ram", CASE, None)
     make_store(store, CASE, engine=ENGINE)
     kept = []
-    with opened(store, CASE, engine=ENGINE, saved_inputs=budget(store, 2 * largest_slot(CASE))) as model:
+    with opened(store, CASE, engine=ENGINE, activations=budget(store, 2 * largest_slot(CASE))) as model:
         assert train(model, CASE, 1) == losses[:1]
         for error in (Boom(), KeyboardInterrupt()):
             with monkeypatch.context() as patch:
@@ -281,7 +286,7 @@ def test_a_flipped_bit_is_found_and_named_and_the_next_step_is_whole(tmp_path, m
     store = tmp_path / "store"
     (losses, planes), _, _ = trained(tmp_path / "ram", CASE, None)
     make_store(store, CASE, engine=ENGINE)
-    with opened(store, CASE, engine=ENGINE, saved_inputs=budget(store, 2 * largest_slot(CASE))) as model:
+    with opened(store, CASE, engine=ENGINE, activations=budget(store, 2 * largest_slot(CASE))) as model:
         assert train(model, CASE, 2) == losses[:2]
         with monkeypatch.context() as patch:
             in_backward(model, patch, lambda: flip(store))
@@ -297,7 +302,7 @@ def test_a_full_drive_is_one_error_before_the_step(tmp_path, monkeypatch):
     with pytest.raises(
         NoSpaceError, match=rf"full.inputs: the inputs of 3 blocks, {1 << 42} bytes each, do not fit .*RAM"
     ):
-        InputScratch(
+        ActivationFile(
             [path], blocks=3, nbytes=1 << 42, transfer_nbytes=1 << 28, memory_nbytes=PAGE,
             engine=ENGINE, ledger=Ledger(),
         )  # fmt: skip
@@ -308,7 +313,7 @@ def test_a_full_drive_is_one_error_before_the_step(tmp_path, monkeypatch):
     def full(paths, *_rest):
         raise NoSpaceError(f"{paths[0]} needs 7 bytes, and 6 are free")
 
-    with opened(store, CASE, engine=ENGINE, saved_inputs=budget(store, 2 * largest_slot(CASE))) as model:
+    with opened(store, CASE, engine=ENGINE, activations=budget(store, 2 * largest_slot(CASE))) as model:
         before = model.state.io_bytes()
         with monkeypatch.context() as patch:
             patch.setattr(activation_file, "StoreCreator", full)
@@ -335,7 +340,7 @@ def die(*_arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 store = Path(sys.argv[1])
-with opened(store, CASE, engine=ENGINE, saved_inputs=budget(store, 2 * largest_slot(CASE))) as model:
+with opened(store, CASE, engine=ENGINE, activations=budget(store, 2 * largest_slot(CASE))) as model:
     if sys.argv[2] == "in a step":
         in_backward(model, pytest.MonkeyPatch(), die)
     else:
@@ -347,6 +352,6 @@ with opened(store, CASE, engine=ENGINE, saved_inputs=budget(store, 2 * largest_s
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=paths, timeout=100)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert bool(beside(store)) == (when != "in a step")
-    with opened(store, CASE, engine=ENGINE, saved_inputs=budget(store, 2 * largest_slot(CASE))) as model:
+    with opened(store, CASE, engine=ENGINE, activations=budget(store, 2 * largest_slot(CASE))) as model:
         assert beside(store) == []
         assert step_of(model, CASE, 1).trained_tokens > 0

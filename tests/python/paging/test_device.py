@@ -14,7 +14,7 @@ from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import DoesNotFitError, NotFiniteError, TrainingDivergedError
 from megatrain_io.generate import Pick, next_tokens
 from megatrain_io.models.partition import model_parts
-from megatrain_io.paging.activations import SavedInputs, SavedInputsBudget, input_nbytes
+from megatrain_io.paging.activations import ActivationBudget, SavedActivations, activation_nbytes
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.pool import device_pool
 from megatrain_io.paging.device.records import DeviceRecords
@@ -72,20 +72,22 @@ def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
         vram=vram,
         context=0,
         compute=0,
-        inputs_per_block=per_block,
+        activations_per_block=per_block,
     )
     pool = made.pool
     if buffers:
         tied = bool(partition.tied_parameters)
         pool = device_pool(layout, tied_embeddings=tied, training=True, **buffers)
-    inputs = made.saved_inputs if slots is None else slots * per_block
-    return replace(made, pool=pool, saved_inputs=inputs)
+    inputs = made.activations if slots is None else slots * per_block
+    return replace(made, pool=pool, activations=inputs)
 
 
 def per_block_nbytes(case):
     """Bytes of the inputs of one block in the largest step."""
     width = case.config.hidden_size * case.dtype.itemsize
-    return max(input_nbytes([batch["input_ids"].numel() * width for batch in step]) for step in case.steps)
+    return max(
+        activation_nbytes([batch["input_ids"].numel() * width for batch in step]) for step in case.steps
+    )
 
 
 def trained(path, case, device, **how):
@@ -151,7 +153,7 @@ def test_every_wait_is_needed(tmp_path, monkeypatch, why):
     if why == "inputs have come":
         # As from a slow drive: later than the weights that they are needed with.
         looks = Counter()
-        monkeypatch.setattr(SavedInputs, "is_here", lambda *who: looks.update([who]) or looks[who] > 40)
+        monkeypatch.setattr(SavedActivations, "is_here", lambda *who: looks.update([who]) or looks[who] > 40)
     how = {"vram": plan(case, **LEAST | {"block_weights": 2})}
     check(tmp_path / "whole", case, SimulatedDevice(1), **how)
     device = SimulatedDevice(1, gb_per_s=SLOW.get(why, {"in": 0.002}), skipped=frozenset({why}))
@@ -193,10 +195,10 @@ class Pinning(SimulatedDevice):
 def test_inputs_go_on_to_ram_and_from_there_to_the_drive(tmp_path):
     case = Case(tied=True, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 9})
     per_block = -(-per_block_nbytes(case) // 4096) * 4096
-    budget = SavedInputsBudget(2 * per_block, [tmp_path / "inputs"], transfer_nbytes=4096)
+    budget = ActivationBudget(2 * per_block, [tmp_path / "inputs"], transfer_nbytes=4096)
     make_store(tmp_path / "store", case)
     device = Pinning(5)
-    how = {"device": device, "vram": plan(case, slots=3), "saved_inputs": budget}
+    how = {"device": device, "vram": plan(case, slots=3), "activations": budget}
     with opened(tmp_path / "store", case, **how) as model:
         train(model, case, stop=1)
         assert (model.saved.plan.in_ram, model.saved.plan.on_drive) == (2, 4)
@@ -218,7 +220,7 @@ def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
     whole = plan(case)
     partition = partitioned(case)
     layout = ModelLayout.build(model_parts(partition), len(partition.blocks), FORMATS[case.dtype])
-    needs = {"context": 0, "compute": 0, "inputs_per_block": per_block_nbytes(case)}
+    needs = {"context": 0, "compute": 0, "activations_per_block": per_block_nbytes(case)}
     least = least_vram(layout, tied_embeddings=tied, **needs)
     for vram in (whole.total, whole.total - 1, whole.total - 3 * per_block_nbytes(case), least):
         made = plan(case, vram=vram)
@@ -267,7 +269,7 @@ def test_the_least_vram_that_is_named_is_enough_and_one_byte_less_is_not(tied):
     case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
     partition = partitioned(case)
     layout = ModelLayout.build(model_parts(partition), len(partition.blocks), FORMATS[case.dtype])
-    needs = {"context": 600 * MIB, "compute": 5 * MIB, "inputs_per_block": MIB, "tied_embeddings": tied}
+    needs = {"context": 600 * MIB, "compute": 5 * MIB, "activations_per_block": MIB, "tied_embeddings": tied}
     least = least_vram(layout, **needs)
     assert divide_vram(layout, vram=least, **needs).total == least
     with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB at least: weights of one block"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatrain_io.errors import FormatError, MegatrainIoError
-from megatrain_io.paging.activations import SavedInputsBudget
+from megatrain_io.paging.activations import ActivationBudget
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 from megatrain_io.paging.device.simulated import SimulatedDevice
 from megatrain_io.planning.dry_run import dry_run
@@ -73,7 +73,7 @@ def test_a_step_equals_stock_autograd(tmp_path, family, tied, dtype, micro_batch
         {"small_pool": True},
         {"resident_share": 0.5},
         {"resident_share": 1.0},
-        {"saved_inputs": 1},
+        {"activations": 1},
         {"engine": "threads"},
         {"device": partial(SimulatedDevice, 3)},
         {"device": partial(SimulatedDevice, 4), "resident_share": 0.5, "small_pool": True},
@@ -82,8 +82,8 @@ def test_a_step_equals_stock_autograd(tmp_path, family, tied, dtype, micro_batch
 )
 def test_how_bytes_move_changes_no_bit(tmp_path, how):
     how = dict(how)
-    if "saved_inputs" in how:
-        how["saved_inputs"] = SavedInputsBudget(2 << 20, [tmp_path / "inputs"])
+    if "activations" in how:
+        how["activations"] = ActivationBudget(2 << 20, [tmp_path / "inputs"])
     if "device" in how:
         how["device"] = how["device"]()
     case = Case(dtype=BF16, counts=(3,), is_frozen=True)

@@ -5,7 +5,7 @@ import torch
 
 from megatrain_io.errors import ConfigError
 from megatrain_io.paging.paged_model import PagedModel
-from megatrain_io.planning.memory_needs import divided, saved_inputs_of, step_needs
+from megatrain_io.planning.memory_needs import activation_budget_of, divided, step_needs
 from megatrain_io.planning.ram_budget import StepNeeds, divide, smallest
 from megatrain_io.planning.residents import resident_nbytes
 from megatrain_io.store.layout import ModelLayout
@@ -47,13 +47,13 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, c
         assert tables == store_memory(layout.manifest({}))
         needs = step_needs(partition, layout, batches, tables)
         least = smallest(layout, needs, tied_embeddings=tied, keeps=clips)
-        everything = (16 if clips else 12) * layout.parameters + needs.saved_inputs
+        everything = (16 if clips else 12) * layout.parameters + needs.activations
         ram = int(least + share * everything)
         plan = divided(partition, layout, needs, ram=ram, keeps=clips)
         model = PagedModel(
             partition,
             state,
-            saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]),
+            activations=activation_budget_of(plan, [tmp_path / "inputs"]),
             max_grad_norm=1.0 if clips else None,
         )
         gradient_files = [file.with_name(f"{file.name}.g") for file in files(tmp_path / "store")]
@@ -98,9 +98,9 @@ def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
         batches = [to_micro_batch(batch) for batch in CASE.steps[1]]
         needs = step_needs(partition, layout, batches, tables)
         least = smallest(layout, needs, tied_embeddings=True)
-        ram = int(least + share * (12 * layout.parameters + needs.saved_inputs))
+        ram = int(least + share * (12 * layout.parameters + needs.activations))
         plan = divided(partition, layout, needs, ram=ram)
-        model = PagedModel(partition, state, saved_inputs=saved_inputs_of(plan, [tmp_path / "inputs"]))
+        model = PagedModel(partition, state, activations=activation_budget_of(plan, [tmp_path / "inputs"]))
         decay = CASE.hyperparameters.weight_decay
         state.start(
             plan.pool,
@@ -127,7 +127,7 @@ def test_no_division_is_larger_than_the_budget(blocks, block, table, keeps):
     parts = [("embedding", [("table", (table,))]), *inner, ("head", [("head", (table,))])]
     layout = ModelLayout.build(parts, blocks, "bf16")
     schedule = build_schedule(layout, tied_embeddings=False, training=True)
-    needs = StepNeeds(MIB, compute=MIB, saved_inputs=2 * MIB, saved_inputs_least=MIB)
+    needs = StepNeeds(MIB, compute=MIB, activations=2 * MIB, activations_least=MIB)
     least = smallest(layout, needs, tied_embeddings=False, keeps=keeps)
     for step in range(60):
         ram = least + step * 16 * layout.parameters // 55
@@ -142,11 +142,11 @@ def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
     with PagedStore(*files(tmp_path / "store")) as state:
         model = PagedModel(partitioned(case), state)
         layout = model.state.layout
-        needs = StepNeeds(MIB, compute=20 * MIB, saved_inputs=50 * MIB, saved_inputs_least=5 * MIB)
+        needs = StepNeeds(MIB, compute=20 * MIB, activations=50 * MIB, activations_least=5 * MIB)
         least = smallest(layout, needs, tied_embeddings=False)
         arguments = (layout, model.training_schedule, needs)
         plan = divide(*arguments, tied_embeddings=False, ram=least)
         assert not plan.residents.records
-        assert 5 * MIB <= plan.saved_inputs < 6 * MIB
-        with pytest.raises(ConfigError, match=r"at least: inputs of blocks 5\.5 MiB, compute 40\.0 MiB"):
+        assert 5 * MIB <= plan.activations < 6 * MIB
+        with pytest.raises(ConfigError, match=r"at least: activations 5\.5 MiB, compute 40\.0 MiB"):
             divide(*arguments, tied_embeddings=False, ram=least - 1)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import PartitionSpec, probe
-from megatrain_io.paging.activations import SavedInputsBudget
+from megatrain_io.paging.activations import ActivationBudget
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.pool import VramPlan
@@ -118,7 +118,7 @@ def opened(
     small_pool: bool = False,
     drives: int = DRIVES,
     resident_share: float = 0.0,
-    saved_inputs: SavedInputsBudget | None = None,
+    activations: ActivationBudget | None = None,
     max_grad_norm: float | None = None,
     gradients: str | None = None,
     kept_in_ram: float = 1.0,
@@ -129,7 +129,7 @@ def opened(
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
     with closing(device or new_device()) as chosen, PagedStore(*files(path, drives), engine=engine) as state:
         how = {"max_grad_norm": max_grad_norm, "gradients": gradients, "device": chosen, "vram": vram}
-        model = PagedModel(partitioned(case), state, saved_inputs=saved_inputs, **how)
+        model = PagedModel(partitioned(case), state, activations=activations, **how)
         hyperparameters = case.hyperparameters
         residents = resident_part(model, resident_share)
         spills = max_grad_norm is not None and kept_in_ram < 1

@@ -53,7 +53,7 @@ def test_a_run_keeps_within_the_vram_that_it_was_given(source, whole, tmp_path, 
     assert {account for account, nbytes in roomy.accounts.nbytes.items() if nbytes} == {
         "weights",
         "gradients",
-        "saved inputs",
+        "activations",
     }
     too_small = on(SimulatedDevice(1, nbytes=CONTEXT_NBYTES))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Inputs of blocks on a device: a ring of slots there, above the one in RAM, which is above the drive.
+"""Activation checkpoints on a device: a ring of slots there, above the one in RAM, which is above the drive.
 
 As in RAM: the last blocks' inputs never leave, because they are needed first; those of the first
 ones go on to RAM behind the forward pass, and come back ahead of the backward pass. Block b is in slot b modulo
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatrain_io.errors import ConfigError, MegatrainIoError
-from megatrain_io.paging.activations import SavedInputs, SavedInputsPlan, input_nbytes
+from megatrain_io.paging.activations import ActivationPlan, SavedActivations, activation_nbytes
 from megatrain_io.paging.device.base import Device, Done, Event
 from megatrain_io.paging.device.pool import slot_nbytes
 from megatrain_io.paging.device.records import DeviceRecords
@@ -28,7 +28,7 @@ _SLOTS_MIN = 2
 
 
 class DeviceActivations:
-    """Stands for ``SavedInputs`` in a step.
+    """Stands for ``SavedActivations`` in a step.
 
     Args:
         host: inputs that go on to RAM.
@@ -38,7 +38,7 @@ class DeviceActivations:
     """
 
     def __init__(
-        self, host: SavedInputs, device: Device, state: DeviceRecords, nbytes: int | None = None
+        self, host: SavedActivations, device: Device, state: DeviceRecords, nbytes: int | None = None
     ) -> None:
         self.host = host
         self._device = device
@@ -66,7 +66,7 @@ class DeviceActivations:
         return self.host.stalled_seconds
 
     @property
-    def plan(self) -> SavedInputsPlan:
+    def plan(self) -> ActivationPlan:
         """Of the inputs that go on to RAM."""
         return self.host.plan
 
@@ -78,9 +78,9 @@ class DeviceActivations:
         """Make room for the inputs of ``blocks`` blocks, each of ``hidden_nbytes`` (one a micro-batch).
 
         Raises:
-            ConfigError: not even two blocks' inputs fit the bound; and what ``SavedInputs.reserve`` raises.
+            ConfigError: not even two blocks' inputs fit the bound; and what ``SavedActivations.reserve`` raises.
         """
-        per_block = input_nbytes(hidden_nbytes)
+        per_block = activation_nbytes(hidden_nbytes)
         count = blocks
         if self._bound is not None and per_block:
             count = min(blocks, self._bound // slot_nbytes(per_block))
@@ -89,7 +89,7 @@ class DeviceActivations:
             count = min(count, len(self._memory))
         if count < min(blocks, _SLOTS_MIN):
             raise ConfigError(
-                f"saved inputs may take {self._bound} bytes of {self._device.name}, and those of one block take "
+                f"activations may take {self._bound} bytes of {self._device.name}, and those of one block take "
                 f"{per_block}: two blocks' are the least. Allow more, or use shorter or fewer micro-batches"
             )
         if (
@@ -106,17 +106,17 @@ class DeviceActivations:
         self._came = [Done() for _ in self._slots]
 
     def _cut(self, blocks: int, count: int, hidden_nbytes: Sequence[int]) -> None:
-        per_block = input_nbytes(hidden_nbytes)
+        per_block = activation_nbytes(hidden_nbytes)
         self._in_host = blocks - count
         self._reserve_host(hidden_nbytes)
         self._nbytes = list(hidden_nbytes)
-        self._offsets = [input_nbytes(hidden_nbytes[:index]) for index in range(len(hidden_nbytes))]
+        self._offsets = [activation_nbytes(hidden_nbytes[:index]) for index in range(len(hidden_nbytes))]
         self._like = [torch.empty(0)] * len(hidden_nbytes)
         if count > len(self._memory) or per_block > min(memory.nbytes for memory in self._memory):
-            self._device.accounts.add("saved inputs", -sum(memory.nbytes for memory in self._memory))
+            self._device.accounts.add("activations", -sum(memory.nbytes for memory in self._memory))
             self._slots, self._memory = [], []  # the old ones go before the new ones come
             for _ in range(count):
-                self._memory.append(self._device.allocate(slot_nbytes(per_block), "saved inputs"))
+                self._memory.append(self._device.allocate(slot_nbytes(per_block), "activations"))
         self._slots = self._memory[:count]
 
     def _reserve_host(self, hidden_nbytes: Sequence[int]) -> None:

@@ -62,21 +62,21 @@ class VramPlan:
         context: what the driver and its libraries take.
         compute: tensors of compute that are alive at once.
         pool: buffers for weights and gradients.
-        saved_inputs: for inputs of blocks; those that do not fit go on to RAM.
-        all_inputs: bytes of all of them.
+        activations: for activation checkpoints; those that do not fit go on to RAM.
+        all_activations: bytes of all of them.
     """
 
     vram: int
     context: int
     compute: int
     pool: DevicePool
-    saved_inputs: int
-    all_inputs: int
+    activations: int
+    all_activations: int
 
     @property
     def allocated(self) -> int:
         """Bytes of buffers."""
-        return self.pool.nbytes + self.saved_inputs
+        return self.pool.nbytes + self.activations
 
     @property
     def total(self) -> int:
@@ -85,14 +85,14 @@ class VramPlan:
 
     def __str__(self) -> str:
         """The division, for a person."""
-        is_spilled = self.saved_inputs < self.all_inputs
-        rest = f" (of {whole_mib(self.all_inputs)}, the rest in RAM)" * is_spilled
-        inputs = f"{whole_mib(self.saved_inputs)}{rest}"
+        is_spilled = self.activations < self.all_activations
+        rest = f" (of {whole_mib(self.all_activations)}, the rest in RAM)" * is_spilled
+        inputs = f"{whole_mib(self.activations)}{rest}"
         gradients = sum(nbytes * count for nbytes, count in self.pool.gradients.values())
         gathers = " (they gather in RAM)" * self.pool.gathers
         return (
             f"VRAM: {whole_mib(self.total)} of {whole_mib(self.vram)}: weights "
-            f"{whole_mib(self.pool.nbytes - gradients)}, gradients {whole_mib(gradients)}{gathers}, inputs of blocks "
+            f"{whole_mib(self.pool.nbytes - gradients)}, gradients {whole_mib(gradients)}{gathers}, activations "
             f"{inputs}, compute {whole_mib(self.compute)}, driver and libraries {whole_mib(self.context)}"
         )
 

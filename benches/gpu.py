@@ -64,7 +64,7 @@ def train(job: Figures) -> Figures:
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
     from megatrain_io.planning.compute_time import measured_seconds
-    from megatrain_io.planning.memory_needs import activation_budget_of, divided, on_device, step_needs
+    from megatrain_io.planning.memory_needs import activation_budget_of, plan_ram, plan_vram, step_needs
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     path = Path(job["store"])
@@ -82,8 +82,8 @@ def train(job: Figures) -> Figures:
         needs = step_needs(
             PartitionedModel(config, torch.bfloat16, probe(config)), layout, batches, state.ledger.total()[0]
         )
-        vram, left = on_device(partition, layout, needs, vram=job["vram"])
-        plan = divided(partition, layout, left, ram=job["ram"])
+        vram, left = plan_vram(partition, layout, needs, vram=job["vram"])
+        plan = plan_ram(partition, layout, left, ram=job["ram"])
         inputs = activation_budget_of(plan, [path.with_name("inputs")])
         model = PagedModel(partition, state, activations=inputs, device=device, vram=vram)
         reset_peak_rss()

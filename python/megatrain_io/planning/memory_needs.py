@@ -10,12 +10,12 @@ from megatrain_io.paging.activations import ActivationBudget, activation_nbytes,
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES, VramPlan, gathered_chunks, slot_nbytes
 from megatrain_io.paging.step import LOGITS_BYTES, hidden_nbytes, slice_tokens
 from megatrain_io.planning.dry_run import dry_run
-from megatrain_io.planning.ram_budget import MemoryPlan, StepNeeds, divide
+from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, divide_ram
 from megatrain_io.planning.vram_budget import divide_vram, least_vram
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.schedule import build_schedule
 
-__all__ = ["activation_budget_of", "divided", "gathered_nbytes", "least_on_device", "on_device", "step_needs"]
+__all__ = ["activation_budget_of", "gathered_nbytes", "least_vram_for", "plan_ram", "plan_vram", "step_needs"]
 
 # Of the table that the pipeline has of chunks, where it moves them one by one: the most, a chunk.
 _BY_CHUNK_TABLES = 96
@@ -39,7 +39,7 @@ def step_needs(
     )
 
 
-def on_device(
+def plan_vram(
     partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, vram: int
 ) -> tuple[VramPlan, StepNeeds]:
     """Divide ``vram`` bytes for steps that need ``needs``; and what RAM is left to hold.
@@ -69,7 +69,7 @@ def on_device(
     )
 
 
-def least_on_device(partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds) -> int:
+def least_vram_for(partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds) -> int:
     """The least VRAM that steps which need ``needs`` can be done in."""
     return least_vram(
         layout,
@@ -106,9 +106,9 @@ def _compute_nbytes(needs: StepNeeds) -> int:
     return needs.compute + needs.compute // 16 + _WORKSPACES
 
 
-def divided(
+def plan_ram(
     partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, keeps: bool = False
-) -> MemoryPlan:
+) -> RamPlan:
     """Divide ``ram`` bytes for steps that need ``needs``.
 
     Raises:
@@ -116,9 +116,9 @@ def divided(
     """
     tied = bool(partition.tied_parameters)
     schedule = build_schedule(layout, tied_embeddings=tied, training=True)
-    return divide(layout, schedule, needs, tied_embeddings=tied, ram=ram, keeps=keeps)
+    return divide_ram(layout, schedule, needs, tied_embeddings=tied, ram=ram, keeps=keeps)
 
 
-def activation_budget_of(plan: MemoryPlan, scratch: Sequence[Path]) -> ActivationBudget:
+def activation_budget_of(plan: RamPlan, scratch: Sequence[Path]) -> ActivationBudget:
     """The part of activations in a plan; ``scratch`` is the file for what does not fit, one for each drive."""
     return ActivationBudget(plan.activations if plan.is_spilled else None, scratch)

@@ -8,7 +8,7 @@ from rich.filesize import decimal
 
 from megatrain_io.errors import DoesNotFitError
 from megatrain_io.paging.device.pool import VramPlan
-from megatrain_io.planning.ram_budget import MemoryPlan
+from megatrain_io.planning.ram_budget import RamPlan
 
 __all__ = ["Plan", "Prices", "Problem", "StepTime", "Variant", "Wear"]
 
@@ -126,7 +126,7 @@ class Plan:
     settings: Mapping[str, Any]
     tokens_per_step: int
     steps: int | None
-    memory: MemoryPlan | None
+    memory: RamPlan | None
     ledger_bytes: int | None
     process_bytes: int | None
     store_bytes: int

@@ -12,14 +12,14 @@ from megatrain_io.paging.device.pool import VramPlan
 from megatrain_io.planning.flops import Work, work_of
 from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.memory_needs import (
-    divided,
     gathered_nbytes,
-    least_on_device,
-    on_device,
+    least_vram_for,
+    plan_ram,
+    plan_vram,
     step_needs,
 )
 from megatrain_io.planning.plan import Plan, Prices, Problem, Variant, Wear
-from megatrain_io.planning.ram_budget import MemoryPlan, StepNeeds, smallest
+from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, least_ram
 from megatrain_io.planning.simulator import StandstillError
 from megatrain_io.planning.step_time import (
     activations_moved,
@@ -128,7 +128,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     )
 
 
-def process_nbytes(memory: MemoryPlan, libraries: int, *, is_warm: bool) -> int:
+def process_nbytes(memory: RamPlan, libraries: int, *, is_warm: bool) -> int:
     """The most that the process takes; a heap that has seen a step has room for the tensors of one."""
     return memory.total + libraries - (memory.needs.compute + memory.needs.heap) * is_warm
 
@@ -204,7 +204,7 @@ def store_nbytes(layout: ModelLayout) -> int:
     )
 
 
-def scratch_nbytes(job: TrainingJob, memory: MemoryPlan) -> float:
+def scratch_nbytes(job: TrainingJob, memory: RamPlan) -> float:
     """Bytes on the drives while it runs: activation checkpoints, gradients that wait."""
     found = sum(activations_moved(job, memory).values())
     if memory.spills_gradients:
@@ -219,7 +219,7 @@ def scratch_nbytes(job: TrainingJob, memory: MemoryPlan) -> float:
 def vram_nbytes(job: TrainingJob) -> int:
     """The least on a GPU."""
     partition, layout = job.partition, job.layout
-    return least_on_device(partition, layout, step_needs(partition, layout, job.micro_batches, job.tables))
+    return least_vram_for(partition, layout, step_needs(partition, layout, job.micro_batches, job.tables))
 
 
 def _wear(written: float, hardware: Hardware) -> Wear:
@@ -242,9 +242,9 @@ def _needs(job: TrainingJob, hardware: Hardware) -> tuple[VramPlan | None, StepN
     needs = step_needs(partition, layout, job.micro_batches, job.tables)
     if hardware.device is None or job.vram is None:
         return None, needs, ()
-    vram, least = job.vram, least_on_device(partition, layout, needs)
+    vram, least = job.vram, least_vram_for(partition, layout, needs)
     if least <= vram:
-        return *on_device(partition, layout, needs, vram=vram), ()
+        return *plan_vram(partition, layout, needs, vram=vram), ()
     asked = job.config.memory.vram
     has = f"memory.vram is {_size(vram)}" if asked == vram else f"{hardware.device.name} has {_size(vram)}"
     problem = Problem(
@@ -252,17 +252,17 @@ def _needs(job: TrainingJob, hardware: Hardware) -> tuple[VramPlan | None, StepN
         _nearest_rows(job, hardware),
     )
     # As if it were just enough.
-    return *on_device(partition, layout, needs, vram=least), (problem,)
+    return *plan_vram(partition, layout, needs, vram=least), (problem,)
 
 
 def _problems(
     job: TrainingJob, needs: StepNeeds, hardware: Hardware, usable: tuple[int, str] | None
-) -> tuple[MemoryPlan | None, tuple[Problem, ...]]:
+) -> tuple[RamPlan | None, tuple[Problem, ...]]:
     """How RAM is divided, and all that keeps it from being run."""
     found = []
     memory = None
     try:
-        memory = divided(job.partition, job.layout, needs, ram=job.ram, keeps=job.keeps)
+        memory = plan_ram(job.partition, job.layout, needs, ram=job.ram, keeps=job.keeps)
     except DoesNotFitError as error:
         found.append(Problem(str(error).removesuffix("."), _nearest_rows(job, hardware)))
     if usable is not None and memory is not None and memory.total > usable[0]:
@@ -279,7 +279,7 @@ def _problems(
 
 def _divides(job: TrainingJob, needs: StepNeeds, ram: int) -> bool:
     tied = bool(job.partition.tied_parameters)
-    return ram >= smallest(job.layout, needs, tied_embeddings=tied, keeps=job.keeps)
+    return ram >= least_ram(job.layout, needs, tied_embeddings=tied, keeps=job.keeps)
 
 
 def _nearest_rows(job: TrainingJob, hardware: Hardware) -> tuple[str, ...]:
@@ -311,13 +311,13 @@ def _fits_memory(job: TrainingJob, hardware: Hardware) -> bool:
     needs = step_needs(partition, layout, job.micro_batches, job.tables)
     if hardware.device is not None and job.vram is not None:
         try:
-            needs = on_device(partition, layout, needs, vram=job.vram)[1]
+            needs = plan_vram(partition, layout, needs, vram=job.vram)[1]
         except DoesNotFitError:
             return False
     return _divides(job, needs, job.ram)
 
 
-def _drive_problems(job: TrainingJob, memory: MemoryPlan | None, hardware: Hardware) -> list[Problem]:
+def _drive_problems(job: TrainingJob, memory: RamPlan | None, hardware: Hardware) -> list[Problem]:
     found = [Problem(drive.problem) for drive in hardware.drives if drive.problem is not None]
     scratch = 0.0 if memory is None else scratch_nbytes(job, memory)
     store = 0 if job.is_made else store_nbytes(job.layout)
@@ -367,7 +367,9 @@ def _variants(
     found = []
     for change, variant, gradients, machine in changed:
         try:
-            division = divided(variant.partition, variant.layout, needs, ram=variant.ram, keeps=variant.keeps)
+            division = plan_ram(
+                variant.partition, variant.layout, needs, ram=variant.ram, keeps=variant.keeps
+            )
         except DoesNotFitError:
             continue  # what a change needs more is not there
         phases = phases_of(variant, division, gradients)
@@ -402,7 +404,7 @@ def accumulation_that_hides_io(
             "these is not known: run megatrain-io bench DIR on the drive of the store once, or give a number"
         )
     _, needs, _ = _needs(job, hardware)
-    memory = divided(job.partition, job.layout, needs, ram=job.ram, keeps=job.keeps)
+    memory = plan_ram(job.partition, job.layout, needs, ram=job.ram, keeps=job.keeps)
     gradients = gradients_of(job)
     phases = phases_of(job, memory, gradients)
     tokens = hiding_tokens(job, phases, hardware, compute)

@@ -15,7 +15,7 @@ from megatrain_io.store.pool import HUGE_PAGE_BYTES, PoolSizes, mapped_nbytes, p
 from megatrain_io.store.schedule import ChunkOp, Residents
 from megatrain_io.text import mib
 
-__all__ = ["MemoryPlan", "StepNeeds", "divide", "smallest"]
+__all__ = ["RamPlan", "StepNeeds", "divide_ram", "least_ram"]
 
 # Of the file for activation checkpoints: its tables, and the buffers of its commit.
 _SCRATCH_TABLES = 512 << 10
@@ -68,7 +68,7 @@ class StepNeeds:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class RamPlan:
     """How a budget is divided.
 
     Attributes:
@@ -121,7 +121,7 @@ class MemoryPlan:
         )
 
 
-def divide(
+def divide_ram(
     layout: ModelLayout,
     schedule: Sequence[ChunkOp],
     needs: StepNeeds,
@@ -129,7 +129,7 @@ def divide(
     tied_embeddings: bool,
     ram: int,
     keeps: bool = False,
-) -> MemoryPlan:
+) -> RamPlan:
     """Divide ``ram`` bytes: the largest pool that fits, then activation checkpoints, gradients, residents.
 
     A byte of an input or of a gradient that waits saves two bytes a step, as one of a weight does, and no
@@ -155,7 +155,7 @@ def divide(
         if needs.always + needs.activations_at_least + mapped_nbytes(pool) <= ram:
             break
     else:
-        least = smallest(layout, needs, tied_embeddings=tied_embeddings, keeps=keeps)
+        least = least_ram(layout, needs, tied_embeddings=tied_embeddings, keeps=keeps)
         compute = needs.compute + needs.heap
         raise DoesNotFitError(
             f"memory.ram is {mib(ram)}, and this training needs {mib(least)} at least: activations "
@@ -183,7 +183,7 @@ def divide(
         chosen, taken, pool = found, nbytes, slimmer
     sums = [mapped_nbytes(pool), mapped_nbytes(pool, taken[0]), mapped_nbytes(pool, *taken)]
     spills = keeps and len(chosen.gradients) < len(layout.records)
-    return MemoryPlan(
+    return RamPlan(
         ram=ram,
         needs=needs,
         activations=activations,
@@ -211,7 +211,7 @@ def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
     return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > gradients else [*_CHUNK_POOLS]
 
 
-def smallest(layout: ModelLayout, needs: StepNeeds, *, tied_embeddings: bool, keeps: bool = False) -> int:
+def least_ram(layout: ModelLayout, needs: StepNeeds, *, tied_embeddings: bool, keeps: bool = False) -> int:
     """The least RAM that such a step can be done in."""
     slots = (_CHUNK_POOLS if needs.by_chunk else _POOLS)[-1]
     pool = _pool(layout, needs, slots, Residents(), tied_embeddings=tied_embeddings, keeps=keeps)

@@ -10,7 +10,7 @@ from megatrain_io.paging.device.pool import VramPlan
 from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.memory_needs import activation_budget_of
 from megatrain_io.planning.plan import StepTime
-from megatrain_io.planning.ram_budget import MemoryPlan
+from megatrain_io.planning.ram_budget import RamPlan
 from megatrain_io.planning.simulator import Rates, simulate
 from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout
@@ -73,7 +73,7 @@ def _commits(job: TrainingJob) -> tuple[float, float]:
     return 1 / every, 1 - 1 / every
 
 
-def activations_moved(job: TrainingJob, memory: MemoryPlan) -> dict[int, float]:
+def activations_moved(job: TrainingJob, memory: RamPlan) -> dict[int, float]:
     """Bytes of inputs that go to the drive and come back, by record."""
     budget, needs = activation_budget_of(memory, [job.config.output_dir / "inputs"]), memory.needs
     # Those of the last blocks stay where they are computed, if that has memory of its own.
@@ -84,7 +84,7 @@ def activations_moved(job: TrainingJob, memory: MemoryPlan) -> dict[int, float]:
     return {job.layout.block(index): plan.moved_nbytes / plan.on_drive for index in range(plan.on_drive)}
 
 
-def phases_of(job: TrainingJob, memory: MemoryPlan, gradients: Gradients) -> dict[str, tuple[float, float]]:
+def phases_of(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> dict[str, tuple[float, float]]:
     """Bytes read and written, by phase, of a step between others of its kind."""
     schedule = schedule_of(job, gradients, applies=gradients == "keep")
     layout, residents = job.layout, memory.residents
@@ -105,7 +105,7 @@ def phases_of(job: TrainingJob, memory: MemoryPlan, gradients: Gradients) -> dic
     return found
 
 
-def written_by_commit(job: TrainingJob, memory: MemoryPlan, gradients: Gradients) -> int:
+def written_by_commit(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> int:
     """The most that a step writes: one that commits, whose guess, if it makes one, was wrong."""
     schedule = schedule_of(job, gradients, applies=gradients == "keep")
     _, written = traffic(schedule, job.layout, memory.residents)
@@ -116,7 +116,7 @@ def written_by_commit(job: TrainingJob, memory: MemoryPlan, gradients: Gradients
 
 def step_time(
     job: TrainingJob,
-    memory: MemoryPlan,
+    memory: RamPlan,
     compute: Mapping[StageKey, float],
     hardware: Hardware,
     gradients: Gradients,
@@ -160,7 +160,7 @@ def step_time(
     )
 
 
-def _pool_on_device(job: TrainingJob, memory: MemoryPlan, vram: VramPlan) -> PoolSizes:
+def _pool_on_device(job: TrainingJob, memory: RamPlan, vram: VramPlan) -> PoolSizes:
     """Buffers that records pass through, as the simulation knows them: those of the device."""
 
     def outer(kinds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from megatrain_io.paging.activations import ActivationBudget
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 from megatrain_io.paging.device.simulated import SimulatedDevice
 from megatrain_io.planning.dry_run import dry_run
-from megatrain_io.planning.memory_needs import divided, on_device, step_needs
+from megatrain_io.planning.memory_needs import plan_ram, plan_vram, step_needs
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep
 from megatrain_io.store.schedule import traffic
@@ -147,8 +147,8 @@ def test_it_keeps_within_ram_and_vram_that_have_no_room_for_gradients(tmp_path, 
     batches = [to_micro_batch(batch) for batch in case.steps[0]]
     with opened(tmp_path / "store", case) as model:
         needs = step_needs(model.partition, model.state.layout, batches, model.state.ledger.total()[0])
-        plan, left = on_device(model.partition, model.state.layout, needs, vram=CONTEXT_NBYTES + 66 * MIB)
-        ram = divided(model.partition, model.state.layout, left, ram=2 * MIB)
+        plan, left = plan_vram(model.partition, model.state.layout, needs, vram=CONTEXT_NBYTES + 66 * MIB)
+        ram = plan_ram(model.partition, model.state.layout, left, ram=2 * MIB)
     assert not plan.pool.gradients
     assert ram.pool.chunk_slots[1] == ram.pool.block_gradients[1] == ram.pool.outer_buffers[1] == 0
     assert not ram.residents.chunks

@@ -5,8 +5,8 @@ import torch
 
 from megatrain_io.errors import ConfigError
 from megatrain_io.paging.paged_model import PagedModel
-from megatrain_io.planning.memory_needs import activation_budget_of, divided, step_needs
-from megatrain_io.planning.ram_budget import StepNeeds, divide, smallest
+from megatrain_io.planning.memory_needs import activation_budget_of, plan_ram, step_needs
+from megatrain_io.planning.ram_budget import StepNeeds, divide_ram, least_ram
 from megatrain_io.planning.residents import resident_nbytes
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings, store_memory
@@ -46,10 +46,10 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, c
         tied = bool(partition.tied_parameters)
         assert tables == store_memory(layout.manifest({}))
         needs = step_needs(partition, layout, batches, tables)
-        least = smallest(layout, needs, tied_embeddings=tied, keeps=clips)
+        least = least_ram(layout, needs, tied_embeddings=tied, keeps=clips)
         everything = (16 if clips else 12) * layout.parameters + needs.activations
         ram = int(least + share * everything)
-        plan = divided(partition, layout, needs, ram=ram, keeps=clips)
+        plan = plan_ram(partition, layout, needs, ram=ram, keeps=clips)
         model = PagedModel(
             partition,
             state,
@@ -97,9 +97,9 @@ def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
         partition, layout, tables = partitioned(CASE), state.layout, state.ledger.total()[0]
         batches = [to_micro_batch(batch) for batch in CASE.steps[1]]
         needs = step_needs(partition, layout, batches, tables)
-        least = smallest(layout, needs, tied_embeddings=True)
+        least = least_ram(layout, needs, tied_embeddings=True)
         ram = int(least + share * (12 * layout.parameters + needs.activations))
-        plan = divided(partition, layout, needs, ram=ram)
+        plan = plan_ram(partition, layout, needs, ram=ram)
         model = PagedModel(partition, state, activations=activation_budget_of(plan, [tmp_path / "inputs"]))
         decay = CASE.hyperparameters.weight_decay
         state.start(
@@ -128,10 +128,10 @@ def test_no_division_is_larger_than_the_budget(blocks, block, table, keeps):
     layout = ModelLayout.build(parts, blocks, "bf16")
     schedule = build_schedule(layout, tied_embeddings=False, training=True)
     needs = StepNeeds(MIB, compute=MIB, activations=2 * MIB, activations_least=MIB)
-    least = smallest(layout, needs, tied_embeddings=False, keeps=keeps)
+    least = least_ram(layout, needs, tied_embeddings=False, keeps=keeps)
     for step in range(60):
         ram = least + step * 16 * layout.parameters // 55
-        plan = divide(layout, schedule, needs, tied_embeddings=False, ram=ram, keeps=keeps)
+        plan = divide_ram(layout, schedule, needs, tied_embeddings=False, ram=ram, keeps=keeps)
         assert plan.total <= ram, step
     assert len(plan.residents.chunks) == len(layout.chunks)
 
@@ -143,10 +143,10 @@ def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
         model = PagedModel(partitioned(case), state)
         layout = model.state.layout
         needs = StepNeeds(MIB, compute=20 * MIB, activations=50 * MIB, activations_least=5 * MIB)
-        least = smallest(layout, needs, tied_embeddings=False)
+        least = least_ram(layout, needs, tied_embeddings=False)
         arguments = (layout, model.training_schedule, needs)
-        plan = divide(*arguments, tied_embeddings=False, ram=least)
+        plan = divide_ram(*arguments, tied_embeddings=False, ram=least)
         assert not plan.residents.records
         assert 5 * MIB <= plan.activations < 6 * MIB
         with pytest.raises(ConfigError, match=r"at least: activations 5\.5 MiB, compute 40\.0 MiB"):
-            divide(*arguments, tied_embeddings=False, ram=least - 1)
+            divide_ram(*arguments, tied_embeddings=False, ram=least - 1)

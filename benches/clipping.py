@@ -110,10 +110,10 @@ def train(job: Figures) -> Figures:
 
         found = measured(step, job)
         clock = time.perf_counter()
-        model.settle()
+        model.wait_durable()
         return {
             **found,
-            "settle_seconds": time.perf_counter() - clock,
+            "durable_seconds": time.perf_counter() - clock,
             "ledger_peak": state.ledger.total()[1],
         }
 

@@ -92,7 +92,7 @@ def train(job: Figures) -> Figures:
         with device.pin(state.pool_memory()) as is_pinned:
             for number in range(1, job["steps"] + WARM_UP + 1):
                 if number == WARM_UP + 1:
-                    state.wait_settled()
+                    state.wait_durable()
                     state.record_events()
                     model.record_device_events()
                     before, drive_before = state.io_bytes(), drive_bytes()
@@ -104,7 +104,7 @@ def train(job: Figures) -> Figures:
                     step = model.train_step(batches, adamw, lambda _loss: b"x")
                 losses.append(step.loss)
                 seconds.append(time.perf_counter() - began)
-            state.wait_settled()
+            state.wait_durable()
             moved, by_system = (
                 [(now - then) / job["steps"] for now, then in zip(nows, thens, strict=True)]
                 for nows, thens in ((state.io_bytes(), before), (drive_bytes(), drive_before))

@@ -156,19 +156,19 @@ def tensor_store(folder: Path, nbytes: int, engine_name: str) -> Figures:
         for tensor in tensors.values():
             tensor.random_(-(2**31), 2**31)
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        settle(
+        wait_for(
             [store.put(name, tensor) for name, tensor in tensors.items()]
         )  # each extent is written once untimed
         with Clock() as clock:
             for _ in range(PASSES):
-                settle([store.put(name, tensor) for name, tensor in tensors.items()])
+                wait_for([store.put(name, tensor) for name, tensor in tensors.items()])
         found["write"] = clock.figure(0, PASSES * total)
         tensor = None
         with Clock() as clock:
             for _ in range(PASSES):
                 tensors.clear()  # their memory is what is read into
                 tickets = {name: store.prefetch(name) for name in sizes}
-                settle(list(tickets.values()))
+                wait_for(list(tickets.values()))
                 tensors.update({name: ticket.result() for name, ticket in tickets.items()})
                 tickets.clear()
         found["read"] = clock.figure(PASSES * total, 0)
@@ -198,14 +198,14 @@ def mixed_tensors(store: Any, tensors: dict[str, Any], half: int) -> dict[str, f
                 (store.prefetch, f"w{again}"),
             ):
                 if len(flying) == max(DEPTHS_OF_EXTENTS):
-                    settle([flying.popleft()])
+                    wait_for([flying.popleft()])
                 flying.append(ask(name))
-        settle([*flying])
+        wait_for([*flying])
     turns = PASSES * half
     return clock.figure(turns * (2 * WEIGHT + UPDATE), turns * (WEIGHT + UPDATE))
 
 
-def settle(tickets: list[Any]) -> None:
+def wait_for(tickets: list[Any]) -> None:
     """Wait for all of them, and take what was read: what nobody took is not read again by the next prefetch."""
     for ticket in tickets:
         ticket.wait()

@@ -119,7 +119,7 @@ def measure(job: Figures) -> Figures:
             settings=lambda _place: TensorSettings(DECAY),
         )
         rows = train(job, setting, model, batches, AdamWStep)
-        state.wait_settled()
+        state.wait_durable()
         model.close()
         steady = rows[FIRST_STEPS:]
         return {

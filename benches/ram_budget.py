@@ -86,7 +86,7 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
         for number in range(1, steps + 1):
             adamw = AdamWStep(number, LEARNING_RATE, *BETAS, EPS)
             losses.append(model.train_step(batches, adamw, lambda _loss: b"x").loss)
-        state.wait_settled()
+        state.wait_durable()
         model.close()
         return {
             "plan": str(plan),

@@ -5,7 +5,7 @@
 Each bar is a process of its own, started anew in each round, and the bars take turns; a store of ours is made before
 its bar and removed after it. A round's figure is the median of its steps but the first; of bytes and CPU seconds it is
 their mean. A bar that seldom commits shows the steps between two commits. What is still to be written when the last
-step ends is waited for outside of the steps (``settle_seconds`` in the JSON).
+step ends is waited for outside of the steps (``durable_seconds`` in the JSON).
 
 The bound (``step_bound.py``) is made of fio's rates and of torch's forward and backward seconds, of the same round.
 """

@@ -394,12 +394,12 @@ def _matmul(seconds: float, share: _Share) -> MatmulProfile:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty(size, size, device=device, dtype=dtype)
         times: list[float] = []
-        with _settled(device):
+        with _torch_at_rest(device):
             torch.mm(a, b, out=out)  # the first one chooses its kernel
         end = time.monotonic() + seconds
         while not times or time.monotonic() < end:
             start = time.perf_counter()
-            with _settled(device):
+            with _torch_at_rest(device):
                 torch.mm(a, b, out=out)
             times.append(time.perf_counter() - start)
         found[dtype] = 2 * size**3 / 1e9 / statistics.median(times)
@@ -409,7 +409,7 @@ def _matmul(seconds: float, share: _Share) -> MatmulProfile:
 
 
 @contextmanager
-def _settled(device: "torch.device") -> Iterator[None]:  # type: ignore[name-defined]  # noqa: F821 - imported late
+def _torch_at_rest(device: "torch.device") -> Iterator[None]:  # type: ignore[name-defined]  # noqa: F821 - imported late
     """Wait for what the body started on the device."""
     yield
     if device.type == "cuda":

@@ -281,10 +281,10 @@ class PagedModel:
                     self._on_device.pass_by(record)
             self.state.end(None)
 
-    def settle(self) -> None:
+    def wait_durable(self) -> None:
         """Wait until every step that has ended is updated and written, and durable if it was to be committed."""
         self.flush()
-        self.state.wait_settled()
+        self.state.wait_durable()
 
     def skip(self, blob: bytes) -> None:
         """Commit the trainer's state alone: nothing else changes."""

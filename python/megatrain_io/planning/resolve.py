@@ -46,7 +46,7 @@ __all__ = [
     "plan",
     "precision_of",
     "ram_of",
-    "settle_precision",
+    "resolve_precision",
     "vram_of",
 ]
 
@@ -103,8 +103,8 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
     gpu = None if run_config.train.device == "cpu" else gpu
     without_bf16 = None if gpu is None or gpu.has_bf16 else gpu.name
     run = RunFolder(Path(run_config.output_dir))
-    run_config, settled = settle_precision(run_config, run, without_bf16=without_bf16)
-    notes += settled
+    run_config, resolved = resolve_precision(run_config, run, without_bf16=without_bf16)
+    notes += resolved
     job, hardware = _job(run_config, run, described, gpu)
     compute = calibrate(job, hardware) if is_here else None
     libraries = psutil.Process().memory_info().rss if is_here else 0
@@ -222,14 +222,14 @@ def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | N
 
 
 def precision_of(config: RunConfig) -> Precision:
-    """That of a configuration which ``settle_precision`` has seen."""
+    """That of a configuration which ``resolve_precision`` has seen."""
     precision = config.train.precision
     if precision == "auto":
-        raise MegatrainIoError("train.precision is auto, and was not settled before it was asked for")
+        raise MegatrainIoError("train.precision is auto, and was not resolved before it was asked for")
     return precision
 
 
-def settle_precision(
+def resolve_precision(
     config: RunConfig, run: RunFolder, *, without_bf16: str | None
 ) -> tuple[RunConfig, list[str]]:
     """Put a precision in the place of ``auto``: that of an imported run, else bf16, or fp32 on a GPU without it.

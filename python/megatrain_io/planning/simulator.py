@@ -154,7 +154,7 @@ class _Simulation:
         """Of records, in the order in which they were handed over."""
         self._read_inputs: set[int] = set()
         self._ended: set[int] = set()
-        self._settled = -1
+        self._durable = -1
         self._is_committing = False
         self._figures: list[dict[str, dict[str, float]]] = [
             {"phases": {}, "busy": dict.fromkeys(_SERVERS, 0.0), "waits": {}} for _ in range(timeline.count)
@@ -298,9 +298,9 @@ class _Simulation:
             self._read(update.read, update.chunks, read)
 
     def _start_updates(self) -> None:
-        """Those whose planes and gradients are here, of the oldest step that is not settled."""
+        """Those whose planes and gradients are here, of the oldest step that is not durable."""
         for update in list(self._granted):
-            is_open = update.step == self._settled + 1 and not self._is_committing
+            is_open = update.step == self._durable + 1 and not self._is_committing
             if not (update.is_read and is_open and self._sources.get(update.record)):
                 continue
             self._granted.remove(update)
@@ -440,13 +440,13 @@ class _Simulation:
             self._ended.add(stage.step)
 
     def _start_commit(self) -> None:
-        step = self._settled + 1
+        step = self._durable + 1
         waits = any(stage.step == step for stage in self._stages) or step not in self._ended
         if self._is_committing or waits or self._left.get(step, 0) > 0:
             return
 
         def committed() -> None:
-            self._settled, self._is_committing = step, False
+            self._durable, self._is_committing = step, False
 
         self._is_committing = True
         self._queues["write"].append(_Job(self._rates.commit if self._commits[step] else 0.0, committed))

@@ -267,7 +267,7 @@ class PagedStore:
         """
         self._running().end(blob, applied)
 
-    def wait_settled(self) -> None:
+    def wait_durable(self) -> None:
         """Wait until every ended step is written, and durable if it was to be committed."""
         self._running().wait_settled()
 

@@ -28,7 +28,7 @@ from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.paged_model import PagedModel, StepLoss
 from megatrain_io.paging.trace import Trace
 from megatrain_io.planning.memory_needs import activation_budget_of
-from megatrain_io.planning.resolve import device_for, precision_of, settle_precision
+from megatrain_io.planning.resolve import device_for, precision_of, resolve_precision
 from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
 from megatrain_io.runs.import_model import import_model
 from megatrain_io.runs.metrics import MetricsFile, StepReport, TrainResult, last_report
@@ -76,7 +76,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
     with ExitStack() as open_:
         device = open_.enter_context(closing(device_for(config)))
         without_bf16 = None if device.has_bf16 else device.name
-        config, notes = settle_precision(config, run, without_bf16=without_bf16)
+        config, notes = resolve_precision(config, run, without_bf16=without_bf16)
         start = _import_if_needed(config, run, device, resume=resume)
         open_.enter_context(storage_errors(run.path, safe))
         state = open_.enter_context(open_store(run, engine=config.memory.io_backend))
@@ -86,7 +86,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
                 trainer.run()
             except KeyboardInterrupt:
                 # A step that has ended is committed first, if it was to be; steps since the last commit are lost.
-                trainer.settle()
+                trainer.wait_durable()
                 kept = TrainerState.parse(state.blob).step
                 if state.layout.durability == "scratch":
                     state.close()  # the step is kept only if this succeeds: its error is the one to tell
@@ -259,7 +259,7 @@ class _Trainer:
                     self._will_skip(error)
                     before = self._counters()
                 self.write_trace()
-            self._model.settle()
+            self._model.wait_durable()
 
     def _train(
         self, step: int, before: tuple[int, int, Mapping[str, float]]
@@ -321,21 +321,21 @@ class _Trainer:
         self._is_near_limit = self._tally.is_near(self._written_total())
         if not self._is_near_limit:
             return
-        self.settle()
+        self.wait_durable()
         try:
             self._tally.check(self._written_total(), self.progress.step)
         except WearLimitError:
             if self._steps:
                 # How much was written is known to the byte now, and must be when the run goes on.
-                self._model.skip(self._blob_of(self.progress.step, is_settled=True)(self.progress.loss))
-                self.settle()
+                self._model.skip(self._blob_of(self.progress.step, is_durable=True)(self.progress.loss))
+                self.wait_durable()
             if self._is_scratch:
                 self._state.close()  # the step is kept only if this succeeds: its error is the one to tell
             raise
 
-    def settle(self) -> None:
+    def wait_durable(self) -> None:
         """Wait until all steps that have ended are durable, if they were to be committed."""
-        self._model.settle()
+        self._model.wait_durable()
 
     def write_trace(self) -> None:
         """Write what was recorded since the last time."""
@@ -380,7 +380,7 @@ class _Trainer:
         )
         if evaluates:
             # What is still to be written belongs to this step, not to the evaluation.
-            self._model.settle()
+            self._model.wait_durable()
         after, seconds = self._counters(), time.monotonic() - began
         self._trained[0] += after[0] - before[0]
         self._trained[1] += after[1] - before[1]
@@ -439,14 +439,14 @@ class _Trainer:
         indices = self._data.order.indices_for_step(step, batch * count)
         return [rows.micro_batch(indices[start : start + batch]) for start in range(0, batch * count, batch)]
 
-    def _blob_of(self, step: int, *, is_settled: bool = False) -> Any:
+    def _blob_of(self, step: int, *, is_durable: bool = False) -> Any:
         def encode(loss: float) -> bytes:
             fields = asdict(self.progress) | {
                 "step": step,
                 "loss": loss,
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
-                "written_bytes": self._tally.at_most(self._written_total(), is_settled=is_settled),
+                "written_bytes": self._tally.at_most(self._written_total(), is_durable=is_durable),
                 "environment": fingerprint_of(self._device, self._model.partition),
             }
             return TrainerState(**fields).encode()

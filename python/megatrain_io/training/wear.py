@@ -39,9 +39,9 @@ class Tally:
         """Take note of a step."""
         self._steps.append(report)
 
-    def at_most(self, measured: int, *, is_settled: bool) -> int:
-        """Bytes that the run wrote; until all is settled, with what may still be on its way: those of a step."""
-        return measured if is_settled else measured + self.plan.committing_bytes
+    def at_most(self, measured: int, *, is_durable: bool) -> int:
+        """Bytes that the run wrote; until all is durable, with what may still be on its way: those of a step."""
+        return measured if is_durable else measured + self.plan.committing_bytes
 
     def is_near(self, measured: int) -> bool:
         """Whether the limit may be reached within the next steps: then each is committed, and counted to its end."""

@@ -197,7 +197,7 @@ def test_status_knows_what_the_trainer_committed(run):
         model.train_step(
             [to_micro_batch(batch) for batch in CASE.steps[2]], AdamWStep(3, 1e-3), lambda _: blob
         )
-        model.state.wait_settled()
+        model.state.wait_durable()
     text = call("status", run.path).stdout
     assert "committed  step 3 of 3, loss 1.2500 (generation 4)" in text
     assert "written    3.4567 TB" in text

@@ -40,7 +40,7 @@ def paged(path, case, max_grad_norm, *, commit_every=1, chunk_parameters=None, e
             commits = number % commit_every == 0 or number == len(case.steps)
             blob = (lambda _loss: b"%d" % number) if commits else None  # noqa: B023
             made.append(model.train_step([*map(to_micro_batch, batches)], adamw, blob))
-        model.settle()
+        model.wait_durable()
         assert model.state.blob == b"%d" % len(case.steps)
         planes = all_planes(model.state)
     assert sorted(path.parent.iterdir()) == sorted(files(path)), "nothing is left beside the store"
@@ -124,8 +124,8 @@ def test_a_step_that_is_refused_before_it_begins_leaves_what_waits(tmp_path):
         with pytest.raises(MegatrainIoError, match="nothing to train"):
             model.train_step([nothing], AdamWStep(3, 1e-3), lambda _loss: b"3")
         with pytest.raises(MegatrainIoError, match="gradients wait"):
-            model.state.wait_settled()
-        model.settle()
+            model.state.wait_durable()
+        model.wait_durable()
         assert model.state.blob == b"2"
 
 

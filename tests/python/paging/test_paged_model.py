@@ -134,7 +134,7 @@ def test_evaluation_drops_nothing(tmp_path):
         expected = sum(stock(**batch, num_items_in_batch=count).loss for batch in batches)
     with opened(tmp_path / "store", DROPPING, engine=ENGINE) as model:
         trained_loss = step_of(model, DROPPING, 1).loss
-        model.state.wait_settled()
+        model.state.wait_durable()
     make_store(tmp_path / "fresh", DROPPING, engine=ENGINE)
     with opened(tmp_path / "fresh", DROPPING, engine=ENGINE) as model:
         found = [model.evaluate([to_micro_batch(batch) for batch in batches]).loss for _ in range(2)]

@@ -101,7 +101,7 @@ KEPT = 1e-3
     ],
 )
 def test_bytes_and_ram_are_those_that_were_planned(source, tmp_path, train_keys, memory):
-    # Settled at its end, a step is counted to its end; but gradients that wait are then not applied by the next one.
+    # Waited for at its end, a step is counted to its end; but gradients that wait are then not applied by the next one.
     waits = train_keys.get("max_grad_norm") == KEPT
     counted = {"max_steps": 30} if waits else {"max_steps": 8, "eval_steps": 1}
     config = configured(

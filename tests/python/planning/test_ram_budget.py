@@ -65,7 +65,7 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, c
         )
         for step in (1, 2):
             model.train_step(batches, AdamWStep(step, 1e-3), (lambda _loss: b"x") if step == 2 else None)
-        model.settle()
+        model.wait_durable()
         peak = model.state.ledger.total()[1]
         model.close()
     assert plan.is_spilled == (share == 0.0)

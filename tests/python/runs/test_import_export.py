@@ -122,7 +122,7 @@ def test_trained_weights_are_exported_in_either_dtype(tmp_path, run):
     with opened(run.store_paths()[0], case, engine=ENGINE, drives=1) as model:
         batches = [to_micro_batch(batch) for batch in case.steps[0]]
         model.train_step(batches, AdamWStep(1, 1e-3), lambda _: b"{}")
-        model.state.wait_settled()
+        model.state.wait_durable()
     trained = planes(run)
     for dtype, plane in ((None, "weight"), ("bf16", "weight"), ("fp32", "master")):
         out = tmp_path / f"out {dtype}"

@@ -95,7 +95,7 @@ def test_training_by_chunk_has_the_bits_of_training_by_record(tmp_path: Path, dt
                     train(state, record, gradient_of(state, step, record))
                 norms.append(state.gradient_norm())
                 state.end(b"%d" % step)
-            state.wait_settled()
+            state.wait_durable()
             found.append((norms, all_planes(state)))
     (norms, planes), (norms_by_chunk, planes_by_chunk) = found
     assert norms == norms_by_chunk

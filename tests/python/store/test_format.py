@@ -21,7 +21,7 @@ def test_a_reader_made_from_the_document_reads_every_plane(tmp_path, dtype, step
     if steps:
         with opened(path, case, engine="threads", threads=1, drives=drives) as model:
             train(model, case, steps)
-            model.state.wait_settled()
+            model.state.wait_durable()
     reader = StoreReader(*files(path, drives))
     assert reader.is_clean
     planes = ["weight", "exp_avg", "exp_avg_sq"]

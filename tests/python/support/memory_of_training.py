@@ -44,7 +44,7 @@ def run(store: Path, partition: PartitionedModel, steps: list) -> PagedStore:
             model.train_step(
                 [to_micro_batch(batch) for batch in step], AdamWStep(number, 1e-4), lambda _loss: b"x"
             )
-        state.wait_settled()
+        state.wait_durable()
     return state
 
 

@@ -205,7 +205,7 @@ def train(model: PagedModel, case: Case, stop: int | None = None, commit_every: 
         made = lambda loss: blob(number + 1, [*losses, loss])  # noqa: B023, E731
         commits = (number + 1) % commit_every == 0 or number + 1 == end
         losses.append(model.train_step(batches, adamw, made if commits else None).loss)
-    model.settle()
+    model.wait_durable()
     return losses
 
 

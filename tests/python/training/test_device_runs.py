@@ -68,7 +68,7 @@ def test_a_run_keeps_within_the_vram_that_it_was_given(source, whole, tmp_path, 
     assert not less.accounts.nbytes
     small = on(SimulatedDevice(1, nbytes=least))
     memory = {"ram": "1500KiB", "commit_every": commit_every}
-    # Settled by an evaluation, a step is counted to its end.
+    # Waited for by an evaluation, a step is counted to its end.
     result, _ = start(configured(source, tmp_path / "least", memory=memory, eval_steps=1))
     check_equals(tmp_path / "least", whole)
     assert 0 < small.accounts.peak_nbytes <= least - CONTEXT_NBYTES

@@ -61,7 +61,7 @@ def test_what_a_run_leaves_behind(source, whole):
     assert lines[-1]["stalled"]["commit"] > 0
     assert result.read_bytes_per_parameter_and_step > 10
     assert result.peak_ram_bytes > 0
-    assert load(run / "config.yaml")[0] == configured(source, run, precision="bf16"), "auto was settled"
+    assert load(run / "config.yaml")[0] == configured(source, run, precision="bf16"), "auto was resolved"
     [(step, max_steps, notes)] = reporter.starts
     assert (step, max_steps) == (0, STEPS)
     assert notes[0].startswith("imported ")

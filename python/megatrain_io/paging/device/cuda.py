@@ -56,7 +56,7 @@ class _Staging:
     event: torch.cuda.Event | None = None
     landing: _Landing | None = None
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """The copy that it was used for last has happened, on to where it goes."""
         if self.event is not None:
             self.event.synchronize()
@@ -204,7 +204,7 @@ class Cuda:
             place = range(content.data_ptr(), content.data_ptr() + content.nbytes)
             for leaving in self._rings["out"]:
                 if leaving.landing is not None and leaving.landing.is_to(place):
-                    leaving.settle()
+                    leaving.wait()
             staging = self._staging("in", content.nbytes)
             there = _as(staging.memory, content)
             there.copy_(content)
@@ -270,7 +270,7 @@ class Cuda:
             stream.synchronize()
         for ring in self._rings.values():
             for staging in ring:
-                staging.settle()
+                staging.wait()
             ring.clear()
 
     def _is_pinned(self, tensor: Tensor) -> bool:
@@ -283,7 +283,7 @@ class Cuda:
         if len(ring) < _RING:
             return self._joined(ring, nbytes)
         staging = ring.pop(0)
-        staging.settle()
+        staging.wait()
         if staging.memory.nbytes < nbytes:
             return self._joined(ring, nbytes)
         ring.append(staging)

@@ -44,7 +44,7 @@ def plan_command(  # noqa: PLR0913 - an option each
     json_output: JsonOutput = False,
 ) -> None:
     """Say what a run needs, how long it takes and what it wears, before it begins. Weights need not be there."""
-    with command(json_output=json_output, interrupted="Nothing was changed.") as outcome:
+    with command(json_output=json_output, interrupted="Nothing was changed.") as result:
         from megatrain_io.planning.resolve import plan
 
         found = plan(
@@ -57,10 +57,10 @@ def plan_command(  # noqa: PLR0913 - an option each
             rented_hour=rented_hour,
             settings=overrides or [],
         )
-        outcome.result = found.as_dict()
-        outcome.text = str(found)
+        result.values = found.as_dict()
+        result.text = str(found)
         if not found.fits:
-            outcome.exit_code = DoesNotFitError.exit_code
+            result.exit_code = DoesNotFitError.exit_code
 
 
 def doctor_command(
@@ -69,11 +69,11 @@ def doctor_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Say what this machine offers. RAM, GPU, drive, io_uring, versions: as a text to paste into a report."""
-    with command(json_output=json_output, interrupted="Nothing was changed.") as outcome:
+    with command(json_output=json_output, interrupted="Nothing was changed.") as result:
         from megatrain_io.machine.doctor import examine, render
 
-        outcome.result = examine(folder)
-        outcome.text = render(outcome.result)
+        result.values = examine(folder)
+        result.text = render(result.values)
 
 
 def bench_command(  # noqa: PLR0913 - an option each
@@ -101,7 +101,7 @@ def bench_command(  # noqa: PLR0913 - an option each
     json_output: JsonOutput = False,
 ) -> None:
     """Measure drive, memory, AdamW and matrix products. It takes half a minute, and leaves a profile alone."""
-    with command(json_output=json_output, interrupted="Nothing was left behind.") as outcome:
+    with command(json_output=json_output, interrupted="Nothing was left behind.") as result:
         from megatrain_io.machine.bench import Options, measure_into, render
 
         options = Options(
@@ -113,7 +113,7 @@ def bench_command(  # noqa: PLR0913 - an option each
             sustained_seconds=60 * sustained_minutes,
             matmul=matmul,
         )
-        with outcome.counting("bench") as progress:
+        with result.counting("bench") as progress:
             profile, path = measure_into(output, folder, options, progress)
-        outcome.result = {"profile": path, **profile.model_dump(mode="json")}
-        outcome.text = f"{render(profile)}\nprofile        {path}"
+        result.values = {"profile": path, **profile.model_dump(mode="json")}
+        result.text = f"{render(profile)}\nprofile        {path}"

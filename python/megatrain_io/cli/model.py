@@ -37,13 +37,13 @@ def import_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Make a store from a model folder. It goes tensor by tensor: the model is never whole in RAM."""
-    with command(json_output=json_output, interrupted="Nothing was left behind: import again.") as outcome:
+    with command(json_output=json_output, interrupted="Nothing was left behind: import again.") as result:
         from megatrain_io.runs.folder import RunFolder
         from megatrain_io.runs.import_model import import_model
 
         folder = RunFolder(run)
 
-        with outcome.counting("import") as progress:
+        with result.counting("import") as progress:
             info = import_model(
                 model,
                 folder,
@@ -53,8 +53,8 @@ def import_command(
                 engine=io_backend,
                 progress=progress,
             )
-        outcome.result = {"run": run, **asdict(info)}
-        outcome.text = f"imported {model} into {run}: {info.precision}, store {', '.join(info.stores)}"
+        result.values = {"run": run, **asdict(info)}
+        result.text = f"imported {model} into {run}: {info.precision}, store {', '.join(info.stores)}"
 
 
 def generate_command(  # noqa: PLR0913 - an option each
@@ -72,7 +72,7 @@ def generate_command(  # noqa: PLR0913 - an option each
     json_output: JsonOutput = False,
 ) -> None:
     """Continue a text. It is done with the newest committed weights."""
-    with command(json_output=json_output, interrupted="The run is as it was.") as outcome:
+    with command(json_output=json_output, interrupted="The run is as it was.") as result:
         from megatrain_io.generate import Generator
 
         how: dict[str, Any] = {
@@ -84,10 +84,10 @@ def generate_command(  # noqa: PLR0913 - an option each
         }
         with Generator.open(run) as generator:
             if chat:
-                outcome.text = generator.chat([{"role": "user", "content": prompt}], **how)
+                result.text = generator.chat([{"role": "user", "content": prompt}], **how)
             else:
-                outcome.text = generator.complete(prompt, **how)
-        outcome.result = {"prompt": prompt, "text": outcome.text, **how}
+                result.text = generator.complete(prompt, **how)
+        result.values = {"prompt": prompt, "text": result.text, **how}
 
 
 def export_command(
@@ -101,11 +101,11 @@ def export_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Write the weights as a model folder. They are the newest committed ones; transformers loads the folder."""
-    with command(json_output=json_output, interrupted="The run is as it was: export again.") as outcome:
+    with command(json_output=json_output, interrupted="The run is as it was: export again.") as result:
         from megatrain_io.runs.export_model import export_model
         from megatrain_io.runs.folder import RunFolder
 
-        with outcome.counting("export") as progress:
+        with result.counting("export") as progress:
             export_model(RunFolder(run), out, dtype=dtype, progress=progress)
-        outcome.result = {"run": run, "out": out, "dtype": dtype}
-        outcome.text = f"exported {run} to {out}"
+        result.values = {"run": run, "out": out, "dtype": dtype}
+        result.text = f"exported {run} to {out}"

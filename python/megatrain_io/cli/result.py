@@ -12,15 +12,15 @@ import typer
 
 from megatrain_io.errors import InterruptedRunError, MegatrainIoError
 
-__all__ = ["Outcome", "command"]
+__all__ = ["CommandResult", "command"]
 
 
 @dataclass
-class Outcome:
+class CommandResult:
     """What a command has to say in the end."""
 
     json_output: bool
-    result: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
     text: str = ""
     exit_code: int = 0
 
@@ -37,37 +37,37 @@ class Outcome:
         typer.echo(f"megatrain-io: {message}", err=True)
         self.exit_code = exit_code
         self.text = ""
-        self.result = {"error": {"kind": kind, "message": message, "exit_code": exit_code}}
+        self.values = {"error": {"kind": kind, "message": message, "exit_code": exit_code}}
 
 
 @contextmanager
-def command(*, json_output: bool, interrupted: str) -> Iterator[Outcome]:
+def command(*, json_output: bool, interrupted: str) -> Iterator[CommandResult]:
     """Print what a command found; end it with the right exit code, without a traceback for our own errors.
 
     Args:
-        json_output: print ``result``, not ``text``; an error becomes ``{"error": ...}``.
+        json_output: print ``values``, not ``text``; an error becomes ``{"error": ...}``.
         interrupted: what is safe and what to do after Ctrl-C.
     """
-    outcome = Outcome(json_output)
+    result = CommandResult(json_output)
     try:
         # Whatever a library prints, standard output holds the result alone.
         with redirect_stdout(sys.stderr):
-            yield outcome
+            yield result
     except MegatrainIoError as error:
         is_bug = error.exit_code == MegatrainIoError.exit_code
         # Notes say what became of the state, where that is not what the error itself says.
         message = " ".join([str(error), *getattr(error, "__notes__", [])])
         if is_bug:
             message = f"{message}. This is a bug in megatrain-io: please report it"
-        outcome.fail(message, type(error).__name__, error.exit_code)
+        result.fail(message, type(error).__name__, error.exit_code)
     except KeyboardInterrupt:
-        outcome.fail(f"interrupted. {interrupted}", "KeyboardInterrupt", InterruptedRunError.exit_code)
+        result.fail(f"interrupted. {interrupted}", "KeyboardInterrupt", InterruptedRunError.exit_code)
     if json_output:
-        typer.echo(json.dumps(_plain(outcome.result), allow_nan=False))
-    elif outcome.text:
-        typer.echo(outcome.text)
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
+        typer.echo(json.dumps(_plain(result.values), allow_nan=False))
+    elif result.text:
+        typer.echo(result.text)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ __all__ = ["clean_command", "status_command", "verify_command"]
 
 def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
     """Compare every checksum of a store. All of it is read; what is damaged is named, with its place."""
-    with command(json_output=json_output, interrupted="The run is as it was.") as outcome:
+    with command(json_output=json_output, interrupted="The run is as it was.") as result:
         from megatrain_io.runs.folder import RunFolder
 
         folder = RunFolder(run)
@@ -30,34 +30,34 @@ def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
 
         from megatrain_io.runs.open_store import open_store
 
-        with open_store(folder) as state, outcome.counting("verify") as progress:
+        with open_store(folder) as state, result.counting("verify") as progress:
             report = state.verify(progress)
-        outcome.result = {"run": run, **asdict(report)}
+        result.values = {"run": run, **asdict(report)}
         size = f"{report.nbytes / 2**30:.2f} GiB in {report.extents} extents"
         if report.damaged:
-            outcome.exit_code = CorruptionError.exit_code
+            result.exit_code = CorruptionError.exit_code
             extents = "extent" if len(report.damaged) == 1 else "extents"
             lines = [
                 f"generation {report.generation}: {len(report.damaged)} damaged {extents} ({size})",
                 *(f"  {_damage_line(damage)}" for damage in report.damaged),
                 "Copy the store elsewhere and check the drive, then restore a copy or import an export again.",
             ]
-            outcome.text = "\n".join(lines)
+            result.text = "\n".join(lines)
         else:
-            outcome.text = f"generation {report.generation}: whole ({size})"
+            result.text = f"generation {report.generation}: whole ({size})"
 
 
 def status_command(run: Run, *, json_output: JsonOutput = False) -> None:
     """Say how a run stands and what to do next. Nothing is opened or changed, and a run in use is not disturbed."""
-    with command(json_output=json_output, interrupted="The run is as it was.") as outcome:
+    with command(json_output=json_output, interrupted="The run is as it was.") as result:
         from megatrain_io.runs.folder import RunFolder
         from megatrain_io.runs.status import examine, render
 
         status = examine(RunFolder(run))
-        outcome.result = asdict(status)
-        outcome.text = render(status)
+        result.values = asdict(status)
+        result.text = render(status)
         if status.problem is not None:
-            outcome.exit_code = StorageError.exit_code
+            result.exit_code = StorageError.exit_code
 
 
 def clean_command(
@@ -87,18 +87,18 @@ def clean_command(
     Without --cache and --store only files that nothing needs: parts of an import, and what was not written to
     its end. Metrics, configuration, exports and whatever else lies in the folder stay. A run in use is refused.
     """
-    with command(json_output=json_output, interrupted="Look with: megatrain-io clean RUN") as outcome:
+    with command(json_output=json_output, interrupted="Look with: megatrain-io clean RUN") as result:
         from megatrain_io.runs.cleanup import Leftovers
         from megatrain_io.runs.folder import RunFolder
 
         leftovers = Leftovers(RunFolder(run), store_dirs=store_dir or None, cache=cache, store=store)
-        outcome.result = {"run": run, "removed": [], "bytes": 0}
-        outcome.text = f"{run}: nothing to remove" if not leftovers.found else "Nothing was removed."
+        result.values = {"run": run, "removed": [], "bytes": 0}
+        result.text = f"{run}: nothing to remove" if not leftovers.found else "Nothing was removed."
         if leftovers.found and (yes or _agrees(leftovers)):
             removed = [asdict(each) for each in leftovers.remove()]
-            outcome.result |= {"removed": removed, "bytes": leftovers.nbytes}
+            result.values |= {"removed": removed, "bytes": leftovers.nbytes}
             lines = [_leftover_line(each) for each in leftovers.found] if yes else []
-            outcome.text = "\n".join([*lines, f"removed {_size(leftovers.nbytes)}"])
+            result.text = "\n".join([*lines, f"removed {_size(leftovers.nbytes)}"])
 
 
 def _damage_line(damage: "Damage") -> str:

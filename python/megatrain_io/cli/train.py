@@ -54,7 +54,7 @@ def train_command(
 ) -> None:
     """Train, or go on with a training."""
     sentence = "The last committed step is safe: go on with the same command and --resume."
-    with command(json_output=json_output, interrupted=sentence) as outcome:
+    with command(json_output=json_output, interrupted=sentence) as result:
         from megatrain_io.config.parse import load
 
         config, notes = load(config_file, overrides or [])
@@ -72,8 +72,8 @@ def train_command(
         reporter = reporter_for(Console(stderr=True), quiet=json_output, logging_steps=logging_steps)
         with nullcontext() if trace is None else Trace(trace) as tracer:
             try:
-                result = train(config, resume=resume, reporter=reporter, trace=tracer)
+                trained = train(config, resume=resume, reporter=reporter, trace=tracer)
             finally:
                 reporter.finished()
-        outcome.result = {"run": config.output_dir, **asdict(result)}
-        outcome.text = "\n".join(rows(outcome.result))
+        result.values = {"run": config.output_dir, **asdict(trained)}
+        result.text = "\n".join(rows(result.values))

@@ -286,14 +286,14 @@ class _Preparation:
         with (self._cache_dir / _SHARD.format("train")).open("wb") as train_file:
             if held_out:
                 with (self._cache_dir / _SHARD.format("eval")).open("wb") as eval_file:
-                    shards, tally = self._tokenise(progress, train_file, eval_file)
+                    shards, counts = self._tokenise(progress, train_file, eval_file)
             else:
                 (self._cache_dir / _SHARD.format("eval")).unlink(missing_ok=True)
-                shards, tally = self._tokenise(progress, train_file, None)
+                shards, counts = self._tokenise(progress, train_file, None)
         index = {
             "fingerprint": fingerprint,
             "shards": {name: asdict(shard) for name, shard in shards.items()},
-            "summary": asdict(self._summary(shards, tally)),
+            "summary": asdict(self._summary(shards, counts)),
         }
         body = json.dumps(index, indent=1) + "\n"
         fresh = self._cache_dir / "index.tmp"
@@ -304,7 +304,7 @@ class _Preparation:
 
     def _tokenise(
         self, progress: Callable[[int, int], None], train_file: BinaryIO, eval_file: BinaryIO | None
-    ) -> tuple[dict[str, Shard], "_Tally"]:
+    ) -> tuple[dict[str, Shard], "_Counts"]:
         options = self._options
         encoder = Encoder(
             self._tokenizer,
@@ -322,25 +322,25 @@ class _Preparation:
         threshold = self._threshold() if isinstance(options.eval, float) else -1
         total = sum(file.size for file in self._files)
         done = 0
-        tally = _Tally()
+        counts = _Counts()
         for number, file in enumerate(self._files):
             for batch in _batches(self._reader.read(file)):
                 for document, encoding in zip(batch, encoder.encode(batch), strict=True):
-                    tally.add(number, document, encoding)
+                    counts.add(number, document, encoding)
                     held_out = number >= len(self._train_files) or (
                         threshold >= 0 and document.key(options.seed) <= threshold
                     )
                     for piece in encoding.pieces:
                         writers["eval" if held_out else "train"].add(piece.ids, piece.trained)
-                    if encoding.pieces and not held_out and not tally.sample:
-                        tally.sample_place = document.place
-                        tally.sample = marked(self._tokenizer, encoding.pieces[0])
+                    if encoding.pieces and not held_out and not counts.sample:
+                        counts.sample_place = document.place
+                        counts.sample = marked(self._tokenizer, encoding.pieces[0])
                 progress(done + batch[-1].bytes_read, total)
             done += file.size
         for name, writer in writers.items():
             if not writer.shard.documents:
-                self._refuse_empty(name, tally)
-        return {name: writer.finish() for name, writer in writers.items()}, tally
+                self._refuse_empty(name, counts)
+        return {name: writer.finish() for name, writer in writers.items()}, counts
 
     def _threshold(self) -> int:
         """The key up to which documents are held out: the share of them with the smallest hashes."""
@@ -363,34 +363,34 @@ class _Preparation:
             )
         return int(ordered[chosen - 1])
 
-    def _refuse_empty(self, name: str, tally: "_Tally") -> None:
+    def _refuse_empty(self, name: str, counts: "_Counts") -> None:
         files = self._eval_files if name == "eval" and self._eval_files else self._train_files
-        if not any(tally.documents[file] for file in range(len(self._files)) if self._files[file] in files):
+        if not any(counts.documents[file] for file in range(len(self._files)) if self._files[file] in files):
             named = ", ".join(f"{file.path} ({file.size:,} bytes)" for file in files[:_FILES_SHOWN])
             more = f" and {len(files) - _FILES_SHOWN} more" if len(files) > _FILES_SHOWN else ""
             raise DataError(f"data.{name}: no documents in {named}{more}. The files are empty: give others.")
-        reasons = " ".join(tally.notes(self._options.max_length))
+        reasons = " ".join(counts.notes(self._options.max_length))
         raise DataError(f"data.{name}: nothing is left to {name} on. {reasons}")
 
-    def _summary(self, shards: dict[str, Shard], tally: "_Tally") -> DataSummary:
+    def _summary(self, shards: dict[str, Shard], counts: "_Counts") -> DataSummary:
         files = tuple(
-            FileSummary(str(file.path), tally.formats.get(i, "empty"), tally.documents[i], tally.tokens[i])
+            FileSummary(str(file.path), counts.formats.get(i, "empty"), counts.documents[i], counts.tokens[i])
             for i, file in enumerate(self._files)
         )
         rows = tuple(_rows_line(name, shard, self._options.max_length) for name, shard in shards.items())
         return DataSummary(
             files=files,
-            cut=tally.cut,
-            dropped=tally.dropped,
-            longest=max(tally.lengths, default=0),
+            cut=counts.cut,
+            dropped=counts.dropped,
+            longest=max(counts.lengths, default=0),
             rows=rows,
-            notes=tuple(tally.notes(self._options.max_length)),
-            sample_place=tally.sample_place,
-            sample=tally.sample,
+            notes=tuple(counts.notes(self._options.max_length)),
+            sample_place=counts.sample_place,
+            sample=counts.sample,
         )
 
 
-class _Tally:
+class _Counts:
     """Counts what happens to documents."""
 
     def __init__(self) -> None:

@@ -39,9 +39,10 @@ from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 from megatrain_io.training.fingerprint import differences, fingerprint_of
 from megatrain_io.training.interrupt import after_the_step
 from megatrain_io.training.lr_schedule import learning_rate_at
+from megatrain_io.training.plan_check import PlanCheck
 from megatrain_io.training.reporters import Reporter
 from megatrain_io.training.setup import Start
-from megatrain_io.training.wear import Tally
+from megatrain_io.training.wear import WearLimit
 
 __all__ = ["TrainResult", "train"]
 
@@ -204,7 +205,8 @@ class _Trainer:
         if memory is None:
             raise MegatrainIoError("a plan that fits without a division of RAM")
         commit_every = 1 if self._is_scratch else config.memory.commit_every
-        self._tally = Tally(planned, commit_every, config.memory.max_tbw)
+        self._plan_check = PlanCheck(planned, commit_every)
+        self._wear_limit = WearLimit(planned.committing_bytes, config.memory.max_tbw)
         scratch = [activations_file(store) for store in self._run.store_paths()]
         self._model = PagedModel(
             start.partition,
@@ -318,12 +320,12 @@ class _Trainer:
 
     def _check_wear(self) -> None:
         """Pause before a step that could write more than the run may."""
-        self._is_near_limit = self._tally.is_near(self._written_total())
+        self._is_near_limit = self._wear_limit.is_near(self._written_total())
         if not self._is_near_limit:
             return
         self.wait_durable()
         try:
-            self._tally.check(self._written_total(), self.progress.step)
+            self._wear_limit.check(self._written_total(), self.progress.step)
         except WearLimitError:
             if self._steps:
                 # How much was written is known to the byte now, and must be when the run goes on.
@@ -361,7 +363,7 @@ class _Trainer:
             written_bytes_total=self._written_total(),
             peak_ram_bytes=peak,
             ledger=self._state.ledger.balances(),
-            plan=self._tally.compared(self._state.ledger.total()[1], peak),
+            plan=self._plan_check.compared(self._state.ledger.total()[1], peak),
         )
 
     def _report(
@@ -407,7 +409,7 @@ class _Trainer:
             skipped_steps=self.progress.skipped_steps,
         )
         self._metrics.append(report)
-        self._tally.add(report)
+        self._plan_check.add(report)
         self._reporter.step(report)
         return self._counters() if evaluates else after
 
@@ -446,7 +448,7 @@ class _Trainer:
                 "loss": loss,
                 "settings": self._settings_digest(),
                 "data": self._data.train.sha256,
-                "written_bytes": self._tally.at_most(self._written_total(), is_durable=is_durable),
+                "written_bytes": self._wear_limit.at_most(self._written_total(), is_durable=is_durable),
                 "environment": fingerprint_of(self._device, self._model.partition),
             }
             return TrainerState(**fields).encode()

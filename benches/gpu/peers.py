@@ -1,6 +1,6 @@
 """A step on a GPU beside its peers: megatrain-io, torch with CPU offload, DeepSpeed ZeRO-3 with NVMe.
 
-    python benches/gpu_peers.py --sizes 1.3B --vram 8GiB --ram 8GiB --rounds 3 --folder /nvme --peer-python PYTHON
+    python -m benches.gpu.peers --sizes 1.3B --vram 8GiB --ram 8GiB --rounds 3 --folder /nvme --peer-python PYTHON
 
 Each bar is a process of its own, started anew in each round, and the bars take turns; a store of ours is made before
 its bar and removed after it. The budget of VRAM holds for all. That of RAM is ours alone: the peers take what they
@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import gpu_bars
-from comparison import SkippedError, child, in_turn, machine, machine_text, shown, tell
-from gpu_bars import BARS, OURS, WARM_UP
-from ram_budget import size_of
-from step_bars import DEEPSPEED, SIZES
-from train_step import (
+from benches.gpu import bars
+from benches.gpu.bars import BARS, OURS, WARM_UP
+from benches.harness.comparison import SkippedError, child, in_turn, machine, machine_text, shown, tell
+from benches.step.bars import DEEPSPEED, SIZES
+from benches.step.ram_budget import size_of
+from benches.step.train_step import (
     MEGA,
     SHOWN_LOSSES,
     Results,
@@ -65,14 +65,14 @@ def run(name: str, size: str, options: argparse.Namespace, folder: Path) -> Figu
         "folder": str(place),
         "makes_store": False,
     }
-    script = gpu_bars.__file__
+    module = bars.__name__
     try:
         if name == DEEPSPEED:
-            return deepspeed_child(script, options.peer_python, job, options.device)
+            return deepspeed_child(module, options.peer_python, job, options.device)
         if name == OURS:
-            child(script, sys.executable, [json.dumps({**job, "makes_store": True})])
+            child(module, sys.executable, [json.dumps({**job, "makes_store": True})])
         os.sync()  # what others left to be written is not this bar's
-        return child(script, sys.executable, [json.dumps(job)])
+        return child(module, sys.executable, [json.dumps(job)])
     except SystemExit as failed:
         tell(failed.code)
         raise SkippedError(f"it fails: {str(failed.code).strip().splitlines()[-1]}") from failed

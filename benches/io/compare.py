@@ -1,6 +1,6 @@
 """Bytes to and from a drive, side by side: fio, DeepNVMe, the usual ways of Python, and megatrain-io.
 
-    python benches/compare_io.py --rounds 5 --mib 1024 --folder /nvme
+    python -m benches.io.compare --rounds 5 --mib 1024 --folder /nvme
 
 Each bar is a process of its own, started anew in each round (whether large buffers come to lie well is drawn once a
 process), and the bars take turns. Only the transfers are timed, not starts and checks; what was read is compared
@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from comparison import SkippedError, in_turn, machine, machine_text, shown, tell
-from io_bars import BARS, KINDS, MIB, Figures, fio_version, lay_out, run
+from benches.harness.comparison import SkippedError, in_turn, machine, machine_text, shown, tell
+from benches.io.bars import BARS, KINDS, MIB, Figures, fio_version, lay_out, run
 
 Results = dict[str, list[Figures]]
 

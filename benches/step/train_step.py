@@ -1,13 +1,13 @@
 """Seconds of an optimizer step: torch in RAM, DeepSpeed from NVMe, ours from NVMe and from RAM, and the bound.
 
-    python benches/train_step.py --sizes 171M,325M,1.3B --micro-batches 1,4 --rounds 5 --folder /nvme
+    python -m benches.step.train_step --sizes 171M,325M,1.3B --micro-batches 1,4 --rounds 5 --folder /nvme
 
 Each bar is a process of its own, started anew in each round, and the bars take turns; a store of ours is made before
 its bar and removed after it. A round's figure is the median of its steps but the first; of bytes and CPU seconds it is
 their mean. A bar that seldom commits shows the steps between two commits. What is still to be written when the last
 step ends is waited for outside of the steps (``settle_seconds`` in the JSON).
 
-The bound (``step_bound.py``) is made of fio's rates and of torch's forward and backward seconds, of the same round.
+The bound (``bound.py``) is made of fio's rates and of torch's forward and backward seconds, of the same round.
 """
 
 import argparse
@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import step_bars
-from compare_io import goal_of
-from comparison import MIB, SkippedError, child, in_turn, machine, machine_text, shown, tell
-from io_bars import fio, fio_version, lay_out
-from step_bars import (
+
+from benches.harness.comparison import MIB, SkippedError, child, in_turn, machine, machine_text, shown, tell
+from benches.io.bars import fio, fio_version, lay_out
+from benches.io.compare import goal_of
+from benches.step import bars
+from benches.step.bars import (
     BARS,
     CHECKPOINTED,
     COMPUTE,
@@ -41,7 +42,7 @@ from step_bars import (
     TOKENS,
     Bar,
 )
-from step_bound import PHASES, bound
+from benches.step.bound import PHASES, bound
 
 GOAL_SIZE = "171M"
 MEGA = 1e6
@@ -83,19 +84,19 @@ def run(name: str, size: str, micro_batches: int, options: argparse.Namespace, f
     place.mkdir()
     job = {"bar": name, "size": size, "micro_batches": micro_batches, "steps": options.steps}
     job |= {"folder": str(place), "makes_store": False}
-    script = step_bars.__file__
+    module = bars.__name__
     try:
         if name in OURS:
-            child(script, sys.executable, [json.dumps({**job, "makes_store": True})])
+            child(module, sys.executable, [json.dumps({**job, "makes_store": True})])
         os.sync()  # what others left to be written is not this bar's
         if name != DEEPSPEED:
-            return child(script, sys.executable, [json.dumps(job)])
-        return deepspeed_child(script, options.peer_python, job, "cpu")
+            return child(module, sys.executable, [json.dumps(job)])
+        return deepspeed_child(module, options.peer_python, job, "cpu")
     finally:
         shutil.rmtree(place)
 
 
-def deepspeed_child(script: str, python: str, job: Figures, accelerator: str) -> Figures:
+def deepspeed_child(module: str, python: str, job: Figures, accelerator: str) -> Figures:
     """A bar of DeepSpeed, with the interpreter that has it.
 
     Raises:
@@ -104,7 +105,7 @@ def deepspeed_child(script: str, python: str, job: Figures, accelerator: str) ->
     path = f"{Path(python).parent}:{os.environ.get('PATH', '')}"
     environment = {"DS_ACCELERATOR": accelerator, "PATH": path}
     try:
-        return child(script, python, [json.dumps(job)], environment, PEER_LIMIT)
+        return child(module, python, [json.dumps(job)], environment, PEER_LIMIT)
     except SystemExit as failed:  # it can end without an exception of Python
         raise SkippedError(f"DeepSpeed fails: {str(failed.code).strip().splitlines()[-1]}") from failed
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison import SkippedError, answer
+from benches.harness.comparison import SkippedError, answer
 
 LEARNING_RATE, BETAS, EPS, DECAY = 3e-4, (0.9, 0.95), 1e-8, 0.01
 SEED = 1
@@ -339,8 +339,8 @@ def store_of(job: Job) -> Path:
 def ours(job: Job) -> Figures:
     """``resident``: share of the state that stays in RAM; ``commit_every``: steps between two commits."""
     import torch
-    from step_bound import bytes_of_phases
 
+    from benches.step.bound import bytes_of_phases
     from megatrain_io.model import CutModel
     from megatrain_io.probe import probe
     from megatrain_io.residents import choose_residents, resident_nbytes

@@ -1,6 +1,6 @@
 """AdamW on the CPU, side by side: ours (f32, and split weights), torch's fused one, and DeepSpeedCPUAdam.
 
-    python benches/compare_adamw.py --rounds 5 --parameters 67108864
+    python -m benches.step.adamw --rounds 5 --parameters 67108864
 
 Each bar is a process of its own, started anew in each round, and the bars take turns; within a process the median of
 some steps counts, after two that touch the memory. The figure is parameters a second: what a kernel moves in bytes
@@ -17,7 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from comparison import SkippedError, answer, child, in_turn, machine, machine_text, shown, tell
+from benches.harness.comparison import (
+    SkippedError,
+    answer,
+    child,
+    in_turn,
+    machine,
+    machine_text,
+    shown,
+    tell,
+)
 
 STEPS = 7
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -141,7 +150,10 @@ def main() -> None:
         path = f"{Path(python).parent}:{os.environ.get('PATH', '')}"
         try:
             said = child(
-                __file__, python, [name, str(options.parameters)], {"DS_ACCELERATOR": "cpu", "PATH": path}
+                __spec__.name,
+                python,
+                [name, str(options.parameters)],
+                {"DS_ACCELERATOR": "cpu", "PATH": path},
             )
             results[name].append(said)
         except SkippedError as reason:

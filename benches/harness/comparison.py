@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 _PACKAGES = ("megatrain-io", "torch", "transformers", "numpy", "safetensors")
 
@@ -69,23 +70,26 @@ def machine_text(facts: Mapping[str, Any]) -> str:
 
 
 def child(
-    script: str,
+    module: str,
     python: str,
     arguments: Sequence[str],
     environment: Mapping[str, str] | None = None,
     limit: float | None = None,
 ) -> Any:
-    """Run a bar in a process of its own; what it printed last, read as JSON.
+    """Run a bar, ``benches.ROOM.MODULE``, in a process of its own; what it printed last, read as JSON.
 
     Raises:
         SkippedError: it said why it cannot be measured here, or did not end within ``limit`` seconds.
         SystemExit: it failed.
     """
-    command = [python, script, "--child", *arguments]
+    command = [python, "-m", module, "--child", *arguments]
+    variables = {**os.environ, **(environment or {})}
+    # The current folder may be another one.
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, **(environment or {})},
+            env=variables,
             capture_output=True,
             text=True,
             check=False,

@@ -1,4 +1,6 @@
-"""A step on a GPU within a budget of VRAM: python benches/gpu.py --sizes 1.3B --vram 8GiB --ram 8GiB --folder DIR.
+"""A step on a GPU within a budget of VRAM.
+
+    python -m benches.gpu.train_step --sizes 1.3B --vram 8GiB --ram 8GiB --folder DIR
 
 For each size a process makes a store with random weights, measures the step on two blocks with weights that stay
 (computing alone), then trains from the drive. Beside the median step stand the sum of computing alone, the time that
@@ -19,9 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from comparison import answer, child, machine, machine_text, tell
-from ram_budget import make_store, size_of
-from step_bars import (
+from benches.harness.comparison import answer, child, machine, machine_text, tell
+from benches.step.bars import (
     BETAS,
     DECAY,
     EPS,
@@ -33,6 +34,7 @@ from step_bars import (
     peak_rss,
     reset_peak_rss,
 )
+from benches.step.ram_budget import make_store, size_of
 
 Figures = dict[str, Any]
 Intervals = list[tuple[int, int]]
@@ -198,7 +200,7 @@ def main() -> None:
                 "steps": options.steps,
             }
             tell(f"{size}: storing random weights, then training")
-            results[size] = found = child(__file__, sys.executable, [json.dumps(job)])
+            results[size] = found = child(__spec__.name, sys.executable, [json.dumps(job)])
         step = statistics.median(found["seconds"])
         operations = found["parameters"] * found["tokens"] / step / 1e12
         share = "-"

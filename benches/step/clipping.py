@@ -1,4 +1,4 @@
-"""What clipping by the exact norm costs: python benches/clipping.py --sizes 171M,325M --rounds 3 --folder DIR.
+"""What clipping by the exact norm costs: python -m benches.step.clipping --sizes 171M,325M --rounds 3 --folder DIR.
 
 Each bar is a process of its own with a store of its own, and the bars take turns. Off: no limit, updates in the
 backward pass. Keep: the next step applies the gradients. Both: updates in the backward pass, taken back where the norm
@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison import answer, child, in_turn, machine, machine_text, shown, tell
-from step_bars import (
+from benches.harness.comparison import answer, child, in_turn, machine, machine_text, shown, tell
+from benches.step.bars import (
     BETAS,
     DECAY,
     EPS,
@@ -124,9 +124,9 @@ def run(name: str, size: str, options: argparse.Namespace, folder: Path) -> Figu
     job = {"bar": name, "size": size, "micro_batches": options.micro_batches, "steps": options.steps}
     job |= {"folder": str(place)}
     try:
-        child(__file__, sys.executable, [json.dumps({**job, "makes_store": True})])
+        child(__spec__.name, sys.executable, [json.dumps({**job, "makes_store": True})])
         os.sync()  # what others left to be written is not this bar's
-        return child(__file__, sys.executable, [json.dumps({**job, "makes_store": False})])
+        return child(__spec__.name, sys.executable, [json.dumps({**job, "makes_store": False})])
     finally:
         shutil.rmtree(place)
 

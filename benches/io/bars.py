@@ -1,4 +1,4 @@
-"""The bars of ``compare_io.py``: what moves the bytes. Each in a process of its own, which answers with its figures."""
+"""The bars of ``compare.py``: what moves the bytes. Each in a process of its own, which answers with its figures."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from comparison import MIB, SkippedError, answer, child
+from benches.harness.comparison import MIB, SkippedError, answer, child
 
 KINDS = ("read", "write", "mixed")
 # A drive's rate wanders from second to second: what is timed goes over the same bytes so often.
@@ -393,7 +393,7 @@ def run(name: str, options: argparse.Namespace, folder: Path) -> Figures:
         environment = {"DS_ACCELERATOR": "cpu"} if group == "DeepNVMe" else {}
         # Tools of a build (ninja) lie beside the interpreter.
         environment["PATH"] = f"{Path(python).parent}:{os.environ.get('PATH', '')}"
-        return child(__file__, python, [name, str(folder), str(nbytes)], environment)
+        return child(__spec__.name, python, [name, str(folder), str(nbytes)], environment)
     if shutil.which("fio") is None:
         raise SkippedError("fio is not installed")
     form, registered = arguments

@@ -1,6 +1,6 @@
-"""The bars of ``gpu_peers.py``: one and the same training on a GPU by megatrain-io, stock torch and DeepSpeed.
+"""The bars of ``peers.py``: one and the same training on a GPU by megatrain-io, stock torch and DeepSpeed.
 
-Each runs in a process of its own. All start from the weights of ``step_bars.py`` and train the same tokens in every
+Each runs in a process of its own. All start from the weights of ``step/bars.py`` and train the same tokens in every
 step, with one loss over all of a step's tokens, so that losses can be compared. One budget of VRAM holds for all.
 """
 
@@ -10,23 +10,23 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import gpu
-import step_bars
-from comparison import SkippedError, answer
-from step_bars import BETAS, DECAY, DEEPSPEED, EPS, LEARNING_RATE, SIZES, Bar, Figures, Job, measured
+from benches.gpu import train_step
+from benches.harness.comparison import SkippedError, answer
+from benches.step import bars as step_bars
+from benches.step.bars import BETAS, DECAY, DEEPSPEED, EPS, LEARNING_RATE, SIZES, Bar, Figures, Job, measured
 
 # What a step finds that the first ones build is not its own.
-WARM_UP = gpu.WARM_UP
+WARM_UP = train_step.WARM_UP
 
 
 def ours(job: Job) -> Figures:
-    """The training of ``gpu.py``; without a GPU on the device that is made up."""
+    """The training of ``train_step.py``; without a GPU on the device that is made up."""
     from megatrain_io.errors import DoesNotFitError
 
     on_gpu = job["device"] == "cuda"
     store = str(step_bars.store_of(job))
     try:
-        found = gpu.train(
+        found = train_step.train(
             {**job, "store": store, "frozen": False, "device": "cuda" if on_gpu else "simulated"}
         )
     except DoesNotFitError as error:
@@ -88,7 +88,7 @@ def torch_offload(job: Job) -> Figures:
 
 
 def deepspeed(job: Job) -> Figures:
-    """The bar of ``train_step.py``, with another accelerator."""
+    """The bar of ``step/train_step.py``, with another accelerator."""
     with vram_bounded(job):
         return counted(step_bars.deepspeed({**job, "steps": job["steps"] + WARM_UP}), job)
 
@@ -112,7 +112,7 @@ def vram_bounded(job: Job) -> Iterator[None]:
 
 
 def counted(found: Figures, job: Job) -> Figures:
-    """What ``measured`` found, in the form of ``gpu.train``."""
+    """What ``measured`` found, in the form of ``train_step.train``."""
     import torch
 
     steps = found["steps"][WARM_UP:]

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from device_plans import GATHERED, LEAST, plan
 from megatrain_io import cuda_device
 from megatrain_io.config import DataConfig, MemoryConfig, RunConfig, TrainConfig
 from megatrain_io.cuda_device import Cuda, best_device, device_for, gpu_here
 from megatrain_io.device import Cpu
 from megatrain_io.errors import ConfigError, UnsupportedError
 from paged import Case
-from test_device import GATHERED, LEAST, check, plan
+from test_device import check
 
 MIB = 1 << 20
 

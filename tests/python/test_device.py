@@ -4,14 +4,14 @@ import os
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
+from device_plans import GATHERED, LEAST, per_block_nbytes, plan
 from megatrain_io import fitting
-from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget, input_nbytes
+from megatrain_io.checkpoint import SavedInputs, SavedInputsBudget
 from megatrain_io.device import Cpu
 from megatrain_io.device_state import DeviceState
 from megatrain_io.errors import DoesNotFitError, NotFiniteError, TrainingDivergedError
@@ -23,7 +23,7 @@ from megatrain_io.simulated_device import OrderError, SimulatedDevice
 from megatrain_io.step import Step
 from megatrain_io.stream import model_parts
 from megatrain_io.swap import AdamWStep
-from megatrain_io.vram import device_pool, divide_vram, least_vram
+from megatrain_io.vram import divide_vram, least_vram
 from paged import (
     FORMATS,
     Case,
@@ -56,33 +56,6 @@ WAITS = {
 }
 GATHERING = {"the last sum has left", "sums have left", "the sum has come", "the sum is whole"}
 """Of gradients that gather in RAM."""
-
-
-def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
-    """A division by which the inputs of all but ``slots`` blocks go on to RAM, with other buffers if they are named."""
-    cut = cut_model(case)
-    layout = ModelLayout.build(model_parts(cut), len(cut.blocks), FORMATS[case.dtype], chunk_parameters)
-    per_block = per_block_nbytes(case)
-    made = divide_vram(
-        layout,
-        borrows_prologue=bool(cut.epilogue_borrowed),
-        vram=vram,
-        context=0,
-        activations=0,
-        inputs_per_block=per_block,
-    )
-    pool = made.pool
-    if buffers:
-        borrows = bool(cut.epilogue_borrowed)
-        pool = device_pool(layout, borrows_prologue=borrows, training=True, **buffers)
-    inputs = made.saved_inputs if slots is None else slots * per_block
-    return replace(made, pool=pool, saved_inputs=inputs)
-
-
-def per_block_nbytes(case):
-    """Bytes of the inputs of one block in the largest step."""
-    width = case.config.hidden_size * case.dtype.itemsize
-    return max(input_nbytes([batch["input_ids"].numel() * width for batch in step]) for step in case.steps)
 
 
 def trained(path, case, device, **how):
@@ -118,10 +91,6 @@ def test_a_device_gives_the_bits_of_stock_training(tmp_path, family, tied, dtype
     assert device.waits == (
         WAITS if slots else WAITS - {"inputs are whole", "inputs were used", "inputs have come"}
     )
-
-
-LEAST = {"block_weights": 1, "block_gradients": 1, "slots": 2}
-GATHERED = LEAST | {"block_gradients": None}
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from benches.step.ram_budget import make_store, size_of
 
 Figures = dict[str, Any]
 Intervals = list[tuple[int, int]]
+Alone = Callable[[Any, Any, Any, Any], Mapping[Any, float]]
 WARM_UP = 2
 IO_LANES = ("read", "write", "copy in", "copy out")
 
@@ -58,8 +59,14 @@ def measure(job: Figures) -> Figures:
     return train(job)
 
 
-def train(job: Figures) -> Figures:
-    """Steps from a store that is there."""
+def train(job: Figures, *, alone: Alone | None = None, commits: bool = True) -> Figures:
+    """Steps from a store that is there.
+
+    Args:
+        job: what to train.
+        alone: measures computing alone, as ``measured_seconds`` does, which is the default.
+        commits: every step is committed; else none.
+    """
     import torch
 
     from megatrain_io.calibration import measured_seconds
@@ -77,7 +84,7 @@ def train(job: Figures) -> Figures:
     seconds, losses, events = [], [], []
     with PagedState(path) as state:
         layout = state.layout
-        alone = measured_seconds(cut, layout, batches[0], device)
+        seconds_alone = (alone or measured_seconds)(cut, layout, batches[0], device)
         if device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -103,7 +110,7 @@ def train(job: Figures) -> Figures:
                     step = model.pass_gradients(batches, number=number)[0]
                 else:
                     adamw = AdamWStep(number, LEARNING_RATE, *BETAS, EPS)
-                    step = model.train_step(batches, adamw, lambda _loss: b"x")
+                    step = model.train_step(batches, adamw, (lambda _loss: b"x") if commits else None)
                 losses.append(step.loss)
                 seconds.append(time.perf_counter() - began)
             state.wait_settled()
@@ -126,7 +133,7 @@ def train(job: Figures) -> Figures:
         "vram_planned": vram.total,
         "vram_peak": getattr(device, "peak_nbytes", device.accounts.peak_nbytes),
         "seconds": seconds[WARM_UP:],
-        "compute_alone": job["micro_batches"] * sum(alone.values()),
+        "compute_alone": job["micro_batches"] * sum(seconds_alone.values()),
         "read": moved[0],
         "written": moved[1],
         "read_by_system": by_system[0],

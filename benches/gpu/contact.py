@@ -28,7 +28,7 @@ from typing import Any
 
 from benches.gpu import train_step
 from benches.gpu.losses import ENVIRONMENT, TESTS, new_device, train_in_memory
-from benches.step.bars import SIZES, Size, config_of
+from benches.step.contenders import SIZES, Size, config_of
 from benches.step.ram_budget import size_of
 
 MIB, GB = 1 << 20, 1e9

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.harness.comparison import answer, child, machine, machine_text, tell
-from benches.step.bars import (
+from benches.step.contenders import (
     BETAS,
     DECAY,
     EPS,

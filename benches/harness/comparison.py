@@ -1,4 +1,4 @@
-"""What the comparisons share: facts about the machine, bars in processes of their own, rounds, medians."""
+"""What the comparisons share: facts about the machine, contenders in processes of their own, rounds, medians."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _PACKAGES = ("megatrain-io", "torch", "transformers", "numpy", "safetensors")
 
 
 class SkippedError(Exception):
-    """A bar that cannot be measured here, with the reason as a sentence."""
+    """A contender that cannot be measured here, with the reason as a sentence."""
 
 
 def machine(folder: Path, peer_python: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def child(
     environment: Mapping[str, str] | None = None,
     limit: float | None = None,
 ) -> Any:
-    """Run a bar, ``benches.ROOM.MODULE``, in a process of its own; what it printed last, read as JSON.
+    """Run a contender, ``benches.ROOM.MODULE``, in a process of its own; what it printed last, read as JSON.
 
     Raises:
         SkippedError: it said why it cannot be measured here, or did not end within ``limit`` seconds.

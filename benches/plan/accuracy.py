@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.harness.comparison import answer, child, machine, machine_text, tell
-from benches.step.bars import (
+from benches.step.contenders import (
     BETAS,
     DECAY,
     EPS,
@@ -25,7 +25,7 @@ from benches.step.bars import (
     peak_rss,
     reset_peak_rss,
 )
-from benches.step.bars import tokens_of as tokens
+from benches.step.contenders import tokens_of as tokens
 from benches.step.ram_budget import make_store
 
 Figures = dict[str, Any]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benches.harness.comparison import answer, child, machine, machine_text, tell
-from benches.step.bars import (
+from benches.step.contenders import (
     BETAS,
     DECAY,
     EPS,
@@ -29,7 +29,7 @@ from benches.step.bars import (
     peak_rss,
     reset_peak_rss,
 )
-from benches.step.bars import micro_batches as micro_batches_of
+from benches.step.contenders import micro_batches as micro_batches_of
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 WARM = "warm"

@@ -25,7 +25,7 @@ def met(results):
     return {each["goal"]: each["met"] for each in goals if each["goal"].startswith("read: ")}
 
 
-def test_goals_are_decided_by_the_fastest_bar_of_each_group():
+def test_goals_are_decided_by_the_fastest_contender_of_each_group():
     results = {
         "fio 1M qd32": rounds(2.0, 2.0, 2.0),
         "fio 8M qd4": rounds(1.0, 1.0, 9.0),
@@ -58,7 +58,7 @@ def test_the_store_may_take_the_checksums_time_on_top():
     assert met({**results, "checksums alone": sums})[goal] is False
 
 
-def test_a_round_of_our_own_bars_writes_its_figures_and_leaves_nothing(tmp_path):
+def test_a_round_of_our_own_contenders_writes_its_figures_and_leaves_nothing(tmp_path):
     output = tmp_path / "figures.json"
     folder = tmp_path / "drive"
     folder.mkdir()
@@ -83,7 +83,7 @@ def test_the_bits_of_adamw_are_compared(tmp_path):
     assert found["results"]["megatrain-io f32"][0]["parameters_per_s"] > 0
 
 
-def test_a_bar_that_the_system_ends_says_by_what(tmp_path):
+def test_a_contender_that_the_system_ends_says_by_what(tmp_path):
     (tmp_path / "ends.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
     with pytest.raises(SystemExit, match=r"ended by SIGKILL$"):
         child("ends", sys.executable, [], {"PYTHONPATH": str(tmp_path)})

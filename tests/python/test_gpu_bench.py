@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benches.gpu import bars, losses, peers
-from benches.gpu.bars import DEEPSPEED, OFFLOAD, OURS, WARM_UP
+from benches.gpu import contenders, losses, peers
+from benches.gpu.contenders import DEEPSPEED, OFFLOAD, OURS, WARM_UP
 from benches.harness.comparison import SkippedError
-from benches.step import bars as step_bars
+from benches.step import contenders as step_contenders
 from paged import Case, expected_planes
 from reference.reference import train
 
@@ -62,9 +62,9 @@ def test_ours_and_the_peers_train_the_same_and_leave_nothing(tmp_path):
 def test_what_does_not_fit_the_vram_is_skipped_with_its_reason(tmp_path):
     job = {"size": "tiny", "device": "cpu", "tokens": 64, "micro_batches": 1, "steps": 1}
     job |= {"folder": str(tmp_path), "vram": 601 * MIB, "ram": 64 * MIB}
-    step_bars.make_store(job)
+    step_contenders.make_store(job)
     with pytest.raises(SkippedError, match="it does not fit: "):
-        bars.ours(job)
+        contenders.ours(job)
 
 
 def options_of(**changed):
@@ -77,11 +77,11 @@ def test_what_does_not_fit_the_ram_is_not_even_started(tmp_path):
         peers.run(peers.OURS, "tiny", options_of(ram=10 << 40), tmp_path)
 
 
-def test_a_bar_that_fails_is_skipped_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_contender_that_fails_is_skipped_and_the_others_go_on(tmp_path, monkeypatch):
     def child(_module, _python, arguments, *_):
         job = json.loads(arguments[0])
-        if job["bar"] == OFFLOAD:
-            raise SystemExit("benches.gpu.bars failed:\nTraceback\nended by SIGKILL")
+        if job["contender"] == OFFLOAD:
+            raise SystemExit("benches.gpu.contenders failed:\nTraceback\nended by SIGKILL")
         return {"losses": [2.0, 1.0], "seconds": [1.0]}
 
     def absent(*_):

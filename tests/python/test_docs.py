@@ -18,6 +18,7 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benches").rglob("*.md")),
     *sorted((ROOT / "examples").glob("*/README.md")),
 ]
 VERBS = {command.name for command in app.registered_commands}

@@ -9,7 +9,7 @@ _EPS = 1e-6
 # What a step has to say of the next one: about one in ten.
 _MEMORY = 0.9
 # Share of clipped steps below which guessing is worth it. It is faster up to half or a little more
-# (benches/clipping.py), but each wrong guess writes all of the state once more.
+# (benches/step/clipping.py), but each wrong guess writes all of the state once more.
 _WORTH = 0.5
 
 

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # Seconds for each chunk that workers check or update on cores that torch's threads are spinning on: woken late, they
-# let those wait for one another. Measured with benches/plan.py, on two cores.
+# let those wait for one another. Measured with benches/plan/accuracy.py, on two cores.
 _HANDOFF = 0.9e-3
 
 

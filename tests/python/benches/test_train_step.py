@@ -1,4 +1,4 @@
-"""`benches/train_step.py`: the bound and what decides a goal, on made-up figures, and one round of a tiny model."""
+"""`benches/step`: the bound and what decides a goal, on made-up figures, and one round of a tiny model."""
 
 import json
 import subprocess
@@ -7,28 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from benches.step import bound, train_step
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.schedule import Residents, build_schedule, traffic
 
-BENCHES = Path(__file__).parents[3] / "benches"
+ROOT = Path(__file__).parents[3]
 RATES = {"read": 2e9, "mixed": 3e9, "write": 4e9}
 NOTHING = Residents()
-
-
-@pytest.fixture
-def step_bound(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHES)
-    import step_bound
-
-    return step_bound
-
-
-@pytest.fixture
-def train_step(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHES)
-    import train_step
-
-    return train_step
 
 
 @pytest.fixture
@@ -38,11 +23,11 @@ def layout():
     return ModelLayout.build([(name, [(f"{name}.x", (4096,))]) for name in names], 3, "bf16")
 
 
-def test_a_phase_takes_the_longer_of_computing_and_moving(step_bound):
+def test_a_phase_takes_the_longer_of_computing_and_moving():
     moved = {"forward": (4e9, 0.0), "backward": (14e9, 12e9)}
-    by_drive = step_bound.bound(moved, {"forward": 1.0, "backward": 2.0}, RATES)
+    by_drive = bound.bound(moved, {"forward": 1.0, "backward": 2.0}, RATES)
     assert by_drive == pytest.approx({"forward": 2.0, "backward": 26 / 3, "step": 2.0 + 26 / 3})
-    by_both = step_bound.bound(moved, {"forward": 1.0, "backward": 20.0}, RATES)
+    by_both = bound.bound(moved, {"forward": 1.0, "backward": 20.0}, RATES)
     assert by_both == pytest.approx({"forward": 2.0, "backward": 20.0, "step": 22.0})
 
 
@@ -57,13 +42,13 @@ def test_a_phase_takes_the_longer_of_computing_and_moving(step_bound):
         ((7e9, 19e9), 26 * (1 / 3 + 1 / 4) / 2),
     ],
 )
-def test_the_drives_rate_depends_on_the_share_of_writes(step_bound, moved, expected):
-    assert step_bound.seconds_to_move(moved, RATES) == pytest.approx(expected)
+def test_the_drives_rate_depends_on_the_share_of_writes(moved, expected):
+    assert bound.seconds_to_move(moved, RATES) == pytest.approx(expected)
 
 
-def test_bytes_of_phases_are_those_of_the_schedule(step_bound, layout):
+def test_bytes_of_phases_are_those_of_the_schedule(layout):
     schedule = build_schedule(layout, tied_embeddings=False, training=True)
-    found = step_bound.bytes_of_phases(schedule, layout, NOTHING, commits=True)
+    found = bound.bytes_of_phases(schedule, layout, NOTHING, commits=True)
     page = 4096
     # Weights of embedding and blocks; then the head's, those of two blocks and the embedding again, all planes.
     assert found == {"forward": (8 * page, 0), "backward": ((8 + 50) * page, 60 * page)}
@@ -71,11 +56,11 @@ def test_bytes_of_phases_are_those_of_the_schedule(step_bound, layout):
     assert sums == traffic(schedule, layout)
 
 
-def test_what_stays_in_ram_moves_with_commits_alone(step_bound, layout):
+def test_what_stays_in_ram_moves_with_commits_alone(layout):
     schedule = build_schedule(layout, tied_embeddings=False, training=True)
     stays = Residents(frozenset(range(5)), frozenset(range(5)))
-    assert step_bound.bytes_of_phases(schedule, layout, stays, commits=False)["backward"] == (0, 0)
-    found = step_bound.bytes_of_phases(schedule, layout, stays, commits=True)
+    assert bound.bytes_of_phases(schedule, layout, stays, commits=False)["backward"] == (0, 0)
+    found = bound.bytes_of_phases(schedule, layout, stays, commits=True)
     assert found == {"forward": (0, 0), "backward": (0, 60 * 4096)}
 
 
@@ -94,11 +79,11 @@ def runs(*seconds, moved=10**9, losses=(2.0, 1.0, 0.5), **more):
     ]
 
 
-def met(train_step, found):
+def met(found):
     return [each["met"] for each in train_step.goals(found)]
 
 
-def test_goals_compare_within_a_round(train_step):
+def test_goals_compare_within_a_round():
     one = {
         train_step.ON_NVME: runs(1.1, 2.2, 4.4),
         train_step.CHECKPOINTED: runs(1.0, 2.0, 4.0),
@@ -107,13 +92,13 @@ def test_goals_compare_within_a_round(train_step):
     }
     for figures, step in zip(one[train_step.ON_NVME], (1.0, 2.0, 4.0), strict=True):
         figures["bound"] = {"step": step}
-    assert met(train_step, {("171M", 1): one}) == [True, True, False, None, None]
+    assert met({("171M", 1): one}) == [True, True, False, None, None]
     four = {train_step.ON_NVME: runs(4.0, moved=1005 * 10**6), train_step.CHECKPOINTED: runs(3.6)}
-    assert met(train_step, {("171M", 1): one, ("171M", 4): four})[3:] == [True, False]
-    assert met(train_step, {("171M", 1): {}}) == [None] * 5, "what was not measured is not met"
+    assert met({("171M", 1): one, ("171M", 4): four})[3:] == [True, False]
+    assert met({("171M", 1): {}}) == [None] * 5, "what was not measured is not met"
 
 
-def test_the_bound_is_that_of_the_same_round(train_step):
+def test_the_bound_is_that_of_the_same_round():
     compute = runs(1.0, 1.0)
     for figures in compute:
         for step in figures["steps"]:
@@ -131,7 +116,7 @@ def test_the_bound_is_that_of_the_same_round(train_step):
     assert train_step.of_bound(results[train_step.ON_NVME]) == [2.0]
 
 
-def test_losses_are_compared_between_placements_and_with_torch(train_step):
+def test_losses_are_compared_between_placements_and_with_torch():
     results = {train_step.ON_NVME: runs(1.0), train_step.RESIDENT: runs(1.0)}
     assert train_step.same_losses(results)
     results[train_step.RESIDENT] += runs(1.0, losses=(2.0, 1.0, 0.5000001))
@@ -147,8 +132,8 @@ def test_a_round_of_a_tiny_model_writes_its_figures_and_leaves_nothing(tmp_path)
     folder.mkdir()
     options = ["--sizes", "tiny", "--rounds", "1", "--steps", "4", "--folder", folder]
     options += ["--only", "checkpointing,all on", "--mib", "96", "--json", output]
-    command = [sys.executable, BENCHES / "train_step.py", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "benches.step.train_step", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     (found,) = json.loads(output.read_text())["runs"]
     names = {"torch, activation checkpointing", "megatrain-io, all on NVMe"}
     assert set(found["results"]) == names

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_device import GATHERED, LEAST, check, plan
+from test_device import check
 
+from device_plans import GATHERED, LEAST, plan
 from megatrain_io.config.schema import DataConfig, MemoryConfig, RunConfig, TrainConfig
 from megatrain_io.errors import ConfigError, UnsupportedError
 from megatrain_io.paging.device import cuda

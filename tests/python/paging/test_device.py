@@ -4,24 +4,23 @@ import os
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
+from device_plans import GATHERED, LEAST, per_block_nbytes, plan
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import DoesNotFitError, NotFiniteError, TrainingDivergedError
 from megatrain_io.generate import Pick, next_tokens
 from megatrain_io.models.partition import model_parts
-from megatrain_io.paging.activations import ActivationBudget, SavedActivations, activation_nbytes
+from megatrain_io.paging.activations import ActivationBudget, SavedActivations
 from megatrain_io.paging.device.cpu import Cpu
-from megatrain_io.paging.device.pool import device_pool
 from megatrain_io.paging.device.records import DeviceRecords
 from megatrain_io.paging.device.simulated import OrderError, SimulatedDevice
 from megatrain_io.paging.step import Step
-from megatrain_io.planning import memory_needs
 from megatrain_io.planning.memory_needs import gathered_nbytes
+from megatrain_io.planning.resolve import memory_needs
 from megatrain_io.planning.vram_budget import divide_vram, least_vram
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep
@@ -59,37 +58,6 @@ GATHERING = {"the last sum has left", "sums have left", "the sum has come", "the
 """Of gradients that gather in RAM."""
 
 
-def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
-    """A division by which the inputs of all but ``slots`` blocks go on to RAM, with other buffers if they are named."""
-    partition = partitioned(case)
-    layout = ModelLayout.build(
-        model_parts(partition), len(partition.blocks), FORMATS[case.dtype], chunk_parameters
-    )
-    per_block = per_block_nbytes(case)
-    made = divide_vram(
-        layout,
-        tied_embeddings=bool(partition.tied_parameters),
-        vram=vram,
-        context=0,
-        compute=0,
-        activations_per_block=per_block,
-    )
-    pool = made.pool
-    if buffers:
-        tied = bool(partition.tied_parameters)
-        pool = device_pool(layout, tied_embeddings=tied, training=True, **buffers)
-    inputs = made.activations if slots is None else slots * per_block
-    return replace(made, pool=pool, activations=inputs)
-
-
-def per_block_nbytes(case):
-    """Bytes of the inputs of one block in the largest step."""
-    width = case.config.hidden_size * case.dtype.itemsize
-    return max(
-        activation_nbytes([batch["input_ids"].numel() * width for batch in step]) for step in case.steps
-    )
-
-
 def trained(path, case, device, **how):
     make_store(path, case, how.pop("chunk_parameters", None))
     with opened(path, case, device=device, **how) as model:
@@ -123,10 +91,6 @@ def test_a_device_gives_the_bits_of_stock_training(tmp_path, family, tied, dtype
     assert device.waits == (
         WAITS if slots else WAITS - {"inputs are whole", "inputs were used", "inputs have come"}
     )
-
-
-LEAST = {"block_weights": 1, "block_gradients": 1, "slots": 2}
-GATHERED = LEAST | {"block_gradients": None}
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

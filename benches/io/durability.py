@@ -1,4 +1,4 @@
-"""What durability, checksums and several drives cost, side by side: python benches/durability.py [--folder DIR...].
+"""What durability, checksums and several drives cost, side by side: python -m benches.io.durability [--folder DIR...].
 
 Seven forms of the same training run one after another, round after round: durability ``step``, with
 ``commit_every`` 10, ``scratch``, ``step`` and ``scratch`` built without checksums, and ``step`` in stores of
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # name: (built with checksums, durability, commit_every, drives)
 FORMS = {
     "step": (True, "step", 1, 1),

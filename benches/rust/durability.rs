@@ -1,5 +1,5 @@
 //! One training whose forward and backward cost nothing, so that the drive and the update decide: what
-//! durability and checksums cost. `benches/durability.py` runs it in all its forms, side by side.
+//! durability and checksums cost. `benches/io/durability.py` runs it in all its forms, side by side.
 //!
 //!     durability make DIR[:DIR...] step|scratch PARAMETERS
 //!     durability run DIR[:DIR...] step|scratch STEPS COMMIT_EVERY
@@ -42,7 +42,7 @@ fn main() -> Result {
         ["run", folder, durability, steps, every] => {
             run(&files(folder, durability), durability, number(steps), number(every))
         }
-        // `cargo bench` runs every benchmark: a short look; the comparison is `benches/durability.py`.
+        // `cargo bench` runs every benchmark: a short look; the comparison is `benches/io/durability.py`.
         [] => look(),
         _ => Err(Error::invalid(
             "make DIR step|scratch PARAMETERS, run DIR step|scratch STEPS EVERY",

@@ -1,4 +1,4 @@
-"""Whether a budget of RAM holds: python benches/ram_budget.py --ram 1GiB --sizes 171M,325M,1.3B --folder DIR.
+"""Whether a budget of RAM holds: python -m benches.step.ram_budget --ram 1GiB --sizes 171M,325M,1.3B --folder DIR.
 
 Each model trains a few steps within the budget, in a process of its own. Beside the ledger stands what the process
 grew by: its peak resident memory less what it had with all libraries loaded and warm (the same code over a model of
@@ -17,9 +17,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from comparison import answer, child, machine, machine_text, tell
-from step_bars import BETAS, DECAY, EPS, LEARNING_RATE, SIZES, Size, config_of, peak_rss, reset_peak_rss
-from step_bars import micro_batches as micro_batches_of
+from benches.harness.comparison import answer, child, machine, machine_text, tell
+from benches.step.contenders import (
+    BETAS,
+    DECAY,
+    EPS,
+    LEARNING_RATE,
+    SIZES,
+    Size,
+    config_of,
+    peak_rss,
+    reset_peak_rss,
+)
+from benches.step.contenders import micro_batches as micro_batches_of
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 WARM = "warm"
@@ -165,7 +175,7 @@ def main() -> None:
         ):
             store = Path(folder) / "store.mtio"
             tell(f"{size}: making the store")
-            child(__file__, sys.executable, [json.dumps({"make": size, "store": str(store)})])
+            child(__spec__.name, sys.executable, [json.dumps({"make": size, "store": str(store)})])
             tell(f"{size}: training")
             job = {
                 "size": size,
@@ -175,7 +185,7 @@ def main() -> None:
                 "steps": options.steps,
                 "group": None if group is None else str(group),
             }
-            found = child(__file__, sys.executable, [json.dumps(job)])
+            found = child(__spec__.name, sys.executable, [json.dumps(job)])
         results[size] = found
         mib = lambda name: f"{found[name] / 2**20:.0f} MiB"  # noqa: B023, E731
         print(

@@ -1,15 +1,15 @@
 """Bytes to and from a drive, side by side: fio, DeepNVMe, the usual ways of Python, and megatrain-io.
 
-    python benches/compare_io.py --rounds 5 --mib 1024 --folder /nvme
+    python -m benches.io.compare --rounds 5 --mib 1024 --folder /nvme
 
-Each bar is a process of its own, started anew in each round (whether large buffers come to lie well is drawn once a
-process), and the bars take turns. Only the transfers are timed, not starts and checks; what was read is compared
-once a round. CPU seconds are those of the process; the kernel's own threads, which write the page cache back, are
-nobody's. fio asks for the CPU time of its one thread (RUSAGE_THREAD): the workers of io_uring, which take large
-requests over when the drive's queue is full, are missing from its figure, which is a lower bound therefore. What goes
-through the page cache is timed with its fsync.
+Each contender is a process of its own, started anew in each round (whether large buffers come to lie well is drawn once
+a process), and they take turns. Only the transfers are timed, not starts and checks; what was read is compared once a
+round. CPU seconds are those of the process; the kernel's own threads, which write the page cache back, are nobody's.
+fio asks for the CPU time of its one thread (RUSAGE_THREAD): the workers of io_uring, which take large requests over
+when the drive's queue is full, are missing from its figure, which is a lower bound therefore. What goes through the
+page cache is timed with its fsync.
 
-``mixed`` is 14 bytes read for 12 written. A bar named ``extents`` moves 4 and 20 MiB, as training does.
+``mixed`` is 14 bytes read for 12 written. A contender named ``extents`` moves 4 and 20 MiB, as training does.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from comparison import SkippedError, in_turn, machine, machine_text, shown, tell
-from io_bars import BARS, KINDS, MIB, Figures, fio_version, lay_out, run
+from benches.harness.comparison import SkippedError, in_turn, machine, machine_text, shown, tell
+from benches.io.contenders import CONTENDERS, KINDS, MIB, Figures, fio_version, lay_out, run
 
 Results = dict[str, list[Figures]]
 
@@ -42,13 +42,13 @@ def costs(rounds: list[Figures], kind: str) -> list[float]:
 
 
 def best(results: Results, group: str, kind: str) -> str | None:
-    """The bar of a group with the highest median."""
-    names = [name for name in results if BARS[name][0] == group and rates(results[name], kind)]
+    """The contender of a group with the highest median."""
+    names = [name for name in results if CONTENDERS[name][0] == group and rates(results[name], kind)]
     return max(names, key=lambda name: statistics.median(rates(results[name], kind)), default=None)
 
 
 def table(results: Results, kind: str) -> Iterator[str]:
-    """One line a bar."""
+    """One line a contender."""
     yield f"\n| {kind} | GB/s | of fio's best with registered buffers | CPU s/GB |"
     yield "|---|---|---|---|"
     ceiling = best(results, "fio", kind)
@@ -86,7 +86,7 @@ def goal_of(goal: str, value: float | None, bound: float, *, at_least: bool = Tr
 
 
 def _share(results: Results, of: str, to: str, kind: str) -> float | None:
-    """Ratio of the medians of two groups' fastest bars."""
+    """Ratio of the medians of two groups' fastest contenders."""
     ours, theirs = best(results, of, kind), best(results, to, kind)
     if ours is None or theirs is None:
         return None
@@ -94,9 +94,9 @@ def _share(results: Results, of: str, to: str, kind: str) -> float | None:
 
 
 def cpu_and_bound(results: Results, group: str, kind: str) -> tuple[float | None, float]:
-    """CPU seconds a GB of a group's fastest bar, and what fio allows it; checksums where it takes them.
+    """CPU seconds a GB of a group's fastest contender, and what fio allows it; checksums where it takes them.
 
-    The same requests where fio had them too (half as many in flight cost more CPU); else its fastest bar.
+    The same requests where fio had them too (half as many in flight cost more CPU); else its fastest contender.
     """
     ours, theirs = best(results, group, kind), best(results, "fio", kind)
     if ours is not None and (alike := ours.replace(group, "fio", 1)) in results:
@@ -112,9 +112,9 @@ def cpu_and_bound(results: Results, group: str, kind: str) -> tuple[float | None
 
 
 def _worst(results: Results, group: str, kind: str) -> float | None:
-    """The least ratio to the fastest DeepNVMe bar of the same round."""
+    """The least ratio to the fastest DeepNVMe contender of the same round."""
     ours = best(results, group, kind)
-    theirs = [rates(r, kind) for name, r in results.items() if BARS[name][0] == "DeepNVMe"]
+    theirs = [rates(r, kind) for name, r in results.items() if CONTENDERS[name][0] == "DeepNVMe"]
     theirs = [each for each in theirs if each]
     if ours is None or not theirs:
         return None
@@ -154,13 +154,13 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024, help="of each transfer; a multiple of 48 is best")
     parser.add_argument("--folder", type=Path, default=Path(), help="on the drive to measure")
     parser.add_argument(
-        "--only", default="", help="bars whose names hold one of these words: fio,uring,DeepNVMe"
+        "--only", default="", help="contenders whose names hold one of these words: fio,uring,DeepNVMe"
     )
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has deepspeed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure of every round")
     options = parser.parse_args()
     words = [word.strip() for word in options.only.split(",") if word.strip()]
-    names = [name for name in BARS if not words or any(word in name for word in words)]
+    names = [name for name in CONTENDERS if not words or any(word in name for word in words)]
     facts = machine(options.folder, options.peer_python)
     facts["versions"]["fio"] = fio_version()
     if not os.access("/proc/sys/vm/drop_caches", os.W_OK):
@@ -169,7 +169,7 @@ def main() -> None:
     skipped: dict[str, str] = {}
     folder = Path(tempfile.mkdtemp(dir=options.folder, prefix="compare-io-"))
     try:
-        if any(BARS[name][0] == "fio" for name in names):
+        if any(CONTENDERS[name][0] == "fio" for name in names):
             lay_out(folder / "fio.dat", options.mib * MIB)
         for number, name in in_turn(names, options.rounds):
             if name in skipped:

@@ -1,4 +1,6 @@
-"""A step on a GPU within a budget of VRAM: python benches/gpu.py --sizes 1.3B --vram 8GiB --ram 8GiB --folder DIR.
+"""A step on a GPU within a budget of VRAM.
+
+    python -m benches.gpu.train_step --sizes 1.3B --vram 8GiB --ram 8GiB --folder DIR
 
 For each size a process makes a store with random weights, measures the step on two blocks with weights that stay
 (computing alone), then trains from the drive. Beside the median step stand the sum of computing alone, the time that
@@ -15,13 +17,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from comparison import answer, child, machine, machine_text, tell
-from ram_budget import make_store, size_of
-from step_bars import (
+from benches.harness.comparison import answer, child, machine, machine_text, tell
+from benches.step.contenders import (
     BETAS,
     DECAY,
     EPS,
@@ -33,9 +34,11 @@ from step_bars import (
     peak_rss,
     reset_peak_rss,
 )
+from benches.step.ram_budget import make_store, size_of
 
 Figures = dict[str, Any]
 Intervals = list[tuple[int, int]]
+Alone = Callable[[Any, Any, Any, Any], Mapping[Any, float]]
 WARM_UP = 2
 IO_LANES = ("read", "write", "copy in", "copy out")
 
@@ -56,8 +59,14 @@ def measure(job: Figures) -> Figures:
     return train(job)
 
 
-def train(job: Figures) -> Figures:
-    """Steps from a store that is there."""
+def train(job: Figures, *, alone: Alone | None = None, commits: bool = True) -> Figures:
+    """Steps from a store that is there.
+
+    Args:
+        job: what to train.
+        alone: measures computing alone, as ``measured_seconds`` does, which is the default.
+        commits: every step is committed; else none.
+    """
     import torch
 
     from megatrain_io.models.partition import PartitionedModel
@@ -75,7 +84,7 @@ def train(job: Figures) -> Figures:
     seconds, losses, events = [], [], []
     with PagedStore(path) as state:
         layout = state.layout
-        alone = measured_seconds(partition, layout, batches[0], device)
+        seconds_alone = (alone or measured_seconds)(partition, layout, batches[0], device)
         if device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -101,7 +110,7 @@ def train(job: Figures) -> Figures:
                     step = model.pass_gradients(batches, number=number)[0]
                 else:
                     adamw = AdamWStep(number, LEARNING_RATE, *BETAS, EPS)
-                    step = model.train_step(batches, adamw, lambda _loss: b"x")
+                    step = model.train_step(batches, adamw, (lambda _loss: b"x") if commits else None)
                 losses.append(step.loss)
                 seconds.append(time.perf_counter() - began)
             state.wait_durable()
@@ -124,7 +133,7 @@ def train(job: Figures) -> Figures:
         "vram_planned": vram.total,
         "vram_peak": getattr(device, "peak_nbytes", device.accounts.peak_nbytes),
         "seconds": seconds[WARM_UP:],
-        "compute_alone": job["micro_batches"] * sum(alone.values()),
+        "compute_alone": job["micro_batches"] * sum(seconds_alone.values()),
         "read": moved[0],
         "written": moved[1],
         "read_by_system": by_system[0],
@@ -198,7 +207,7 @@ def main() -> None:
                 "steps": options.steps,
             }
             tell(f"{size}: storing random weights, then training")
-            results[size] = found = child(__file__, sys.executable, [json.dumps(job)])
+            results[size] = found = child(__spec__.name, sys.executable, [json.dumps(job)])
         step = statistics.median(found["seconds"])
         operations = found["parameters"] * found["tokens"] / step / 1e12
         share = "-"

@@ -1,4 +1,4 @@
-"""The bars of ``compare_io.py``: what moves the bytes. Each in a process of its own, which answers with its figures."""
+"""The contenders of ``compare.py``: what moves the bytes, each in a process of its own."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from comparison import MIB, SkippedError, answer, child
+from benches.harness.comparison import MIB, SkippedError, answer, child
 
 KINDS = ("read", "write", "mixed")
 # A drive's rate wanders from second to second: what is timed goes over the same bytes so often.
@@ -60,7 +60,7 @@ def fio(folder: Path, nbytes: int, kind: str, form: str, *, registered: bool = T
     path = folder / "fio.dat"
     command = [
         "fio",
-        "--name=bar",
+        "--name=contender",
         f"--filename={path}",
         "--ioengine=io_uring",
         "--direct=1",
@@ -359,11 +359,11 @@ WAYS: dict[str, tuple[Callable[[Path, Any], None], Callable[[Path, Any], None]]]
     "numpy memmap": (_write_memmap, _read_memmap),
 }
 
-# ------------------------------------------------------------------------------------------------- bars
+# ------------------------------------------------------------------------------------------------- contenders
 
 EXTENTS = [f"extents qd{depth}" for depth in DEPTHS_OF_EXTENTS]
 # name: (group that goals compare, function in a process of its own, its arguments)
-BARS: dict[str, tuple[str, Callable[..., Figures] | None, tuple[Any, ...]]] = {
+CONTENDERS: dict[str, tuple[str, Callable[..., Figures] | None, tuple[Any, ...]]] = {
     **{f"fio {form}": ("fio", None, (form, True)) for form in [*FORMS, *EXTENTS]},
     **{
         f"fio {form}, nothing registered": ("fio, nothing registered", None, (form, False))
@@ -385,15 +385,15 @@ BARS: dict[str, tuple[str, Callable[..., Figures] | None, tuple[Any, ...]]] = {
 
 
 def run(name: str, options: argparse.Namespace, folder: Path) -> Figures:
-    """One round of one bar."""
-    group, work, arguments = BARS[name]
+    """One round of one contender."""
+    group, work, arguments = CONTENDERS[name]
     nbytes = options.mib * MIB
     if work is not None:
         python = options.peer_python if group == "DeepNVMe" else sys.executable
         environment = {"DS_ACCELERATOR": "cpu"} if group == "DeepNVMe" else {}
         # Tools of a build (ninja) lie beside the interpreter.
         environment["PATH"] = f"{Path(python).parent}:{os.environ.get('PATH', '')}"
-        return child(__file__, python, [name, str(folder), str(nbytes)], environment)
+        return child(__spec__.name, python, [name, str(folder), str(nbytes)], environment)
     if shutil.which("fio") is None:
         raise SkippedError("fio is not installed")
     form, registered = arguments
@@ -402,5 +402,5 @@ def run(name: str, options: argparse.Namespace, folder: Path) -> Figures:
 
 
 if __name__ == "__main__":
-    bar, place, size = sys.argv[2:]
-    answer(lambda: BARS[bar][1](Path(place), int(size), *BARS[bar][2]))
+    contender, place, size = sys.argv[2:]
+    answer(lambda: CONTENDERS[contender][1](Path(place), int(size), *CONTENDERS[contender][2]))

@@ -1,7 +1,7 @@
-"""The bars of ``gpu_peers.py``: one and the same training on a GPU by megatrain-io, stock torch and DeepSpeed.
+"""The contenders of ``peers.py``: one and the same training on a GPU by megatrain-io, stock torch and DeepSpeed.
 
-Each runs in a process of its own. All start from the weights of ``step_bars.py`` and train the same tokens in every
-step, with one loss over all of a step's tokens, so that losses can be compared. One budget of VRAM holds for all.
+Each runs in a process of its own. All start from the weights of ``step/contenders.py`` and train the same tokens in
+every step, with one loss over all of a step's tokens, so that losses can be compared. One budget of VRAM holds for all.
 """
 
 import json
@@ -10,23 +10,34 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import gpu
-import step_bars
-from comparison import SkippedError, answer
-from step_bars import BETAS, DECAY, DEEPSPEED, EPS, LEARNING_RATE, SIZES, Bar, Figures, Job, measured
+from benches.gpu import train_step
+from benches.harness.comparison import SkippedError, answer
+from benches.step import contenders as step_contenders
+from benches.step.contenders import (
+    BETAS,
+    DECAY,
+    DEEPSPEED,
+    EPS,
+    LEARNING_RATE,
+    SIZES,
+    Contender,
+    Figures,
+    Job,
+    measured,
+)
 
 # What a step finds that the first ones build is not its own.
-WARM_UP = gpu.WARM_UP
+WARM_UP = train_step.WARM_UP
 
 
 def ours(job: Job) -> Figures:
-    """The training of ``gpu.py``; without a GPU on the device that is made up."""
+    """The training of ``train_step.py``; without a GPU on the device that is made up."""
     from megatrain_io.errors import DoesNotFitError
 
     on_gpu = job["device"] == "cuda"
-    store = str(step_bars.store_of(job))
+    store = str(step_contenders.store_of(job))
     try:
-        found = gpu.train(
+        found = train_step.train(
             {**job, "store": store, "frozen": False, "device": "cuda" if on_gpu else "simulated"}
         )
     except DoesNotFitError as error:
@@ -49,7 +60,7 @@ def torch_offload(job: Job) -> Figures:
 
     on_gpu = job["device"] == "cuda"
     with vram_bounded(job):
-        model = step_bars.model_of(SIZES[job["size"]]).float()
+        model = step_contenders.model_of(SIZES[job["size"]]).float()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo", store=distributed.HashStore(), rank=0, world_size=1
@@ -66,11 +77,11 @@ def torch_offload(job: Job) -> Figures:
         adamw = torch.optim.AdamW(
             model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
         )
-        batches = [ids.to(job["device"]) for ids in step_bars.tokens_of(job)]
+        batches = [ids.to(job["device"]) for ids in step_contenders.tokens_of(job)]
         items = len(batches) * (job["tokens"] - 1)
 
         def step(_number: int) -> tuple[float, Mapping[str, float]]:
-            parts, total = step_bars.Parts(), torch.zeros((), device=job["device"])
+            parts, total = step_contenders.Parts(), torch.zeros((), device=job["device"])
             for ids in batches:
                 loss = model(input_ids=ids, labels=ids, num_items_in_batch=items, use_cache=False).loss
                 loss.backward()
@@ -88,9 +99,9 @@ def torch_offload(job: Job) -> Figures:
 
 
 def deepspeed(job: Job) -> Figures:
-    """The bar of ``train_step.py``, with another accelerator."""
+    """The contender of ``step/train_step.py``, with another accelerator."""
     with vram_bounded(job):
-        return counted(step_bars.deepspeed({**job, "steps": job["steps"] + WARM_UP}), job)
+        return counted(step_contenders.deepspeed({**job, "steps": job["steps"] + WARM_UP}), job)
 
 
 @contextmanager
@@ -112,7 +123,7 @@ def vram_bounded(job: Job) -> Iterator[None]:
 
 
 def counted(found: Figures, job: Job) -> Figures:
-    """What ``measured`` found, in the form of ``gpu.train``."""
+    """What ``measured`` found, in the form of ``train_step.train``."""
     import torch
 
     steps = found["steps"][WARM_UP:]
@@ -133,14 +144,14 @@ def one_line(error: BaseException) -> str:
 
 
 OURS, OFFLOAD = "megatrain-io", "torch, FSDP2 with CPU offload"
-BARS: dict[str, Bar] = {
+CONTENDERS: dict[str, Contender] = {
     # The whole model, in fp32, passes through RAM when its store is made.
-    OURS: Bar(ours, {}, ram=4.5, disk=26.0),
+    OURS: Contender(ours, {}, ram=4.5, disk=26.0),
     # Parameters, gradients and moments, and room: torch rounds pinned memory up to powers of two.
-    OFFLOAD: Bar(torch_offload, {}, ram=20.0),
-    DEEPSPEED: Bar(deepspeed, {}, ram=10.0, disk=20.0),
+    OFFLOAD: Contender(torch_offload, {}, ram=20.0),
+    DEEPSPEED: Contender(deepspeed, {}, ram=10.0, disk=20.0),
 }
 
 
 if __name__ == "__main__":
-    answer(lambda: step_bars.run(json.loads(sys.argv[2]), BARS))
+    answer(lambda: step_contenders.run(json.loads(sys.argv[2]), CONTENDERS))

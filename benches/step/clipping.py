@@ -1,11 +1,11 @@
-"""What clipping by the exact norm costs: python benches/clipping.py --sizes 171M,325M --rounds 3 --folder DIR.
+"""What clipping by the exact norm costs: python -m benches.step.clipping --sizes 171M,325M --rounds 3 --folder DIR.
 
-Each bar is a process of its own with a store of its own, and the bars take turns. Off: no limit, updates in the
+Each contender is a process of its own with a store of its own, and they take turns. Off: no limit, updates in the
 backward pass. Keep: the next step applies the gradients. Both: updates in the backward pass, taken back where the norm
 was too large; never, in half or in all of the steps. Gradients wait in RAM, or on the drive. All state is on NVMe.
 
 A round's figure is the mean of its steps from the third on (in half of which some clip); ratios are to "off" of the
-same round. Losses show that bars with the same limits train the same.
+same round. Losses show that contenders with the same limits train the same.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison import answer, child, in_turn, machine, machine_text, shown, tell
-from step_bars import (
+from benches.harness.comparison import answer, child, in_turn, machine, machine_text, shown, tell
+from benches.step.contenders import (
     BETAS,
     DECAY,
     EPS,
@@ -42,7 +42,7 @@ FIRST = 2
 
 
 @dataclass(frozen=True)
-class Bar:
+class Contender:
     """How gradients are clipped: limits by step, in turn; the share of gradients that waits in RAM."""
 
     gradients: str | None
@@ -51,20 +51,20 @@ class Bar:
 
 
 OFF = "off"
-BARS = {
-    OFF: Bar(None, None),
-    "keep, in RAM": Bar("keep", (NEVER,)),
-    "keep, on the drive": Bar("keep", (NEVER,), 0.0),
-    "both, never clipped": Bar("both", (NEVER,)),
-    "both, half clipped": Bar("both", (NEVER, ALWAYS)),
-    "both, all clipped": Bar("both", (ALWAYS,)),
-    "both, never clipped, on the drive": Bar("both", (NEVER,), 0.0),
+CONTENDERS = {
+    OFF: Contender(None, None),
+    "keep, in RAM": Contender("keep", (NEVER,)),
+    "keep, on the drive": Contender("keep", (NEVER,), 0.0),
+    "both, never clipped": Contender("both", (NEVER,)),
+    "both, half clipped": Contender("both", (NEVER, ALWAYS)),
+    "both, all clipped": Contender("both", (ALWAYS,)),
+    "both, never clipped, on the drive": Contender("both", (NEVER,), 0.0),
 }
 GOALS = {"keep, in RAM": 1.4, "both, never clipped": 1.1}
 
 
 def train(job: Figures) -> Figures:
-    """In the child: the steps of one bar."""
+    """In the child: the steps of one contender."""
     import torch
 
     from megatrain_io.data.batch import MicroBatch
@@ -75,7 +75,7 @@ def train(job: Figures) -> Figures:
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
     from megatrain_io.store.schedule import Residents
 
-    bar, config = BARS[job["bar"]], config_of(SIZES[job["size"]])
+    contender, config = CONTENDERS[job["contender"]], config_of(SIZES[job["size"]])
     partition, store = PartitionedModel(config, torch.bfloat16, probe(config)), store_of(job)
     batches = [
         MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
@@ -85,14 +85,16 @@ def train(job: Figures) -> Figures:
         model = PagedModel(
             partition,
             state,
-            max_grad_norm=None if bar.limits is None else NEVER,
-            gradients=bar.gradients,  # type: ignore[arg-type]  # a word of the table above
+            max_grad_norm=None if contender.limits is None else NEVER,
+            gradients=contender.gradients,  # type: ignore[arg-type]  # a word of the table above
         )
         layout = state.layout
         nbytes = sum(map(layout.record_gradient_bytes, range(len(layout.records))))
-        own = choose_gradients(layout, int(bar.in_ram * nbytes)) if bar.limits else frozenset[int]()
+        own = (
+            choose_gradients(layout, int(contender.in_ram * nbytes)) if contender.limits else frozenset[int]()
+        )
         residents = Residents(gradients=own)
-        spills = bar.limits is not None and len(own) < len(layout.records)
+        spills = contender.limits is not None and len(own) < len(layout.records)
         state.start(
             model.pool_sizes(training=True, residents=residents),
             residents=residents,
@@ -102,8 +104,8 @@ def train(job: Figures) -> Figures:
 
         def step(number: int) -> tuple[float, Mapping[str, float]]:
             before = state.timings()
-            if bar.limits is not None:
-                model.max_grad_norm = bar.limits[number % len(bar.limits)]
+            if contender.limits is not None:
+                model.max_grad_norm = contender.limits[number % len(contender.limits)]
             adamw = AdamWStep(number, LEARNING_RATE, *BETAS, EPS)
             made = model.train_step(batches, adamw, lambda _loss: b"%d" % number)
             return made.loss, {name: value - before[name] for name, value in state.timings().items()}
@@ -119,15 +121,15 @@ def train(job: Figures) -> Figures:
 
 
 def run(name: str, size: str, options: argparse.Namespace, folder: Path) -> Figures:
-    """One round of one bar; its files are gone afterwards."""
-    place = folder / "bar"
+    """One round of one contender; its files are gone afterwards."""
+    place = folder / "contender"
     place.mkdir()
-    job = {"bar": name, "size": size, "micro_batches": options.micro_batches, "steps": options.steps}
+    job = {"contender": name, "size": size, "micro_batches": options.micro_batches, "steps": options.steps}
     job |= {"folder": str(place)}
     try:
-        child(__file__, sys.executable, [json.dumps({**job, "makes_store": True})])
-        os.sync()  # what others left to be written is not this bar's
-        return child(__file__, sys.executable, [json.dumps({**job, "makes_store": False})])
+        child(__spec__.name, sys.executable, [json.dumps({**job, "makes_store": True})])
+        os.sync()  # what others left to be written is not this contender's
+        return child(__spec__.name, sys.executable, [json.dumps({**job, "makes_store": False})])
     finally:
         shutil.rmtree(place)
 
@@ -138,9 +140,9 @@ def seconds(found: Figures) -> float:
 
 
 def table(rounds: Mapping[str, Sequence[Figures]]) -> str:
-    """A row for each bar."""
+    """A row for each contender."""
     lines = [
-        "| bar | s a step | of off | goal | CPU s | MB read | MB written | stalled s | ledger, MB |",
+        "| contender | s a step | of off | goal | CPU s | MB read | MB written | stalled s | ledger, MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in rounds.items():
@@ -174,8 +176,8 @@ def main() -> None:
     results: dict[str, dict[str, list[Figures]]] = {}
     with tempfile.TemporaryDirectory(prefix="clipping-", dir=options.folder) as folder:
         for size in options.sizes.split(","):
-            results[size] = rounds = {name: [] for name in BARS}
-            for number, name in in_turn(list(BARS), options.rounds):
+            results[size] = rounds = {name: [] for name in CONTENDERS}
+            for number, name in in_turn(list(CONTENDERS), options.rounds):
                 tell(f"{size}, round {number + 1} of {options.rounds}: {name}")
                 rounds[name].append(run(name, size, options, Path(folder)))
             print(f"\n{size}, {options.micro_batches} micro-batch(es) of 256 tokens\n\n{table(rounds)}\n")
@@ -183,8 +185,8 @@ def main() -> None:
                 losses = [row["loss"] for row in found[0]["steps"]]
                 print(f"losses of {name}: {' '.join(f'{loss:.6f}' for loss in losses[:5])}")
     if options.json is not None:
-        bars = {name: asdict(bar) for name, bar in BARS.items()}
-        everything = {"machine": facts, "bars": bars, "results": results}
+        contenders = {name: asdict(contender) for name, contender in CONTENDERS.items()}
+        everything = {"machine": facts, "contenders": contenders, "results": results}
         options.json.write_text(json.dumps(everything, indent=1, default=str) + "\n", encoding="utf-8")
 
 

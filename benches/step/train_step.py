@@ -1,13 +1,13 @@
 """Seconds of an optimizer step: torch in RAM, DeepSpeed from NVMe, ours from NVMe and from RAM, and the bound.
 
-    python benches/train_step.py --sizes 171M,325M,1.3B --micro-batches 1,4 --rounds 5 --folder /nvme
+    python -m benches.step.train_step --sizes 171M,325M,1.3B --micro-batches 1,4 --rounds 5 --folder /nvme
 
-Each bar is a process of its own, started anew in each round, and the bars take turns; a store of ours is made before
-its bar and removed after it. A round's figure is the median of its steps but the first; of bytes and CPU seconds it is
-their mean. A bar that seldom commits shows the steps between two commits. What is still to be written when the last
-step ends is waited for outside of the steps (``durable_seconds`` in the JSON).
+Each contender is a process of its own, started anew in each round, and they take turns; a store of ours is made before
+its contender and removed after it. A round's figure is the median of its steps but the first; of bytes and CPU seconds
+it is their mean. A contender that seldom commits shows the steps between two commits. What is still to be written when
+the last step ends is waited for outside of the steps (``durable_seconds`` in the JSON).
 
-The bound (``step_bound.py``) is made of fio's rates and of torch's forward and backward seconds, of the same round.
+The bound (``bound.py``) is made of fio's rates and of torch's forward and backward seconds, of the same round.
 """
 
 import argparse
@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import step_bars
-from compare_io import goal_of
-from comparison import MIB, SkippedError, child, in_turn, machine, machine_text, shown, tell
-from io_bars import fio, fio_version, lay_out
-from step_bars import (
-    BARS,
+
+from benches.harness.comparison import MIB, SkippedError, child, in_turn, machine, machine_text, shown, tell
+from benches.io.compare import goal_of
+from benches.io.contenders import fio, fio_version, lay_out
+from benches.step import contenders
+from benches.step.bound import PHASES, bound
+from benches.step.contenders import (
     CHECKPOINTED,
     COMPUTE,
+    CONTENDERS,
     DEEPSPEED,
     FIO,
     ON_NVME,
@@ -39,13 +41,12 @@ from step_bars import (
     SELDOM,
     SIZES,
     TOKENS,
-    Bar,
+    Contender,
 )
-from step_bound import PHASES, bound
 
 GOAL_SIZE = "171M"
 MEGA = 1e6
-# Interpreter, torch, transformers and activations: what a bar needs whatever the model.
+# Interpreter, torch, transformers and activations: what a contender needs whatever the model.
 RAM_OF_ALL = 1_200_000_000
 # Seconds after which DeepSpeed is taken to hang.
 PEER_LIMIT = 1800.0
@@ -54,20 +55,20 @@ SHOWN_LOSSES = 4
 Figures = dict[str, Any]
 Rounds = list[Figures]
 Results = dict[str, Rounds]
-"""Of one size and number of micro-batches: bar to its rounds, each with its number as ``round``."""
+"""Of one size and number of micro-batches: contender to its rounds, each with its number as ``round``."""
 
 
 # ------------------------------------------------------------------------------------------------ running
 
 
-def refuse_what_does_not_fit(bar: Bar, size: str, folder: Path, budget: int = 0) -> None:
-    """Rather say it than let the machine swap or the drive fill; ``budget`` is what the bar takes of RAM in any case.
+def refuse_what_does_not_fit(contender: Contender, size: str, folder: Path, budget: int = 0) -> None:
+    """Rather say it than let the machine swap or the drive fill; ``budget`` is what it takes of RAM in any case.
 
     Raises:
         SkippedError: not enough free RAM or disk.
     """
     parameters = SIZES[size].parameters
-    ram, disk = max(bar.ram * parameters, budget) + RAM_OF_ALL, bar.disk * parameters
+    ram, disk = max(contender.ram * parameters, budget) + RAM_OF_ALL, contender.disk * parameters
     available, free = psutil.virtual_memory().available, shutil.disk_usage(folder).free
     for what, needed, there in (("RAM", ram, available), ("disk", disk, free)):
         if needed > there:
@@ -75,28 +76,28 @@ def refuse_what_does_not_fit(bar: Bar, size: str, folder: Path, budget: int = 0)
 
 
 def run(name: str, size: str, micro_batches: int, options: argparse.Namespace, folder: Path) -> Figures:
-    """One round of one bar; its files are gone afterwards."""
+    """One round of one contender; its files are gone afterwards."""
     if name == FIO:
         return rates_of(folder, options.mib * MIB)
-    refuse_what_does_not_fit(BARS[name], size, folder)
-    place = folder / "bar"
+    refuse_what_does_not_fit(CONTENDERS[name], size, folder)
+    place = folder / "contender"
     place.mkdir()
-    job = {"bar": name, "size": size, "micro_batches": micro_batches, "steps": options.steps}
+    job = {"contender": name, "size": size, "micro_batches": micro_batches, "steps": options.steps}
     job |= {"folder": str(place), "makes_store": False}
-    script = step_bars.__file__
+    module = contenders.__name__
     try:
         if name in OURS:
-            child(script, sys.executable, [json.dumps({**job, "makes_store": True})])
-        os.sync()  # what others left to be written is not this bar's
+            child(module, sys.executable, [json.dumps({**job, "makes_store": True})])
+        os.sync()  # what others left to be written is not this contender's
         if name != DEEPSPEED:
-            return child(script, sys.executable, [json.dumps(job)])
-        return deepspeed_child(script, options.peer_python, job, "cpu")
+            return child(module, sys.executable, [json.dumps(job)])
+        return deepspeed_child(module, options.peer_python, job, "cpu")
     finally:
         shutil.rmtree(place)
 
 
-def deepspeed_child(script: str, python: str, job: Figures, accelerator: str) -> Figures:
-    """A bar of DeepSpeed, with the interpreter that has it.
+def deepspeed_child(module: str, python: str, job: Figures, accelerator: str) -> Figures:
+    """A contender of DeepSpeed, with the interpreter that has it.
 
     Raises:
         SkippedError: it hangs or fails, or is not there.
@@ -104,7 +105,7 @@ def deepspeed_child(script: str, python: str, job: Figures, accelerator: str) ->
     path = f"{Path(python).parent}:{os.environ.get('PATH', '')}"
     environment = {"DS_ACCELERATOR": accelerator, "PATH": path}
     try:
-        return child(script, python, [json.dumps(job)], environment, PEER_LIMIT)
+        return child(module, python, [json.dumps(job)], environment, PEER_LIMIT)
     except SystemExit as failed:  # it can end without an exception of Python
         raise SkippedError(f"DeepSpeed fails: {str(failed.code).strip().splitlines()[-1]}") from failed
 
@@ -167,7 +168,7 @@ def losses(figures: Figures) -> list[float]:
 
 
 def by_round(rounds: Rounds) -> dict[int, Figures]:
-    """A bar may lack a round in which it was skipped."""
+    """A contender may lack a round in which it was skipped."""
     return {figures["round"]: figures for figures in rounds}
 
 
@@ -209,9 +210,9 @@ def equal_digits(ours: Sequence[float], theirs: Sequence[float]) -> int | None:
 
 
 def table(results: Results, micro_batches: int) -> Iterator[str]:
-    """One line a bar."""
+    """One line a contender."""
     yield (
-        "| bar | s a step | of the bound | tokens/s | MB read | MB written | CPU s | peak RSS MB | "
+        "| contender | s a step | of the bound | tokens/s | MB read | MB written | CPU s | peak RSS MB | "
         "pool and all else of ours, MB | seconds in |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|"
@@ -256,7 +257,7 @@ def bound_lines(results: Results) -> Iterator[str]:
 
 
 def loss_lines(results: Results) -> Iterator[str]:
-    """The first losses of each bar, and how far they agree."""
+    """The first losses of each contender, and how far they agree."""
     for name, rounds in results.items():
         if name not in (FIO, COMPUTE):
             first = " ".join(f"{loss:.6f}" for loss in losses(rounds[0])[:SHOWN_LOSSES])
@@ -339,14 +340,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of a run; at least 4, the first is not counted")
     parser.add_argument("--mib", type=int, default=1024, help="of fio's file")
     parser.add_argument("--folder", type=Path, default=Path(), help="on the drive to measure")
-    parser.add_argument("--only", type=words_of, default=[], help="bars whose names hold one of these words")
+    parser.add_argument(
+        "--only", type=words_of, default=[], help="contenders whose names hold one of these words"
+    )
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has deepspeed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure of every step")
     options = parser.parse_args()
     unknown = [size for size in options.sizes if size not in SIZES]
     if unknown or options.steps < 4:
         parser.error(f"sizes are {', '.join(SIZES)}" if unknown else "--steps must be 4 at least")
-    names = [name for name in (FIO, *BARS) if not options.only or any(word in name for word in options.only)]
+    names = [
+        name for name in (FIO, *CONTENDERS) if not options.only or any(word in name for word in options.only)
+    ]
     facts = machine(options.folder, options.peer_python)
     facts["versions"]["fio"] = fio_version()
     found: dict[tuple[str, int], Results] = {}

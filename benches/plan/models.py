@@ -1,4 +1,4 @@
-"""Plans of 7B to 70B on machines that come with the package: python benches/plan_models.py.
+"""Plans of 7B to 70B on machines that come with the package: python -m benches.plan.models.
 
 Nothing is measured. The first figures are of formulas over the same assumptions as the plan's own beside them: no
 commit, all RAM but activations for state that stays, full rates of the drive, reading and writing in turns, 8 P T

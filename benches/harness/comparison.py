@@ -1,4 +1,4 @@
-"""What the comparisons share: facts about the machine, bars in processes of their own, rounds, medians."""
+"""What the comparisons share: facts about the machine, contenders in processes of their own, rounds, medians."""
 
 import json
 import os
@@ -12,12 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 _PACKAGES = ("megatrain-io", "torch", "transformers", "numpy", "safetensors")
 
 
 class SkippedError(Exception):
-    """A bar that cannot be measured here, with the reason as a sentence."""
+    """A contender that cannot be measured here, with the reason as a sentence."""
 
 
 def machine(folder: Path, peer_python: str) -> dict[str, Any]:
@@ -69,23 +70,26 @@ def machine_text(facts: Mapping[str, Any]) -> str:
 
 
 def child(
-    script: str,
+    module: str,
     python: str,
     arguments: Sequence[str],
     environment: Mapping[str, str] | None = None,
     limit: float | None = None,
 ) -> Any:
-    """Run a bar in a process of its own; what it printed last, read as JSON.
+    """Run a contender, ``benches.ROOM.MODULE``, in a process of its own; what it printed last, read as JSON.
 
     Raises:
         SkippedError: it said why it cannot be measured here, or did not end within ``limit`` seconds.
         SystemExit: it failed.
     """
-    command = [python, script, "--child", *arguments]
+    command = [python, "-m", module, "--child", *arguments]
+    variables = {**os.environ, **(environment or {})}
+    # The current folder may be another one.
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, **(environment or {})},
+            env=variables,
             capture_output=True,
             text=True,
             check=False,

@@ -1,4 +1,4 @@
-"""The bars of ``train_step.py``: one and the same training in stock torch, in DeepSpeed and in megatrain-io.
+"""The contenders of ``train_step.py``: one and the same training in stock torch, in DeepSpeed and in megatrain-io.
 
 Each runs in a process of its own and answers with what each of its steps took. All start from the same random weights,
 rounded to bf16, and train the same tokens in every step, so that losses can be compared.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison import SkippedError, answer
+from benches.harness.comparison import SkippedError, answer
 
 LEARNING_RATE, BETAS, EPS, DECAY = 3e-4, (0.9, 0.95), 1e-8, 0.01
 SEED = 1
@@ -97,7 +97,7 @@ def tokens_of(job: Job) -> list[Any]:
 
 
 def micro_batches(job: Job) -> list[Any]:
-    """The same rows, with labels, for a bar of ours."""
+    """The same rows, with labels, for a contender of ours."""
     import torch
 
     from megatrain_io.data.batch import MicroBatch
@@ -307,7 +307,7 @@ def deepspeed(job: Job) -> Figures:
 
 
 def make_store(job: Job) -> Figures:
-    """The store that a bar of ours trains, made in a process of its own: the whole model passes through its RAM."""
+    """The store that one of ours trains, made in a process of its own: the whole model passes through its RAM."""
     import torch
 
     from megatrain_io.models.partition import PartitionedModel, model_parts
@@ -331,15 +331,15 @@ def make_store(job: Job) -> Figures:
 
 
 def store_of(job: Job) -> Path:
-    """Where a bar of ours has its store."""
+    """Where a contender of ours has its store."""
     return Path(job["folder"]) / "store.mtio"
 
 
 def ours(job: Job) -> Figures:
     """``resident``: share of the state that stays in RAM; ``commit_every``: steps between two commits."""
     import torch
-    from step_bound import bytes_of_phases
 
+    from benches.step.bound import bytes_of_phases
     from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
@@ -382,11 +382,11 @@ def ours(job: Job) -> Figures:
         }
 
 
-# ------------------------------------------------------------------------------------------------- the bars
+# ------------------------------------------------------------------------------------------------- the contenders
 
 
 @dataclass(frozen=True)
-class Bar:
+class Contender:
     """What runs, with which settings, and what it needs of the machine, in bytes a parameter."""
 
     work: Callable[[Job], Figures]
@@ -399,8 +399,8 @@ _TORCH_RAM = 16.5  # weights and gradients in bf16, masters and moments, a part'
 _STORE = 26.0  # two copies of 12, and some room
 
 
-def _of_ours(resident: float, commit_every: int) -> Bar:
-    return Bar(
+def _of_ours(resident: float, commit_every: int) -> Contender:
+    return Contender(
         ours, {"resident": resident, "commit_every": commit_every}, ram=12 * resident + 1.2, disk=_STORE
     )
 
@@ -412,19 +412,19 @@ ON_NVME, HALF, RESIDENT = (
     f"megatrain-io, {place}" for place in ("all on NVMe", "half resident", "all resident")
 )
 SELDOM = f", commit_every {COMMIT_SELDOM}"
-BARS: dict[str, Bar] = {
-    TORCH: Bar(torch_in_ram, {"checkpoints": False, "updates": True}, _TORCH_RAM),
-    CHECKPOINTED: Bar(torch_in_ram, {"checkpoints": True, "updates": True}, _TORCH_RAM),
+CONTENDERS: dict[str, Contender] = {
+    TORCH: Contender(torch_in_ram, {"checkpoints": False, "updates": True}, _TORCH_RAM),
+    CHECKPOINTED: Contender(torch_in_ram, {"checkpoints": True, "updates": True}, _TORCH_RAM),
     # What the bound takes for computing, also where masters and moments do not fit.
-    COMPUTE: Bar(torch_in_ram, {"checkpoints": True, "updates": False}, 6.0),
-    DEEPSPEED: Bar(deepspeed, {}, 10.0, 20.0),
+    COMPUTE: Contender(torch_in_ram, {"checkpoints": True, "updates": False}, 6.0),
+    DEEPSPEED: Contender(deepspeed, {}, 10.0, 20.0),
     ON_NVME: _of_ours(0.0, 1),
     HALF: _of_ours(0.5, 1),
     HALF + SELDOM: _of_ours(0.5, COMMIT_SELDOM),
     RESIDENT: _of_ours(1.0, 1),
     RESIDENT + SELDOM: _of_ours(1.0, COMMIT_SELDOM),
 }
-OURS = [name for name, bar in BARS.items() if bar.work is ours]
+OURS = [name for name, contender in CONTENDERS.items() if contender.work is ours]
 
 
 @contextmanager
@@ -440,14 +440,14 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def run(job: Job, bars: Mapping[str, Bar]) -> Figures:
-    """In the child: a bar, or the store for it."""
+def run(job: Job, contenders: Mapping[str, Contender]) -> Figures:
+    """In the child: a contender, or the store for it."""
     with _quiet():
         if job["makes_store"]:
             return make_store(job)
-        bar = bars[job["bar"]]
-        return bar.work({**job, **bar.settings})
+        contender = contenders[job["contender"]]
+        return contender.work({**job, **contender.settings})
 
 
 if __name__ == "__main__":
-    answer(lambda: run(json.loads(sys.argv[2]), BARS))
+    answer(lambda: run(json.loads(sys.argv[2]), CONTENDERS))

@@ -1,4 +1,4 @@
-"""Whether training on a GPU has the losses of training in its memory: python benches/gpu_losses.py --device cuda.
+"""Whether training on a GPU has the losses of training in its memory: python -m benches.gpu.losses --device cuda.
 
 The tests' tiny Llama trains a few steps of several micro-batches: paged, through the device, and in memory, by stock
 transformers on the same device with the reference's sums, its rounding and torch's fused AdamW over fp32 masters on the
@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison import answer, child
+from benches.harness.comparison import answer, child
 
 Figures = dict[str, Any]
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 MICRO_BATCHES = (3, 2, 4, 1, 3)
 # Without it cuBLAS refuses to be deterministic.
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="every loss")
     options = parser.parse_args()
     job = {"device": options.device, "folder": str(options.folder.absolute())}
-    rows = child(__file__, sys.executable, [json.dumps(job)], ENVIRONMENT)
+    rows = child(__spec__.name, sys.executable, [json.dumps(job)], ENVIRONMENT)
     print(
         f"{len(MICRO_BATCHES)} steps of {', '.join(map(str, MICRO_BATCHES))} micro-batches on {rows[0]['device']}\n"
     )

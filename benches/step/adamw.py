@@ -1,8 +1,8 @@
 """AdamW on the CPU, side by side: ours (f32, and split weights), torch's fused one, and DeepSpeedCPUAdam.
 
-    python benches/compare_adamw.py --rounds 5 --parameters 67108864
+    python -m benches.step.adamw --rounds 5 --parameters 67108864
 
-Each bar is a process of its own, started anew in each round, and the bars take turns; within a process the median of
+Each contender is a process of its own, started anew in each round, and they take turns; within a process the median of
 some steps counts, after two that touch the memory. The figure is parameters a second: what a kernel moves in bytes
 depends on how bytes are counted. Before anything is timed the bits of our step are compared with those of torch.
 """
@@ -17,7 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from comparison import SkippedError, answer, child, in_turn, machine, machine_text, shown, tell
+from benches.harness.comparison import (
+    SkippedError,
+    answer,
+    child,
+    in_turn,
+    machine,
+    machine_text,
+    shown,
+    tell,
+)
 
 STEPS = 7
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -105,7 +114,7 @@ def same_bits(parameters: int, steps: int = 3) -> bool:
     return True
 
 
-BARS: dict[str, tuple[Callable[..., Figure], tuple[str, ...]]] = {
+CONTENDERS: dict[str, tuple[Callable[..., Figure], tuple[str, ...]]] = {
     # In place as the peers; and into other memory, as a chunk is updated that is paged.
     "megatrain-io f32": (ours, ("adamw f32 in place",)),
     "megatrain-io split": (ours, ("adamw split in place",)),
@@ -121,13 +130,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parameters", type=int, default=64 << 20)
     parser.add_argument(
-        "--only", default="", help="bars whose names hold one of these words: io,torch,DeepSpeed"
+        "--only", default="", help="contenders whose names hold one of these words: io,torch,DeepSpeed"
     )
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has deepspeed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure of every round")
     options = parser.parse_args()
     words = [word.strip() for word in options.only.split(",") if word.strip()]
-    names = [name for name in BARS if not words or any(word in name for word in words)]
+    names = [name for name in CONTENDERS if not words or any(word in name for word in words)]
     facts = machine(Path(), options.peer_python)
     # A tail that fills no vector, so that both paths of the kernel are compared.
     is_same = same_bits(1_000_003)
@@ -141,7 +150,10 @@ def main() -> None:
         path = f"{Path(python).parent}:{os.environ.get('PATH', '')}"
         try:
             said = child(
-                __file__, python, [name, str(options.parameters)], {"DS_ACCELERATOR": "cpu", "PATH": path}
+                __spec__.name,
+                python,
+                [name, str(options.parameters)],
+                {"DS_ACCELERATOR": "cpu", "PATH": path},
             )
             results[name].append(said)
         except SkippedError as reason:
@@ -155,7 +167,7 @@ def main() -> None:
         f"bits of f32 weights and moments equal torch's fused AdamW after 3 steps: {'yes' if is_same else 'NO'}\n"
     )
     print(
-        "| bar | M parameters/s | relative to torch in the same round | CPU ns a parameter |\n|---|---|---|---|"
+        "| contender | M parameters/s | relative to torch in the same round | CPU ns a parameter |\n|---|---|---|---|"
     )
     for name, rounds in results.items():
         pace = [each["parameters_per_s"] for each in rounds]
@@ -181,7 +193,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        bar, count = sys.argv[2:]
-        answer(lambda: BARS[bar][0](int(count), *BARS[bar][1]))
+        contender, count = sys.argv[2:]
+        answer(lambda: CONTENDERS[contender][0](int(count), *CONTENDERS[contender][1]))
     else:
         main()

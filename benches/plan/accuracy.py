@@ -1,4 +1,4 @@
-"""The plan against what then happens: python benches/plan.py --folder DIR.
+"""The plan against what then happens: python -m benches.plan.accuracy --folder DIR.
 
 For each configuration and round a process of its own measures the machine (as ``megatrain-io bench`` does, shorter),
 plans, and trains a few steps. Beside each planned figure stands the measured one, of the steady state.
@@ -13,10 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from comparison import answer, child, machine, machine_text, tell
-from ram_budget import make_store
-from step_bars import BETAS, DECAY, EPS, LEARNING_RATE, SIZES, TOKENS, config_of, peak_rss, reset_peak_rss
-from step_bars import tokens_of as tokens
+from benches.harness.comparison import answer, child, machine, machine_text, tell
+from benches.step.contenders import (
+    BETAS,
+    DECAY,
+    EPS,
+    LEARNING_RATE,
+    SIZES,
+    TOKENS,
+    config_of,
+    peak_rss,
+    reset_peak_rss,
+)
+from benches.step.contenders import tokens_of as tokens
+from benches.step.ram_budget import make_store
 
 Figures = dict[str, Any]
 # Moments that were never written are not read, and the first commits have nothing to wait for.
@@ -150,7 +160,7 @@ def least_for_overlap(partition: Any, layout: Any, needs: Any) -> int:
     from megatrain_io.store.pool import mapped_nbytes, pool_sizes
 
     pool = pool_sizes(layout, tied_embeddings=bool(partition.tied_parameters), training=True)
-    return needs.always + needs.activations + mapped_nbytes(pool) + (8 << 20)
+    return needs.always + needs.compute + mapped_nbytes(pool) + (8 << 20)
 
 
 def train(job: Figures, setting: Setting, model: Any, batches: Any, adamw_step: Any) -> list[Figures]:
@@ -190,7 +200,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             store = Path(folder) / "store.mtio"
             tell(f"{size}: making the store")
-            child(__file__, sys.executable, [json.dumps({"make": size, "store": str(store)})])
+            child(__spec__.name, sys.executable, [json.dumps({"make": size, "store": str(store)})])
             for number in range(options.rounds):
                 for name, setting in settings.items():
                     if setting.size != size:
@@ -205,7 +215,7 @@ def main() -> None:
                         "steps": steps,
                         "seconds": options.seconds,
                     }
-                    results[name].append(child(__file__, sys.executable, [json.dumps(job)]))
+                    results[name].append(child(__spec__.name, sys.executable, [json.dumps(job)]))
     print(table(results))
     if options.json is not None:
         text = json.dumps({"machine": facts, "results": results}, indent=1, default=str)

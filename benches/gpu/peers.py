@@ -1,12 +1,12 @@
 """A step on a GPU beside its peers: megatrain-io, torch with CPU offload, DeepSpeed ZeRO-3 with NVMe.
 
-    python benches/gpu_peers.py --sizes 1.3B --vram 8GiB --ram 8GiB --rounds 3 --folder /nvme --peer-python PYTHON
+    python -m benches.gpu.peers --sizes 1.3B --vram 8GiB --ram 8GiB --rounds 3 --folder /nvme --peer-python PYTHON
 
-Each bar is a process of its own, started anew in each round, and the bars take turns; a store of ours is made before
-its bar and removed after it. The budget of VRAM holds for all. That of RAM is ours alone: the peers take what they
-need, and are skipped where the machine has not so much. A round's figure is the median of its steps but the first two;
-of bytes it is their mean, as the kernel counts them for the process. With ``--device cpu`` the peers run on the CPU,
-and ours on a device that is made up: its times mean nothing, but all of it runs.
+Each contender is a process of its own, started anew in each round, and they take turns; a store of ours is made before
+its contender and removed after it. The budget of VRAM holds for all. That of RAM is ours alone: the peers take what
+they need, and are skipped where the machine has not so much. A round's figure is the median of its steps but the first
+two; of bytes it is their mean, as the kernel counts them for the process. With ``--device cpu`` the peers run on the
+CPU, and ours on a device that is made up: its times mean nothing, but all of it runs.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import gpu_bars
-from comparison import SkippedError, child, in_turn, machine, machine_text, shown, tell
-from gpu_bars import BARS, OURS, WARM_UP
-from ram_budget import size_of
-from step_bars import DEEPSPEED, SIZES
-from train_step import (
+from benches.gpu import contenders
+from benches.gpu.contenders import CONTENDERS, OURS, WARM_UP
+from benches.harness.comparison import SkippedError, child, in_turn, machine, machine_text, shown, tell
+from benches.step.contenders import DEEPSPEED, SIZES
+from benches.step.ram_budget import size_of
+from benches.step.train_step import (
     MEGA,
     SHOWN_LOSSES,
     Results,
@@ -41,18 +41,18 @@ Figures = dict[str, Any]
 
 
 def run(name: str, size: str, options: argparse.Namespace, folder: Path) -> Figures:
-    """One round of one bar; its files are gone afterwards.
+    """One round of one contender; its files are gone afterwards.
 
     Raises:
         SkippedError: it does not fit, or fails.
     """
     from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 
-    refuse_what_does_not_fit(BARS[name], size, folder, options.ram if name == OURS else 0)
-    place = folder / "bar"
+    refuse_what_does_not_fit(CONTENDERS[name], size, folder, options.ram if name == OURS else 0)
+    place = folder / "contender"
     place.mkdir()
     job = {
-        "bar": name,
+        "contender": name,
         "size": size,
         "device": options.device,
         "tokens": options.tokens,
@@ -65,14 +65,14 @@ def run(name: str, size: str, options: argparse.Namespace, folder: Path) -> Figu
         "folder": str(place),
         "makes_store": False,
     }
-    script = gpu_bars.__file__
+    module = contenders.__name__
     try:
         if name == DEEPSPEED:
-            return deepspeed_child(script, options.peer_python, job, options.device)
+            return deepspeed_child(module, options.peer_python, job, options.device)
         if name == OURS:
-            child(script, sys.executable, [json.dumps({**job, "makes_store": True})])
-        os.sync()  # what others left to be written is not this bar's
-        return child(script, sys.executable, [json.dumps(job)])
+            child(module, sys.executable, [json.dumps({**job, "makes_store": True})])
+        os.sync()  # what others left to be written is not this contender's
+        return child(module, sys.executable, [json.dumps(job)])
     except SystemExit as failed:
         tell(failed.code)
         raise SkippedError(f"it fails: {str(failed.code).strip().splitlines()[-1]}") from failed
@@ -82,9 +82,9 @@ def run(name: str, size: str, options: argparse.Namespace, folder: Path) -> Figu
 
 def measure(size: str, options: argparse.Namespace, folder: Path) -> tuple[Results, dict[str, str]]:
     """All rounds of one size, and what was skipped and why."""
-    results: Results = {name: [] for name in BARS}
+    results: Results = {name: [] for name in CONTENDERS}
     skipped: dict[str, str] = {}
-    for number, name in in_turn(list(BARS), options.rounds):
+    for number, name in in_turn(list(CONTENDERS), options.rounds):
         if name in skipped:
             continue
         tell(f"{size}, round {number + 1} of {options.rounds}: {name}")
@@ -102,9 +102,10 @@ def seconds(figures: Figures) -> float:
 
 
 def table(results: Results, tokens: int) -> Iterator[str]:
-    """One line a bar; ``tokens`` are those of a step."""
+    """One line a contender; ``tokens`` are those of a step."""
     yield (
-        "| bar | s a step | of ours | tokens/s | peak VRAM MB | peak RSS MB | MB read | MB written | first losses |"
+        "| contender | s a step | of ours | tokens/s | peak VRAM MB | peak RSS MB | MB read | MB written | "
+        "first losses |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, rounds in results.items():
@@ -128,7 +129,7 @@ def of_each(rounds: Rounds, what: str) -> str:
 
 
 def loss_lines(results: Results) -> Iterator[str]:
-    """How far the losses of each bar agree with ours."""
+    """How far the losses of each contender agree with ours."""
     if OURS not in results:
         return
     mine = results[OURS][0]["losses"]
@@ -164,7 +165,7 @@ def main() -> None:
         "--steps", type=int, default=5, help=f"of a run, behind {WARM_UP} that are not counted"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vram", type=size_of, default="8GiB", help="the budget of each bar")
+    parser.add_argument("--vram", type=size_of, default="8GiB", help="the budget of each contender")
     parser.add_argument("--ram", type=size_of, default="8GiB", help="the budget of ours")
     parser.add_argument("--folder", type=Path, default=Path(), help="on the drive to measure")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has deepspeed")

@@ -30,9 +30,9 @@ SDIST_FOLDERS = {"benches", "docs", "python", "rust"}
 SDIST_NBYTES_MAX = 2 << 20  # text alone: what is larger was taken in by mistake
 
 
-def glibc_of(tag: str) -> tuple[int, int] | None:
-    """The glibc that a manylinux tag asks for; None for a plain linux tag."""
-    match = re.match(r"manylinux_(\d+)_(\d+)_", tag)
+def glibc_of(name: str) -> tuple[int, int] | None:
+    """The glibc that a manylinux tag or a symbol's version asks for; None for any other."""
+    match = re.match(r"(?:manylinux|GLIBC)_(\d+)[_.](\d+)", name)
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -40,11 +40,9 @@ def problems_of_platform(wheel: Path) -> list[str]:
     """By auditwheel, which reads the versions of the symbols that the extension takes from glibc."""
     command = [sys.executable, "-m", "auditwheel", "show", "--json", str(wheel)]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    versions = sorted(
-        (v for names in report["versioned_symbols"].values() for v in names),
-        key=lambda name: [int(part) for part in re.findall(r"\d+", name)],
-    )
-    print(f"auditwheel: {report['overall_tag']}, newest symbols {versions[-1]}")
+    versions = {glibc for names in report["versioned_symbols"].values() for glibc in map(glibc_of, names)}
+    newest = max(filter(None, versions))
+    print(f"auditwheel: {report['overall_tag']}; the newest symbol is of glibc {newest[0]}.{newest[1]}")
     problems = []
     glibc = glibc_of(report["overall_tag"])
     if glibc is None or glibc > GLIBC:

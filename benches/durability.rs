@@ -12,17 +12,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use megatrain_io::adamw::AdamW;
-use megatrain_io::buffer::Slot;
-use megatrain_io::engine::choice::Choice;
 use megatrain_io::error::{Error, Result};
-use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
-use megatrain_io::ledger::Ledger;
+use megatrain_io::io::engine::choice::Choice;
+use megatrain_io::memory::ledger::Ledger;
+use megatrain_io::memory::pool::{self, PoolSizes};
+use megatrain_io::memory::slot::Slot;
+use megatrain_io::optimizer::adamw::AdamW;
 use megatrain_io::pipeline::{
     After, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents, Schedule, TensorSettings,
     chunk_slot_bytes,
 };
-use megatrain_io::pool::{self, PoolSizes};
+use megatrain_io::store::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::store::{Creator, OpenOptions, Store};
 use megatrain_io::units::{Group, StateFormat};
 

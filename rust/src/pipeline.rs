@@ -17,13 +17,14 @@ use std::time::Duration;
 
 use crossbeam_channel::{Sender, bounded, unbounded};
 
-use crate::adamw::{AdamW, Kernel};
-use crate::buffer::{HugePages, Slot};
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::memory::huge_pages::HugePages;
+use crate::memory::pool::{Pool, PoolSizes};
+use crate::memory::slot::Slot;
+use crate::optimizer::adamw::{AdamW, Kernel};
 use crate::pipeline::memory::check_pool;
 use crate::pipeline::squares::Squares;
-use crate::pool::{Pool, PoolSizes};
+use crate::store::layout::Layout;
 use crate::store::{BLOB_BYTES_MAX, Store};
 
 mod events;

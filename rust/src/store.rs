@@ -8,19 +8,20 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::buffer::Slot;
-use crate::checksum::{self, Binding, Mismatch};
-use crate::drives::Drives;
-use crate::engine::choice::Choice;
-use crate::engine::faulty::{Fault, Point};
-use crate::engine::{self, Engine, Operation};
 use crate::error::{Error, Result};
-use crate::layout::{Durability, Layout, Manifest};
-use crate::ledger::{Entry as LedgerEntry, Ledger};
+use crate::io::drives::Drives;
+use crate::io::engine::choice::Choice;
+use crate::io::engine::faulty::{Fault, Point};
+use crate::io::engine::{self, Engine, Operation};
+use crate::memory::ledger::{Entry as LedgerEntry, Ledger};
+use crate::memory::slot::Slot;
+use crate::store::checksum::{Binding, Mismatch};
 use crate::store::header::Header;
+use crate::store::layout::{Durability, Layout, Manifest};
 use crate::store::superblock::Superblock;
 use crate::units::{CopyId, Group};
 
+pub mod checksum;
 mod commit;
 #[cfg(test)]
 mod corruption;
@@ -33,6 +34,8 @@ pub mod hostile;
 #[cfg(any(test, feature = "fuzzing"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the fuzz target compares less than the tests"))]
 mod images;
+pub mod layout;
+pub mod manifest;
 mod recovery;
 mod superblock;
 mod table;

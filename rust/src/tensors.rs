@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
-use crate::buffer::{HugePages, Slot, SlotList};
-use crate::engine::Operation;
 use crate::error::{Error, Result};
-use crate::layout::Content;
+use crate::io::engine::Operation;
+use crate::memory::huge_pages::HugePages;
+use crate::memory::slot::{Slot, SlotList};
 use crate::store::Store;
+use crate::store::layout::Content;
 use crate::tensors::mover::{Command, Home, Mover, Transfer};
 use crate::units::{Group, HUGE_PAGE_BYTES, PAGE_BYTES};
 

@@ -14,9 +14,9 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use megatrain_io::engine::choice::{self, Choice};
 use megatrain_io::error::Error;
-use megatrain_io::ledger::Ledger;
+use megatrain_io::io::engine::choice::{self, Choice};
+use megatrain_io::memory::ledger::Ledger;
 use megatrain_io::pipeline::{After, GradientFiles, Kind, Options, Pipeline, Residents};
 use megatrain_io::store::{OpenOptions, Store};
 use megatrain_io::units::to_usize;

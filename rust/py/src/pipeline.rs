@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use megatrain_io::adamw::{AdamW, Kernel};
-use megatrain_io::buffer::Slot;
 use megatrain_io::error::Error;
+use megatrain_io::memory::pool::{self, PoolSizes};
+use megatrain_io::memory::slot::Slot;
+use megatrain_io::optimizer::adamw::{AdamW, Kernel};
 use megatrain_io::pipeline::{
     self, After, Cause, ChunkOp, GradientFiles, Kind, Options, Residents, TensorSettings,
 };
-use megatrain_io::pool::{self, PoolSizes};
 use megatrain_io::units::StateFormat;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;

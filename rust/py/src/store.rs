@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use megatrain_io::adamw;
-use megatrain_io::buffer::Slot;
-use megatrain_io::engine::Operation;
-use megatrain_io::engine::choice::Choice;
-use megatrain_io::engine::faulty::{Fault, Point};
 use megatrain_io::error::Error;
-use megatrain_io::layout::{Chunk, Manifest};
+use megatrain_io::io::engine::Operation;
+use megatrain_io::io::engine::choice::Choice;
+use megatrain_io::io::engine::faulty::{Fault, Point};
+use megatrain_io::memory::slot::Slot;
+use megatrain_io::optimizer::split;
+use megatrain_io::store::layout::{Chunk, Manifest};
 use megatrain_io::store::{self, OpenOptions};
 use megatrain_io::units::{Group, StateFormat};
 use pyo3::exceptions::PyValueError;
@@ -24,7 +24,7 @@ use crate::outside;
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ledger {
-    pub(crate) inner: megatrain_io::ledger::Ledger,
+    pub(crate) inner: megatrain_io::memory::ledger::Ledger,
 }
 
 #[pymethods]
@@ -167,7 +167,7 @@ fn write(
         (StateFormat::Bf16, "float32") => {
             for (value, weight) in values.chunks_exact(4).zip(slot[..weights].chunks_exact_mut(2)) {
                 let master = f32::from_le_bytes(value.try_into().unwrap_or_default());
-                let (upper, lower) = adamw::split(master);
+                let (upper, lower) = split::split(master);
                 weight.copy_from_slice(&upper.to_le_bytes());
                 remainders.extend(lower.to_le_bytes());
             }
@@ -419,7 +419,7 @@ fn read_plane(store: &store::Store, chunk: usize, plane: &str) -> Result<Vec<u8>
             let halves = weights[..weight_bytes].chunks_exact(2).zip(planes.chunks_exact(2));
             let half = |bytes: &[u8]| u16::from_le_bytes(bytes.try_into().unwrap_or_default());
             Ok(halves
-                .flat_map(|(w, r)| adamw::join(half(w), half(r).cast_signed()).to_le_bytes())
+                .flat_map(|(w, r)| split::join(half(w), half(r).cast_signed()).to_le_bytes())
                 .collect())
         }
         "master" if place.format() == StateFormat::F32 => {

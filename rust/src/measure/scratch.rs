@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::buffer::Slot;
-use crate::engine::{Engine, Operation, perform_once};
 use crate::error::{Error, Result};
-use crate::file::DirectFile;
-use crate::ledger::Ledger;
+use crate::io::engine::{Engine, Operation, perform_once};
+use crate::io::file::DirectFile;
 use crate::measure::transfers::{Form, Limit, Traffic, Transfers};
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
 use crate::units::PAGE_BYTES;
 
 /// The contents repeat after so many bytes, so that a request of any size and place holds the same.

@@ -10,18 +10,18 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::drives::Drives;
-use crate::engine::Engine;
-use crate::engine::faulty::{Fault, Faulty};
-use crate::engine::memory::Memory;
-use crate::file::DirectFile;
-use crate::layout::tests::manifest;
-use crate::layout::{Durability, Manifest};
-use crate::ledger::Ledger;
+use crate::io::drives::Drives;
+use crate::io::engine::Engine;
+use crate::io::engine::faulty::{Fault, Faulty};
+use crate::io::engine::memory::Memory;
+use crate::io::file::DirectFile;
+use crate::memory::ledger::Ledger;
 use crate::pipeline::GradientFiles;
 use crate::pipeline::crash_model::broken::{Breakage, Broken};
 use crate::pipeline::crash_model::memories::Memories;
 use crate::pipeline::crash_model::training::Machine;
+use crate::store::layout::tests::manifest;
+use crate::store::layout::{Durability, Manifest};
 use crate::store::{Creator, Store};
 use crate::units::{CopyId, Group, StateFormat};
 
@@ -86,7 +86,7 @@ impl Base {
 
     /// A machine with this store on its drive.
     fn machine(&self, run: &Run) -> Machine<'_> {
-        let plan = crate::engine::faulty::Plan {
+        let plan = crate::io::engine::faulty::Plan {
             seed: run.seed,
             ignores_flushes: run.ignores_flushes,
             ..Default::default()

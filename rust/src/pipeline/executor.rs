@@ -10,19 +10,19 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Select, Sender, unbounded};
 use rayon::ThreadPool;
 
-use crate::adamw::{AdamW, Kernel};
-use crate::buffer::Slot;
-use crate::engine::{Completion, Operation};
 use crate::error::{Error, Result};
-use crate::file::DirectFile;
-use crate::layout::Layout;
+use crate::io::engine::{Completion, Operation};
+use crate::io::file::DirectFile;
+use crate::memory::pool::Pool;
+use crate::memory::slot::Slot;
+use crate::optimizer::adamw::{AdamW, Kernel};
 use crate::pipeline::executor::flights::Flights;
 use crate::pipeline::executor::residents::Held;
 use crate::pipeline::kept::OnDrive;
 use crate::pipeline::stalls::Causes;
 use crate::pipeline::update::Settings;
 use crate::pipeline::{Command, Options, Shared, schedule};
-use crate::pool::Pool;
+use crate::store::layout::Layout;
 use crate::store::{Entry, ReadPlan, Sequence, Store, Table};
 use crate::units::Group;
 

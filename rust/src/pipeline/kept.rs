@@ -5,12 +5,12 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::checksum::Binding;
 use crate::error::{Error, Result};
-use crate::file::DirectFile;
-use crate::layout::Layout;
+use crate::io::file::DirectFile;
 use crate::pipeline::memory::kept_bytes;
 use crate::store::Store;
+use crate::store::checksum::Binding;
+use crate::store::layout::Layout;
 use crate::units::Group;
 
 /// Files for gradients that have no buffer of their own, one for each drive of the store.

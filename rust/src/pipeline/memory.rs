@@ -1,12 +1,12 @@
 //! What the memory of a pipeline must hold, and which list a piece's buffers come from.
 
-use crate::buffer::SlotList;
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::memory::pool::{Pool, PoolSizes, ResidentSizes};
+use crate::memory::slot::SlotList;
 use crate::pipeline::TensorSettings;
 use crate::pipeline::pieces::{described, record_of};
-use crate::pool::{Pool, PoolSizes, ResidentSizes};
 use crate::store::Store;
+use crate::store::layout::Layout;
 use crate::units::{Group, StateFormat};
 
 /// What stays in RAM from step to step, in memory of its own. It is read once, updated in place, and
@@ -111,7 +111,7 @@ pub(super) fn check_pool(
         ));
     }
     let by_chunk = pieces.is_by_chunk();
-    let room = |bytes: usize, kinds: [crate::pool::Kind; 2]| {
+    let room = |bytes: usize, kinds: [crate::memory::pool::Kind; 2]| {
         // The second kind is for larger records.
         let kinds = &kinds[..if by_chunk { 1 } else { 2 }];
         kinds.iter().any(|kind| kind.count > 0 && bytes <= kind.bytes)

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use super::{Command, Pipeline};
-use crate::buffer::Slot;
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::memory::slot::Slot;
 use crate::pipeline::memory::gradient_bytes;
 use crate::store::Store;
+use crate::store::layout::Layout;
 
 /// Index of the record that a piece is, or is a chunk of.
 pub(super) fn record_of(store: &Store, pieces: &Layout, piece: usize) -> usize {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::store::layout::Layout;
 
 /// What happens to a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,7 +170,7 @@ pub(super) fn chunks(layout: &Layout, records: &BTreeSet<usize>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::tests::manifest;
+    use crate::store::layout::tests::manifest;
     use crate::units::StateFormat;
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::layout::Layout;
+use crate::store::layout::Layout;
 
 /// What has come so far. The sums of the runs of one record are added in order, and then the records.
 #[derive(Debug, Default)]
@@ -47,7 +47,7 @@ impl Squares {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::tests::manifest;
+    use crate::store::layout::tests::manifest;
     use crate::units::StateFormat;
 
     /// Numbers whose sum shows any other order.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
-use crate::adamw;
-use crate::engine::choice::Choice;
-use crate::layout::tests::manifest;
-use crate::ledger::Ledger;
-use crate::pool;
+use crate::io::engine::choice::Choice;
+use crate::memory::ledger::Ledger;
+use crate::memory::pool;
+use crate::optimizer::{adamw, norm, split};
+use crate::store::layout::tests::manifest;
 use crate::store::{Creator, OpenOptions};
 use crate::units::{Group, PAGE_BYTES, StateFormat};
 
@@ -135,7 +135,7 @@ impl Setup {
             } else {
                 let (mut weights, mut remainders) = (Vec::new(), Vec::new());
                 for value in values {
-                    let (weight, remainder) = adamw::split(value);
+                    let (weight, remainder) = split::split(value);
                     weights.extend(weight.to_le_bytes());
                     remainders.extend(remainder.to_le_bytes());
                 }
@@ -185,7 +185,7 @@ impl Setup {
                 outer_gradients: kind(len(RECORDS[1]) * 4, 1),
             }
         };
-        let settings = |tensor: &crate::layout::Tensor| TensorSettings {
+        let settings = |tensor: &crate::store::layout::Tensor| TensorSettings {
             record: tensor.record,
             offset: tensor.offset,
             elements: tensor.elements().expect("few"),
@@ -298,7 +298,7 @@ fn read_all(store: &Store, format: StateFormat) -> Vec<Vec<[u32; 3]>> {
             let master = if format == StateFormat::F32 {
                 u32_at(&weights, i)
             } else {
-                adamw::join(u16_at(&weights, i), u16_at(&planes, i).cast_signed()).to_bits()
+                split::join(u16_at(&weights, i), u16_at(&planes, i).cast_signed()).to_bits()
             };
             out[chunk.record].push([
                 master,

@@ -6,11 +6,11 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use rayon::current_num_threads;
 use rayon::prelude::*;
 
-use crate::adamw::{self, AdamW, Kernel, Span};
-use crate::buffer::Slot;
-use crate::checksum::{self, Binding, Running, UNIT_BYTES};
 use crate::error::{Error, Result};
-use crate::layout::{Chunk, Layout, Manifest};
+use crate::memory::slot::Slot;
+use crate::optimizer::adamw::{self, AdamW, Kernel, Span};
+use crate::store::checksum::{self, Binding, Running, UNIT_BYTES};
+use crate::store::layout::{Chunk, Layout, Manifest};
 use crate::units::{Group, StateFormat, to_usize};
 
 /// What one tensor's update differs in.
@@ -259,12 +259,12 @@ fn by_group<const N: usize>(runs: &[[Vec<u32>; N]]) -> [Vec<u32>; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adamw::Scalars;
-    use crate::layout::tests::manifest;
-    use crate::ledger::Ledger;
+    use crate::memory::ledger::Ledger;
+    use crate::optimizer::adamw::Scalars;
+    use crate::store::layout::tests::manifest;
 
     fn scalars(weight_decay: f64) -> Scalars {
-        crate::adamw::tests::ADAMW.scalars(1.0, weight_decay)
+        crate::optimizer::adamw::tests::ADAMW.scalars(1.0, weight_decay)
     }
 
     fn slot(bytes: usize, seed: usize) -> Slot {

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::stalls::{Cause, Causes, Wait};
 use super::{Pipeline, SLICE, State};
-use crate::buffer::{Slot, SlotList};
 use crate::error::{Error, Result};
+use crate::memory::slot::{Slot, SlotList};
 use crate::pipeline::memory::gradient_list;
 use crate::units::Group;
 

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
-use crate::buffer::Slot;
-use crate::engine::memory::Memory;
 use crate::error::Error;
-use crate::ledger::Ledger;
+use crate::io::engine::memory::Memory;
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
 use crate::store::Store;
 use crate::store::header::{CLEAN_MARKER_OFFSET, HEADER_OFFSETS, SUPERBLOCK_OFFSETS};
 use crate::store::images::{RECORDS, State, Trained};
@@ -290,7 +290,7 @@ fn places(store: &Trained, part: &str) -> Vec<Range<u64>> {
     let page = |at: u64| span(at, PAGE);
     let extents = |trained: bool, copy| {
         let layout = &store.layout;
-        let of_chunk = move |(index, chunk): (usize, &crate::layout::Chunk)| {
+        let of_chunk = move |(index, chunk): (usize, &crate::store::layout::Chunk)| {
             Group::ALL.map(|group| {
                 let start = header.data_offset + layout.extent_offset(index, group, copy);
                 span(start, chunk.extent_bytes(group) as u64)

@@ -1,8 +1,8 @@
 //! The header: what kind of file this is and where its parts lie. Written once, with a copy.
 
-use crate::drives::DRIVES_MAX;
-use crate::layout::Layout;
+use crate::io::drives::DRIVES_MAX;
 use crate::store::fields::{PageWriter, Reader};
+use crate::store::layout::Layout;
 use crate::store::table::Table;
 use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES, round_up};
 
@@ -67,7 +67,7 @@ impl Header {
             drive: (u32::try_from(drive).ok()?, u32::try_from(layout.drives()).ok()?),
             rank: (0, 1),
             manifest_bytes,
-            manifest_crc: crate::checksum::crc64(manifest),
+            manifest_crc: crate::store::checksum::crc64(manifest),
             table_offsets: [TABLES_OFFSET, table_b],
             table_bytes,
             blob_offsets: [blob_a, blob_a + BLOB_BYTES_MAX],
@@ -173,7 +173,7 @@ impl Header {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::tests::manifest;
+    use crate::store::layout::tests::manifest;
     use crate::units::StateFormat;
 
     fn header() -> Header {
@@ -197,7 +197,7 @@ mod tests {
     fn a_newer_format_is_refused_by_number() {
         let mut page = header().encode();
         page[12] = 9;
-        let sum = crate::checksum::crc32c(&page[..PAGE_BYTES - 4]).to_le_bytes();
+        let sum = crate::store::checksum::crc32c(&page[..PAGE_BYTES - 4]).to_le_bytes();
         page[PAGE_BYTES - 4..].copy_from_slice(&sum);
         let reason = Header::decode(&page[..]).expect_err("refused");
         assert!(reason.contains("format 9.3") && reason.contains("not modified"), "{reason}");

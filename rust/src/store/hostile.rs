@@ -5,14 +5,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::buffer::Slot;
-use crate::checksum::{crc32c, crc64};
-use crate::engine::memory::Memory;
-use crate::layout::{Layout, Manifest};
-use crate::ledger::Ledger;
+use crate::io::engine::memory::Memory;
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
+use crate::store::checksum::{crc32c, crc64};
 use crate::store::fields::Reader;
 use crate::store::header::{CLEAN_MARKER_OFFSET, HEADER_OFFSETS, Header, SUPERBLOCK_OFFSETS};
 use crate::store::images::{BOOT_ID, RECORDS, Trained};
+use crate::store::layout::{Layout, Manifest};
 use crate::store::superblock::Superblock;
 use crate::store::{BLOB_BYTES_MAX, Store, Table};
 use crate::units::{Group, PAGE_BYTES, to_usize};

@@ -4,14 +4,14 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::buffer::Slot;
-use crate::checksum;
-use crate::drives::Drives;
-use crate::engine::memory::Memory;
-use crate::engine::{self, Engine, Operation};
-use crate::layout::{Layout, Manifest, Record, Tensor};
-use crate::ledger::Ledger;
+use crate::io::drives::Drives;
+use crate::io::engine::memory::Memory;
+use crate::io::engine::{self, Engine, Operation};
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
+use crate::store::checksum;
 use crate::store::header::Header;
+use crate::store::layout::{Layout, Manifest, Record, Tensor};
 use crate::store::{Creator, Store, Table};
 use crate::units::{CopyId, Group, StateFormat};
 
@@ -106,9 +106,9 @@ fn manifest(records: &[(StateFormat, u64)], chunk_parameters: u64, seed: u64) ->
         shape: vec![parameters],
     };
     Manifest {
-        durability: crate::layout::Durability::Step,
+        durability: crate::store::layout::Durability::Step,
         drives: 1,
-        content: crate::layout::Content::Training,
+        content: crate::store::layout::Content::Training,
         chunk_parameters,
         records: records.iter().enumerate().map(record).collect(),
         tensors: records.iter().enumerate().map(tensor).collect(),

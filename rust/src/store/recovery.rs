@@ -4,16 +4,16 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use crate::buffer::Slot;
-use crate::checksum::crc64;
-use crate::drives::Drives;
-use crate::engine::faulty::{Faulty, Plan};
-use crate::engine::{self, Engine, Operation, choice};
 use crate::error::{Error, Result};
-use crate::file::{self, DirectFile};
-use crate::layout::{Durability, Layout, MANIFEST_BYTES_MAX, Manifest};
-use crate::ledger::Ledger;
+use crate::io::drives::Drives;
+use crate::io::engine::faulty::{Faulty, Plan};
+use crate::io::engine::{self, Engine, Operation, choice};
+use crate::io::file::{self, DirectFile};
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
+use crate::store::checksum::crc64;
 use crate::store::header::{CLEAN_MARKER_OFFSET, HEADER_OFFSETS, Header, SUPERBLOCK_OFFSETS};
+use crate::store::layout::{Durability, Layout, MANIFEST_BYTES_MAX, Manifest};
 use crate::store::superblock::{Superblock, marked_generation};
 use crate::store::verify::Report;
 use crate::store::{BLOB_BYTES_MAX, CommitBuffers, Committed, OpenOptions, Store, Table};
@@ -407,7 +407,7 @@ fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Result<Op
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::memory::Memory;
+    use crate::io::engine::memory::Memory;
     use crate::store::images::{RECORDS, Trained};
 
     const PAGE: u64 = PAGE_BYTES as u64;

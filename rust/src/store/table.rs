@@ -4,8 +4,8 @@
 
 use std::ops::Range;
 
-use crate::layout::Layout;
 use crate::store::fields::Reader;
+use crate::store::layout::Layout;
 use crate::units::{CopyId, Group};
 
 const ENTRY_BYTES: usize = 16;
@@ -55,7 +55,7 @@ impl Table {
         let planes = usize::from(self.entries[entry].planes);
         let stored = layout.chunks()[chunk].stored_bytes(group, planes);
         let all = layout.sum_range(entry);
-        &self.sums[all.start..all.start + crate::checksum::unit_count(stored)]
+        &self.sums[all.start..all.start + crate::store::checksum::unit_count(stored)]
     }
 
     /// Sets an entry and its checksums.
@@ -131,7 +131,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::tests::manifest;
+    use crate::store::layout::tests::manifest;
     use crate::units::StateFormat;
     use proptest::prelude::*;
 

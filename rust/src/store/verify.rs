@@ -2,11 +2,11 @@
 
 use crossbeam_channel::unbounded;
 
-use crate::buffer::SlotList;
-use crate::checksum;
-use crate::engine::{Operation, Request};
 use crate::error::{Error, Result};
+use crate::io::engine::{Operation, Request};
+use crate::memory::slot::SlotList;
 use crate::store::Store;
+use crate::store::checksum;
 use crate::units::{Group, PAGE_BYTES};
 
 /// Extents read ahead while one is being checked.

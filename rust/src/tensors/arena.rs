@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::buffer::{Region, Slot};
+use crate::memory::slot::{Region, Slot};
 use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES};
 
 /// Runs of one region.
@@ -153,7 +153,7 @@ impl Drop for Allocation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::Ledger;
+    use crate::memory::ledger::Ledger;
 
     const BYTES: usize = 4 * HUGE_PAGE_BYTES;
 

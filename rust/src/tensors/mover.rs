@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Select, Sender, unbounded};
 
-use crate::buffer::Slot;
-use crate::checksum;
-use crate::engine::{Completion, Operation, Request};
 use crate::error::{Error, Result};
+use crate::io::engine::{Completion, Operation, Request};
+use crate::memory::slot::Slot;
+use crate::store::checksum;
 use crate::store::{Entry, ReadPlan, Sequence, Sequenced, Store, Table};
 use crate::tensors::{Allocation, Outcome};
 use crate::units::Group;

@@ -5,13 +5,14 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use megatrain_io::adamw::{self, AdamW, Kernel, Span};
-use megatrain_io::buffer::Slot;
-use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
-use megatrain_io::ledger::Ledger;
+use megatrain_io::memory::ledger::Ledger;
+use megatrain_io::memory::pool::{self, PoolSizes};
+use megatrain_io::memory::slot::Slot;
+use megatrain_io::optimizer::adamw::{self, AdamW, Kernel, Span};
+use megatrain_io::optimizer::split;
 use megatrain_io::pipeline::{ChunkOp, Kind, Schedule, TensorSettings, chunk_slot_bytes};
-use megatrain_io::pool::{self, PoolSizes};
 use megatrain_io::store::Store;
+use megatrain_io::store::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::units::{Group, StateFormat, to_usize};
 
 const WEIGHT_DECAY: f64 = 0.01;
@@ -211,7 +212,7 @@ impl Memory {
             } else {
                 let remainders = halves(&update[planes[0].clone()]);
                 let pairs = halves(weights).into_iter().zip(remainders);
-                pairs.map(|(w, r)| adamw::join(w, r.cast_signed()).to_bits()).collect()
+                pairs.map(|(w, r)| split::join(w, r.cast_signed()).to_bits()).collect()
             };
             let moments = &planes[planes.len() - 2..];
             let found =

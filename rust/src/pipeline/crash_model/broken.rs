@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::unbounded;
 
-use crate::buffer::{Region, Slot};
-use crate::engine::faulty::Faulty;
-use crate::engine::{Counters, Engine, Operation, Request};
 use crate::error::Result;
-use crate::ledger::Ledger;
+use crate::io::engine::faulty::Faulty;
+use crate::io::engine::{Counters, Engine, Operation, Request};
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::{Region, Slot};
 use crate::pipeline::crash_model::Base;
 
 /// The rule that is missing.

@@ -3,13 +3,13 @@
 use super::calls::schedule;
 use super::memories::{adamw, len};
 use super::*;
+use crate::memory::pool::Kind;
 use crate::pipeline::executor::Executor;
 use crate::pipeline::stalls::{Cause, Causes};
 use crate::pipeline::{
     After, GradientFiles, Kernel, Lane, Options, Pipeline, PoolSizes, Residents, Schedule,
     TensorSettings, chunk_slot_bytes,
 };
-use crate::pool::Kind;
 use std::time::Duration;
 
 pub(super) const RECORDS: [u64; 2] = [4096 + 128; 2];
@@ -79,7 +79,7 @@ impl Stand {
         self.front.begin(Arc::clone(&self.schedule), adamw(step), commits).expect("begun");
     }
 
-    fn take(&mut self, record: usize) -> crate::buffer::Slot {
+    fn take(&mut self, record: usize) -> crate::memory::slot::Slot {
         let taken = self.front.take_weights(record, Duration::ZERO);
         taken.expect("read").expect("it is here")
     }

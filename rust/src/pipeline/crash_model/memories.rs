@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::adamw::{self, AdamW};
-use crate::buffer::Slot;
-use crate::ledger::Ledger;
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
+use crate::optimizer::adamw::{self, AdamW};
 use crate::pipeline::Kernel;
 use crate::store::Creator;
 use crate::units::Group;

@@ -10,7 +10,7 @@ use std::time::Duration;
 const NO_WAIT: Duration = Duration::ZERO;
 
 /// Takes the weights of a record as soon as they are there: the drive does no more than it must.
-fn take(stand: &mut Stand, record: usize) -> crate::buffer::Slot {
+fn take(stand: &mut Stand, record: usize) -> crate::memory::slot::Slot {
     loop {
         for _ in 0..4 {
             stand.turn();
@@ -22,7 +22,7 @@ fn take(stand: &mut Stand, record: usize) -> crate::buffer::Slot {
     }
 }
 
-fn gradient(stand: &Stand, record: usize, value: f32) -> crate::buffer::Slot {
+fn gradient(stand: &Stand, record: usize, value: f32) -> crate::memory::slot::Slot {
     let slot = stand.front.take_gradient(record, NO_WAIT).expect("no failure");
     let mut slot = slot.expect("its own");
     for bytes in slot.chunks_exact_mut(4) {

@@ -4,12 +4,12 @@ use super::calls::Call;
 use super::memories::{Memories, adamw, len};
 use super::process::Process;
 use super::*;
-use crate::buffer::Slot;
 use crate::error::Result;
+use crate::memory::pool;
+use crate::memory::slot::Slot;
 use crate::pipeline::{
     Command, Kernel, Options, Pipeline, PoolSizes, Residents, TensorSettings, chunk_slot_bytes,
 };
-use crate::pool;
 use std::collections::VecDeque;
 use std::time::Duration;
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::{Executor, Pending, Work};
-use crate::engine::Operation;
+use crate::io::engine::Operation;
 use crate::pipeline::events::Lane;
 use crate::units::Group;
 

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use super::{Executor, Part, Pending, Source, Work};
-use crate::buffer::{Slot, SlotList};
-use crate::checksum;
-use crate::engine::Operation;
 use crate::error::{Error, Result};
+use crate::io::engine::Operation;
+use crate::memory::slot::{Slot, SlotList};
 use crate::pipeline::memory::kept_bytes;
+use crate::store::checksum;
 
 impl Executor {
     /// Whether the gradient of a piece waits on the drive when it is kept.

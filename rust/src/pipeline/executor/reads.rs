@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Executor, Part, Pending, PlannedUpdate, RESIDENT, RESIDENTS_AHEAD, Update, Work};
-use crate::buffer::{Slot, SlotList};
-use crate::checksum::{self, Binding, Mismatch};
-use crate::engine::{Completion, Operation, Request};
 use crate::error::{Error, Result};
+use crate::io::engine::{Completion, Operation, Request};
+use crate::memory::slot::{Slot, SlotList};
 use crate::pipeline::memory::kept_bytes;
 use crate::pipeline::{Lane, Timings};
 use crate::store::ReadPlan;
+use crate::store::checksum::{self, Binding, Mismatch};
 use crate::units::Group;
 
 impl Executor {

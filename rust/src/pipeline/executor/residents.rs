@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use crate::error::{Error, Result};
-use crate::layout::Layout;
-use crate::pool::Pool;
+use crate::memory::pool::Pool;
+use crate::store::layout::Layout;
 
 /// One extent, or the weights of one piece.
 #[derive(Clone, Copy, Debug, Default)]

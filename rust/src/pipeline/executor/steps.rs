@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::{
     Executor, Kept, Load, OUTER, Pending, PlannedUpdate, RESIDENT, Running, Source, Step, Work,
 };
-use crate::adamw::{AdamW, squares_of_runs};
-use crate::buffer::Slot;
 use crate::error::{Error, Result};
+use crate::memory::slot::Slot;
+use crate::optimizer::adamw::AdamW;
+use crate::optimizer::norm::squares_of_runs;
 use crate::pipeline::memory::weight_list;
 use crate::pipeline::{After, Command, schedule};
 use crate::store::{Next, Sequenced, Table};

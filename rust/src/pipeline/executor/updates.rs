@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Executor, Part, Pending, Work};
-use crate::buffer::Slot;
-use crate::engine::Operation;
 use crate::error::{Error, Result};
+use crate::io::engine::Operation;
+use crate::memory::slot::Slot;
 use crate::pipeline::update::{Weights, update_chunk};
 use crate::pipeline::{Lane, Timings};
 use crate::units::Group;

@@ -125,7 +125,7 @@ fn the_norm_has_the_same_bits_by_chunk() {
     let whole: f64 = (0..3)
         .map(|record| {
             let values: Vec<_> = (0..len(RECORDS[record])).map(|i| value(record, i)).collect();
-            adamw::squares_of_runs(Kernel::Scalar, &tensors(record), &values).iter().sum::<f64>()
+            norm::squares_of_runs(Kernel::Scalar, &tensors(record), &values).iter().sum::<f64>()
         })
         .sum();
     for (chunk_parameters, is_by_chunk) in [(4096, false), (4096, true), (8192, true)] {
@@ -137,7 +137,7 @@ fn the_norm_has_the_same_bits_by_chunk() {
         let tensor = |(index, (record, place)): (usize, (usize, std::ops::Range<usize>))| {
             let shape = vec![place.len() as u64];
             let name = format!("tensor.{index}");
-            crate::layout::Tensor { name, record, offset: place.start as u64, shape }
+            crate::store::layout::Tensor { name, record, offset: place.start as u64, shape }
         };
         manifest.tensors = places.enumerate().map(tensor).collect();
         let files = setup.files(&folder.path().join("store"));

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{Opened, read, read_files, read_state, read_superblock};
-use crate::drives::Drives;
-use crate::engine::choice::{self, Choice};
 use crate::error::{Error, Result};
-use crate::file;
-use crate::layout::Manifest;
+use crate::io::drives::Drives;
+use crate::io::engine::choice::{self, Choice};
+use crate::io::file;
 use crate::store::Committed;
 use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
+use crate::store::layout::Manifest;
 use crate::units::PAGE_BYTES;
 
 /// Another process may commit twice between two of our reads, so that neither state holds: look again.

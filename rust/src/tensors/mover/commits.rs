@@ -3,8 +3,8 @@
 use crossbeam_channel::Sender;
 
 use super::{Mover, Pending, Plan, Running};
-use crate::buffer::Slot;
 use crate::error::{Error, Result};
+use crate::memory::slot::Slot;
 use crate::store::Next;
 use crate::tensors::Outcome;
 

@@ -5,16 +5,17 @@
 macro_rules! kernel {
     ($name:ident, $features:literal, $($detected:tt),+) => {
         pub(super) mod $name {
-            use crate::adamw::{self, Scalars};
+            use crate::optimizer::adamw::{self, Scalars};
+            use crate::optimizer::norm;
 
             /// Whether this CPU can run this module's code. The answer is cached by the standard
             /// library.
-            pub(in crate::adamw) fn available() -> bool {
+            pub(in crate::optimizer) fn available() -> bool {
                 $(is_x86_feature_detected!($detected))&&+
             }
 
             /// [`adamw::step_f32`] of a span's body.
-            pub(in crate::adamw) fn step_f32(
+            pub(in crate::optimizer) fn step_f32(
                 scalars: &Scalars,
                 weight: &[f32],
                 weight_out: &mut [f32],
@@ -35,7 +36,7 @@ macro_rules! kernel {
 
             /// [`adamw::step_split`] of a span's body.
             #[expect(clippy::too_many_arguments, reason = "one slice a plane")]
-            pub(in crate::adamw) fn step_split(
+            pub(in crate::optimizer) fn step_split(
                 scalars: &Scalars,
                 weight: &[u16],
                 weight_out: &mut [u16],
@@ -59,21 +60,21 @@ macro_rules! kernel {
                 }
             }
 
-            /// [`adamw::norm::squares_of`] one run.
-            pub(in crate::adamw) fn squares(run: &[f32]) -> f64 {
+            /// [`norm::squares_of`] one run.
+            pub(in crate::optimizer) fn squares(run: &[f32]) -> f64 {
                 if available() {
                     // SAFETY: the CPU has the features, `available` on the line above has just
                     // said so.
                     unsafe { vector_squares(run) }
                 } else {
-                    adamw::norm::squares_of(run)
+                    norm::squares_of(run)
                 }
             }
 
             #[inline(never)]
             #[target_feature(enable = $features)]
             fn vector_squares(run: &[f32]) -> f64 {
-                adamw::norm::squares_of(run)
+                norm::squares_of(run)
             }
 
             // Never inlined: the compiler learns from the arguments that the slices do not

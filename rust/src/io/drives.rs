@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::file::{self, DirectFile, Owner};
+use crate::io::file::{self, DirectFile, Owner};
 
 /// A store lies on so many drives at most.
 pub const DRIVES_MAX: usize = 16;

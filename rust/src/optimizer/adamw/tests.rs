@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
 use super::*;
+use crate::optimizer::split::*;
 
 pub(crate) const ADAMW: AdamW = AdamW {
     learning_rate: 1e-3,

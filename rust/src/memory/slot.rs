@@ -17,12 +17,9 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::mm;
 
 use crate::error::{Error, Result};
-use crate::ledger::{Entry, Ledger};
+use crate::memory::huge_pages::HugePages;
+use crate::memory::ledger::{Entry, Ledger};
 use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES};
-
-mod huge_pages;
-
-pub use huge_pages::HugePages;
 
 /// One anonymous mapping: zeroed, 2 MiB aligned, asked to be huge pages, not inherited by forks.
 pub struct Region {

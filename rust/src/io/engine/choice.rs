@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use crate::engine::Engine;
-use crate::engine::threads::Threads;
-#[cfg(all(feature = "uring", target_os = "linux"))]
-use crate::engine::uring::Uring;
 use crate::error::{Error, Result};
+use crate::io::engine::Engine;
+use crate::io::engine::threads::Threads;
+#[cfg(all(feature = "uring", target_os = "linux"))]
+use crate::io::engine::uring::Uring;
 
 /// Which engine to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_channel::{Sender, unbounded};
 
-use crate::buffer::{Region, Slot};
 use crate::error::{Error, Result};
-use crate::file::DirectFile;
+use crate::io::file::DirectFile;
+use crate::memory::slot::{Region, Slot};
 
 pub mod choice;
 pub mod faulty;
@@ -112,8 +112,8 @@ impl Request {
     /// `Invalid` naming the rule that is broken.
     pub fn validate(&self) -> Result {
         let available = self.slot.as_ref().map_or(0, |slot| slot.len());
-        let aligned =
-            crate::file::is_aligned(self.offset) && crate::file::is_aligned(self.bytes as u64);
+        let aligned = crate::io::file::is_aligned(self.offset)
+            && crate::io::file::is_aligned(self.bytes as u64);
         if self.operation == Operation::Sync {
             return Ok(());
         }

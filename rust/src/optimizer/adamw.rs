@@ -29,22 +29,17 @@
 //! the CPU: the compiler turns the loops `step_f32` and `step_split` into vectors, and since it
 //! neither fuses nor reorders floating point by itself, the bits cannot differ.
 
-mod norm;
-mod split;
 #[cfg(test)]
 pub(crate) mod tests;
-#[cfg(target_arch = "x86_64")]
-mod vector;
 
 use std::fmt;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-pub use norm::squares_of_runs;
-pub use split::{join, join_slice, split, split_slice};
+use crate::optimizer::split::{join, split};
 #[cfg(target_arch = "x86_64")]
-use vector::{avx2, avx512};
+use crate::optimizer::vector::{avx2, avx512};
 
 /// Parameters that one task updates: few enough to keep all cores busy to the end of a chunk, so
 /// many (0.7 MB) that handing a task out costs nothing beside it.
@@ -447,7 +442,7 @@ fn pieces(
 /// The loop over whole slices. It is compiled once for each kernel.
 #[expect(clippy::inline_always, reason = "it must be compiled for its caller's CPU features")]
 #[inline(always)]
-fn step_f32<const TAIL: bool>(
+pub(super) fn step_f32<const TAIL: bool>(
     scalars: &Scalars,
     weight: &[f32],
     weight_out: &mut [f32],
@@ -465,7 +460,7 @@ fn step_f32<const TAIL: bool>(
 #[expect(clippy::inline_always, reason = "it must be compiled for its caller's CPU features")]
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "one slice a plane")]
-fn step_split<const TAIL: bool>(
+pub(super) fn step_split<const TAIL: bool>(
     scalars: &Scalars,
     weight: &[u16],
     weight_out: &mut [u16],

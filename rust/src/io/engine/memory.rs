@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::buffer::Region;
-use crate::engine::{Counters, Engine, Operation, Request};
 use crate::error::Result;
+use crate::io::engine::{Counters, Engine, Operation, Request};
+use crate::memory::slot::Region;
 use crate::units::{PAGE_BYTES, to_usize};
 
 /// Where a drive's bytes begin among those of all drives.

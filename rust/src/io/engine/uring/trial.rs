@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, unbounded};
 
-use crate::buffer::Slot;
-use crate::engine::{Engine, Operation, Request};
-use crate::file::DirectFile;
-use crate::ledger::Ledger;
+use crate::io::engine::{Engine, Operation, Request};
+use crate::io::file::DirectFile;
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
 use crate::units::PAGE_BYTES;
 
 /// For each of the operations: on a file in memory they take microseconds.
@@ -80,9 +80,9 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::buffer::Region;
-    use crate::engine::Counters;
-    use crate::engine::threads::Threads;
+    use crate::io::engine::Counters;
+    use crate::io::engine::threads::Threads;
+    use crate::memory::slot::Region;
 
     /// Fails in one way, at the operation of one kind; performs the others.
     #[derive(Debug)]

@@ -5,7 +5,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
-use crate::drives::check_count;
+use crate::io::drives::check_count;
 use crate::units::{StateFormat, TENSOR_ALIGNMENT};
 
 /// A manifest is at most this long, in bytes.

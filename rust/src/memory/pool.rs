@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::buffer::{HugePages, Region, Share, SlotList};
 use crate::error::Result;
-use crate::ledger::Ledger;
+use crate::memory::huge_pages::HugePages;
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::{Region, Share, SlotList};
 use crate::units::PAGE_BYTES;
 
 /// How many slots of one kind, and how large each.

@@ -12,10 +12,10 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 
-use crate::buffer::Region;
-use crate::engine::uring::{Command, Tuning};
-use crate::engine::{Completion, Counters, Operation, Request};
 use crate::error::Error;
+use crate::io::engine::uring::{Command, Tuning};
+use crate::io::engine::{Completion, Counters, Operation, Request};
+use crate::memory::slot::Region;
 
 /// The kernel registers at most 1 GiB as one buffer.
 const REGISTERED_BYTES: usize = 1 << 30;

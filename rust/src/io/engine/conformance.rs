@@ -1,8 +1,8 @@
 //! The rules that the store relies on; the same body runs over every engine of this build.
 
-use crate::buffer::Slot;
-use crate::engine::*;
-use crate::ledger::Ledger;
+use crate::io::engine::*;
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
 use crate::units::PAGE_BYTES;
 
 fn slot(bytes: usize) -> Slot {
@@ -132,7 +132,7 @@ fn a_bad_request_is_refused_with_the_slot(engine: &dyn Engine) {
 
 fn a_caller_that_left_loses_nothing(engine: &dyn Engine) {
     let (_directory, file) = file(1 << 20);
-    let (_, lists) = crate::buffer::SlotList::cut(&[(PAGE_BYTES, 1)], &Ledger::new(), "test")
+    let (_, lists) = crate::memory::slot::SlotList::cut(&[(PAGE_BYTES, 1)], &Ledger::new(), "test")
         .map_or_else(|error| panic!("{error}"), |(region, mut lists)| (region, lists.remove(0)));
     let (reply, completions) = unbounded();
     drop(completions);
@@ -152,7 +152,8 @@ fn a_caller_that_left_loses_nothing(engine: &dyn Engine) {
 fn registered_memory_holds_the_same_bytes(engine: &dyn Engine) {
     let (_directory, file) = file(4 << 20);
     let (region, mut lists) =
-        crate::buffer::SlotList::cut(&[(1 << 20, 2)], &Ledger::new(), "test").expect("memory");
+        crate::memory::slot::SlotList::cut(&[(1 << 20, 2)], &Ledger::new(), "test")
+            .expect("memory");
     // A refusal (RLIMIT_MEMLOCK) is allowed: the operations must work all the same.
     let _ = engine.register(&region);
     let list = lists.remove(0);

@@ -4,7 +4,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use crate::manifest::{Content, Durability, MANIFEST_BYTES_MAX, Manifest, Record, Tensor};
+pub use crate::store::manifest::{
+    Content, Durability, MANIFEST_BYTES_MAX, Manifest, Record, Tensor,
+};
 use crate::units::{CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, StateFormat, round_up};
 
 /// A fixed number of consecutive parameters of one record.
@@ -134,7 +136,8 @@ impl Layout {
         for chunk in &chunks {
             for group in Group::ALL {
                 let last = table_start.last().copied().unwrap_or(0);
-                table_start.push(last + crate::checksum::unit_count(chunk.extent_bytes(group)));
+                table_start
+                    .push(last + crate::store::checksum::unit_count(chunk.extent_bytes(group)));
             }
         }
         let huge = HUGE_PAGE_BYTES as u64;
@@ -361,7 +364,7 @@ pub(crate) mod tests {
             serde_json::to_vec(&manifest).expect("JSON")
         };
         // `[0,0,...]`: two bytes an entry, and one.
-        let longest = (crate::manifest::MODEL_BYTES_MAX - 1) / 2;
+        let longest = (crate::store::manifest::MODEL_BYTES_MAX - 1) / 2;
         assert!(Manifest::parse(&text(longest)).is_ok());
         let refused = Manifest::parse(&text(longest + 1)).expect_err("too long");
         assert!(refused.contains("has 1048577 bytes, the limit is 1048576"), "{refused}");

@@ -10,9 +10,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Kernel;
+use crate::optimizer::adamw::Kernel;
 #[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512};
+use crate::optimizer::vector::{avx2, avx512};
 
 /// Parameters between two cuts.
 const PIECE: usize = 4096;

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FallocateFlags, IFlags, MemfdFlags};
 
 use crate::error::{Error, Result};
-use crate::file::direct::{Access, Opened};
-use crate::file::file_system::{BTRFS, available_bytes, file_system, refuse_network};
-use crate::fork::NotInherited;
+use crate::io::file::direct::{Access, Opened};
+use crate::io::file::file_system::{BTRFS, available_bytes, file_system, refuse_network};
+use crate::io::fork::NotInherited;
 use crate::units::PAGE_BYTES;
 
 mod direct;

@@ -11,11 +11,11 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::buffer::{Region, Slot};
-use crate::engine::{self, Counters, Engine, Operation, Request};
 use crate::error::Result;
-use crate::file::DirectFile;
-use crate::ledger::Ledger;
+use crate::io::engine::{self, Counters, Engine, Operation, Request};
+use crate::io::file::DirectFile;
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::{Region, Slot};
 use crate::units::PAGE_BYTES;
 
 /// What a drive writes as a whole or not at all, in bytes.
@@ -410,8 +410,8 @@ fn no_power() -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::memory::Memory;
-    use crate::engine::{conformance, perform};
+    use crate::io::engine::memory::Memory;
+    use crate::io::engine::{conformance, perform};
 
     fn faulty() -> (tempfile::TempDir, Arc<DirectFile>, Faulty) {
         let folder = tempfile::tempdir().expect("a folder");
@@ -434,7 +434,7 @@ mod tests {
 
     #[test]
     fn without_faults_it_keeps_the_rules_of_an_engine() {
-        let inner = Arc::new(crate::engine::threads::Threads::start(1).expect("threads"));
+        let inner = Arc::new(crate::io::engine::threads::Threads::start(1).expect("threads"));
         conformance::run(&Faulty::over(inner, Plan::default()));
     }
 

@@ -14,11 +14,11 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use io_uring::{IoUring, Probe, opcode};
 use rustix::event::EventfdFlags;
 
-use crate::buffer::Region;
-use crate::engine::uring::driver::Driver;
-use crate::engine::{Counters, Engine, Request};
 use crate::error::{Error, Result};
-use crate::fork::NotInherited;
+use crate::io::engine::uring::driver::Driver;
+use crate::io::engine::{Counters, Engine, Request};
+use crate::io::fork::NotInherited;
+use crate::memory::slot::Region;
 
 mod driver;
 mod trial;
@@ -246,10 +246,10 @@ fn set_up(tuning: Tuning) -> Result<IoUring> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::buffer::Slot;
-    use crate::engine::Operation;
-    use crate::file::DirectFile;
-    use crate::ledger::Ledger;
+    use crate::io::engine::Operation;
+    use crate::io::file::DirectFile;
+    use crate::memory::ledger::Ledger;
+    use crate::memory::slot::Slot;
 
     fn start() -> Option<Uring> {
         match Uring::start(1) {
@@ -266,7 +266,7 @@ mod tests {
     #[test]
     fn keeps_the_rules_of_an_engine() {
         if let Some(engine) = start() {
-            crate::engine::conformance::run(&engine);
+            crate::io::engine::conformance::run(&engine);
         }
     }
 

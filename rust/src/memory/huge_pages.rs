@@ -23,7 +23,7 @@ impl HugePages {
     }
 
     /// As `/proc/self/smaps` has it; `None` for less than 2 MiB, and where the kernel does not say.
-    pub(super) fn of(addresses: Range<usize>) -> Option<Self> {
+    pub(crate) fn of(addresses: Range<usize>) -> Option<Self> {
         if addresses.len() < HUGE_PAGE_BYTES {
             return None; // the kernel takes milliseconds to write the list
         }

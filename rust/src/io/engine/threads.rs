@@ -9,9 +9,9 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, unbounded};
 
-use crate::buffer::{Region, Slot};
-use crate::engine::{Counters, Engine, Operation, Request};
 use crate::error::{Error, Result};
+use crate::io::engine::{Counters, Engine, Operation, Request};
+use crate::memory::slot::{Region, Slot};
 
 /// How the engine cuts and serves requests. The default needs no tuning: `benches/README.md` says why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,6 +265,6 @@ mod tests {
 
     #[test]
     fn keeps_the_rules_of_an_engine() {
-        crate::engine::conformance::run(&Threads::start(1).expect("threads"));
+        crate::io::engine::conformance::run(&Threads::start(1).expect("threads"));
     }
 }

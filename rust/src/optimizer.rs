@@ -1,0 +1,8 @@
+//! The optimizer's step over one chunk, and the sums over a gradient that clipping needs: pure
+//! computing over slices, to the bit the same on every CPU and with any number of threads.
+
+pub mod adamw;
+pub mod norm;
+pub mod split;
+#[cfg(target_arch = "x86_64")]
+mod vector;

@@ -23,22 +23,17 @@ use crate::units::{CopyId, Group};
 
 pub mod checksum;
 mod commit;
-#[cfg(test)]
-mod corruption;
 mod create;
 mod fields;
 mod header;
-#[cfg(any(test, feature = "fuzzing"))]
-#[doc(hidden)]
-pub mod hostile;
-#[cfg(any(test, feature = "fuzzing"))]
-#[cfg_attr(not(test), allow(dead_code, reason = "the fuzz target compares less than the tests"))]
-mod images;
 pub mod layout;
 pub mod manifest;
 mod recovery;
 mod superblock;
 mod table;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod tests;
 mod verify;
 
 pub use commit::{Next, Sequence, Sequenced};

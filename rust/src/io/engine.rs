@@ -222,4 +222,4 @@ pub fn perform_once(
 }
 
 #[cfg(test)]
-pub(crate) mod conformance;
+mod tests;

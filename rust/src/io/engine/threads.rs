@@ -260,11 +260,4 @@ fn transfer(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keeps_the_rules_of_an_engine() {
-        crate::io::engine::conformance::run(&Threads::start(1).expect("threads"));
-    }
-}
+mod tests;

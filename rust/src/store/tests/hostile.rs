@@ -11,9 +11,9 @@ use crate::memory::slot::Slot;
 use crate::store::checksum::{crc32c, crc64};
 use crate::store::fields::Reader;
 use crate::store::header::{CLEAN_MARKER_OFFSET, HEADER_OFFSETS, Header, SUPERBLOCK_OFFSETS};
-use crate::store::images::{BOOT_ID, RECORDS, Trained};
 use crate::store::layout::{Layout, Manifest};
 use crate::store::superblock::Superblock;
+use crate::store::tests::images::{BOOT_ID, RECORDS, Trained};
 use crate::store::{BLOB_BYTES_MAX, Store, Table};
 use crate::units::{Group, PAGE_BYTES, to_usize};
 

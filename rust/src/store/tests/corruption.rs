@@ -15,7 +15,7 @@ use crate::memory::ledger::Ledger;
 use crate::memory::slot::Slot;
 use crate::store::Store;
 use crate::store::header::{CLEAN_MARKER_OFFSET, HEADER_OFFSETS, SUPERBLOCK_OFFSETS};
-use crate::store::images::{RECORDS, State, Trained};
+use crate::store::tests::images::{RECORDS, State, Trained};
 use crate::units::{CopyId, Group, PAGE_BYTES, StateFormat};
 
 const DAMAGES: u64 = 10_000;

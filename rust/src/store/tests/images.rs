@@ -16,11 +16,11 @@ use crate::store::{Creator, Store, Table};
 use crate::units::{CopyId, Group, StateFormat};
 
 /// Boot id under which these stores were written; no other one may vouch for them.
-pub(super) const BOOT_ID: [u8; 16] = [1; 16];
+pub(in crate::store) const BOOT_ID: [u8; 16] = [1; 16];
 
 /// Formats and parameters of the records: chunks of both trained formats, one not trained, and a
 /// short last chunk of each kind.
-pub(super) const RECORDS: [(StateFormat, u64); 4] = [
+pub(in crate::store) const RECORDS: [(StateFormat, u64); 4] = [
     (StateFormat::F32, 4096 + 128),
     (StateFormat::Bf16, 2 * 4096),
     (StateFormat::Raw16, 4096 + 256),
@@ -28,37 +28,37 @@ pub(super) const RECORDS: [(StateFormat, u64); 4] = [
 ];
 
 /// A store after three generations.
-pub(super) struct Trained {
-    pub(super) drives: Drives,
-    pub(super) header: Header,
-    pub(super) layout: Arc<Layout>,
+pub(in crate::store) struct Trained {
+    pub(in crate::store) drives: Drives,
+    pub(in crate::store) header: Header,
+    pub(in crate::store) layout: Arc<Layout>,
     /// Generation 1 is the first.
-    pub(super) states: Vec<State>,
+    pub(in crate::store) states: Vec<State>,
 }
 
 /// A committed generation.
-pub(super) struct State {
+pub(in crate::store) struct State {
     /// What the drive held when it was the newest, cleanly closed.
-    pub(super) image: Memory,
-    pub(super) blob: Vec<u8>,
+    pub(in crate::store) image: Memory,
+    pub(in crate::store) blob: Vec<u8>,
     /// By chunk and plane group, in table order.
-    pub(super) groups: Vec<Held>,
+    pub(in crate::store) groups: Vec<Held>,
 }
 
 /// What a plane group holds.
 #[derive(Clone)]
-pub(super) struct Held {
+pub(in crate::store) struct Held {
     /// Where its planes lie in the file; empty when all are zero.
-    pub(super) place: Range<u64>,
+    pub(in crate::store) place: Range<u64>,
     /// The whole extent as it is read.
-    pub(super) bytes: Vec<u8>,
+    pub(in crate::store) bytes: Vec<u8>,
 }
 
 impl Trained {
     /// A store that lies, but for its bytes, in `folder`. Of the trained chunks, generation 1 writes
     /// some planes of all, 2 those of records 0 and 1 but for the last chunk, 3 every other of these:
     /// so both copies hold current data, older data and nothing.
-    pub(super) fn new(
+    pub(in crate::store) fn new(
         folder: &Path,
         records: &[(StateFormat, u64)],
         chunk: u64,
@@ -88,7 +88,7 @@ impl Trained {
     }
 
     /// What the drive holds now.
-    pub(super) fn image(&self) -> &Memory {
+    pub(in crate::store) fn image(&self) -> &Memory {
         &self.states[self.states.len() - 1].image
     }
 }

@@ -15,7 +15,7 @@ fn file(bytes: u64) -> (tempfile::TempDir, Arc<DirectFile>) {
     (directory, Arc::new(file))
 }
 
-pub(crate) fn run(engine: &dyn Engine) {
+pub(in crate::io::engine) fn run(engine: &dyn Engine) {
     writes_come_back_as_they_went(engine);
     many_in_flight_keep_their_tags(engine);
     a_read_past_the_end_is_an_error_with_the_slot(engine);

@@ -29,7 +29,7 @@ use crate::store::{BLOB_BYTES_MAX, Store};
 
 mod events;
 mod executor;
-mod kept;
+mod gradient_files;
 mod memory;
 mod pieces;
 mod schedule;
@@ -39,7 +39,7 @@ mod update;
 mod waits;
 
 pub use events::{Event, Events, Lane};
-pub use kept::GradientFiles;
+pub use gradient_files::GradientFiles;
 pub use memory::{Residents, chunk_slot_bytes};
 pub use schedule::{ChunkOp, Kind, Schedule};
 pub use stalls::{Cause, Timings};

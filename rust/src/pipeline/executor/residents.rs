@@ -8,7 +8,7 @@ use crate::store::layout::Layout;
 
 /// One extent, or the weights of one piece.
 #[derive(Clone, Copy, Debug, Default)]
-struct State {
+struct Resident {
     /// Its slot holds the working state.
     is_read: bool,
     /// It was updated since the last commit, so an abort makes it stale.
@@ -17,19 +17,19 @@ struct State {
 
 /// All that stays, by piece and by chunk; entries of what does not stay are never read.
 #[derive(Debug)]
-pub(super) struct Held {
-    weights: Vec<State>,
-    planes: Vec<State>,
+pub(super) struct ResidentStates {
+    weights: Vec<Resident>,
+    planes: Vec<Resident>,
     /// Chunks that will have changed since the last commit, and not have been written, when all steps so
     /// far are done.
     unwritten: Vec<bool>,
 }
 
-impl Held {
+impl ResidentStates {
     pub(super) fn new(pieces: &Layout) -> Self {
         Self {
-            weights: vec![State::default(); pieces.records().len()],
-            planes: vec![State::default(); pieces.chunks().len()],
+            weights: vec![Resident::default(); pieces.records().len()],
+            planes: vec![Resident::default(); pieces.chunks().len()],
             unwritten: vec![false; pieces.chunks().len()],
         }
     }
@@ -95,7 +95,7 @@ impl Held {
     /// What changed since is read anew.
     pub(super) fn back_to_the_last_commit(&mut self) {
         for state in self.weights.iter_mut().chain(&mut self.planes) {
-            *state = State { is_read: state.is_read && !state.is_changed, is_changed: false };
+            *state = Resident { is_read: state.is_read && !state.is_changed, is_changed: false };
         }
     }
 

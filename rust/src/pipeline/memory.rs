@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use crate::memory::pool::{Pool, PoolSizes, ResidentSizes};
 use crate::memory::slot::SlotList;
-use crate::pipeline::TensorSettings;
-use crate::pipeline::pieces::{described, record_of};
+use crate::pipeline::unit_name::{described, record_of};
+use crate::pipeline::update::TensorSettings;
 use crate::store::Store;
 use crate::store::layout::Layout;
 use crate::units::{Group, StateFormat};

@@ -4,13 +4,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::*;
+use crate::error::{Error, Result};
 use crate::io::engine::choice::Choice;
 use crate::memory::ledger::Ledger;
-use crate::memory::pool;
+use crate::memory::pool::{self, PoolSizes};
+use crate::memory::slot::Slot;
+use crate::optimizer::adamw::{AdamW, Kernel};
 use crate::optimizer::{adamw, norm, split};
+use crate::pipeline::{
+    After, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents, Schedule, TensorSettings,
+    chunk_slot_bytes,
+};
 use crate::store::layout::tests::manifest;
-use crate::store::{Creator, OpenOptions};
+use crate::store::{BLOB_BYTES_MAX, Creator, OpenOptions, Store};
 use crate::units::{Group, PAGE_BYTES, StateFormat};
 
 mod by_chunk;

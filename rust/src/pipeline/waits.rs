@@ -3,12 +3,18 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use super::stalls::{Cause, Causes, Wait};
-use super::{Pipeline, SLICE, State};
 use crate::error::{Error, Result};
 use crate::memory::slot::{Slot, SlotList};
+use crate::pipeline::events::{self, Lane};
+use crate::pipeline::front::Pipeline;
 use crate::pipeline::memory::gradient_list;
+use crate::pipeline::shared::{Shared, State};
+use crate::pipeline::stalls::{Cause, Causes};
 use crate::units::Group;
+
+/// How long a wait for a gradient buffer goes on before its cause is looked at again: nobody tells of a
+/// change there.
+const SLICE: Duration = Duration::from_millis(2);
 
 impl Pipeline {
     /// The weights of the schedule's next load, which must be of `piece`; waits up to `timeout`
@@ -168,5 +174,64 @@ impl Pipeline {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+    }
+}
+
+/// One caller's wait: the time from one `for_cause` to the next, or to the end, counts for the first one's
+/// cause.
+struct Wait<'a> {
+    shared: &'a Shared,
+    slice: Option<(Cause, u64)>,
+}
+
+impl<'a> Wait<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        Self { shared, slice: None }
+    }
+
+    /// From now on the caller waits for this.
+    fn for_cause(&mut self, cause: Cause) {
+        if self.slice.is_none_or(|(current, _)| current != cause) {
+            self.end_slice();
+            self.slice = Some((cause, events::monotonic()));
+        }
+    }
+
+    fn end_slice(&mut self) {
+        let Some((cause, start)) = self.slice.take() else { return };
+        let nanoseconds = events::monotonic().saturating_sub(start);
+        self.shared.timings.add_stall(cause, nanoseconds);
+        if self.shared.events.now().is_some() {
+            self.shared.events.record(Lane::Stall, cause.name(), None, Some(start));
+        }
+    }
+}
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        self.end_slice();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_slice_of_a_wait_is_recorded_for_its_cause() {
+        let shared = Shared::default();
+        shared.events.begin();
+        let mut wait = Wait::new(&shared);
+        for cause in [Cause::Read, Cause::Read, Cause::Update] {
+            wait.for_cause(cause);
+        }
+        drop(wait);
+        drop(Wait::new(&shared));
+        let events = shared.events.take().events;
+        let names: Vec<_> = events.iter().map(|event| event.name).collect();
+        assert_eq!(names, ["read", "update"]);
+        assert!(events[0].start <= events[0].end && events[0].end <= events[1].start);
+        let counted = Cause::ALL.map(|cause| shared.timings.stalled(cause) > 0);
+        assert_eq!(counted, [true, false, false, true, false]);
     }
 }

@@ -3,12 +3,13 @@
 use super::calls::schedule;
 use super::memories::{adamw, len};
 use super::*;
-use crate::memory::pool::Kind;
+use crate::memory::pool::{Kind, PoolSizes};
+use crate::optimizer::adamw::Kernel;
 use crate::pipeline::executor::Executor;
 use crate::pipeline::stalls::{Cause, Causes};
 use crate::pipeline::{
-    After, GradientFiles, Kernel, Lane, Options, Pipeline, PoolSizes, Residents, Schedule,
-    TensorSettings, chunk_slot_bytes,
+    After, GradientFiles, Lane, Options, Pipeline, Residents, Schedule, TensorSettings,
+    chunk_slot_bytes,
 };
 use std::time::Duration;
 

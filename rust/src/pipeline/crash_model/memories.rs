@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use crate::memory::ledger::Ledger;
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::{self, AdamW};
-use crate::pipeline::Kernel;
+use crate::optimizer::adamw::{self, AdamW, Kernel};
 use crate::store::Creator;
 use crate::units::Group;
 

@@ -4,7 +4,8 @@ use super::calls::schedule;
 use super::causes::{RECORDS, Stand};
 use super::*;
 use crate::error::Error;
-use crate::pipeline::{After, ChunkOp, Command, Kind, Residents, Schedule};
+use crate::pipeline::command::Command;
+use crate::pipeline::{After, ChunkOp, Kind, Residents, Schedule};
 use std::time::Duration;
 
 const NO_WAIT: Duration = Duration::ZERO;

@@ -5,11 +5,11 @@ use super::memories::{Memories, adamw, len};
 use super::process::Process;
 use super::*;
 use crate::error::Result;
-use crate::memory::pool;
+use crate::memory::pool::{self, PoolSizes};
 use crate::memory::slot::Slot;
-use crate::pipeline::{
-    Command, Kernel, Options, Pipeline, PoolSizes, Residents, TensorSettings, chunk_slot_bytes,
-};
+use crate::optimizer::adamw::Kernel;
+use crate::pipeline::command::Command;
+use crate::pipeline::{Options, Pipeline, Residents, TensorSettings, chunk_slot_bytes};
 use std::collections::VecDeque;
 use std::time::Duration;
 

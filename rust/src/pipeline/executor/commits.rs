@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::io::engine::Completion;
-use crate::pipeline::Lane;
+use crate::pipeline::events::Lane;
 use crate::pipeline::executor::context::Context;
 use crate::pipeline::executor::requests::{Request, Requests, Work};
 use crate::pipeline::executor::steps::Steps;

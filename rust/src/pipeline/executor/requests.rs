@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use crate::io::engine::{self, Completion, Operation};
 use crate::io::file::DirectFile;
 use crate::memory::slot::Slot;
-use crate::pipeline::Lane;
+use crate::pipeline::events::Lane;
 use crate::pipeline::executor::context::Context;
 use crate::store::ReadPlan;
 use crate::units::Group;

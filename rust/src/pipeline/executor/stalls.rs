@@ -1,6 +1,6 @@
 //! What callers wait for: the executor knows, and publishes it.
 
-use crate::pipeline::Shared;
+use crate::pipeline::shared::Shared;
 use crate::pipeline::stalls::Causes;
 
 /// What was published last.

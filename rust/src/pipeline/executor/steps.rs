@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::optimizer::adamw::AdamW;
-use crate::pipeline::{After, Schedule, schedule};
+use crate::pipeline::command::After;
+use crate::pipeline::schedule::{self, Schedule};
 use crate::store::layout::Layout;
 
 pub(super) struct Step {

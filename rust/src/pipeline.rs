@@ -36,6 +36,4 @@ pub use stalls::{Cause, Timings};
 pub use update::TensorSettings;
 
 #[cfg(test)]
-mod crash_model;
-#[cfg(test)]
 mod tests;

@@ -1,73 +1,20 @@
 //! Pieces that are chunks: what is computed elsewhere, with a few chunks of memory here. That training
 //! by chunk changes no bit is in the tests of training: `run` does both.
 
-use super::*;
+use std::sync::Arc;
+use std::time::Duration;
 
-/// Weights of a piece while somebody computes with them.
-enum Away {
-    /// In the buffer that they were loaded into: whole records, and what stays in RAM.
-    Here(Slot),
-    /// On a device.
-    There(Vec<u8>),
-}
+use crate::error::{Error, Result};
+use crate::memory::ledger::Ledger;
+use crate::memory::pool::{self, PoolSizes};
+use crate::memory::slot::Slot;
+use crate::optimizer::adamw::Kernel;
+use crate::optimizer::norm;
+use crate::pipeline::{Options, Pipeline, Residents};
+use crate::store::layout::tests::manifest;
+use crate::store::{OpenOptions, Store};
 
-/// The pieces of a record.
-pub(super) fn pieces_of(pipeline: &Pipeline, record: usize) -> std::ops::Range<usize> {
-    match pipeline.pieces().is_by_chunk() {
-        true => pipeline.store().layout().records()[record].clone(),
-        false => record..record + 1,
-    }
-}
-
-/// Fetches the weights of a record, piece by piece, then submits each with its gradient, as a trainer
-/// does that computes a whole record at once.
-pub(super) fn train_record(
-    pipeline: &Pipeline,
-    record: usize,
-    gradient: impl Fn(usize) -> f32,
-) -> Result {
-    let away = fetch_record(pipeline, record)?;
-    for (piece, weights) in pieces_of(pipeline, record).zip(away) {
-        submit_piece(pipeline, piece, weights, &gradient)?;
-    }
-    Ok(())
-}
-
-fn fetch_record(pipeline: &Pipeline, record: usize) -> Result<Vec<Away>> {
-    let fetch = |piece: usize| {
-        let slot = pipeline.take_weights(piece, LONG)?.expect("in time");
-        let stays = pipeline.pool().residents.weights_of(piece).is_some();
-        Ok(match pipeline.pieces().is_by_chunk() && !stays {
-            true => Away::There(slot.to_vec()),
-            false => Away::Here(slot),
-        })
-    };
-    pieces_of(pipeline, record).map(fetch).collect()
-}
-
-fn submit_piece(
-    pipeline: &Pipeline,
-    piece: usize,
-    weights: Away,
-    gradient: impl Fn(usize) -> f32,
-) -> Result {
-    let weights = match weights {
-        Away::Here(slot) => slot,
-        Away::There(bytes) => {
-            let mut slot = pipeline.take_outgoing(piece, LONG)?.expect("in time");
-            slot.copy_from_slice(&bytes);
-            slot
-        }
-    };
-    let first = pipeline.pieces().records()[piece].start;
-    let first = len(pipeline.store().layout().chunks()[first].start);
-    let parameters = len(pipeline.pieces().record_parameters(piece));
-    let mut buffer = pipeline.take_gradient(piece, LONG)?.expect("in time");
-    for (index, bytes) in buffer.chunks_mut(4).take(parameters).enumerate() {
-        bytes.copy_from_slice(&gradient(first + index).to_le_bytes());
-    }
-    pipeline.submit(piece, Some(weights), buffer)
-}
+use super::support::*;
 
 fn by_chunk() -> Setup {
     Setup { by_chunk: true, slots: 1, ..Setup::default() }

@@ -1,6 +1,9 @@
 //! Gradients that wait for their norm change no bit, wherever they wait and whatever a buffer holds.
 
-use super::*;
+use crate::pipeline::{After, Kind, Residents};
+use crate::units::StateFormat;
+
+use super::support::*;
 
 /// Every second step is clipped.
 fn scale(step: u64) -> f32 {
@@ -25,7 +28,7 @@ fn run_kept(setup: Setup, gradients: &[Kind]) {
         forward(&pipeline).expect("read");
         for record in (0..3).rev() {
             let of = |index| gradient(step, record, index);
-            by_chunk::train_record(&pipeline, record, of).expect("trained");
+            train_record(&pipeline, record, of).expect("trained");
         }
         waiting = !gradients.contains(&Kind::Update) || scale(step) < 1.0;
         let after = if waiting { After::Applied(scale(step)) } else { After::Stands };
@@ -91,7 +94,7 @@ fn a_gradient_is_kept_without_weights() {
     pipeline.begin(schedule(Kind::Load, &[Kind::Keep]), adamw(1), true).expect("begun");
     forward(&pipeline).expect("read");
     for record in (0..3).rev() {
-        let pieces = by_chunk::pieces_of(&pipeline, record);
+        let pieces = pieces_of(&pipeline, record);
         for piece in pieces.clone() {
             drop(pipeline.take_weights(piece, LONG).expect("read").expect("in time"));
         }

@@ -1,6 +1,11 @@
 //! What stays in RAM changes no bit, and is written for a commit alone.
 
-use super::*;
+use std::sync::Arc;
+
+use crate::pipeline::{Kind, Residents, Schedule};
+use crate::units::{Group, StateFormat};
+
+use super::support::*;
 
 /// The chunks are 3 + 6 + 3: a block, a larger record, a block with a short last chunk.
 #[test]

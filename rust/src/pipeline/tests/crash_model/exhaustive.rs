@@ -1,7 +1,10 @@
 //! Every fault point of a training of three steps, one after another.
 
-use super::training::{Ending, FAULTS};
-use super::*;
+use super::base::Base;
+use super::run::{Clips, Run, Stays, Verdict, first_failure};
+use super::training::{Ending, FAULTS, Machine};
+use crate::io::engine::faulty::Fault;
+use crate::store::manifest::Durability;
 
 /// Ways in which sectors can survive that are tried at each point.
 const POWER_CUTS: u64 = 6;
@@ -40,7 +43,7 @@ fn trainings() -> Vec<Run> {
 
 /// Operations of the undisturbed training, opening included.
 fn operations(base: &Base, run: &Run) -> u64 {
-    let mut machine = base.machine(run);
+    let mut machine = Machine::new(base, run);
     machine.open().expect("opened");
     machine.train(u64::MAX).expect("trained");
     assert!(machine.is_done());
@@ -81,7 +84,8 @@ fn each_point(check: impl Fn(&Base, &Run, u64) -> Verdict + Sync) {
 fn a_power_cut_at_any_operation_loses_at_most_the_open_window() {
     each_point(|base, run, point| {
         (0..POWER_CUTS).try_for_each(|salt| {
-            let mut machine = base.machine(&Run { seed: run.seed + (salt << 20), ..run.clone() });
+            let mut machine =
+                Machine::new(base, &Run { seed: run.seed + (salt << 20), ..run.clone() });
             machine.drive.plan(point, Fault::PowerCut);
             machine.open()?;
             machine.train(u64::MAX)?;
@@ -94,7 +98,7 @@ fn a_power_cut_at_any_operation_loses_at_most_the_open_window() {
 #[test]
 fn a_kill_at_any_operation_loses_at_most_the_open_window() {
     each_point(|base, run, point| {
-        let mut machine = base.machine(run);
+        let mut machine = Machine::new(base, run);
         machine.open()?;
         machine.train(point)?;
         machine.end(Ending::Kill)?;
@@ -106,7 +110,7 @@ fn a_kill_at_any_operation_loses_at_most_the_open_window() {
 fn a_fault_at_any_operation_is_retried_or_costs_the_open_window() {
     for (name, fault) in FAULTS {
         each_point(|base, run, point| {
-            let mut machine = base.machine(run);
+            let mut machine = Machine::new(base, run);
             machine.drive.plan(point, fault);
             // An open that fails leaves the file as it was: the next one succeeds.
             if machine.open().is_ok() {
@@ -121,7 +125,7 @@ fn a_fault_at_any_operation_is_retried_or_costs_the_open_window() {
 #[test]
 fn an_operation_that_fails_twice_costs_the_open_window() {
     each_point(|base, run, point| {
-        let mut machine = base.machine(run);
+        let mut machine = Machine::new(base, run);
         for again in 0..4 {
             machine.drive.plan(point + again, Fault::Fail(5));
         }

@@ -2,15 +2,17 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::calls::Call;
 use super::memories::{len, value};
-use super::training::NO_WAIT;
 use crate::error::Result;
 use crate::memory::slot::Slot;
 use crate::pipeline::Pipeline;
 use crate::pipeline::executor::Executor;
 use crate::store::Store;
+
+pub(super) const NO_WAIT: Duration = Duration::ZERO;
 
 /// A process with the store open.
 pub(super) struct Process {

@@ -2,7 +2,12 @@
 
 use super::calls::schedule;
 use super::memories::{adamw, len};
-use super::*;
+use std::sync::Arc;
+
+use super::base::Base;
+use crate::io::engine::Engine;
+use crate::io::engine::faulty::Faulty;
+use crate::memory::ledger::Ledger;
 use crate::memory::pool::{Kind, PoolSizes};
 use crate::optimizer::adamw::Kernel;
 use crate::pipeline::executor::Executor;
@@ -11,6 +16,9 @@ use crate::pipeline::{
     After, GradientFiles, Lane, Options, Pipeline, Residents, Schedule, TensorSettings,
     chunk_slot_bytes,
 };
+use crate::store::Store;
+use crate::store::manifest::Durability;
+use crate::units::StateFormat;
 use std::time::Duration;
 
 pub(super) const RECORDS: [u64; 2] = [4096 + 128; 2];

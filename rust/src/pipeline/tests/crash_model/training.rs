@@ -2,20 +2,29 @@
 
 use super::calls::Call;
 use super::memories::{Memories, adamw, len};
-use super::process::Process;
-use super::*;
+use super::plan::plan_calls;
+use super::process::{NO_WAIT, Process};
+use std::sync::Arc;
+
+use super::base::Base;
+use super::broken::{Breakage, Broken};
+use super::run::{Clips, Run, Stays};
 use crate::error::Result;
+use crate::io::engine::Engine;
+use crate::io::engine::faulty::{self, Fault, Faulty};
+use crate::memory::ledger::Ledger;
 use crate::memory::pool::{self, PoolSizes};
 use crate::memory::slot::Slot;
 use crate::optimizer::adamw::Kernel;
+use crate::pipeline::GradientFiles;
 use crate::pipeline::command::Command;
 use crate::pipeline::{Options, Pipeline, Residents, TensorSettings, chunk_slot_bytes};
+use crate::store::Store;
+use crate::units::{Group, StateFormat};
 use std::collections::VecDeque;
-use std::time::Duration;
 
 /// Turns without any progress after which a run counts as stuck.
 const PATIENCE: u32 = 20_000;
-pub(super) const NO_WAIT: Duration = Duration::ZERO;
 
 /// How a process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +54,15 @@ pub(super) struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    pub(super) fn new(base: &'a Base, run: &Run, drive: Arc<Faulty>, engine: Arc<Broken>) -> Self {
+    /// A machine with this store on its drive.
+    pub(super) fn new(base: &'a Base, run: &Run) -> Self {
+        let plan = faulty::Plan {
+            seed: run.seed,
+            ignores_flushes: run.ignores_flushes,
+            ..Default::default()
+        };
+        let drive = Arc::new(Faulty::over(Arc::new(base.image.copy()), plan));
+        let engine = Broken::over(Arc::clone(&drive), run.breakage, base);
         Self {
             base,
             run: run.clone(),
@@ -273,10 +290,10 @@ impl<'a> Machine<'a> {
     }
 
     fn call(&mut self) -> Result {
-        if self.process.as_ref().is_some_and(|process| process.calls.is_empty()) {
-            self.plan_calls();
-        }
         let Some(process) = &mut self.process else { return Ok(()) };
+        if process.calls.is_empty() {
+            plan_calls(&self.run, process, &mut self.memories);
+        }
         let Some(call) = process.calls.front() else { return Ok(()) };
         let front = &process.front;
         if let Some(failure) = &front.shared.lock().failure {

@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::unbounded;
 
+use super::base::Base;
 use crate::error::Result;
 use crate::io::engine::faulty::Faulty;
 use crate::io::engine::{Counters, Engine, Operation, Request};
 use crate::memory::ledger::Ledger;
 use crate::memory::slot::{Region, Slot};
-use crate::pipeline::crash_model::Base;
 
 /// The rule that is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,10 +2,13 @@
 
 use super::calls::schedule;
 use super::causes::{RECORDS, Stand};
-use super::*;
+use std::sync::Arc;
+
+use super::base::Base;
 use crate::error::Error;
 use crate::pipeline::command::Command;
 use crate::pipeline::{After, ChunkOp, Kind, Residents, Schedule};
+use crate::store::manifest::Durability;
 use std::time::Duration;
 
 const NO_WAIT: Duration = Duration::ZERO;

@@ -1,7 +1,11 @@
 //! Random runs, by the hundred thousand, and the protocols that they must catch.
 
-use super::training::Ending;
-use super::*;
+use super::base::Base;
+use super::broken::Breakage;
+use super::run::{Clips, Run, Stays, Verdict, first_failure};
+use super::training::{Ending, FAULTS, Machine};
+use crate::io::engine::faulty::Fault;
+use crate::store::manifest::Durability;
 
 /// Runs of `cargo test`; `make soak` asks for more.
 const RUNS: u64 = 2_000;
@@ -46,7 +50,7 @@ fn random_run(bases: &[Base; 3], seed: u64, breakage: Breakage, lies: bool) -> V
     // Two chunks take longer.
     let base = &bases[[1, 2, 2, 2, 0, 0, 0, 0][rng.usize(..8)]];
     run.by_chunk = rng.u8(..3) == 0;
-    let mut machine = base.machine(&run);
+    let mut machine = Machine::new(base, &run);
     let mut live = || -> Verdict {
         for _ in 0..rng.u8(1..=3) {
             // A crash while opening, now and then.
@@ -57,7 +61,7 @@ fn random_run(bases: &[Base; 3], seed: u64, breakage: Breakage, lies: bool) -> V
                 return Ok(());
             }
             if rng.u8(..4) == 0 {
-                let fault = training::FAULTS[rng.usize(..training::FAULTS.len())].1;
+                let fault = FAULTS[rng.usize(..FAULTS.len())].1;
                 machine.drive.plan(rng.u64(..120), fault);
             }
             let until = machine.drive.operations() + rng.u64(..150);

@@ -1,0 +1,60 @@
+//! What the trainer calls, step by step.
+
+use std::sync::Arc;
+
+use crate::pipeline::{After, ChunkOp, Kind, Schedule};
+use crate::store::Store;
+
+/// One call of the trainer.
+#[derive(Clone, Debug)]
+pub(super) enum Call {
+    Begin {
+        schedule: Arc<Schedule>,
+        commits: bool,
+    },
+    /// Take the weights of a piece and drop them: the forward pass.
+    Pass(usize),
+    /// Take them for the backward pass.
+    Fetch(usize),
+    /// Submit the gradient of a piece, with its weights if the step updates with them.
+    Train {
+        piece: usize,
+        updates: bool,
+    },
+    /// Wait for the sum of the squares of all gradients.
+    Norm,
+    End {
+        commit: bool,
+        after: After,
+    },
+    Settle,
+}
+
+/// Forward over all records, with the updates that wait, then backward over those that are trained, which
+/// updates them, keeps their gradients, or both.
+pub(super) fn schedule(
+    store: &Store,
+    by_chunk: bool,
+    applied: &[usize],
+    trained: &[usize],
+    (updates, keeps): (bool, bool),
+) -> Arc<Schedule> {
+    let chunks = |record: usize, kind| {
+        store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
+    };
+    let mut operations = Vec::new();
+    for record in 0..store.layout().records().len() {
+        let kind = if applied.contains(&record) { Kind::Apply } else { Kind::Load };
+        operations.extend(chunks(record, kind));
+    }
+    for &record in trained.iter().rev() {
+        operations.extend(chunks(record, Kind::Load));
+        if updates {
+            operations.extend(chunks(record, Kind::Update));
+        }
+        if keeps {
+            operations.extend(chunks(record, Kind::Keep));
+        }
+    }
+    Arc::new(Schedule::new(store.pieces(by_chunk), operations).expect("valid"))
+}

@@ -24,7 +24,7 @@ use megatrain_io::pipeline::{
 };
 use megatrain_io::store::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::store::{Creator, OpenOptions, Store};
-use megatrain_io::units::{Group, StateFormat};
+use megatrain_io::units::{Group, StateFormat, Unit};
 
 const FORMAT: StateFormat = StateFormat::Bf16;
 const CHUNK: u64 = 2 << 20;
@@ -160,7 +160,7 @@ fn options(store: &Store) -> Options {
         tensors,
         residents: Residents::default(),
         gradient_files: GradientFiles::default(),
-        by_chunk: false,
+        unit: Unit::Record,
     }
 }
 

@@ -1,11 +1,11 @@
 //! The pipeline executes a schedule: it reads ahead, updates, and writes behind, while the caller
 //! computes. One executor thread owns all decisions; callers only wait and hand buffers over.
 //!
-//! What one buffer holds is a *piece*: a whole record, or where [`Options::by_chunk`] is set a chunk, so
+//! What one buffer holds is a *unit*: a whole record, or with [`Unit::Chunk`](crate::units::Unit) a chunk, so
 //! that who computes elsewhere needs few chunks of memory here.
 //!
 //! A caller's step: [`Pipeline::begin`], then for each load of the schedule, in its order,
-//! [`Pipeline::take_weights`]; for each piece to update [`Pipeline::take_gradient`] and
+//! [`Pipeline::take_weights`]; for each unit to update [`Pipeline::take_gradient`] and
 //! [`Pipeline::submit`]; then [`Pipeline::end`]. The next step may begin at once: its loads wait,
 //! chunk by chunk, for the writes that they depend on, and its updates wait until the last step is
 //! durable.

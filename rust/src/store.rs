@@ -19,7 +19,7 @@ use crate::store::checksum::{Binding, Mismatch};
 use crate::store::header::Header;
 use crate::store::layout::{Durability, Layout, Manifest};
 use crate::store::superblock::Superblock;
-use crate::units::{CopyId, Group};
+use crate::units::{CopyId, Group, Unit};
 
 pub mod checksum;
 mod commit;
@@ -76,7 +76,7 @@ pub struct Store {
     manifest: Manifest,
     layout: Arc<Layout>,
     /// The same by chunk, once somebody has asked for it.
-    by_chunk: OnceLock<(Arc<Layout>, LedgerEntry)>,
+    chunk_units: OnceLock<(Arc<Layout>, LedgerEntry)>,
     ledger: Ledger,
     committed: Mutex<Committed>,
     buffers: Mutex<CommitBuffers>,
@@ -193,17 +193,17 @@ impl Store {
 
     /// The same with what one buffer holds in place of records: those, or chunks.
     #[must_use]
-    pub fn pieces(&self, by_chunk: bool) -> &Arc<Layout> {
-        if !by_chunk {
+    pub fn units(&self, unit: Unit) -> &Arc<Layout> {
+        if unit == Unit::Record {
             return &self.layout;
         }
         let make = || {
-            let pieces = self.layout.by_chunk();
-            let numbers = pieces.chunks().len() * size_of::<u64>();
-            let bytes = size_of_val(pieces.chunks()) + size_of_val(pieces.records()) + numbers;
-            (Arc::new(pieces), self.ledger.enter("tables", bytes as u64))
+            let units = self.layout.chunks_as_records();
+            let numbers = units.chunks().len() * size_of::<u64>();
+            let bytes = size_of_val(units.chunks()) + size_of_val(units.records()) + numbers;
+            (Arc::new(units), self.ledger.enter("tables", bytes as u64))
         };
-        &self.by_chunk.get_or_init(make).0
+        &self.chunk_units.get_or_init(make).0
     }
 
     /// How bytes move here, and why not by io_uring if that was left to us.

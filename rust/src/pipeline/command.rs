@@ -21,7 +21,7 @@ pub enum After {
 /// What a caller wants of the executor.
 pub(super) enum Command {
     Begin { schedule: Arc<Schedule>, adamw: AdamW, commits: bool, first_load: u64, number: u64 },
-    Submit { piece: usize, weights: Option<Slot>, gradient: Slot },
+    Submit { unit: usize, weights: Option<Slot>, gradient: Slot },
     End { commit: Option<Vec<u8>>, after: After },
     Abort { reply: Sender<Result> },
     Stop,

@@ -321,8 +321,8 @@ impl Executor {
                 let begun = self.begin(schedule, adamw, commits, first_load, number);
                 self.fail_on(begun);
             }
-            Command::Submit { piece, weights, gradient } => {
-                match self.submitted(piece, weights, gradient) {
+            Command::Submit { unit, weights, gradient } => {
+                match self.submitted(unit, weights, gradient) {
                     Err(error @ Error::NotFinite { .. }) => self.refuse_step(error),
                     submitted => self.fail_on(submitted),
                 }
@@ -374,7 +374,7 @@ impl Executor {
     fn submitted(&mut self, unit: usize, weights: Option<Slot>, gradient: Slot) -> Result {
         let Self { cx, steps, updates, deferred, .. } = self;
         let Some(expected) = steps.submitted(unit) else {
-            let name = cx.units.piece_name(unit);
+            let name = cx.units.unit_name(unit);
             return Err(Error::invalid(format!(
                 "the gradient of {name} was submitted and the step does not (or no longer) expect it"
             )));

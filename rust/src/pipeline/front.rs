@@ -23,6 +23,7 @@ use crate::pipeline::stalls::Timings;
 use crate::pipeline::unit_name::described;
 use crate::store::layout::Layout;
 use crate::store::{BLOB_BYTES_MAX, Store};
+use crate::units::Unit;
 
 /// Tells the callers when the executor dies of a panic, which is a bug of ours; they would wait for
 /// ever.
@@ -48,7 +49,7 @@ impl Drop for Obituary {
 #[derive(Debug)]
 pub struct Pipeline {
     pub(super) store: Arc<Store>,
-    pub(super) pieces: Arc<Layout>,
+    pub(super) units: Arc<Layout>,
     pub(super) pool: Pool,
     pub(super) shared: Arc<Shared>,
     commands: Sender<Command>,
@@ -80,10 +81,10 @@ impl Pipeline {
     /// Front and executor, without a thread.
     pub(super) fn assemble(store: Arc<Store>, options: &Options) -> Result<(Self, Executor)> {
         store.check()?;
-        let pieces = Arc::clone(store.pieces(options.by_chunk));
-        let residents = options.residents.sizes(&pieces)?;
+        let units = Arc::clone(store.units(options.unit));
+        let residents = options.residents.sizes(&units)?;
         let spills = options.gradient_files.are_there();
-        check_pool(&store, &pieces, &options.pool, &residents, &options.tensors, spills)?;
+        check_pool(&store, &units, &options.pool, &residents, &options.tensors, spills)?;
         let pool = Pool::allocate(&options.pool, &residents, store.ledger())?;
         let registration = store.engine().0.register(&pool.region).err();
         let shared = Arc::new(Shared::default());
@@ -93,7 +94,7 @@ impl Pipeline {
         let process = std::process::id();
         let front = Self {
             store,
-            pieces,
+            units,
             pool,
             shared,
             commands,
@@ -114,8 +115,8 @@ impl Pipeline {
     /// the state before it only if that is committed. The pipeline's failure.
     pub fn begin(&self, schedule: Arc<Schedule>, adamw: AdamW, commits: bool) -> Result {
         self.store.check()?;
-        if !schedule.is_for(&self.pieces) {
-            let is_other = schedule.layout().is_by_chunk() != self.pieces.is_by_chunk();
+        if !schedule.is_for(&self.units) {
+            let is_other = schedule.layout().unit() != self.units.unit();
             return Err(Error::invalid(match is_other {
                 true => "of schedule and pipeline one is by chunk and the other is not",
                 false => "the schedule was made for another store",
@@ -131,7 +132,7 @@ impl Pipeline {
         if let Some(left) = state.loads.front() {
             return Err(Error::invalid(format!(
                 "the last step's weights of {} were not taken",
-                self.pieces.piece_name(left.piece)
+                self.units.unit_name(left.unit)
             )));
         }
         if *schedule.applied() != *state.waiting.as_ref().unwrap_or(&BTreeSet::new()) {
@@ -148,8 +149,8 @@ impl Pipeline {
                 "updates can be taken back only if the step before is committed",
             ));
         }
-        if let Some(piece) = schedule.kept().iter().find(|piece| !self.can_keep(**piece)) {
-            let name = self.pieces.piece_name(*piece);
+        if let Some(unit) = schedule.kept().iter().find(|unit| !self.can_keep(**unit)) {
+            let name = self.units.unit_name(*unit);
             return Err(Error::invalid(format!(
                 "there is no place to keep the gradient of {name}"
             )));
@@ -160,7 +161,7 @@ impl Pipeline {
         state.updates.clone_from(schedule.updated());
         state.gradients = schedule.gradients();
         let first_load = state.first_load;
-        state.loads.extend(schedule.loads().iter().map(|&piece| Loaded { piece, weights: None }));
+        state.loads.extend(schedule.loads().iter().map(|&unit| Loaded { unit, weights: None }));
         state.begun += 1;
         state.commits = commits;
         let number = state.begun;
@@ -232,26 +233,26 @@ impl Pipeline {
         answer.recv().map_err(|_| Error::invalid("the pipeline has stopped"))?
     }
 
-    /// Hands the gradient of a whole piece over, with the weights it was computed from. The update
+    /// Hands the gradient of a whole unit over, with the weights it was computed from. The update
     /// runs behind the caller's back; both buffers return to the pool when it is done. Where the step only
     /// keeps the gradient, weights may be left out; where they stay in RAM, they are in their own buffer.
     ///
     /// # Errors
-    /// `Invalid` when a buffer is too small, missing, or not the piece's own; the pipeline's failure.
-    pub fn submit(&self, piece: usize, weights: Option<Slot>, gradient: Slot) -> Result {
+    /// `Invalid` when a buffer is too small, missing, or not the unit's own; the pipeline's failure.
+    pub fn submit(&self, unit: usize, weights: Option<Slot>, gradient: Slot) -> Result {
         self.store.check()?;
-        self.check_piece(piece)?;
-        let needed = (self.pieces.record_weight_bytes(piece), gradient_bytes(&self.pieces, piece));
+        self.check_unit(unit)?;
+        let needed = (self.units.record_weight_bytes(unit), gradient_bytes(&self.units, unit));
         let given = (weights.as_ref().map_or(needed.0, |slot| slot.len()), gradient.len());
-        let name = || self.pieces.piece_name(piece);
+        let name = || self.units.unit_name(unit);
         if given.0 < needed.0 || given.1 < needed.1 {
             let name = name();
             return Err(Error::invalid(format!(
                 "{name} takes buffers of {needed:?} bytes, got {given:?}"
             )));
         }
-        if self.shared.lock().updates.contains(&piece) {
-            let own = self.pool.residents.weights_of(piece);
+        if self.shared.lock().updates.contains(&unit) {
+            let own = self.pool.residents.weights_of(unit);
             match &weights {
                 None => {
                     let name = name();
@@ -268,40 +269,43 @@ impl Pipeline {
                 Some(_) => {}
             }
         }
-        self.send(Command::Submit { piece, weights, gradient })
+        self.send(Command::Submit { unit, weights, gradient })
     }
 
     /// The store's layout by what one buffer holds: records, or chunks.
     #[must_use]
-    pub fn pieces(&self) -> &Arc<Layout> {
-        &self.pieces
+    pub fn units(&self) -> &Arc<Layout> {
+        &self.units
     }
 
-    /// What a piece is called by people.
+    /// What a unit is called by people.
     ///
     /// # Errors
-    /// `Invalid` when there is no such piece.
-    pub fn describe(&self, piece: usize) -> Result<String> {
-        self.check_piece(piece)?;
-        Ok(described(&self.store, &self.pieces, piece))
+    /// `Invalid` when there is no such unit.
+    pub fn describe(&self, unit: usize) -> Result<String> {
+        self.check_unit(unit)?;
+        Ok(described(&self.store, &self.units, unit))
     }
 
-    fn can_keep(&self, piece: usize) -> bool {
-        self.pool.residents.gradient_of(piece).is_some() || self.can_spill
+    fn can_keep(&self, unit: usize) -> bool {
+        self.pool.residents.gradient_of(unit).is_some() || self.can_spill
     }
 
-    pub(super) fn check_piece(&self, piece: usize) -> Result {
-        let count = self.pieces.records().len();
-        if piece < count {
+    pub(super) fn check_unit(&self, unit: usize) -> Result {
+        let count = self.units.records().len();
+        if unit < count {
             return Ok(());
         }
-        let name = self.pieces.piece_name(piece);
+        let name = self.units.unit_name(unit);
         Err(Error::invalid(format!("{name} does not exist; the store has {count}")))
     }
 
-    /// What pieces are.
+    /// What units are.
     fn kind(&self) -> &'static str {
-        if self.pieces.is_by_chunk() { "chunks" } else { "records" }
+        match self.units.unit() {
+            Unit::Record => "records",
+            Unit::Chunk => "chunks",
+        }
     }
 
     /// The store beneath.

@@ -1,4 +1,4 @@
-//! Files for the gradients that wait on the drive for the norm of all. The layout here is that of pieces.
+//! Files for the gradients that wait on the drive for the norm of all. The layout here is that of units.
 
 use std::fs;
 use std::path::PathBuf;
@@ -19,20 +19,20 @@ pub struct GradientFiles {
 }
 
 impl GradientFiles {
-    /// Reserves the room on the drives; what lies at `paths` is removed first. `own` are the pieces of
-    /// `Store::pieces` that have a buffer of their own.
+    /// Reserves the room on the drives; what lies at `paths` is removed first. `own` are the units of
+    /// `Store::units` that have a buffer of their own.
     ///
     /// # Errors
     /// `NoSpace`; `Invalid` when there is not one path for each drive; `Io`, `Unsupported`.
-    pub fn create(paths: &[PathBuf], pieces: &Layout, own: &[usize]) -> Result<Self> {
-        let drives = pieces.drives();
+    pub fn create(paths: &[PathBuf], units: &Layout, own: &[usize]) -> Result<Self> {
+        let drives = units.drives();
         if paths.len() != drives {
             return Err(Error::invalid(format!(
                 "{} files for gradients, and the store lies on {drives} drives",
                 paths.len()
             )));
         }
-        let (_, bytes) = places(pieces, own);
+        let (_, bytes) = places(units, own);
         let create = |(drive, path): (usize, &PathBuf)| {
             if path.exists() {
                 fs::remove_file(path).map_err(|e| Error::io("remove", path, 0, 0, e))?;
@@ -62,11 +62,11 @@ impl GradientFiles {
     }
 }
 
-/// Drive and offset of each chunk's gradient, and bytes on each drive. Pieces that have a buffer of their
+/// Drive and offset of each chunk's gradient, and bytes on each drive. Units that have a buffer of their
 /// own have none.
-pub(super) fn places(pieces: &Layout, own: &[usize]) -> (Vec<Option<(usize, u64)>>, Vec<u64>) {
-    let mut bytes = vec![0; pieces.drives()];
-    let places = pieces
+pub(super) fn places(units: &Layout, own: &[usize]) -> (Vec<Option<(usize, u64)>>, Vec<u64>) {
+    let mut bytes = vec![0; units.drives()];
+    let places = units
         .chunks()
         .iter()
         .map(|chunk| {

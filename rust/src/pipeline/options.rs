@@ -5,6 +5,7 @@ use crate::optimizer::adamw::Kernel;
 use crate::pipeline::gradient_files::GradientFiles;
 use crate::pipeline::memory::Residents;
 use crate::pipeline::update::TensorSettings;
+use crate::units::Unit;
 
 /// How a pipeline is set up.
 #[derive(Clone, Debug)]
@@ -21,8 +22,8 @@ pub struct Options {
     pub residents: Residents,
     /// Where gradients are kept that have no buffer of their own; none is kept there without.
     pub gradient_files: GradientFiles,
-    /// Whether a buffer holds a chunk, not a whole record. The pool then has `block_buffers` for the weights
-    /// of a chunk, `block_gradients` for its gradient, `outer_buffers` for weights that come back for their
-    /// update, and no use for `outer_gradients`. Schedules must be made for `Store::pieces(true)`.
-    pub by_chunk: bool,
+    /// What a buffer holds. Of chunks the pool has `block_buffers` for the weights, `block_gradients` for the
+    /// gradient, `outer_buffers` for weights that come back for their update, and no use for
+    /// `outer_gradients`. Schedules must be made for `Store::units` of this unit.
+    pub unit: Unit,
 }

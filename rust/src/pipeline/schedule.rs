@@ -44,7 +44,7 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Checks the operations against `Store::pieces`: each concerns a record as one run of all its chunks,
+    /// Checks the operations against `Store::units`: each concerns a record as one run of all its chunks,
     /// and by chunk each chunk is a record of its own; so it is in all that a schedule says of records. A
     /// record is applied at most once, before anything else happens to it; it is updated at most once, and
     /// its gradient is kept at most once, behind that. Nothing is loaded after either in the same step.

@@ -12,7 +12,7 @@ use crate::pipeline::stalls::{Causes, Timings};
 /// A load of the schedule that the caller has not taken yet.
 #[derive(Debug)]
 pub(super) struct Loaded {
-    pub(super) piece: usize,
+    pub(super) unit: usize,
     pub(super) weights: Option<Slot>,
 }
 
@@ -26,7 +26,7 @@ pub(super) struct State {
     pub(super) begun: u64,
     pub(super) ended: u64,
     pub(super) settled: u64,
-    /// Of the step that was begun last: whether it is to be committed, the pieces whose gradients it
+    /// Of the step that was begun last: whether it is to be committed, the units whose gradients it
     /// keeps, those that it updates with them at once, and how many get a gradient.
     pub(super) commits: bool,
     pub(super) keeps: BTreeSet<usize>,
@@ -34,7 +34,7 @@ pub(super) struct State {
     pub(super) gradients: usize,
     /// The squares of its gradients so far.
     pub(super) squares: Squares,
-    /// Pieces whose gradients the last step kept, to be applied by the next one.
+    /// Units whose gradients the last step kept, to be applied by the next one.
     pub(super) waiting: Option<BTreeSet<usize>>,
     /// Whether a step has ended without a commit since the last one that is committed.
     pub(super) is_uncommitted: bool,

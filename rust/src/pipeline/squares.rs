@@ -13,7 +13,7 @@ pub(super) struct Squares {
     /// The runs of records of which a part is missing, by record and first chunk.
     parts: BTreeMap<(usize, usize), (usize, Vec<f64>)>,
     /// Number of gradients that have come.
-    pub(super) pieces: usize,
+    pub(super) units: usize,
 }
 
 impl Squares {
@@ -21,7 +21,7 @@ impl Squares {
     pub(super) fn add(&mut self, layout: &Layout, chunks: Range<usize>, runs: Vec<f64>) {
         let record = layout.chunks()[chunks.start].record;
         self.parts.insert((record, chunks.start), (chunks.len(), runs));
-        self.pieces += 1;
+        self.units += 1;
         let parts = self.parts.range((record, 0)..(record + 1, 0));
         let chunks: usize = parts.map(|(_, (chunks, _))| chunks).sum();
         if chunks == layout.records()[record].len() {

@@ -1,6 +1,6 @@
 //! The pipeline against the same training in memory, and against crashes.
 
-mod by_chunk;
+mod chunk_unit;
 mod crash_model;
 mod kept;
 mod residents;

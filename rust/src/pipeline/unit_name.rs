@@ -2,18 +2,19 @@
 
 use crate::store::Store;
 use crate::store::layout::Layout;
+use crate::units::Unit;
 
-/// Index of the record that a piece is, or is a chunk of.
-pub(super) fn record_of(store: &Store, pieces: &Layout, piece: usize) -> usize {
-    if pieces.is_by_chunk() { store.layout().chunks()[piece].record } else { piece }
+/// Index of the record that a unit is, or is a chunk of.
+pub(super) fn record_of(store: &Store, units: &Layout, unit: usize) -> usize {
+    if units.unit() == Unit::Chunk { store.layout().chunks()[unit].record } else { unit }
 }
 
-/// What a piece is called by people: its record, or which chunk of that.
-pub(super) fn described(store: &Store, pieces: &Layout, piece: usize) -> String {
-    let record = record_of(store, pieces, piece);
+/// What a unit is called by people: its record, or which chunk of that.
+pub(super) fn described(store: &Store, units: &Layout, unit: usize) -> String {
+    let record = record_of(store, units, unit);
     let name = &store.manifest().records[record].name;
-    if pieces.is_by_chunk() {
-        format!("chunk {} of {name}", piece - store.layout().records()[record].start)
+    if units.unit() == Unit::Chunk {
+        format!("chunk {} of {name}", unit - store.layout().records()[record].start)
     } else {
         name.clone()
     }

@@ -101,12 +101,12 @@ impl Settings {
     }
 }
 
-/// Parameters of which a piece takes the way through update and checksums: what it touches fits the
+/// Parameters of a tile, which takes the way through update and checksums at once: what it touches fits the
 /// second-level cache of a core.
-const PIECE: usize = 16 << 10;
+const TILE: usize = 16 << 10;
 
 /// Parameters of a task where no checksums are made on the way.
-const TASK: usize = 2 * PIECE;
+const TASK: usize = 2 * TILE;
 
 /// The chunk's part of its record's weights, and where the new ones go.
 pub(super) enum Weights<'a> {
@@ -177,8 +177,8 @@ pub(super) fn update_chunk(
                         sum(1, units(1) + 2 * index),
                         sum(1, units(2) + 2 * index),
                     ];
-                    for start in (0..out.len()).step_by(PIECE) {
-                        let p = start..(start + PIECE).min(out.len());
+                    for start in (0..out.len()).step_by(TILE) {
+                        let p = start..(start + TILE).min(out.len());
                         let at = index * run + start;
                         let (out, low) = (&mut out[p.clone()], &mut low[p.clone()]);
                         let (g, m, v) = (&g[p.clone()], &mut m[p.clone()], &mut v[p]);
@@ -214,8 +214,8 @@ pub(super) fn update_chunk(
                 .map(|(index, (out, g, m, v))| {
                     let mut sums =
                         [sum(0, index), sum(1, units(0) + index), sum(1, units(1) + index)];
-                    for start in (0..out.len()).step_by(PIECE) {
-                        let p = start..(start + PIECE).min(out.len());
+                    for start in (0..out.len()).step_by(TILE) {
+                        let p = start..(start + TILE).min(out.len());
                         let at = index * run + start;
                         let (out, g) = (&mut out[p.clone()], &g[p.clone()]);
                         let (m, v) = (&mut m[p.clone()], &mut v[p]);

@@ -10,24 +10,24 @@ use crate::pipeline::front::Pipeline;
 use crate::pipeline::memory::gradient_list;
 use crate::pipeline::shared::{Shared, State};
 use crate::pipeline::stalls::{Cause, Causes};
-use crate::units::Group;
+use crate::units::{Group, Unit};
 
 /// How long a wait for a gradient buffer goes on before its cause is looked at again: nobody tells of a
 /// change there.
 const SLICE: Duration = Duration::from_millis(2);
 
 impl Pipeline {
-    /// The weights of the schedule's next load, which must be of `piece`; waits up to `timeout`
+    /// The weights of the schedule's next load, which must be of `unit`; waits up to `timeout`
     /// and returns `None` when it has passed.
     ///
     /// # Errors
     /// `Invalid` when the schedule says otherwise; the pipeline's failure.
-    pub fn take_weights(&self, piece: usize, timeout: Duration) -> Result<Option<Slot>> {
+    pub fn take_weights(&self, unit: usize, timeout: Duration) -> Result<Option<Slot>> {
         self.wait_for(
             timeout,
             |causes| causes.weights,
             |state| match state.loads.front_mut() {
-                Some(next) if next.piece == piece => {
+                Some(next) if next.unit == unit => {
                     let weights = next.weights.take();
                     if weights.is_some() {
                         state.loads.pop_front();
@@ -36,9 +36,8 @@ impl Pipeline {
                     Ok(weights)
                 }
                 next => {
-                    let next =
-                        next.map_or("nothing".to_owned(), |n| self.pieces.piece_name(n.piece));
-                    let asked = self.pieces.piece_name(piece);
+                    let next = next.map_or("nothing".to_owned(), |n| self.units.unit_name(n.unit));
+                    let asked = self.units.unit_name(unit);
                     Err(Error::invalid(format!(
                         "weights of {asked} were asked for; the schedule's next load is {next}"
                     )))
@@ -47,39 +46,39 @@ impl Pipeline {
         )
     }
 
-    /// A free gradient buffer for `piece` (its content is arbitrary); waits up to `timeout` and
+    /// A free gradient buffer for `unit` (its content is arbitrary); waits up to `timeout` and
     /// returns `None` when it has passed.
     ///
     /// # Errors
     /// The pipeline's failure.
-    pub fn take_gradient(&self, piece: usize, timeout: Duration) -> Result<Option<Slot>> {
+    pub fn take_gradient(&self, unit: usize, timeout: Duration) -> Result<Option<Slot>> {
         self.store.check()?;
-        self.check_piece(piece)?;
-        self.take_free(gradient_list(&self.pool, &self.pieces, piece), timeout)
+        self.check_unit(unit)?;
+        self.take_free(gradient_list(&self.pool, &self.units, unit), timeout)
     }
 
-    /// By chunk, a free buffer for the weights of `piece` that come back for their update (its content is
+    /// By chunk, a free buffer for the weights of `unit` that come back for their update (its content is
     /// arbitrary); waits up to `timeout` and returns `None` when it has passed. All that was loaded must be
     /// in it when it is submitted, padding between tensors, too: that is written as it is.
     ///
     /// # Errors
     /// `Invalid` when whole records are moved, and where the weights stay in RAM: their own buffer is
     /// submitted. The pipeline's failure.
-    pub fn take_outgoing(&self, piece: usize, timeout: Duration) -> Result<Option<Slot>> {
+    pub fn take_outgoing(&self, unit: usize, timeout: Duration) -> Result<Option<Slot>> {
         self.store.check()?;
-        self.check_piece(piece)?;
-        let name = self.pieces.piece_name(piece);
-        if !self.pieces.is_by_chunk() {
+        self.check_unit(unit)?;
+        let name = self.units.unit_name(unit);
+        if self.units.unit() != Unit::Chunk {
             return Err(Error::invalid(format!(
                 "{name}: weights of whole records are submitted in the buffer that they were loaded into"
             )));
         }
-        if self.pool.residents.weights_of(piece).is_some() {
+        if self.pool.residents.weights_of(unit).is_some() {
             return Err(Error::invalid(format!(
                 "the weights of {name} stay in RAM: submit the buffer that take_weights gave"
             )));
         }
-        let bytes = self.pieces.chunks()[piece].extent_bytes(Group::Weight);
+        let bytes = self.units.chunks()[unit].extent_bytes(Group::Weight);
         if self.pool.outer_buffers.slot_bytes() < bytes {
             return Err(Error::invalid(format!(
                 "the pool has no buffer for weights of {name} to come back"
@@ -120,7 +119,7 @@ impl Pipeline {
             timeout,
             |_| Cause::Update,
             |state| {
-                let is_whole = state.squares.pieces == state.gradients;
+                let is_whole = state.squares.units == state.gradients;
                 Ok(is_whole.then(|| state.squares.sum()))
             },
         )

@@ -7,7 +7,7 @@ use std::sync::Arc;
 pub use crate::store::manifest::{
     Content, Durability, MANIFEST_BYTES_MAX, Manifest, Record, Tensor,
 };
-use crate::units::{CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, StateFormat, round_up};
+use crate::units::{CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, StateFormat, Unit, round_up};
 
 /// A fixed number of consecutive parameters of one record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +85,7 @@ pub struct Layout {
     copies: u64,
     drives: Vec<Areas>,
     table_start: Arc<[usize]>,
-    is_by_chunk: bool,
+    unit: Unit,
 }
 
 impl Layout {
@@ -149,33 +149,33 @@ impl Layout {
             Durability::Step => 2,
             Durability::Scratch => 1,
         };
-        let (table_start, is_by_chunk) = (table_start.into(), false);
-        Ok(Self { chunks, records, parameters, copies, drives, table_start, is_by_chunk })
+        let (table_start, unit) = (table_start.into(), Unit::Record);
+        Ok(Self { chunks, records, parameters, copies, drives, table_start, unit })
     }
 
     /// The same chunks in the same places, each as a record of its own: for who moves them one by one.
     #[must_use]
-    pub fn by_chunk(&self) -> Self {
+    pub fn chunks_as_records(&self) -> Self {
         let own = |(index, chunk): (usize, &Chunk)| Chunk { record: index, start: 0, ..*chunk };
         Self {
             chunks: self.chunks.iter().enumerate().map(own).collect(),
             records: (0..self.chunks.len()).map(|chunk| chunk..chunk + 1).collect(),
             parameters: self.chunks.iter().map(|chunk| chunk.parameters as u64).collect(),
-            is_by_chunk: true,
+            unit: Unit::Chunk,
             ..self.clone()
         }
     }
 
-    /// Whether its records are chunks.
+    /// What its records are.
     #[must_use]
-    pub fn is_by_chunk(&self) -> bool {
-        self.is_by_chunk
+    pub fn unit(&self) -> Unit {
+        self.unit
     }
 
     /// What a record of this layout is called in a message: `record 3`, or `chunk 3`.
     #[must_use]
-    pub fn piece_name(&self, piece: usize) -> String {
-        format!("{} {piece}", if self.is_by_chunk { "chunk" } else { "record" })
+    pub fn unit_name(&self, unit: usize) -> String {
+        format!("{} {unit}", self.unit.name())
     }
 
     /// All chunks, in the order of the parameter space.

@@ -250,7 +250,7 @@ pub(super) fn assemble(
         boot_id,
         process: std::process::id(),
         verified: None,
-        by_chunk: OnceLock::new(),
+        chunk_units: OnceLock::new(),
         _tables: tables,
     })
 }

@@ -49,7 +49,7 @@ impl Context {
             .map_err(|e| Error::invalid(format!("cannot start the update threads: {e}")))?;
         Ok(Self {
             settings: Settings::new(store.manifest(), store.layout(), &options.tensors)?,
-            units: Arc::clone(store.pieces(options.by_chunk)),
+            units: Arc::clone(store.units(options.unit)),
             kernel: options.kernel.unwrap_or_else(Kernel::detect),
             store,
             pool,

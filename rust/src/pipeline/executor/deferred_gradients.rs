@@ -135,7 +135,7 @@ impl DeferredGradients {
         }
         let own = cx.pool.residents.gradient_of(unit).and_then(SlotList::try_take);
         own.map(Some).ok_or_else(|| {
-            let name = cx.units.piece_name(unit);
+            let name = cx.units.unit_name(unit);
             Error::invalid(format!("the gradient of {name} was not kept, or is lent"))
         })
     }

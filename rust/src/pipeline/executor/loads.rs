@@ -12,7 +12,7 @@ use crate::pipeline::executor::requests::{Requests, Work};
 use crate::pipeline::executor::working_state::WorkingState;
 use crate::pipeline::memory::weight_list;
 use crate::store::ReadPlan;
-use crate::units::Group;
+use crate::units::{Group, Unit};
 
 /// Kinds of buffer that weights are loaded into: for blocks, for larger records, and the unit's own.
 const OUTER: usize = 1;
@@ -144,7 +144,7 @@ impl Loads {
     ) -> Vec<Loaded> {
         let (mut loaded, mut waiting) = (Vec::new(), Vec::new());
         let mut position = 0;
-        let ahead = if cx.units.is_by_chunk() { RESIDENTS_AHEAD } else { usize::MAX };
+        let ahead = if cx.units.unit() == Unit::Chunk { RESIDENTS_AHEAD } else { usize::MAX };
         while position < ahead
             && let Some(load) = self.queues[RESIDENT].get_mut(position)
         {

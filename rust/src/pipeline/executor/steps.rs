@@ -113,7 +113,7 @@ impl Steps {
     ) -> Result<bool> {
         let Some(step) = self.queue.back_mut() else { return Ok(false) };
         if let Some(unit) = step.expected.iter().min() {
-            let name = units.piece_name(*unit);
+            let name = units.unit_name(*unit);
             let error = format!("the step ended without the gradient of {name}");
             return Err(Error::invalid(error));
         }

@@ -21,13 +21,13 @@ fn whatever_order_gradients_come_in_their_squares_are_added_in_one() {
             for chunk in order.into_iter().filter(|chunk| *chunk < last.end) {
                 squares.add(&layout, chunk..chunk + 1, runs(chunk));
             }
-            assert_eq!(squares.pieces, last.end);
+            assert_eq!(squares.units, last.end);
             assert_eq!(squares.sum().to_bits(), expected.to_bits(), "{order:?}");
         }
         let mut whole = Squares::default();
         for chunks in [last.clone(), 0..3, 3..4] {
             whole.add(&layout, chunks.clone(), chunks.flat_map(runs).collect());
         }
-        assert_eq!((whole.pieces, whole.sum().to_bits()), (3, expected.to_bits()));
+        assert_eq!((whole.units, whole.sum().to_bits()), (3, expected.to_bits()));
     }
 }

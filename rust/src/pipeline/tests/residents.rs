@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::pipeline::{Kind, Residents, Schedule};
-use crate::units::{Group, StateFormat};
+use crate::units::{Group, StateFormat, Unit};
 
 use super::support::*;
 
@@ -40,7 +40,7 @@ fn what_stays_is_read_once_and_written_for_a_commit() {
     let setup = Setup { residents, ..Setup::default() };
     setup.create(&path);
     let store = setup.open(&path);
-    let (schedule, pipeline) = (schedule(&store, false), setup.pipeline(&store));
+    let (schedule, pipeline) = (schedule(&store, Unit::Record), setup.pipeline(&store));
     let moved = || store.engine().0.counters().totals();
     let settled = || assert!(pipeline.wait_settled(LONG).expect("settled"));
     train_step(&pipeline, &schedule, 1, false).expect("a step");
@@ -78,7 +78,7 @@ fn a_commit_without_what_changed_in_ram_alone_is_refused() {
     let setup = Setup { residents, ..Setup::default() };
     setup.create(&path);
     let store = setup.open(&path);
-    let (whole, pipeline) = (schedule(&store, false), setup.pipeline(&store));
+    let (whole, pipeline) = (schedule(&store, Unit::Record), setup.pipeline(&store));
     train_step(&pipeline, &whole, 1, false).expect("a step");
     let loads = whole.operations().iter().filter(|op| op.kind == Kind::Load).copied().take(3);
     let reading = Arc::new(Schedule::new(store.layout(), loads.collect()).expect("valid"));

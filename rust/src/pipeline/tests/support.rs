@@ -16,7 +16,7 @@ use crate::pipeline::{
 };
 use crate::store::layout::tests::manifest;
 use crate::store::{Creator, OpenOptions, Store};
-use crate::units::{Group, PAGE_BYTES, StateFormat};
+use crate::units::{Group, PAGE_BYTES, StateFormat, Unit};
 
 pub(super) const LONG: Duration = Duration::from_secs(60);
 
@@ -85,10 +85,10 @@ pub(super) struct Setup {
     pub(super) threads: usize,
     pub(super) slots: usize,
     pub(super) drives: usize,
-    /// By record; each stands for its chunks where pieces are chunks.
+    /// By record; each stands for its chunks where units are chunks.
     pub(super) residents: Residents,
     pub(super) commit_every: u64,
-    pub(super) by_chunk: bool,
+    pub(super) unit: Unit,
     /// Where gradients wait that have no buffer of their own.
     pub(super) gradients_beside: Option<std::path::PathBuf>,
 }
@@ -104,7 +104,7 @@ impl Default for Setup {
             drives: 1,
             residents: Residents::default(),
             commit_every: 1,
-            by_chunk: false,
+            unit: Unit::Record,
             gradients_beside: None,
         }
     }
@@ -162,14 +162,14 @@ impl Setup {
     }
 
     pub(super) fn options(&self, store: &Store) -> Options {
-        let (layout, pieces) = (store.layout(), store.pieces(self.by_chunk));
+        let (layout, units) = (store.layout(), store.units(self.unit));
         let kind = |bytes, count| pool::Kind { bytes, count };
         let bytes = |record: usize| layout.record_weight_bytes(record);
         let chunk = len(self.chunk_parameters.min(RECORDS[1]));
         let kept = if self.gradients_beside.is_some() { chunk * 4 } else { 0 };
         let slots = kind(chunk_slot_bytes(self.format, chunk) + kept, self.slots);
-        let pool = if self.by_chunk {
-            let weights = (0..pieces.records().len()).map(|p| pieces.record_weight_bytes(p)).max();
+        let pool = if self.unit == Unit::Chunk {
+            let weights = (0..units.records().len()).map(|p| units.record_weight_bytes(p)).max();
             PoolSizes {
                 chunk_slots: slots,
                 block_buffers: kind(weights.expect("chunks"), self.slots.min(2)),
@@ -194,12 +194,12 @@ impl Setup {
             lr_scale: 1.0,
         };
         let residents = Residents {
-            records: self.pieces_of(store, &self.residents.records),
+            records: self.units_of(store, &self.residents.records),
             chunks: self.residents.chunks.clone(),
-            gradients: self.pieces_of(store, &self.residents.gradients),
+            gradients: self.units_of(store, &self.residents.gradients),
         };
         let files = self.gradients_beside.as_ref().map(|path| {
-            GradientFiles::create(&self.files(path), pieces, &residents.gradients).expect("created")
+            GradientFiles::create(&self.files(path), units, &residents.gradients).expect("created")
         });
         Options {
             pool,
@@ -208,15 +208,17 @@ impl Setup {
             tensors: store.manifest().tensors.iter().map(settings).collect(),
             residents,
             gradient_files: files.unwrap_or_default(),
-            by_chunk: self.by_chunk,
+            unit: self.unit,
         }
     }
 
     /// What records are for a pipeline: themselves, or their chunks.
-    pub(super) fn pieces_of(&self, store: &Store, records: &[usize]) -> Vec<usize> {
-        match self.by_chunk {
-            true => records.iter().flat_map(|r| store.layout().records()[*r].clone()).collect(),
-            false => records.to_vec(),
+    pub(super) fn units_of(&self, store: &Store, records: &[usize]) -> Vec<usize> {
+        match self.unit {
+            Unit::Chunk => {
+                records.iter().flat_map(|r| store.layout().records()[*r].clone()).collect()
+            }
+            Unit::Record => records.to_vec(),
         }
     }
 }
@@ -228,18 +230,18 @@ pub(super) fn imported() -> (tempfile::TempDir, Setup, Arc<Store>, Arc<Schedule>
     let setup = Setup::default();
     setup.create(&path);
     let store = setup.open(&path);
-    let (schedule, pipeline) = (schedule(&store, false), setup.pipeline(&store));
+    let (schedule, pipeline) = (schedule(&store, Unit::Record), setup.pipeline(&store));
     (folder, setup, store, schedule, pipeline)
 }
 
 /// Forward over all records, then backward with updates, as training does.
-pub(super) fn schedule(store: &Store, by_chunk: bool) -> Arc<Schedule> {
-    schedule_of(store, by_chunk, Kind::Load, &[Kind::Update])
+pub(super) fn schedule(store: &Store, unit: Unit) -> Arc<Schedule> {
+    schedule_of(store, unit, Kind::Load, &[Kind::Update])
 }
 
 pub(super) fn schedule_of(
     store: &Store,
-    by_chunk: bool,
+    unit: Unit,
     first: Kind,
     gradients: &[Kind],
 ) -> Arc<Schedule> {
@@ -254,7 +256,7 @@ pub(super) fn schedule_of(
         operations.extend(chunks(record, Kind::Load));
         operations.extend(gradients.iter().flat_map(|kind| chunks(record, *kind)));
     }
-    Arc::new(Schedule::new(store.pieces(by_chunk), operations).expect("valid"))
+    Arc::new(Schedule::new(store.units(unit), operations).expect("valid"))
 }
 
 pub(super) fn train_step(
@@ -273,8 +275,8 @@ pub(super) fn train_step(
 
 /// Takes all weights and drops them.
 pub(super) fn forward(pipeline: &Pipeline) -> Result {
-    for piece in 0..pipeline.pieces().records().len() {
-        drop(pipeline.take_weights(piece, LONG)?.expect("in time"));
+    for unit in 0..pipeline.units().records().len() {
+        drop(pipeline.take_weights(unit, LONG)?.expect("in time"));
     }
     Ok(())
 }
@@ -338,7 +340,7 @@ pub(super) fn expected_scaled(steps: u64, scale: impl Fn(u64) -> f32) -> Vec<Vec
     (0..3).map(|r| (0..len(RECORDS[r])).map(|i| bits(r, i)).collect()).collect()
 }
 
-/// Weights of a piece while somebody computes with them.
+/// Weights of a unit while somebody computes with them.
 pub(super) enum Away {
     /// In the buffer that they were loaded into: whole records, and what stays in RAM.
     Here(Slot),
@@ -346,15 +348,15 @@ pub(super) enum Away {
     There(Vec<u8>),
 }
 
-/// The pieces of a record.
-pub(super) fn pieces_of(pipeline: &Pipeline, record: usize) -> std::ops::Range<usize> {
-    match pipeline.pieces().is_by_chunk() {
-        true => pipeline.store().layout().records()[record].clone(),
-        false => record..record + 1,
+/// The units of a record.
+pub(super) fn units_of(pipeline: &Pipeline, record: usize) -> std::ops::Range<usize> {
+    match pipeline.units().unit() {
+        Unit::Chunk => pipeline.store().layout().records()[record].clone(),
+        Unit::Record => record..record + 1,
     }
 }
 
-/// Fetches the weights of a record, piece by piece, then submits each with its gradient, as a trainer
+/// Fetches the weights of a record, unit by unit, then submits each with its gradient, as a trainer
 /// does that computes a whole record at once.
 pub(super) fn train_record(
     pipeline: &Pipeline,
@@ -362,52 +364,52 @@ pub(super) fn train_record(
     gradient: impl Fn(usize) -> f32,
 ) -> Result {
     let away = fetch_record(pipeline, record)?;
-    for (piece, weights) in pieces_of(pipeline, record).zip(away) {
-        submit_piece(pipeline, piece, weights, &gradient)?;
+    for (unit, weights) in units_of(pipeline, record).zip(away) {
+        submit_unit(pipeline, unit, weights, &gradient)?;
     }
     Ok(())
 }
 
 pub(super) fn fetch_record(pipeline: &Pipeline, record: usize) -> Result<Vec<Away>> {
-    let fetch = |piece: usize| {
-        let slot = pipeline.take_weights(piece, LONG)?.expect("in time");
-        let stays = pipeline.pool().residents.weights_of(piece).is_some();
-        Ok(match pipeline.pieces().is_by_chunk() && !stays {
+    let fetch = |unit: usize| {
+        let slot = pipeline.take_weights(unit, LONG)?.expect("in time");
+        let stays = pipeline.pool().residents.weights_of(unit).is_some();
+        Ok(match pipeline.units().unit() == Unit::Chunk && !stays {
             true => Away::There(slot.to_vec()),
             false => Away::Here(slot),
         })
     };
-    pieces_of(pipeline, record).map(fetch).collect()
+    units_of(pipeline, record).map(fetch).collect()
 }
 
-pub(super) fn submit_piece(
+pub(super) fn submit_unit(
     pipeline: &Pipeline,
-    piece: usize,
+    unit: usize,
     weights: Away,
     gradient: impl Fn(usize) -> f32,
 ) -> Result {
     let weights = match weights {
         Away::Here(slot) => slot,
         Away::There(bytes) => {
-            let mut slot = pipeline.take_outgoing(piece, LONG)?.expect("in time");
+            let mut slot = pipeline.take_outgoing(unit, LONG)?.expect("in time");
             slot.copy_from_slice(&bytes);
             slot
         }
     };
-    let first = pipeline.pieces().records()[piece].start;
+    let first = pipeline.units().records()[unit].start;
     let first = len(pipeline.store().layout().chunks()[first].start);
-    let parameters = len(pipeline.pieces().record_parameters(piece));
-    let mut buffer = pipeline.take_gradient(piece, LONG)?.expect("in time");
+    let parameters = len(pipeline.units().record_parameters(unit));
+    let mut buffer = pipeline.take_gradient(unit, LONG)?.expect("in time");
     for (index, bytes) in buffer.chunks_mut(4).take(parameters).enumerate() {
         bytes.copy_from_slice(&gradient(first + index).to_le_bytes());
     }
-    pipeline.submit(piece, Some(weights), buffer)
+    pipeline.submit(unit, Some(weights), buffer)
 }
 
 /// By record and by chunk.
 pub(super) fn run(setup: Setup) {
     run_one(&setup);
-    run_one(&Setup { by_chunk: true, ..setup });
+    run_one(&Setup { unit: Unit::Chunk, ..setup });
 }
 
 pub(super) fn run_one(setup: &Setup) {
@@ -415,7 +417,7 @@ pub(super) fn run_one(setup: &Setup) {
     let path = folder.path().join("store");
     setup.create(&path);
     let store = setup.open(&path);
-    let schedule = schedule(&store, setup.by_chunk);
+    let schedule = schedule(&store, setup.unit);
     let pipeline = setup.pipeline(&store);
     for step in 1..=3 {
         let commits = step % setup.commit_every == 0;

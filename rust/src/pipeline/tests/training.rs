@@ -9,7 +9,7 @@ use crate::memory::ledger::Ledger;
 use crate::memory::slot::Slot;
 use crate::pipeline::After;
 use crate::store::BLOB_BYTES_MAX;
-use crate::units::{Group, PAGE_BYTES, StateFormat};
+use crate::units::{Group, PAGE_BYTES, StateFormat, Unit};
 
 use super::support::*;
 
@@ -88,7 +88,7 @@ fn a_flipped_byte_stops_the_step_and_names_its_tensor() {
     std::os::unix::fs::FileExt::write_at(&buffered, &[0xab; 3], plan.offset + 5).expect("spoiled");
     buffered.sync_all().expect("flushed");
     let pipeline = setup.pipeline(&store);
-    let error = train_step(&pipeline, &schedule(&store, false), 1, true).expect_err("found");
+    let error = train_step(&pipeline, &schedule(&store, Unit::Record), 1, true).expect_err("found");
     assert!(
         matches!(&error, Error::Corrupt { what, .. } if what.contains("layer.1.weight")),
         "{error}"
@@ -108,7 +108,7 @@ fn asking_for_weights_out_of_order_is_refused_by_name() {
     setup.create(&path);
     let store = setup.open(&path);
     let pipeline = setup.pipeline(&store);
-    pipeline.begin(schedule(&store, false), adamw(1), false).expect("begun");
+    pipeline.begin(schedule(&store, Unit::Record), adamw(1), false).expect("begun");
     let error = pipeline.take_weights(1, LONG).expect_err("record 0 comes first");
     assert!(error.to_string().contains("next load is record 0"), "{error}");
 }

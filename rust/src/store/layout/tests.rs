@@ -104,12 +104,12 @@ fn a_long_model_configuration_is_refused_before_it_is_built() {
 }
 
 #[test]
-fn by_chunk_each_chunk_is_a_record_in_the_place_that_it_has() {
+fn a_chunk_as_a_record_is_in_the_place_that_it_has() {
     let formats = [(StateFormat::Bf16, 8192 + 128), (StateFormat::F32, 4096)];
     let layout = Layout::new(&manifest(4096, &formats)).expect("valid");
-    let pieces = layout.by_chunk();
-    assert_eq!(pieces.records(), [0..1, 1..2, 2..3, 3..4]);
-    assert_eq!((pieces.record_parameters(2), pieces.record_weight_bytes(2)), (128, 4096));
+    let units = layout.chunks_as_records();
+    assert_eq!(units.records(), [0..1, 1..2, 2..3, 3..4]);
+    assert_eq!((units.record_parameters(2), units.record_weight_bytes(2)), (128, 4096));
     let places = |layout: &Layout| {
         let chunks = 0..layout.chunks().len();
         let entries = chunks.flat_map(|chunk| Group::ALL.map(|group| (chunk, group)));
@@ -120,8 +120,8 @@ fn by_chunk_each_chunk_is_a_record_in_the_place_that_it_has() {
         };
         entries.map(place).collect::<Vec<_>>()
     };
-    assert_eq!(places(&pieces), places(&layout));
-    assert_eq!((pieces.piece_name(1), layout.piece_name(1)), ("chunk 1".into(), "record 1".into()));
+    assert_eq!(places(&units), places(&layout));
+    assert_eq!((units.unit_name(1), layout.unit_name(1)), ("chunk 1".into(), "record 1".into()));
 }
 
 #[test]

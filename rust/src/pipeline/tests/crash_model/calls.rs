@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::pipeline::{After, ChunkOp, Kind, Schedule};
 use crate::store::Store;
+use crate::units::Unit;
 
 /// One call of the trainer.
 #[derive(Clone, Debug)]
@@ -12,13 +13,13 @@ pub(super) enum Call {
         schedule: Arc<Schedule>,
         commits: bool,
     },
-    /// Take the weights of a piece and drop them: the forward pass.
+    /// Take the weights of a unit and drop them: the forward pass.
     Pass(usize),
     /// Take them for the backward pass.
     Fetch(usize),
-    /// Submit the gradient of a piece, with its weights if the step updates with them.
+    /// Submit the gradient of a unit, with its weights if the step updates with them.
     Train {
-        piece: usize,
+        unit: usize,
         updates: bool,
     },
     /// Wait for the sum of the squares of all gradients.
@@ -34,7 +35,7 @@ pub(super) enum Call {
 /// updates them, keeps their gradients, or both.
 pub(super) fn schedule(
     store: &Store,
-    by_chunk: bool,
+    unit: Unit,
     applied: &[usize],
     trained: &[usize],
     (updates, keeps): (bool, bool),
@@ -56,5 +57,5 @@ pub(super) fn schedule(
             operations.extend(chunks(record, Kind::Keep));
         }
     }
-    Arc::new(Schedule::new(store.pieces(by_chunk), operations).expect("valid"))
+    Arc::new(Schedule::new(store.units(unit), operations).expect("valid"))
 }

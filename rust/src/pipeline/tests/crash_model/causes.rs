@@ -18,7 +18,7 @@ use crate::pipeline::{
 };
 use crate::store::Store;
 use crate::store::manifest::Durability;
-use crate::units::StateFormat;
+use crate::units::{StateFormat, Unit};
 use std::time::Duration;
 
 pub(super) const RECORDS: [u64; 2] = [4096 + 128; 2];
@@ -59,11 +59,11 @@ impl Stand {
         });
         let (kernel, tensors) = (Some(Kernel::Scalar), tensors.to_vec());
         let gradient_files = GradientFiles::default();
-        let by_chunk = false;
+        let unit = Unit::Record;
         let options =
-            Options { pool, threads: 1, kernel, tensors, residents, gradient_files, by_chunk };
+            Options { pool, threads: 1, kernel, tensors, residents, gradient_files, unit };
         drive.set_by_hand(true);
-        let schedule = schedule(&store, false, &[], &[0, 1], (true, false));
+        let schedule = schedule(&store, Unit::Record, &[], &[0, 1], (true, false));
         let (front, executor) = Pipeline::assemble(Arc::new(store), &options).expect("assembled");
         Self { drive, front, executor, schedule }
     }

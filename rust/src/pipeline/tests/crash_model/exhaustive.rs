@@ -5,6 +5,7 @@ use super::run::{Clips, Run, Stays, Verdict, first_failure};
 use super::training::{Ending, FAULTS, Machine};
 use crate::io::engine::faulty::Fault;
 use crate::store::manifest::Durability;
+use crate::units::Unit;
 
 /// Ways in which sectors can survive that are tried at each point.
 const POWER_CUTS: u64 = 6;
@@ -21,16 +22,16 @@ fn trainings() -> Vec<Run> {
         ..Run::default()
     };
     let clips = |clips, run: Run| Run { clips, ..run };
-    let by_chunk = |run: Run| Run { by_chunk: true, ..run };
+    let of_chunks = |run: Run| Run { unit: Unit::Chunk, ..run };
     vec![
         clips(Clips::Deferred, run(1, false, Stays::Nothing)),
         clips(Clips::Deferred, run(2, true, Stays::Half)),
         clips(Clips::Guessed, run(1, false, Stays::Nothing)),
         clips(Clips::Guessed, run(1, true, Stays::All)),
         clips(Clips::Guessed, run(2, false, Stays::Half)),
-        by_chunk(clips(Clips::Deferred, run(2, true, Stays::Half))),
-        by_chunk(clips(Clips::Guessed, run(1, false, Stays::Nothing))),
-        by_chunk(run(2, true, Stays::Half)),
+        of_chunks(clips(Clips::Deferred, run(2, true, Stays::Half))),
+        of_chunks(clips(Clips::Guessed, run(1, false, Stays::Nothing))),
+        of_chunks(run(2, true, Stays::Half)),
         run(1, false, Stays::Nothing),
         run(3, false, Stays::Nothing),
         run(3, true, Stays::Nothing),

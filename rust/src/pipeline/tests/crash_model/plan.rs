@@ -7,21 +7,22 @@ use super::memories::Memories;
 use super::process::Process;
 use super::run::Run;
 use crate::pipeline::After;
+use crate::units::Unit;
 
 /// The calls of the next step, or of what comes after the last one.
 pub(super) fn plan_calls(run: &Run, process: &mut Process, memories: &mut Memories) {
-    let by_chunk = run.by_chunk;
+    let kind = run.unit;
     let layout = Arc::clone(process.store.layout());
-    let pieces = |record: usize| match by_chunk {
-        true => layout.records()[record].clone(),
-        false => record..record + 1,
+    let units = |record: usize| match kind {
+        Unit::Chunk => layout.records()[record].clone(),
+        Unit::Record => record..record + 1,
     };
-    let all = 0..process.store.pieces(by_chunk).records().len();
+    let all = 0..process.store.units(kind).records().len();
     let applied = std::mem::take(&mut process.waiting);
     if process.step == run.steps && applied.is_empty() {
         process.calls.push_back(Call::Settle);
     } else if process.step == run.steps {
-        let schedule = schedule(&process.store, by_chunk, &applied, &[], (false, false));
+        let schedule = schedule(&process.store, kind, &applied, &[], (false, false));
         process.calls.push_back(Call::Begin { schedule, commits: false });
         process.calls.extend(all.map(Call::Pass));
         process.calls.push_back(Call::End { commit: false, after: After::Stands });
@@ -32,7 +33,7 @@ pub(super) fn plan_calls(run: &Run, process: &mut Process, memories: &mut Memori
         let scale = run.scale(process.step);
         memories.train(process.step, &trained, scale);
         let (updates, keeps) = run.updates_and_keeps(process.step);
-        let schedule = schedule(&process.store, by_chunk, &applied, &trained, (updates, keeps));
+        let schedule = schedule(&process.store, kind, &applied, &trained, (updates, keeps));
         let after = match updates && scale.to_bits() == 1_f32.to_bits() {
             true => After::Stands,
             false => After::Applied(scale),
@@ -40,9 +41,9 @@ pub(super) fn plan_calls(run: &Run, process: &mut Process, memories: &mut Memori
         process.calls.push_back(Call::Begin { schedule, commits });
         process.calls.extend(all.map(Call::Pass));
         for record in trained.iter().rev() {
-            let pieces = pieces(*record);
-            process.calls.extend(pieces.clone().map(Call::Fetch));
-            process.calls.extend(pieces.map(|piece| Call::Train { piece, updates }));
+            let units = units(*record);
+            process.calls.extend(units.clone().map(Call::Fetch));
+            process.calls.extend(units.map(|unit| Call::Train { unit, updates }));
         }
         process.calls.push_back(Call::Norm);
         process.calls.push_back(Call::End { commit: commits, after });

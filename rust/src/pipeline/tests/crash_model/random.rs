@@ -6,6 +6,7 @@ use super::run::{Clips, Run, Stays, Verdict, first_failure};
 use super::training::{Ending, FAULTS, Machine};
 use crate::io::engine::faulty::Fault;
 use crate::store::manifest::Durability;
+use crate::units::Unit;
 
 /// Runs of `cargo test`; `make soak` asks for more.
 const RUNS: u64 = 2_000;
@@ -40,7 +41,7 @@ fn random_run(bases: &[Base; 3], seed: u64, breakage: Breakage, lies: bool) -> V
         partial: rng.bool(),
         stays: [Stays::Nothing, Stays::Half, Stays::All][rng.usize(..3)],
         clips: [Clips::Never, Clips::Deferred, Clips::Guessed][rng.usize(..3)],
-        by_chunk: false,
+        unit: Unit::Record,
         breakage,
         ignores_flushes: lies,
     };
@@ -49,7 +50,9 @@ fn random_run(bases: &[Base; 3], seed: u64, breakage: Breakage, lies: bool) -> V
     }
     // Two chunks take longer.
     let base = &bases[[1, 2, 2, 2, 0, 0, 0, 0][rng.usize(..8)]];
-    run.by_chunk = rng.u8(..3) == 0;
+    if rng.u8(..3) == 0 {
+        run.unit = Unit::Chunk;
+    }
     let mut machine = Machine::new(base, &run);
     let mut live = || -> Verdict {
         for _ in 0..rng.u8(1..=3) {

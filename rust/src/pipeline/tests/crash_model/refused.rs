@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::pipeline::command::Command;
 use crate::pipeline::{After, ChunkOp, Kind, Residents, Schedule};
 use crate::store::manifest::Durability;
+use crate::units::Unit;
 use std::time::Duration;
 
 const NO_WAIT: Duration = Duration::ZERO;
@@ -41,7 +42,7 @@ fn the_step_before_is_finished_though_its_writes_are_in_flight() {
         let base = Base::new(&RECORDS, durability, 1);
         let residents = Residents { gradients: vec![0, 1], ..Residents::default() };
         let mut stand = Stand::new(&base, 4, 3, residents);
-        stand.schedule = schedule(stand.front.store(), false, &[], &[0, 1], (false, true));
+        stand.schedule = schedule(stand.front.store(), Unit::Record, &[], &[0, 1], (false, true));
         stand.begin(1, true);
         drop([take(&mut stand, 0), take(&mut stand, 1)]);
         for record in [1, 0] {

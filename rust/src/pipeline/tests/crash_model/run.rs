@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::broken::Breakage;
+use crate::units::Unit;
 
 /// What a run is made of.
 #[derive(Clone, Debug)]
@@ -16,8 +17,8 @@ pub(super) struct Run {
     pub(super) partial: bool,
     pub(super) stays: Stays,
     pub(super) clips: Clips,
-    /// Whether weights and gradients go to and fro by chunk.
-    pub(super) by_chunk: bool,
+    /// In which units weights and gradients go to and fro.
+    pub(super) unit: Unit,
     pub(super) breakage: Breakage,
     pub(super) ignores_flushes: bool,
 }
@@ -89,7 +90,7 @@ impl Default for Run {
             partial: false,
             stays: Stays::Nothing,
             clips: Clips::Never,
-            by_chunk: false,
+            unit: Unit::Record,
             breakage: Breakage::Nothing,
             ignores_flushes: false,
         }

@@ -20,7 +20,7 @@ use crate::pipeline::GradientFiles;
 use crate::pipeline::command::Command;
 use crate::pipeline::{Options, Pipeline, Residents, TensorSettings, chunk_slot_bytes};
 use crate::store::Store;
-use crate::units::{Group, StateFormat};
+use crate::units::{Group, StateFormat, Unit};
 use std::collections::VecDeque;
 
 /// Turns without any progress after which a run counts as stuck.
@@ -205,15 +205,16 @@ impl<'a> Machine<'a> {
         let largest = records.iter().copied().max().unwrap_or(0);
         let in_chunk = len(largest.min(4096));
         let slot = chunk_slot_bytes(StateFormat::F32, in_chunk) + weights(in_chunk as u64);
-        let by_chunk = self.run.by_chunk;
+        let kind_of_unit = self.run.unit;
+        let of_chunks = kind_of_unit == Unit::Chunk;
         // By chunk as little as there can be, now and then.
-        let few = if by_chunk && self.run.seed.is_multiple_of(2) { 1 } else { 2 };
-        let piece = weights(if by_chunk { in_chunk as u64 } else { largest });
+        let few = if of_chunks && self.run.seed.is_multiple_of(2) { 1 } else { 2 };
+        let bytes = weights(if of_chunks { in_chunk as u64 } else { largest });
         let pool = PoolSizes {
             chunk_slots: kind(slot, if few == 1 { 1 } else { 3 }),
-            block_buffers: kind(piece, few),
-            outer_buffers: if by_chunk { kind(piece, few) } else { pool::Kind::default() },
-            block_gradients: kind(piece, few),
+            block_buffers: kind(bytes, few),
+            outer_buffers: if of_chunks { kind(bytes, few) } else { pool::Kind::default() },
+            block_gradients: kind(bytes, few),
             outer_gradients: pool::Kind::default(),
         };
         let tensors = records
@@ -238,18 +239,18 @@ impl<'a> Machine<'a> {
             Clips::Never => vec![],
             _ => some(records.len()),
         };
-        let pieces = |records: Vec<usize>| match by_chunk {
+        let units = |records: Vec<usize>| match of_chunks {
             true => records.into_iter().flat_map(|r| store.layout().records()[r].clone()).collect(),
             false => records,
         };
-        let records = pieces(some(records.len()));
-        let residents = Residents { records, chunks: some(chunks), gradients: pieces(gradients) };
+        let records = units(some(records.len()));
+        let residents = Residents { records, chunks: some(chunks), gradients: units(gradients) };
         let gradient_files = match self.run.clips {
             Clips::Never => GradientFiles::default(),
             _ => self.base.gradient_files.clone(),
         };
         let kernel = Some(Kernel::Scalar);
-        Options { pool, threads: 1, kernel, tensors, residents, gradient_files, by_chunk }
+        Options { pool, threads: 1, kernel, tensors, residents, gradient_files, unit: kind_of_unit }
     }
 
     /// Whether the training has come to its end and everything is durable.
@@ -304,14 +305,14 @@ impl<'a> Machine<'a> {
                 front.begin(Arc::clone(schedule), adamw(process.step), *commits)?;
                 true
             }
-            Call::Pass(piece) => front.take_weights(*piece, NO_WAIT)?.is_some(),
-            Call::Fetch(piece) => {
-                let piece = *piece;
-                process.fetch(piece)?
+            Call::Pass(unit) => front.take_weights(*unit, NO_WAIT)?.is_some(),
+            Call::Fetch(unit) => {
+                let unit = *unit;
+                process.fetch(unit)?
             }
-            Call::Train { piece, updates } => {
-                let (piece, updates) = (*piece, *updates);
-                process.train(piece, updates)?
+            Call::Train { unit, updates } => {
+                let (unit, updates) = (*unit, *updates);
+                process.train(unit, updates)?
             }
             Call::Norm => front.squares(NO_WAIT)?.is_some(),
             Call::End { commit, after } => {

@@ -1,4 +1,4 @@
-//! Pieces that are chunks: what is computed elsewhere, with a few chunks of memory here. That training
+//! Units that are chunks: what is computed elsewhere, with a few chunks of memory here. That training
 //! by chunk changes no bit is in the tests of training: `run` does both.
 
 use std::sync::Arc;
@@ -13,11 +13,12 @@ use crate::optimizer::norm;
 use crate::pipeline::{Options, Pipeline, Residents};
 use crate::store::layout::tests::manifest;
 use crate::store::{OpenOptions, Store};
+use crate::units::Unit;
 
 use super::support::*;
 
-fn by_chunk() -> Setup {
-    Setup { by_chunk: true, slots: 1, ..Setup::default() }
+fn of_chunks() -> Setup {
+    Setup { unit: Unit::Chunk, slots: 1, ..Setup::default() }
 }
 
 fn open(folder: &tempfile::TempDir, setup: &Setup) -> Arc<Store> {
@@ -35,15 +36,15 @@ fn an_abort_amid_the_chunks_of_a_record_goes_back_to_the_last_commit() {
     ];
     for (residents, submitted) in choices.iter().flat_map(|r| (1..3).map(move |n| (r, n))) {
         let folder = tempfile::tempdir().expect("a folder");
-        let setup = Setup { residents: residents.clone(), ..by_chunk() };
+        let setup = Setup { residents: residents.clone(), ..of_chunks() };
         let store = open(&folder, &setup);
-        let (schedule, pipeline) = (schedule(&store, true), setup.pipeline(&store));
+        let (schedule, pipeline) = (schedule(&store, Unit::Chunk), setup.pipeline(&store));
         train_step(&pipeline, &schedule, 1, true).expect("a step");
         pipeline.begin(Arc::clone(&schedule), adamw(9), false).expect("begun");
         forward(&pipeline).expect("read");
         let away = fetch_record(&pipeline, 2).expect("read");
-        for (piece, weights) in (9..).zip(away).take(submitted) {
-            submit_piece(&pipeline, piece, weights, |_| 0.5).expect("submitted");
+        for (unit, weights) in (9..).zip(away).take(submitted) {
+            submit_unit(&pipeline, unit, weights, |_| 0.5).expect("submitted");
         }
         // One of them has come back for the next chunk, which is not submitted.
         let held = pipeline.take_gradient(9 + submitted, LONG).expect("free").expect("in time");
@@ -75,9 +76,10 @@ fn the_norm_has_the_same_bits_by_chunk() {
             norm::squares_of_runs(Kernel::Scalar, &tensors(record), &values).iter().sum::<f64>()
         })
         .sum();
-    for (chunk_parameters, is_by_chunk) in [(4096, false), (4096, true), (8192, true)] {
+    for (chunk_parameters, unit) in [(4096, Unit::Record), (4096, Unit::Chunk), (8192, Unit::Chunk)]
+    {
         let folder = tempfile::tempdir().expect("a folder");
-        let setup = Setup { chunk_parameters, by_chunk: is_by_chunk, ..by_chunk() };
+        let setup = Setup { chunk_parameters, unit, ..of_chunks() };
         let records = RECORDS.map(|parameters| (setup.format, parameters));
         let mut manifest = manifest(chunk_parameters, &records);
         let places = (0..3).flat_map(|r| tensors(r).into_iter().map(move |place| (r, place)));
@@ -92,23 +94,23 @@ fn the_norm_has_the_same_bits_by_chunk() {
         let store = Store::create_empty(&files, manifest, options, &Ledger::new());
         let store = Arc::new(store.expect("created"));
         let pipeline = setup.pipeline(&store);
-        pipeline.begin(schedule(&store, is_by_chunk), adamw(1), false).expect("begun");
+        pipeline.begin(schedule(&store, unit), adamw(1), false).expect("begun");
         forward(&pipeline).expect("read");
         for record in (0..3).rev() {
             assert_eq!(pipeline.squares(Duration::ZERO).expect("finite"), None, "one is missing");
             train_record(&pipeline, record, |index| value(record, index)).expect("trained");
         }
         let squares = pipeline.squares(LONG).expect("finite").expect("in time");
-        assert_eq!(squares.to_bits(), whole.to_bits(), "{chunk_parameters}, {is_by_chunk}");
+        assert_eq!(squares.to_bits(), whole.to_bits(), "{chunk_parameters}, {unit:?}");
     }
 }
 
 #[test]
 fn a_chunk_whose_gradient_is_not_finite_is_refused_by_the_name_of_its_record() {
     let folder = tempfile::tempdir().expect("a folder");
-    let setup = by_chunk();
+    let setup = of_chunks();
     let store = open(&folder, &setup);
-    let (schedule, pipeline) = (schedule(&store, true), setup.pipeline(&store));
+    let (schedule, pipeline) = (schedule(&store, Unit::Chunk), setup.pipeline(&store));
     pipeline.begin(Arc::clone(&schedule), adamw(1), true).expect("begun");
     forward(&pipeline).expect("read");
     let infinite = |index| if index == 2 * 4096 { f32::INFINITY } else { 0.1 };
@@ -127,21 +129,21 @@ fn what_is_for_another_granularity_is_refused() {
     let refused = |result: Result<Option<Slot>>| result.expect_err("refused").to_string();
     let error = refused(pipeline.take_outgoing(0, LONG));
     assert!(error.contains("whole records"), "{error}");
-    let begun = pipeline.begin(schedule(&store, true), adamw(1), false);
+    let begun = pipeline.begin(schedule(&store, Unit::Chunk), adamw(1), false);
     assert!(begun.expect_err("by chunk").to_string().contains("one is by chunk"));
     drop(pipeline);
     let residents = Residents { records: vec![0], ..Residents::default() };
-    let setup = Setup { residents, ..by_chunk() };
+    let setup = Setup { residents, ..of_chunks() };
     let pipeline = setup.pipeline(&store);
     assert!(pipeline.begin(by_record, adamw(1), false).is_err());
     assert!(refused(pipeline.take_outgoing(0, LONG)).contains("chunk 0 stay in RAM"));
     assert!(pipeline.take_outgoing(12, LONG).is_err(), "no such chunk");
-    pipeline.begin(schedule(&store, true), adamw(1), false).expect("begun");
+    pipeline.begin(schedule(&store, Unit::Chunk), adamw(1), false).expect("begun");
     let error = refused(pipeline.take_weights(1, LONG));
     assert!(error.contains("next load is chunk 0"), "{error}");
     let gradient = || Slot::standalone(4 * 4096, &Ledger::new(), "test").expect("memory");
-    let submit = |piece, weights| {
-        pipeline.submit(piece, weights, gradient()).expect_err("refused").to_string()
+    let submit = |unit, weights| {
+        pipeline.submit(unit, weights, gradient()).expect_err("refused").to_string()
     };
     assert!(submit(5, None).contains("submitted with the weights"));
     assert!(submit(0, Some(gradient())).contains("stay in RAM"));
@@ -150,7 +152,7 @@ fn what_is_for_another_granularity_is_refused() {
 #[test]
 fn a_pool_without_a_buffer_for_what_comes_back_is_refused() {
     let folder = tempfile::tempdir().expect("a folder");
-    let setup = by_chunk();
+    let setup = of_chunks();
     let store = open(&folder, &setup);
     let mut options = setup.options(&store);
     let outgoing = std::mem::take(&mut options.pool.outer_buffers);

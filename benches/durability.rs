@@ -111,13 +111,13 @@ fn run(files: &[PathBuf], durability: &str, steps: u64, every: u64) -> Result {
     for step in 1..=2 {
         train(&pipeline, &schedule, step, true)?;
     }
-    while !pipeline.wait_settled(LONG)? {}
+    while !pipeline.wait_durable(LONG)? {}
     let (start, before) = (Instant::now(), store.engine().0.counters().totals());
     for step in 3..steps + 3 {
         let commit = (step - 2).is_multiple_of(every) || durability == "scratch";
         train(&pipeline, &schedule, step, commit)?;
     }
-    while !pipeline.wait_settled(LONG)? {}
+    while !pipeline.wait_durable(LONG)? {}
     let (seconds, after) = (start.elapsed(), store.engine().0.counters().totals());
     drop(pipeline);
     store.mark_clean()?;

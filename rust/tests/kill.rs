@@ -1,5 +1,5 @@
 //! `kill -9` at any moment: the store opens at a whole step, no earlier than the last one that was
-//! acknowledged and no later than the last one that had ended, with the bits of the same training
+//! acknowledged and no later than the last one that was finished, with the bits of the same training
 //! in memory.
 //!
 //! The process that is killed is this very program, started again for one test, [`CHILD`], with a
@@ -162,7 +162,7 @@ impl Life {
             let after = if waiting { After::Applied(scale) } else { After::Stands };
             pipeline.end(commit.map(String::into_bytes), after)?;
             if self.waits && !waiting {
-                assert!(pipeline.wait_settled(LONG)?, "not settled in time");
+                assert!(pipeline.wait_durable(LONG)?, "not durable in time");
             }
             say_acknowledged();
         }
@@ -234,8 +234,8 @@ struct Death {
     store: Store,
     /// The last step that it knew to be durable.
     acknowledged: u64,
-    /// The last step that it ended, or was about to end, with a blob.
-    ended: u64,
+    /// The last step that it finished, or was about to finish, with a blob.
+    finished: u64,
     /// From the kill to the open store, the wait for the lock included.
     reopened: Duration,
 }
@@ -251,13 +251,13 @@ fn kill(life: &Life, path: &Path, pause: Duration, mut moment: impl FnMut(&str) 
         .spawn()
         .expect("started");
     let mut said = BufReader::new(child.stdout.take().expect("a pipe")).lines();
-    let (mut acknowledged, mut ended) = (0, 0);
+    let (mut acknowledged, mut finished) = (0, 0);
     // Whether the line is the child's: the harness says something, too.
     let mut note = |line: &str| {
         match line.split_once(' ').map(|(what, step)| (what, step.parse())) {
-            Some(("opened", Ok(step))) => (acknowledged, ended) = (step, step),
+            Some(("opened", Ok(step))) => (acknowledged, finished) = (step, step),
             Some(("acknowledged", Ok(step))) => acknowledged = step,
-            Some(("ending", Ok(step))) => ended = step,
+            Some(("ending", Ok(step))) => finished = step,
             _ => return false,
         }
         true
@@ -282,7 +282,7 @@ fn kill(life: &Life, path: &Path, pause: Duration, mut moment: impl FnMut(&str) 
     }
     let status = child.wait().expect("gone");
     assert_eq!(status.signal(), Some(9), "the child ended by itself: {status}");
-    Death { store, acknowledged, ended, reopened }
+    Death { store, acknowledged, finished, reopened }
 }
 
 /// Whether the kernel lets us have this engine.
@@ -327,13 +327,16 @@ fn kills(engine: Choice, shape: Shape, count: u64) {
             lines == 0
         });
         let what = format!("seed {seed}, kill {kill_number}, {life:?}");
-        let Death { store, acknowledged, ended, reopened } = death;
+        let Death { store, acknowledged, finished, reopened } = death;
         let (before, step) = (memory.step, step_of(&store));
         assert!(
             step >= acknowledged,
             "{what}: step {acknowledged} was acknowledged and is gone; the store is at {step}"
         );
-        assert!(step <= ended, "{what}: step {step} had not ended; the last that had is {ended}");
+        assert!(
+            step <= finished,
+            "{what}: step {step} was not finished; the last that was is {finished}"
+        );
         let every = life.commit_every;
         assert!(step == before || step.is_multiple_of(every), "{what}: step {step} had no blob");
         generation += step / every - before / every;
@@ -344,12 +347,12 @@ fn kills(engine: Choice, shape: Shape, count: u64) {
         memory.train_to(step);
         memory.assert_is(&store, &what);
         survived += u64::from(step > acknowledged);
-        lost += u64::from(step < ended);
+        lost += u64::from(step < finished);
         slowest = slowest.max(reopened);
     }
     report(&format!(
         "{count} kills over {engine:?}, store {}: {} steps, {} generations in {:.1} s; {survived} \
-         times a step was durable that was not acknowledged yet, {lost} times an ended step was \
+         times a step was durable that was not acknowledged yet, {lost} times a finished step was \
          lost; open again after {slowest:.0?} at most",
         shape.name,
         memory.step,
@@ -406,11 +409,11 @@ fn the_store_opens_again_while_writes_of_the_killed_process_land() {
                 endings == 2
             });
             let step = step_of(&death.store);
-            assert!((death.acknowledged..=death.ended).contains(&step));
+            assert!((death.acknowledged..=death.finished).contains(&step));
             memory.train_to(step);
             memory.assert_is(&death.store, &format!("{life:?}"));
             slowest = slowest.max(death.reopened);
-            in_flight += u32::from(step < death.ended);
+            in_flight += u32::from(step < death.finished);
         }
         report(&format!(
             "{in_flight} of 4 kills over {engine:?} amid the writes of a step; open again after \

@@ -219,13 +219,13 @@ impl Pipeline {
         self.get()?.end(blob, after).map_err(raise)
     }
 
-    /// Waits until every step that has ended is written, and committed if that was asked for.
+    /// Waits until every finished step is durable: written, and committed if that was asked for.
     fn wait_settled(&self, py: Python<'_>) -> PyResult<()> {
         let pipeline = self.get()?;
-        wait(py, || pipeline.wait_settled(PATIENCE).map(|settled| settled.then_some(())))
+        wait(py, || pipeline.wait_durable(PATIENCE).map(|durable| durable.then_some(())))
     }
 
-    /// Drops the step under way, back to the last commit; a step that ended with a blob is committed
+    /// Drops the pending step, back to the last commit; a step that is finished with a blob is committed
     /// first.
     fn abort(&self, py: Python<'_>) -> PyResult<()> {
         let pipeline = self.get()?;
@@ -263,7 +263,7 @@ impl Pipeline {
         Ok((events, taken.dropped))
     }
 
-    /// Finishes the steps that have ended, drops one under way, and stops.
+    /// Writes the finished steps, drops a pending one, and stops.
     fn close(&self, py: Python<'_>) {
         let taken = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(taken));

@@ -56,7 +56,7 @@ pub(super) struct Executor {
     commits: Commits,
     stalls: StallMeter,
     failed: bool,
-    /// Whether the step under way has a gradient that is not finite.
+    /// Whether the pending step has a gradient that is not finite.
     is_refused: bool,
     aborting: Option<Sender<Result>>,
     stopping: bool,
@@ -103,7 +103,7 @@ impl Executor {
             self.advance();
             self.publish_causes();
             if self.is_stuck() {
-                // What has ended cannot be finished: back to the last commit.
+                // What was finished cannot be written: back to the last commit.
                 self.steps.clear();
             }
         }
@@ -114,8 +114,8 @@ impl Executor {
         true
     }
 
-    /// Whether there is work to go on with: nothing failed, and if the step under way is to be dropped
-    /// (abort, stop), a step before it has ended and is still to be written.
+    /// Whether there is work to go on with: nothing failed, and if the pending step is to be dropped
+    /// (abort, stop), a finished step before it is still to be written.
     fn is_active(&self) -> bool {
         let halting = self.aborting.is_some() || self.stopping || self.is_refused;
         !self.failed && (!halting || self.steps.must_go_on())
@@ -143,8 +143,8 @@ impl Executor {
             self.fail_on(updated);
         }
         let Self { cx, requests, working, steps, commits, .. } = self;
-        let settled = commits.settle(cx, requests, working, steps);
-        self.fail_on(settled);
+        let durable = commits.make_durable(cx, requests, working, steps);
+        self.fail_on(durable);
     }
 
     fn start_loads(&mut self) {
@@ -193,7 +193,7 @@ impl Executor {
         self.stalls.publish(&cx.shared, Causes { weights, gradient });
     }
 
-    /// Whether a step that has ended cannot be finished, because the caller did not give all buffers back
+    /// Whether a finished step cannot be written, because the caller did not give all buffers back
     /// and has dropped the step after it.
     fn is_stuck(&self) -> bool {
         let is_starved = self.loads.is_starved() || self.updates.is_starved();
@@ -309,11 +309,11 @@ impl Executor {
         match command {
             Command::Stop => {
                 self.stopping = true;
-                self.drop_step_under_way();
+                self.drop_pending_step();
             }
             Command::Abort { reply } => {
                 self.aborting = Some(reply);
-                self.drop_step_under_way();
+                self.drop_pending_step();
             }
             // After a failure callers get its error; what they still send is dropped here.
             _ if self.failed || self.is_refused => {}
@@ -328,8 +328,8 @@ impl Executor {
                 }
             }
             Command::End { commit, after } => {
-                let ended = self.end(commit, after);
-                self.fail_on(ended);
+                let finished = self.end(commit, after);
+                self.fail_on(finished);
             }
         }
     }
@@ -416,18 +416,18 @@ impl Executor {
         self.cx.shared.changed.notify_all();
     }
 
-    /// The step under way cannot go on; those before it are finished, until the caller aborts.
+    /// The pending step cannot go on; those before it are finished, until the caller aborts.
     fn refuse_step(&mut self, error: Error) {
         self.is_refused = true;
-        self.drop_step_under_way();
+        self.drop_pending_step();
         self.cx.shared.lock().failure.get_or_insert(error);
         self.cx.shared.changed.notify_all();
     }
 
     /// Forgets what was planned for a step that is dropped; what is applied on its way stays planned. Nobody
     /// takes weights any more: their buffers are free for that.
-    fn drop_step_under_way(&mut self) {
-        let Some(number) = self.steps.under_way() else { return };
+    fn drop_pending_step(&mut self) {
+        let Some(number) = self.steps.pending() else { return };
         self.updates.drop_step(number);
         self.loads.drop_what_nobody_takes();
         self.cx.shared.lock().forget_loads();
@@ -451,8 +451,8 @@ impl Executor {
         self.failed = outcome.is_err();
         let mut state = self.cx.shared.lock();
         state.forget_loads();
-        state.ended = state.begun;
-        state.settled = state.begun;
+        state.finished = state.newest;
+        state.durable = state.newest;
         state.waiting = None;
         state.is_uncommitted = false;
         state.failure = outcome.clone().err();

@@ -126,8 +126,8 @@ impl Pipeline {
         if let Some(failure) = &state.failure {
             return Err(failure.clone());
         }
-        if state.begun != state.ended {
-            return Err(Error::invalid("the last step was begun and not ended"));
+        if state.is_pending() {
+            return Err(Error::invalid("the last step is not finished"));
         }
         if let Some(left) = state.loads.front() {
             return Err(Error::invalid(format!(
@@ -162,9 +162,9 @@ impl Pipeline {
         state.gradients = schedule.gradients();
         let first_load = state.first_load;
         state.loads.extend(schedule.loads().iter().map(|&unit| Loaded { unit, weights: None }));
-        state.begun += 1;
+        state.newest += 1;
         state.commits = commits;
-        let number = state.begun;
+        let number = state.newest;
         drop(state);
         self.send(Command::Begin { schedule, adamw, commits, first_load, number })
     }
@@ -187,8 +187,8 @@ impl Pipeline {
         if let Some(failure) = &state.failure {
             return Err(failure.clone());
         }
-        if state.begun == state.ended {
-            return Err(Error::invalid("no step was begun"));
+        if !state.is_pending() {
+            return Err(Error::invalid("no step is pending"));
         }
         if state.commits != commit.is_some() {
             return Err(Error::invalid(match state.commits {
@@ -210,13 +210,13 @@ impl Pipeline {
         state.waiting = applies.then(|| std::mem::take(&mut state.keeps));
         let changes = state.gradients > 0;
         state.is_uncommitted = commit.is_none() && (changes || state.is_uncommitted);
-        state.ended += 1;
+        state.finished += 1;
         drop(state);
         self.send(Command::End { commit, after })
     }
 
-    /// Drops the step that was begun and not ended, and with it everything since the last commit:
-    /// the next step starts from the committed state. A step that has ended with a blob is committed
+    /// Drops the pending step, and with it everything since the last commit:
+    /// the next step starts from the committed state. A step that is finished with a blob is committed
     /// first. After a failure only what was committed before it stands. Waits for what is in flight.
     /// Buffers that the caller still holds are the caller's to drop.
     ///
@@ -358,7 +358,7 @@ impl Pipeline {
 }
 
 impl Drop for Pipeline {
-    /// Steps that have ended are still written and committed; a step under way is dropped.
+    /// Finished steps are still written and committed; a pending one is dropped.
     fn drop(&mut self) {
         if std::process::id() != self.process {
             // A fork has no executor to wait for.

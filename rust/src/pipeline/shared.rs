@@ -22,10 +22,11 @@ pub(super) struct State {
     pub(super) first_load: u64,
     pub(super) loads: VecDeque<Loaded>,
     pub(super) failure: Option<Error>,
-    /// Steps that were begun, ended, and settled (written, and committed if that was asked for).
-    pub(super) begun: u64,
-    pub(super) ended: u64,
-    pub(super) settled: u64,
+    /// The step that was begun last, which is pending until it is finished; how many are finished, and how
+    /// many durable: written, and committed if that was asked for.
+    pub(super) newest: u64,
+    pub(super) finished: u64,
+    pub(super) durable: u64,
     /// Of the step that was begun last: whether it is to be committed, the units whose gradients it
     /// keeps, those that it updates with them at once, and how many get a gradient.
     pub(super) commits: bool,
@@ -36,13 +37,18 @@ pub(super) struct State {
     pub(super) squares: Squares,
     /// Units whose gradients the last step kept, to be applied by the next one.
     pub(super) waiting: Option<BTreeSet<usize>>,
-    /// Whether a step has ended without a commit since the last one that is committed.
+    /// Whether a step was finished without a commit since the last one that is committed.
     pub(super) is_uncommitted: bool,
     /// What callers wait for, if they do.
     pub(super) causes: Causes,
 }
 
 impl State {
+    /// Whether a step was begun and is not finished.
+    pub(super) fn is_pending(&self) -> bool {
+        self.newest != self.finished
+    }
+
     /// Nobody takes the weights of the loads so far any more.
     pub(super) fn forget_loads(&mut self) {
         self.first_load += self.loads.len() as u64;

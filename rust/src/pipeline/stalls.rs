@@ -15,7 +15,7 @@ pub enum Cause {
     Write,
     /// Updates are being computed.
     Update,
-    /// The caller wants the steps that have ended to be durable.
+    /// The caller wants the finished steps to be durable.
     Commit,
 }
 

@@ -109,7 +109,7 @@ impl Pipeline {
         }
     }
 
-    /// The sum of the squares of all gradients of the step that was begun, in the order of the records,
+    /// The sum of the squares of all gradients of the pending step, in the order of the records,
     /// also by chunk; waits up to `timeout` for the last one, and returns `None` when it has passed.
     ///
     /// # Errors
@@ -125,23 +125,23 @@ impl Pipeline {
         )
     }
 
-    /// Waits until every step that has ended is written, and committed if that was asked for.
+    /// Waits until every finished step is durable: written, and committed if that was asked for.
     /// `false` when `timeout` has passed.
     ///
     /// # Errors
     /// `Invalid` while gradients wait for a step that applies them; the pipeline's failure.
-    pub fn wait_settled(&self, timeout: Duration) -> Result<bool> {
-        let settled = self.wait_for(
+    pub fn wait_durable(&self, timeout: Duration) -> Result<bool> {
+        let durable = self.wait_for(
             timeout,
             |_| Cause::Commit,
             |state| {
                 if state.waiting.is_some() {
                     return Err(Error::invalid("gradients wait for a step that applies them"));
                 }
-                Ok((state.settled == state.ended).then_some(()))
+                Ok((state.durable == state.finished).then_some(()))
             },
         )?;
-        Ok(settled.is_some())
+        Ok(durable.is_some())
     }
 
     /// Asks `look` again whenever the executor has changed something, until it finds what it looks for or

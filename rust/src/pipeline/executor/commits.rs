@@ -38,7 +38,7 @@ impl Commits {
     }
 
     /// Makes the oldest steps durable of which all writes have completed: the drain before the flush.
-    pub(super) fn settle(
+    pub(super) fn make_durable(
         &mut self,
         cx: &Context,
         requests: &mut Requests,
@@ -49,7 +49,7 @@ impl Commits {
             && let Some(blob) = steps.take_written()
         {
             let Some(blob) = blob else {
-                settle_oldest(cx, steps);
+                oldest_is_durable(cx, steps);
                 continue;
             };
             let sequence = working.start_commit(&cx.store, &blob)?;
@@ -114,11 +114,11 @@ impl Commits {
 
 fn committed(working: &mut WorkingState, cx: &Context, steps: &mut Steps) {
     working.residents.committed();
-    settle_oldest(cx, steps);
+    oldest_is_durable(cx, steps);
 }
 
-fn settle_oldest(cx: &Context, steps: &mut Steps) {
+fn oldest_is_durable(cx: &Context, steps: &mut Steps) {
     steps.pop();
-    cx.shared.lock().settled += 1;
+    cx.shared.lock().durable += 1;
     cx.shared.changed.notify_all();
 }

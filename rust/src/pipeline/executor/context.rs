@@ -111,7 +111,7 @@ impl Context {
         }
         let mut state = self.shared.lock();
         // Else nobody has asked for those of that step.
-        if state.begun == number {
+        if state.newest == number {
             state.squares.add(layout, chunks, runs);
         }
         drop(state);

@@ -201,7 +201,7 @@ impl Loads {
         Some(Loaded { number, unit, applies, weights })
     }
 
-    /// Nobody takes weights of the step under way any more; what is applied on its way stays planned.
+    /// Nobody takes weights of the pending step any more; what is applied on its way stays planned.
     pub(super) fn drop_what_nobody_takes(&mut self) {
         for queue in &mut self.queues {
             queue.retain(|load| load.applies || load.started > 0);

@@ -17,7 +17,7 @@ pub(super) struct Step {
     /// Units whose gradient has not been submitted.
     expected: BTreeSet<usize>,
     schedule: Arc<Schedule>,
-    ended: bool,
+    finished: bool,
     /// Whether it is to be committed: then what stays in RAM is written, too.
     commits: bool,
     commit: Option<Vec<u8>>,
@@ -78,7 +78,7 @@ impl Steps {
             updates_left: schedule.updates(),
             expected: schedule.updated().union(schedule.kept()).copied().collect(),
             schedule,
-            ended: false,
+            finished: false,
             commits,
             commit: None,
             deferred: Deferred::Nothing,
@@ -94,9 +94,9 @@ impl Steps {
         Ok(step)
     }
 
-    /// Takes note of a unit's gradient; `None` where the step under way does not, or no longer, expect it.
+    /// Takes note of a unit's gradient; `None` where the pending step does not, or no longer, expect it.
     pub(super) fn submitted(&mut self, unit: usize) -> Option<Expected> {
-        let step = self.queue.back_mut().filter(|step| !step.ended)?;
+        let step = self.queue.back_mut().filter(|step| !step.finished)?;
         step.expected.remove(&unit).then(|| Expected {
             step: step.number,
             updates: step.schedule.updated().contains(&unit),
@@ -104,7 +104,7 @@ impl Steps {
         })
     }
 
-    /// Ends the step under way; `true` when the updates that it has made are to be taken back.
+    /// Ends the pending step; `true` when the updates that it has made are to be taken back.
     pub(super) fn end(
         &mut self,
         units: &Layout,
@@ -114,10 +114,10 @@ impl Steps {
         let Some(step) = self.queue.back_mut() else { return Ok(false) };
         if let Some(unit) = step.expected.iter().min() {
             let name = units.unit_name(*unit);
-            let error = format!("the step ended without the gradient of {name}");
+            let error = format!("the step is finished without the gradient of {name}");
             return Err(Error::invalid(error));
         }
-        step.ended = true;
+        step.finished = true;
         step.commit = commit;
         let After::Applied(scale) = after else { return Ok(false) };
         step.adamw.gradient_scale = scale;
@@ -161,9 +161,9 @@ impl Steps {
         self.queue.back().map_or(0, |step| step.number)
     }
 
-    /// The step that was begun and has not ended.
-    pub(super) fn under_way(&self) -> Option<u64> {
-        Some(self.queue.back().filter(|step| !step.ended)?.number)
+    /// The step that was begun and is not finished.
+    pub(super) fn pending(&self) -> Option<u64> {
+        Some(self.queue.back().filter(|step| !step.finished)?.number)
     }
 
     /// Whether a step is to be committed.
@@ -171,10 +171,10 @@ impl Steps {
         self.queue.iter().any(|step| step.number == number && step.commits)
     }
 
-    /// Whether the oldest step has ended and is to be finished whatever comes after it: one whose gradients
+    /// Whether the oldest step is finished and is to be written whatever comes after it: one whose gradients
     /// wait for a step that applies them is not waited for.
     pub(super) fn must_go_on(&self) -> bool {
-        self.open().is_some_and(|step| step.ended && step.deferred != Deferred::Waiting)
+        self.open().is_some_and(|step| step.finished && step.deferred != Deferred::Waiting)
     }
 
     /// Whether the oldest step's deferred gradients are being applied.
@@ -189,11 +189,11 @@ impl Steps {
         }
     }
 
-    /// The oldest step's blob, if it has one, once it has ended and all its updates are written.
+    /// The oldest step's blob, if it has one, once it is finished and all its updates are written.
     pub(super) fn take_written(&mut self) -> Option<Option<Vec<u8>>> {
         let taken_back = self.taken_back;
         let is_written = |step: &&mut Step| {
-            step.ended && step.updates_left == 0 && taken_back != Some(step.number)
+            step.finished && step.updates_left == 0 && taken_back != Some(step.number)
         };
         Some(self.queue.front_mut().filter(is_written)?.commit.take())
     }

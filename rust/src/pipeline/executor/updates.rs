@@ -229,7 +229,7 @@ impl Updates {
     }
 
     /// An update whose planes and gradient are here and whose step may write: all steps before it
-    /// are settled, so neither copy that it could overwrite is needed by a commit under way.
+    /// are durable, so neither copy that it could overwrite is needed by a commit under way.
     fn ready(&self, cx: &Context, steps: &Steps) -> Option<usize> {
         let open = steps.open()?.number();
         self.active.iter().position(|update| {

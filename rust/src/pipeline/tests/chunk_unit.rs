@@ -54,7 +54,7 @@ fn an_abort_amid_the_chunks_of_a_record_goes_back_to_the_last_commit() {
         for step in 2..=3 {
             train_step(&pipeline, &schedule, step, true).expect("a step");
         }
-        assert!(pipeline.wait_settled(LONG).expect("settled"));
+        assert!(pipeline.wait_durable(LONG).expect("durable"));
         assert!(read_all(&store, setup.format) == expected(3), "{residents:?}, {submitted}");
     }
 }
@@ -119,7 +119,7 @@ fn a_chunk_whose_gradient_is_not_finite_is_refused_by_the_name_of_its_record() {
     assert!(matches!(&error, Error::NotFinite { record } if record == "layer.2"), "{error}");
     pipeline.abort().expect("aborted");
     train_step(&pipeline, &schedule, 1, true).expect("a step");
-    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(pipeline.wait_durable(LONG).expect("durable"));
     assert!(read_all(&store, setup.format) == expected(1));
 }
 

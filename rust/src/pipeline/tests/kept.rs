@@ -39,7 +39,7 @@ fn run_kept(setup: Setup, gradients: &[Kind]) {
         forward(&pipeline).expect("read");
         pipeline.end(None, After::Stands).expect("ended");
     }
-    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(pipeline.wait_durable(LONG).expect("durable"));
     assert_eq!(&*store.committed().blob, b"step 5", "{what}");
     assert!(read_all(&store, setup.format) == expected_scaled(5, scale), "{what}");
 }
@@ -111,6 +111,6 @@ fn a_gradient_is_kept_without_weights() {
     pipeline.begin(schedule(Kind::Apply, &[]), adamw(2), false).expect("begun");
     forward(&pipeline).expect("read");
     pipeline.end(None, After::Stands).expect("ended");
-    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(pipeline.wait_durable(LONG).expect("durable"));
     assert!(read_all(&store, setup.format) == expected(1));
 }

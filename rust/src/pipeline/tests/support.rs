@@ -423,7 +423,7 @@ pub(super) fn run_one(setup: &Setup) {
         let commits = step % setup.commit_every == 0;
         train_step(&pipeline, &schedule, step, commits).expect("a step");
     }
-    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(pipeline.wait_durable(LONG).expect("durable"));
     drop(pipeline);
     assert_eq!(&*store.committed().blob, b"step 3");
     drop(store);

@@ -41,7 +41,7 @@ fn chunk_size_pool_engine_and_threads_change_no_bit() {
 fn an_aborted_step_leaves_the_last_commit_and_the_handle_usable() {
     let (_folder, setup, store, schedule, pipeline) = imported();
     train_step(&pipeline, &schedule, 1, true).expect("a step");
-    // The second step is written in part, but never ended.
+    // The second step is written in part, but never finished.
     pipeline.begin(Arc::clone(&schedule), adamw(9), false).expect("begun");
     forward(&pipeline).expect("read");
     let weights = pipeline.take_weights(2, LONG).expect("read").expect("in time");
@@ -52,7 +52,7 @@ fn an_aborted_step_leaves_the_last_commit_and_the_handle_usable() {
     for step in 2..=3 {
         train_step(&pipeline, &schedule, step, true).expect("a step");
     }
-    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(pipeline.wait_durable(LONG).expect("durable"));
     assert!(read_all(&store, setup.format) == expected(3));
 }
 
@@ -62,7 +62,7 @@ fn steps_between_commits_are_written_in_place_and_lost_together() {
     for step in 1..=5 {
         train_step(&pipeline, &schedule, step, step % 2 == 0).expect("a step");
     }
-    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(pipeline.wait_durable(LONG).expect("durable"));
     drop(pipeline);
     drop(store);
     let store = setup.open(&folder.path().join("store"));
@@ -93,7 +93,7 @@ fn a_flipped_byte_stops_the_step_and_names_its_tensor() {
         matches!(&error, Error::Corrupt { what, .. } if what.contains("layer.1.weight")),
         "{error}"
     );
-    assert!(pipeline.wait_settled(LONG).is_err(), "the failure stays");
+    assert!(pipeline.wait_durable(LONG).is_err(), "the failure stays");
     drop(pipeline);
     let report = store.verify(&mut |_, _| true).expect("read");
     assert_eq!(report.damaged.len(), 1);
@@ -130,9 +130,9 @@ fn a_step_that_has_ended_survives_abort_and_stop() {
 #[test]
 fn what_contradicts_the_step_is_refused() {
     let (_folder, _, _, schedule, pipeline) = imported();
-    assert!(pipeline.end(None, After::Stands).is_err(), "no step was begun");
+    assert!(pipeline.end(None, After::Stands).is_err(), "no step is pending");
     pipeline.begin(Arc::clone(&schedule), adamw(1), false).expect("begun");
-    assert!(pipeline.begin(Arc::clone(&schedule), adamw(1), false).is_err(), "not ended");
+    assert!(pipeline.begin(Arc::clone(&schedule), adamw(1), false).is_err(), "not finished");
     let small = || Slot::standalone(PAGE_BYTES, &Ledger::new(), "test").expect("memory");
     assert!(pipeline.submit(0, Some(small()), small()).is_err(), "too small");
     assert!(pipeline.submit(9, Some(small()), small()).is_err(), "no such record");
@@ -141,6 +141,6 @@ fn what_contradicts_the_step_is_refused() {
         "a blob too large"
     );
     pipeline.end(None, After::Stands).expect("sent");
-    let error = pipeline.wait_settled(LONG).expect_err("gradients are missing");
+    let error = pipeline.wait_durable(LONG).expect_err("gradients are missing");
     assert!(error.to_string().contains("without the gradient of record 0"), "{error}");
 }

@@ -28,7 +28,7 @@ pub(super) enum Call {
         commit: bool,
         after: After,
     },
-    Settle,
+    WaitDurable,
 }
 
 /// Forward over all records, with the updates that wait, then backward over those that are trained, which

@@ -20,7 +20,7 @@ pub(super) fn plan_calls(run: &Run, process: &mut Process, memories: &mut Memori
     let all = 0..process.store.units(kind).records().len();
     let applied = std::mem::take(&mut process.waiting);
     if process.step == run.steps && applied.is_empty() {
-        process.calls.push_back(Call::Settle);
+        process.calls.push_back(Call::WaitDurable);
     } else if process.step == run.steps {
         let schedule = schedule(&process.store, kind, &applied, &[], (false, false));
         process.calls.push_back(Call::Begin { schedule, commits: false });

@@ -22,8 +22,8 @@ pub(super) struct Process {
     pub(super) executor: Executor,
     /// The step that the store was at when it was opened, or after an abort.
     pub(super) from: u64,
-    /// Steps that had settled then.
-    pub(super) settled: u64,
+    /// Steps that were durable then.
+    pub(super) durable: u64,
     pub(super) step: u64,
     pub(super) calls: VecDeque<Call>,
     /// Records whose gradients wait for the next step.

@@ -137,8 +137,8 @@ impl<'a> Machine<'a> {
             Pipeline::assemble(Arc::new(store), &options).map_err(|error| error.to_string())?;
         let store = Arc::clone(front.store());
         let (calls, waiting, away) = (VecDeque::new(), Vec::new(), Vec::new());
-        let (from, settled, step) = (found, 0, found);
-        Ok(Some(Process { store, front, executor, from, settled, step, calls, waiting, away }))
+        let (from, durable, step) = (found, 0, found);
+        Ok(Some(Process { store, front, executor, from, durable, step, calls, waiting, away }))
     }
 
     /// Whether what the drive acknowledged may be lost, as long as it is noticed: it lies, and its power
@@ -281,9 +281,9 @@ impl<'a> Machine<'a> {
         let Some(process) = &mut self.process else { return false };
         let goes_on = process.executor.turn();
         process.executor.receive();
-        let settled = process.front.shared.lock().settled;
+        let durable = process.front.shared.lock().durable;
         // What applies the last gradients counts as one more.
-        let done = (process.from + (settled - process.settled)).min(self.run.steps);
+        let done = (process.from + (durable - process.durable)).min(self.run.steps);
         let every = self.run.commit_every;
         let committed = if done == self.run.steps { done } else { done / every * every };
         self.acknowledged = self.acknowledged.max(committed);
@@ -323,7 +323,7 @@ impl<'a> Machine<'a> {
                 }
                 true
             }
-            Call::Settle => front.wait_settled(NO_WAIT)?,
+            Call::WaitDurable => front.wait_durable(NO_WAIT)?,
         };
         if done {
             process.calls.pop_front();
@@ -361,12 +361,12 @@ impl<'a> Machine<'a> {
         let Some(process) = &self.process else { return "no process".into() };
         let state = process.front.shared.lock();
         format!(
-            "the training is stuck at step {} before {:?}: begun {}, ended {}, settled {}, {} operations wait, failure {:?}",
+            "the training is stuck at step {} before {:?}: newest {}, finished {}, durable {}, {} operations wait, failure {:?}",
             process.step,
             process.calls.front(),
-            state.begun,
-            state.ended,
-            state.settled,
+            state.newest,
+            state.finished,
+            state.durable,
             self.drive.waiting(),
             state.failure
         )
@@ -398,11 +398,11 @@ impl<'a> Machine<'a> {
                 .strip_prefix("step ")
                 .and_then(|number| number.parse::<u64>().ok())
                 .ok_or("an abort lost the blob")?;
-            let settled = process.front.shared.lock().settled;
+            let durable = process.front.shared.lock().durable;
             process.calls.clear();
             process.away.clear();
             process.waiting.clear();
-            (process.from, process.step, process.settled) = (step, step, settled);
+            (process.from, process.step, process.durable) = (step, step, durable);
             if step < self.acknowledged || step > self.handed_over.max(self.acknowledged) {
                 return Err(format!("the abort went to step {step}"));
             }
@@ -431,7 +431,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// Steps that have ended are committed, the one under way is dropped, and the store is marked.
+    /// Finished steps are committed, the pending one is dropped, and the store is marked.
     fn close(&mut self) {
         let Some(process) = &self.process else { return };
         let _ = process.front.send(Command::Stop);

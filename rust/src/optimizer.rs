@@ -2,7 +2,9 @@
 //! computing over slices, to the bit the same on every CPU and with any number of threads.
 
 pub mod adamw;
+mod kernel;
 pub mod norm;
+mod scalar;
 pub mod split;
 #[cfg(target_arch = "x86_64")]
 mod vector;

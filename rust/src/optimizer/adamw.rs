@@ -32,14 +32,13 @@
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::fmt;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::optimizer::split::{join, split};
-#[cfg(target_arch = "x86_64")]
-use crate::optimizer::vector::{avx2, avx512};
+pub use crate::optimizer::kernel::Kernel;
+pub use crate::optimizer::scalar::Scalars;
+use crate::optimizer::scalar::{step_f32, step_split};
 
 /// Parameters that one task updates: few enough to keep all cores busy to the end of a chunk, so
 /// many (0.7 MB) that handing a task out costs nothing beside it.
@@ -93,45 +92,6 @@ fn round(value: f64) -> f32 {
     value as f32
 }
 
-/// The scalars of one step for one tensor, worked out by [`AdamW::scalars`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scalars {
-    gradient_scale: f32,
-    decay: f32,
-    exp_avg_weight: f32,
-    beta2: f32,
-    exp_avg_sq_weight: f32,
-    step_size: f32,
-    bias_correction2_sqrt: f32,
-    eps: f32,
-}
-
-impl Scalars {
-    /// One parameter: new weight, `exp_avg`, `exp_avg_sq`.
-    #[expect(clippy::inline_always, reason = "it must be compiled for its caller's CPU features")]
-    #[inline(always)]
-    fn step<const TAIL: bool>(&self, weight: f32, g: f32, m: f32, v: f32) -> (f32, f32, f32) {
-        let g = g * self.gradient_scale;
-        let w = self.exp_avg_weight;
-        let exp_avg = if w < 0.5 {
-            w.mul_add(g - m, m)
-        } else {
-            // The two differ for w == 1, in the sign of zero.
-            let w = if TAIL { -(1.0 - w) } else { w - 1.0 };
-            w.mul_add(g - m, g)
-        };
-        let square = self.exp_avg_sq_weight * g;
-        let exp_avg_sq = if TAIL {
-            v.mul_add(self.beta2, square * g)
-        } else {
-            square.mul_add(g, v * self.beta2)
-        };
-        let denominator = exp_avg_sq.sqrt() / self.bias_correction2_sqrt + self.eps;
-        let weight = weight * self.decay + self.step_size * exp_avg / denominator;
-        (weight, exp_avg, exp_avg_sq)
-    }
-}
-
 /// Consecutive parameters of one tensor that lie in one chunk, and what they share.
 ///
 /// A tensor may be cut into spans at multiples of 8 parameters from its start only (chunk borders
@@ -153,62 +113,6 @@ impl Span {
 
     fn tail_start(&self) -> usize {
         self.end() - self.len % LANES
-    }
-}
-
-/// A way to run the update. All give the same bits (of a moment that is NaN, a NaN).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kernel {
-    /// Plain code: the specification. Slow where the compiler may not assume fused multiply-add.
-    Scalar,
-    /// AVX2 and FMA; runs as `Scalar` on a CPU that lacks them.
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    /// AVX-512 (F, BW, DQ, VL); runs as `Scalar` on a CPU that lacks them.
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
-impl Kernel {
-    /// The kernels that this CPU can run, fastest last.
-    #[must_use]
-    pub fn available() -> Vec<Self> {
-        let all = [
-            Self::Scalar,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512,
-        ];
-        all.into_iter().filter(|kernel| kernel.is_available()).collect()
-    }
-
-    /// The fastest kernel that this CPU can run.
-    #[must_use]
-    pub fn detect() -> Self {
-        Self::available().pop().unwrap_or(Self::Scalar)
-    }
-
-    fn is_available(self) -> bool {
-        match self {
-            Self::Scalar => true,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => avx2::available(),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => avx512::available(),
-        }
-    }
-}
-
-impl fmt::Display for Kernel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Scalar => "scalar",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => "avx2+fma",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => "avx512",
-        })
     }
 }
 
@@ -273,18 +177,10 @@ pub(crate) fn tile_f32(
         };
         let (g, m) = (&gradient[range.clone()], &mut exp_avg[range.clone()]);
         let v = &mut exp_avg_sq[range];
-        match (part, kernel) {
-            (Part::Gap, _) => out.copy_from_slice(weight),
-            #[cfg(target_arch = "x86_64")]
-            (Part::Body(scalars), Kernel::Avx2) => avx2::step_f32(scalars, weight, out, g, m, v),
-            #[cfg(target_arch = "x86_64")]
-            (Part::Body(scalars), Kernel::Avx512) => {
-                avx512::step_f32(scalars, weight, out, g, m, v);
-            }
-            (Part::Body(scalars), Kernel::Scalar) => {
-                step_f32::<false>(scalars, weight, out, g, m, v);
-            }
-            (Part::Tail(scalars), _) => step_f32::<true>(scalars, weight, out, g, m, v),
+        match part {
+            Part::Gap => out.copy_from_slice(weight),
+            Part::Body(scalars) => kernel.step_f32(scalars, weight, out, g, m, v),
+            Part::Tail(scalars) => step_f32::<true>(scalars, weight, out, g, m, v),
         }
     }
 }
@@ -361,20 +257,10 @@ pub(crate) fn tile_split(
         };
         let (low, g) = (&mut remainder[range.clone()], &gradient[range.clone()]);
         let (m, v) = (&mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
-        match (part, kernel) {
-            (Part::Gap, _) => out.copy_from_slice(weight),
-            #[cfg(target_arch = "x86_64")]
-            (Part::Body(scalars), Kernel::Avx2) => {
-                avx2::step_split(scalars, weight, out, low, g, m, v);
-            }
-            #[cfg(target_arch = "x86_64")]
-            (Part::Body(scalars), Kernel::Avx512) => {
-                avx512::step_split(scalars, weight, out, low, g, m, v);
-            }
-            (Part::Body(scalars), Kernel::Scalar) => {
-                step_split::<false>(scalars, weight, out, low, g, m, v);
-            }
-            (Part::Tail(scalars), _) => step_split::<true>(scalars, weight, out, low, g, m, v),
+        match part {
+            Part::Gap => out.copy_from_slice(weight),
+            Part::Body(scalars) => kernel.step_split(scalars, weight, out, low, g, m, v),
+            Part::Tail(scalars) => step_split::<true>(scalars, weight, out, low, g, m, v),
         }
     }
 }
@@ -437,43 +323,4 @@ fn pieces(
         let end = range.end;
         range.step_by(longest).map(move |from| (from..(from + longest).min(end), part))
     })
-}
-
-/// The loop over whole slices. It is compiled once for each kernel.
-#[expect(clippy::inline_always, reason = "it must be compiled for its caller's CPU features")]
-#[inline(always)]
-pub(super) fn step_f32<const TAIL: bool>(
-    scalars: &Scalars,
-    weight: &[f32],
-    weight_out: &mut [f32],
-    gradient: &[f32],
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
-) {
-    let moments = exp_avg.iter_mut().zip(exp_avg_sq);
-    for (((w, out), g), (m, v)) in weight.iter().zip(weight_out).zip(gradient).zip(moments) {
-        (*out, *m, *v) = scalars.step::<TAIL>(*w, *g, *m, *v);
-    }
-}
-
-/// As [`step_f32`], for split weights.
-#[expect(clippy::inline_always, reason = "it must be compiled for its caller's CPU features")]
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
-pub(super) fn step_split<const TAIL: bool>(
-    scalars: &Scalars,
-    weight: &[u16],
-    weight_out: &mut [u16],
-    remainder: &mut [i16],
-    gradient: &[f32],
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
-) {
-    let weights = weight.iter().zip(weight_out).zip(remainder);
-    let moments = exp_avg.iter_mut().zip(exp_avg_sq);
-    for ((((w, out), low), g), (m, v)) in weights.zip(gradient).zip(moments) {
-        let master;
-        (master, *m, *v) = scalars.step::<TAIL>(join(*w, *low), *g, *m, *v);
-        (*out, *low) = split(if master.is_nan() { f32::NAN } else { master });
-    }
 }

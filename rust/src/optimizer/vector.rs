@@ -5,8 +5,7 @@
 macro_rules! kernel {
     ($name:ident, $features:literal, $($detected:tt),+) => {
         pub(super) mod $name {
-            use crate::optimizer::adamw::{self, Scalars};
-            use crate::optimizer::norm;
+            use crate::optimizer::scalar::{self, Scalars};
 
             /// Whether this CPU can run this module's code. The answer is cached by the standard
             /// library.
@@ -14,7 +13,7 @@ macro_rules! kernel {
                 $(is_x86_feature_detected!($detected))&&+
             }
 
-            /// [`adamw::step_f32`] of a span's body.
+            /// [`scalar::step_f32`] of a span's body.
             pub(in crate::optimizer) fn step_f32(
                 scalars: &Scalars,
                 weight: &[f32],
@@ -28,13 +27,13 @@ macro_rules! kernel {
                     // said so.
                     unsafe { vector_f32(scalars, weight, weight_out, gradient, exp_avg, exp_avg_sq) }
                 } else {
-                    adamw::step_f32::<false>(
+                    scalar::step_f32::<false>(
                         scalars, weight, weight_out, gradient, exp_avg, exp_avg_sq,
                     );
                 }
             }
 
-            /// [`adamw::step_split`] of a span's body.
+            /// [`scalar::step_split`] of a span's body.
             #[expect(clippy::too_many_arguments, reason = "one slice a plane")]
             pub(in crate::optimizer) fn step_split(
                 scalars: &Scalars,
@@ -54,27 +53,27 @@ macro_rules! kernel {
                         );
                     }
                 } else {
-                    adamw::step_split::<false>(
+                    scalar::step_split::<false>(
                         scalars, weight, weight_out, remainder, gradient, exp_avg, exp_avg_sq,
                     );
                 }
             }
 
-            /// [`norm::squares_of`] one run.
+            /// [`scalar::squares`] one run.
             pub(in crate::optimizer) fn squares(run: &[f32]) -> f64 {
                 if available() {
                     // SAFETY: the CPU has the features, `available` on the line above has just
                     // said so.
                     unsafe { vector_squares(run) }
                 } else {
-                    norm::squares_of(run)
+                    scalar::squares(run)
                 }
             }
 
             #[inline(never)]
             #[target_feature(enable = $features)]
             fn vector_squares(run: &[f32]) -> f64 {
-                norm::squares_of(run)
+                scalar::squares(run)
             }
 
             // Never inlined: the compiler learns from the arguments that the slices do not
@@ -89,7 +88,7 @@ macro_rules! kernel {
                 exp_avg: &mut [f32],
                 exp_avg_sq: &mut [f32],
             ) {
-                adamw::step_f32::<false>(
+                scalar::step_f32::<false>(
                     scalars, weight, weight_out, gradient, exp_avg, exp_avg_sq,
                 );
             }
@@ -106,7 +105,7 @@ macro_rules! kernel {
                 exp_avg: &mut [f32],
                 exp_avg_sq: &mut [f32],
             ) {
-                adamw::step_split::<false>(
+                scalar::step_split::<false>(
                     scalars, weight, weight_out, remainder, gradient, exp_avg, exp_avg_sq,
                 );
             }

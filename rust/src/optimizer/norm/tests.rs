@@ -1,4 +1,5 @@
 use super::*;
+use crate::optimizer::scalar::LANES;
 
 fn sum_of_squares(kernel: Kernel, tensors: &[Range<usize>], gradient: &[f32]) -> f64 {
     squares_of_runs(kernel, tensors, gradient).iter().sum()

@@ -197,6 +197,17 @@ impl Transfers {
     }
 }
 
+impl ScratchFile {
+    /// Writes the whole file once, so that every extent is more than reserved.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn fill(&self, engine: &Arc<dyn Engine>) -> Result {
+        let transfers = Transfers::new(engine, Form { bytes: 4 << 20, depth: 8 })?;
+        transfers.run(self, Traffic::Write, 0, Limit::bytes(self.bytes)).map(|_| ())
+    }
+}
+
 impl Drop for Transfers {
     fn drop(&mut self) {
         self.engine.unregister();

@@ -15,7 +15,7 @@ use io_uring::{IoUring, Probe, opcode};
 use rustix::event::EventfdFlags;
 
 use crate::error::{Error, Result};
-use crate::io::engine::uring::driver::Driver;
+use crate::io::engine::uring::driver::{Command, Driver};
 use crate::io::engine::{Counters, Engine, Request};
 use crate::io::fork::NotInherited;
 use crate::memory::slot::Region;
@@ -23,27 +23,7 @@ use crate::memory::slot::Region;
 mod driver;
 mod trial;
 
-/// How the ring is set up and requests are cut. The default needs no tuning: `benches/README.md` says why.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tuning {
-    /// Pieces in flight at once.
-    pub depth: usize,
-    /// Larger requests are cut into pieces of this size.
-    pub piece_bytes: usize,
-}
-
-impl Default for Tuning {
-    fn default() -> Self {
-        Self { depth: 64, piece_bytes: 2 << 20 }
-    }
-}
-
-/// What the front asks of the driver.
-enum Command {
-    Submit(Request),
-    Register(Arc<Region>, Sender<Result<(), String>>),
-    Unregister(Sender<()>),
-}
+pub use driver::Tuning;
 
 /// io_uring behind one thread.
 #[derive(Debug)]

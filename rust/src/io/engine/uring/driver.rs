@@ -8,12 +8,11 @@ use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, TryRecvError};
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 
 use crate::error::Error;
-use crate::io::engine::uring::{Command, Tuning};
 use crate::io::engine::{Completion, Counters, Operation, Request};
 use crate::memory::slot::Region;
 
@@ -22,6 +21,28 @@ const REGISTERED_BYTES: usize = 1 << 30;
 /// How long a drop waits for the kernel; drives give up on a request after 30 s.
 const DRAIN_WAIT: Duration = Duration::from_secs(60);
 const WAKE: u64 = u64::MAX;
+
+/// How the ring is set up and requests are cut. The default needs no tuning: `benches/README.md` says why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Pieces in flight at once.
+    pub depth: usize,
+    /// Larger requests are cut into pieces of this size.
+    pub piece_bytes: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self { depth: 64, piece_bytes: 2 << 20 }
+    }
+}
+
+/// What the front asks of the driver.
+pub(super) enum Command {
+    Submit(Request),
+    Register(Arc<Region>, Sender<Result<(), String>>),
+    Unregister(Sender<()>),
+}
 
 /// A request and how far it is.
 struct InFlight {

@@ -15,7 +15,8 @@ use crate::io::engine::{Completion, Operation, Request};
 use crate::memory::slot::Slot;
 use crate::store::checksum;
 use crate::store::{Entry, ReadPlan, Sequence, Sequenced, Store, Table};
-use crate::tensors::{Allocation, Outcome};
+use crate::tensors::arena::Allocation;
+use crate::tensors::ticket::Outcome;
 use crate::units::Group;
 
 mod commits;

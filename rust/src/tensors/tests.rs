@@ -1,5 +1,7 @@
 //! Tensors over a faulty drive in RAM: what is committed is whole, whatever happens and when.
 
+use std::time::Duration;
+
 use super::*;
 use crate::io::drives::Drives;
 use crate::io::engine::faulty::{Fault, Faulty, Plan};

@@ -6,7 +6,7 @@ use super::{Mover, Pending, Plan, Running};
 use crate::error::{Error, Result};
 use crate::memory::slot::Slot;
 use crate::store::Next;
-use crate::tensors::Outcome;
+use crate::tensors::ticket::Outcome;
 
 impl Mover {
     pub(super) fn commit(&mut self, done: Sender<Outcome>) {

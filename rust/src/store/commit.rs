@@ -15,8 +15,9 @@ use crate::io::engine::{self, Completion, Operation, Request};
 use crate::io::file::DirectFile;
 use crate::memory::slot::Slot;
 use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
+use crate::store::state::{BLOB_BYTES_MAX, Committed, Store};
 use crate::store::superblock::{GENERATION_MAX, Superblock};
-use crate::store::{BLOB_BYTES_MAX, Committed, Store, Table};
+use crate::store::table::Table;
 use crate::units::{PAGE_BYTES, to_usize};
 
 /// Operations of which each starts when the one before it has completed. When the last one has, the

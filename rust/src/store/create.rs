@@ -15,8 +15,9 @@ use crate::memory::slot::Slot;
 use crate::store::checksum;
 use crate::store::header::{HEADER_OFFSETS, Header};
 use crate::store::layout::{Layout, Manifest};
-use crate::store::recovery::{self, Opened};
-use crate::store::{OpenOptions, Store, Table};
+use crate::store::recovery::{self, OpenOptions, Opened};
+use crate::store::state::Store;
+use crate::store::table::Table;
 use crate::units::{Group, PAGE_BYTES};
 
 /// A store that is being filled. Until `finish` its files lie under temporary names next to their

@@ -1,22 +1,24 @@
 //! Opening: believe nothing before it was flushed and checked, and find the newest whole state.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::error::{Error, Result};
 use crate::io::drives::Drives;
-use crate::io::engine::faulty::{Faulty, Plan};
-use crate::io::engine::{self, Engine, Operation, choice};
+use crate::io::engine::choice::{self, Choice};
+use crate::io::engine::faulty::{Fault, Faulty, Plan, Point};
+use crate::io::engine::{self, Engine, Operation};
 use crate::io::file::{self, DirectFile};
 use crate::memory::ledger::Ledger;
 use crate::memory::slot::Slot;
 use crate::store::checksum::crc64;
 use crate::store::header::{CLEAN_MARKER_OFFSET, HEADER_OFFSETS, Header, SUPERBLOCK_OFFSETS};
 use crate::store::layout::{Durability, Layout, MANIFEST_BYTES_MAX, Manifest};
+use crate::store::state::{BLOB_BYTES_MAX, CommitBuffers, Committed, Store};
 use crate::store::superblock::{Superblock, marked_generation};
-use crate::store::verify::Report;
-use crate::store::{BLOB_BYTES_MAX, CommitBuffers, Committed, OpenOptions, Store, Table};
+use crate::store::table::Table;
+use crate::store::verify::report::Report;
 use crate::units::{PAGE_BYTES, to_usize};
 
 mod glance;
@@ -35,18 +37,60 @@ pub(super) struct Opened {
     pub(super) boot_id: [u8; 16],
 }
 
-pub(super) fn open(drives: Drives, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
-    let (mut engine, engine_note) = choice::start(options.engine, drives.count())?;
-    if !options.faults.is_empty() {
-        let plan = Plan { faults: options.faults, ..Plan::default() };
-        engine = Arc::new(Faulty::over(engine, plan));
+/// How to open a store.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// How bytes move.
+    pub engine: Choice,
+    /// What goes wrong on purpose; for tests.
+    pub faults: Vec<(Point, Fault)>,
+}
+
+impl Store {
+    /// Opens a store at its newest whole generation. `paths` are its files, the main one first, in the
+    /// order in which it was created.
+    ///
+    /// # Errors
+    /// `InUse`, `Format`, `Corrupt`, `Unsupported`, `Io`; no file is changed by any of them.
+    pub fn open(paths: &[PathBuf], options: OpenOptions, ledger: &Ledger) -> Result<Self> {
+        Self::open_in(Drives::open_waiting(paths, &mut |_, _| Ok(()))?, options, ledger)
     }
-    drives.iter().try_for_each(|file| file::sync_directory(file.path()))?;
-    open_on(drives, engine, engine_note, file::boot_id(), ledger)
+
+    /// The same, in files that are open and locked already.
+    ///
+    /// # Errors
+    /// As `open`, but for `InUse`.
+    pub fn open_in(drives: Drives, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
+        let (mut engine, note) = choice::start(options.engine, drives.count())?;
+        if !options.faults.is_empty() {
+            let plan = Plan { faults: options.faults, ..Plan::default() };
+            engine = Arc::new(Faulty::over(engine, plan));
+        }
+        drives.iter().try_for_each(|file| file::sync_directory(file.path()))?;
+        open_on(drives, engine, note, file::boot_id(), ledger)
+    }
+
+    /// Opens the store in files that this process has locked, over an engine that runs.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn open_on(
+        drives: &Drives,
+        engine: Arc<dyn Engine>,
+        boot_id: [u8; 16],
+        ledger: &Ledger,
+    ) -> Result<Self> {
+        open_on(drives.clone(), engine, None, boot_id, ledger)
+    }
+
+    /// Bytes in the ledger of a store with this layout, once it is open.
+    #[must_use]
+    pub fn memory_bytes(layout: &Layout) -> u64 {
+        let encoded = Table::encoded_bytes(layout).next_multiple_of(PAGE_BYTES);
+        table_bytes(layout) + (encoded + BLOB_BYTES_MAX + PAGE_BYTES) as u64
+    }
 }
 
 /// Opens the store in files that this process has locked.
-pub(super) fn open_on(
+fn open_on(
     drives: Drives,
     engine: Arc<dyn Engine>,
     engine_note: Option<String>,
@@ -253,12 +297,6 @@ pub(super) fn assemble(
         chunk_units: OnceLock::new(),
         _tables: tables,
     })
-}
-
-/// Memory of an open store: its tables, and the buffers of a commit.
-pub(super) fn memory_bytes(layout: &Layout) -> u64 {
-    let encoded = Table::encoded_bytes(layout).next_multiple_of(PAGE_BYTES);
-    table_bytes(layout) + (encoded + BLOB_BYTES_MAX + PAGE_BYTES) as u64
 }
 
 /// Committed and working table, the one that a commit makes committed, and the layout.

@@ -11,6 +11,7 @@ mod outside;
 mod pipeline;
 mod store;
 mod tensors;
+mod uuid;
 
 #[pymodule]
 #[pyo3(name = "_lib")]

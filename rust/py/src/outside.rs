@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::raise;
-use crate::store::uuid_text;
+use crate::uuid::uuid_text;
 
 /// Opens and locks the files of a store. `waiting` is called once, after a second, with who holds one;
 /// a signal ends the wait.

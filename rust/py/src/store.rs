@@ -19,6 +19,7 @@ use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::raise;
 use crate::outside;
+use crate::uuid::uuid_text;
 
 /// Accounts of allocated memory, by name.
 #[pyclass(frozen, module = "megatrain_io._lib")]
@@ -434,17 +435,6 @@ fn read_plane(store: &store::Store, chunk: usize, plane: &str) -> Result<Vec<u8>
             Ok(read(Group::Update)?[range].to_vec())
         }
     }
-}
-
-pub(crate) fn uuid_text(uuid: [u8; 16]) -> String {
-    let mut text = String::with_capacity(36);
-    for (index, byte) in uuid.iter().enumerate() {
-        if matches!(index, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
 }
 
 fn fault_of(

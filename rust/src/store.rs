@@ -19,6 +19,7 @@ mod table;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod tests;
+mod values;
 mod verify;
 
 pub use commit::{Next, Sequence, Sequenced};
@@ -27,4 +28,5 @@ pub use plans::{ReadPlan, WritePlan};
 pub use recovery::{Glance, OpenOptions};
 pub use state::{BLOB_BYTES_MAX, Committed, Store};
 pub use table::{Entry, Table};
+pub use values::ValueType;
 pub use verify::{Damage, Report};

@@ -6,11 +6,11 @@
 #![expect(clippy::print_stdout, reason = "the result of a program")]
 
 use divan::Bencher;
-use megatrain_io::adamw::Kernel;
-use megatrain_io::buffer::SlotList;
 use megatrain_io::error::Result;
-use megatrain_io::ledger::Ledger;
 use megatrain_io::measure::{Figure, Workload};
+use megatrain_io::memory::ledger::Ledger;
+use megatrain_io::memory::slot::SlotList;
+use megatrain_io::optimizer::adamw::Kernel;
 
 /// Parameters of a large chunk set: far more than the caches hold.
 const PARAMETERS: usize = 16 << 20;

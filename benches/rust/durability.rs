@@ -12,19 +12,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use megatrain_io::adamw::AdamW;
-use megatrain_io::buffer::Slot;
-use megatrain_io::engine::choice::Choice;
 use megatrain_io::error::{Error, Result};
-use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
-use megatrain_io::ledger::Ledger;
+use megatrain_io::io::engine::choice::Choice;
+use megatrain_io::memory::ledger::Ledger;
+use megatrain_io::memory::pool::{self, PoolSizes};
+use megatrain_io::memory::slot::Slot;
+use megatrain_io::optimizer::adamw::AdamW;
 use megatrain_io::pipeline::{
     After, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents, Schedule, TensorSettings,
     chunk_slot_bytes,
 };
-use megatrain_io::pool::{self, PoolSizes};
+use megatrain_io::store::layout::{Content, Durability, Manifest, Record, Tensor};
 use megatrain_io::store::{Creator, OpenOptions, Store};
-use megatrain_io::units::{Group, StateFormat};
+use megatrain_io::units::{Group, StateFormat, Unit};
 
 const FORMAT: StateFormat = StateFormat::Bf16;
 const CHUNK: u64 = 2 << 20;
@@ -111,13 +111,13 @@ fn run(files: &[PathBuf], durability: &str, steps: u64, every: u64) -> Result {
     for step in 1..=2 {
         train(&pipeline, &schedule, step, true)?;
     }
-    while !pipeline.wait_settled(LONG)? {}
+    while !pipeline.wait_durable(LONG)? {}
     let (start, before) = (Instant::now(), store.engine().0.counters().totals());
     for step in 3..steps + 3 {
         let commit = (step - 2).is_multiple_of(every) || durability == "scratch";
         train(&pipeline, &schedule, step, commit)?;
     }
-    while !pipeline.wait_settled(LONG)? {}
+    while !pipeline.wait_durable(LONG)? {}
     let (seconds, after) = (start.elapsed(), store.engine().0.counters().totals());
     drop(pipeline);
     store.mark_clean()?;
@@ -160,7 +160,7 @@ fn options(store: &Store) -> Options {
         tensors,
         residents: Residents::default(),
         gradient_files: GradientFiles::default(),
-        by_chunk: false,
+        unit: Unit::Record,
     }
 }
 

@@ -10,10 +10,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use megatrain_io::engine::Engine;
-use megatrain_io::engine::threads::{self, Threads};
-use megatrain_io::engine::uring::{self, Uring};
 use megatrain_io::error::Result;
+use megatrain_io::io::engine::Engine;
+use megatrain_io::io::engine::threads::{self, Threads};
+use megatrain_io::io::engine::uring::{self, Uring};
 use megatrain_io::measure::{Figure, Form, Limit, ScratchFile, Traffic, Transfers};
 
 /// One engine with its settings.

@@ -9,9 +9,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use megatrain_io::engine::Engine;
-use megatrain_io::engine::choice::{Choice, start};
 use megatrain_io::error::{Error, Result};
+use megatrain_io::io::engine::Engine;
+use megatrain_io::io::engine::choice::{Choice, start};
 use megatrain_io::measure::{Figure, Form, Limit, ScratchFile, Traffic, Transfers};
 
 const FILE_BYTES: u64 = 1 << 30;

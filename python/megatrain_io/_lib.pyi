@@ -211,7 +211,7 @@ class Pipeline:
         gradient_files: Sequence[Path],
         by_chunk: bool = False,
     ) -> Pipeline:
-        """A piece is what one buffer holds: a record, or with ``by_chunk`` a chunk."""
+        """A unit is what one buffer holds: a record, or with ``by_chunk`` a chunk."""
 
     @property
     def registration_refused(self) -> str | None: ...
@@ -221,26 +221,26 @@ class Pipeline:
         """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
 
     @overload
-    def take_weights(self, piece: int, patience: None = None) -> Buffer:
-        """The weights of the schedule's next load, which must be of ``piece``."""
+    def take_weights(self, unit: int, patience: None = None) -> Buffer:
+        """The weights of the schedule's next load, which must be of ``unit``."""
     @overload
-    def take_weights(self, piece: int, patience: float) -> Buffer | None:
+    def take_weights(self, unit: int, patience: float) -> Buffer | None:
         """None when so many seconds have passed."""
     @overload
-    def take_gradient(self, piece: int, patience: None = None) -> Buffer:
-        """A free fp32 gradient buffer for ``piece``."""
+    def take_gradient(self, unit: int, patience: None = None) -> Buffer:
+        """A free fp32 gradient buffer for ``unit``."""
     @overload
-    def take_gradient(self, piece: int, patience: float) -> Buffer | None:
+    def take_gradient(self, unit: int, patience: float) -> Buffer | None:
         """None when so many seconds have passed."""
     @overload
-    def take_outgoing(self, piece: int, patience: None = None) -> Buffer:
-        """By chunk, a free buffer for the weights of ``piece`` that come back for their update."""
+    def take_outgoing(self, unit: int, patience: None = None) -> Buffer:
+        """By chunk, a free buffer for the weights of ``unit`` that come back for their update."""
     @overload
-    def take_outgoing(self, piece: int, patience: float) -> Buffer | None:
+    def take_outgoing(self, unit: int, patience: float) -> Buffer | None:
         """None when so many seconds have passed."""
 
-    def submit(self, piece: int, weights: Buffer | None, gradient: Buffer) -> None:
-        """Hand the gradient of a whole piece over, with its weights, or without if the step only keeps it."""
+    def submit(self, unit: int, weights: Buffer | None, gradient: Buffer) -> None:
+        """Hand the gradient of a whole unit over, with its weights, or without if the step only keeps it."""
 
     def pool_memory(self) -> Buffer:
         """All of the pool's memory, for its address and length: nobody may read or write through it."""

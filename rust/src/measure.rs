@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
+mod flush;
 mod scratch;
 mod transfers;
 mod workload;
 
-pub use scratch::{FlushLatency, ScratchFile};
+pub use flush::FlushLatency;
+pub use scratch::ScratchFile;
 pub use transfers::{Form, Limit, TRAINING_CYCLE_BYTES, Traffic, Transfers};
 pub use workload::Workload;
 

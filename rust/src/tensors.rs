@@ -6,90 +6,34 @@
 //! the same. Whoever looks then sees old, new or mixed bytes, but never memory of another.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crossbeam_channel::{Sender, unbounded};
 
-use crate::buffer::{HugePages, Slot, SlotList};
-use crate::engine::Operation;
 use crate::error::{Error, Result};
-use crate::layout::Content;
+use crate::io::engine::Operation;
+use crate::memory::huge_pages::HugePages;
+use crate::memory::slot::{Slot, SlotList};
 use crate::store::Store;
+use crate::store::layout::Content;
 use crate::tensors::mover::{Command, Home, Mover, Transfer};
+use crate::tensors::ticket::Outcome;
 use crate::units::{Group, HUGE_PAGE_BYTES, PAGE_BYTES};
 
 mod arena;
 mod mover;
 #[cfg(test)]
 mod tests;
+mod ticket;
 
 pub use arena::{Allocation, Arena};
+pub use ticket::Ticket;
 
 /// Slots through which tensors elsewhere are copied, at most.
 const STAGING_SLOTS: usize = 8;
 /// At least so many: one is filled while the other is in flight.
 const STAGING_SLOTS_MIN: usize = 2;
-
-/// How a transfer ended; with its slot where the caller is to have that.
-type Outcome = Result<Option<Slot>>;
-
-/// Something that was asked for. Dropping it does not stop it.
-#[derive(Debug)]
-pub struct Ticket {
-    parts: Receiver<Outcome>,
-    state: Mutex<Awaited>,
-    process: u32,
-}
-
-#[derive(Debug)]
-struct Awaited {
-    left: usize,
-    outcome: Outcome,
-}
-
-impl Ticket {
-    /// One of `parts` parts, of which each sends its outcome.
-    fn new(parts: usize) -> (Sender<Outcome>, Self) {
-        let (sender, receiver) = unbounded();
-        let state = Mutex::new(Awaited { left: parts, outcome: Ok(None) });
-        (sender, Self { parts: receiver, state, process: std::process::id() })
-    }
-
-    /// Waits up to `timeout`, and returns `None` when it has passed.
-    pub fn wait(&self, timeout: Duration) -> Option<Result> {
-        let (owner, child) = (self.process, std::process::id());
-        if owner != child {
-            // A fork has no thread that could answer.
-            return Some(Err(Error::UsedAfterFork { owner, child }));
-        }
-        let end = Instant::now() + timeout;
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while state.left > 0 {
-            let outcome =
-                match self.parts.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                    Ok(outcome) => outcome,
-                    Err(RecvTimeoutError::Timeout) => return None,
-                    Err(RecvTimeoutError::Disconnected) => {
-                        state.left = 1;
-                        Err(Error::invalid("the thread of the store has stopped"))
-                    }
-                };
-            state.left -= 1;
-            if state.outcome.is_ok() {
-                state.outcome = outcome;
-            }
-        }
-        Some(state.outcome.as_ref().map(|_| ()).map_err(Error::clone))
-    }
-
-    /// The slot that came back with the outcome, once.
-    pub fn take_slot(&self) -> Option<Slot> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.outcome.as_mut().ok()?.take()
-    }
-}
 
 /// A put of a tensor that is copied chunk by chunk.
 #[derive(Debug)]

@@ -25,6 +25,36 @@ pub fn to_usize(value: u64) -> usize {
     usize::try_from(value).expect("a 64-bit machine")
 }
 
+/// What one buffer holds while weights and gradients move: a record, or less of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unit {
+    /// A whole record, for who computes in the buffer.
+    #[default]
+    Record,
+    /// A chunk, for who computes elsewhere and needs little memory here.
+    Chunk,
+}
+
+impl Unit {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Record, Self::Chunk];
+
+    /// Its name in messages and arguments.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Record => "record",
+            Self::Chunk => "chunk",
+        }
+    }
+
+    /// The one of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|unit| unit.name() == name)
+    }
+}
+
 /// One kind of state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Plane {
@@ -173,20 +203,4 @@ impl CopyId {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn trainable_formats_take_twelve_bytes_a_parameter() {
-        for format in [StateFormat::Bf16, StateFormat::F32] {
-            let bytes: usize = Group::ALL.iter().map(|g| format.group_bytes(*g)).sum();
-            assert_eq!(bytes, 12);
-        }
-    }
-
-    #[test]
-    fn round_up_reports_overflow() {
-        assert_eq!(round_up(4097, 4096), Some(8192));
-        assert_eq!(round_up(u64::MAX, 4096), None);
-    }
-}
+mod tests;

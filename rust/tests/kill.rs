@@ -1,5 +1,5 @@
 //! `kill -9` at any moment: the store opens at a whole step, no earlier than the last one that was
-//! acknowledged and no later than the last one that had ended, with the bits of the same training
+//! acknowledged and no later than the last one that was finished, with the bits of the same training
 //! in memory.
 //!
 //! The process that is killed is this very program, started again for one test, [`CHILD`], with a
@@ -14,12 +14,12 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use megatrain_io::engine::choice::{self, Choice};
 use megatrain_io::error::Error;
-use megatrain_io::ledger::Ledger;
+use megatrain_io::io::engine::choice::{self, Choice};
+use megatrain_io::memory::ledger::Ledger;
 use megatrain_io::pipeline::{After, GradientFiles, Kind, Options, Pipeline, Residents};
 use megatrain_io::store::{OpenOptions, Store};
-use megatrain_io::units::to_usize;
+use megatrain_io::units::{Unit, to_usize};
 
 use training::{LARGE, Memory, SMALL, Shape, WIDE, adamw, gradient, schedule};
 
@@ -39,8 +39,8 @@ struct Life {
     /// Whether each step is awaited; else the next one begins while it is committed.
     waits: bool,
     clips: Clips,
-    /// Whether weights and gradients go to and fro by chunk.
-    by_chunk: bool,
+    /// In which units weights and gradients go to and fro.
+    unit: Unit,
 }
 
 /// When updates are made that need the norm of all gradients.
@@ -60,13 +60,13 @@ impl Life {
         let engine = if self.engine == Choice::Uring { "uring" } else { "threads" };
         let (every, waits) = (self.commit_every, self.waits);
         let clips = self.clips as usize;
-        let (by_chunk, shape) = (self.by_chunk, self.shape.name);
-        format!("{engine} {shape} {every} {waits} {clips} {by_chunk} {}", path.display())
+        let (unit, shape) = (self.unit.name(), self.shape.name);
+        format!("{engine} {shape} {every} {waits} {clips} {unit} {}", path.display())
     }
 
     fn decode(text: &str) -> (Self, PathBuf) {
         let parts: Vec<&str> = text.splitn(7, ' ').collect();
-        let [engine, shape, every, waits, clips, by_chunk, path] = parts[..] else {
+        let [engine, shape, every, waits, clips, unit, path] = parts[..] else {
             panic!("{VARIABLE} is {text}")
         };
         let shape = [SMALL, LARGE, WIDE].into_iter().find(|s| s.name == shape).expect("a shape");
@@ -76,7 +76,7 @@ impl Life {
             commit_every: every.parse().expect("a number"),
             waits: waits.parse().expect("true or false"),
             clips: CLIPS[clips.parse::<usize>().expect("a number")],
-            by_chunk: by_chunk.parse().expect("true or false"),
+            unit: Unit::named(unit).expect("record or chunk"),
         };
         (life, path.into())
     }
@@ -97,39 +97,32 @@ impl Life {
             Clips::Later => &[Kind::Keep],
             Clips::Guessing => &[Kind::Update, Kind::Keep],
         };
-        let by_chunk = self.by_chunk;
+        let unit = self.unit;
         let schedules =
-            [Kind::Load, Kind::Apply].map(|first| schedule(&store, by_chunk, first, gradients));
+            [Kind::Load, Kind::Apply].map(|first| schedule(&store, unit, first, gradients));
         let mut waiting = false;
-        let (pool, tensors) = (self.shape.pool(by_chunk), self.shape.settings());
-        let pieces = |record: usize| match by_chunk {
-            true => store.layout().records()[record].clone(),
-            false => record..record + 1,
+        let (pool, tensors) = (self.shape.pool(unit), self.shape.settings());
+        let units = |record: usize| match unit {
+            Unit::Chunk => store.layout().records()[record].clone(),
+            Unit::Record => record..record + 1,
         };
         // Half of the state stays in RAM where several steps share a commit.
         let half = |count: usize| (0..count).step_by(2).filter(|_| self.commit_every > 1).collect();
         let chunks = store.layout().chunks();
         let mut residents =
             Residents { records: half(3), chunks: half(chunks.len()), gradients: vec![] };
-        residents.records = residents.records.into_iter().flat_map(pieces).collect();
+        residents.records = residents.records.into_iter().flat_map(units).collect();
         residents.chunks.retain(|chunk| chunks[*chunk].format().is_trainable());
         let mut gradient_files = GradientFiles::default();
         if self.clips != Clips::Never {
             // The others wait on the drive.
-            residents.gradients = pieces(1).collect();
+            residents.gradients = units(1).collect();
             let paths: Vec<_> = self.shape.files(&path.with_file_name("gradients"));
             gradient_files =
-                GradientFiles::create(&paths, store.pieces(by_chunk), &residents.gradients)?;
+                GradientFiles::create(&paths, store.units(unit), &residents.gradients)?;
         }
-        let options = Options {
-            pool,
-            threads: 2,
-            kernel: None,
-            tensors,
-            residents,
-            gradient_files,
-            by_chunk,
-        };
+        let options =
+            Options { pool, threads: 2, kernel: None, tensors, residents, gradient_files, unit };
         let pipeline = Pipeline::start(Arc::clone(&store), &options)?;
         // The harness leaves its first line open.
         say("");
@@ -151,12 +144,12 @@ impl Life {
                 with.gradient_scale = 1.0;
             }
             pipeline.begin(Arc::clone(schedule), with, commit.is_some())?;
-            for piece in (0..3).flat_map(pieces) {
-                drop(pipeline.take_weights(piece, LONG)?.expect("in time"));
+            for unit in (0..3).flat_map(units) {
+                drop(pipeline.take_weights(unit, LONG)?.expect("in time"));
                 say_acknowledged();
             }
             for record in (0..3).rev() {
-                self.train_record(&pipeline, record, pieces(record), step, &mut say_acknowledged)?;
+                self.train_record(&pipeline, record, units(record), step, &mut say_acknowledged)?;
             }
             if commit.is_some() {
                 say(&format!("ending {step}"));
@@ -169,7 +162,7 @@ impl Life {
             let after = if waiting { After::Applied(scale) } else { After::Stands };
             pipeline.end(commit.map(String::into_bytes), after)?;
             if self.waits && !waiting {
-                assert!(pipeline.wait_settled(LONG)?, "not settled in time");
+                assert!(pipeline.wait_durable(LONG)?, "not durable in time");
             }
             say_acknowledged();
         }
@@ -183,35 +176,36 @@ impl Life {
         &self,
         pipeline: &Pipeline,
         record: usize,
-        pieces: Range<usize>,
+        units: Range<usize>,
         step: u64,
         say_acknowledged: &mut impl FnMut(),
     ) -> Result<(), Error> {
         let mut away = Vec::new();
-        for piece in pieces.clone() {
-            let slot = pipeline.take_weights(piece, LONG)?.expect("in time");
-            let stays = pipeline.pool().residents.weights_of(piece).is_some();
-            let goes = self.by_chunk && !stays;
+        for unit in units.clone() {
+            let slot = pipeline.take_weights(unit, LONG)?.expect("in time");
+            let stays = pipeline.pool().residents.weights_of(unit).is_some();
+            let goes = self.unit == Unit::Chunk && !stays;
             away.push(if goes { Err(slot.to_vec()) } else { Ok(slot) });
         }
-        for (piece, weights) in pieces.clone().zip(away) {
+        for (unit, weights) in units.clone().zip(away) {
             let weights = match weights {
                 Ok(slot) => Some(slot),
                 // They need not come back if they are not updated yet.
                 Err(_) if self.clips == Clips::Later => None,
                 Err(bytes) => {
-                    let mut slot = pipeline.take_outgoing(piece, LONG)?.expect("in time");
+                    let mut slot = pipeline.take_outgoing(unit, LONG)?.expect("in time");
                     slot.copy_from_slice(&bytes);
                     Some(slot)
                 }
             };
-            let first = if self.by_chunk { self.shape.start_of(piece - pieces.start) } else { 0 };
-            let parameters = to_usize(pipeline.pieces().record_parameters(piece));
-            let mut buffer = pipeline.take_gradient(piece, LONG)?.expect("in time");
+            let first =
+                if self.unit == Unit::Chunk { self.shape.start_of(unit - units.start) } else { 0 };
+            let parameters = to_usize(pipeline.units().record_parameters(unit));
+            let mut buffer = pipeline.take_gradient(unit, LONG)?.expect("in time");
             for (index, bytes) in buffer.chunks_mut(4).take(parameters).enumerate() {
                 bytes.copy_from_slice(&gradient(step, record, first + index).to_le_bytes());
             }
-            pipeline.submit(piece, weights, buffer)?;
+            pipeline.submit(unit, weights, buffer)?;
             say_acknowledged();
         }
         Ok(())
@@ -240,8 +234,8 @@ struct Death {
     store: Store,
     /// The last step that it knew to be durable.
     acknowledged: u64,
-    /// The last step that it ended, or was about to end, with a blob.
-    ended: u64,
+    /// The last step that it finished, or was about to finish, with a blob.
+    finished: u64,
     /// From the kill to the open store, the wait for the lock included.
     reopened: Duration,
 }
@@ -257,13 +251,13 @@ fn kill(life: &Life, path: &Path, pause: Duration, mut moment: impl FnMut(&str) 
         .spawn()
         .expect("started");
     let mut said = BufReader::new(child.stdout.take().expect("a pipe")).lines();
-    let (mut acknowledged, mut ended) = (0, 0);
+    let (mut acknowledged, mut finished) = (0, 0);
     // Whether the line is the child's: the harness says something, too.
     let mut note = |line: &str| {
         match line.split_once(' ').map(|(what, step)| (what, step.parse())) {
-            Some(("opened", Ok(step))) => (acknowledged, ended) = (step, step),
+            Some(("opened", Ok(step))) => (acknowledged, finished) = (step, step),
             Some(("acknowledged", Ok(step))) => acknowledged = step,
-            Some(("ending", Ok(step))) => ended = step,
+            Some(("ending", Ok(step))) => finished = step,
             _ => return false,
         }
         true
@@ -288,7 +282,7 @@ fn kill(life: &Life, path: &Path, pause: Duration, mut moment: impl FnMut(&str) 
     }
     let status = child.wait().expect("gone");
     assert_eq!(status.signal(), Some(9), "the child ended by itself: {status}");
-    Death { store, acknowledged, ended, reopened }
+    Death { store, acknowledged, finished, reopened }
 }
 
 /// Whether the kernel lets us have this engine.
@@ -321,7 +315,7 @@ fn kills(engine: Choice, shape: Shape, count: u64) {
             commit_every: [1, 3][random.usize(0..2)],
             waits: random.bool(),
             clips: CLIPS[random.usize(..3)],
-            by_chunk: random.u8(..3) == 0,
+            unit: if random.u8(..3) == 0 { Unit::Chunk } else { Unit::Record },
         };
         if life.clips == Clips::Guessing {
             life.commit_every = 1; // what is taken back lies beside a committed state
@@ -333,13 +327,16 @@ fn kills(engine: Choice, shape: Shape, count: u64) {
             lines == 0
         });
         let what = format!("seed {seed}, kill {kill_number}, {life:?}");
-        let Death { store, acknowledged, ended, reopened } = death;
+        let Death { store, acknowledged, finished, reopened } = death;
         let (before, step) = (memory.step, step_of(&store));
         assert!(
             step >= acknowledged,
             "{what}: step {acknowledged} was acknowledged and is gone; the store is at {step}"
         );
-        assert!(step <= ended, "{what}: step {step} had not ended; the last that had is {ended}");
+        assert!(
+            step <= finished,
+            "{what}: step {step} was not finished; the last that was is {finished}"
+        );
         let every = life.commit_every;
         assert!(step == before || step.is_multiple_of(every), "{what}: step {step} had no blob");
         generation += step / every - before / every;
@@ -350,12 +347,12 @@ fn kills(engine: Choice, shape: Shape, count: u64) {
         memory.train_to(step);
         memory.assert_is(&store, &what);
         survived += u64::from(step > acknowledged);
-        lost += u64::from(step < ended);
+        lost += u64::from(step < finished);
         slowest = slowest.max(reopened);
     }
     report(&format!(
         "{count} kills over {engine:?}, store {}: {} steps, {} generations in {:.1} s; {survived} \
-         times a step was durable that was not acknowledged yet, {lost} times an ended step was \
+         times a step was durable that was not acknowledged yet, {lost} times a finished step was \
          lost; open again after {slowest:.0?} at most",
         shape.name,
         memory.step,
@@ -401,8 +398,9 @@ fn the_store_opens_again_while_writes_of_the_killed_process_land() {
         let mut memory = Memory::new(&WIDE);
         let (mut slowest, mut in_flight) = (Duration::ZERO, 0);
         for _ in 0..4 {
-            let (clips, by_chunk) = (Clips::Never, fastrand::bool());
-            let life = Life { engine, shape: WIDE, commit_every: 1, waits: false, clips, by_chunk };
+            let clips = Clips::Never;
+            let unit = if fastrand::bool() { Unit::Chunk } else { Unit::Record };
+            let life = Life { engine, shape: WIDE, commit_every: 1, waits: false, clips, unit };
             let pause = Duration::from_micros(fastrand::u64(0..20_000));
             // The second step of a life ends: the first is committed, this one is being written.
             let mut endings = 0;
@@ -411,11 +409,11 @@ fn the_store_opens_again_while_writes_of_the_killed_process_land() {
                 endings == 2
             });
             let step = step_of(&death.store);
-            assert!((death.acknowledged..=death.ended).contains(&step));
+            assert!((death.acknowledged..=death.finished).contains(&step));
             memory.train_to(step);
             memory.assert_is(&death.store, &format!("{life:?}"));
             slowest = slowest.max(death.reopened);
-            in_flight += u32::from(step < death.ended);
+            in_flight += u32::from(step < death.finished);
         }
         report(&format!(
             "{in_flight} of 4 kills over {engine:?} amid the writes of a step; open again after \

@@ -2,7 +2,7 @@
 
 All parameters lie end to end, in the order in which a step meets them: embedding, decoder blocks, head,
 one record each. Offsets count parameters, not bytes, so they do not depend on the dtype. The same arithmetic
-lays the bytes out on disk (``rust/src/layout.rs``); a test holds the two together.
+lays the bytes out on disk (``rust/src/store/layout.rs``); a test holds the two together.
 """
 
 import json

@@ -3,7 +3,7 @@
 
 use std::sync::LazyLock;
 
-use megatrain_io::store::hostile::Hostile;
+use megatrain_io::store::tests::hostile::Hostile;
 use tempfile::TempDir;
 
 static HOSTILE: LazyLock<(TempDir, Hostile)> = LazyLock::new(|| {

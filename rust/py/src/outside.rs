@@ -5,15 +5,15 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use megatrain_io::drives::Drives;
 use megatrain_io::error::Error;
-use megatrain_io::file::{DioAlignment, DirectFile, LOCK_NOTICE, Owner};
+use megatrain_io::io::drives::Drives;
+use megatrain_io::io::file::{DioAlignment, DirectFile, LOCK_NOTICE, Owner};
 use megatrain_io::store;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::raise;
-use crate::store::uuid_text;
+use crate::uuid::uuid_text;
 
 /// Opens and locks the files of a store. `waiting` is called once, after a second, with who holds one;
 /// a signal ends the wait.

@@ -5,14 +5,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use megatrain_io::adamw::{AdamW, Kernel};
-use megatrain_io::buffer::Slot;
 use megatrain_io::error::Error;
+use megatrain_io::memory::pool::{self, PoolSizes};
+use megatrain_io::memory::slot::Slot;
+use megatrain_io::optimizer::adamw::{AdamW, Kernel};
 use megatrain_io::pipeline::{
     self, After, Cause, ChunkOp, GradientFiles, Kind, Options, Residents, TensorSettings,
 };
-use megatrain_io::pool::{self, PoolSizes};
-use megatrain_io::units::StateFormat;
+use megatrain_io::units::{StateFormat, Unit};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -54,7 +54,7 @@ impl Schedule {
             .collect::<PyResult<Vec<_>>>()?;
         let store = store.get()?;
         let schedule =
-            pipeline::Schedule::new(store.pieces(by_chunk), operations).map_err(raise)?;
+            pipeline::Schedule::new(store.units(unit_of(by_chunk)), operations).map_err(raise)?;
         Ok(Self { inner: Arc::new(schedule) })
     }
 }
@@ -70,9 +70,9 @@ pub(crate) struct Pipeline {
 impl Pipeline {
     /// `pool` maps each kind of slot to `(bytes, count)`; `tensors` lists
     /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order; `residents`
-    /// lists the pieces whose weights stay in RAM, the chunks whose update planes do, and the pieces
+    /// lists the units whose weights stay in RAM, the chunks whose update planes do, and the units
     /// whose gradients have a buffer of their own; `gradient_files` is where other gradients are kept.
-    /// A piece is what one buffer holds: a record, or a chunk where `by_chunk` is set.
+    /// A unit is what one buffer holds: a record, or a chunk where `by_chunk` is set.
     #[new]
     #[pyo3(signature = (store, pool, threads, kernel, tensors, residents, gradient_files, by_chunk=false))]
     #[expect(clippy::too_many_arguments, reason = "each is set once, in one place")]
@@ -105,12 +105,19 @@ impl Pipeline {
             let gradient_files = if gradient_files.is_empty() {
                 GradientFiles::default()
             } else {
-                let pieces = store.pieces(by_chunk);
-                GradientFiles::create(&gradient_files, pieces, &residents.gradients)?
+                let units = store.units(unit_of(by_chunk));
+                GradientFiles::create(&gradient_files, units, &residents.gradients)?
             };
             let pool = pool.sizes();
-            let options =
-                Options { pool, threads, kernel, tensors, residents, gradient_files, by_chunk };
+            let options = Options {
+                pool,
+                threads,
+                kernel,
+                tensors,
+                residents,
+                gradient_files,
+                unit: unit_of(by_chunk),
+            };
             pipeline::Pipeline::start(store, &options)
         };
         let pipeline = py.detach(start).map_err(raise)?;
@@ -142,55 +149,55 @@ impl Pipeline {
         self.get()?.begin(Arc::clone(&schedule.inner), adamw, commits).map_err(raise)
     }
 
-    /// The weights of the schedule's next load, which must be of `piece`. Waits for them, `patience`
+    /// The weights of the schedule's next load, which must be of `unit`. Waits for them, `patience`
     /// seconds where that is given: then `None` when they have passed.
-    #[pyo3(signature = (piece, patience=None))]
+    #[pyo3(signature = (unit, patience=None))]
     fn take_weights(
         &self,
         py: Python<'_>,
-        piece: usize,
+        unit: usize,
         patience: Option<f64>,
     ) -> PyResult<Option<Buffer>> {
         let pipeline = self.get()?;
-        let slot = wait_at_most(py, patience, |timeout| pipeline.take_weights(piece, timeout))?;
-        slot.map(|slot| weights_buffer(&pipeline, piece, slot)).transpose()
+        let slot = wait_at_most(py, patience, |timeout| pipeline.take_weights(unit, timeout))?;
+        slot.map(|slot| weights_buffer(&pipeline, unit, slot)).transpose()
     }
 
-    /// A free fp32 gradient buffer for `piece`; its content is arbitrary. Waits for one as `take_weights`.
-    #[pyo3(signature = (piece, patience=None))]
+    /// A free fp32 gradient buffer for `unit`; its content is arbitrary. Waits for one as `take_weights`.
+    #[pyo3(signature = (unit, patience=None))]
     fn take_gradient(
         &self,
         py: Python<'_>,
-        piece: usize,
+        unit: usize,
         patience: Option<f64>,
     ) -> PyResult<Option<Buffer>> {
         let pipeline = self.get()?;
-        let slot = wait_at_most(py, patience, |timeout| pipeline.take_gradient(piece, timeout))?;
+        let slot = wait_at_most(py, patience, |timeout| pipeline.take_gradient(unit, timeout))?;
         let Some(slot) = slot else { return Ok(None) };
-        let elements = elements_of(&pipeline, piece)?;
-        let what = format!("gradient of {}", pipeline.describe(piece).map_err(raise)?);
+        let elements = elements_of(&pipeline, unit)?;
+        let what = format!("gradient of {}", pipeline.describe(unit).map_err(raise)?);
         Ok(Some(Buffer::new(slot, Element::F32, elements, what)))
     }
 
-    /// By chunk, a free buffer for the weights of `piece` that come back for their update; its content is
+    /// By chunk, a free buffer for the weights of `unit` that come back for their update; its content is
     /// arbitrary. Waits for one as `take_weights`.
-    #[pyo3(signature = (piece, patience=None))]
+    #[pyo3(signature = (unit, patience=None))]
     fn take_outgoing(
         &self,
         py: Python<'_>,
-        piece: usize,
+        unit: usize,
         patience: Option<f64>,
     ) -> PyResult<Option<Buffer>> {
         let pipeline = self.get()?;
-        let slot = wait_at_most(py, patience, |timeout| pipeline.take_outgoing(piece, timeout))?;
-        slot.map(|slot| weights_buffer(&pipeline, piece, slot)).transpose()
+        let slot = wait_at_most(py, patience, |timeout| pipeline.take_outgoing(unit, timeout))?;
+        slot.map(|slot| weights_buffer(&pipeline, unit, slot)).transpose()
     }
 
-    /// Hands the gradient of a whole piece over, with its weights, or without where the step does not
+    /// Hands the gradient of a whole unit over, with its weights, or without where the step does not
     /// update with it; no tensor over either may live.
-    fn submit(&self, piece: usize, weights: Option<&Buffer>, gradient: &Buffer) -> PyResult<()> {
+    fn submit(&self, unit: usize, weights: Option<&Buffer>, gradient: &Buffer) -> PyResult<()> {
         let (weights, gradient) = (weights.map(Buffer::take).transpose()?, gradient.take()?);
-        self.get()?.submit(piece, weights, gradient).map_err(raise)
+        self.get()?.submit(unit, weights, gradient).map_err(raise)
     }
 
     /// The one mapping beneath all buffers of the pool, to register it with a device by address and length.
@@ -212,13 +219,13 @@ impl Pipeline {
         self.get()?.end(blob, after).map_err(raise)
     }
 
-    /// Waits until every step that has ended is written, and committed if that was asked for.
+    /// Waits until every finished step is durable: written, and committed if that was asked for.
     fn wait_settled(&self, py: Python<'_>) -> PyResult<()> {
         let pipeline = self.get()?;
-        wait(py, || pipeline.wait_settled(PATIENCE).map(|settled| settled.then_some(())))
+        wait(py, || pipeline.wait_durable(PATIENCE).map(|durable| durable.then_some(())))
     }
 
-    /// Drops the step under way, back to the last commit; a step that ended with a blob is committed
+    /// Drops the pending step, back to the last commit; a step that is finished with a blob is committed
     /// first.
     fn abort(&self, py: Python<'_>) -> PyResult<()> {
         let pipeline = self.get()?;
@@ -256,7 +263,7 @@ impl Pipeline {
         Ok((events, taken.dropped))
     }
 
-    /// Finishes the steps that have ended, drops one under way, and stops.
+    /// Writes the finished steps, drops a pending one, and stops.
     fn close(&self, py: Python<'_>) {
         let taken = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(taken));
@@ -323,22 +330,26 @@ fn wait_at_most<T: Send>(
     py.detach(|| poll(timeout)).map_err(raise)
 }
 
-fn weights_buffer(pipeline: &pipeline::Pipeline, piece: usize, slot: Slot) -> PyResult<Buffer> {
-    let pieces = pipeline.pieces();
-    let element = match pieces.chunks()[pieces.records()[piece].start].format() {
+fn weights_buffer(pipeline: &pipeline::Pipeline, unit: usize, slot: Slot) -> PyResult<Buffer> {
+    let units = pipeline.units();
+    let element = match units.chunks()[units.records()[unit].start].format() {
         StateFormat::Bf16 => Element::Bf16,
         StateFormat::F32 => Element::F32,
         StateFormat::Raw8 => Element::U8,
         StateFormat::Raw16 => Element::U16,
         StateFormat::Raw32 => Element::U32,
     };
-    let what = format!("weights of {}", pipeline.describe(piece).map_err(raise)?);
-    Ok(Buffer::new(slot, element, elements_of(pipeline, piece)?, what))
+    let what = format!("weights of {}", pipeline.describe(unit).map_err(raise)?);
+    Ok(Buffer::new(slot, element, elements_of(pipeline, unit)?, what))
 }
 
-fn elements_of(pipeline: &pipeline::Pipeline, piece: usize) -> PyResult<usize> {
-    let parameters = pipeline.pieces().record_parameters(piece);
+fn elements_of(pipeline: &pipeline::Pipeline, unit: usize) -> PyResult<usize> {
+    let parameters = pipeline.units().record_parameters(unit);
     usize::try_from(parameters).map_err(|e| PyValueError::new_err(e.to_string()))
+}
+
+fn unit_of(by_chunk: bool) -> Unit {
+    if by_chunk { Unit::Chunk } else { Unit::Record }
 }
 
 fn kernel_of(name: &str) -> PyResult<Kernel> {

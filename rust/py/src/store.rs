@@ -4,27 +4,27 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use megatrain_io::adamw;
-use megatrain_io::buffer::Slot;
-use megatrain_io::engine::Operation;
-use megatrain_io::engine::choice::Choice;
-use megatrain_io::engine::faulty::{Fault, Point};
 use megatrain_io::error::Error;
-use megatrain_io::layout::{Chunk, Manifest};
-use megatrain_io::store::{self, OpenOptions};
-use megatrain_io::units::{Group, StateFormat};
+use megatrain_io::io::engine::Operation;
+use megatrain_io::io::engine::choice::Choice;
+use megatrain_io::io::engine::faulty::{Fault, Point};
+use megatrain_io::memory::slot::Slot;
+use megatrain_io::store::layout::{Chunk, Manifest};
+use megatrain_io::store::{self, OpenOptions, ValueType};
+use megatrain_io::units::Group;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::raise;
 use crate::outside;
+use crate::uuid::uuid_text;
 
 /// Accounts of allocated memory, by name.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ledger {
-    pub(crate) inner: megatrain_io::ledger::Ledger,
+    pub(crate) inner: megatrain_io::memory::ledger::Ledger,
 }
 
 #[pymethods]
@@ -103,16 +103,17 @@ impl Creator {
             .chunks
             .get(chunk)
             .ok_or_else(|| PyValueError::new_err(format!("no chunk {chunk}")))?;
-        let width = match dtype {
-            "float32" => 4,
-            "bfloat16" => 2,
-            "raw" => place.format().weight_bytes(),
+        let of = match dtype {
+            "float32" => ValueType::F32,
+            "bfloat16" => ValueType::Bf16,
+            "raw" => ValueType::Raw,
             _ => {
                 return Err(PyValueError::new_err(format!(
                     "dtype {dtype:?}: float32, bfloat16 or raw"
                 )));
             }
         };
+        let width = of.bytes(place.format());
         if values.len() != place.parameters * width {
             let expected = place.parameters * width;
             return Err(PyValueError::new_err(format!(
@@ -126,8 +127,7 @@ impl Creator {
         let (mut creator, slot) = taken.ok_or_else(|| {
             raise(Error::invalid("the store is finished, or a write to it failed or is under way"))
         })?;
-        let slot =
-            py.detach(|| write(&mut creator, chunk, place, values, dtype, slot)).map_err(raise)?;
+        let slot = py.detach(|| creator.write_values(chunk, values, of, slot)).map_err(raise)?;
         *self.lock() = Some((creator, slot));
         Ok(())
     }
@@ -150,50 +150,6 @@ impl Creator {
     fn lock(&self) -> MutexGuard<'_, Option<(store::Creator, Slot)>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn write(
-    creator: &mut store::Creator,
-    chunk: usize,
-    place: &Chunk,
-    values: &[u8],
-    dtype: &str,
-    mut slot: Slot,
-) -> Result<Slot, Error> {
-    slot.fill(0);
-    let weights = place.parameters * place.format().weight_bytes();
-    let mut remainders: Vec<u8> = Vec::new();
-    match (place.format(), dtype) {
-        (StateFormat::Bf16, "float32") => {
-            for (value, weight) in values.chunks_exact(4).zip(slot[..weights].chunks_exact_mut(2)) {
-                let master = f32::from_le_bytes(value.try_into().unwrap_or_default());
-                let (upper, lower) = adamw::split(master);
-                weight.copy_from_slice(&upper.to_le_bytes());
-                remainders.extend(lower.to_le_bytes());
-            }
-        }
-        (StateFormat::F32, "bfloat16") => {
-            for (value, weight) in values.chunks_exact(2).zip(slot[..weights].chunks_exact_mut(4)) {
-                weight[2..].copy_from_slice(value);
-            }
-        }
-        (_, dtype) if dtype == "raw" || weights == values.len() => {
-            slot[..weights].copy_from_slice(values)
-        }
-        (format, dtype) => {
-            return Err(Error::invalid(format!(
-                "{dtype} values for a record of format {format:?}"
-            )));
-        }
-    }
-    let mut slot = creator.write_group(chunk, Group::Weight, 1, slot)?;
-    // Remainders that are all zero (a bf16 source) are not written: the table says so.
-    if remainders.iter().any(|byte| *byte != 0) {
-        slot.fill(0);
-        slot[..remainders.len()].copy_from_slice(&remainders);
-        slot = creator.write_group(chunk, Group::Update, 1, slot)?;
-    }
-    Ok(slot)
 }
 
 /// An open store.
@@ -312,7 +268,7 @@ impl Store {
         plane: &str,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let store = self.get()?;
-        let bytes = py.detach(|| read_plane(&store, chunk, plane)).map_err(raise)?;
+        let bytes = py.detach(|| store.read_plane(chunk, plane)).map_err(raise)?;
         Ok(PyBytes::new(py, &bytes))
     }
 
@@ -397,54 +353,6 @@ fn fields_of<'py>(
     fields.set_item("found", sums.map(|(_, found)| found))?;
     fields.set_item("message", damage.error.to_string())?;
     Ok(fields)
-}
-
-fn read_plane(store: &store::Store, chunk: usize, plane: &str) -> Result<Vec<u8>, Error> {
-    let place = *store
-        .layout()
-        .chunks()
-        .get(chunk)
-        .ok_or_else(|| Error::invalid(format!("no chunk {chunk}")))?;
-    let table = store.committed().table;
-    let read = |group: Group| {
-        let bytes = place.extent_bytes(group).max(1);
-        let slot = Slot::standalone(bytes, store.ledger(), "read")?;
-        store.read_group(&table, chunk, group, slot)
-    };
-    let weight_bytes = place.parameters * place.format().weight_bytes();
-    match plane {
-        "weight" => Ok(read(Group::Weight)?[..weight_bytes].to_vec()),
-        "master" if place.format() == StateFormat::Bf16 => {
-            let (weights, planes) = (read(Group::Weight)?, read(Group::Update)?);
-            let halves = weights[..weight_bytes].chunks_exact(2).zip(planes.chunks_exact(2));
-            let half = |bytes: &[u8]| u16::from_le_bytes(bytes.try_into().unwrap_or_default());
-            Ok(halves
-                .flat_map(|(w, r)| adamw::join(half(w), half(r).cast_signed()).to_le_bytes())
-                .collect())
-        }
-        "master" if place.format() == StateFormat::F32 => {
-            Ok(read(Group::Weight)?[..weight_bytes].to_vec())
-        }
-        _ => {
-            let planes = place.format().update_planes();
-            let index = planes.iter().position(|(p, _)| p.name() == plane);
-            let range = index.and_then(|i| place.plane_ranges(Group::Update).get(i).cloned());
-            let range = range
-                .ok_or_else(|| Error::invalid(format!("chunk {chunk} has no plane {plane:?}")))?;
-            Ok(read(Group::Update)?[range].to_vec())
-        }
-    }
-}
-
-pub(crate) fn uuid_text(uuid: [u8; 16]) -> String {
-    let mut text = String::with_capacity(36);
-    for (index, byte) in uuid.iter().enumerate() {
-        if matches!(index, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
 }
 
 fn fault_of(

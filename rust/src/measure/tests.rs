@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
-use crate::engine::Engine;
-use crate::engine::choice::{Choice, start};
-use crate::engine::faulty::{Fault, Faulty, Plan, Point};
 use crate::error::Error;
+use crate::io::engine::Engine;
+use crate::io::engine::choice::{Choice, start};
+use crate::io::engine::faulty::{Fault, Faulty, Plan, Point};
 
 const MIB: u64 = 1 << 20;
 

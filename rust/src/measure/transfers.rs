@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
 
-use crate::buffer::SlotList;
-use crate::engine::{Engine, Operation, Request};
 use crate::error::{Error, Result};
-use crate::ledger::Ledger;
+use crate::io::engine::{Engine, Operation, Request};
 use crate::measure::scratch::{PERIOD_BYTES, ScratchFile};
 use crate::measure::{Clocks, Figure};
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::SlotList;
 
 /// Extents of a chunk of 2 Mi parameters in bf16: its weights, and all that only the update needs.
 const WEIGHT_BYTES: u64 = 4 << 20;
@@ -194,6 +194,17 @@ impl Transfers {
         for slot in &mut slots {
             slot.chunks_mut(PERIOD_BYTES).for_each(&mut visit);
         }
+    }
+}
+
+impl ScratchFile {
+    /// Writes the whole file once, so that every extent is more than reserved.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn fill(&self, engine: &Arc<dyn Engine>) -> Result {
+        let transfers = Transfers::new(engine, Form { bytes: 4 << 20, depth: 8 })?;
+        transfers.run(self, Traffic::Write, 0, Limit::bytes(self.bytes)).map(|_| ())
     }
 }
 

@@ -4,12 +4,12 @@ use std::fmt;
 
 use rayon::prelude::*;
 
-use crate::adamw::{AdamW, Kernel, Span, update_f32, update_split};
-use crate::buffer::Slot;
-use crate::checksum::{self, Binding};
 use crate::error::{Error, Result};
-use crate::ledger::Ledger;
 use crate::measure::{Clocks, Figure};
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
+use crate::optimizer::adamw::{AdamW, Kernel, Span, update_f32, update_split};
+use crate::store::checksum::{self, Binding};
 use crate::units::Group;
 
 /// Bytes that an AdamW step reads and writes for each parameter, in either format.

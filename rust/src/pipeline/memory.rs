@@ -1,51 +1,51 @@
-//! What the memory of a pipeline must hold, and which list a piece's buffers come from.
+//! What the memory of a pipeline must hold, and which list a unit's buffers come from.
 
-use crate::buffer::SlotList;
 use crate::error::{Error, Result};
-use crate::layout::Layout;
-use crate::pipeline::TensorSettings;
-use crate::pipeline::pieces::{described, record_of};
-use crate::pool::{Pool, PoolSizes, ResidentSizes};
+use crate::memory::pool::{Pool, PoolSizes, ResidentSizes};
+use crate::memory::slot::SlotList;
+use crate::pipeline::unit_name::{described, record_of};
+use crate::pipeline::update::TensorSettings;
 use crate::store::Store;
-use crate::units::{Group, StateFormat};
+use crate::store::layout::Layout;
+use crate::units::{Group, StateFormat, Unit};
 
 /// What stays in RAM from step to step, in memory of its own. It is read once, updated in place, and
-/// written when a step is committed. Pieces are records, or chunks where `Options::by_chunk` is set.
+/// written when a step is committed. Units are records, or chunks with `Unit::Chunk`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Residents {
-    /// Pieces whose weights stay.
+    /// Units whose weights stay.
     pub records: Vec<usize>,
     /// Chunks whose update planes stay.
     pub chunks: Vec<usize>,
-    /// Pieces whose gradient has a buffer of its own, and waits there if it is kept.
+    /// Units whose gradient has a buffer of its own, and waits there if it is kept.
     pub gradients: Vec<usize>,
 }
 
 impl Residents {
-    /// The bytes of each, checked against the layout of pieces.
-    pub(super) fn sizes(&self, pieces: &Layout) -> Result<ResidentSizes> {
-        let count = pieces.records().len();
+    /// The bytes of each, checked against the layout of units.
+    pub(super) fn sizes(&self, units: &Layout) -> Result<ResidentSizes> {
+        let count = units.records().len();
         let mut sizes = ResidentSizes {
             weights: vec![0; count],
-            planes: vec![0; pieces.chunks().len()],
+            planes: vec![0; units.chunks().len()],
             gradients: vec![0; count],
         };
-        for &piece in &self.gradients {
-            let Some(bytes) = sizes.gradients.get_mut(piece) else {
-                let name = pieces.piece_name(piece);
+        for &unit in &self.gradients {
+            let Some(bytes) = sizes.gradients.get_mut(unit) else {
+                let name = units.unit_name(unit);
                 return Err(Error::invalid(format!("gradient of {name} of {count}")));
             };
-            *bytes = gradient_bytes(pieces, piece);
+            *bytes = gradient_bytes(units, unit);
         }
-        for &piece in &self.records {
-            let Some(bytes) = sizes.weights.get_mut(piece) else {
-                let name = pieces.piece_name(piece);
+        for &unit in &self.records {
+            let Some(bytes) = sizes.weights.get_mut(unit) else {
+                let name = units.unit_name(unit);
                 return Err(Error::invalid(format!("resident {name} of {count}")));
             };
-            *bytes = pieces.record_weight_bytes(piece);
+            *bytes = units.record_weight_bytes(unit);
         }
         for &index in &self.chunks {
-            let chunk = pieces.chunks().get(index).filter(|chunk| chunk.format().is_trainable());
+            let chunk = units.chunks().get(index).filter(|chunk| chunk.format().is_trainable());
             let Some(chunk) = chunk else {
                 return Err(Error::invalid(format!("resident chunk {index} has no update planes")));
             };
@@ -66,17 +66,17 @@ pub fn chunk_slot_bytes(format: StateFormat, parameters: usize) -> usize {
         .sum()
 }
 
-/// Where a piece's weights are loaded into. By chunk, outer buffers are for weights on their way back.
-pub(super) fn weight_list<'a>(pool: &'a Pool, pieces: &Layout, piece: usize) -> &'a SlotList {
-    if let Some(own) = pool.residents.weights_of(piece) {
+/// Where a unit's weights are loaded into. By chunk, outer buffers are for weights on their way back.
+pub(super) fn weight_list<'a>(pool: &'a Pool, units: &Layout, unit: usize) -> &'a SlotList {
+    if let Some(own) = pool.residents.weights_of(unit) {
         return own;
     }
-    let fits = pieces.record_weight_bytes(piece) <= pool.block_buffers.slot_bytes();
-    if fits || pieces.is_by_chunk() { &pool.block_buffers } else { &pool.outer_buffers }
+    let fits = units.record_weight_bytes(unit) <= pool.block_buffers.slot_bytes();
+    if fits || units.unit() == Unit::Chunk { &pool.block_buffers } else { &pool.outer_buffers }
 }
 
-pub(super) fn gradient_bytes(pieces: &Layout, piece: usize) -> usize {
-    crate::units::to_usize(pieces.record_parameters(piece)) * size_of::<f32>()
+pub(super) fn gradient_bytes(units: &Layout, unit: usize) -> usize {
+    crate::units::to_usize(units.record_parameters(unit)) * size_of::<f32>()
 }
 
 /// Bytes on the drive for the gradient of a chunk.
@@ -84,19 +84,19 @@ pub(super) fn kept_bytes(parameters: usize) -> usize {
     (parameters * size_of::<f32>()).next_multiple_of(crate::units::PAGE_BYTES)
 }
 
-pub(super) fn gradient_list<'a>(pool: &'a Pool, pieces: &Layout, piece: usize) -> &'a SlotList {
-    if let Some(own) = pool.residents.gradient_of(piece) {
+pub(super) fn gradient_list<'a>(pool: &'a Pool, units: &Layout, unit: usize) -> &'a SlotList {
+    if let Some(own) = pool.residents.gradient_of(unit) {
         return own;
     }
-    let fits = gradient_bytes(pieces, piece) <= pool.block_gradients.slot_bytes();
-    if fits || pieces.is_by_chunk() { &pool.block_gradients } else { &pool.outer_gradients }
+    let fits = gradient_bytes(units, unit) <= pool.block_gradients.slot_bytes();
+    if fits || units.unit() == Unit::Chunk { &pool.block_gradients } else { &pool.outer_gradients }
 }
 
 /// Checks that the pool has a buffer for whatever a step may need. `spills` says whether gradients that
 /// have no buffer of their own are kept on the drive.
 pub(super) fn check_pool(
     store: &Store,
-    pieces: &Layout,
+    units: &Layout,
     sizes: &PoolSizes,
     residents: &ResidentSizes,
     settings: &[TensorSettings],
@@ -110,37 +110,37 @@ pub(super) fn check_pool(
             "a pool with gradient buffers needs the settings of the tensors to train",
         ));
     }
-    let by_chunk = pieces.is_by_chunk();
-    let room = |bytes: usize, kinds: [crate::pool::Kind; 2]| {
+    let of_chunks = units.unit() == Unit::Chunk;
+    let room = |bytes: usize, kinds: [crate::memory::pool::Kind; 2]| {
         // The second kind is for larger records.
-        let kinds = &kinds[..if by_chunk { 1 } else { 2 }];
+        let kinds = &kinds[..if of_chunks { 1 } else { 2 }];
         kinds.iter().any(|kind| kind.count > 0 && bytes <= kind.bytes)
     };
-    for (piece, chunks) in pieces.records().iter().enumerate() {
-        let name = || described(store, pieces, piece);
-        let weights = pieces.record_weight_bytes(piece);
-        let stays = residents.weights[piece] > 0;
+    for (unit, chunks) in units.records().iter().enumerate() {
+        let name = || described(store, units, unit);
+        let weights = units.record_weight_bytes(unit);
+        let stays = residents.weights[unit] > 0;
         if !stays && !room(weights, [sizes.block_buffers, sizes.outer_buffers]) {
             let name = name();
             return Err(Error::invalid(format!(
                 "the pool has no buffer for the {weights} bytes of weights of {name}"
             )));
         }
-        if !store.manifest().records[record_of(store, pieces, piece)].format.is_trainable() {
+        if !store.manifest().records[record_of(store, units, unit)].format.is_trainable() {
             continue;
         }
         let outgoing = sizes.outer_buffers;
         let has_outgoing = outgoing.count > 0 && outgoing.bytes >= weights;
-        if by_chunk && trains && !stays && !has_outgoing {
+        if of_chunks && trains && !stays && !has_outgoing {
             let name = name();
             return Err(Error::invalid(format!(
                 "the pool has no buffer in which the {weights} bytes of weights of {name} come back"
             )));
         }
-        let gradient = gradient_bytes(pieces, piece);
+        let gradient = gradient_bytes(units, unit);
         // A pool without gradient buffers reads only (generation).
         let reads_only = !trains;
-        let has_own = residents.gradients[piece] > 0;
+        let has_own = residents.gradients[unit] > 0;
         if !reads_only
             && !has_own
             && !room(gradient, [sizes.block_gradients, sizes.outer_gradients])
@@ -153,7 +153,7 @@ pub(super) fn check_pool(
         let largest = chunks
             .clone()
             .filter(|c| keeps || !stays || residents.planes[*c] == 0)
-            .map(|c| pieces.chunks()[c])
+            .map(|c| units.chunks()[c])
             .map(|c| {
                 let kept = if spills && !has_own { kept_bytes(c.parameters) } else { 0 };
                 chunk_slot_bytes(c.format(), c.parameters) + kept

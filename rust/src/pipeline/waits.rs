@@ -3,25 +3,31 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use super::stalls::{Cause, Causes, Wait};
-use super::{Pipeline, SLICE, State};
-use crate::buffer::{Slot, SlotList};
 use crate::error::{Error, Result};
+use crate::memory::slot::{Slot, SlotList};
+use crate::pipeline::events::{self, Lane};
+use crate::pipeline::front::Pipeline;
 use crate::pipeline::memory::gradient_list;
-use crate::units::Group;
+use crate::pipeline::shared::{Shared, State};
+use crate::pipeline::stalls::{Cause, Causes};
+use crate::units::{Group, Unit};
+
+/// How long a wait for a gradient buffer goes on before its cause is looked at again: nobody tells of a
+/// change there.
+const SLICE: Duration = Duration::from_millis(2);
 
 impl Pipeline {
-    /// The weights of the schedule's next load, which must be of `piece`; waits up to `timeout`
+    /// The weights of the schedule's next load, which must be of `unit`; waits up to `timeout`
     /// and returns `None` when it has passed.
     ///
     /// # Errors
     /// `Invalid` when the schedule says otherwise; the pipeline's failure.
-    pub fn take_weights(&self, piece: usize, timeout: Duration) -> Result<Option<Slot>> {
+    pub fn take_weights(&self, unit: usize, timeout: Duration) -> Result<Option<Slot>> {
         self.wait_for(
             timeout,
             |causes| causes.weights,
             |state| match state.loads.front_mut() {
-                Some(next) if next.piece == piece => {
+                Some(next) if next.unit == unit => {
                     let weights = next.weights.take();
                     if weights.is_some() {
                         state.loads.pop_front();
@@ -30,9 +36,8 @@ impl Pipeline {
                     Ok(weights)
                 }
                 next => {
-                    let next =
-                        next.map_or("nothing".to_owned(), |n| self.pieces.piece_name(n.piece));
-                    let asked = self.pieces.piece_name(piece);
+                    let next = next.map_or("nothing".to_owned(), |n| self.units.unit_name(n.unit));
+                    let asked = self.units.unit_name(unit);
                     Err(Error::invalid(format!(
                         "weights of {asked} were asked for; the schedule's next load is {next}"
                     )))
@@ -41,39 +46,39 @@ impl Pipeline {
         )
     }
 
-    /// A free gradient buffer for `piece` (its content is arbitrary); waits up to `timeout` and
+    /// A free gradient buffer for `unit` (its content is arbitrary); waits up to `timeout` and
     /// returns `None` when it has passed.
     ///
     /// # Errors
     /// The pipeline's failure.
-    pub fn take_gradient(&self, piece: usize, timeout: Duration) -> Result<Option<Slot>> {
+    pub fn take_gradient(&self, unit: usize, timeout: Duration) -> Result<Option<Slot>> {
         self.store.check()?;
-        self.check_piece(piece)?;
-        self.take_free(gradient_list(&self.pool, &self.pieces, piece), timeout)
+        self.check_unit(unit)?;
+        self.take_free(gradient_list(&self.pool, &self.units, unit), timeout)
     }
 
-    /// By chunk, a free buffer for the weights of `piece` that come back for their update (its content is
+    /// By chunk, a free buffer for the weights of `unit` that come back for their update (its content is
     /// arbitrary); waits up to `timeout` and returns `None` when it has passed. All that was loaded must be
     /// in it when it is submitted, padding between tensors, too: that is written as it is.
     ///
     /// # Errors
     /// `Invalid` when whole records are moved, and where the weights stay in RAM: their own buffer is
     /// submitted. The pipeline's failure.
-    pub fn take_outgoing(&self, piece: usize, timeout: Duration) -> Result<Option<Slot>> {
+    pub fn take_outgoing(&self, unit: usize, timeout: Duration) -> Result<Option<Slot>> {
         self.store.check()?;
-        self.check_piece(piece)?;
-        let name = self.pieces.piece_name(piece);
-        if !self.pieces.is_by_chunk() {
+        self.check_unit(unit)?;
+        let name = self.units.unit_name(unit);
+        if self.units.unit() != Unit::Chunk {
             return Err(Error::invalid(format!(
                 "{name}: weights of whole records are submitted in the buffer that they were loaded into"
             )));
         }
-        if self.pool.residents.weights_of(piece).is_some() {
+        if self.pool.residents.weights_of(unit).is_some() {
             return Err(Error::invalid(format!(
                 "the weights of {name} stay in RAM: submit the buffer that take_weights gave"
             )));
         }
-        let bytes = self.pieces.chunks()[piece].extent_bytes(Group::Weight);
+        let bytes = self.units.chunks()[unit].extent_bytes(Group::Weight);
         if self.pool.outer_buffers.slot_bytes() < bytes {
             return Err(Error::invalid(format!(
                 "the pool has no buffer for weights of {name} to come back"
@@ -104,7 +109,7 @@ impl Pipeline {
         }
     }
 
-    /// The sum of the squares of all gradients of the step that was begun, in the order of the records,
+    /// The sum of the squares of all gradients of the pending step, in the order of the records,
     /// also by chunk; waits up to `timeout` for the last one, and returns `None` when it has passed.
     ///
     /// # Errors
@@ -114,29 +119,29 @@ impl Pipeline {
             timeout,
             |_| Cause::Update,
             |state| {
-                let is_whole = state.squares.pieces == state.gradients;
+                let is_whole = state.squares.units == state.gradients;
                 Ok(is_whole.then(|| state.squares.sum()))
             },
         )
     }
 
-    /// Waits until every step that has ended is written, and committed if that was asked for.
+    /// Waits until every finished step is durable: written, and committed if that was asked for.
     /// `false` when `timeout` has passed.
     ///
     /// # Errors
     /// `Invalid` while gradients wait for a step that applies them; the pipeline's failure.
-    pub fn wait_settled(&self, timeout: Duration) -> Result<bool> {
-        let settled = self.wait_for(
+    pub fn wait_durable(&self, timeout: Duration) -> Result<bool> {
+        let durable = self.wait_for(
             timeout,
             |_| Cause::Commit,
             |state| {
                 if state.waiting.is_some() {
                     return Err(Error::invalid("gradients wait for a step that applies them"));
                 }
-                Ok((state.settled == state.ended).then_some(()))
+                Ok((state.durable == state.finished).then_some(()))
             },
         )?;
-        Ok(settled.is_some())
+        Ok(durable.is_some())
     }
 
     /// Asks `look` again whenever the executor has changed something, until it finds what it looks for or
@@ -170,3 +175,42 @@ impl Pipeline {
         }
     }
 }
+
+/// One caller's wait: the time from one `for_cause` to the next, or to the end, counts for the first one's
+/// cause.
+struct Wait<'a> {
+    shared: &'a Shared,
+    slice: Option<(Cause, u64)>,
+}
+
+impl<'a> Wait<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        Self { shared, slice: None }
+    }
+
+    /// From now on the caller waits for this.
+    fn for_cause(&mut self, cause: Cause) {
+        if self.slice.is_none_or(|(current, _)| current != cause) {
+            self.end_slice();
+            self.slice = Some((cause, events::monotonic()));
+        }
+    }
+
+    fn end_slice(&mut self) {
+        let Some((cause, start)) = self.slice.take() else { return };
+        let nanoseconds = events::monotonic().saturating_sub(start);
+        self.shared.timings.add_stall(cause, nanoseconds);
+        if self.shared.events.now().is_some() {
+            self.shared.events.record(Lane::Stall, cause.name(), None, Some(start));
+        }
+    }
+}
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        self.end_slice();
+    }
+}
+
+#[cfg(test)]
+mod tests;

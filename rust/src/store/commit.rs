@@ -10,13 +10,14 @@ use std::sync::{Arc, PoisonError};
 
 use crossbeam_channel::unbounded;
 
-use crate::buffer::Slot;
-use crate::engine::{self, Completion, Operation, Request};
 use crate::error::{Error, Result};
-use crate::file::DirectFile;
+use crate::io::engine::{self, Completion, Operation, Request};
+use crate::io::file::DirectFile;
+use crate::memory::slot::Slot;
 use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
+use crate::store::state::{BLOB_BYTES_MAX, Committed, Store};
 use crate::store::superblock::{GENERATION_MAX, Superblock};
-use crate::store::{BLOB_BYTES_MAX, Committed, Store, Table};
+use crate::store::table::Table;
 use crate::units::{PAGE_BYTES, to_usize};
 
 /// Operations of which each starts when the one before it has completed. When the last one has, the
@@ -298,11 +299,12 @@ impl Store {
         let kept = || Error::invalid("the engine kept a commit buffer");
         let table_slot = buffers.table.as_mut().ok_or_else(kept)?;
         table.encode(table_slot);
-        let table_crc = crate::checksum::crc64(&table_slot[..to_usize(self.header.table_bytes)]);
+        let table_crc =
+            crate::store::checksum::crc64(&table_slot[..to_usize(self.header.table_bytes)]);
         let blob_slot = buffers.blob.as_mut().ok_or_else(kept)?;
         blob_slot[..blob.len()].copy_from_slice(blob);
         blob_slot[blob.len()..].fill(0);
-        Ok((table_crc, crate::checksum::crc64(blob)))
+        Ok((table_crc, crate::store::checksum::crc64(blob)))
     }
 
     /// Writes one page of the main file through to stable storage.

@@ -5,18 +5,19 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::buffer::Slot;
-use crate::checksum;
-use crate::drives::{self, Drives};
-use crate::engine::choice::{self, Choice};
-use crate::engine::{self, Engine, Operation};
 use crate::error::{Error, Result};
-use crate::file::{self, DirectFile};
-use crate::layout::{Layout, Manifest};
-use crate::ledger::Ledger;
+use crate::io::drives::{self, Drives};
+use crate::io::engine::choice::{self, Choice};
+use crate::io::engine::{self, Engine, Operation};
+use crate::io::file::{self, DirectFile};
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
+use crate::store::checksum;
 use crate::store::header::{HEADER_OFFSETS, Header};
-use crate::store::recovery::{self, Opened};
-use crate::store::{OpenOptions, Store, Table};
+use crate::store::layout::{Layout, Manifest};
+use crate::store::recovery::{self, OpenOptions, Opened};
+use crate::store::state::Store;
+use crate::store::table::Table;
 use crate::units::{Group, PAGE_BYTES};
 
 /// A store that is being filled. Until `finish` its files lie under temporary names next to their

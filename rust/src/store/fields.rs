@@ -1,6 +1,6 @@
 //! Little-endian fields of fixed blocks, read and written in order.
 
-use crate::checksum::crc32c;
+use crate::store::checksum::crc32c;
 use crate::units::PAGE_BYTES;
 
 /// Writes fields one behind the other into a page; `seal` closes it with its checksum.

@@ -1,8 +1,8 @@
 //! The header: what kind of file this is and where its parts lie. Written once, with a copy.
 
-use crate::drives::DRIVES_MAX;
-use crate::layout::Layout;
+use crate::io::drives::DRIVES_MAX;
 use crate::store::fields::{PageWriter, Reader};
+use crate::store::layout::Layout;
 use crate::store::table::Table;
 use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES, round_up};
 
@@ -67,7 +67,7 @@ impl Header {
             drive: (u32::try_from(drive).ok()?, u32::try_from(layout.drives()).ok()?),
             rank: (0, 1),
             manifest_bytes,
-            manifest_crc: crate::checksum::crc64(manifest),
+            manifest_crc: crate::store::checksum::crc64(manifest),
             table_offsets: [TABLES_OFFSET, table_b],
             table_bytes,
             blob_offsets: [blob_a, blob_a + BLOB_BYTES_MAX],
@@ -171,46 +171,4 @@ impl Header {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::layout::tests::manifest;
-    use crate::units::StateFormat;
-
-    fn header() -> Header {
-        let layout = Layout::new(&manifest(4096, &[(StateFormat::Bf16, 8192)])).expect("valid");
-        Header::new([3; 16], &layout, b"{}", 0).expect("small")
-    }
-
-    #[test]
-    fn a_header_comes_back_as_it_went() {
-        assert_eq!(Header::decode(&header().encode()[..]), Ok(Some(header())));
-    }
-
-    #[test]
-    fn a_flipped_bit_makes_it_no_header() {
-        let mut page = header().encode();
-        page[100] ^= 1;
-        assert_eq!(Header::decode(&page[..]), Ok(None));
-    }
-
-    #[test]
-    fn a_newer_format_is_refused_by_number() {
-        let mut page = header().encode();
-        page[12] = 9;
-        let sum = crate::checksum::crc32c(&page[..PAGE_BYTES - 4]).to_le_bytes();
-        page[PAGE_BYTES - 4..].copy_from_slice(&sum);
-        let reason = Header::decode(&page[..]).expect_err("refused");
-        assert!(reason.contains("format 9.3") && reason.contains("not modified"), "{reason}");
-    }
-
-    #[test]
-    fn the_parts_do_not_overlap() {
-        let h = header();
-        assert!(TABLES_OFFSET >= CLEAN_MARKER_OFFSET + PAGE_BYTES as u64);
-        assert!(h.table_offsets[0] + h.table_bytes <= h.table_offsets[1]);
-        assert!(h.table_offsets[1] + h.table_bytes <= h.blob_offsets[0]);
-        assert!(h.blob_offsets[1] + BLOB_BYTES_MAX <= h.manifest_offset);
-        assert!(h.manifest_offset + h.manifest_bytes <= h.data_offset);
-        assert_eq!(h.data_offset % HUGE_PAGE_BYTES as u64, 0);
-    }
-}
+mod tests;

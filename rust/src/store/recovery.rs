@@ -1,22 +1,24 @@
 //! Opening: believe nothing before it was flushed and checked, and find the newest whole state.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use crate::buffer::Slot;
-use crate::checksum::crc64;
-use crate::drives::Drives;
-use crate::engine::faulty::{Faulty, Plan};
-use crate::engine::{self, Engine, Operation, choice};
 use crate::error::{Error, Result};
-use crate::file::{self, DirectFile};
-use crate::layout::{Durability, Layout, MANIFEST_BYTES_MAX, Manifest};
-use crate::ledger::Ledger;
+use crate::io::drives::Drives;
+use crate::io::engine::choice::{self, Choice};
+use crate::io::engine::faulty::{Fault, Faulty, Plan, Point};
+use crate::io::engine::{self, Engine, Operation};
+use crate::io::file::{self, DirectFile};
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
+use crate::store::checksum::crc64;
 use crate::store::header::{CLEAN_MARKER_OFFSET, HEADER_OFFSETS, Header, SUPERBLOCK_OFFSETS};
+use crate::store::layout::{Durability, Layout, MANIFEST_BYTES_MAX, Manifest};
+use crate::store::state::{BLOB_BYTES_MAX, CommitBuffers, Committed, Store};
 use crate::store::superblock::{Superblock, marked_generation};
-use crate::store::verify::Report;
-use crate::store::{BLOB_BYTES_MAX, CommitBuffers, Committed, OpenOptions, Store, Table};
+use crate::store::table::Table;
+use crate::store::verify::report::Report;
 use crate::units::{PAGE_BYTES, to_usize};
 
 mod glance;
@@ -35,18 +37,60 @@ pub(super) struct Opened {
     pub(super) boot_id: [u8; 16],
 }
 
-pub(super) fn open(drives: Drives, options: OpenOptions, ledger: &Ledger) -> Result<Store> {
-    let (mut engine, engine_note) = choice::start(options.engine, drives.count())?;
-    if !options.faults.is_empty() {
-        let plan = Plan { faults: options.faults, ..Plan::default() };
-        engine = Arc::new(Faulty::over(engine, plan));
+/// How to open a store.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// How bytes move.
+    pub engine: Choice,
+    /// What goes wrong on purpose; for tests.
+    pub faults: Vec<(Point, Fault)>,
+}
+
+impl Store {
+    /// Opens a store at its newest whole generation. `paths` are its files, the main one first, in the
+    /// order in which it was created.
+    ///
+    /// # Errors
+    /// `InUse`, `Format`, `Corrupt`, `Unsupported`, `Io`; no file is changed by any of them.
+    pub fn open(paths: &[PathBuf], options: OpenOptions, ledger: &Ledger) -> Result<Self> {
+        Self::open_in(Drives::open_waiting(paths, &mut |_, _| Ok(()))?, options, ledger)
     }
-    drives.iter().try_for_each(|file| file::sync_directory(file.path()))?;
-    open_on(drives, engine, engine_note, file::boot_id(), ledger)
+
+    /// The same, in files that are open and locked already.
+    ///
+    /// # Errors
+    /// As `open`, but for `InUse`.
+    pub fn open_in(drives: Drives, options: OpenOptions, ledger: &Ledger) -> Result<Self> {
+        let (mut engine, note) = choice::start(options.engine, drives.count())?;
+        if !options.faults.is_empty() {
+            let plan = Plan { faults: options.faults, ..Plan::default() };
+            engine = Arc::new(Faulty::over(engine, plan));
+        }
+        drives.iter().try_for_each(|file| file::sync_directory(file.path()))?;
+        open_on(drives, engine, note, file::boot_id(), ledger)
+    }
+
+    /// Opens the store in files that this process has locked, over an engine that runs.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn open_on(
+        drives: &Drives,
+        engine: Arc<dyn Engine>,
+        boot_id: [u8; 16],
+        ledger: &Ledger,
+    ) -> Result<Self> {
+        open_on(drives.clone(), engine, None, boot_id, ledger)
+    }
+
+    /// Bytes in the ledger of a store with this layout, once it is open.
+    #[must_use]
+    pub fn memory_bytes(layout: &Layout) -> u64 {
+        let encoded = Table::encoded_bytes(layout).next_multiple_of(PAGE_BYTES);
+        table_bytes(layout) + (encoded + BLOB_BYTES_MAX + PAGE_BYTES) as u64
+    }
 }
 
 /// Opens the store in files that this process has locked.
-pub(super) fn open_on(
+fn open_on(
     drives: Drives,
     engine: Arc<dyn Engine>,
     engine_note: Option<String>,
@@ -250,15 +294,9 @@ pub(super) fn assemble(
         boot_id,
         process: std::process::id(),
         verified: None,
-        by_chunk: OnceLock::new(),
+        chunk_units: OnceLock::new(),
         _tables: tables,
     })
-}
-
-/// Memory of an open store: its tables, and the buffers of a commit.
-pub(super) fn memory_bytes(layout: &Layout) -> u64 {
-    let encoded = Table::encoded_bytes(layout).next_multiple_of(PAGE_BYTES);
-    table_bytes(layout) + (encoded + BLOB_BYTES_MAX + PAGE_BYTES) as u64
 }
 
 /// Committed and working table, the one that a commit makes committed, and the layout.
@@ -405,91 +443,4 @@ fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Result<Op
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::engine::memory::Memory;
-    use crate::store::images::{RECORDS, Trained};
-
-    const PAGE: u64 = PAGE_BYTES as u64;
-
-    fn trained() -> (tempfile::TempDir, Trained) {
-        let folder = tempfile::tempdir().expect("a folder");
-        let trained = Trained::new(folder.path(), &RECORDS, 4096, 1);
-        (folder, trained)
-    }
-
-    fn opens_at_3(trained: &Trained, drive: Memory) {
-        let ledger = Ledger::new();
-        let store = Store::open_on(&trained.drives, Arc::new(drive), [2; 16], &ledger);
-        let store = store.expect("opened");
-        assert_eq!((store.committed().generation, store.fell_back_from()), (3, None));
-        assert_eq!(store.committed().blob[..], trained.states[2].blob);
-    }
-
-    /// The drive lost the write of generation 3's superblock and kept the one of its mirror. The older
-    /// one in the first place was believed and the mirror not looked at, so the store opened at
-    /// generation 2 and said nothing. Now the newer of both places counts.
-    #[test]
-    fn an_older_superblock_does_not_hide_the_newer_one_in_its_mirror() {
-        let (_folder, trained) = trained();
-        for place in SUPERBLOCK_OFFSETS[1] {
-            let drive = trained.image().copy();
-            let before = trained.states[0].image.bytes(place..place + PAGE);
-            drive.overwrite(place, &before);
-            assert!(!drive.agrees(trained.image(), place..place + PAGE));
-            opens_at_3(&trained, drive);
-        }
-    }
-
-    /// The drive wrote superblocks to each other's place. Both carry a sum that holds, so the mirrors
-    /// were not looked at, and neither was of the right parity: the store was refused. Now a
-    /// superblock in the wrong place is none.
-    #[test]
-    fn a_superblock_of_the_other_side_does_not_hide_the_mirror() {
-        let (_folder, trained) = trained();
-        let drive = trained.image().copy();
-        for (place, from) in [(0, 1), (1, 0)] {
-            let from = SUPERBLOCK_OFFSETS[from][0];
-            let page = trained.image().bytes(from..from + PAGE);
-            drive.overwrite(SUPERBLOCK_OFFSETS[place][0], &page);
-        }
-        opens_at_3(&trained, drive);
-    }
-
-    /// Both places of the newest superblock are gone. The clean marker still names its generation, so
-    /// the loss of a step is told.
-    #[test]
-    fn a_marker_tells_of_a_superblock_that_is_gone() {
-        let (_folder, trained) = trained();
-        let drive = trained.image().copy();
-        for place in SUPERBLOCK_OFFSETS[1] {
-            drive.overwrite(place, &[0; PAGE_BYTES]);
-        }
-        let ledger = Ledger::new();
-        let store = Store::open_on(&trained.drives, Arc::new(drive), [2; 16], &ledger);
-        let store = store.expect("opened");
-        assert_eq!((store.committed().generation, store.fell_back_from()), (2, Some(3)));
-        assert!(store.verified_at_open().is_some(), "the older state was looked at");
-    }
-
-    /// The drive kept the marker of a generation and neither of its superblocks, nor the one before. The
-    /// state that is left must survive the first write, though it lies on the lost one's side.
-    #[test]
-    fn what_was_chosen_is_never_rejected() {
-        let (_folder, trained) = trained();
-        let drive = Arc::new(trained.image().copy());
-        let marked =
-            Superblock { generation: 5, ..chosen(&trained, &drive).committed().superblock };
-        drive.overwrite(CLEAN_MARKER_OFFSET, &marked.clean_marker()[..]);
-        let store = chosen(&trained, &drive);
-        assert_eq!((store.committed().generation, store.fell_back_from()), (3, Some(5)));
-        store.run(store.start_writing().expect("open")).expect("written");
-        drop(store);
-        assert_eq!(chosen(&trained, &drive).committed().generation, 3);
-    }
-
-    fn chosen(trained: &Trained, drive: &Arc<Memory>) -> Store {
-        let drive = Arc::clone(drive) as Arc<dyn Engine>;
-        Store::open_on(&trained.drives, drive, [2; 16], &Ledger::new()).expect("opened")
-    }
-}
+mod tests;

@@ -2,39 +2,19 @@
 
 use crossbeam_channel::unbounded;
 
-use crate::buffer::SlotList;
-use crate::checksum;
-use crate::engine::{Operation, Request};
 use crate::error::{Error, Result};
-use crate::store::Store;
+use crate::io::engine::{Operation, Request};
+use crate::memory::slot::SlotList;
+use crate::store::checksum;
+use crate::store::state::Store;
 use crate::units::{Group, PAGE_BYTES};
+
+pub(super) mod report;
+
+pub use report::{Damage, Report};
 
 /// Extents read ahead while one is being checked.
 const READ_AHEAD: usize = 4;
-
-/// What verification found.
-#[derive(Clone, Debug, Default)]
-pub struct Report {
-    /// Generation that was verified.
-    pub generation: u64,
-    /// Extents that hold data.
-    pub extents: usize,
-    /// Bytes read.
-    pub bytes: u64,
-    /// What did not hold.
-    pub damaged: Vec<Damage>,
-}
-
-/// One extent that did not hold.
-#[derive(Clone, Debug)]
-pub struct Damage {
-    /// Index of the chunk.
-    pub chunk: usize,
-    /// The plane group.
-    pub group: Group,
-    /// What was wrong, with place and checksums.
-    pub error: Error,
-}
 
 impl Store {
     /// Reads every extent of the committed state and compares its checksums. `progress` is called

@@ -10,12 +10,13 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Select, Sender, unbounded};
 
-use crate::buffer::Slot;
-use crate::checksum;
-use crate::engine::{Completion, Operation, Request};
 use crate::error::{Error, Result};
+use crate::io::engine::{Completion, Operation, Request};
+use crate::memory::slot::Slot;
+use crate::store::checksum;
 use crate::store::{Entry, ReadPlan, Sequence, Sequenced, Store, Table};
-use crate::tensors::{Allocation, Outcome};
+use crate::tensors::arena::Allocation;
+use crate::tensors::ticket::Outcome;
 use crate::units::Group;
 
 mod commits;

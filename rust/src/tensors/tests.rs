@@ -1,14 +1,16 @@
 //! Tensors over a faulty drive in RAM: what is committed is whole, whatever happens and when.
 
+use std::time::Duration;
+
 use super::*;
-use crate::buffer::Slot;
-use crate::drives::Drives;
-use crate::engine::faulty::{Fault, Faulty, Plan};
-use crate::engine::memory::Memory;
-use crate::layout::tests::of_tensors_manifest;
-use crate::layout::{Durability, Manifest};
-use crate::ledger::Ledger;
+use crate::io::drives::Drives;
+use crate::io::engine::faulty::{Fault, Faulty, Plan};
+use crate::io::engine::memory::Memory;
+use crate::memory::ledger::Ledger;
+use crate::memory::slot::Slot;
 use crate::store::Creator;
+use crate::store::layout::tests::of_tensors_manifest;
+use crate::store::layout::{Durability, Manifest};
 use crate::units::StateFormat;
 
 const CHUNK: usize = 4096;
@@ -37,7 +39,7 @@ impl Machine {
         let folder = tempfile::tempdir().expect("a folder");
         let paths = ["a", "b"].map(|drive| folder.path().join(drive));
         let drive = Arc::new(Memory::default());
-        let over = Arc::clone(&drive) as Arc<dyn crate::engine::Engine>;
+        let over = Arc::clone(&drive) as Arc<dyn crate::io::engine::Engine>;
         let shape = TENSORS.map(|parameters| (StateFormat::Raw8, parameters));
         let manifest = Manifest { durability, ..of_tensors_manifest(&shape) };
         let creator = Creator::over(over, None, &paths, manifest, &Ledger::new()).expect("created");
@@ -49,7 +51,7 @@ impl Machine {
 
     fn open(&self) -> Result<Process> {
         self.drive.set_by_hand(false);
-        let engine = Arc::clone(&self.drive) as Arc<dyn crate::engine::Engine>;
+        let engine = Arc::clone(&self.drive) as Arc<dyn crate::io::engine::Engine>;
         let store = Store::open_on(&self.drives, engine, [self.boot; 16], &Ledger::new())?;
         let (front, mover) = Tensors::assemble(Arc::new(store), MEMORY)?;
         self.drive.set_by_hand(true);
@@ -258,7 +260,7 @@ fn memory_in_a_transfer_is_refused_to_another_and_too_little_is_refused_with_the
 fn the_thread_ends_with_the_front_and_what_was_asked_for_is_done() {
     let machine = Machine::new(1, Durability::Step);
     machine.drive.set_by_hand(false);
-    let engine = Arc::clone(&machine.drive) as Arc<dyn crate::engine::Engine>;
+    let engine = Arc::clone(&machine.drive) as Arc<dyn crate::io::engine::Engine>;
     let store = Store::open_on(&machine.drives, engine, [1; 16], &Ledger::new()).expect("opens");
     let front = Tensors::start(Arc::new(store), MEMORY).expect("started");
     let memory = front.allocate(bytes_of(0)).expect("open").expect("free");
@@ -273,7 +275,7 @@ fn the_thread_ends_with_the_front_and_what_was_asked_for_is_done() {
 fn the_front_of_a_tensor_moves_alone_in_whole_chunks() {
     let machine = Machine::new(1, Durability::Scratch);
     machine.drive.set_by_hand(false);
-    let engine = Arc::clone(&machine.drive) as Arc<dyn crate::engine::Engine>;
+    let engine = Arc::clone(&machine.drive) as Arc<dyn crate::io::engine::Engine>;
     let ledger = Ledger::new();
     let store = Arc::new(Store::open_on(&machine.drives, engine, [1; 16], &ledger).expect("opens"));
     let start = |bytes| Tensors::start_without_copies(Arc::clone(&store), bytes, "saved inputs");

@@ -5,14 +5,15 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use megatrain_io::adamw::{self, AdamW, Kernel, Span};
-use megatrain_io::buffer::Slot;
-use megatrain_io::layout::{Content, Durability, Manifest, Record, Tensor};
-use megatrain_io::ledger::Ledger;
+use megatrain_io::memory::ledger::Ledger;
+use megatrain_io::memory::pool::{self, PoolSizes};
+use megatrain_io::memory::slot::Slot;
+use megatrain_io::optimizer::adamw::{self, AdamW, Kernel, Span};
+use megatrain_io::optimizer::split;
 use megatrain_io::pipeline::{ChunkOp, Kind, Schedule, TensorSettings, chunk_slot_bytes};
-use megatrain_io::pool::{self, PoolSizes};
 use megatrain_io::store::Store;
-use megatrain_io::units::{Group, StateFormat, to_usize};
+use megatrain_io::store::layout::{Content, Durability, Manifest, Record, Tensor};
+use megatrain_io::units::{Group, StateFormat, Unit, to_usize};
 
 const WEIGHT_DECAY: f64 = 0.01;
 
@@ -99,18 +100,19 @@ impl Shape {
         chunk * to_usize(self.chunk_parameters)
     }
 
-    pub(crate) fn pool(&self, by_chunk: bool) -> PoolSizes {
+    pub(crate) fn pool(&self, unit: Unit) -> PoolSizes {
         let kind = |bytes, count| pool::Kind { bytes, count };
         let parameters = (0..3).map(|record| self.parameters(record)).max().unwrap_or(0);
         let chunk = to_usize(self.chunk_parameters);
         let formats = [StateFormat::F32, StateFormat::Bf16];
         let slot = formats.map(|format| chunk_slot_bytes(format, chunk)).into_iter().max();
-        let piece = if by_chunk { chunk } else { parameters };
+        let of_chunks = unit == Unit::Chunk;
+        let parameters = if of_chunks { chunk } else { parameters };
         PoolSizes {
             chunk_slots: kind(slot.unwrap_or(0) + chunk * size_of::<f32>(), 4),
-            block_buffers: kind(piece * 4, 3),
-            outer_buffers: if by_chunk { kind(piece * 4, 2) } else { pool::Kind::default() },
-            block_gradients: kind(piece * 4, 2),
+            block_buffers: kind(parameters * 4, 3),
+            outer_buffers: if of_chunks { kind(parameters * 4, 2) } else { pool::Kind::default() },
+            block_gradients: kind(parameters * 4, 2),
             outer_gradients: PoolSizes::default().outer_gradients,
         }
     }
@@ -211,7 +213,7 @@ impl Memory {
             } else {
                 let remainders = halves(&update[planes[0].clone()]);
                 let pairs = halves(weights).into_iter().zip(remainders);
-                pairs.map(|(w, r)| adamw::join(w, r.cast_signed()).to_bits()).collect()
+                pairs.map(|(w, r)| split::join(w, r.cast_signed()).to_bits()).collect()
             };
             let moments = &planes[planes.len() - 2..];
             let found =
@@ -228,7 +230,7 @@ impl Memory {
 /// Forward over all records, with the updates that wait, then backward with what a step does there.
 pub(crate) fn schedule(
     store: &Store,
-    by_chunk: bool,
+    unit: Unit,
     first: Kind,
     gradients: &[Kind],
 ) -> Arc<Schedule> {
@@ -241,5 +243,5 @@ pub(crate) fn schedule(
         chunks(record, Kind::Load).chain(done)
     });
     let operations = forward.chain(backward).collect();
-    Arc::new(Schedule::new(store.pieces(by_chunk), operations).expect("valid"))
+    Arc::new(Schedule::new(store.units(unit), operations).expect("valid"))
 }

@@ -9,6 +9,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 PACKAGE = "megatrain_io"
 ROOT_MODULE = {"python": "__init__", "rust": "lib"}
@@ -26,14 +27,11 @@ PYTHON_ROOMS: tuple[frozenset[str], ...] = (
 DOORS = {"__init__", "__main__"}
 """Nobody inside goes through them."""
 RUST_FLOORS: dict[str, int] = {
-    **dict.fromkeys(["buffer", "checksum", "error", "fork", "ledger", "units"], 0),
-    **dict.fromkeys(
-        ["drives", "engine", "file", "pool"], 1
-    ),  # engine.conformance is the test body of the trait
-    **dict.fromkeys(["engine.choice", "engine.faulty", "engine.memory", "engine.threads", "engine.uring"], 2),
-    **dict.fromkeys(["adamw", "layout", "manifest"], 2),
-    **dict.fromkeys(["measure", "store"], 3),
-    **dict.fromkeys(["pipeline", "tensors"], 4),
+    **dict.fromkeys(["error", "units"], 0),
+    **dict.fromkeys(["memory", "optimizer"], 1),
+    **dict.fromkeys(["io"], 2),
+    **dict.fromkeys(["store"], 3),
+    **dict.fromkeys(["measure", "pipeline", "tensors"], 4),
     **dict.fromkeys(["lib"], 5),
 }
 
@@ -57,10 +55,10 @@ LIGHT = {
 TENSORS_IN_LIGHT_ROOMS = {"data.batch", "data.packed_dataset", "data.prepare"}
 UNSAFE_FILES = {
     "rust/py/src/dlpack.rs",
-    "rust/src/adamw/vector.rs",
-    "rust/src/buffer.rs",
-    "rust/src/engine/uring/driver.rs",
-    "rust/src/fork.rs",
+    "rust/src/optimizer/vector.rs",
+    "rust/src/memory/slot.rs",
+    "rust/src/io/engine/uring/driver.rs",
+    "rust/src/io/fork.rs",
 }
 NAMES_THAT_SAY_NOTHING = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
 
@@ -314,8 +312,7 @@ def rust_module(path: str) -> str:
 def rust_imports(module: str, source: str) -> set[str]:
     """Every path of the crate that `source` names, in a `use` or elsewhere, as dotted names from the root."""
     tokens = rust_tokens(source)
-    here = [] if module == ROOT_MODULE["rust"] else module.split(".")
-    children = {tokens[i + 1] for i, word in enumerate(tokens[:-2]) if word == "mod" and tokens[i + 2] == ";"}
+    here, children = _place(module), _declared(tokens)
     inline: list[tuple[str, int]] = []
     depth = 0
     names: set[str] = set()
@@ -379,6 +376,201 @@ def rust_graph(sources: Mapping[str, str]) -> Graph:
     """Which module imports which."""
     imports = {module: rust_imports(module, source) for module, source in sources.items()}
     return graph_of(imports, RUST_FLOORS, ROOT_MODULE["rust"])
+
+
+# ----------------------------------------------------------------------- Rust, one module from another
+
+TESTS_ONLY = (["#", "[", "cfg", "(", "test", ")"], ["#", "[", "cfg", "(", "any", "(", "test", ","])
+GLOB = "*"
+
+
+class RustUse(NamedTuple):
+    """One name that a `use` brings in."""
+
+    path: list[str]
+    name: str  # what it is called here; `GLOB` for all names of `path`
+    is_public: bool
+
+
+class RustModule(NamedTuple):
+    """What the code of one module names; paths begin with `crate`, or with a name as the module knows it."""
+
+    uses: list[RustUse]
+    paths: list[list[str]]  # every other path
+    words: set[str]  # every word outside the `use`s
+
+
+Bound = dict[
+    str, dict[str, list[str]]
+]  # module, name that a `use` gives it there, path of that from the root
+
+
+def rust_module_graph(sources: Mapping[str, str]) -> Graph:
+    """Which module uses what another defines, between all modules of one crate, also inside a room.
+
+    An edge is an item (a function, a type, a constant) that the code of one module names and another defines:
+
+    * A name is followed through every `use` to the module that defines it: who takes `Table` from a parent that
+      says `pub use table::Table` uses `table`, not the parent.
+    * `mod child;` is no edge, nor is a `pub use` of a name that its own module does not use: a parent may declare
+      and re-export its children. Importing a module is none either; naming something in it is.
+    * What is built for tests only is not looked at: `cfg(test)`, `cfg(any(test, ..))`, and what lies below a module
+      declared so.
+
+    So a child that uses an item of its parent, whose code uses an item of that child, is a circle: the item
+    wants a module of its own. Calls of methods are not followed, as no path names where their `impl` stands.
+    """
+    tests = _test_modules(sources)
+    modules = {module: rust_code(module, source) for module, source in sources.items() if module not in tests}
+    bound: Bound = {module: {} for module in modules}
+    for module, code in modules.items():
+        paths = {use.name: _from_root(module, use.path, bound) for use in code.uses if use.name != GLOB}
+        bound[module] = {name: path for name, path in paths.items() if path is not None}
+    graph: Graph = {}
+    for module, code in modules.items():
+        named = [
+            [*use.path, GLOB] if use.name == GLOB else use.path
+            for use in code.uses
+            if not use.is_public or use.name in code.words
+        ]
+        definers = {_definer(_from_root(module, path, bound), bound) for path in [*named, *code.paths]}
+        graph[module] = {target for target in definers if target is not None} - {module}
+    return graph
+
+
+def _from_root(module: str, path: list[str], bound: Bound) -> list[str] | None:
+    """`path`, as `module` writes it, from the root; none when it leads to another crate."""
+    if path[0] == "crate":
+        return path[1:]
+    if ".".join([*_place(module), path[0]]) in bound:
+        return [*_place(module), *path]
+    start = bound[module].get(path[0])
+    return None if start is None else [*start, *path[1:]]
+
+
+def _definer(path: list[str] | None, bound: Bound) -> str | None:
+    """The module that defines what `path` names; none when that is a module, or of another crate."""
+    seen: list[list[str]] = []
+    while path is not None and path not in seen:
+        seen.append(path)
+        depth = next(n for n in range(len(path), -1, -1) if n == 0 or ".".join(path[:n]) in bound)
+        module, rest = ".".join(path[:depth]) or ROOT_MODULE["rust"], path[depth:]
+        if not rest or rest[0] not in bound.get(module, {}):
+            return module if rest else None
+        path = [*bound[module][rest[0]], *rest[1:]]
+    return None
+
+
+def _place(module: str) -> list[str]:
+    """The path of a module from the root."""
+    return [] if module == ROOT_MODULE["rust"] else module.split(".")
+
+
+def _test_modules(sources: Mapping[str, str]) -> set[str]:
+    """Those of the modules that are built for tests only."""
+    roots: set[str] = set()
+    for module, source in sources.items():
+        tokens = rust_tokens(source)
+        roots.update(
+            ".".join([*_place(module), name])
+            for name in _declared(tokens) - _declared(_without_tests(tokens))
+        )
+    return {module for module in sources if any(f"{module}.".startswith(f"{root}.") for root in roots)}
+
+
+def _declared(tokens: list[str]) -> set[str]:
+    """The modules that `mod name;` declares."""
+    return {tokens[i + 1] for i, word in enumerate(tokens[:-2]) if word == "mod" and tokens[i + 2] == ";"}
+
+
+def rust_code(module: str, source: str) -> RustModule:
+    """The names in the code of `module`, without what is built for tests only."""
+    tokens = _without_tests(rust_tokens(source))
+    here = _place(module)
+    code = RustModule([], [], set())
+    inline: list[tuple[str, int]] = []
+    depth = i = 0
+
+    def settled(path: list[str]) -> list[str]:
+        if path[0] not in {"crate", "self", "super"} or path == ["self"]:
+            return path
+        return ["crate", *next(_absolute([*here, *(name for name, _ in inline)], [path]))]
+
+    while i < len(tokens):
+        word, after = tokens[i], tokens[i + 1 : i + 2]
+        if word == "use" and after != ["<"]:
+            is_public = i > 0 and tokens[i - 1] in {"pub", ")"}
+            leaves, i = _use_tree(tokens, i + 1)
+            code.uses.extend(RustUse(settled(path), name, is_public) for path, name in leaves)
+            continue
+        if after == ["::"] and tokens[max(i - 2, 0) : i] != ["(", "in"]:
+            code.words.add(word)
+            paths, i = _paths(tokens, i)
+            code.paths.extend(settled(path) for path in paths)
+            continue
+        if word == "{":
+            depth += 1
+            if tokens[max(i - 2, 0) : i - 1] == ["mod"]:
+                inline.append((tokens[i - 1], depth))
+        elif word == "}":
+            if inline and inline[-1][1] == depth:
+                inline.pop()
+            depth -= 1
+        code.words.add(word)
+        i += 1
+    return code
+
+
+def _use_tree(tokens: list[str], i: int) -> tuple[list[tuple[list[str], str]], int]:
+    """Each path of the `use` that starts at token `i` with the name it gets, and the token after them."""
+    path: list[str] = []
+    while tokens[i] not in {"{", GLOB}:
+        path.append(tokens[i])
+        i += 1
+        if tokens[i] != "::":
+            path = path[:-1] if path[-1] == "self" and len(path) > 1 else path
+            is_renamed = tokens[i] == "as"
+            name = tokens[i + 1] if is_renamed else path[-1]
+            return [(path, name)], i + 2 * is_renamed
+        i += 1
+    if tokens[i] == GLOB:
+        return [(path, GLOB)], i + 1
+    leaves: list[tuple[list[str], str]] = []
+    i += 1
+    while tokens[i] != "}":
+        branch, i = _use_tree(tokens, i)
+        for tail, name in branch:
+            own = tail == ["self"]
+            leaves.append(([*path, *([] if own else tail)], path[-1] if own and name == "self" else name))
+        i += tokens[i] == ","
+    return leaves, i + 1
+
+
+def _without_tests(tokens: list[str]) -> list[str]:
+    """The tokens but those of items that are built for tests only."""
+    kept: list[str] = []
+    i = 0
+    while i < len(tokens):
+        if not any(tokens[i : i + len(attribute)] == attribute for attribute in TESTS_ONLY):
+            kept.append(tokens[i])
+            i += 1
+            continue
+        while tokens[i] == "#":
+            i = _closed(tokens, i + 1)
+        while tokens[i] not in {";", "{"}:
+            i = _closed(tokens, i)
+        i = _closed(tokens, i)
+    return kept
+
+
+def _closed(tokens: list[str], i: int) -> int:
+    """The token after token `i`, or after the bracket that closes it."""
+    depth = 0
+    while True:
+        depth += (tokens[i] in {"(", "[", "{"}) - (tokens[i] in {")", "]", "}"})
+        i += 1
+        if depth == 0:
+            return i
 
 
 def names_pyo3(files: Mapping[str, str]) -> list[str]:

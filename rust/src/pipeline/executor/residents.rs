@@ -3,51 +3,51 @@
 use std::collections::BTreeSet;
 
 use crate::error::{Error, Result};
-use crate::layout::Layout;
-use crate::pool::Pool;
+use crate::memory::pool::Pool;
+use crate::store::layout::Layout;
 
-/// One extent, or the weights of one piece.
+/// One extent, or the weights of one unit.
 #[derive(Clone, Copy, Debug, Default)]
-struct State {
+struct Resident {
     /// Its slot holds the working state.
     is_read: bool,
     /// It was updated since the last commit, so an abort makes it stale.
     is_changed: bool,
 }
 
-/// All that stays, by piece and by chunk; entries of what does not stay are never read.
+/// All that stays, by unit and by chunk; entries of what does not stay are never read.
 #[derive(Debug)]
-pub(super) struct Held {
-    weights: Vec<State>,
-    planes: Vec<State>,
+pub(super) struct ResidentStates {
+    weights: Vec<Resident>,
+    planes: Vec<Resident>,
     /// Chunks that will have changed since the last commit, and not have been written, when all steps so
     /// far are done.
     unwritten: Vec<bool>,
 }
 
-impl Held {
-    pub(super) fn new(pieces: &Layout) -> Self {
+impl ResidentStates {
+    pub(super) fn new(units: &Layout) -> Self {
         Self {
-            weights: vec![State::default(); pieces.records().len()],
-            planes: vec![State::default(); pieces.chunks().len()],
-            unwritten: vec![false; pieces.chunks().len()],
+            weights: vec![Resident::default(); units.records().len()],
+            planes: vec![Resident::default(); units.chunks().len()],
+            unwritten: vec![false; units.chunks().len()],
         }
     }
 
-    /// Takes note of the updates of a step, of all chunks of these pieces.
+    /// Takes note of the updates of a step, of all chunks of these units.
     ///
     /// # Errors
     /// `Invalid` when it commits and leaves out a chunk that changed in RAM alone.
     pub(super) fn schedule(
         &mut self,
         updated: &BTreeSet<usize>,
-        pieces: &Layout,
+        units: &Layout,
         pool: &Pool,
         commits: bool,
     ) -> Result {
-        for &piece in updated {
-            let own = pool.residents.weights_of(piece).is_some();
-            for chunk in pieces.records()[piece].clone() {
+        for &unit in updated {
+            let own = pool.residents.weights_of(unit).is_some();
+            for chunk in units.records()[unit].clone() {
                 let stays = own || pool.residents.planes_of(chunk).is_some();
                 self.unwritten[chunk] = stays && !commits;
             }
@@ -61,17 +61,17 @@ impl Held {
         }
     }
 
-    pub(super) fn has_weights(&self, piece: usize) -> bool {
-        self.weights[piece].is_read
+    pub(super) fn has_weights(&self, unit: usize) -> bool {
+        self.weights[unit].is_read
     }
 
     pub(super) fn has_planes(&self, chunk: usize) -> bool {
         self.planes[chunk].is_read
     }
 
-    /// The weights of `piece` are in the buffer that they were read into.
-    pub(super) fn read_weights(&mut self, piece: usize, pool: &Pool) {
-        self.weights[piece].is_read = pool.residents.weights_of(piece).is_some();
+    /// The weights of `unit` are in the buffer that they were read into.
+    pub(super) fn read_weights(&mut self, unit: usize, pool: &Pool) {
+        self.weights[unit].is_read = pool.residents.weights_of(unit).is_some();
     }
 
     /// The planes of `chunk` are in the slot that they were read into.
@@ -80,8 +80,8 @@ impl Held {
     }
 
     /// An update of `chunk` begins.
-    pub(super) fn change(&mut self, piece: usize, chunk: usize) {
-        self.weights[piece].is_changed = true;
+    pub(super) fn change(&mut self, unit: usize, chunk: usize) {
+        self.weights[unit].is_changed = true;
         self.planes[chunk].is_changed = true;
     }
 
@@ -95,7 +95,7 @@ impl Held {
     /// What changed since is read anew.
     pub(super) fn back_to_the_last_commit(&mut self) {
         for state in self.weights.iter_mut().chain(&mut self.planes) {
-            *state = State { is_read: state.is_read && !state.is_changed, is_changed: false };
+            *state = Resident { is_read: state.is_read && !state.is_changed, is_changed: false };
         }
     }
 

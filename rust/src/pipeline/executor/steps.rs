@@ -1,340 +1,210 @@
-//! Steps: how they begin, what they are told, when they are committed, and how they are dropped.
+//! The steps that are not durable yet, oldest first: what each still lacks, and what becomes of the
+//! gradients that it deferred.
 
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use super::{
-    Executor, Kept, Load, OUTER, Pending, PlannedUpdate, RESIDENT, Running, Source, Step, Work,
-};
-use crate::adamw::{AdamW, squares_of_runs};
-use crate::buffer::Slot;
 use crate::error::{Error, Result};
-use crate::pipeline::memory::weight_list;
-use crate::pipeline::{After, Command, schedule};
-use crate::store::{Next, Sequenced, Table};
-use crate::units::Group;
+use crate::optimizer::adamw::AdamW;
+use crate::pipeline::command::After;
+use crate::pipeline::schedule::{self, Schedule};
+use crate::store::layout::Layout;
 
-impl Executor {
-    pub(super) fn obey(&mut self, command: Command) {
-        match command {
-            Command::Stop => {
-                self.stopping = true;
-                self.drop_step_under_way();
-            }
-            Command::Abort { reply } => {
-                self.aborting = Some(reply);
-                self.drop_step_under_way();
-            }
-            // After a failure callers get its error; what they still send is dropped here.
-            _ if self.failed || self.is_refused => {}
-            Command::Begin { schedule, adamw, commits, first_load, number } => {
-                let outcome = self.begin(schedule, adamw, commits, first_load, number);
-                if let Err(error) = outcome {
-                    self.fail(error);
-                }
-            }
-            Command::Submit { piece, weights, gradient } => {
-                match self.submitted(piece, weights, gradient) {
-                    Ok(()) => {}
-                    Err(error @ Error::NotFinite { .. }) => self.refuse_step(error),
-                    Err(error) => self.fail(error),
-                }
-            }
-            Command::End { commit, after } => {
-                if let Err(error) = self.end(commit, after) {
-                    self.fail(error);
-                }
-            }
-        }
+pub(super) struct Step {
+    number: u64,
+    adamw: AdamW,
+    updates_left: usize,
+    /// Units whose gradient has not been submitted.
+    expected: BTreeSet<usize>,
+    schedule: Arc<Schedule>,
+    finished: bool,
+    /// Whether it is to be committed: then what stays in RAM is written, too.
+    commits: bool,
+    commit: Option<Vec<u8>>,
+    deferred: Deferred,
+}
+
+/// What becomes of the gradients that a step defers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Deferred {
+    /// There are none, or they are not needed.
+    Nothing,
+    /// They wait for a step that applies them.
+    Waiting,
+    /// They are being applied.
+    Applied,
+}
+
+impl Step {
+    pub(super) fn number(&self) -> u64 {
+        self.number
     }
 
-    fn begin(
+    pub(super) fn adamw(&self) -> &AdamW {
+        &self.adamw
+    }
+
+    pub(super) fn commits(&self) -> bool {
+        self.commits
+    }
+}
+
+/// What a step does with a gradient that it gets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Expected {
+    pub(super) step: u64,
+    pub(super) updates: bool,
+    pub(super) defers: bool,
+}
+
+#[derive(Default)]
+pub(super) struct Steps {
+    queue: VecDeque<Step>,
+    /// The step whose updates are to be taken back, once all are written: a guess that was wrong.
+    taken_back: Option<u64>,
+}
+
+impl Steps {
+    pub(super) fn begin(
         &mut self,
-        schedule: Arc<schedule::Schedule>,
+        number: u64,
+        schedule: Arc<Schedule>,
         adamw: AdamW,
         commits: bool,
-        first_load: u64,
-        begun: u64,
-    ) -> Result {
-        let pieces = Arc::clone(&self.pieces);
-        // Only the last step can have kept gradients: what is applied now is its update.
-        let before = self.steps.back().map_or(0, |step| step.number);
-        if !schedule.applied().is_empty() {
-            let waiting = self.steps.back_mut().filter(|step| step.kept == Kept::Waiting);
-            let step = waiting.ok_or_else(|| Error::invalid("no gradients were kept"))?;
-            step.kept = Kept::Applied;
-            self.held.schedule(schedule.applied(), &pieces, &self.pool, step.commits)?;
-        }
-        if schedule.kept().is_empty() || !schedule.updated().is_empty() {
-            self.held.schedule(schedule.updated(), &pieces, &self.pool, commits)?;
-        }
-        let mut number = first_load;
-        for operation in schedule.operations() {
-            let chunk = operation.chunk;
-            let piece = pieces.chunks()[chunk].record;
-            let applies = operation.kind == schedule::Kind::Apply;
-            match operation.kind {
-                schedule::Kind::Load | schedule::Kind::Apply
-                    if chunk == pieces.records()[piece].start =>
-                {
-                    let chunks = pieces.records()[piece].clone();
-                    let list = weight_list(&self.pool, &pieces, piece);
-                    let class = if self.pool.residents.weights_of(piece).is_some() {
-                        RESIDENT
-                    } else {
-                        OUTER * usize::from(!std::ptr::eq(list, &raw const self.pool.block_buffers))
-                    };
-                    self.loads[class].push_back(Load {
-                        number,
-                        needs: self.scheduled[chunks.clone()].to_vec(),
-                        started: 0,
-                        unread: None,
-                        parts: chunks.clone().map(|_| None).collect(),
-                        missing: chunks.len(),
-                        chunks,
-                        applies,
-                    });
-                    number += 1;
-                }
-                _ => {}
-            }
-            if matches!(operation.kind, schedule::Kind::Apply | schedule::Kind::Update) {
-                let needs = self.scheduled[chunk];
-                self.scheduled[chunk] += 1;
-                let step = if applies { before } else { begun };
-                self.planned.push_back(PlannedUpdate { step, chunk, needs, applies });
-            }
-        }
-        self.steps.push_back(Step {
-            number: begun,
+    ) {
+        self.queue.push_back(Step {
+            number,
             adamw,
             updates_left: schedule.updates(),
             expected: schedule.updated().union(schedule.kept()).copied().collect(),
             schedule,
-            ended: false,
+            finished: false,
             commits,
             commit: None,
-            kept: Kept::Nothing,
+            deferred: Deferred::Nothing,
         });
-        Ok(())
     }
 
-    /// Takes a piece's gradient: it is counted into the norm, and then updates, or is kept, or both.
-    fn submitted(&mut self, piece: usize, weights: Option<Slot>, gradient: Slot) -> Result {
-        let is_expected = |step: &mut Step| !step.ended && step.expected.remove(&piece);
-        let Some(step) = self.steps.back_mut().and_then(|step| is_expected(step).then_some(step))
-        else {
-            let name = self.pieces.piece_name(piece);
-            return Err(Error::invalid(format!(
-                "the gradient of {name} was submitted and the step does not (or no longer) expect it"
-            )));
-        };
-        let number = step.number;
-        let updates = step.schedule.updated().contains(&piece);
-        let keeps = step.schedule.kept().contains(&piece);
-        let layout = self.store.layout();
-        let chunks = self.pieces.records()[piece].clone();
-        let tensors = self.settings.tensors(layout, chunks.clone());
-        let runs = self.workers.install(|| {
-            let parameters = tensors.last().map_or(0, |tensor| tensor.end);
-            let values = bytemuck::cast_slice(&gradient[..parameters * size_of::<f32>()]);
-            squares_of_runs(self.kernel, &tensors, values)
-        });
-        if !runs.iter().all(|run| run.is_finite()) {
-            let record = layout.chunks()[chunks.start].record;
-            let record = self.store.manifest().records[record].name.clone();
-            return Err(Error::NotFinite { record });
-        }
-        let mut state = self.shared.lock();
-        // Else nobody has asked for those of that step.
-        if state.begun == number {
-            state.squares.add(layout, chunks, runs);
-        }
-        drop(state);
-        self.shared.changed.notify_all();
-        let on_drive = keeps && self.is_kept_on_drive(piece);
-        if on_drive {
-            self.expect_kept(piece);
-        }
-        if updates {
-            let missing = || Error::invalid("an update without its weights");
-            let weights = self.cut_at_chunks(piece, weights.ok_or_else(missing)?);
-            let chunks_left = weights.len();
-            self.sources[piece] = Some(Source {
-                weights,
-                gradient: Some(gradient),
-                chunks_left,
-                hand_over: None,
-                kept_by: on_drive.then_some(number),
-            });
-        } else if on_drive {
-            self.keeping.push_back((number, piece, gradient));
-        }
-        Ok(())
+    /// The next step applies what the last one has deferred; that one is returned.
+    pub(super) fn apply_deferred(&mut self) -> Result<&Step> {
+        // Only the last step can have deferred gradients: what is applied now is its update.
+        let waiting = self.queue.back_mut().filter(|step| step.deferred == Deferred::Waiting);
+        let step = waiting.ok_or_else(|| Error::invalid("no gradients were kept"))?;
+        step.deferred = Deferred::Applied;
+        Ok(step)
     }
 
-    /// A piece's buffer, cut at its chunks.
-    pub(super) fn cut_at_chunks(&self, piece: usize, weights: Slot) -> Vec<Option<Slot>> {
-        let pieces = &self.pieces;
-        let mut rest = weights;
-        let cut = |chunk: usize| {
-            let bytes = pieces.chunks()[chunk].extent_bytes(Group::Weight);
-            let at = rest.split_off(bytes);
-            Some(std::mem::replace(&mut rest, at))
-        };
-        pieces.records()[piece].clone().map(cut).collect()
+    /// Takes note of a unit's gradient; `None` where the pending step does not, or no longer, expect it.
+    pub(super) fn submitted(&mut self, unit: usize) -> Option<Expected> {
+        let step = self.queue.back_mut().filter(|step| !step.finished)?;
+        step.expected.remove(&unit).then(|| Expected {
+            step: step.number,
+            updates: step.schedule.updated().contains(&unit),
+            defers: step.schedule.kept().contains(&unit),
+        })
     }
 
-    fn end(&mut self, commit: Option<Vec<u8>>, after: After) -> Result {
-        let Some(step) = self.steps.back_mut() else { return Ok(()) };
-        if let Some(piece) = step.expected.iter().min() {
-            let name = self.pieces.piece_name(*piece);
-            let error = format!("the step ended without the gradient of {name}");
+    /// Ends the pending step; `true` when the updates that it has made are to be taken back.
+    pub(super) fn end(
+        &mut self,
+        units: &Layout,
+        commit: Option<Vec<u8>>,
+        after: After,
+    ) -> Result<bool> {
+        let Some(step) = self.queue.back_mut() else { return Ok(false) };
+        if let Some(unit) = step.expected.iter().min() {
+            let name = units.unit_name(*unit);
+            let error = format!("the step is finished without the gradient of {name}");
             return Err(Error::invalid(error));
         }
-        step.ended = true;
+        step.finished = true;
         step.commit = commit;
-        let After::Applied(scale) = after else { return Ok(()) };
+        let After::Applied(scale) = after else { return Ok(false) };
         step.adamw.gradient_scale = scale;
-        step.kept = Kept::Waiting;
+        step.deferred = Deferred::Waiting;
         if step.schedule.updated().is_empty() {
-            step.updates_left = schedule::chunks(&self.pieces, step.schedule.kept());
-        } else {
-            // The caller may go on at once: what it begins waits for `take_back`.
-            self.taken_back = Some(step.number);
-            self.held.forget_what_is_unwritten();
+            step.updates_left = schedule::chunks(units, step.schedule.kept());
+            return Ok(false);
         }
-        Ok(())
+        // The caller may go on at once: what it begins waits for `take_back`.
+        self.taken_back = Some(step.number);
+        Ok(true)
     }
 
-    /// Takes back the updates of a step that guessed wrong, when all of them are written: its gradients
-    /// will be applied to the state before it, which is the committed one.
-    pub(super) fn take_back(&mut self) {
-        let Some(number) = self.taken_back else { return };
-        let front = self.steps.front_mut().filter(|step| step.number == number);
-        let Some(step) = front.filter(|step| step.updates_left == 0) else { return };
-        step.updates_left = schedule::chunks(&self.pieces, step.schedule.kept());
-        self.working = Table::clone(&self.store.committed().table);
-        self.held.back_to_the_last_commit();
+    /// Whether a step's updates are still to be taken back: what comes after must not read yet.
+    pub(super) fn is_taking_back(&self) -> bool {
+        self.taken_back.is_some()
+    }
+
+    /// Whether an update may get its memory: while updates are taken back only those that are.
+    pub(super) fn may_update(&self, step: u64, applies: bool) -> bool {
+        self.taken_back.is_none_or(|back| !applies && back == step)
+    }
+
+    /// Lets a step whose updates are all written go back to the state before; `false` while there is none.
+    pub(super) fn take_back(&mut self, units: &Layout) -> bool {
+        let Some(number) = self.taken_back else { return false };
+        let front = self.queue.front_mut().filter(|step| step.number == number);
+        let Some(step) = front.filter(|step| step.updates_left == 0) else { return false };
+        step.updates_left = schedule::chunks(units, step.schedule.kept());
         self.taken_back = None;
+        true
     }
 
-    /// Commits the oldest step when all its writes have completed: the drain before the flush.
-    pub(super) fn settle(&mut self) {
+    /// The oldest step that is not durable: the only one whose updates may be written.
+    pub(super) fn open(&self) -> Option<&Step> {
+        self.queue.front()
+    }
+
+    /// The newest step; 0 where none is.
+    pub(super) fn last(&self) -> u64 {
+        self.queue.back().map_or(0, |step| step.number)
+    }
+
+    /// The step that was begun and is not finished.
+    pub(super) fn pending(&self) -> Option<u64> {
+        Some(self.queue.back().filter(|step| !step.finished)?.number)
+    }
+
+    /// Whether a step is to be committed.
+    pub(super) fn commits(&self, number: u64) -> bool {
+        self.queue.iter().any(|step| step.number == number && step.commits)
+    }
+
+    /// Whether the oldest step is finished and is to be written whatever comes after it: one whose gradients
+    /// wait for a step that applies them is not waited for.
+    pub(super) fn must_go_on(&self) -> bool {
+        self.open().is_some_and(|step| step.finished && step.deferred != Deferred::Waiting)
+    }
+
+    /// Whether the oldest step's deferred gradients are being applied.
+    pub(super) fn is_being_applied(&self) -> bool {
+        self.open().is_some_and(|step| step.deferred == Deferred::Applied)
+    }
+
+    /// An update of a step has been written, or is in RAM to stay.
+    pub(super) fn updated(&mut self, number: u64) {
+        if let Some(step) = self.queue.iter_mut().find(|step| step.number == number) {
+            step.updates_left -= 1;
+        }
+    }
+
+    /// The oldest step's blob, if it has one, once it is finished and all its updates are written.
+    pub(super) fn take_written(&mut self) -> Option<Option<Vec<u8>>> {
         let taken_back = self.taken_back;
-        while self.running.is_none()
-            && self.steps.front().is_some_and(|step| {
-                step.ended && step.updates_left == 0 && taken_back != Some(step.number)
-            })
-        {
-            match self.steps.front_mut().and_then(|step| step.commit.take()) {
-                Some(blob) => match self.store.start_commit(self.working.clone(), &blob) {
-                    Ok(sequence) => {
-                        self.touched = false;
-                        self.flights.commit = self.shared.events.now();
-                        self.go_on(Running { sequence, commits: true });
-                    }
-                    Err(error) => return self.fail(error),
-                },
-                None => self.settle_front(),
-            }
-        }
+        let is_written = |step: &&mut Step| {
+            step.finished && step.updates_left == 0 && taken_back != Some(step.number)
+        };
+        Some(self.queue.front_mut().filter(is_written)?.commit.take())
     }
 
-    pub(super) fn start_writing(&mut self) -> Result {
-        let sequence = self.store.start_writing()?;
-        self.go_on(Running { sequence, commits: false });
-        Ok(())
+    /// The oldest step is durable, or as far as it will be.
+    pub(super) fn pop(&mut self) {
+        self.queue.pop_front();
     }
 
-    /// Submits a sequence's next operations, or takes note of its end.
-    pub(super) fn go_on(&mut self, mut running: Running) {
-        loop {
-            match self.store.next_operation(&mut running.sequence) {
-                Ok(Next::Operation(Sequenced { operation, drive, offset, slot, bytes })) => {
-                    let (again, work) = (false, Work::Sequence);
-                    let file = Arc::clone(self.store.drives().file(drive));
-                    self.submit(Pending { operation, file, offset, bytes, again, work }, slot);
-                }
-                Ok(Next::Wait) => return self.running = Some(running),
-                Ok(Next::End) if running.commits => {
-                    self.held.committed();
-                    self.commit_ended();
-                    return self.settle_front();
-                }
-                Ok(Next::End) => return,
-                Err(error) => return self.fail(error),
-            }
-        }
-    }
-
-    fn settle_front(&mut self) {
-        self.steps.pop_front();
-        self.shared.lock().settled += 1;
-        self.shared.changed.notify_all();
-    }
-
-    pub(super) fn fail(&mut self, error: Error) {
-        self.failed = true;
-        // What the next call would be told is told to the one that waits now, too.
-        let error = self.store.check().err().unwrap_or(error);
-        self.shared.lock().failure.get_or_insert(error);
-        self.shared.changed.notify_all();
-    }
-
-    /// The step under way cannot go on; those before it are finished, until the caller aborts.
-    fn refuse_step(&mut self, error: Error) {
-        self.is_refused = true;
-        self.drop_step_under_way();
-        self.shared.lock().failure.get_or_insert(error);
-        self.shared.changed.notify_all();
-    }
-
-    /// Forgets what was planned for a step that is dropped; what is applied on its way stays planned. Nobody
-    /// takes weights any more: their buffers are free for that.
-    fn drop_step_under_way(&mut self) {
-        let Some(step) = self.steps.back().filter(|step| !step.ended) else { return };
-        let number = step.number;
-        self.planned.retain(|update| update.step != number);
-        for loads in &mut self.loads {
-            loads.retain(|load| load.applies || load.started > 0);
-        }
-        let mut state = self.shared.lock();
-        state.forget_loads();
-    }
-
-    /// Back to the last commit, once nothing is in flight any more.
-    pub(super) fn finish_abort(&mut self) {
-        if self.touched && self.store.is_scratch() && (self.stopping || self.aborting.is_some()) {
-            let _ = self.store.give_up();
-        }
-        let Some(reply) = self.aborting.take() else { return };
-        self.touched = false;
-        self.loads = Default::default();
-        self.planned.clear();
-        self.updates.clear();
-        self.sources.iter_mut().for_each(|source| *source = None);
-        self.on_their_way = 0;
-        self.keeping.clear();
-        self.kept.forget();
+    pub(super) fn clear(&mut self) {
+        self.queue.clear();
         self.taken_back = None;
-        self.is_refused = false;
-        self.steps.clear();
-        self.scheduled.fill(0);
-        self.on_disk.fill(0);
-        self.held.back_to_the_last_commit();
-        self.held.forget_what_is_unwritten();
-        self.working = Table::clone(&self.store.committed().table);
-        let outcome = self.store.check();
-        self.failed = outcome.is_err();
-        let mut state = self.shared.lock();
-        state.forget_loads();
-        state.ended = state.begun;
-        state.settled = state.begun;
-        state.waiting = None;
-        state.is_uncommitted = false;
-        state.failure = outcome.clone().err();
-        drop(state);
-        self.shared.changed.notify_all();
-        let _ = reply.send(outcome);
     }
 }

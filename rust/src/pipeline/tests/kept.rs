@@ -1,6 +1,9 @@
 //! Gradients that wait for their norm change no bit, wherever they wait and whatever a buffer holds.
 
-use super::*;
+use crate::pipeline::{After, Kind, Residents};
+use crate::units::{StateFormat, Unit};
+
+use super::support::*;
 
 /// Every second step is clipped.
 fn scale(step: u64) -> f32 {
@@ -11,12 +14,12 @@ fn scale(step: u64) -> f32 {
 fn run_kept(setup: Setup, gradients: &[Kind]) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
-    let what = format!("{gradients:?}, by chunk: {}, {:?}", setup.by_chunk, setup.residents);
+    let what = format!("{gradients:?}, {:?}, {:?}", setup.unit, setup.residents);
     let setup = Setup { gradients_beside: Some(folder.path().join("gradients")), ..setup };
     setup.create(&path);
     let store = setup.open(&path);
     let pipeline = setup.pipeline(&store);
-    let schedule = |first, gradients| schedule_of(&store, setup.by_chunk, first, gradients);
+    let schedule = |first, gradients| schedule_of(&store, setup.unit, first, gradients);
     let first = |waiting| if waiting { Kind::Apply } else { Kind::Load };
     let mut waiting = false;
     for step in 1..=5 {
@@ -25,7 +28,7 @@ fn run_kept(setup: Setup, gradients: &[Kind]) {
         forward(&pipeline).expect("read");
         for record in (0..3).rev() {
             let of = |index| gradient(step, record, index);
-            by_chunk::train_record(&pipeline, record, of).expect("trained");
+            train_record(&pipeline, record, of).expect("trained");
         }
         waiting = !gradients.contains(&Kind::Update) || scale(step) < 1.0;
         let after = if waiting { After::Applied(scale(step)) } else { After::Stands };
@@ -36,7 +39,7 @@ fn run_kept(setup: Setup, gradients: &[Kind]) {
         forward(&pipeline).expect("read");
         pipeline.end(None, After::Stands).expect("ended");
     }
-    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(pipeline.wait_durable(LONG).expect("durable"));
     assert_eq!(&*store.committed().blob, b"step 5", "{what}");
     assert!(read_all(&store, setup.format) == expected_scaled(5, scale), "{what}");
 }
@@ -54,13 +57,13 @@ fn run_kept_everywhere(gradients: &[Kind]) {
         residents(&[1], &[0, 4, 11], &[2]),
         residents(&[0, 1, 2], &all, &[1]),
     ];
-    for (by_chunk, residents) in
-        [false, true].into_iter().flat_map(|b| choices.each_ref().map(|r| (b, r)))
+    for (unit, residents) in
+        Unit::ALL.into_iter().flat_map(|unit| choices.each_ref().map(|r| (unit, r)))
     {
         for (slots, format, drives) in [(1, StateFormat::F32, 1), (2, StateFormat::Bf16, 2)] {
             let residents = residents.clone();
             run_kept(
-                Setup { by_chunk, residents, slots, format, drives, ..Setup::default() },
+                Setup { unit, residents, slots, format, drives, ..Setup::default() },
                 gradients,
             );
         }
@@ -83,31 +86,31 @@ fn a_gradient_is_kept_without_weights() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
     let gradients_beside = Some(folder.path().join("gradients"));
-    let setup = Setup { by_chunk: true, slots: 1, gradients_beside, ..Setup::default() };
+    let setup = Setup { unit: Unit::Chunk, slots: 1, gradients_beside, ..Setup::default() };
     setup.create(&path);
     let store = setup.open(&path);
     let pipeline = setup.pipeline(&store);
-    let schedule = |first, kinds: &[Kind]| schedule_of(&store, true, first, kinds);
+    let schedule = |first, kinds: &[Kind]| schedule_of(&store, Unit::Chunk, first, kinds);
     pipeline.begin(schedule(Kind::Load, &[Kind::Keep]), adamw(1), true).expect("begun");
     forward(&pipeline).expect("read");
     for record in (0..3).rev() {
-        let pieces = by_chunk::pieces_of(&pipeline, record);
-        for piece in pieces.clone() {
-            drop(pipeline.take_weights(piece, LONG).expect("read").expect("in time"));
+        let units = units_of(&pipeline, record);
+        for unit in units.clone() {
+            drop(pipeline.take_weights(unit, LONG).expect("read").expect("in time"));
         }
-        for piece in pieces {
-            let start = len(store.layout().chunks()[piece].start);
-            let mut buffer = pipeline.take_gradient(piece, LONG).expect("free").expect("in time");
+        for unit in units {
+            let start = len(store.layout().chunks()[unit].start);
+            let mut buffer = pipeline.take_gradient(unit, LONG).expect("free").expect("in time");
             for (index, bytes) in buffer.chunks_mut(4).enumerate() {
                 bytes.copy_from_slice(&gradient(1, record, start + index).to_le_bytes());
             }
-            pipeline.submit(piece, None, buffer).expect("submitted");
+            pipeline.submit(unit, None, buffer).expect("submitted");
         }
     }
     pipeline.end(Some(b"step 1".to_vec()), After::Applied(1.0)).expect("ended");
     pipeline.begin(schedule(Kind::Apply, &[]), adamw(2), false).expect("begun");
     forward(&pipeline).expect("read");
     pipeline.end(None, After::Stands).expect("ended");
-    assert!(pipeline.wait_settled(LONG).expect("settled"));
+    assert!(pipeline.wait_durable(LONG).expect("durable"));
     assert!(read_all(&store, setup.format) == expected(1));
 }

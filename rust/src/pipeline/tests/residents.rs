@@ -1,6 +1,11 @@
 //! What stays in RAM changes no bit, and is written for a commit alone.
 
-use super::*;
+use std::sync::Arc;
+
+use crate::pipeline::{Kind, Residents, Schedule};
+use crate::units::{Group, StateFormat, Unit};
+
+use super::support::*;
 
 /// The chunks are 3 + 6 + 3: a block, a larger record, a block with a short last chunk.
 #[test]
@@ -35,23 +40,23 @@ fn what_stays_is_read_once_and_written_for_a_commit() {
     let setup = Setup { residents, ..Setup::default() };
     setup.create(&path);
     let store = setup.open(&path);
-    let (schedule, pipeline) = (schedule(&store, false), setup.pipeline(&store));
+    let (schedule, pipeline) = (schedule(&store, Unit::Record), setup.pipeline(&store));
     let moved = || store.engine().0.counters().totals();
-    let settled = || assert!(pipeline.wait_settled(LONG).expect("settled"));
+    let durable = || assert!(pipeline.wait_durable(LONG).expect("durable"));
     train_step(&pipeline, &schedule, 1, false).expect("a step");
-    settled();
+    durable();
     let before = moved();
     train_step(&pipeline, &schedule, 2, false).expect("a step");
-    settled();
+    durable();
     assert_eq!(moved(), before, "a step without a commit moves nothing");
     train_step(&pipeline, &schedule, 3, true).expect("a step");
-    settled();
+    durable();
     let (read, written) = (moved().0 - before.0, moved().1 - before.1);
     let state: usize =
         store.layout().chunks().iter().flat_map(|c| Group::ALL.map(|g| c.extent_bytes(g))).sum();
     assert_eq!(read, 0);
     assert!(written >= state as u64 && written < 2 * state as u64, "{written} for {state}");
-    // Two steps in RAM alone, and a third that is not ended: back to the third.
+    // Two steps in RAM alone, and a third that is not finished: back to the third.
     for step in 4..=5 {
         train_step(&pipeline, &schedule, step, false).expect("a step");
     }
@@ -61,7 +66,7 @@ fn what_stays_is_read_once_and_written_for_a_commit() {
     for step in 4..=5 {
         train_step(&pipeline, &schedule, step, step == 5).expect("a step");
     }
-    settled();
+    durable();
     assert!(read_all(&store, setup.format) == expected(5));
 }
 
@@ -73,12 +78,12 @@ fn a_commit_without_what_changed_in_ram_alone_is_refused() {
     let setup = Setup { residents, ..Setup::default() };
     setup.create(&path);
     let store = setup.open(&path);
-    let (whole, pipeline) = (schedule(&store, false), setup.pipeline(&store));
+    let (whole, pipeline) = (schedule(&store, Unit::Record), setup.pipeline(&store));
     train_step(&pipeline, &whole, 1, false).expect("a step");
     let loads = whole.operations().iter().filter(|op| op.kind == Kind::Load).copied().take(3);
     let reading = Arc::new(Schedule::new(store.layout(), loads.collect()).expect("valid"));
     pipeline.begin(reading, adamw(2), true).expect("sent");
-    let error = pipeline.wait_settled(LONG).and_then(|_| pipeline.take_weights(0, LONG));
+    let error = pipeline.wait_durable(LONG).and_then(|_| pipeline.take_weights(0, LONG));
     let error = error.expect_err("chunk 0 is left out");
     assert!(error.to_string().contains("does not update chunk 0"), "{error}");
 }

@@ -4,14 +4,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{Opened, read, read_files, read_state, read_superblock};
-use crate::drives::Drives;
-use crate::engine::choice::{self, Choice};
 use crate::error::{Error, Result};
-use crate::file;
-use crate::layout::Manifest;
-use crate::store::Committed;
+use crate::io::drives::Drives;
+use crate::io::engine::choice::{self, Choice};
+use crate::io::file;
 use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
+use crate::store::layout::Manifest;
+use crate::store::recovery::{Opened, read, read_files, read_state, read_superblock};
+use crate::store::state::{Committed, Store};
 use crate::units::PAGE_BYTES;
 
 /// Another process may commit twice between two of our reads, so that neither state holds: look again.
@@ -36,8 +36,12 @@ pub struct Glance {
     pub is_direct: bool,
 }
 
-impl Glance {
-    pub(in crate::store) fn at(paths: &[PathBuf]) -> Result<Self> {
+impl Store {
+    /// What the store in these files says of itself. Neither locks nor verifies it.
+    ///
+    /// # Errors
+    /// `Format` when it is no store or nothing of it holds, `Unsupported`, `Io`.
+    pub fn glance(paths: &[PathBuf]) -> Result<Glance> {
         let drives = Drives::open_unlocked(paths)?;
         let (engine, engine_note) = choice::start(Choice::Threads, drives.count())?;
         let boot_id = file::boot_id();
@@ -55,7 +59,7 @@ impl Glance {
         })?;
         let marker =
             read(&*opened.engine, opened.drives.main(), CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
-        Ok(Self {
+        Ok(Glance {
             uuid: opened.header.uuid,
             manifest: opened.manifest,
             generation: newest.generation,

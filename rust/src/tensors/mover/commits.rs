@@ -3,10 +3,10 @@
 use crossbeam_channel::Sender;
 
 use super::{Mover, Pending, Plan, Running};
-use crate::buffer::Slot;
 use crate::error::{Error, Result};
+use crate::memory::slot::Slot;
 use crate::store::Next;
-use crate::tensors::Outcome;
+use crate::tensors::ticket::Outcome;
 
 impl Mover {
     pub(super) fn commit(&mut self, done: Sender<Outcome>) {

@@ -1,0 +1,131 @@
+//! The data files of one store, one on each of its drives. The first is the main one: it has tables,
+//! superblocks and clean marker, and whoever holds its lock may use the others.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::io::file::{self, DirectFile, Owner};
+
+/// A store lies on so many drives at most.
+pub const DRIVES_MAX: usize = 16;
+
+/// The open files, in the order of the drives; never empty.
+#[derive(Clone, Debug)]
+pub struct Drives {
+    files: Vec<Arc<DirectFile>>,
+}
+
+impl Drives {
+    /// Files that are open already, in the order of the drives.
+    ///
+    /// # Errors
+    /// `Invalid` for none or too many.
+    pub fn new(files: Vec<DirectFile>) -> Result<Self> {
+        check_count(files.len())?;
+        let numbered = files.into_iter().enumerate();
+        Ok(Self { files: numbered.map(|(drive, file)| Arc::new(file.on_drive(drive))).collect() })
+    }
+
+    /// Creates, locks and reserves a file for each of `(path, bytes)`; when any of this fails, nothing
+    /// is left behind.
+    ///
+    /// # Errors
+    /// As `DirectFile::create`.
+    pub fn create(places: &[(PathBuf, u64)]) -> Result<Self> {
+        let mut files = Vec::new();
+        for (path, bytes) in places {
+            match DirectFile::create(path, *bytes) {
+                Ok(file) => files.push(file),
+                Err(error) => {
+                    files.iter().for_each(|file| drop(fs::remove_file(file.path())));
+                    return Err(error);
+                }
+            }
+        }
+        Self::new(files)
+    }
+
+    /// Opens and locks them one after another, the main one first; see `DirectFile::open_waiting`.
+    ///
+    /// # Errors
+    /// As `DirectFile::open_waiting`.
+    pub fn open_waiting(
+        paths: &[PathBuf],
+        waiting: &mut dyn FnMut(&Owner, Duration) -> Result,
+    ) -> Result<Self> {
+        let open = |path: &PathBuf| DirectFile::open_waiting(path, waiting);
+        Self::new(paths.iter().map(open).collect::<Result<_>>()?)
+    }
+
+    /// Opens them for reading, without their locks.
+    ///
+    /// # Errors
+    /// As `DirectFile::open_unlocked`.
+    pub fn open_unlocked(paths: &[PathBuf]) -> Result<Self> {
+        let open = |path: &PathBuf| DirectFile::open_unlocked(path);
+        Self::new(paths.iter().map(open).collect::<Result<_>>()?)
+    }
+
+    /// Number of drives.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.files.len()
+    }
+
+    /// The file with tables, superblocks and clean marker.
+    #[must_use]
+    pub fn main(&self) -> &Arc<DirectFile> {
+        &self.files[0]
+    }
+
+    /// Path of the main file, which is what messages call the store.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.main().path()
+    }
+
+    /// The file on one drive.
+    ///
+    /// # Panics
+    /// When there is no such drive; layouts are checked against the number of files.
+    #[must_use]
+    pub fn file(&self, drive: usize) -> &Arc<DirectFile> {
+        &self.files[drive]
+    }
+
+    /// All files.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<DirectFile>> {
+        self.files.iter()
+    }
+
+    /// Whether transfers to all of them bypass the page cache.
+    #[must_use]
+    pub fn are_direct(&self) -> bool {
+        self.iter().all(|file| file.is_direct())
+    }
+
+    /// Gives the files their final names, the main one last: without it the others are no store.
+    ///
+    /// # Errors
+    /// `Format` when a name leads elsewhere by now, `Io`; then files may have either name.
+    pub fn rename(&self, names: &[PathBuf]) -> Result {
+        self.iter().try_for_each(|file| file.check_name())?;
+        for (file, name) in self.files.iter().zip(names).rev() {
+            file::rename_new(file.path(), name)?;
+            file::sync_directory(name)?;
+        }
+        Ok(())
+    }
+}
+
+/// # Errors
+/// `Invalid` for no drive or too many.
+pub fn check_count(drives: usize) -> Result {
+    match drives {
+        1..=DRIVES_MAX => Ok(()),
+        _ => Err(Error::invalid(format!("{drives} drives: 1 to {DRIVES_MAX} are possible"))),
+    }
+}

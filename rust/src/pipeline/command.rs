@@ -1,0 +1,28 @@
+//! What callers tell the executor.
+
+use std::sync::Arc;
+
+use crossbeam_channel::Sender;
+
+use crate::error::Result;
+use crate::memory::slot::Slot;
+use crate::optimizer::adamw::AdamW;
+use crate::pipeline::schedule::Schedule;
+
+/// What becomes of the gradients that a step has kept.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum After {
+    /// Nothing was kept, or the updates that the step has made stand.
+    Stands,
+    /// The next step applies them, multiplied by this; updates that the step has made are taken back.
+    Applied(f32),
+}
+
+/// What a caller wants of the executor.
+pub(super) enum Command {
+    Begin { schedule: Arc<Schedule>, adamw: AdamW, commits: bool, first_load: u64, number: u64 },
+    Submit { unit: usize, weights: Option<Slot>, gradient: Slot },
+    End { commit: Option<Vec<u8>>, after: After },
+    Abort { reply: Sender<Result> },
+    Stop,
+}

@@ -1,0 +1,29 @@
+//! How a pipeline is set up.
+
+use crate::memory::pool::PoolSizes;
+use crate::optimizer::adamw::Kernel;
+use crate::pipeline::gradient_files::GradientFiles;
+use crate::pipeline::memory::Residents;
+use crate::pipeline::update::TensorSettings;
+use crate::units::Unit;
+
+/// How a pipeline is set up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The pool.
+    pub pool: PoolSizes,
+    /// Threads for AdamW and checksums; 0 means one per core.
+    pub threads: usize,
+    /// The AdamW kernel; `None` picks the fastest.
+    pub kernel: Option<Kernel>,
+    /// Weight decay and learning-rate scale of each tensor, by record and offset.
+    pub tensors: Vec<TensorSettings>,
+    /// What stays in RAM from step to step.
+    pub residents: Residents,
+    /// Where gradients are kept that have no buffer of their own; none is kept there without.
+    pub gradient_files: GradientFiles,
+    /// What a buffer holds. Of chunks the pool has `block_buffers` for the weights, `block_gradients` for the
+    /// gradient, `outer_buffers` for weights that come back for their update, and no use for
+    /// `outer_gradients`. Schedules must be made for `Store::units` of this unit.
+    pub unit: Unit,
+}

@@ -14,12 +14,11 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use megatrain_io::error::Error;
-use megatrain_io::io::engine::choice::{self, Choice};
-use megatrain_io::memory::ledger::Ledger;
+use megatrain_io::io::{Choice, start};
+use megatrain_io::memory::Ledger;
 use megatrain_io::pipeline::{After, GradientFiles, Kind, Options, Pipeline, Residents};
 use megatrain_io::store::{OpenOptions, Store};
-use megatrain_io::units::{Unit, to_usize};
+use megatrain_io::{Error, Unit, to_usize};
 
 use training::{LARGE, Memory, SMALL, Shape, WIDE, adamw, gradient, schedule};
 
@@ -287,7 +286,7 @@ fn kill(life: &Life, path: &Path, pause: Duration, mut moment: impl FnMut(&str) 
 
 /// Whether the kernel lets us have this engine.
 fn is_refused(engine: Choice) -> bool {
-    let refused = choice::start(engine, 1).err();
+    let refused = start(engine, 1).err();
     if let Some(error) = &refused {
         report(&format!("skipped: no engine, no kills: {error}"));
     }

@@ -44,7 +44,7 @@ impl Schedule {
                 "load" => Ok(ChunkOp { kind: Kind::Load, chunk }),
                 "apply" => Ok(ChunkOp { kind: Kind::Apply, chunk }),
                 "update" => Ok(ChunkOp { kind: Kind::Update, chunk }),
-                "keep" => Ok(ChunkOp { kind: Kind::Keep, chunk }),
+                "keep" => Ok(ChunkOp { kind: Kind::Defer, chunk }),
                 _ => Err(PyValueError::new_err(format!(
                     "operation {kind:?}: load, apply, update or keep"
                 ))),
@@ -69,7 +69,7 @@ impl Pipeline {
     /// `pool` maps each kind of slot to `(bytes, count)`; `tensors` lists
     /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order; `residents`
     /// lists the units whose weights stay in RAM, the chunks whose update planes do, and the units
-    /// whose gradients have a buffer of their own; `gradient_files` is where other gradients are kept.
+    /// whose gradients have a buffer of their own; `gradient_files` is where other gradients wait that are deferred.
     /// A unit is what one buffer holds: a record, or a chunk where `by_chunk` is set.
     #[new]
     #[pyo3(signature = (store, pool, threads, kernel, tensors, residents, gradient_files, by_chunk=false))]
@@ -211,7 +211,7 @@ impl Pipeline {
     }
 
     /// Ends the step; with a blob it is committed behind the caller's back. `applied`: the next step
-    /// applies the gradients that were kept, multiplied by it; `None`: the step's updates stand.
+    /// applies the gradients that were deferred, multiplied by it; `None`: the step's updates stand.
     fn end(&self, blob: Option<Vec<u8>>, applied: Option<f32>) -> PyResult<()> {
         let after = applied.map_or(After::Stands, After::Applied);
         self.get()?.end(blob, after).map_err(raise)

@@ -4,6 +4,11 @@
 
 use pyo3::prelude::*;
 
+#[cfg(bench_without_checksums)]
+compile_error!(
+    "without checksums there are benchmarks only: what trains verifies every byte it reads"
+);
+
 mod dlpack;
 mod error;
 mod measure;

@@ -33,9 +33,13 @@ FORMS = {
 def build(*, checksums: bool) -> Path:
     """The benchmark's program; the one without checksums has a folder of its own."""
     command = ["cargo", "bench", "--no-run", "--bench", "durability", "--message-format", "json"]
+    environment = dict(os.environ)
     if not checksums:
-        command += ["--features", "no-checksums", "--target-dir", str(ROOT / "target" / "no-checksums")]
-    said = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        environment["RUSTFLAGS"] = f"{environment.get('RUSTFLAGS', '')} --cfg bench_without_checksums"
+        command += ["--target-dir", str(ROOT / "target" / "no-checksums")]
+    said = subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     messages = [json.loads(line) for line in said.splitlines()]
     return next(Path(m["executable"]) for m in messages if m.get("executable"))
 

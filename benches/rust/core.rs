@@ -6,11 +6,10 @@
 #![expect(clippy::print_stdout, reason = "the result of a program")]
 
 use divan::Bencher;
-use megatrain_io::error::Result;
+use megatrain_io::Result;
 use megatrain_io::measure::{Figure, Workload};
-use megatrain_io::memory::ledger::Ledger;
-use megatrain_io::memory::slot::SlotList;
-use megatrain_io::optimizer::adamw::Kernel;
+use megatrain_io::memory::{Ledger, SlotList};
+use megatrain_io::optimizer::Kernel;
 
 /// Parameters of a large chunk set: far more than the caches hold.
 const PARAMETERS: usize = 16 << 20;

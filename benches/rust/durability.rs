@@ -12,19 +12,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use megatrain_io::error::{Error, Result};
-use megatrain_io::io::engine::choice::Choice;
-use megatrain_io::memory::ledger::Ledger;
-use megatrain_io::memory::pool::{self, PoolSizes};
-use megatrain_io::memory::slot::Slot;
-use megatrain_io::optimizer::adamw::AdamW;
+use megatrain_io::io::Choice;
+use megatrain_io::memory::{self, Ledger, PoolSizes, Slot};
+use megatrain_io::optimizer::AdamW;
 use megatrain_io::pipeline::{
     After, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents, Schedule, TensorSettings,
     chunk_slot_bytes,
 };
-use megatrain_io::store::layout::{Content, Durability, Manifest, Record, Tensor};
-use megatrain_io::store::{Creator, OpenOptions, Store};
-use megatrain_io::units::{Group, StateFormat, Unit};
+use megatrain_io::store::{
+    Content, Creator, Durability, Manifest, OpenOptions, Record, Store, Tensor,
+};
+use megatrain_io::{Error, Group, Result, StateFormat, Unit};
 
 const FORMAT: StateFormat = StateFormat::Bf16;
 const CHUNK: u64 = 2 << 20;
@@ -135,7 +133,7 @@ fn run(files: &[PathBuf], durability: &str, steps: u64, every: u64) -> Result {
 }
 
 fn options(store: &Store) -> Options {
-    let kind = |bytes, count| pool::Kind { bytes, count };
+    let kind = |bytes, count| memory::Kind { bytes, count };
     let layout = store.layout();
     let parameters = usize::try_from(layout.record_parameters(0)).expect("fits memory");
     let chunk = layout.chunks()[0].parameters;

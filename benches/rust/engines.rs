@@ -10,10 +10,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use megatrain_io::error::Result;
-use megatrain_io::io::engine::Engine;
-use megatrain_io::io::engine::threads::{self, Threads};
-use megatrain_io::io::engine::uring::{self, Uring};
+use megatrain_io::Result;
+use megatrain_io::io::Engine;
+use megatrain_io::io::threads::{self, Threads};
+use megatrain_io::io::uring::{self, Uring};
 use megatrain_io::measure::{Figure, Form, Limit, ScratchFile, Traffic, Transfers};
 
 /// One engine with its settings.
@@ -110,7 +110,7 @@ fn compare(bars: &mut [Bar], form: Form, file: &ScratchFile, rounds: u64) -> Res
         for (kind, traffic) in KINDS.into_iter().enumerate() {
             for turn in 0..count {
                 // Another one goes first each time.
-                let bar = &mut bars[(turn + megatrain_io::units::to_usize(round)) % count];
+                let bar = &mut bars[(turn + megatrain_io::to_usize(round)) % count];
                 let transfers = Transfers::new(&bar.engine, form)?;
                 if let Some(why) = transfers.registration_refused() {
                     println!("{}: memory is not registered: {why}", bar.name);

@@ -9,10 +9,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use megatrain_io::error::{Error, Result};
-use megatrain_io::io::engine::Engine;
-use megatrain_io::io::engine::choice::{Choice, start};
+use megatrain_io::io::{Choice, Engine, start};
 use megatrain_io::measure::{Figure, Form, Limit, ScratchFile, Traffic, Transfers};
+use megatrain_io::{Error, Result};
 
 const FILE_BYTES: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
@@ -67,7 +66,7 @@ fn options() -> Result<Options> {
         let value = words.next().unwrap_or_default();
         let number = value.parse::<u64>().ok().filter(|number| *number > 0);
         match (word.as_str(), number) {
-            ("--rounds", Some(number)) => options.rounds = megatrain_io::units::to_usize(number),
+            ("--rounds", Some(number)) => options.rounds = megatrain_io::to_usize(number),
             ("--mib", Some(number)) => options.bytes = number * MIB,
             ("--folder", _) => options.folder = value.into(),
             _ => {
@@ -95,7 +94,7 @@ fn bars(engines: &[Arc<dyn Engine>]) -> Vec<Bar> {
     let mut bars = Vec::new();
     let mut add = |kind, traffic, mib: u64, depth| {
         for engine in engines {
-            let form = Form { bytes: megatrain_io::units::to_usize(mib * MIB), depth };
+            let form = Form { bytes: megatrain_io::to_usize(mib * MIB), depth };
             let engine = Arc::clone(engine);
             bars.push(Bar { kind, traffic, form, engine, figures: Vec::new() });
         }

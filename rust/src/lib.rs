@@ -2,9 +2,10 @@
 //!
 //! Rooms, lowest floor first (a room uses only rooms on lower floors; `docs/design.md` has the table):
 //! 0 `units` `error` | 1 `memory` `optimizer` | 2 `io` | 3 `store` | 4 `measure` `pipeline` `tensors`.
+//! A room says in its first lines what others outside the crate may name; its modules are its own.
 //! The Python bindings are a crate of their own, `rust/py`; this crate knows nothing of Python.
 
-pub mod error;
+mod error;
 pub mod io;
 pub mod measure;
 pub mod memory;
@@ -12,4 +13,7 @@ pub mod optimizer;
 pub mod pipeline;
 pub mod store;
 pub mod tensors;
-pub mod units;
+mod units;
+
+pub use crate::error::{Error, Result};
+pub use crate::units::{CopyId, Group, Plane, StateFormat, Unit, to_usize};

@@ -1,10 +1,14 @@
 //! The optimizer's step over one chunk, and the sums over a gradient that clipping needs: pure
 //! computing over slices, to the bit the same on every CPU and with any number of threads.
 
-pub mod adamw;
+pub(crate) mod adamw;
 mod kernel;
-pub mod norm;
+pub(crate) mod norm;
 mod scalar;
-pub mod split;
+pub(crate) mod split;
 #[cfg(target_arch = "x86_64")]
 mod vector;
+
+pub use adamw::{AdamW, Scalars, Span, update_f32, update_split};
+pub use kernel::Kernel;
+pub use split::{join, split};

@@ -4,13 +4,13 @@
 //! name; a commit makes the working table the committed one. `docs/design.md` draws the bytes and
 //! has the state table; `commit.rs` and `recovery.rs` are the two halves of the promise.
 
-pub mod checksum;
+pub(crate) mod checksum;
 mod commit;
 mod create;
 mod fields;
 mod header;
-pub mod layout;
-pub mod manifest;
+pub(crate) mod layout;
+pub(crate) mod manifest;
 mod plans;
 mod recovery;
 mod state;
@@ -24,6 +24,7 @@ mod verify;
 
 pub use commit::{Next, Sequence, Sequenced};
 pub use create::Creator;
+pub use layout::{Chunk, Content, Durability, Layout, Manifest, Record, Tensor};
 pub use plans::{ReadPlan, WritePlan};
 pub use recovery::{Glance, OpenOptions};
 pub use state::{BLOB_BYTES_MAX, Committed, Store};

@@ -3,16 +3,16 @@
 use serde::{Deserialize, Serialize};
 
 /// Alignment of every file offset, transfer length and transfer address, in bytes.
-pub const PAGE_BYTES: usize = 4096;
+pub(crate) const PAGE_BYTES: usize = 4096;
 /// Size of a huge page, in bytes; regions start at a multiple of it.
-pub const HUGE_PAGE_BYTES: usize = 2 << 20;
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Every tensor starts at a multiple of this many parameters, so that offsets do not depend on the
 /// dtype and a bf16 tensor starts 256-byte aligned (matrix kernels choose their path by alignment).
-pub const TENSOR_ALIGNMENT: u64 = 128;
+pub(crate) const TENSOR_ALIGNMENT: u64 = 128;
 
 /// `value` rounded up to a multiple of `multiple`, or `None` on overflow.
 #[must_use]
-pub fn round_up(value: u64, multiple: u64) -> Option<u64> {
+pub(crate) fn round_up(value: u64, multiple: u64) -> Option<u64> {
     value.checked_next_multiple_of(multiple)
 }
 

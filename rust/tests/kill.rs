@@ -14,12 +14,11 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use megatrain_io::error::Error;
-use megatrain_io::io::engine::choice::{self, Choice};
-use megatrain_io::memory::ledger::Ledger;
+use megatrain_io::io::{Choice, start};
+use megatrain_io::memory::Ledger;
 use megatrain_io::pipeline::{After, GradientFiles, Kind, Options, Pipeline, Residents};
 use megatrain_io::store::{OpenOptions, Store};
-use megatrain_io::units::{Unit, to_usize};
+use megatrain_io::{Error, Unit, to_usize};
 
 use training::{LARGE, Memory, SMALL, Shape, WIDE, adamw, gradient, schedule};
 
@@ -38,35 +37,36 @@ struct Life {
     commit_every: u64,
     /// Whether each step is awaited; else the next one begins while it is committed.
     waits: bool,
-    clips: Clips,
+    policy: UpdatePolicy,
     /// In which units weights and gradients go to and fro.
     unit: Unit,
 }
 
 /// When updates are made that need the norm of all gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Clips {
-    Never,
+enum UpdatePolicy {
+    Immediate,
     /// By the next step.
-    Later,
+    Deferred,
     /// At once, and taken back if the norm is too large.
-    Guessing,
+    Speculative,
 }
 
-const CLIPS: [Clips; 3] = [Clips::Never, Clips::Later, Clips::Guessing];
+const POLICIES: [UpdatePolicy; 3] =
+    [UpdatePolicy::Immediate, UpdatePolicy::Deferred, UpdatePolicy::Speculative];
 
 impl Life {
     fn encode(&self, path: &Path) -> String {
         let engine = if self.engine == Choice::Uring { "uring" } else { "threads" };
         let (every, waits) = (self.commit_every, self.waits);
-        let clips = self.clips as usize;
+        let policy = self.policy as usize;
         let (unit, shape) = (self.unit.name(), self.shape.name);
-        format!("{engine} {shape} {every} {waits} {clips} {unit} {}", path.display())
+        format!("{engine} {shape} {every} {waits} {policy} {unit} {}", path.display())
     }
 
     fn decode(text: &str) -> (Self, PathBuf) {
         let parts: Vec<&str> = text.splitn(7, ' ').collect();
-        let [engine, shape, every, waits, clips, unit, path] = parts[..] else {
+        let [engine, shape, every, waits, policy, unit, path] = parts[..] else {
             panic!("{VARIABLE} is {text}")
         };
         let shape = [SMALL, LARGE, WIDE].into_iter().find(|s| s.name == shape).expect("a shape");
@@ -75,7 +75,7 @@ impl Life {
             shape,
             commit_every: every.parse().expect("a number"),
             waits: waits.parse().expect("true or false"),
-            clips: CLIPS[clips.parse::<usize>().expect("a number")],
+            policy: POLICIES[policy.parse::<usize>().expect("a number")],
             unit: Unit::named(unit).expect("record or chunk"),
         };
         (life, path.into())
@@ -92,10 +92,10 @@ impl Life {
     /// Trains, and says so, until the process dies.
     fn train(&self, path: &Path) -> Result<(), Error> {
         let store = Arc::new(self.open(path)?);
-        let gradients: &[Kind] = match self.clips {
-            Clips::Never => &[Kind::Update],
-            Clips::Later => &[Kind::Keep],
-            Clips::Guessing => &[Kind::Update, Kind::Keep],
+        let gradients: &[Kind] = match self.policy {
+            UpdatePolicy::Immediate => &[Kind::Update],
+            UpdatePolicy::Deferred => &[Kind::Defer],
+            UpdatePolicy::Speculative => &[Kind::Update, Kind::Defer],
         };
         let unit = self.unit;
         let schedules =
@@ -114,7 +114,7 @@ impl Life {
         residents.records = residents.records.into_iter().flat_map(units).collect();
         residents.chunks.retain(|chunk| chunks[*chunk].format().is_trainable());
         let mut gradient_files = GradientFiles::default();
-        if self.clips != Clips::Never {
+        if self.policy != UpdatePolicy::Immediate {
             // The others wait on the drive.
             residents.gradients = units(1).collect();
             let paths: Vec<_> = self.shape.files(&path.with_file_name("gradients"));
@@ -140,7 +140,7 @@ impl Life {
             let schedule = &schedules[usize::from(waiting)];
             let mut with = adamw(step);
             let scale = with.gradient_scale;
-            if self.clips != Clips::Never {
+            if self.policy != UpdatePolicy::Immediate {
                 with.gradient_scale = 1.0;
             }
             pipeline.begin(Arc::clone(schedule), with, commit.is_some())?;
@@ -154,10 +154,10 @@ impl Life {
             if commit.is_some() {
                 say(&format!("ending {step}"));
             }
-            waiting = match self.clips {
-                Clips::Never => false,
-                Clips::Later => true,
-                Clips::Guessing => scale < 1.0,
+            waiting = match self.policy {
+                UpdatePolicy::Immediate => false,
+                UpdatePolicy::Deferred => true,
+                UpdatePolicy::Speculative => scale < 1.0,
             };
             let after = if waiting { After::Applied(scale) } else { After::Stands };
             pipeline.end(commit.map(String::into_bytes), after)?;
@@ -191,7 +191,7 @@ impl Life {
             let weights = match weights {
                 Ok(slot) => Some(slot),
                 // They need not come back if they are not updated yet.
-                Err(_) if self.clips == Clips::Later => None,
+                Err(_) if self.policy == UpdatePolicy::Deferred => None,
                 Err(bytes) => {
                     let mut slot = pipeline.take_outgoing(unit, LONG)?.expect("in time");
                     slot.copy_from_slice(&bytes);
@@ -287,7 +287,7 @@ fn kill(life: &Life, path: &Path, pause: Duration, mut moment: impl FnMut(&str) 
 
 /// Whether the kernel lets us have this engine.
 fn is_refused(engine: Choice) -> bool {
-    let refused = choice::start(engine, 1).err();
+    let refused = start(engine, 1).err();
     if let Some(error) = &refused {
         report(&format!("skipped: no engine, no kills: {error}"));
     }
@@ -314,10 +314,10 @@ fn kills(engine: Choice, shape: Shape, count: u64) {
             shape,
             commit_every: [1, 3][random.usize(0..2)],
             waits: random.bool(),
-            clips: CLIPS[random.usize(..3)],
+            policy: POLICIES[random.usize(..3)],
             unit: if random.u8(..3) == 0 { Unit::Chunk } else { Unit::Record },
         };
-        if life.clips == Clips::Guessing {
+        if life.policy == UpdatePolicy::Speculative {
             life.commit_every = 1; // what is taken back lies beside a committed state
         }
         let pause = Duration::from_micros(random.u64(0..10_000));
@@ -398,9 +398,9 @@ fn the_store_opens_again_while_writes_of_the_killed_process_land() {
         let mut memory = Memory::new(&WIDE);
         let (mut slowest, mut in_flight) = (Duration::ZERO, 0);
         for _ in 0..4 {
-            let clips = Clips::Never;
+            let policy = UpdatePolicy::Immediate;
             let unit = if fastrand::bool() { Unit::Chunk } else { Unit::Record };
-            let life = Life { engine, shape: WIDE, commit_every: 1, waits: false, clips, unit };
+            let life = Life { engine, shape: WIDE, commit_every: 1, waits: false, policy, unit };
             let pause = Duration::from_micros(fastrand::u64(0..20_000));
             // The second step of a life ends: the first is committed, this one is being written.
             let mut endings = 0;

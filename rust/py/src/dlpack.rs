@@ -7,8 +7,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use megatrain_io::error::Error;
-use megatrain_io::memory::slot::{Region, Slot};
+use megatrain_io::Error;
+use megatrain_io::memory::{Region, Slot};
 use megatrain_io::tensors::Allocation;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;

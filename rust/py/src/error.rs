@@ -1,6 +1,6 @@
 //! Every Rust error becomes a Python exception that is written in `megatrain_io/errors.py`.
 
-use megatrain_io::error::Error;
+use megatrain_io::Error;
 use pyo3::PyErr;
 use pyo3::prelude::*;
 

@@ -4,6 +4,11 @@
 
 use pyo3::prelude::*;
 
+#[cfg(bench_without_checksums)]
+compile_error!(
+    "without checksums there are benchmarks only: what trains verifies every byte it reads"
+);
+
 mod dlpack;
 mod error;
 mod measure;
@@ -46,13 +51,13 @@ fn build_info() -> (&'static str, &'static str, bool) {
 /// The AdamW kernels that this processor can run, the fastest last.
 #[pyfunction]
 fn adamw_kernels() -> Vec<String> {
-    megatrain_io::optimizer::adamw::Kernel::available().iter().map(ToString::to_string).collect()
+    megatrain_io::optimizer::Kernel::available().iter().map(ToString::to_string).collect()
 }
 
 /// Bytes that a store with this manifest takes in RAM, once it is open.
 #[pyfunction]
 fn store_memory(manifest: &[u8]) -> PyResult<u64> {
-    use megatrain_io::store::layout::{Layout, Manifest};
+    use megatrain_io::store::{Layout, Manifest};
     Manifest::parse(manifest)
         .and_then(|manifest| Layout::new(&manifest))
         .map(|layout| megatrain_io::store::Store::memory_bytes(&layout))
@@ -62,6 +67,6 @@ fn store_memory(manifest: &[u8]) -> PyResult<u64> {
 /// Why io_uring cannot be used here, or `None` when it can: a real ring is set up.
 #[pyfunction]
 fn probe_uring(py: Python<'_>) -> Option<String> {
-    use megatrain_io::io::engine::choice::{Choice, start};
+    use megatrain_io::io::{Choice, start};
     py.detach(|| start(Choice::Uring, 1)).err().map(|error| error.to_string())
 }

@@ -4,11 +4,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use megatrain_io::error::Error;
-use megatrain_io::io::engine::Engine;
-use megatrain_io::io::engine::choice::start;
+use megatrain_io::Error;
+use megatrain_io::io::{Engine, start};
 use megatrain_io::measure::{self, Figure, Form, Limit, Traffic, Transfers};
-use megatrain_io::optimizer::adamw::{AdamW, Kernel, Span, update_f32};
+use megatrain_io::optimizer::{AdamW, Kernel, Span, update_f32};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};

@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use megatrain_io::error::Error;
-use megatrain_io::io::drives::Drives;
-use megatrain_io::io::file::{DioAlignment, DirectFile, LOCK_NOTICE, Owner};
+use megatrain_io::Error;
+use megatrain_io::io::{DioAlignment, DirectFile, Drives, LOCK_NOTICE, Owner};
 use megatrain_io::store;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};

@@ -5,14 +5,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use megatrain_io::error::Error;
-use megatrain_io::memory::pool::{self, PoolSizes};
-use megatrain_io::memory::slot::Slot;
-use megatrain_io::optimizer::adamw::{AdamW, Kernel};
+use megatrain_io::memory::{self, PoolSizes, Slot};
+use megatrain_io::optimizer::{AdamW, Kernel};
 use megatrain_io::pipeline::{
     self, After, Cause, ChunkOp, GradientFiles, Kind, Options, Residents, TensorSettings,
 };
-use megatrain_io::units::{StateFormat, Unit};
+use megatrain_io::{Error, StateFormat, Unit};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -46,7 +44,7 @@ impl Schedule {
                 "load" => Ok(ChunkOp { kind: Kind::Load, chunk }),
                 "apply" => Ok(ChunkOp { kind: Kind::Apply, chunk }),
                 "update" => Ok(ChunkOp { kind: Kind::Update, chunk }),
-                "keep" => Ok(ChunkOp { kind: Kind::Keep, chunk }),
+                "keep" => Ok(ChunkOp { kind: Kind::Defer, chunk }),
                 _ => Err(PyValueError::new_err(format!(
                     "operation {kind:?}: load, apply, update or keep"
                 ))),
@@ -71,7 +69,7 @@ impl Pipeline {
     /// `pool` maps each kind of slot to `(bytes, count)`; `tensors` lists
     /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order; `residents`
     /// lists the units whose weights stay in RAM, the chunks whose update planes do, and the units
-    /// whose gradients have a buffer of their own; `gradient_files` is where other gradients are kept.
+    /// whose gradients have a buffer of their own; `gradient_files` is where other gradients wait that are deferred.
     /// A unit is what one buffer holds: a record, or a chunk where `by_chunk` is set.
     #[new]
     #[pyo3(signature = (store, pool, threads, kernel, tensors, residents, gradient_files, by_chunk=false))]
@@ -213,7 +211,7 @@ impl Pipeline {
     }
 
     /// Ends the step; with a blob it is committed behind the caller's back. `applied`: the next step
-    /// applies the gradients that were kept, multiplied by it; `None`: the step's updates stand.
+    /// applies the gradients that were deferred, multiplied by it; `None`: the step's updates stand.
     fn end(&self, blob: Option<Vec<u8>>, applied: Option<f32>) -> PyResult<()> {
         let after = applied.map_or(After::Stands, After::Applied);
         self.get()?.end(blob, after).map_err(raise)
@@ -294,7 +292,7 @@ pub(crate) struct PoolArguments {
 
 impl PoolArguments {
     fn sizes(&self) -> PoolSizes {
-        let kind = |(bytes, count)| pool::Kind { bytes, count };
+        let kind = |(bytes, count)| memory::Kind { bytes, count };
         PoolSizes {
             chunk_slots: kind(self.chunk_slots),
             block_buffers: kind(self.block_buffers),
@@ -308,7 +306,7 @@ impl PoolArguments {
 /// Waits without the interpreter lock, looking at signals in between.
 pub(crate) fn wait<T: Send>(
     py: Python<'_>,
-    poll: impl Fn() -> megatrain_io::error::Result<Option<T>> + Sync,
+    poll: impl Fn() -> megatrain_io::Result<Option<T>> + Sync,
 ) -> PyResult<T> {
     loop {
         if let Some(value) = py.detach(&poll).map_err(raise)? {
@@ -322,7 +320,7 @@ pub(crate) fn wait<T: Send>(
 fn wait_at_most<T: Send>(
     py: Python<'_>,
     patience: Option<f64>,
-    poll: impl Fn(Duration) -> megatrain_io::error::Result<Option<T>> + Sync,
+    poll: impl Fn(Duration) -> megatrain_io::Result<Option<T>> + Sync,
 ) -> PyResult<Option<T>> {
     let Some(seconds) = patience else { return wait(py, || poll(PATIENCE)).map(Some) };
     let timeout = Duration::try_from_secs_f64(seconds)

@@ -4,14 +4,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use megatrain_io::error::Error;
-use megatrain_io::io::engine::Operation;
-use megatrain_io::io::engine::choice::Choice;
-use megatrain_io::io::engine::faulty::{Fault, Point};
-use megatrain_io::memory::slot::Slot;
-use megatrain_io::store::layout::{Chunk, Manifest};
-use megatrain_io::store::{self, OpenOptions, ValueType};
-use megatrain_io::units::Group;
+use megatrain_io::io::{Choice, Fault, Operation, Point};
+use megatrain_io::memory::Slot;
+use megatrain_io::store::{self, Chunk, Manifest, OpenOptions, ValueType};
+use megatrain_io::{Error, Group};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -24,7 +20,7 @@ use crate::uuid::uuid_text;
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ledger {
-    pub(crate) inner: megatrain_io::memory::ledger::Ledger,
+    pub(crate) inner: megatrain_io::memory::Ledger,
 }
 
 #[pymethods]

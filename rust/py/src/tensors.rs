@@ -5,10 +5,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use megatrain_io::error::Error;
-use megatrain_io::memory::slot::Slot;
+use megatrain_io::memory::Slot;
 use megatrain_io::tensors::{self, Allocation};
-use megatrain_io::units::{Group, to_usize};
+use megatrain_io::{Error, Group, to_usize};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::io::file::{self, DirectFile, Owner};
 
 /// A store lies on so many drives at most.
-pub const DRIVES_MAX: usize = 16;
+pub(crate) const DRIVES_MAX: usize = 16;
 
 /// The open files, in the order of the drives; never empty.
 #[derive(Clone, Debug)]
@@ -123,7 +123,7 @@ impl Drives {
 
 /// # Errors
 /// `Invalid` for no drive or too many.
-pub fn check_count(drives: usize) -> Result {
+pub(crate) fn check_count(drives: usize) -> Result {
     match drives {
         1..=DRIVES_MAX => Ok(()),
         _ => Err(Error::invalid(format!("{drives} drives: 1 to {DRIVES_MAX} are possible"))),

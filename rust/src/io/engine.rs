@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 use crate::io::file::DirectFile;
 use crate::memory::slot::{Region, Slot};
 
-pub mod choice;
-pub mod faulty;
+pub(crate) mod choice;
+pub(crate) mod faulty;
 #[cfg(any(test, feature = "fuzzing"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the fuzz target compares less than the tests"))]
 pub(crate) mod memory;
@@ -182,7 +182,7 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
 ///
 /// # Errors
 /// Beside the slot: the operation's own error.
-pub fn perform(
+pub(crate) fn perform(
     engine: &dyn Engine,
     operation: Operation,
     file: &Arc<DirectFile>,
@@ -204,7 +204,7 @@ pub fn perform(
 ///
 /// # Errors
 /// Beside the slot: the operation's own error.
-pub fn perform_once(
+pub(crate) fn perform_once(
     engine: &dyn Engine,
     operation: Operation,
     file: &Arc<DirectFile>,

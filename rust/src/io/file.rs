@@ -22,7 +22,7 @@ pub use direct::DioAlignment;
 pub use owner::Owner;
 
 /// How long an open waits for the lock: a killed process holds it until its last writes have landed.
-pub const LOCK_WAIT: Duration = Duration::from_secs(5);
+pub(crate) const LOCK_WAIT: Duration = Duration::from_secs(5);
 /// After so long a person should be told what is waited for.
 pub const LOCK_NOTICE: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
@@ -303,7 +303,7 @@ impl Drop for DirectFile {
 ///
 /// # Errors
 /// `Io` when the directory cannot be opened or flushed.
-pub fn sync_directory(path: &Path) -> Result {
+pub(crate) fn sync_directory(path: &Path) -> Result {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(parent)
         .and_then(|directory| directory.sync_all())
@@ -312,7 +312,7 @@ pub fn sync_directory(path: &Path) -> Result {
 
 /// The kernel's id of this boot: equal ids mean that the kernel never went down in between.
 #[must_use]
-pub fn boot_id() -> [u8; 16] {
+pub(crate) fn boot_id() -> [u8; 16] {
     let mut text = String::new();
     let read =
         File::open("/proc/sys/kernel/random/boot_id").and_then(|mut f| f.read_to_string(&mut text));
@@ -331,7 +331,7 @@ pub fn boot_id() -> [u8; 16] {
 ///
 /// # Errors
 /// `Io` when `/dev/urandom` cannot be read.
-pub fn random_uuid() -> Result<[u8; 16]> {
+pub(crate) fn random_uuid() -> Result<[u8; 16]> {
     let mut id = [0; 16];
     File::open("/dev/urandom")
         .and_then(|mut f| f.read_exact(&mut id))
@@ -345,7 +345,7 @@ pub fn random_uuid() -> Result<[u8; 16]> {
 ///
 /// # Errors
 /// `Io`; nothing was renamed.
-pub fn rename_new(from: &Path, to: &Path) -> Result {
+pub(crate) fn rename_new(from: &Path, to: &Path) -> Result {
     use rustix::fs::{CWD, RenameFlags};
     rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)
         .map_err(|e| Error::io("rename", from, 0, 0, e))
@@ -353,7 +353,7 @@ pub fn rename_new(from: &Path, to: &Path) -> Result {
 
 /// Whether `bytes` is a multiple of the transfer alignment.
 #[must_use]
-pub fn is_aligned(bytes: u64) -> bool {
+pub(crate) fn is_aligned(bytes: u64) -> bool {
     bytes.is_multiple_of(PAGE_BYTES as u64)
 }
 

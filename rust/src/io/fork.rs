@@ -22,7 +22,7 @@ static NULL: OnceLock<Result<File>> = OnceLock::new();
 /// While it lives, a forked child gets `/dev/null` in the descriptor's place. Drop it before the
 /// descriptor is closed.
 #[derive(Debug)]
-pub struct NotInherited {
+pub(crate) struct NotInherited {
     place: &'static AtomicI32,
 }
 
@@ -31,7 +31,7 @@ impl NotInherited {
     ///
     /// # Errors
     /// `Invalid` when 256 are kept already, `Io` when the system takes no handler.
-    pub fn new(descriptor: &impl AsRawFd) -> Result<Self> {
+    pub(crate) fn new(descriptor: &impl AsRawFd) -> Result<Self> {
         NULL.get_or_init(prepare).as_ref().map_err(Clone::clone)?;
         let descriptor = descriptor.as_raw_fd();
         let order = (Ordering::AcqRel, Ordering::Relaxed);

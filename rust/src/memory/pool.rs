@@ -132,23 +132,23 @@ impl Pool {
         let own = |bytes: &usize| (*bytes > 0).then(|| (rounded(*bytes), 1));
         let stay: Vec<_> =
             residents.weights.iter().chain(&residents.planes).filter_map(own).collect();
-        let kept: Vec<_> = residents.gradients.iter().filter_map(own).collect();
+        let deferred: Vec<_> = residents.gradients.iter().filter_map(own).collect();
         let shares = [
             Share { account: "pool", sizes: &transfers, packed: false },
             Share { account: "gradients", sizes: &gradients, packed: false },
-            Share { account: "gradients", sizes: &kept, packed: true },
+            Share { account: "gradients", sizes: &deferred, packed: true },
             Share { account: "residents", sizes: &stay, packed: true },
         ];
         let (region, mut lists) = SlotList::cut_shares(&shares, ledger)?;
         let mut stay = lists.pop().unwrap_or_default().into_iter();
-        let mut kept = lists.pop().unwrap_or_default().into_iter();
+        let mut deferred = lists.pop().unwrap_or_default().into_iter();
         let own = |sizes: &[usize], lists: &mut dyn Iterator<Item = SlotList>| {
             sizes.iter().map(|bytes| if *bytes > 0 { lists.next() } else { None }).collect()
         };
         let residents = ResidentSlots {
             weights: own(&residents.weights, &mut stay),
             planes: own(&residents.planes, &mut stay),
-            gradients: own(&residents.gradients, &mut kept),
+            gradients: own(&residents.gradients, &mut deferred),
         };
         let mut lists = lists.into_iter().flatten();
         let mut next =

@@ -36,7 +36,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-pub use crate::optimizer::kernel::Kernel;
+pub(crate) use crate::optimizer::kernel::Kernel;
 pub use crate::optimizer::scalar::Scalars;
 use crate::optimizer::scalar::{step_f32, step_split};
 

@@ -23,7 +23,11 @@ const RUNS: usize = 64;
 /// # Panics
 /// When a tensor lies outside the gradient.
 #[must_use]
-pub fn squares_of_runs(kernel: Kernel, tensors: &[Range<usize>], gradient: &[f32]) -> Vec<f64> {
+pub(crate) fn squares_of_runs(
+    kernel: Kernel,
+    tensors: &[Range<usize>],
+    gradient: &[f32],
+) -> Vec<f64> {
     let runs: Vec<_> = tensors.iter().cloned().flat_map(runs).collect();
     runs.par_chunks(RUNS)
         .flat_map_iter(|runs| runs.iter().map(|run| kernel.squares(&gradient[run.clone()])))

@@ -15,27 +15,3 @@ pub fn join(weight: u16, remainder: i16) -> f32 {
     let rounded = u32::from(weight) << 16;
     f32::from_bits(rounded.wrapping_add_signed(i32::from(remainder)))
 }
-
-/// [`split`], element by element.
-///
-/// # Panics
-/// If the slices differ in length.
-pub fn split_slice(master: &[f32], weight: &mut [u16], remainder: &mut [i16]) {
-    assert_eq!(master.len(), weight.len(), "weight");
-    assert_eq!(master.len(), remainder.len(), "remainder");
-    for ((master, weight), remainder) in master.iter().zip(weight).zip(remainder) {
-        (*weight, *remainder) = split(*master);
-    }
-}
-
-/// [`join`], element by element.
-///
-/// # Panics
-/// If the slices differ in length.
-pub fn join_slice(weight: &[u16], remainder: &[i16], master: &mut [f32]) {
-    assert_eq!(master.len(), weight.len(), "weight");
-    assert_eq!(master.len(), remainder.len(), "remainder");
-    for ((master, weight), remainder) in master.iter_mut().zip(weight).zip(remainder) {
-        *master = join(*weight, *remainder);
-    }
-}

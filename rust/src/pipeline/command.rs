@@ -9,10 +9,10 @@ use crate::memory::slot::Slot;
 use crate::optimizer::adamw::AdamW;
 use crate::pipeline::schedule::Schedule;
 
-/// What becomes of the gradients that a step has kept.
+/// What becomes of the gradients that a step has deferred.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum After {
-    /// Nothing was kept, or the updates that the step has made stand.
+    /// Nothing was deferred, or the updates that the step has made stand.
     Stands,
     /// The next step applies them, multiplied by this; updates that the step has made are taken back.
     Applied(f32),

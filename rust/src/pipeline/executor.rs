@@ -349,7 +349,7 @@ impl Executor {
         if !schedule.applied().is_empty() {
             expect(schedule.applied(), steps.apply_deferred()?.commits())?;
         }
-        if schedule.kept().is_empty() || !schedule.updated().is_empty() {
+        if schedule.deferred().is_empty() || !schedule.updated().is_empty() {
             expect(schedule.updated(), commits)?;
         }
         let mut load = first_load;

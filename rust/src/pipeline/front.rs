@@ -137,27 +137,27 @@ impl Pipeline {
         }
         if *schedule.applied() != *state.waiting.as_ref().unwrap_or(&BTreeSet::new()) {
             return Err(Error::invalid(format!(
-                "the step applies kept gradients of {} {:?}, and those of {:?} wait",
+                "the step applies deferred gradients of {} {:?}, and those of {:?} wait",
                 self.kind(),
                 schedule.applied(),
                 state.waiting
             )));
         }
-        let is_guess = !schedule.kept().is_empty() && !schedule.updated().is_empty();
-        if is_guess && (state.is_uncommitted || self.store.is_scratch()) {
+        let is_speculative = !schedule.deferred().is_empty() && !schedule.updated().is_empty();
+        if is_speculative && (state.is_uncommitted || self.store.is_scratch()) {
             return Err(Error::invalid(
                 "updates can be taken back only if the step before is committed",
             ));
         }
-        if let Some(unit) = schedule.kept().iter().find(|unit| !self.can_keep(**unit)) {
+        if let Some(unit) = schedule.deferred().iter().find(|unit| !self.can_defer(**unit)) {
             let name = self.units.unit_name(*unit);
             return Err(Error::invalid(format!(
-                "there is no place to keep the gradient of {name}"
+                "there is no place to defer the gradient of {name}"
             )));
         }
         state.waiting = None;
         state.squares = Squares::default();
-        state.keeps.clone_from(schedule.kept());
+        state.defers.clone_from(schedule.deferred());
         state.updates.clone_from(schedule.updated());
         state.gradients = schedule.gradients();
         let first_load = state.first_load;
@@ -197,17 +197,17 @@ impl Pipeline {
             }));
         }
         let applies = matches!(after, After::Applied(_));
-        if state.keeps.is_empty() && applies
-            || !state.keeps.is_empty() && !applies && state.updates.is_empty()
+        if state.defers.is_empty() && applies
+            || !state.defers.is_empty() && !applies && state.updates.is_empty()
         {
             return Err(Error::invalid(format!(
-                "the step kept gradients of {} {}, updated {}, and ends with {after:?}",
-                state.keeps.len(),
+                "the step deferred gradients of {} {}, updated {}, and ends with {after:?}",
+                state.defers.len(),
                 self.kind(),
                 if state.updates.is_empty() { "nothing" } else { "them" }
             )));
         }
-        state.waiting = applies.then(|| std::mem::take(&mut state.keeps));
+        state.waiting = applies.then(|| std::mem::take(&mut state.defers));
         let changes = state.gradients > 0;
         state.is_uncommitted = commit.is_none() && (changes || state.is_uncommitted);
         state.finished += 1;
@@ -235,7 +235,7 @@ impl Pipeline {
 
     /// Hands the gradient of a whole unit over, with the weights it was computed from. The update
     /// runs behind the caller's back; both buffers return to the pool when it is done. Where the step only
-    /// keeps the gradient, weights may be left out; where they stay in RAM, they are in their own buffer.
+    /// defers the gradient, weights may be left out; where they stay in RAM, they are in their own buffer.
     ///
     /// # Errors
     /// `Invalid` when a buffer is too small, missing, or not the unit's own; the pipeline's failure.
@@ -287,7 +287,7 @@ impl Pipeline {
         Ok(described(&self.store, &self.units, unit))
     }
 
-    fn can_keep(&self, unit: usize) -> bool {
+    fn can_defer(&self, unit: usize) -> bool {
         self.pool.residents.gradient_of(unit).is_some() || self.can_spill
     }
 

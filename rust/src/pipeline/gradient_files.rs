@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::io::file::DirectFile;
-use crate::pipeline::memory::kept_bytes;
+use crate::pipeline::memory::deferred_bytes;
 use crate::store::layout::Layout;
 
 /// Files for gradients that have no buffer of their own, one for each drive of the store.
@@ -74,7 +74,7 @@ pub(super) fn places(units: &Layout, own: &[usize]) -> (Vec<Option<(usize, u64)>
                 return None;
             }
             let offset = bytes[chunk.drive];
-            bytes[chunk.drive] += kept_bytes(chunk.parameters) as u64;
+            bytes[chunk.drive] += deferred_bytes(chunk.parameters) as u64;
             Some((chunk.drive, offset))
         })
         .collect();

@@ -17,7 +17,7 @@ pub struct Residents {
     pub records: Vec<usize>,
     /// Chunks whose update planes stay.
     pub chunks: Vec<usize>,
-    /// Units whose gradient has a buffer of its own, and waits there if it is kept.
+    /// Units whose gradient has a buffer of its own, and waits there if it is deferred.
     pub gradients: Vec<usize>,
 }
 
@@ -80,7 +80,7 @@ pub(super) fn gradient_bytes(units: &Layout, unit: usize) -> usize {
 }
 
 /// Bytes on the drive for the gradient of a chunk.
-pub(super) fn kept_bytes(parameters: usize) -> usize {
+pub(super) fn deferred_bytes(parameters: usize) -> usize {
     (parameters * size_of::<f32>()).next_multiple_of(crate::units::PAGE_BYTES)
 }
 
@@ -93,7 +93,7 @@ pub(super) fn gradient_list<'a>(pool: &'a Pool, units: &Layout, unit: usize) -> 
 }
 
 /// Checks that the pool has a buffer for whatever a step may need. `spills` says whether gradients that
-/// have no buffer of their own are kept on the drive.
+/// have no buffer of their own wait on the drive when they are deferred.
 pub(super) fn check_pool(
     store: &Store,
     units: &Layout,
@@ -102,9 +102,9 @@ pub(super) fn check_pool(
     settings: &[TensorSettings],
     spills: bool,
 ) -> Result {
-    // New weights of a kept gradient go to the drive from a chunk slot, whatever stays: compute has theirs.
-    let keeps = spills || residents.gradients.iter().any(|bytes| *bytes > 0);
-    let trains = sizes.block_gradients.count + sizes.outer_gradients.count > 0 || keeps;
+    // New weights of a deferred gradient go to the drive from a chunk slot, whatever stays: compute has theirs.
+    let defers = spills || residents.gradients.iter().any(|bytes| *bytes > 0);
+    let trains = sizes.block_gradients.count + sizes.outer_gradients.count > 0 || defers;
     if trains && settings.is_empty() {
         return Err(Error::invalid(
             "a pool with gradient buffers needs the settings of the tensors to train",
@@ -152,11 +152,11 @@ pub(super) fn check_pool(
         }
         let largest = chunks
             .clone()
-            .filter(|c| keeps || !stays || residents.planes[*c] == 0)
+            .filter(|c| defers || !stays || residents.planes[*c] == 0)
             .map(|c| units.chunks()[c])
             .map(|c| {
-                let kept = if spills && !has_own { kept_bytes(c.parameters) } else { 0 };
-                chunk_slot_bytes(c.format(), c.parameters) + kept
+                let deferred = if spills && !has_own { deferred_bytes(c.parameters) } else { 0 };
+                chunk_slot_bytes(c.format(), c.parameters) + deferred
             })
             .max();
         let chunk = largest.unwrap_or(0);

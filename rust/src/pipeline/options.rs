@@ -20,7 +20,7 @@ pub struct Options {
     pub tensors: Vec<TensorSettings>,
     /// What stays in RAM from step to step.
     pub residents: Residents,
-    /// Where gradients are kept that have no buffer of their own; none is kept there without.
+    /// Where deferred gradients wait that have no buffer of their own; without, none of them can be deferred.
     pub gradient_files: GradientFiles,
     /// What a buffer holds. Of chunks the pool has `block_buffers` for the weights, `block_gradients` for the
     /// gradient, `outer_buffers` for weights that come back for their update, and no use for

@@ -13,13 +13,13 @@ use crate::store::layout::Layout;
 pub enum Kind {
     /// Its weights are read into its record's buffer.
     Load,
-    /// As a load, and on the way it is updated with the gradient that the step before kept: its update
+    /// As a load, and on the way it is updated with the gradient that the step before deferred: its update
     /// planes are read, too, and both groups are written.
     Apply,
     /// Its update planes are read, it is updated, and both groups are written.
     Update,
-    /// Its gradient is kept until the norm of all is known.
-    Keep,
+    /// Its gradient is deferred until the norm of all is known.
+    Defer,
 }
 
 /// One operation of the schedule.
@@ -39,7 +39,7 @@ pub struct Schedule {
     updates: usize,
     applied: BTreeSet<usize>,
     updated: BTreeSet<usize>,
-    kept: BTreeSet<usize>,
+    deferred: BTreeSet<usize>,
     layout: Arc<Layout>,
 }
 
@@ -47,13 +47,13 @@ impl Schedule {
     /// Checks the operations against `Store::units`: each concerns a record as one run of all its chunks,
     /// and by chunk each chunk is a record of its own; so it is in all that a schedule says of records. A
     /// record is applied at most once, before anything else happens to it; it is updated at most once, and
-    /// its gradient is kept at most once, behind that. Nothing is loaded after either in the same step.
+    /// its gradient is deferred at most once, behind that. Nothing is loaded after either in the same step.
     ///
     /// # Errors
     /// `Invalid` naming the first operation that breaks a rule.
     pub fn new(layout: &Arc<Layout>, operations: Vec<ChunkOp>) -> Result<Self> {
         let mut loads = Vec::new();
-        let (mut applied, mut updated, mut kept) =
+        let (mut applied, mut updated, mut deferred) =
             (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         let mut expected: Option<(Kind, Range<usize>)> = None;
         for (index, operation) in operations.iter().enumerate() {
@@ -81,9 +81,9 @@ impl Schedule {
             if kind != Kind::Load && !chunk.format().is_trainable() {
                 return broken("its record is not trained");
             }
-            if kept.contains(&record) || (kind != Kind::Keep && updated.contains(&record)) {
+            if deferred.contains(&record) || (kind != Kind::Defer && updated.contains(&record)) {
                 return broken(
-                    "the record was already updated, or its gradient kept, in this step",
+                    "the record was already updated, or its gradient deferred, in this step",
                 );
             }
             match kind {
@@ -92,7 +92,7 @@ impl Schedule {
                 }
                 Kind::Apply => drop(applied.insert(record)),
                 Kind::Update => drop(updated.insert(record)),
-                Kind::Keep => drop(kept.insert(record)),
+                Kind::Defer => drop(deferred.insert(record)),
                 Kind::Load => {}
             }
             if matches!(kind, Kind::Load | Kind::Apply) {
@@ -104,7 +104,7 @@ impl Schedule {
         }
         let updates = chunks(layout, &updated);
         let layout = Arc::clone(layout);
-        Ok(Self { operations, loads, updates, applied, updated, kept, layout })
+        Ok(Self { operations, loads, updates, applied, updated, deferred, layout })
     }
 
     /// Whether this schedule was checked against that very layout.
@@ -137,7 +137,7 @@ impl Schedule {
         self.updates
     }
 
-    /// The records that are updated with what the step before kept.
+    /// The records that are updated with what the step before deferred.
     #[must_use]
     pub fn applied(&self) -> &BTreeSet<usize> {
         &self.applied
@@ -149,16 +149,16 @@ impl Schedule {
         &self.updated
     }
 
-    /// The records whose gradients are kept.
+    /// The records whose gradients are deferred.
     #[must_use]
-    pub fn kept(&self) -> &BTreeSet<usize> {
-        &self.kept
+    pub fn deferred(&self) -> &BTreeSet<usize> {
+        &self.deferred
     }
 
     /// Number of records that get a gradient.
     #[must_use]
     pub fn gradients(&self) -> usize {
-        self.updated.union(&self.kept).count()
+        self.updated.union(&self.deferred).count()
     }
 }
 

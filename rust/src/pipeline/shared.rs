@@ -28,14 +28,14 @@ pub(super) struct State {
     pub(super) finished: u64,
     pub(super) durable: u64,
     /// Of the step that was begun last: whether it is to be committed, the units whose gradients it
-    /// keeps, those that it updates with them at once, and how many get a gradient.
+    /// defers, those that it updates with them at once, and how many get a gradient.
     pub(super) commits: bool,
-    pub(super) keeps: BTreeSet<usize>,
+    pub(super) defers: BTreeSet<usize>,
     pub(super) updates: BTreeSet<usize>,
     pub(super) gradients: usize,
     /// The squares of its gradients so far.
     pub(super) squares: Squares,
-    /// Units whose gradients the last step kept, to be applied by the next one.
+    /// Units whose gradients the last step deferred, to be applied by the next one.
     pub(super) waiting: Option<BTreeSet<usize>>,
     /// Whether a step was finished without a commit since the last one that is committed.
     pub(super) is_uncommitted: bool,

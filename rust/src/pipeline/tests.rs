@@ -2,7 +2,7 @@
 
 mod chunk_unit;
 mod crash_model;
-mod kept;
+mod deferred;
 mod residents;
 mod support;
 mod training;

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::units::Group;
 
 /// Bytes that one checksum covers at most.
-pub const UNIT_BYTES: usize = 1 << 20;
+pub(crate) const UNIT_BYTES: usize = 1 << 20;
 
 /// What a checksum is bound to besides the bytes.
 #[derive(Clone, Copy, Debug)]
@@ -35,13 +35,13 @@ pub struct Mismatch {
 
 /// Number of checksums for an extent of `bytes`.
 #[must_use]
-pub fn unit_count(bytes: usize) -> usize {
+pub(crate) fn unit_count(bytes: usize) -> usize {
     bytes.div_ceil(UNIT_BYTES)
 }
 
 /// One checksum per unit of `data`, computed on the current rayon pool.
 #[must_use]
-pub fn sums(binding: &Binding, data: &[u8]) -> Vec<u32> {
+pub(crate) fn sums(binding: &Binding, data: &[u8]) -> Vec<u32> {
     data.par_chunks(UNIT_BYTES)
         .enumerate()
         .map(|(unit, bytes)| unit_sum(binding, unit, bytes))
@@ -52,7 +52,7 @@ pub fn sums(binding: &Binding, data: &[u8]) -> Vec<u32> {
 ///
 /// # Errors
 /// The first unit that differs. `expected` must hold one checksum per unit of `data`.
-pub fn verify(binding: &Binding, data: &[u8], expected: &[u32]) -> Result<(), Mismatch> {
+pub(crate) fn verify(binding: &Binding, data: &[u8], expected: &[u32]) -> Result<(), Mismatch> {
     assert_eq!(expected.len(), unit_count(data.len()), "one checksum per unit");
     data.par_chunks(UNIT_BYTES)
         .zip(expected.par_iter())
@@ -66,7 +66,7 @@ pub fn verify(binding: &Binding, data: &[u8], expected: &[u32]) -> Result<(), Mi
 
 /// As [`sums`], on the calling thread alone: for who has other work for the other cores.
 #[must_use]
-pub fn sums_on_this_thread(binding: &Binding, data: &[u8]) -> Vec<u32> {
+pub(crate) fn sums_on_this_thread(binding: &Binding, data: &[u8]) -> Vec<u32> {
     let units = data.chunks(UNIT_BYTES).enumerate();
     units.map(|(unit, bytes)| unit_sum(binding, unit, bytes)).collect()
 }
@@ -75,7 +75,7 @@ pub fn sums_on_this_thread(binding: &Binding, data: &[u8]) -> Vec<u32> {
 ///
 /// # Errors
 /// The first unit that differs. `expected` must hold one checksum per unit of `data`.
-pub fn verify_on_this_thread(
+pub(crate) fn verify_on_this_thread(
     binding: &Binding,
     data: &[u8],
     expected: &[u32],
@@ -92,18 +92,18 @@ pub fn verify_on_this_thread(
 
 /// CRC-32C of `data`: guards header and superblock.
 #[must_use]
-pub fn crc32c(data: &[u8]) -> u32 {
+pub(crate) fn crc32c(data: &[u8]) -> u32 {
     low_half(checksum(CrcAlgorithm::Crc32Iscsi, data))
 }
 
 /// CRC-64/NVME of `data`: the root over table, blob and manifest.
 #[must_use]
-pub fn crc64(data: &[u8]) -> u64 {
+pub(crate) fn crc64(data: &[u8]) -> u64 {
     checksum(CrcAlgorithm::Crc64Nvme, data)
 }
 
 fn unit_sum(binding: &Binding, unit: usize, bytes: &[u8]) -> u32 {
-    if cfg!(feature = "no-checksums") {
+    if cfg!(bench_without_checksums) {
         return 0;
     }
     let mut digest = unit_digest(binding, unit);
@@ -125,7 +125,7 @@ fn unit_digest(binding: &Binding, unit: usize) -> Digest {
 
 /// Checksums of bytes that come piece by piece, while they are still in the cache.
 #[derive(Debug)]
-pub struct Running {
+pub(crate) struct Running {
     binding: Binding,
     digest: Digest,
     /// Bytes in the unit so far.
@@ -137,7 +137,7 @@ pub struct Running {
 impl Running {
     /// From the start of one unit of an extent on.
     #[must_use]
-    pub fn new(binding: &Binding, unit: usize) -> Self {
+    pub(crate) fn new(binding: &Binding, unit: usize) -> Self {
         Self {
             binding: *binding,
             digest: unit_digest(binding, unit),
@@ -148,10 +148,10 @@ impl Running {
     }
 
     /// The next bytes of the extent.
-    pub fn update(&mut self, mut bytes: &[u8]) {
+    pub(crate) fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let (front, rest) = bytes.split_at(bytes.len().min(UNIT_BYTES - self.filled));
-            if !cfg!(feature = "no-checksums") {
+            if !cfg!(bench_without_checksums) {
                 self.digest.update(front);
             }
             self.filled += front.len();
@@ -164,7 +164,7 @@ impl Running {
 
     /// One checksum per unit that was begun.
     #[must_use]
-    pub fn finish(mut self) -> Vec<u32> {
+    pub(crate) fn finish(mut self) -> Vec<u32> {
         if self.filled > 0 {
             self.end_unit();
         }
@@ -172,7 +172,7 @@ impl Running {
     }
 
     fn end_unit(&mut self) {
-        let off = cfg!(feature = "no-checksums");
+        let off = cfg!(bench_without_checksums);
         self.sums.push(if off { 0 } else { low_half(self.digest.finalize()) });
         self.unit += 1;
         self.filled = 0;

@@ -4,9 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use crate::store::manifest::{
-    Content, Durability, MANIFEST_BYTES_MAX, Manifest, Record, Tensor,
-};
+pub use crate::store::manifest::{Content, Durability, Manifest, Record, Tensor};
 use crate::units::{CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, StateFormat, Unit, round_up};
 
 /// A fixed number of consecutive parameters of one record.

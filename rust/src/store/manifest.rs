@@ -9,7 +9,7 @@ use crate::io::drives::check_count;
 use crate::units::{StateFormat, TENSOR_ALIGNMENT};
 
 /// A manifest is at most this long, in bytes.
-pub const MANIFEST_BYTES_MAX: usize = 64 << 20;
+pub(crate) const MANIFEST_BYTES_MAX: usize = 64 << 20;
 /// So is the model's configuration in it: a value takes up to a hundred times its text in memory.
 pub(crate) const MODEL_BYTES_MAX: usize = 1 << 20;
 const TENSORS_MAX: usize = 1 << 20;

@@ -5,15 +5,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use megatrain_io::memory::ledger::Ledger;
-use megatrain_io::memory::pool::{self, PoolSizes};
-use megatrain_io::memory::slot::Slot;
-use megatrain_io::optimizer::adamw::{self, AdamW, Kernel, Span};
-use megatrain_io::optimizer::split;
+use megatrain_io::memory::{self, Ledger, PoolSizes, Slot};
+use megatrain_io::optimizer::{self, AdamW, Kernel, Span};
 use megatrain_io::pipeline::{ChunkOp, Kind, Schedule, TensorSettings, chunk_slot_bytes};
-use megatrain_io::store::Store;
-use megatrain_io::store::layout::{Content, Durability, Manifest, Record, Tensor};
-use megatrain_io::units::{Group, StateFormat, Unit, to_usize};
+use megatrain_io::store::{Content, Durability, Manifest, Record, Store, Tensor};
+use megatrain_io::{Group, StateFormat, Unit, to_usize};
 
 const WEIGHT_DECAY: f64 = 0.01;
 
@@ -101,7 +97,7 @@ impl Shape {
     }
 
     pub(crate) fn pool(&self, unit: Unit) -> PoolSizes {
-        let kind = |bytes, count| pool::Kind { bytes, count };
+        let kind = |bytes, count| memory::Kind { bytes, count };
         let parameters = (0..3).map(|record| self.parameters(record)).max().unwrap_or(0);
         let chunk = to_usize(self.chunk_parameters);
         let formats = [StateFormat::F32, StateFormat::Bf16];
@@ -111,7 +107,11 @@ impl Shape {
         PoolSizes {
             chunk_slots: kind(slot.unwrap_or(0) + chunk * size_of::<f32>(), 4),
             block_buffers: kind(parameters * 4, 3),
-            outer_buffers: if of_chunks { kind(parameters * 4, 2) } else { pool::Kind::default() },
+            outer_buffers: if of_chunks {
+                kind(parameters * 4, 2)
+            } else {
+                memory::Kind::default()
+            },
             block_gradients: kind(parameters * 4, 2),
             outer_gradients: PoolSizes::default().outer_gradients,
         }
@@ -172,7 +172,7 @@ impl Memory {
                 let old = record.weight.clone();
                 let gradients: Vec<f32> =
                     (0..old.len()).map(|i| gradient(self.step, index, i)).collect();
-                adamw::update_f32(
+                optimizer::update_f32(
                     Kernel::detect(),
                     &[Span { start: 0, len: old.len(), scalars }],
                     Some(&old),
@@ -213,7 +213,7 @@ impl Memory {
             } else {
                 let remainders = halves(&update[planes[0].clone()]);
                 let pairs = halves(weights).into_iter().zip(remainders);
-                pairs.map(|(w, r)| split::join(w, r.cast_signed()).to_bits()).collect()
+                pairs.map(|(w, r)| optimizer::join(w, r.cast_signed()).to_bits()).collect()
             };
             let moments = &planes[planes.len() - 2..];
             let found =

@@ -19,7 +19,7 @@ use crate::memory::slot::{Region, Slot};
 use crate::units::PAGE_BYTES;
 
 /// What a drive writes as a whole or not at all, in bytes.
-pub const SECTOR_BYTES: usize = 512;
+pub(crate) const SECTOR_BYTES: usize = 512;
 
 /// How an operation goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub enum Point {
 
 /// What goes wrong.
 #[derive(Clone, Debug, Default)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// Of all random choices.
     pub seed: u64,
     /// Where, and how.
@@ -55,7 +55,7 @@ pub struct Plan {
 /// An engine over another one, and the drive that it stands for. It outlives the stores that are
 /// opened on it one after another, as a drive does.
 #[derive(Debug)]
-pub struct Faulty {
+pub(crate) struct Faulty {
     inner: Arc<dyn Engine>,
     drive: Mutex<Drive>,
 }
@@ -100,7 +100,7 @@ struct Versions {
 impl Faulty {
     /// An engine with these faults over `inner`; operations are performed when they are submitted.
     #[must_use]
-    pub fn over(inner: Arc<dyn Engine>, plan: Plan) -> Self {
+    pub(crate) fn over(inner: Arc<dyn Engine>, plan: Plan) -> Self {
         let drive = Drive {
             rng: fastrand::Rng::with_seed(plan.seed),
             faults: plan.faults.into_iter().collect(),
@@ -117,38 +117,42 @@ impl Faulty {
         };
         Self { inner, drive: Mutex::new(drive) }
     }
+}
 
+/// What tests steer the drive by.
+#[cfg(test)]
+impl Faulty {
     /// From now on operations wait until they are delivered, or no longer.
-    pub fn set_by_hand(&self, by_hand: bool) {
+    pub(crate) fn set_by_hand(&self, by_hand: bool) {
         self.lock().by_hand = by_hand;
     }
 
     /// Adds a fault at the operation that is `ahead` operations away; 0 is the next one.
-    pub fn plan(&self, ahead: u64, fault: Fault) {
+    pub(crate) fn plan(&self, ahead: u64, fault: Fault) {
         let mut drive = self.lock();
         let point = Point::Any(drive.operations + ahead);
         drive.faults.insert(point, fault);
     }
 
     /// Forgets the faults that have not come about yet.
-    pub fn clear_plan(&self) {
+    pub(crate) fn clear_plan(&self) {
         self.lock().faults.clear();
     }
 
     /// Operations submitted so far.
     #[must_use]
-    pub fn operations(&self) -> u64 {
+    pub(crate) fn operations(&self) -> u64 {
         self.lock().operations
     }
 
     /// Operations that wait for their delivery.
     #[must_use]
-    pub fn waiting(&self) -> usize {
+    pub(crate) fn waiting(&self) -> usize {
         self.lock().queue.len()
     }
 
     /// Performs one of the waiting operations, any of them; `false` when there is none.
-    pub fn deliver(&self) -> bool {
+    pub(crate) fn deliver(&self) -> bool {
         let mut drive = self.lock();
         if drive.queue.is_empty() {
             return false;
@@ -162,7 +166,7 @@ impl Faulty {
 
     /// The process that submitted them is killed: its writes in flight still land when they are
     /// delivered, but a flush, or the flush behind a durable write, may not happen any more.
-    pub fn kill_owner(&self) {
+    pub(crate) fn kill_owner(&self) {
         let mut drive = self.lock();
         let Drive { queue, rng, .. } = &mut *drive;
         queue.retain_mut(|queued| {
@@ -181,21 +185,23 @@ impl Faulty {
 
     /// The power goes: of every sector that was written since the last flush, or is being written,
     /// any version may be the one that stays. Operations fail until [`Faulty::power_on`].
-    pub fn cut_power(&self) {
+    pub(crate) fn cut_power(&self) {
         self.cut(&mut self.lock());
     }
 
     /// The machine starts again.
-    pub fn power_on(&self) {
+    pub(crate) fn power_on(&self) {
         self.lock().is_off = false;
     }
 
     /// Whether the power is off.
     #[must_use]
-    pub fn is_off(&self) -> bool {
+    pub(crate) fn is_off(&self) -> bool {
         self.lock().is_off
     }
+}
 
+impl Faulty {
     fn lock(&self) -> MutexGuard<'_, Drive> {
         self.drive.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -14,6 +14,24 @@ pub(crate) const ADAMW: AdamW = AdamW {
     gradient_scale: 1.0,
 };
 
+/// [`split`], element by element.
+fn split_slice(master: &[f32], weight: &mut [u16], remainder: &mut [i16]) {
+    assert_eq!(master.len(), weight.len(), "weight");
+    assert_eq!(master.len(), remainder.len(), "remainder");
+    for ((master, weight), remainder) in master.iter().zip(weight).zip(remainder) {
+        (*weight, *remainder) = split(*master);
+    }
+}
+
+/// [`join`], element by element.
+fn join_slice(weight: &[u16], remainder: &[i16], master: &mut [f32]) {
+    assert_eq!(master.len(), weight.len(), "weight");
+    assert_eq!(master.len(), remainder.len(), "remainder");
+    for ((master, weight), remainder) in master.iter_mut().zip(weight).zip(remainder) {
+        *master = join(*weight, *remainder);
+    }
+}
+
 /// One chunk in both formats: f32 weights, and the same split.
 #[derive(Clone, Debug)]
 struct Chunk {

@@ -12,7 +12,7 @@ use crate::memory::slot::{Slot, SlotList};
 use crate::pipeline::executor::context::Context;
 use crate::pipeline::executor::requests::{Request, Requests, Work};
 use crate::pipeline::gradient_files::{GradientFiles, places};
-use crate::pipeline::memory::kept_bytes;
+use crate::pipeline::memory::deferred_bytes;
 use crate::store::checksum::{self, Binding, Mismatch};
 use crate::units::Group;
 
@@ -77,7 +77,7 @@ impl DeferredGradients {
             }
             let Some((_, _, mut rest)) = self.queue.pop_front() else { return Ok(()) };
             for chunk in chunks {
-                let bytes = kept_bytes(cx.units.chunks()[chunk].parameters);
+                let bytes = deferred_bytes(cx.units.chunks()[chunk].parameters);
                 let next = rest.split_off(bytes);
                 let part = std::mem::replace(&mut rest, next);
                 let binding = binding(cx, chunk, step);
@@ -110,7 +110,7 @@ impl DeferredGradients {
         step: u64,
         slot: Slot,
     ) -> Result {
-        let bytes = kept_bytes(cx.units.chunks()[chunk].parameters);
+        let bytes = deferred_bytes(cx.units.chunks()[chunk].parameters);
         let work = Work::ReadGradient { chunk, step };
         let request = self.request(Operation::Read, chunk, bytes, work)?;
         requests.start(cx, request, Some(slot.split_at(bytes).0));
@@ -136,7 +136,7 @@ impl DeferredGradients {
         let own = cx.pool.residents.gradient_of(unit).and_then(SlotList::try_take);
         own.map(Some).ok_or_else(|| {
             let name = cx.units.unit_name(unit);
-            Error::invalid(format!("the gradient of {name} was not kept, or is lent"))
+            Error::invalid(format!("the gradient of {name} was not deferred, or is lent"))
         })
     }
 

@@ -60,7 +60,8 @@ pub(super) struct Expected {
 #[derive(Default)]
 pub(super) struct Steps {
     queue: VecDeque<Step>,
-    /// The step whose updates are to be taken back, once all are written: a guess that was wrong.
+    /// The step whose updates are to be taken back, once all are written: they were speculative, and the norm was too
+    /// large.
     taken_back: Option<u64>,
 }
 
@@ -76,7 +77,7 @@ impl Steps {
             number,
             adamw,
             updates_left: schedule.updates(),
-            expected: schedule.updated().union(schedule.kept()).copied().collect(),
+            expected: schedule.updated().union(schedule.deferred()).copied().collect(),
             schedule,
             finished: false,
             commits,
@@ -89,7 +90,7 @@ impl Steps {
     pub(super) fn apply_deferred(&mut self) -> Result<&Step> {
         // Only the last step can have deferred gradients: what is applied now is its update.
         let waiting = self.queue.back_mut().filter(|step| step.deferred == Deferred::Waiting);
-        let step = waiting.ok_or_else(|| Error::invalid("no gradients were kept"))?;
+        let step = waiting.ok_or_else(|| Error::invalid("no gradients were deferred"))?;
         step.deferred = Deferred::Applied;
         Ok(step)
     }
@@ -100,7 +101,7 @@ impl Steps {
         step.expected.remove(&unit).then(|| Expected {
             step: step.number,
             updates: step.schedule.updated().contains(&unit),
-            defers: step.schedule.kept().contains(&unit),
+            defers: step.schedule.deferred().contains(&unit),
         })
     }
 
@@ -123,7 +124,7 @@ impl Steps {
         step.adamw.gradient_scale = scale;
         step.deferred = Deferred::Waiting;
         if step.schedule.updated().is_empty() {
-            step.updates_left = schedule::chunks(units, step.schedule.kept());
+            step.updates_left = schedule::chunks(units, step.schedule.deferred());
             return Ok(false);
         }
         // The caller may go on at once: what it begins waits for `take_back`.
@@ -146,7 +147,7 @@ impl Steps {
         let Some(number) = self.taken_back else { return false };
         let front = self.queue.front_mut().filter(|step| step.number == number);
         let Some(step) = front.filter(|step| step.updates_left == 0) else { return false };
-        step.updates_left = schedule::chunks(units, step.schedule.kept());
+        step.updates_left = schedule::chunks(units, step.schedule.deferred());
         self.taken_back = None;
         true
     }

@@ -17,7 +17,7 @@ use crate::pipeline::executor::loads::Loaded;
 use crate::pipeline::executor::requests::{Request, Requests, Work};
 use crate::pipeline::executor::steps::{Step, Steps};
 use crate::pipeline::executor::working_state::WorkingState;
-use crate::pipeline::memory::kept_bytes;
+use crate::pipeline::memory::deferred_bytes;
 use crate::pipeline::stalls::{Cause, Timings};
 use crate::pipeline::update::{Weights, update_chunk};
 use crate::store::layout::Chunk;
@@ -409,7 +409,7 @@ fn chunk_slot(pool: &Pool, chunk: &Chunk, wanted: [bool; 3]) -> Option<[Option<S
     let sizes = [
         chunk.extent_bytes(Group::Weight),
         chunk.extent_bytes(Group::Update),
-        kept_bytes(chunk.parameters),
+        deferred_bytes(chunk.parameters),
     ];
     for ((part, size), is_wanted) in parts.iter_mut().zip(sizes).zip(wanted) {
         if is_wanted {

@@ -7,7 +7,7 @@ fn broken_orders_are_refused_by_operation() {
     let formats = [(StateFormat::F32, 8192), (StateFormat::Raw16, 4096)];
     let layout = Arc::new(Layout::new(&manifest(4096, &formats)).expect("valid"));
     let op = |kind, chunk| ChunkOp { kind, chunk };
-    use Kind::{Apply, Keep, Load, Update};
+    use Kind::{Apply, Defer, Load, Update};
     let good = vec![
         op(Load, 0),
         op(Load, 1),
@@ -21,10 +21,10 @@ fn broken_orders_are_refused_by_operation() {
     assert_eq!((schedule.loads(), schedule.updates()), (&[0, 1, 0][..], 2));
     let whole = |kind| [op(kind, 0), op(kind, 1)];
     let order = |kinds: &[Kind]| kinds.iter().copied().flat_map(whole).collect::<Vec<_>>();
-    let schedule = Schedule::new(&layout, order(&[Apply, Load, Update, Keep])).expect("valid");
+    let schedule = Schedule::new(&layout, order(&[Apply, Load, Update, Defer])).expect("valid");
     assert_eq!((schedule.loads(), schedule.updates()), (&[0, 0][..], 2));
-    assert_eq!((schedule.applied().len(), schedule.kept().len()), (1, 1));
-    for kinds in [[Load, Apply], [Apply, Apply], [Keep, Update], [Keep, Load], [Keep, Keep]] {
+    assert_eq!((schedule.applied().len(), schedule.deferred().len()), (1, 1));
+    for kinds in [[Load, Apply], [Apply, Apply], [Defer, Update], [Defer, Load], [Defer, Defer]] {
         assert!(Schedule::new(&layout, order(&kinds)).is_err(), "{kinds:?}");
     }
     let bad = [

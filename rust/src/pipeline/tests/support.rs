@@ -166,8 +166,8 @@ impl Setup {
         let kind = |bytes, count| pool::Kind { bytes, count };
         let bytes = |record: usize| layout.record_weight_bytes(record);
         let chunk = len(self.chunk_parameters.min(RECORDS[1]));
-        let kept = if self.gradients_beside.is_some() { chunk * 4 } else { 0 };
-        let slots = kind(chunk_slot_bytes(self.format, chunk) + kept, self.slots);
+        let deferred = if self.gradients_beside.is_some() { chunk * 4 } else { 0 };
+        let slots = kind(chunk_slot_bytes(self.format, chunk) + deferred, self.slots);
         let pool = if self.unit == Unit::Chunk {
             let weights = (0..units.records().len()).map(|p| units.record_weight_bytes(p)).max();
             PoolSizes {

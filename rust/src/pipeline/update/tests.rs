@@ -43,8 +43,8 @@ fn one_pass_gives_the_bits_and_the_sums_of_two() {
         let gradient = slot(parameters * 4, 2);
         let bytes = Group::ALL.map(|group| chunk.extent_bytes(group));
         let (mut out, mut planes) = (slot(bytes[0], 3), slot(bytes[1], 4));
-        let update = |weights: Weights<'_>, planes: &mut Slot, kept: bool| {
-            let bindings = [&bindings[0], &bindings[1]].map(|b| (!kept).then_some(b));
+        let update = |weights: Weights<'_>, planes: &mut Slot, stays: bool| {
+            let bindings = [&bindings[0], &bindings[1]].map(|b| (!stays).then_some(b));
             let kernel = Kernel::detect();
             one.install(|| {
                 update_chunk(kernel, &spans, &chunk, weights, &gradient, planes, bindings)
@@ -52,11 +52,11 @@ fn one_pass_gives_the_bits_and_the_sums_of_two() {
         };
         let sums = update(Weights::Apart(&weights, &mut out), &mut planes, false);
         // In place, with checksums and without.
-        for kept in [false, true] {
+        for stays in [false, true] {
             let (mut own, mut own_planes) = (slot(bytes[0], 1), slot(bytes[1], 4));
-            let own_sums = update(Weights::InPlace(&mut own), &mut own_planes, kept);
+            let own_sums = update(Weights::InPlace(&mut own), &mut own_planes, stays);
             assert!(own[..] == out[..] && own_planes[..] == planes[..], "{format:?} {parameters}");
-            assert_eq!(own_sums, if kept { [vec![], vec![]] } else { sums.clone() });
+            assert_eq!(own_sums, if stays { [vec![], vec![]] } else { sums.clone() });
         }
         let (mut expected_out, mut expected) = (slot(bytes[0], 3), slot(bytes[1], 4));
         plain(format, parameters, &spans, &weights, &gradient, &mut expected_out, &mut expected);

@@ -32,13 +32,13 @@ pub(super) enum Call {
 }
 
 /// Forward over all records, with the updates that wait, then backward over those that are trained, which
-/// updates them, keeps their gradients, or both.
+/// updates them, defers their gradients, or both.
 pub(super) fn schedule(
     store: &Store,
     unit: Unit,
     applied: &[usize],
     trained: &[usize],
-    (updates, keeps): (bool, bool),
+    (updates, defers): (bool, bool),
 ) -> Arc<Schedule> {
     let chunks = |record: usize, kind| {
         store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
@@ -53,8 +53,8 @@ pub(super) fn schedule(
         if updates {
             operations.extend(chunks(record, Kind::Update));
         }
-        if keeps {
-            operations.extend(chunks(record, Kind::Keep));
+        if defers {
+            operations.extend(chunks(record, Kind::Defer));
         }
     }
     Arc::new(Schedule::new(store.units(unit), operations).expect("valid"))

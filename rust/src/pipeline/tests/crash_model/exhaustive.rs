@@ -1,7 +1,7 @@
 //! Every fault point of a training of three steps, one after another.
 
 use super::base::Base;
-use super::run::{Clips, Run, Stays, Verdict, first_failure};
+use super::run::{Run, Stays, UpdatePolicy, Verdict, first_failure};
 use super::training::{Ending, FAULTS, Machine};
 use crate::io::engine::faulty::Fault;
 use crate::store::manifest::Durability;
@@ -21,16 +21,16 @@ fn trainings() -> Vec<Run> {
         seed: 3,
         ..Run::default()
     };
-    let clips = |clips, run: Run| Run { clips, ..run };
+    let policy = |policy, run: Run| Run { policy, ..run };
     let of_chunks = |run: Run| Run { unit: Unit::Chunk, ..run };
     vec![
-        clips(Clips::Deferred, run(1, false, Stays::Nothing)),
-        clips(Clips::Deferred, run(2, true, Stays::Half)),
-        clips(Clips::Guessed, run(1, false, Stays::Nothing)),
-        clips(Clips::Guessed, run(1, true, Stays::All)),
-        clips(Clips::Guessed, run(2, false, Stays::Half)),
-        of_chunks(clips(Clips::Deferred, run(2, true, Stays::Half))),
-        of_chunks(clips(Clips::Guessed, run(1, false, Stays::Nothing))),
+        policy(UpdatePolicy::Deferred, run(1, false, Stays::Nothing)),
+        policy(UpdatePolicy::Deferred, run(2, true, Stays::Half)),
+        policy(UpdatePolicy::Speculative, run(1, false, Stays::Nothing)),
+        policy(UpdatePolicy::Speculative, run(1, true, Stays::All)),
+        policy(UpdatePolicy::Speculative, run(2, false, Stays::Half)),
+        of_chunks(policy(UpdatePolicy::Deferred, run(2, true, Stays::Half))),
+        of_chunks(policy(UpdatePolicy::Speculative, run(1, false, Stays::Nothing))),
         of_chunks(run(2, true, Stays::Half)),
         run(1, false, Stays::Nothing),
         run(3, false, Stays::Nothing),
@@ -66,7 +66,10 @@ fn each_point(check: impl Fn(&Base, &Run, u64) -> Verdict + Sync) {
     for drives in [1, 2] {
         let base = Base::new(&[128, 4096 + 128, 128], Durability::Step, drives);
         // Gradients that wait know nothing of drives but their number: random runs have two, too.
-        for run in trainings().into_iter().filter(|run| drives == 1 || run.clips == Clips::Never) {
+        for run in trainings()
+            .into_iter()
+            .filter(|run| drives == 1 || run.policy == UpdatePolicy::Immediate)
+        {
             let points = operations(&base, &run);
             assert!(
                 points > if run.stays == Stays::All { 20 } else { 60 },

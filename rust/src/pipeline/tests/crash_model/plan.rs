@@ -32,8 +32,8 @@ pub(super) fn plan_calls(run: &Run, process: &mut Process, memories: &mut Memori
         let (trained, commits) = (run.trained(records, process.step), run.commits(process.step));
         let scale = run.scale(process.step);
         memories.train(process.step, &trained, scale);
-        let (updates, keeps) = run.updates_and_keeps(process.step);
-        let schedule = schedule(&process.store, kind, &applied, &trained, (updates, keeps));
+        let (updates, defers) = run.updates_and_defers(process.step);
+        let schedule = schedule(&process.store, kind, &applied, &trained, (updates, defers));
         let after = match updates && scale.to_bits() == 1_f32.to_bits() {
             true => After::Stands,
             false => After::Applied(scale),

@@ -2,7 +2,7 @@
 
 use super::base::Base;
 use super::broken::Breakage;
-use super::run::{Clips, Run, Stays, Verdict, first_failure};
+use super::run::{Run, Stays, UpdatePolicy, Verdict, first_failure};
 use super::training::{Ending, FAULTS, Machine};
 use crate::io::engine::faulty::Fault;
 use crate::store::manifest::Durability;
@@ -40,13 +40,14 @@ fn random_run(bases: &[Base; 3], seed: u64, breakage: Breakage, lies: bool) -> V
         commit_every: [1, 1, 2, 3][rng.usize(..4)],
         partial: rng.bool(),
         stays: [Stays::Nothing, Stays::Half, Stays::All][rng.usize(..3)],
-        clips: [Clips::Never, Clips::Deferred, Clips::Guessed][rng.usize(..3)],
+        policy: [UpdatePolicy::Immediate, UpdatePolicy::Deferred, UpdatePolicy::Speculative]
+            [rng.usize(..3)],
         unit: Unit::Record,
         breakage,
         ignores_flushes: lies,
     };
-    if base_is_scratch(bases) && run.clips == Clips::Guessed {
-        run.clips = Clips::Deferred;
+    if base_is_scratch(bases) && run.policy == UpdatePolicy::Speculative {
+        run.policy = UpdatePolicy::Deferred;
     }
     // Two chunks take longer.
     let base = &bases[[1, 2, 2, 2, 0, 0, 0, 0][rng.usize(..8)]];

@@ -58,7 +58,7 @@ fn the_step_before_is_finished_though_its_writes_are_in_flight() {
             layout.records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
         };
         let operations = whole(0, Kind::Apply).chain(whole(1, Kind::Apply));
-        let operations = operations.chain(whole(1, Kind::Keep)).collect();
+        let operations = operations.chain(whole(1, Kind::Defer)).collect();
         stand.schedule = Arc::new(Schedule::new(layout, operations).expect("valid"));
         stand.begin(2, true);
         drop(take(&mut stand, 0));

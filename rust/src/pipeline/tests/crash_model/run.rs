@@ -16,14 +16,14 @@ pub(super) struct Run {
     /// Whether each step trains only some of the records.
     pub(super) partial: bool,
     pub(super) stays: Stays,
-    pub(super) clips: Clips,
+    pub(super) policy: UpdatePolicy,
     /// In which units weights and gradients go to and fro.
     pub(super) unit: Unit,
     pub(super) breakage: Breakage,
     pub(super) ignores_flushes: bool,
 }
 
-/// What stays in RAM from step to step; of the gradients, where those that are kept wait.
+/// What stays in RAM from step to step; of the gradients, where those that are deferred wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stays {
     Nothing,
@@ -34,13 +34,13 @@ pub(super) enum Stays {
 
 /// When updates are made that need the norm of all gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Clips {
+pub(super) enum UpdatePolicy {
     /// At once: they do not.
-    Never,
+    Immediate,
     /// By the next step.
     Deferred,
     /// At once, and taken back when the norm is too large; each third step the next one makes them.
-    Guessed,
+    Speculative,
 }
 
 impl Run {
@@ -64,16 +64,16 @@ impl Run {
     /// What the gradients of a step are multiplied by.
     pub(super) fn scale(&self, step: u64) -> f32 {
         let mut rng = fastrand::Rng::with_seed(self.seed ^ (step << 16));
-        if self.clips == Clips::Never || rng.bool() { 1.0 } else { 0.5 }
+        if self.policy == UpdatePolicy::Immediate || rng.bool() { 1.0 } else { 0.5 }
     }
 
-    /// Whether a step updates with its own gradients, and whether it keeps them.
-    pub(super) fn updates_and_keeps(&self, step: u64) -> (bool, bool) {
-        match self.clips {
-            Clips::Never => (true, false),
-            Clips::Deferred => (false, true),
+    /// Whether a step updates with its own gradients, and whether it defers them.
+    pub(super) fn updates_and_defers(&self, step: u64) -> (bool, bool) {
+        match self.policy {
+            UpdatePolicy::Immediate => (true, false),
+            UpdatePolicy::Deferred => (false, true),
             // Updates can be taken back only beside a committed state.
-            Clips::Guessed => {
+            UpdatePolicy::Speculative => {
                 let is_behind_a_commit = (step - 1).is_multiple_of(self.commit_every);
                 (is_behind_a_commit && !step.is_multiple_of(3), true)
             }
@@ -89,7 +89,7 @@ impl Default for Run {
             commit_every: 1,
             partial: false,
             stays: Stays::Nothing,
-            clips: Clips::Never,
+            policy: UpdatePolicy::Immediate,
             unit: Unit::Record,
             breakage: Breakage::Nothing,
             ignores_flushes: false,

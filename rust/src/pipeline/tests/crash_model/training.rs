@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::base::Base;
 use super::broken::{Breakage, Broken};
-use super::run::{Clips, Run, Stays};
+use super::run::{Run, Stays, UpdatePolicy};
 use crate::error::Result;
 use crate::io::engine::Engine;
 use crate::io::engine::faulty::{self, Fault, Faulty};
@@ -235,8 +235,8 @@ impl<'a> Machine<'a> {
         };
         let some = |count: usize| (0..count).filter(|i| (i + 1).is_multiple_of(every)).collect();
         let chunks = records.iter().map(|n| len(n.div_ceil(4096))).sum();
-        let gradients = match self.run.clips {
-            Clips::Never => vec![],
+        let gradients = match self.run.policy {
+            UpdatePolicy::Immediate => vec![],
             _ => some(records.len()),
         };
         let units = |records: Vec<usize>| match of_chunks {
@@ -245,8 +245,8 @@ impl<'a> Machine<'a> {
         };
         let records = units(some(records.len()));
         let residents = Residents { records, chunks: some(chunks), gradients: units(gradients) };
-        let gradient_files = match self.run.clips {
-            Clips::Never => GradientFiles::default(),
+        let gradient_files = match self.run.policy {
+            UpdatePolicy::Immediate => GradientFiles::default(),
             _ => self.base.gradient_files.clone(),
         };
         let kernel = Some(Kernel::Scalar);

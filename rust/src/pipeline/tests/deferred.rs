@@ -10,8 +10,8 @@ fn scale(step: u64) -> f32 {
     if step.is_multiple_of(2) { 0.5 } else { 1.0 }
 }
 
-/// Five steps, and a flush of what the last one has kept.
-fn run_kept(setup: Setup, gradients: &[Kind]) {
+/// Five steps, and a flush of what the last one has deferred.
+fn run_deferred(setup: Setup, gradients: &[Kind]) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
     let what = format!("{gradients:?}, {:?}, {:?}", setup.unit, setup.residents);
@@ -44,7 +44,7 @@ fn run_kept(setup: Setup, gradients: &[Kind]) {
     assert!(read_all(&store, setup.format) == expected_scaled(5, scale), "{what}");
 }
 
-fn run_kept_everywhere(gradients: &[Kind]) {
+fn run_deferred_everywhere(gradients: &[Kind]) {
     let residents = |records: &[usize], chunks: &[usize], gradients: &[usize]| Residents {
         records: records.to_vec(),
         chunks: chunks.to_vec(),
@@ -62,7 +62,7 @@ fn run_kept_everywhere(gradients: &[Kind]) {
     {
         for (slots, format, drives) in [(1, StateFormat::F32, 1), (2, StateFormat::Bf16, 2)] {
             let residents = residents.clone();
-            run_kept(
+            run_deferred(
                 Setup { unit, residents, slots, format, drives, ..Setup::default() },
                 gradients,
             );
@@ -72,17 +72,17 @@ fn run_kept_everywhere(gradients: &[Kind]) {
 
 #[test]
 fn gradients_that_wait_change_no_bit() {
-    run_kept_everywhere(&[Kind::Keep]);
+    run_deferred_everywhere(&[Kind::Defer]);
 }
 
 #[test]
 fn updates_that_are_taken_back_change_no_bit() {
-    run_kept_everywhere(&[Kind::Update, Kind::Keep]);
+    run_deferred_everywhere(&[Kind::Update, Kind::Defer]);
 }
 
-/// Whoever computes elsewhere and only keeps a gradient has no use for the weights here.
+/// Whoever computes elsewhere and only defers a gradient has no use for the weights here.
 #[test]
-fn a_gradient_is_kept_without_weights() {
+fn a_gradient_is_deferred_without_weights() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
     let gradients_beside = Some(folder.path().join("gradients"));
@@ -91,7 +91,7 @@ fn a_gradient_is_kept_without_weights() {
     let store = setup.open(&path);
     let pipeline = setup.pipeline(&store);
     let schedule = |first, kinds: &[Kind]| schedule_of(&store, Unit::Chunk, first, kinds);
-    pipeline.begin(schedule(Kind::Load, &[Kind::Keep]), adamw(1), true).expect("begun");
+    pipeline.begin(schedule(Kind::Load, &[Kind::Defer]), adamw(1), true).expect("begun");
     forward(&pipeline).expect("read");
     for record in (0..3).rev() {
         let units = units_of(&pipeline, record);

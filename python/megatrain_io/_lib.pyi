@@ -23,13 +23,13 @@ __all__ = [
     "build_info",
     "dio_alignment",
     "error_examples",
-    "glance",
+    "inspect",
     "owner_of",
     "probe_uring",
     "store_memory",
 ]
 
-class _Damage(TypedDict):
+class _DamagedExtent(TypedDict):
     record: str
     chunk: int
     group: str
@@ -44,7 +44,7 @@ class _Report(TypedDict):
     generation: int
     extents: int
     nbytes: int
-    damaged: list[_Damage]
+    damaged: list[_DamagedExtent]
 
 class _Owner(TypedDict):
     text: str
@@ -53,7 +53,7 @@ class _Owner(TypedDict):
     since: str
     has_ended: bool
 
-class _Glance(TypedDict):
+class _StoreInfo(TypedDict):
     uuid: str
     manifest: str
     generation: int
@@ -398,7 +398,7 @@ def owner_of(path: str | PathLike[str]) -> _Owner | None:
     """Who holds the file, or None when nobody does."""
 
 def dio_alignment(folder: str | PathLike[str]) -> tuple[int, int] | None: ...
-def glance(paths: Sequence[str | PathLike[str]]) -> _Glance:
+def inspect(paths: Sequence[str | PathLike[str]]) -> _StoreInfo:
     """What a store says of itself, without its lock."""
 
 def probe_uring() -> str | None:

@@ -12,7 +12,7 @@ from megatrain_io.errors import ConfigError, CorruptionError, StorageError
 
 if TYPE_CHECKING:
     from megatrain_io.runs.cleanup import Leftover, Leftovers
-    from megatrain_io.store.verify import Damage
+    from megatrain_io.store.verify import DamagedExtent
 
 
 from megatrain_io.cli.options import JsonOutput, Run
@@ -101,7 +101,7 @@ def clean_command(
             result.text = "\n".join([*lines, f"removed {_size(leftovers.nbytes)}"])
 
 
-def _damage_line(damage: "Damage") -> str:
+def _damage_line(damage: "DamagedExtent") -> str:
     if damage.expected is None:
         return damage.message  # it could not be read: there is nothing to compare
     return (

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError, StorageError
 from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
 from megatrain_io.runs.state import TrainerState
-from megatrain_io.store.inspect import HeldFile, glance, held
+from megatrain_io.store.inspect import HeldFile, held, store_info
 
 __all__ = ["Leftover", "Leftovers"]
 
@@ -188,7 +188,7 @@ class Leftovers:
         if not all(map(_is_file, self._store_paths)) or (run.is_imported and not self._store):
             return False
         try:
-            found = glance(*self._store_paths)
+            found = store_info(*self._store_paths)
         except MegatrainIoError as error:
             if not self._store:
                 return False

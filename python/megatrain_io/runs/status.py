@@ -13,7 +13,7 @@ from megatrain_io.machine.drive import mount_of, parse_mountinfo
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.metrics import last_report
 from megatrain_io.runs.state import TrainerState
-from megatrain_io.store.inspect import Glance, Owner, glance, owner_of
+from megatrain_io.store.inspect import Owner, StoreInfo, owner_of, store_info
 from megatrain_io.store.layout import Durability, ModelLayout
 
 __all__ = ["RunStatus", "examine", "render"]
@@ -94,7 +94,7 @@ def examine(run: RunFolder) -> RunStatus:
         stores=stores,
     )
     try:
-        owner, found = owner_of(store), glance(*stores)
+        owner, found = owner_of(store), store_info(*stores)
         if found.uuid != info.store_uuid:
             raise FormatError(f"{store} is store {found.uuid}, and run.json names {info.store_uuid}")
         progress = TrainerState.parse(found.blob)
@@ -175,7 +175,7 @@ def _file_system(path: Path) -> str | None:
     return None if mount is None else mount.kind
 
 
-def _last_stop(found: Glance) -> LastStop:
+def _last_stop(found: StoreInfo) -> LastStop:
     if found.is_clean:
         return "clean"
     return "killed" if found.is_of_this_boot else "system down"

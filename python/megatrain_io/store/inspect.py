@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatrain_io import _lib
 
-__all__ = ["Glance", "HeldFile", "Owner", "glance", "held", "owner_of", "waiting_line"]
+__all__ = ["HeldFile", "Owner", "StoreInfo", "held", "owner_of", "store_info", "waiting_line"]
 
 HeldFile = _lib.HeldFile
 
@@ -38,7 +38,7 @@ class Owner:
 
 
 @dataclass(frozen=True)
-class Glance:
+class StoreInfo:
     """The newest state whose superblock, table and blob hold. Its chunks were not looked at.
 
     Attributes:
@@ -70,14 +70,14 @@ def owner_of(path: Path) -> Owner | None:
     return None if found is None else Owner(**found)
 
 
-def glance(*paths: Path) -> Glance:
+def store_info(*paths: Path) -> StoreInfo:
     """What the store in these files says of itself, also while another process writes it.
 
     Raises:
         FormatError: it is no store, it was cut short, or no committed state of it holds.
         StorageError, UnsupportedError: it cannot be read.
     """
-    return Glance(**_lib.glance(paths))
+    return StoreInfo(**_lib.inspect(paths))
 
 
 def waiting_line(path: Path) -> Callable[[str], None]:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Damage", "VerifyReport", "report_of"]
+__all__ = ["DamagedExtent", "VerifyReport", "report_of"]
 
 
 @dataclass(frozen=True)
-class Damage:
+class DamagedExtent:
     """An extent whose bytes are not those that were written.
 
     Attributes:
@@ -41,13 +41,13 @@ class VerifyReport:
     generation: int
     extents: int
     nbytes: int
-    damaged: tuple[Damage, ...]
+    damaged: tuple[DamagedExtent, ...]
 
 
 def report_of(report: Mapping[str, Any]) -> VerifyReport:
     """What the core returned, for Python."""
     damaged = (
-        Damage(
+        DamagedExtent(
             tensors=tuple(found["tensors"]),
             record=found["record"],
             chunk=found["chunk"],

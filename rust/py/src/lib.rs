@@ -1,6 +1,6 @@
 //! `megatrain_io._lib`: the extension module. Its whole surface is on this screen; `_lib.pyi`
-//! describes it and `mypy.stubtest` keeps that true. Only `megatrain_io.swap`,
-//! `megatrain_io.outside` and `megatrain_io.measure` import it.
+//! describes it and `mypy.stubtest` keeps that true. Only `store.paged_store`,
+//! `store.inspect`, `machine.extension` and `machine.measure` of the package import it.
 
 use pyo3::prelude::*;
 
@@ -12,7 +12,7 @@ compile_error!(
 mod dlpack;
 mod error;
 mod measure;
-mod outside;
+mod inspect;
 mod pipeline;
 mod store;
 mod tensors;
@@ -30,7 +30,7 @@ mod lib {
     #[pymodule_export]
     use crate::measure::{ScratchFile, Workload, adamw_step};
     #[pymodule_export]
-    use crate::outside::{HeldFile, dio_alignment, glance, owner_of};
+    use crate::inspect::{HeldFile, dio_alignment, inspect, owner_of};
     #[pymodule_export]
     use crate::pipeline::{Pipeline, Schedule};
     #[pymodule_export]

@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::raise;
-use crate::outside;
+use crate::inspect;
 use crate::uuid::uuid_text;
 
 /// Accounts of allocated memory, by name.
@@ -171,7 +171,7 @@ impl Store {
     ) -> PyResult<Self> {
         let faults = faults.into_iter().map(fault_of).collect::<PyResult<_>>()?;
         let options = OpenOptions { engine: engine_of(engine)?, faults };
-        let drives = outside::lock(py, &paths, waiting.as_ref())?;
+        let drives = inspect::lock(py, &paths, waiting.as_ref())?;
         let opened = py.detach(|| store::Store::open_in(drives, options, &ledger.inner));
         let store = opened.map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(store))) })
@@ -328,7 +328,7 @@ impl Store {
 fn fields_of<'py>(
     py: Python<'py>,
     store: &store::Store,
-    damage: &store::Damage,
+    damage: &store::DamagedExtent,
 ) -> PyResult<Bound<'py, PyDict>> {
     let place = &store.layout().chunks()[damage.chunk];
     let (offset, sums) = match &damage.error {

@@ -22,9 +22,9 @@ use crate::store::table::Table;
 use crate::store::verify::report::Report;
 use crate::units::{PAGE_BYTES, to_usize};
 
-mod glance;
+mod inspect;
 
-pub use glance::Glance;
+pub use inspect::StoreInfo;
 
 /// Locked files whose headers and manifest hold.
 pub(super) struct Opened {

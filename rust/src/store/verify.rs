@@ -11,7 +11,7 @@ use crate::units::{Group, PAGE_BYTES};
 
 pub(super) mod report;
 
-pub use report::{Damage, Report};
+pub use report::{DamagedExtent, Report};
 
 /// Extents read ahead while one is being checked.
 const READ_AHEAD: usize = 4;
@@ -74,7 +74,7 @@ impl Store {
                 (Err(_), Some(slot)) => {
                     if let Err(error) = self.read_group(table, chunk, group, slot) {
                         // The second reading failed too: it is the one to report.
-                        report.damaged.push(Damage { chunk, group, error });
+                        report.damaged.push(DamagedExtent { chunk, group, error });
                     }
                 }
                 // The engine itself has failed and kept the slot.

@@ -17,7 +17,7 @@ from megatrain_io import __main__, errors
 from megatrain_io.cli.app import app
 from megatrain_io.runs.folder import RunFolder, RunInfo
 from megatrain_io.runs.metrics import StepReport
-from megatrain_io.store.verify import Damage, VerifyReport
+from megatrain_io.store.verify import DamagedExtent, VerifyReport
 
 VERBS = ["import", "train", "generate", "export", "verify", "status", "clean", "doctor", "bench"]
 INFO = RunInfo("0.1.0", "bf16", ["store.mtio"], "uuid-1", "/m")
@@ -319,10 +319,10 @@ def test_verify_a_store_that_is_whole(fake, run):
 
 
 def test_verify_a_store_that_is_damaged(fake, run):
-    unreadable = Damage(
+    unreadable = DamagedExtent(
         ("a",), "head", 0, "update", "/s", 4096, None, None, "read of 8192 bytes at /s+4096: EIO"
     )
-    flipped = Damage(
+    flipped = DamagedExtent(
         ("a", "b"), "layers.0", 3, "weight", "/s", 8192, "0x00000001", "0x00000002", "long message"
     )
     fake("runs.open_store", open_store=fake_state([flipped, unreadable]))

@@ -13,12 +13,12 @@ pub struct Report {
     /// Bytes read.
     pub bytes: u64,
     /// What did not hold.
-    pub damaged: Vec<Damage>,
+    pub damaged: Vec<DamagedExtent>,
 }
 
 /// One extent that did not hold.
 #[derive(Clone, Debug)]
-pub struct Damage {
+pub struct DamagedExtent {
     /// Index of the chunk.
     pub chunk: usize,
     /// The plane group.

@@ -120,8 +120,8 @@ pub(crate) fn dio_alignment(py: Python<'_>, folder: PathBuf) -> PyResult<Option<
 /// What a store says of itself, without its lock: `uuid`, `manifest` (JSON), `generation`, `blob`,
 /// `is_clean`, `is_of_this_boot`, `is_direct`. Nothing is verified but superblock, table and blob.
 #[pyfunction]
-pub(crate) fn glance(py: Python<'_>, paths: Vec<PathBuf>) -> PyResult<Bound<'_, PyDict>> {
-    let found = py.detach(|| store::Store::glance(&paths)).map_err(raise)?;
+pub(crate) fn inspect(py: Python<'_>, paths: Vec<PathBuf>) -> PyResult<Bound<'_, PyDict>> {
+    let found = py.detach(|| store::Store::inspect(&paths)).map_err(raise)?;
     let manifest = serde_json::to_string(&found.manifest)
         .map_err(|error| raise(Error::invalid(error.to_string())))?;
     let fields = PyDict::new(py);

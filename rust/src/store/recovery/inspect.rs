@@ -19,7 +19,7 @@ const LOOKS: usize = 3;
 
 /// The newest state whose superblock, table and blob hold; its chunks were not looked at.
 #[derive(Clone, Debug)]
-pub struct Glance {
+pub struct StoreInfo {
     /// The store's UUID.
     pub uuid: [u8; 16],
     /// What the store holds.
@@ -41,7 +41,7 @@ impl Store {
     ///
     /// # Errors
     /// `Format` when it is no store or nothing of it holds, `Unsupported`, `Io`.
-    pub fn glance(paths: &[PathBuf]) -> Result<Glance> {
+    pub fn inspect(paths: &[PathBuf]) -> Result<StoreInfo> {
         let drives = Drives::open_unlocked(paths)?;
         let (engine, engine_note) = choice::start(Choice::Threads, drives.count())?;
         let boot_id = file::boot_id();
@@ -59,7 +59,7 @@ impl Store {
         })?;
         let marker =
             read(&*opened.engine, opened.drives.main(), CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
-        Ok(Glance {
+        Ok(StoreInfo {
             uuid: opened.header.uuid,
             manifest: opened.manifest,
             generation: newest.generation,

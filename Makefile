@@ -22,7 +22,7 @@ CORE         := megatrain-io
 
 .PHONY: help
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(STAMPS)/extension ## make .venv, install everything, build the extension (quick when nothing changed)
@@ -62,7 +62,7 @@ test: setup lint ## all checks and tests, as CI runs them
 
 .PHONY: soak
 soak: setup ## the crash model, 200,000 random crashes (RUNS=n for another number); 1,000 orders of copies to a device
-	MEGATRAIN_SOAK_SEEDS=1000 $(BIN)/python -m pytest tests/python/test_device.py -k no_delay
+	MEGATRAIN_SOAK_SEEDS=1000 $(BIN)/python -m pytest tests/python/paging/test_device.py -k no_delay
 	MEGATRAIN_SOAK_RUNS=$(or $(RUNS),200000) cargo test --release --package $(CORE) --lib -- --nocapture crash_model::random
 
 # What `cargo fuzz` would pass; the stable compiler takes it, so nothing has to be installed.
@@ -100,3 +100,27 @@ clean: ## remove build output and caches; packages, stores and runs stay (rm -rf
 	rm -rf target dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(STAMPS)/extension
 	rm -f python/megatrain_io/*.so
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---------------------------------------------------------------------------------------------- wheel
+
+# Built from the unpacked sdist, so that both are whole; linked by zig against glibc 2.28, as torch's own wheels are.
+WHEEL_GLIBC := manylinux_2_28
+
+# Neither torch nor the tests: what the group `wheel` in pyproject.toml names.
+$(STAMPS)/wheel-tools: pyproject.toml | $(STAMPS)/venv
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	    print(*p["dependency-groups"]["wheel"], sep="\n")' > $(STAMPS)/wheel-requirements.txt
+	$(BIN)/python -m pip install --requirement $(STAMPS)/wheel-requirements.txt
+	@touch $@
+
+.PHONY: wheel
+wheel: $(STAMPS)/wheel-tools ## dist/: a wheel for every Linux with glibc 2.28 and Python 3.11 or newer, and the sdist
+	rm -rf dist
+	@# maturin looks for zig on PATH; its own folder under target keeps the two linkers' outputs apart.
+	PATH="$(CURDIR)/$(BIN):$$PATH" CARGO_TARGET_DIR=$(CURDIR)/target/wheel $(BIN)/python -m maturin build \
+	    --release --locked --sdist --zig --compatibility $(WHEEL_GLIBC) --out dist
+	$(BIN)/python tests/wheel/audit.py dist
+
+.PHONY: wheel-check
+wheel-check: wheel ## use the wheel in a fresh venv without Rust on each Python found (PYTHONS="..." names them); 3 GB
+	$(BIN)/python tests/wheel/install.py dist $(PYTHONS)

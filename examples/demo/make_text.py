@@ -153,10 +153,10 @@ def tickets(prose: Prose) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     number = 0
     while len(held_out) < HELD_OUT_TICKETS:
         rng = Random(f"{SEED}/held out/{number}")
-        candidate = ticket(rng, prose, topics[number % len(topics)])
+        job = ticket(rng, prose, topics[number % len(topics)])
         number += 1
-        if candidate["messages"][0]["content"] not in seen:
-            held_out.append(candidate)
+        if job["messages"][0]["content"] not in seen:
+            held_out.append(job)
     return trained, held_out
 
 

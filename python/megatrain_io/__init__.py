@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatrain_io.planned import Plan
-    from megatrain_io.planning import plan
-    from megatrain_io.tensor_store import TensorStore
+    from megatrain_io.planning.plan import Plan
+    from megatrain_io.planning.resolve import plan
+    from megatrain_io.store.tensor_store import TensorStore
 
 __all__ = ["Plan", "TensorStore", "plan"]
 
-_HOMES = {"Plan": "planned", "TensorStore": "tensor_store", "plan": "planning"}
+_HOMES = {"Plan": "planning.plan", "TensorStore": "store.tensor_store", "plan": "planning.resolve"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from megatrain_io.cli import app
+    from megatrain_io.cli.app import app
 
     app(prog_name="megatrain-io")
 

@@ -1,4 +1,4 @@
-"""The extension module. Only ``swap``, ``outside`` and ``measure`` import it; ``mypy.stubtest`` keeps this true."""
+"""The extension module. Few modules of the package import it; ``mypy.stubtest`` keeps this stub true."""
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike

@@ -18,17 +18,20 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from megatrain_io.cuda_device import best_device
-from megatrain_io.device import Device, out_of_memory
-from megatrain_io.device_state import DeviceState
+from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
-from megatrain_io.model import CutModel, MicroBatch
-from megatrain_io.precision import DTYPES
-from megatrain_io.probe import probe
-from megatrain_io.run import RunFolder
-from megatrain_io.stream import PagedModel, clear_frames
-from megatrain_io.swap import Engine, PagedState
-from megatrain_io.vram import CONTEXT_NBYTES, divide_vram
+from megatrain_io.models.partition import PartitionedModel
+from megatrain_io.models.probe import probe
+from megatrain_io.paging.device.base import Device, out_of_memory
+from megatrain_io.paging.device.choose import best_device
+from megatrain_io.paging.device.pool import CONTEXT_NBYTES
+from megatrain_io.paging.device.records import DeviceRecords
+from megatrain_io.paging.paged_model import PagedModel, clear_frames
+from megatrain_io.planning.vram_budget import divide_vram
+from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.open_store import open_store
+from megatrain_io.store.dtypes import DTYPES
+from megatrain_io.store.paged_store import Engine, PagedStore
 
 # Of a device: tensors of a block on a prompt, keys and values.
 _COMPUTE_NBYTES = 512 << 20
@@ -43,9 +46,9 @@ def next_tokens(
 
     Keys and values are kept in a cache, so each token goes through the model once.
     """
-    model.cut.train(False)
-    cache = model.cut.new_cache()
-    # The prologue and the first blocks of the next pass are read while this token is chosen.
+    model.partition.train(False)
+    cache = model.partition.new_cache()
+    # The embedding and the first blocks of the next pass are read while this token is chosen.
     records = model.begin_forward()
     try:
         tokens, new = prompt, prompt
@@ -70,25 +73,25 @@ def next_tokens(
         model.abort()
 
 
-def _pass(model: PagedModel, records: PagedState | DeviceState, new: Tensor, cache: Cache) -> Tensor:
+def _pass(model: PagedModel, records: PagedStore | DeviceRecords, new: Tensor, cache: Cache) -> Tensor:
     """Scores [1, V] of the token after ``new``, int64 [1, t]."""
-    cut, layout = model.cut, model.state.layout
+    partition, layout = model.partition, model.state.layout
     start = cache.get_seq_length()
     positions = torch.arange(start, start + new.shape[1]).unsqueeze(0)
     micro_batch = MicroBatch(input_ids=new, shift_labels=torch.full_like(new, -100), position_ids=positions)
     micro_batch = micro_batch.to(model.device.torch_device)
-    weights = records.weights(layout.prologue)
-    hidden, calls = cut.record(weights.tensors, micro_batch, cache=cache)
+    weights = records.weights(layout.embedding)
+    hidden, calls = partition.record(weights.tensors, micro_batch, cache=cache)
     weights.give_back()
     for block in range(layout.blocks):
         weights = records.weights(layout.block(block))
-        hidden = cut.run_block(block, weights.tensors, hidden, calls[block])
+        hidden = partition.run_block(block, weights.tensors, hidden, calls[block])
         weights.give_back()
-    borrowed = [] if layout.epilogue is None else [records.weights(layout.epilogue)]
-    if cut.epilogue_borrowed:
-        borrowed.append(records.weights(layout.prologue))
+    borrowed = [] if layout.head is None else [records.weights(layout.head)]
+    if partition.tied_parameters:
+        borrowed.append(records.weights(layout.embedding))
     bound = {name: tensor for record in borrowed for name, tensor in record.tensors.items()}
-    scores = cut.logits(bound, hidden[:, -1:])[:, -1].float()
+    scores = partition.logits(bound, hidden[:, -1:])[:, -1].float()
     bound.clear()
     for record in borrowed:
         record.give_back()
@@ -157,12 +160,12 @@ class Generator:
         """
         run = RunFolder(Path(run_dir))
         info = run.read()
-        state = PagedState.of_run(run, engine=engine)
+        state = open_store(run, engine=engine)
         try:
             config = AutoConfig.from_pretrained(run.model, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)
-            cut = CutModel(config, DTYPES[info.precision], probe(config))
-            model = _on_device(cut, state, device or best_device(info.precision))
+            partition = PartitionedModel(config, DTYPES[info.precision], probe(config))
+            model = _on_device(partition, state, device or best_device(info.precision))
             state.start(model.pool_sizes(training=False), by_chunk=model.device.has_own_memory)
             return cls(model, tokenizer, _stop_tokens(run.model, config, tokenizer))
         except BaseException:
@@ -226,7 +229,7 @@ class Generator:
             raise DataError("the prompt is empty: give it at least one token")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}: must be at least 1")
-        largest, vocabulary = int(ids.max()), self._model.cut.config.get_text_config().vocab_size
+        largest, vocabulary = int(ids.max()), self._model.partition.config.get_text_config().vocab_size
         if largest >= vocabulary:
             raise ConfigError(
                 f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
@@ -237,23 +240,23 @@ class Generator:
         return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _on_device(cut: CutModel, state: PagedState, device: Device) -> PagedModel:
+def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -> PagedModel:
     """A model that only passes forward; on the CPU, if the device has no room for a block."""
     if device.has_own_memory:
         with suppress(DoesNotFitError):
             vram = divide_vram(
                 state.layout,
-                borrows_prologue=bool(cut.epilogue_borrowed),
+                tied_embeddings=bool(partition.tied_parameters),
                 vram=device.vram,
                 context=CONTEXT_NBYTES,
-                activations=_COMPUTE_NBYTES,
-                inputs_per_block=0,
+                compute=_COMPUTE_NBYTES,
+                activations_per_block=0,
                 training=False,
             )
-            return PagedModel(cut, state, device=device, vram=vram)
+            return PagedModel(partition, state, device=device, vram=vram)
         device.close()
-        cut.to(torch.device("cpu"))
-    return PagedModel(cut, state)
+        partition.to(torch.device("cpu"))
+    return PagedModel(partition, state)
 
 
 def _stop_tokens(folder: Path, config: AutoConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

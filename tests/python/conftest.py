@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from corpus import make_tokenizer, write
-from megatrain_io import train
 from megatrain_io.errors import InterruptedRunError
+from megatrain_io.training import trainer
 from paged import DEVICE, new_device
 from reference.reference import build, tiny_config
 from runs import WORDS, configured, planes_of, start
@@ -40,7 +40,7 @@ def _device():
     """Whole runs compute on what the test profile names, too."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE != "cpu":
-            patch.setattr(train, "device_for", lambda _: new_device())
+            patch.setattr(trainer, "device_for", lambda _: new_device())
         yield
 
 

@@ -8,8 +8,8 @@ import typer
 import yaml
 
 from megatrain_io import errors
-from megatrain_io.cli import app
-from megatrain_io.config import load
+from megatrain_io.cli.app import app
+from megatrain_io.config.parse import load
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,6 +18,7 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benches").rglob("*.md")),
     *sorted((ROOT / "examples").glob("*/README.md")),
 ]
 VERBS = {command.name for command in app.registered_commands}
@@ -44,11 +45,15 @@ def test_a_link_that_leads_nowhere_is_noticed():
     assert links("[a](b.md#c) [d](https://e.org/f) [g](#h) [i](../j)") == ["b.md", "../j"]
 
 
-def test_both_commands_are_in_the_readme_and_in_the_makefile():
+def test_every_command_of_make_in_the_readme_is_a_target():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in ("demo", "test"):
-        assert f"\nmake {target}\n" in README
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    named = set(re.findall(r"^make ([a-z-]+)$", README.replace("`", "\n"), re.MULTILINE))
+    assert {"demo", "test", "wheel", "wheel-check"} <= named
+    assert named <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+
+
+def test_installing_comes_before_make():
+    assert 0 < README.index("\npip install megatrain-io\n") < README.index("\nmake ")
 
 
 def test_every_verb_that_the_readme_names_exists():

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from corpus import TURNS, make_tokenizer
-from megatrain_io.convert import import_model
 from megatrain_io.errors import ConfigError, DataError
 from megatrain_io.generate import Generator, Pick, next_tokens
-from megatrain_io.run import RunFolder
+from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.import_model import import_model
 from reference.reference import build, tiny_config
 
 ENGINE = "threads"  # stopping a ring takes a second; how bytes move is tested elsewhere
@@ -158,7 +158,7 @@ def test_a_failure_leaves_the_next_answer_whole(generator, prompt, monkeypatch):
     kept = []
     for _ in range(4):
         with monkeypatch.context() as patch:
-            patch.setattr(generator._model.cut, "run_block", interrupt)
+            patch.setattr(generator._model.partition, "run_block", interrupt)
             with pytest.raises(KeyboardInterrupt) as caught:
                 paged(generator, prompt)
         kept.append(caught)

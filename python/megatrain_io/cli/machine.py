@@ -1,0 +1,119 @@
+"""Commands about a machine: doctor, bench, plan."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from megatrain_io.cli.options import JsonOutput
+from megatrain_io.cli.result import command
+from megatrain_io.errors import DoesNotFitError
+
+__all__ = ["bench_command", "doctor_command", "plan_command"]
+
+
+def plan_command(  # noqa: PLR0913 - an option each
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Model folder; of its files only config.json is needed.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Win over the file, as for train.")
+    ] = None,
+    *,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MACHINE",
+            help="laptop-8gb, desktop-24gb, workstation-32gb, or a YAML file. Default: this machine, as bench "
+            "measured it.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, help="Of the whole run, where max_steps is not given: 1e9.")
+    ] = None,
+    watts: Annotated[float | None, typer.Option(min=0.1, help="Power that the machine takes.")] = None,
+    kilowatt_hour: Annotated[
+        float | None, typer.Option(metavar="PRICE", min=0, help="Price of a kWh of electricity.")
+    ] = None,
+    rented_hour: Annotated[
+        float | None, typer.Option(metavar="PRICE", min=0, help="Price of an hour of a rented GPU.")
+    ] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Say what a run needs, how long it takes and what it wears, before it begins. Weights need not be there."""
+    with command(json_output=json_output, interrupted="Nothing was changed.") as result:
+        from megatrain_io.planning.resolve import plan
+
+        found = plan(
+            model,
+            config_file,
+            on=on,
+            tokens=tokens,
+            watts=watts,
+            kilowatt_hour=kilowatt_hour,
+            rented_hour=rented_hour,
+            settings=overrides or [],
+        )
+        result.values = found.as_dict()
+        result.text = str(found)
+        if not found.fits:
+            result.exit_code = DoesNotFitError.exit_code
+
+
+def doctor_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where a store would be.")] = Path(),
+    *,
+    json_output: JsonOutput = False,
+) -> None:
+    """Say what this machine offers. RAM, GPU, drive, io_uring, versions: as a text to paste into a report."""
+    with command(json_output=json_output, interrupted="Nothing was changed.") as result:
+        from megatrain_io.machine.doctor import examine, render
+
+        result.values = examine(folder)
+        result.text = render(result.values)
+
+
+def bench_command(  # noqa: PLR0913 - an option each
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="On the drive to measure.")] = Path(),
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Profile to write; it keeps the figures of other drives."),
+    ] = None,
+    size: Annotated[
+        float, typer.Option(min=0.0625, metavar="GIB", help="Of the file that is read and written.")
+    ] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of each kind of traffic.")] = 5.0,
+    sustained: Annotated[
+        bool,
+        typer.Option("--sustained", help="Write until the drive's cache is full, too: it wears the drive."),
+    ] = False,
+    sustained_size: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="At most so much. Default: half of what is free, 238 at most."),
+    ] = None,
+    sustained_minutes: Annotated[float, typer.Option(min=0.001, help="At most so long.")] = 10.0,
+    io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="How bytes move.")] = "auto",
+    matmul: Annotated[bool, typer.Option(help="Measure matrix products, too.")] = True,
+    json_output: JsonOutput = False,
+) -> None:
+    """Measure drive, memory, AdamW and matrix products. It takes half a minute, and leaves a profile alone."""
+    with command(json_output=json_output, interrupted="Nothing was left behind.") as result:
+        from megatrain_io.machine.bench import Options, measure_into, render
+
+        options = Options(
+            nbytes=int(size * 2**30),
+            seconds=seconds,
+            engine=io_backend,
+            sustained=sustained,
+            sustained_bytes=None if sustained_size is None else int(sustained_size * 2**30),
+            sustained_seconds=60 * sustained_minutes,
+            matmul=matmul,
+        )
+        with result.counting("bench") as progress:
+            profile, path = measure_into(output, folder, options, progress)
+        result.values = {"profile": path, **profile.model_dump(mode="json")}
+        result.text = f"{render(profile)}\nprofile        {path}"

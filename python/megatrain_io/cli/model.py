@@ -1,0 +1,111 @@
+"""Commands that make, ask and write models: import, generate, export."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from megatrain_io.cli.options import JsonOutput, Model, Run
+from megatrain_io.cli.result import command
+
+__all__ = ["export_command", "generate_command", "import_command"]
+
+
+def import_command(
+    model: Model,
+    run: Run,
+    *,
+    precision: Annotated[
+        Literal["bf16", "fp32"],
+        typer.Option(
+            help="Compute dtype; master weights are fp32 either way. A GPU without bf16 (RTX 20, T4) needs fp32."
+        ),
+    ] = "bf16",
+    store_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the store, on a local NVMe drive. Once for each of several drives. Default: RUN.",
+        ),
+    ] = None,
+    durability: Annotated[
+        Literal["step", "scratch"],
+        typer.Option(help="scratch takes half the space, and a crash loses everything."),
+    ] = "step",
+    io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="How bytes move.")] = "auto",
+    json_output: JsonOutput = False,
+) -> None:
+    """Make a store from a model folder. It goes tensor by tensor: the model is never whole in RAM."""
+    with command(json_output=json_output, interrupted="Nothing was left behind: import again.") as result:
+        from megatrain_io.runs.folder import RunFolder
+        from megatrain_io.runs.import_model import import_model
+
+        folder = RunFolder(run)
+
+        with result.counting("import") as progress:
+            info = import_model(
+                model,
+                folder,
+                precision=precision,
+                stores=folder.stores_in(store_dir or None),
+                durability=durability,
+                engine=io_backend,
+                progress=progress,
+            )
+        result.values = {"run": run, **asdict(info)}
+        result.text = f"imported {model} into {run}: {info.precision}, store {', '.join(info.stores)}"
+
+
+def generate_command(  # noqa: PLR0913 - an option each
+    run: Run,
+    *,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on from.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="TEXT is a message to answer, in the model's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 is off.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    json_output: JsonOutput = False,
+) -> None:
+    """Continue a text. It is done with the newest committed weights."""
+    with command(json_output=json_output, interrupted="The run is as it was.") as result:
+        from megatrain_io.generate import Generator
+
+        how: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+        }
+        with Generator.open(run) as generator:
+            if chat:
+                result.text = generator.chat([{"role": "user", "content": prompt}], **how)
+            else:
+                result.text = generator.complete(prompt, **how)
+        result.values = {"prompt": prompt, "text": result.text, **how}
+
+
+def export_command(
+    run: Run,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    *,
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None,
+        typer.Option(help="fp32 are the master weights. Default: what the run computes in."),
+    ] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Write the weights as a model folder. They are the newest committed ones; transformers loads the folder."""
+    with command(json_output=json_output, interrupted="The run is as it was: export again.") as result:
+        from megatrain_io.runs.export_model import export_model
+        from megatrain_io.runs.folder import RunFolder
+
+        with result.counting("export") as progress:
+            export_model(RunFolder(run), out, dtype=dtype, progress=progress)
+        result.values = {"run": run, "out": out, "dtype": dtype}
+        result.text = f"exported {run} to {out}"

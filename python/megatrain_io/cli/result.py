@@ -1,0 +1,81 @@
+"""How a command ends: what it says, and its exit code."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any
+
+import typer
+
+from megatrain_io.errors import InterruptedRunError, MegatrainIoError
+
+__all__ = ["CommandResult", "command"]
+
+
+@dataclass
+class CommandResult:
+    """What a command has to say in the end."""
+
+    json_output: bool
+    values: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    exit_code: int = 0
+
+    def counting(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Progress of a command that counts, on standard error."""
+        from rich.console import Console
+
+        from megatrain_io.cli.progress import counting
+
+        return counting(what, Console(stderr=True), quiet=self.json_output)
+
+    def fail(self, message: str, kind: str, exit_code: int) -> None:
+        """End with an error."""
+        typer.echo(f"megatrain-io: {message}", err=True)
+        self.exit_code = exit_code
+        self.text = ""
+        self.values = {"error": {"kind": kind, "message": message, "exit_code": exit_code}}
+
+
+@contextmanager
+def command(*, json_output: bool, interrupted: str) -> Iterator[CommandResult]:
+    """Print what a command found; end it with the right exit code, without a traceback for our own errors.
+
+    Args:
+        json_output: print ``values``, not ``text``; an error becomes ``{"error": ...}``.
+        interrupted: what is safe and what to do after Ctrl-C.
+    """
+    result = CommandResult(json_output)
+    try:
+        # Whatever a library prints, standard output holds the result alone.
+        with redirect_stdout(sys.stderr):
+            yield result
+    except MegatrainIoError as error:
+        is_bug = error.exit_code == MegatrainIoError.exit_code
+        # Notes say what became of the state, where that is not what the error itself says.
+        message = " ".join([str(error), *getattr(error, "__notes__", [])])
+        if is_bug:
+            message = f"{message}. This is a bug in megatrain-io: please report it"
+        result.fail(message, type(error).__name__, error.exit_code)
+    except KeyboardInterrupt:
+        result.fail(f"interrupted. {interrupted}", "KeyboardInterrupt", InterruptedRunError.exit_code)
+    if json_output:
+        typer.echo(json.dumps(_plain(result.values), allow_nan=False))
+    elif result.text:
+        typer.echo(result.text)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def _plain(value: Any) -> Any:
+    """The same of JSON types alone: what is not a number there is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -1,0 +1,147 @@
+"""Commands about a run: verify, status, clean."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatrain_io.cli.result import command
+from megatrain_io.errors import ConfigError, CorruptionError, StorageError
+
+if TYPE_CHECKING:
+    from megatrain_io.runs.cleanup import Leftover, Leftovers
+    from megatrain_io.store.verify import Damage
+
+
+from megatrain_io.cli.options import JsonOutput, Run
+
+__all__ = ["clean_command", "status_command", "verify_command"]
+
+
+def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
+    """Compare every checksum of a store. All of it is read; what is damaged is named, with its place."""
+    with command(json_output=json_output, interrupted="The run is as it was.") as result:
+        from megatrain_io.runs.folder import RunFolder
+
+        folder = RunFolder(run)
+        folder.read()  # what is no run is refused before torch is imported
+
+        from megatrain_io.runs.open_store import open_store
+
+        with open_store(folder) as state, result.counting("verify") as progress:
+            report = state.verify(progress)
+        result.values = {"run": run, **asdict(report)}
+        size = f"{report.nbytes / 2**30:.2f} GiB in {report.extents} extents"
+        if report.damaged:
+            result.exit_code = CorruptionError.exit_code
+            extents = "extent" if len(report.damaged) == 1 else "extents"
+            lines = [
+                f"generation {report.generation}: {len(report.damaged)} damaged {extents} ({size})",
+                *(f"  {_damage_line(damage)}" for damage in report.damaged),
+                "Copy the store elsewhere and check the drive, then restore a copy or import an export again.",
+            ]
+            result.text = "\n".join(lines)
+        else:
+            result.text = f"generation {report.generation}: whole ({size})"
+
+
+def status_command(run: Run, *, json_output: JsonOutput = False) -> None:
+    """Say how a run stands and what to do next. Nothing is opened or changed, and a run in use is not disturbed."""
+    with command(json_output=json_output, interrupted="The run is as it was.") as result:
+        from megatrain_io.runs.folder import RunFolder
+        from megatrain_io.runs.status import examine, render
+
+        status = examine(RunFolder(run))
+        result.values = asdict(status)
+        result.text = render(status)
+        if status.problem is not None:
+            result.exit_code = StorageError.exit_code
+
+
+def clean_command(
+    run: Run,
+    *,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Remove the tokenised data, too; it is made anew when needed.")
+    ] = False,
+    store: Annotated[
+        bool,
+        typer.Option(
+            "--store",
+            help="Remove the store, too, with run.json and RUN/model: the training cannot be resumed then.",
+        ),
+    ] = False,
+    store_dir: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Where the store of an import was to be that was killed."),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")
+    ] = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Remove what killed processes left in a run. It lists and asks first.
+
+    Without --cache and --store only files that nothing needs: parts of an import, and what was not written to
+    its end. Metrics, configuration, exports and whatever else lies in the folder stay. A run in use is refused.
+    """
+    with command(json_output=json_output, interrupted="Look with: megatrain-io clean RUN") as result:
+        from megatrain_io.runs.cleanup import Leftovers
+        from megatrain_io.runs.folder import RunFolder
+
+        leftovers = Leftovers(RunFolder(run), store_dirs=store_dir or None, cache=cache, store=store)
+        result.values = {"run": run, "removed": [], "bytes": 0}
+        result.text = f"{run}: nothing to remove" if not leftovers.found else "Nothing was removed."
+        if leftovers.found and (yes or _agrees(leftovers)):
+            removed = [asdict(each) for each in leftovers.remove()]
+            result.values |= {"removed": removed, "bytes": leftovers.nbytes}
+            lines = [_leftover_line(each) for each in leftovers.found] if yes else []
+            result.text = "\n".join([*lines, f"removed {_size(leftovers.nbytes)}"])
+
+
+def _damage_line(damage: "Damage") -> str:
+    if damage.expected is None:
+        return damage.message  # it could not be read: there is nothing to compare
+    return (
+        f"record {damage.record}, chunk {damage.chunk}, {damage.group} group, at {damage.path}+{damage.offset}: "
+        f"checksum {damage.expected} expected, {damage.found} found; tensors {', '.join(damage.tensors)}"
+    )
+
+
+def _agrees(leftovers: "Leftovers") -> bool:
+    """Show what is to be removed, and ask.
+
+    Raises:
+        ConfigError: there is nobody to ask.
+    """
+    for each in leftovers.found:
+        typer.echo(_leftover_line(each), err=True)
+    if not _can_ask():
+        raise ConfigError("nothing was removed, as nobody can be asked here: say --yes to remove this")
+    question = f"Remove {'this' if len(leftovers.found) == 1 else 'these'} ({_size(leftovers.nbytes)})?"
+    if leftovers.store_bytes:
+        at = "" if leftovers.step is None else f" of step {leftovers.step}"
+        question = (
+            f"Remove all this and the store ({_size(leftovers.store_bytes)})? It holds the only copy of the training "
+            f"state{at}: exports have its weights, and no training goes on from them."
+        )
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _leftover_line(leftover: "Leftover") -> str:
+    return f"  {_size(leftover.nbytes):>9}  {leftover.path}: {leftover.what}"
+
+
+def _size(nbytes: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(nbytes, precision=2)

@@ -1,0 +1,79 @@
+"""The command that trains."""
+
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatrain_io.cli.options import JsonOutput
+from megatrain_io.cli.result import command
+
+__all__ = ["train_command"]
+
+
+def _print_keys(wanted: bool) -> None:  # noqa: FBT001 - so are callbacks called
+    if wanted:
+        from megatrain_io.config.parse import describe_keys
+
+        typer.echo(describe_keys())
+        raise typer.Exit
+
+
+def train_command(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Win over the file: train.learning_rate=2e-5, or learning_rate=2e-5 for short.",
+        ),
+    ] = None,
+    *,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="YAML file. Relative paths in it are meant from the current directory.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last committed step.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what ran when to a new file, for ui.perfetto.dev."),
+    ] = None,
+    _keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys", callback=_print_keys, is_eager=True, help="List every key with its default, and exit."
+        ),
+    ] = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Train, or go on with a training."""
+    sentence = "The last committed step is safe: go on with the same command and --resume."
+    with command(json_output=json_output, interrupted=sentence) as result:
+        from megatrain_io.config.parse import load
+
+        config, notes = load(config_file, overrides or [])
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
+
+        from rich.console import Console
+
+        from megatrain_io.paging.trace import Trace
+        from megatrain_io.text import rows
+        from megatrain_io.training.reporters import reporter_for
+        from megatrain_io.training.trainer import train
+
+        logging_steps = config.train.logging_steps
+        reporter = reporter_for(Console(stderr=True), quiet=json_output, logging_steps=logging_steps)
+        with nullcontext() if trace is None else Trace(trace) as tracer:
+            try:
+                trained = train(config, resume=resume, reporter=reporter, trace=tracer)
+            finally:
+                reporter.finished()
+        result.values = {"run": config.output_dir, **asdict(trained)}
+        result.text = "\n".join(rows(result.values))

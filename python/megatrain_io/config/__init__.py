@@ -1,0 +1,1 @@
+"""The configuration of a run: keys, their values, and how they are read. No torch."""

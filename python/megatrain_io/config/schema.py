@@ -1,0 +1,148 @@
+"""The keys of a run's configuration: their types, defaults and meanings. No torch."""
+
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatrain_io.config.values import (
+    INT_MAX,
+    Count,
+    CountOrAuto,
+    Folders,
+    Fp32Positive,
+    FractionOrPath,
+    LocalPath,
+    Paths,
+    Size,
+    WholeCount,
+)
+
+__all__ = ["DataConfig", "MemoryConfig", "RunConfig", "TrainConfig"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    train: Paths
+    """file or folder, or a list of them"""
+    eval: FractionOrPath = None
+    """held-out data: a fraction of the training data, or a path"""
+    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
+    """how examples are written: auto, text, prompt_completion, messages, alpaca or sharegpt"""
+    fields: dict[str, str] | None = None
+    """names of the columns, where they differ: {prompt: question, completion: answer}"""
+    max_length: Annotated[int, Field(ge=2, le=INT_MAX)] = 1024
+    """tokens in a sequence; what is longer is cut"""
+    packing: bool = True
+    """put several examples into one sequence, without letting them see each other"""
+    assistant_only_loss: bool = True
+    """train on answers, not on prompts"""
+    chat_template: str | None = None
+    """name, file or text of a chat template, where the model has none"""
+
+
+class TrainConfig(Section):
+    """How it is trained: AdamW over all parameters."""
+
+    num_train_epochs: WholeCount = 1
+    """passes over the data"""
+    max_steps: Count | None = None
+    """optimizer steps; overrides num_train_epochs"""
+    per_device_train_batch_size: Count = 1
+    """sequences in a micro-batch"""
+    gradient_accumulation_steps: CountOrAuto = 8
+    """micro-batches in an optimizer step, which pays NVMe traffic once; auto: so many that computing hides it"""
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    """highest learning rate"""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """course of the learning rate after the warm-up: cosine, linear or constant"""
+    warmup_steps: Annotated[int, Field(ge=0, le=INT_MAX)] = 0
+    """steps in which the learning rate rises from zero"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """decoupled; norms and biases are left out"""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """decay of the first moment"""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """decay of the second moment"""
+    adam_epsilon: Fp32Positive = 1e-8
+    """added to the denominator"""
+    max_grad_norm: Fp32Positive | None = None
+    """largest norm of all gradients together, exact; an update then waits for the next step; null: no limit"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16, fp32, or auto: as imported, else bf16, or fp32 on a GPU without it; masters and moments are fp32"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """what computes: cpu, cuda, or auto: a GPU where there is one"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """of the order of the data and of dropout"""
+    eval_steps: Count | None = None
+    """measure the held-out loss every so many steps, and at the end"""
+    logging_steps: Count = 1
+    """report every so many steps"""
+
+
+class MemoryConfig(Section):
+    """Where the state lies and how it is moved."""
+
+    store_dir: Folders | None = None
+    """folder for the store, on a local NVMe drive, or a list: one for each drive; null: in output_dir"""
+    durability: Literal["step", "scratch"] = "step"
+    """step: committed steps survive a crash; scratch: only a clean end does, in half the space"""
+    commit_every: Count = 1
+    """steps between two commits: at most so many are lost in a crash"""
+    ram: Size | None = None
+    """what training may allocate, such as 4GiB; state stays in what buffers leave of it; null: half of what is free"""
+    vram: Size | None = None
+    """what training may take of a GPU's memory, such as 7GiB, driver included; null: what is free"""
+    max_tbw: Annotated[float, Field(gt=0)] | None = None
+    """terabytes (10^12 bytes) that the run may write to its drives; before more are, it pauses; null: no limit"""
+    io_backend: Literal["auto", "uring", "threads"] = "auto"
+    """auto, uring or threads"""
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """for AdamW and checksums; 0: one for each core"""
+
+
+class RunConfig(Section):
+    """One run. Relative paths are meant from the current directory."""
+
+    model: LocalPath
+    """folder of the model to start from"""
+    output_dir: LocalPath
+    """the run folder"""
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        train = self.train
+        if train.eval_steps is not None and self.data.eval is None:
+            raise ValueError(
+                "train.eval_steps: there is nothing to evaluate: give data.eval, or remove eval_steps"
+            )
+        if train.max_steps is not None and train.warmup_steps > train.max_steps:
+            raise ValueError(
+                f"train.warmup_steps: {train.warmup_steps} steps of warm-up are more than the whole run "
+                f"(max_steps is {train.max_steps})"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """All keys with their values, as YAML that ``load`` reads back to the same configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+ROOT = ""
+
+
+SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "train": TrainConfig, "memory": MemoryConfig}

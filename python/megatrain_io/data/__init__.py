@@ -1,0 +1,1 @@
+"""Training data: from files of many formats to packed rows of tokens and micro-batches."""

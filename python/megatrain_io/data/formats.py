@@ -1,0 +1,227 @@
+"""Documents of training data, in whichever of the known formats they come."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal, NoReturn, get_args
+
+from megatrain_io.data.files import Row, SourceFile, json_name, read_passages, read_rows
+from megatrain_io.errors import ConfigError, DataError
+
+__all__ = ["Completion", "Conversation", "Document", "DocumentReader", "Format", "Instruction", "Text"]
+
+Format = Literal["text", "prompt_completion", "messages", "alpaca", "sharegpt"]
+
+# The keys that tell a format, in the order in which they are looked for: data sets in the alpaca format often
+# carry the assembled `text` as well.
+_KEYS: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+_KNOWN = "text | prompt+completion | messages | instruction+output | conversations"
+_FIELDS = {key for keys in _KEYS.values() for key in keys} | {"input", "role", "content", "from", "value"}
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **dict.fromkeys(["gpt", "chatgpt", "bard", "bing", "model", "bot"], "assistant"),
+    **dict.fromkeys(["function", "observation", "function_response"], "tool"),
+    "human": "user",
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Running text, all of which is trained; `ends` is false where more of the same document follows."""
+
+    text: str
+    ends: bool = True
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt as it stands, and what is to be learned to follow it."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction in words (with its input, if any), and what is to be learned to answer it."""
+
+    instruction: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of a conversation, each with `role` and `content`, and the tools it may call, as JSON schemas."""
+
+    messages: tuple[Row, ...]
+    tools: tuple[Row, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """One example, and where it stands.
+
+    Attributes:
+        place: file and line, for people.
+        format: of the file.
+        content: the example; a long text file comes as several documents, all but the last with `ends` false.
+        bytes_read: bytes of the file up to its end.
+        whole: sha256 of the file where the file is one document, else "".
+    """
+
+    place: str
+    format: Format
+    content: Text | Completion | Instruction | Conversation
+    bytes_read: int = field(compare=False)
+    whole: str = ""
+
+    def key(self, seed: int) -> int:
+        """64 bits of a hash of the content: the same in whatever file or order the document stands."""
+        content = self.whole or json.dumps(asdict(self.content), sort_keys=True)
+        return int.from_bytes(hashlib.sha256(f"{seed}:{content}".encode()).digest()[:8])
+
+
+class DocumentReader:
+    """Reads the documents of files whose formats it finds out."""
+
+    def __init__(self, data_format: Format | None = None, fields: Mapping[str, str] | None = None) -> None:
+        """Check the options.
+
+        Args:
+            data_format: forces one format; None finds it out from the first example of each file.
+            fields: which key of the data stands for which of ours: `{"prompt": "question"}`.
+
+        Raises:
+            ConfigError: there is no such format or field.
+        """
+        if data_format is not None and data_format not in get_args(Format):
+            raise ConfigError(
+                f"data.format: {data_format!r} is not one of {', '.join(get_args(Format))}, auto"
+            )
+        if unknown := sorted((fields or {}).keys() - _FIELDS):
+            raise ConfigError(
+                f"data.fields: {unknown[0]!r} is not one of {', '.join(sorted(_FIELDS))}. "
+                f"Ours come first, those of the file second: {{prompt: question, completion: answer}}"
+            )
+        self._format = data_format
+        self._fields = {key: key for key in _FIELDS} | dict(fields or {})
+
+    @property
+    def reads_unknown_as(self) -> Literal["text", "json"] | None:
+        """How a file of an unknown extension is read: only if the format was forced."""
+        if self._format is None:
+            return None
+        return "text" if self._format == "text" else "json"
+
+    def read(self, file: SourceFile) -> Iterator[Document]:
+        """Yield the documents of a file, in its order; blank lines and blank files give none.
+
+        Raises:
+            DataError: something in it cannot be read, with file and line.
+        """
+        if file.kind == "text":
+            if self._format not in (None, "text"):
+                raise DataError(
+                    f"{file.path} is plain text, and data.format: {self._format} needs keys. "
+                    f"Give it in a .jsonl file, or leave data.format out."
+                )
+            for text, ends, bytes_read in read_passages(file):
+                yield Document(str(file.path), "text", Text(text, ends), bytes_read, file.sha256)
+            return
+        found = self._format
+        for place, row, bytes_read in read_rows(file):
+            found = found or self._detect(place, row)
+            missing = [key for key in _KEYS[found] if self._fields[key] not in row]
+            if missing:
+                self._refuse_keys(place, row, found)
+            yield Document(place, found, self._content(place, row, found), bytes_read)
+
+    def _detect(self, place: str, row: Row) -> Format:
+        for data_format, keys in _KEYS.items():
+            if all(self._fields[key] in row for key in keys):
+                return data_format
+        raise DataError(f"{place} has keys [{_keys(row)}]. Known: {_KNOWN}. {_map_example(row)}")
+
+    def _refuse_keys(self, place: str, row: Row, data_format: Format) -> NoReturn:
+        needed = ", ".join(self._fields[key] for key in _KEYS[data_format])
+        whence = "data.format says" if self._format else "the file's first example is"
+        raise DataError(
+            f"{place} has keys [{_keys(row)}], but {whence} {data_format}, which needs [{needed}]. "
+            f"Correct the line, or name its keys in data.fields; one file holds one format."
+        )
+
+    def _content(
+        self, place: str, row: Row, data_format: Format
+    ) -> Text | Completion | Instruction | Conversation:
+        if data_format == "text":
+            return Text(self._string(place, row, "text"))
+        if data_format == "prompt_completion":
+            return Completion(self._string(place, row, "prompt"), self._string(place, row, "completion"))
+        if data_format == "alpaca":
+            instruction = self._string(place, row, "instruction")
+            if row.get(self._fields["input"]):
+                instruction += "\n\n" + self._string(place, row, "input")
+            return Instruction(instruction, self._string(place, row, "output"))
+        key = self._fields[_KEYS[data_format][0]]
+        turns = _objects(place, row, key)
+        if not turns:
+            raise DataError(f"{place}: {key} is an empty list. Remove the line.")
+        messages = tuple(self._message(f"{place}, {key}[{i}]", turn) for i, turn in enumerate(turns))
+        return Conversation(messages, _objects(place, row, "tools") if row.get("tools") else None)
+
+    def _message(self, place: str, turn: Row) -> Row:
+        """A turn with `role` and `content`, and whatever else it says: templates read reasoning and tool calls."""
+        pairs = (("role", "content"), ("from", "value"))
+        pair = next((pair for pair in pairs if self._fields[pair[0]] in turn), None)
+        if pair is None:
+            raise DataError(
+                f"{place} has keys [{_keys(turn)}]. Each turn needs role+content or from+value; "
+                f"name its keys with data.fields: {{role: ..., content: ...}}."
+            )
+        role_key, content_key = pair
+        role = self._string(place, turn, role_key)
+        if role not in _ROLES:
+            raise DataError(
+                f"{place}: the {self._fields[role_key]} {role!r} is unknown. Known: {', '.join(_ROLES)}. "
+                f"Correct it: only turns of the assistant are trained."
+            )
+        own = (self._fields[role_key], self._fields[content_key])
+        message = {key: value for key, value in turn.items() if key not in own}
+        message["role"] = _ROLES[role]
+        if not turn.get("tool_calls") or turn.get(self._fields[content_key]) is not None:
+            message["content"] = self._string(place, turn, content_key)
+        return message
+
+    def _string(self, place: str, row: Row, key: str) -> str:
+        name = self._fields[key]
+        value = row.get(name)
+        if not isinstance(value, str):
+            what = f"is {json_name(value)}" if name in row else "is missing"
+            raise DataError(f"{place}: {name} {what}; it must be text in quotes.")
+        return value
+
+
+def _objects(place: str, row: Row, key: str) -> tuple[Row, ...]:
+    value = row[key]
+    if not isinstance(value, list):
+        raise DataError(f"{place}: {key} is {json_name(value)}; it must be a list of objects.")
+    for i, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise DataError(f"{place}: {key}[{i}] is {json_name(item)}; it must be an object.")
+    return tuple(value)
+
+
+def _keys(row: Row) -> str:
+    return ", ".join(row)
+
+
+def _map_example(row: Row) -> str:
+    prompt, completion = row if len(row) == 2 else ("question", "answer")  # noqa: PLR2004
+    return f"Map with data.fields: {{prompt: {prompt}, completion: {completion}}}."

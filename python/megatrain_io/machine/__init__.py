@@ -1,0 +1,1 @@
+"""The machine: drives, memory, processor, and what they can do."""

@@ -1,0 +1,289 @@
+"""The drive beneath a folder: mount, file system, block device, what speaks against a store there.
+
+Parsing is done by pure functions over the texts of files, so that every kind of drive can be made up in a
+test. What cannot be found out is None.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+
+from megatrain_io.errors import MegatrainIoError
+
+__all__ = [
+    "Mount",
+    "direct_io",
+    "drive_texts",
+    "drive_warnings",
+    "examine_drive",
+    "is_network",
+    "mount_of",
+    "parse_choice",
+    "parse_mountinfo",
+    "parse_queue",
+    "read_mounts",
+    "read_text",
+    "spins",
+]
+
+_NETWORK = {
+    "9p",
+    "afs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "glusterfs",
+    "lustre",
+    "nfs",
+    "nfs4",
+    "smb3",
+    "smbfs",
+    "virtiofs",
+}
+_IN_RAM = {"tmpfs", "ramfs"}
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of ``/proc/self/mountinfo``.
+
+    Attributes:
+        device: ``major:minor``.
+        root: what of the file system is mounted here.
+        point: where.
+        kind: type of file system.
+        source: device or remote name.
+        options: of the file system itself.
+    """
+
+    device: str
+    root: str
+    point: str
+    kind: str
+    source: str
+    options: tuple[str, ...]
+
+
+def parse_mountinfo(text: str) -> list[Mount]:
+    """All mounts, in the order they were made."""
+    mounts = []
+    for line in text.splitlines():
+        left, separator, right = line.partition(" - ")
+        fields, more = left.split(), right.split()
+        if separator and len(fields) >= 5 and len(more) >= 2:  # noqa: PLR2004 - see proc(5)
+            device, root, point = fields[2], _unescaped(fields[3]), _unescaped(fields[4])
+            options = tuple(more[2].split(",")) if more[2:] else ()
+            mounts.append(Mount(device, root, point, more[0], _unescaped(more[1]), options))
+    return mounts
+
+
+def _unescaped(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def mount_of(path: Path, mounts: list[Mount]) -> Mount | None:
+    """The mount that an absolute path lies on: the deepest, and of several on one point the last."""
+    holding = [mount for mount in mounts if path.is_relative_to(mount.point)]
+    return max(reversed(holding), key=lambda mount: len(Path(mount.point).parts), default=None)
+
+
+def parse_choice(text: str | None) -> str | None:
+    """The choice in brackets: ``always [madvise] never``."""
+    chosen = re.search(r"\[([\w-]+)\]", text or "")
+    return chosen[1] if chosen else None
+
+
+def spins(rotational: str | None, device: Path, model: str | None) -> bool | None:
+    """Whether a drive is a spinning disk; what a virtual drive says of itself means nothing.
+
+    Args:
+        rotational: ``queue/rotational`` of the drive.
+        device: its folder below ``/sys/devices``.
+        model: ``device/model``.
+    """
+    is_virtual = any(part.startswith(("virtio", "vbd")) for part in device.parts)
+    if rotational is None or is_virtual or re.search(r"virtual|vbox|vmware|qemu", model or "", re.IGNORECASE):
+        return None
+    return rotational.strip() == "1"
+
+
+def is_network(kind: str) -> bool:
+    """Whether a file system of this type lies on another machine, or is shared with one."""
+    return kind in _NETWORK or kind.startswith("fuse.sshfs")
+
+
+def drive_warnings(mount: Mount, *, rotational: bool | None, usb: bool) -> list[str]:
+    """What speaks against a store on this mount, one sentence each."""
+    point, kind = mount.point, mount.kind
+    found = []
+    if kind in {"9p", "drvfs", "v9fs"} and re.match(r"/mnt/[a-z](/|$)", point):
+        found.append(
+            f"{point} is a Windows drive seen through {kind}, which is slow. Put the store inside WSL, e.g. ~/mt"
+        )
+    elif is_network(kind):
+        found.append(f"{point} is a network or shared file system ({kind}). Put the store on a local drive")
+    elif kind in _IN_RAM:
+        found.append(f"{point} is {kind}: that is RAM, and gone after a restart. Put the store on a drive")
+    elif kind == "overlay":
+        found.append(
+            f"{point} is the container's own layer (overlay). Mount a folder of a local drive as a volume"
+        )
+    elif kind.startswith("fuse"):
+        found.append(
+            f"{point} is a file system in user space ({kind}), which may be slow and may lack direct I/O"
+        )
+    if rotational:
+        found.append(
+            f"the drive beneath {point} is a spinning disk: steps will take very long. Use an NVMe drive"
+        )
+    if usb:
+        found.append(
+            f"the drive beneath {point} is attached by USB: expect a fraction of an NVMe drive's speed"
+        )
+    return found
+
+
+def parse_queue(read: Callable[[str], str | None]) -> dict[str, Any]:
+    """What the kernel says of a drive's queue; ``read`` gives the text of a file in its folder ``queue``.
+
+    ``logical_block_size`` is what offsets and lengths of direct I/O must be multiples of, in bytes, and
+    ``dma_alignment`` the same for addresses in memory.
+    """
+
+    def number(name: str) -> int | None:
+        text = (read(name) or "").strip()
+        return int(text) if text.isdigit() else None
+
+    mask = number("dma_alignment")
+    scheduler = read("scheduler")
+    return {
+        "scheduler": parse_choice(scheduler) or ((scheduler or "").strip() or None),
+        "write_cache": (read("write_cache") or "").strip() or None,
+        "logical_block_size": number("logical_block_size"),
+        "dma_alignment": None if mask is None else mask + 1,
+        "largest_request_kib": number("max_sectors_kb"),
+    }
+
+
+def direct_io(folder: Path) -> bool | None:
+    """Whether the file system opens files for direct I/O: a file without a name is tried; None if that fails."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600))
+    except OSError as error:
+        return False if error.errno == errno.EINVAL else None
+    return True
+
+
+# ----------------------------------------------------------------------------------------------- examining
+
+
+def read_mounts() -> list[Mount]:
+    """The mounts that this process sees."""
+    return parse_mountinfo(read_text("/proc/self/mountinfo") or "")
+
+
+def read_text(path: Path | str) -> str | None:
+    """The text of a file, or None when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def examine_drive(folder: Path, mounts: list[Mount]) -> dict[str, Any]:
+    """What is known of the drive that holds ``folder``, or would; made of plain JSON types.
+
+    Without a mount only ``path``, ``free``, ``total``, ``file_system`` (None) and ``warnings`` are there.
+    """
+    path = folder.resolve()
+    path = next(one for one in (path, *path.parents) if one.exists())
+    statistics = os.statvfs(path)
+    found: dict[str, Any] = {
+        "path": str(path),
+        "free": statistics.f_bavail * statistics.f_frsize,
+        "total": statistics.f_blocks * statistics.f_frsize,
+    }
+    mount = mount_of(path, mounts)
+    if mount is None:
+        return {**found, "file_system": None, "warnings": []}
+    device = _block_device(mount)
+    model = read_text(device / "device/model") if device else None
+    rotational = spins(read_text(device / "queue/rotational"), device, model) if device else None
+    usb = device is not None and any(part.startswith("usb") for part in device.parts)
+    return {
+        **found,
+        "file_system": mount.kind,
+        "mount_point": mount.point,
+        "source": mount.source,
+        "model": model.strip() if model else None,
+        "rotational": rotational,
+        "usb": usb,
+        "direct_io": direct_io(path),
+        "dio_alignment": _dio_alignment(path),
+        "queue": None if device is None else parse_queue(lambda name: read_text(device / "queue" / name)),
+        "warnings": drive_warnings(mount, rotational=rotational, usb=usb),
+    }
+
+
+def _dio_alignment(folder: Path) -> dict[str, int] | None:
+    """What the kernel says (``STATX_DIOALIGN``), in bytes; zeros where direct I/O is buffered on the quiet."""
+    try:
+        from megatrain_io.machine.extension import dio_alignment  # noqa: PLC0415 - the doctor is called when things are broken
+
+        found = dio_alignment(folder)
+    except (ImportError, OSError, MegatrainIoError):
+        return None
+    return None if found is None else {"memory": found[0], "offset": found[1]}
+
+
+def _block_device(mount: Mount) -> Path | None:
+    """The folder below ``/sys`` of the whole drive; btrfs hides the number, so the name is tried too."""
+    for entry in (Path("/sys/dev/block", mount.device), Path("/sys/class/block", Path(mount.source).name)):
+        if entry.exists():
+            device = entry.resolve()
+            return device.parent if (device / "partition").exists() else device
+    return None
+
+
+# ----------------------------------------------------------------------------------------------- rendering
+
+
+def drive_texts(drive: Mapping[str, Any]) -> list[str]:
+    """The drive in one line, and how it is spoken to in another where that is known."""
+    room = f"{decimal(drive['free'])} free of {decimal(drive['total'])}"
+    if drive["file_system"] is None:
+        return [f"{drive['path']}: {room}"]
+    kinds = {True: "spinning disk", False: "solid state", None: "unknown drive"}
+    device = f"{drive['model'] + ', ' if drive['model'] else ''}{kinds[drive['rotational']]}"
+    first = f"{drive['path']}: {room}, {drive['file_system']} on {drive['source']} ({device})"
+    alignment = drive["dio_alignment"]
+    is_direct = drive["direct_io"] if alignment is None else 0 not in alignment.values()
+    queue = _queue_text(is_direct, alignment, drive["queue"])
+    return [first, queue] if queue else [first]
+
+
+def _queue_text(
+    is_direct: bool | None,  # noqa: FBT001 - a finding
+    dio: Mapping[str, int] | None,
+    queue: Mapping[str, Any] | None,
+) -> str:
+    words = {True: "direct I/O", False: "no direct I/O: everything goes through the page cache", None: ""}
+    parts = [words[is_direct]]
+    if is_direct and dio is not None:
+        parts[0] += f" aligned to {dio['offset']} bytes in the file and {dio['memory']} in memory"
+    if queue is not None:
+        size, alignment = queue["logical_block_size"], queue["dma_alignment"]
+        parts += [
+            f"logical blocks of {size} bytes" if size else "",
+            f"memory aligned to {alignment}" if alignment else "",
+            f"requests up to {queue['largest_request_kib']} KiB" if queue["largest_request_kib"] else "",
+            f"write cache: {queue['write_cache']}" if queue["write_cache"] else "",
+            f"scheduler {queue['scheduler']}" if queue["scheduler"] else "",
+        ]
+    return ", ".join(part for part in parts if part)

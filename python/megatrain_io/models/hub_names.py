@@ -1,0 +1,332 @@
+"""Names and places: which tensors of a checkpoint make up which parameters of the model.
+
+Checkpoints and models do not agree on names, nor on what is one tensor: a mixture of experts is one tensor
+for each expert in the files and one for all in memory. transformers knows the rules; this module alone asks
+it for them (they are not a public interface), and turns each into boxes: a tensor of the files is a box in a
+tensor of the model, so either can be read or written in pieces of any size.
+"""
+
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from megatrain_io.errors import ModelFilesError, UnsupportedModelError
+from megatrain_io.models.meta_model import build_meta_model
+
+__all__ = ["HubNames", "NamePlan", "Piece"]
+
+Shape = tuple[int, ...]
+
+_NAMED_AT_MOST = 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the files as a box in a tensor of the model; both are read row by row.
+
+    Attributes:
+        name: of the tensor in the files.
+        shape: of the model's tensor.
+        start: of the box, in each dimension.
+        size: of the box; it has as many elements as the tensor in the files, in the same order.
+    """
+
+    name: str
+    shape: Shape
+    start: Shape
+    size: Shape
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """What of the box lies within elements ``start``..``stop`` of the model's tensor.
+
+        Yields:
+            ``(place, source, count)``: so many elements lie from ``place`` on in the model's tensor and from
+            ``source`` on in the files' tensor.
+        """
+        run, count = self._run, prod(self.size) // self._run
+        # Runs lie in the same order in both tensors.
+        for number in range(bisect_right(range(count), start - run, key=self._place), count):
+            place = self._place(number)
+            begin, end = max(start, place), min(stop, place + run)
+            if begin >= end:
+                return
+            yield begin, number * run + begin - place, end - begin
+
+    @cached_property
+    def _outer(self) -> int:
+        """Number of dimensions that interrupt a run: all before the last one that the box does not fill."""
+        axis = len(self.shape) - 1
+        while axis > 0 and self.size[axis] == self.shape[axis]:
+            axis -= 1
+        return max(axis, 0)
+
+    @cached_property
+    def _run(self) -> int:
+        """Elements that lie together in the model's tensor, as they do in the files'."""
+        return prod(self.size[self._outer :])
+
+    def _place(self, number: int) -> int:
+        """Where a run begins in the model's tensor."""
+        place = 0
+        for axis in reversed(range(len(self.shape))):
+            at = self.start[axis]
+            if axis < self._outer:
+                number, index = divmod(number, self.size[axis])
+                at += index
+            place += at * prod(self.shape[axis + 1 :])
+        return place
+
+
+@dataclass(frozen=True)
+class NamePlan:
+    """Where everything in the files belongs.
+
+    Attributes:
+        parameters: the pieces of each parameter of the model; together they cover it exactly.
+        aliases: (parameter, pieces) of tied weights that are in the files a second time.
+        buffers: name in the files -> persistent buffer of the model.
+    """
+
+    parameters: Mapping[str, tuple[Piece, ...]]
+    aliases: Sequence[tuple[str, tuple[Piece, ...]]]
+    buffers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Virtual:
+    """A tensor that is put together from tensors of the files, without any data."""
+
+    shape: Shape
+    boxes: tuple[tuple[str, Shape, Shape], ...]  # name, start, size
+
+
+class HubNames:
+    """The names that one model has in its files, both ways."""
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+        """Build the model of ``config`` without memory for its parameters.
+
+        Raises:
+            UnsupportedModelError: transformers cannot build it.
+        """
+        self._model = build_meta_model(config, dtype, "eager")
+        self.architecture = type(self._model).__name__
+        self._owners = {id(p): name for name, p in self._model.named_parameters()}
+        self._names_of: dict[str, list[str]] = {name: [name] for name in self._owners.values()}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            if (owner := self._owners[id(parameter)]) != name:
+                self._names_of[owner].append(name)
+        self._tensors: dict[str, Tensor] = {
+            **dict(self._model.named_buffers()),
+            **dict(self._model.named_parameters(remove_duplicate=False)),
+        }
+        self._persistent = self._model.state_dict().keys()
+
+    @property
+    def parameters(self) -> dict[str, Shape]:
+        """Name and shape of each parameter; a tied one has one name."""
+        return {name: tuple(self._tensors[name].shape) for name in self._owners.values()}
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer, as the model's constructor makes it."""
+        return self._tensors[name]
+
+    def file_shapes(self) -> dict[str, Shape]:
+        """Name and shape of each tensor that ``save_pretrained`` would write, in its order.
+
+        Raises:
+            UnsupportedModelError: transformers cannot convert the model back.
+        """
+        state = {name: self._tensors[name] for name in self._persistent if not self._is_alias(name)}
+        try:
+            tensors = revert_weight_conversion(self._model, state)
+        except Exception as cause:
+            raise UnsupportedModelError(
+                f"{self._model.config.model_type}: transformers cannot convert its weights to the form of the "
+                f"hub: {cause}"
+            ) from cause
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def plan(self, shapes: Mapping[str, Shape]) -> NamePlan:
+        """Find the place of each tensor of the files.
+
+        Args:
+            shapes: of all tensors in the files, by name.
+
+        Raises:
+            ModelFilesError: tensors are missing, too many, or of another shape than the model's.
+            UnsupportedModelError: the files must be rearranged in a way that cannot be done piece by piece.
+        """
+        found, unknown = self._assign(shapes)
+        buffers: dict[str, str] = {}
+        pieces: dict[str, tuple[Piece, ...]] = {}
+        wrong = [f"{name} {_text(shapes[name])} has no place in the model" for name in unknown]
+        for target, tensor in found.items():
+            expected = tuple(self._tensors[target].shape)
+            if tensor.shape != expected:
+                wrong.append(
+                    f"{target} is {_text(tensor.shape)} in the files, {_text(expected)} in the model"
+                )
+            elif id(self._tensors[target]) in self._owners:
+                pieces[target] = tuple(Piece(name, expected, *box) for name, *box in tensor.boxes)
+            elif target in self._persistent:
+                buffers.update((name, target) for name, _, _ in tensor.boxes)
+        parameters, aliases = self._untangle(pieces)
+        wrong += [
+            f"{name} is missing in the files, {_text(shape)} in the model"
+            for name, shape in self.parameters.items()
+            if name not in parameters and not found.keys() & set(self._names_of[name])
+        ]
+        if wrong:
+            self._refuse_files(wrong)
+        return NamePlan(parameters, aliases, buffers)
+
+    def _assign(self, shapes: Mapping[str, Shape]) -> tuple[dict[str, _Virtual], list[str]]:
+        """What the files hold for each tensor of the model, and names that fit nowhere."""
+        rules = get_model_conversion_mapping(self._model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        prefix = self._model.base_model_prefix
+        ignored = self._ignored()
+        found: dict[str, _Virtual] = {}
+        parts: dict[str, tuple[WeightConverter, dict[str, list[str]]]] = {}
+        unknown = []
+        for name in sorted(shapes, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self._tensors)
+            if target not in self._tensors and name in self._tensors:
+                target, pattern = name, None
+            if target not in self._tensors:
+                if ignored is None or ignored.search(target) is None:
+                    unknown.append(name)
+            elif pattern is not None:
+                _, by_source = parts.setdefault(target, (by_pattern[pattern], defaultdict(list)))
+                by_source[pattern].append(name)
+            elif target in found:
+                self._refuse_files([f"{name} and {found[target].boxes[0][0]} are both {target}"])
+            else:
+                found[target] = _whole(name, shapes[name])
+        for target, (rule, by_source) in parts.items():
+            tensors = {
+                key: [_whole(name, shapes[name]) for name in names] for key, names in by_source.items()
+            }
+            found[target] = self._convert(target, rule, tensors)
+        return found, unknown
+
+    def _convert(self, target: str, rule: WeightConverter, tensors: dict[str, list[_Virtual]]) -> _Virtual:
+        """Do what a rule does, with boxes."""
+        # The order of the rule's patterns is the order of the parts; a rule collects in any.
+        parts = [tensors[pattern] for pattern in rule.source_patterns if pattern in tensors]
+        try:
+            for step in rule.operations:
+                if len(rule.target_patterns) == 1 and isinstance(step, MergeModulelist):
+                    parts = [[_stack(part, step.dim)] for part in parts]
+                elif len(rule.target_patterns) == 1 and isinstance(step, Concatenate):
+                    parts = [[_concatenate([tensor for part in parts for tensor in part], step.dim)]]
+                else:
+                    self._refuse_rule(target, type(step).__name__)
+        except ValueError as cause:
+            self._refuse_files([f"the parts of {target} do not fit together: {cause}"])
+        return parts[0][0]
+
+    def _untangle(
+        self, pieces: Mapping[str, tuple[Piece, ...]]
+    ) -> tuple[dict[str, tuple[Piece, ...]], list[tuple[str, tuple[Piece, ...]]]]:
+        """Tied weights may be in the files under any of their names, or under several."""
+        parameters: dict[str, tuple[Piece, ...]] = {}
+        aliases = []
+        for name in self._owners.values():
+            there = [pieces[other] for other in self._names_of[name] if other in pieces]
+            if there:
+                parameters[name] = there[0]
+                aliases += [(name, other) for other in there[1:]]
+        return parameters, aliases
+
+    def _is_alias(self, name: str) -> bool:
+        return self._owners.get(id(self._tensors[name]), name) != name
+
+    def _ignored(self) -> re.Pattern[str] | None:
+        """What transformers, too, passes over in files of this model."""
+        patterns = set(self._model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001
+        buffers = {name.rpartition(".")[2] for name, _ in self._model.named_buffers()}
+        # Buffers that moved from each block to the model, or are no longer saved.
+        patterns.update(rf"(^|\.){name}$" for name in ("inv_freq", "position_ids") if name in buffers)
+        return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns))) if patterns else None
+
+    def _refuse_rule(self, target: str, step: str) -> NoReturn:
+        raise UnsupportedModelError(
+            f"{self._model.config.model_type}: the files must be rearranged by {step} to become {target}, which "
+            "import cannot do piece by piece. Load the model with transformers and save it with "
+            "save_pretrained(OUT, save_original_format=False), then import OUT"
+        )
+
+    def _refuse_files(self, wrong: Sequence[str]) -> NoReturn:
+        shown = "; ".join(wrong[:_NAMED_AT_MOST])
+        more = f"; and {len(wrong) - _NAMED_AT_MOST} more" if len(wrong) > _NAMED_AT_MOST else ""
+        raise ModelFilesError(
+            f"the files do not fit the {self.architecture} of their config.json: {shown}{more}. Fetch config.json "
+            "and the weights again, from one place"
+        )
+
+
+def _whole(name: str, shape: Shape) -> _Virtual:
+    return _Virtual(shape, ((name, (0,) * len(shape), shape),))
+
+
+def _stack(tensors: Sequence[_Virtual], dim: int) -> _Virtual:
+    """As ``torch.stack``: the tensors become the entries of a new dimension."""
+    shape = tensors[0].shape
+    _require_equal(tensors, shape)
+    if not 0 <= dim <= len(shape):
+        raise ValueError(f"{_text(shape)} stacked in dimension {dim}")
+    boxes = [
+        (name, (*start[:dim], index, *start[dim:]), (*size[:dim], 1, *size[dim:]))
+        for index, tensor in enumerate(tensors)
+        for name, start, size in tensor.boxes
+    ]
+    return _Virtual((*shape[:dim], len(tensors), *shape[dim:]), tuple(boxes))
+
+
+def _concatenate(tensors: Sequence[_Virtual], dim: int) -> _Virtual:
+    """As ``torch.cat``."""
+    shape = tensors[0].shape
+    boxes = []
+    length = 0
+    for tensor in tensors:
+        if len(tensor.shape) != len(shape) or not 0 <= dim < len(shape):
+            raise ValueError(f"{_text(tensor.shape)} beside {_text(shape)}")
+        expected = (*shape[:dim], tensor.shape[dim], *shape[dim + 1 :])
+        _require_equal([tensor], expected)
+        for name, start, size in tensor.boxes:
+            boxes.append((name, (*start[:dim], length + start[dim], *start[dim + 1 :]), size))
+        length += tensor.shape[dim]
+    return _Virtual((*shape[:dim], length, *shape[dim + 1 :]), tuple(boxes))
+
+
+def _require_equal(tensors: Iterable[_Virtual], shape: Shape) -> None:
+    for tensor in tensors:
+        if tensor.shape != shape:
+            raise ValueError(f"{tensor.boxes[0][0]} is {_text(tensor.shape)}, {_text(shape)} is wanted")
+
+
+def _text(shape: Shape) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

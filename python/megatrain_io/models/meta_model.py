@@ -1,0 +1,139 @@
+"""The stock transformers model, built without memory for its parameters."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from megatrain_io.errors import UnsupportedModelError
+
+__all__ = ["build_meta_model", "find_block_list"]
+
+# What a constructor allocates from this size on is a parameter. Constructors make buffers with values, so
+# uninitialised memory is a parameter's much earlier; it would leave holes in the heap that the whole run fills.
+_META_FROM_ELEMENTS = {torch.empty: 1 << 12, torch.zeros: 1 << 24}
+
+
+def build_meta_model(
+    config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Build the stock causal language model of `config` with its parameters on the meta device.
+
+    Every parameter has `dtype`; every buffer is real and holds what the stock constructor computes, in the
+    stock dtype. `use_cache` is off, the model is in training mode. `config` is not changed and nothing is
+    fetched.
+
+    Args:
+        config: any causal language model that transformers itself has.
+        dtype: of all parameters.
+        attn_implementation: "sdpa", "eager", or None for sdpa where the architecture has it, else eager.
+
+    Raises:
+        UnsupportedModelError: transformers has no such model, or its parameters do not all take `dtype`.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers has no causal language model of this type; choose a "
+            f"decoder-only model"
+        )
+    config = copy.deepcopy(config)
+    try:
+        config.use_cache = config.get_text_config().use_cache = False
+        with _parameters_on_meta():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+            )
+    except Exception as cause:
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers does not build a model from this configuration: "
+            f"{' '.join(str(cause).split())}"
+        ) from cause
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype:
+            raise UnsupportedModelError(
+                f"{config.model_type}: the architecture keeps {name} in {parameter.dtype} where all "
+                f"parameters must be {dtype}; train it in {parameter.dtype}"
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise UnsupportedModelError(
+                f"{config.model_type}: its constructor leaves buffer {name} without values; choose another model"
+            )
+    return model
+
+
+def find_block_list(model: PreTrainedModel) -> str:
+    """Name the module list of decoder blocks: the text model's longest that holds checkpointing layers only.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    lists: dict[str, nn.ModuleList] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(isinstance(member, GradientCheckpointingLayer) for member in module)
+    }
+    if not lists:
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: no list of decoder blocks is marked (as GradientCheckpointingLayer) "
+            f"in this architecture; name the module list by hand with block_list="
+        )
+    text_model = set(model.get_decoder().modules())
+    of_text_model = [name for name, module in lists.items() if module in text_model]
+    return max(of_text_model or lists, key=lambda name: len(lists[name]))
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their memory when they are registered; `torch.device("meta")` would take buffers too."""
+
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter.is_meta:
+            return None  # tied to one that was registered before: must stay the same object
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    # torch declares the hook without a result, and uses it.
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        with _LargeTensorsOnMeta():
+            yield
+    finally:
+        hook.remove()
+
+
+class _LargeTensorsOnMeta(TorchFunctionMode):
+    """Keeps constructors from reserving and filling memory for parameters not registered yet."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        threshold = _META_FROM_ELEMENTS.get(func)
+        if threshold is not None:
+            without_memory = func(*args, **{**kwargs, "device": "meta"})
+            if without_memory.numel() >= threshold:
+                return without_memory
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            # Nothing to fill, and working that out takes torch a millisecond per parameter.
+            target = args[0] if args else kwargs["tensor"]
+            if target.is_meta:
+                return target
+        return func(*args, **kwargs)

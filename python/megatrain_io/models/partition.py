@@ -1,0 +1,378 @@
+"""A transformers causal language model, partitioned at its decoder blocks.
+
+The blocks are taken out of the meta model and stubs put in their place. So the model's own `forward` still
+embeds the tokens, builds masks, positions and rotary tables, and computes final norm, head and loss, while
+the blocks are run by hand, one at a time. Parameters are bound for one call only; none is kept here.
+
+Shapes: B sequences, T tokens, t <= T tokens of a slice, H hidden size, V vocabulary size.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from megatrain_io.data.batch import MicroBatch
+from megatrain_io.errors import (
+    UnsupportedModelError,
+)
+from megatrain_io.models.liger_loss import Loss
+from megatrain_io.models.meta_model import build_meta_model
+
+__all__ = ["BlockCall", "ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
+
+ParameterShape = tuple[str, tuple[int, ...]]
+"""Full name as in `named_parameters()` of the stock model, and shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCall:
+    """What the model's `forward` hands to one block besides the hidden state.
+
+    Masks, rotary tables and the cache are shared between the calls of one recording.
+    """
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+
+
+@dataclass(frozen=True)
+class PartitionSpec:
+    """How an architecture is partitioned, as `probe` found out; the same for every size of it.
+
+    Attributes:
+        model_type: as in the configuration.
+        attn_implementation: as the probe was told: "sdpa", "eager", or None for transformers' own choice.
+        block_list: name of the module list that holds the decoder blocks.
+        output_entries: None where blocks return the hidden state, else the length of their tuple.
+        embedding: names of the parameters that the first hidden state depends on.
+        head: names of the parameters that the loss depends on behind the last block.
+        packs: whether position ids that restart keep the documents of a row apart.
+    """
+
+    model_type: str
+    attn_implementation: str | None
+    block_list: str
+    output_entries: int | None
+    embedding: frozenset[str]
+    head: frozenset[str]
+    packs: bool
+
+
+class PartitionedModel:
+    """A causal language model without parameters, run in three parts.
+
+    `record` runs what comes before the blocks, `run_block` one block, `loss` and `logits` what comes after.
+    Parameters come as a mapping from full name to tensor and are seen by autograd as the leaves they are;
+    a missing name is a KeyError, others are ignored. Dropout draws from torch's global generator. One call
+    at a time: the stubs are shared.
+
+    Attributes:
+        spec: as handed in.
+        config: the meta model's own configuration.
+        blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
+        tied: alias -> full name of the parameter that it shares.
+        embedding_parameters: what `record` needs, in model order.
+        head_parameters: what `loss` and `logits` need, less what the embedding owns.
+        tied_parameters: names of embedding parameters that `loss` and `logits` need too.
+        frozen: names of parameters that the architecture itself does not train.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, spec: PartitionSpec) -> None:
+        """Build the meta model of `config` in `dtype` and partition it as `spec` says.
+
+        Raises:
+            UnsupportedModelError: it cannot be built, or is not of the architecture that was probed.
+        """
+        self.spec = spec
+        self._model = build_meta_model(config, dtype, spec.attn_implementation)
+        self._loss_function = self._model.loss_function
+        self._loss = Loss(self._loss_function, torch.device("cpu"))
+        # As newer transformers call it; older ones say past_key_values.
+        takes_cache = "cache" in inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if takes_cache else "past_key_values"
+        self.config: PreTrainedConfig = self._model.config
+        self.frozen = frozenset(
+            name for name, parameter in self._model.named_parameters() if not parameter.requires_grad
+        )
+        self.tied = self._find_tied()
+        self._visit: Callable[[int, Tensor, BlockCall], Tensor] = _outside_a_run
+        self.blocks = tuple(self._take_blocks_out())
+        self._block_names = [
+            {f"{spec.block_list}.{index}.{name}": name for name, _ in block.named_parameters()}
+            for index, block in enumerate(self.blocks)
+        ]
+        resident = [(name, tuple(p.shape)) for name, p in self._model.named_parameters()]
+        for name, _ in resident:
+            if name not in spec.embedding | spec.head:
+                raise self._refused(f"parameter {name} was not there in the small copy that was probed")
+        self.embedding_parameters: tuple[ParameterShape, ...] = tuple(
+            (name, shape) for name, shape in resident if name in spec.embedding
+        )
+        self.head_parameters: tuple[ParameterShape, ...] = tuple(
+            (name, shape) for name, shape in resident if name not in spec.embedding
+        )
+        self.tied_parameters: tuple[str, ...] = tuple(
+            name for name, _ in self.embedding_parameters if name in spec.head
+        )
+        # One element, strides of zero: what a parameter is while `forward` passes it to no purpose.
+        self._placeholders = {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in resident}
+
+    def block_parameters(self, index: int) -> tuple[ParameterShape, ...]:
+        """What `run_block` needs for block `index`, in model order."""
+        own = dict(self.blocks[index].named_parameters())
+        return tuple((full, tuple(own[name].shape)) for full, name in self._block_names[index].items())
+
+    def train(self, mode: bool = True) -> None:  # noqa: FBT001, FBT002 - as nn.Module.train
+        """Switch dropout on or off like `nn.Module.train`; a new PartitionedModel is in training mode."""
+        for module in (self._model, *self.blocks):
+            module.train(mode)
+
+    def to(self, device: torch.device) -> None:
+        """Compute on ``device`` from now on: buffers (rotary tables) move, parameters have no memory here."""
+        self._loss = Loss(self._loss_function, device)
+        for root in (self._model, *self.blocks):
+            for module in root.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(device))
+        # One element still: a copy of the expanded ones would be as large as they look.
+        self._placeholders = {
+            name: torch.zeros((), dtype=each.dtype, device=device).expand(each.shape)
+            for name, each in self._placeholders.items()
+        }
+
+    @property
+    def loss_notes(self) -> list[str]:
+        """What is to be said of how `loss` computes."""
+        return self._loss.notes
+
+    @property
+    def liger_version(self) -> str | None:
+        """Of liger-kernel, where that computes the loss."""
+        return self._loss.version
+
+    def new_cache(self) -> Cache:
+        """An empty key-value cache for one generation: given to `record`, filled by `run_block`."""
+        return DynamicCache(config=self.config)
+
+    def record(
+        self,
+        parameters: Mapping[str, Tensor],
+        micro_batch: MicroBatch,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, tuple[BlockCall, ...]]:
+        """Run the model up to its first block, and note how it calls every block.
+
+        Args:
+            parameters: those of the embedding.
+            micro_batch: the tokens; its labels are not looked at. With a cache, only the new tokens (but an
+                attention mask over all).
+            cache: keys and values of a generation. It must hold the earlier tokens of all blocks.
+
+        Returns:
+            The first hidden state [B, T, H], with grad enabled connected to the embedding parameters; and one
+            call per block, never connected to anything.
+
+        Raises:
+            UnsupportedModelError: `forward` skips, repeats or reorders blocks, or works between them.
+        """
+        hiddens: list[Tensor] = []
+        calls: list[BlockCall] = []
+
+        def note(index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+            if index != len(calls):
+                raise self._refused(f"its forward pass calls block {index} where block {len(calls)} is next")
+            hiddens.append(hidden)
+            if hidden is not hiddens[0]:
+                raise self._refused(f"its forward pass changes the hidden state before block {index}")
+            calls.append(call)
+            if len(calls) == len(self.blocks):
+                raise _AllBlocksCalledError
+            return hidden
+
+        optional: dict[str, object] = {
+            "position_ids": micro_batch.position_ids,
+            "attention_mask": micro_batch.attention_mask,
+            self._cache_name: cache,
+            "use_cache": None if cache is None else True,
+        }
+        inputs = {name: value for name, value in optional.items() if value is not None}
+        needed = [name for name, _ in self.embedding_parameters]
+        bound = self._placeholders | {name: parameters[name] for name in needed}
+        try:
+            self._forward(note, bound, {"input_ids": micro_batch.input_ids, **inputs})
+        except _AllBlocksCalledError:
+            return hiddens[0], tuple(calls)
+        raise self._refused(f"its forward pass calls {len(calls)} of {len(self.blocks)} blocks")
+
+    def run_block(
+        self, index: int, parameters: Mapping[str, Tensor], hidden: Tensor, call: BlockCall
+    ) -> Tensor:
+        """Run block `index`.
+
+        Args:
+            index: 0 for the first block.
+            parameters: those of the block.
+            hidden: what the block before it returned, [B, T, H].
+            call: entry `index` of what `record` returned for the same tokens; a cache in it is filled.
+
+        Returns:
+            The next hidden state, [B, T, H].
+        """
+        bound = {name: parameters[full] for full, name in self._block_names[index].items()}
+        output = functional_call(self.blocks[index], bound, (hidden, *call.args), call.kwargs)
+        return cast("Tensor", output if self.spec.output_entries is None else output[0])
+
+    def loss(
+        self,
+        parameters: Mapping[str, Tensor],
+        hidden: Tensor,
+        shift_labels: Tensor,
+        num_items_in_batch: int | Tensor,
+    ) -> Tensor:
+        """Sum the token losses of a slice and divide by `num_items_in_batch`, by the model's own code.
+
+        On CUDA `liger_loss` may stand for transformers' loss function.
+
+        Args:
+            parameters: those of the head and the borrowed ones.
+            hidden: what the last block returned, or some tokens of it, [B, t, H].
+            shift_labels: int64 [B, t], the same tokens of the micro-batch's.
+            num_items_in_batch: trained tokens of the whole step. (On CUDA torch multiplies by the inverse
+                of a Python number, and divides by a tensor: the last bit may differ.)
+
+        Returns:
+            A scalar in float32. Added up over a step's slices it is the mean loss of a trained token.
+        """
+        shift_labels = shift_labels.contiguous()  # a slice is not, and the loss function takes views
+        used = False
+
+        def loss_of_shifted(logits: Tensor, *args: object, **kwargs: object) -> Tensor:
+            nonlocal used
+            used = True
+            kwargs |= {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return self._loss(logits, *args, **kwargs)
+
+        self._model.loss_function = loss_of_shifted
+        try:
+            output = self._run_head(parameters, hidden, {"labels": shift_labels})
+        finally:
+            self._model.loss_function = self._loss_function
+        if not used or output.loss is None:
+            raise self._refused("it does not compute its loss by transformers' loss_function")
+        return output.loss
+
+    def logits(self, parameters: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """Scores of the next token [B, t, V] from what the last block returned, [B, t, H].
+
+        Args:
+            parameters: those of the head and the borrowed ones.
+            hidden: all tokens, or only those of interest.
+        """
+        return cast("Tensor", self._run_head(parameters, hidden, {}).logits)
+
+    def _run_head(
+        self, parameters: Mapping[str, Tensor], hidden: Tensor, inputs: Mapping[str, object]
+    ) -> CausalLMOutputWithPast:
+        needed = [*(name for name, _ in self.head_parameters), *self.tied_parameters]
+        bound = self._placeholders | {name: parameters[name] for name in needed}
+        # `forward` must embed something; the stubs drop whatever comes of it.
+        input_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        return self._forward(lambda *_: hidden, bound, {"input_ids": input_ids, **inputs})
+
+    def _forward(
+        self,
+        visit: Callable[[int, Tensor, BlockCall], Tensor],
+        bound: dict[str, Tensor],
+        inputs: dict[str, object],
+    ) -> CausalLMOutputWithPast:
+        """Run the model's own `forward`; in place of each block, `visit` gives the next hidden state."""
+        self._visit = visit
+        try:
+            return cast("CausalLMOutputWithPast", functional_call(self._model, bound, (), inputs))
+        finally:
+            self._visit = _outside_a_run
+
+    def _called(self, index: int, hidden_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        hidden = args[0] if args else kwargs.pop(hidden_name)
+        output = self._visit(index, hidden, BlockCall(args[1:], kwargs))
+        entries = self.spec.output_entries
+        return output if entries is None else (output, *[None] * (entries - 1))
+
+    def _take_blocks_out(self) -> Iterator[nn.Module]:
+        try:
+            block_list = self._model.get_submodule(self.spec.block_list)
+        except AttributeError:
+            raise self._refused(
+                f"it has no module list {self.spec.block_list}; probe this configuration again"
+            ) from None
+        block_list = cast("nn.ModuleList", block_list)
+        for index, block in enumerate(block_list):
+            hidden_name = next(iter(inspect.signature(block.forward).parameters))
+            block_list[index] = _Stub(block, partial(self._called, index, hidden_name))
+            yield block
+
+    def _find_tied(self) -> dict[str, str]:
+        owners = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        aliases = {
+            name: owners[id(parameter)]
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+            if owners[id(parameter)] != name
+        }
+        for alias, owner in aliases.items():
+            if f"{self.spec.block_list}." in f"{alias} {owner}":
+                raise self._refused(f"{alias} and {owner} are one parameter, which no single block owns")
+        return aliases
+
+    def _refused(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.spec.model_type}: {reason}")
+
+
+class _Stub(nn.Module):
+    """Stands where a block was: has the block's attributes, and passes calls on."""
+
+    def __init__(self, block: nn.Module, called: Callable[..., object]) -> None:
+        super().__init__()
+        # Not registered as a submodule: the meta model must not list the block's parameters.
+        self.__dict__.update(_block=block, _called=called)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> object:
+        return self._called(args, kwargs)
+
+
+class _AllBlocksCalledError(Exception):
+    """Leaves `forward` when the last block was recorded: head and loss are not wanted then."""
+
+
+def _outside_a_run(index: int, _hidden: Tensor, _call: BlockCall) -> Tensor:
+    raise AssertionError(f"the stub of block {index} was called outside record, loss and logits")
+
+
+def model_parts(partition: PartitionedModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
+    """Name and tensors of each record of a partitioned model, in the order of the parameter space.
+
+    In the file the records of embeddings and head are named prologue and epilogue, as they were from the beginning.
+
+    Raises:
+        UnsupportedModelError: the architecture keeps some of its parameters from being trained.
+    """
+    if partition.frozen:
+        raise UnsupportedModelError(
+            f"{partition.spec.model_type}: {len(partition.frozen)} of its parameters are not trained, the first is "
+            f"{min(partition.frozen)}; models with frozen parameters cannot be trained here yet"
+        )
+    parts = [("prologue", partition.embedding_parameters)]
+    parts += [(f"block {index}", partition.block_parameters(index)) for index in range(len(partition.blocks))]
+    if partition.head_parameters:
+        parts.append(("epilogue", partition.head_parameters))
+    return parts

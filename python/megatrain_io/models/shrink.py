@@ -1,0 +1,157 @@
+"""A small configuration of the same architecture, for the probe to build with real weights.
+
+Only names that the configurations of many families share are known here. Sizes shrink; whatever
+chooses code (layer types, activations, biases, head size and rotary kind, tying) stays as it is.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+__all__ = ["shrink_config"]
+
+_HEADS = 4
+_HEAD_DIM = 32
+_LAYERS_MIN = 3  # a first, a middle and a last block
+
+# Upper bounds for values under their standard names ...
+_CAPS = {
+    "sliding_window": 4,
+    "attention_chunk_size": 4,
+    "max_window_layers": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "num_kv_shared_layers": 1,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+# ... and for all names that end like this.
+_CAPS_BY_ENDING = {
+    "vocab_size": 128,
+    "vocab_size_per_layer_input": 128,
+    "intermediate_size": 64,
+    "ffn_dim": 64,
+    "ffn_hidden_size": 64,
+    "n_inner": 64,
+    "d_ff": 64,
+    "experts": 8,
+    "token_id": 0,
+}
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+_NOISE = ("drop", "jitter")
+_LIKE_HIDDEN_SIZE = ("size", "dim", "width", "model")
+
+
+def shrink_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Reduce `config` to a few layers, heads, experts and tokens, with dropout 0; `config` stays as it is.
+
+    Where layers differ by a list in the configuration (layer types, sliding windows), one layer of each
+    kind is kept.
+
+    Raises:
+        ValueError: the configuration class does not take the smaller values.
+    """
+    return type(config).from_dict(_shrink_values(config.to_dict(), type(config)))
+
+
+def _shrink_values(values: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    # A sub-configuration may be declared as AutoConfig, which has neither.
+    standard_names = {own: name for name, own in getattr(config_class, "attribute_map", {}).items()}
+    sub_configs = getattr(config_class, "sub_configs", {})
+    named = {standard_names.get(key, key): value for key, value in values.items()}
+    sizes = _head_sizes(named)
+    layers = _layers_to_keep(named)
+    small: dict[str, Any] = {}
+    for key, value in values.items():
+        name = standard_names.get(key, key)
+        if isinstance(value, dict) and key in sub_configs:
+            small[key] = _shrink_values(value, sub_configs[key])
+        elif isinstance(value, dict) and key == "per_layer_config":
+            small[key] = _shrink_overrides(value, sizes, layers)
+        elif name in sizes:
+            small[key] = sizes[name]
+        elif name == "num_hidden_layers":
+            small[key] = len(layers)
+        elif isinstance(value, list) and len(value) == named.get("num_hidden_layers"):
+            small[key] = [value[layer] for layer in layers]
+        else:
+            small[key] = _shrink_value(name, value, named.get("hidden_size"), sizes.get("hidden_size"))
+    return small
+
+
+def _shrink_value(name: str, value: Any, hidden_size: int | None, small_hidden_size: int | None) -> Any:
+    if isinstance(value, list) and name.endswith("token_id"):
+        return [0]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if any(noise in name for noise in _NOISE):
+        return type(value)(0)
+    if not isinstance(value, int):
+        return value
+    if value == hidden_size and small_hidden_size is not None and name.endswith(_LIKE_HIDDEN_SIZE):
+        return small_hidden_size
+    caps = [cap for ending, cap in _CAPS_BY_ENDING.items() if name.endswith(ending)]
+    return min([value, _CAPS[name]] if name in _CAPS else [value, *caps])
+
+
+def _shrink_overrides(
+    overrides: dict[str, dict[str, Any]], sizes: dict[str, int], layers: list[int]
+) -> dict[int, Any]:
+    """Values of single layers, for the layers that are kept."""
+    return {
+        layers.index(int(layer)): {
+            name: sizes.get(name, _shrink_value(name, value, None, None)) for name, value in values.items()
+        }
+        for layer, values in overrides.items()
+        if int(layer) in layers
+    }
+
+
+def _head_sizes(named: dict[str, Any]) -> dict[str, int]:
+    """Few heads, grouped as before, and a hidden size that they fill."""
+    heads, hidden_size = named.get("num_attention_heads"), named.get("hidden_size")
+    if not isinstance(hidden_size, int):
+        return {}
+    if not isinstance(heads, int):
+        return {"hidden_size": min(hidden_size, _HEADS * _HEAD_DIM)}
+    sizes = {}
+    head_dim = named.get("head_dim") or hidden_size // heads
+    if not _rotary_is_per_dimension(named):
+        head_dim = min(head_dim, max(_HEAD_DIM, named.get("rotary_dim") or 0))
+        if named.get("head_dim") is not None:
+            sizes["head_dim"] = head_dim
+    few = min(heads, _HEADS)
+    for name in _KEY_VALUE_HEADS:
+        key_value_heads = named.get(name)
+        if isinstance(key_value_heads, int):
+            sizes[name] = few if key_value_heads == heads else min(key_value_heads, _HEADS // 2)
+    sizes["num_attention_heads"] = few
+    sizes["hidden_size"] = min(hidden_size, few * head_dim)
+    return sizes
+
+
+def _rotary_is_per_dimension(named: dict[str, Any]) -> bool:
+    """Whether head dimensions are split by further numbers (latent attention) or listed (LongRoPE)."""
+    return "qk_rope_head_dim" in named or "[" in str(named.get("rope_parameters"))
+
+
+def _layers_to_keep(named: dict[str, Any]) -> list[int]:
+    """Indices of the first layer of each kind, the last layer, and some more if these are few."""
+    count = named.get("num_hidden_layers")
+    if not isinstance(count, int):
+        return []
+    lists = [value for value in named.values() if isinstance(value, list) and len(value) == count]
+    kinds = {str([values[layer] for values in lists]): layer for layer in reversed(range(count))}
+    keep = {*kinds.values(), count - 1}
+    for layer in range(count):
+        if len(keep) >= _LAYERS_MIN:
+            break
+        keep.add(layer)
+    return sorted(keep)

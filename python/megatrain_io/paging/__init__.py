@@ -1,0 +1,1 @@
+"""A step over a model that passes through RAM and a device block by block."""

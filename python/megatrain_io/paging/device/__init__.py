@@ -1,0 +1,1 @@
+"""Devices that compute, and how records, gradients and activations get to them and back."""

@@ -1,0 +1,18 @@
+"""Which device computes where nobody says."""
+
+import torch
+
+from megatrain_io.paging.device.base import Device
+from megatrain_io.paging.device.cpu import Cpu
+from megatrain_io.paging.device.cuda import Cuda
+
+__all__ = ["best_device"]
+
+
+def best_device(precision: str) -> Device:
+    """A GPU that computes in this precision, or else the CPU."""
+    if torch.cuda.is_available():
+        gpu = Cuda()
+        if precision != "bf16" or gpu.has_bf16:
+            return gpu
+    return Cpu()

@@ -1,0 +1,465 @@
+"""The step: a model that passes through RAM block by block, with the results of training in memory.
+
+Layer-major: each block meets all micro-batches of the step before the next block is needed, so the bytes
+moved do not depend on the number of micro-batches.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from megatrain_io.data.batch import MicroBatch
+from megatrain_io.errors import (
+    MegatrainIoError,
+    NotFiniteError,
+    TrainingDivergedError,
+)
+from megatrain_io.models.partition import PartitionedModel
+from megatrain_io.paging.activations import ActivationBudget, SavedActivations
+from megatrain_io.paging.clipping import Guess, clip_coefficient
+from megatrain_io.paging.device.activations import DeviceActivations
+from megatrain_io.paging.device.base import Device, out_of_memory
+from megatrain_io.paging.device.cpu import Cpu
+from megatrain_io.paging.device.pool import VramPlan, device_pool, gathered_chunks
+from megatrain_io.paging.device.records import DeviceRecords, TransferPlan, transfer_plan_of
+from megatrain_io.paging.step import LOGITS_BYTES, Step, hidden_nbytes, slice_tokens
+from megatrain_io.paging.tensor_meter import TensorMeter
+from megatrain_io.paging.trace import Trace
+from megatrain_io.store.paged_store import AdamWStep, CheckedSchedule, Engine, PagedStore
+from megatrain_io.store.pool import PoolSizes, pool_sizes
+from megatrain_io.store.schedule import ChunkOp, Gradients, Residents, build_schedule, flush_schedule
+
+__all__ = ["PagedModel", "StepLoss", "clear_frames"]
+
+# Of a step that updates nothing with gradients of its own.
+_NO_UPDATE = AdamWStep(1, 0.0)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A schedule, checked; and what it moves to a device, if there is one."""
+
+    checked: CheckedSchedule
+    transfer_plan: TransferPlan
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What a step came to.
+
+    Attributes:
+        loss: mean over the trained tokens of all micro-batches (a float that is exact as fp32).
+        trained_tokens: number of tokens with a label.
+        grad_norm: norm over the gradients of all parameters, before clipping; None where none were made.
+        clip_coefficient: what they were multiplied by (exact as fp32).
+    """
+
+    loss: float
+    trained_tokens: int
+    grad_norm: float | None = None
+    clip_coefficient: float = 1.0
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Drop the locals of all frames that an error has left, and those that led to it."""
+    cleared: set[int] = set()
+    waiting = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is not None and id(found) not in cleared:
+            cleared.add(id(found))
+            traceback.clear_frames(found.__traceback__)
+            waiting += [found.__cause__, found.__context__]
+
+
+class PagedModel:
+    """A partitioned model over a paged store: training steps and losses.
+
+    Args:
+        partition: the model without its parameters.
+        state: where they are.
+        seed: of all random numbers of training (dropout).
+        logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
+            slice, and then every bit is that of stock training.
+        activations: RAM for the activation checkpoints, and the file for what is beyond it; None = all in RAM.
+        max_grad_norm: gradients with a larger norm over all parameters are scaled down to it; None = never.
+        gradients: what a step does with them where there is a limit: "keep" until their norm is known and the
+            next step applies them, or "both": it updates at once, and takes that back if the norm is too large.
+            None = what promises to be faster. No bit depends on it.
+        trace: gets a span for each step, phase, block and micro-batch.
+        device: what computes; None = the CPU.
+        vram: how its memory is divided, if it has any; None = as much as overlaps best, and all activation checkpoints.
+    """
+
+    def __init__(  # noqa: PLR0913 - each with a meaning of its own
+        self,
+        partition: PartitionedModel,
+        state: PagedStore,
+        *,
+        seed: int = 0,
+        logits_bytes: int = LOGITS_BYTES,
+        activations: ActivationBudget | None = None,
+        max_grad_norm: float | None = None,
+        gradients: Literal["keep", "both"] | None = None,
+        trace: Trace | None = None,
+        device: Device | None = None,
+        vram: VramPlan | None = None,
+    ) -> None:
+        self.partition = partition
+        self.state = state
+        self.seed = seed
+        self.tied_embeddings = bool(partition.tied_parameters)
+        self.device = device or Cpu()
+        engine: Engine = "uring" if state.engine[0] == "uring" else "threads"
+        saved = SavedActivations(state.ledger, activations, engine)
+        self.saved: SavedActivations | DeviceActivations = saved
+        self._on_device: DeviceRecords | None = None
+        self._gathered = 0
+        if self.device.has_own_memory:
+            partition.to(self.device.torch_device)
+            layout, tied = state.layout, self.tied_embeddings
+            pool = vram.pool if vram else device_pool(layout, tied_embeddings=tied, training=True)
+            self._on_device = DeviceRecords(state, self.device, pool)
+            if pool.gathers:
+                self._gathered = gathered_chunks(layout, tied_embeddings=tied)
+            self.saved = DeviceActivations(
+                saved, self.device, self._on_device, vram.activations if vram else None
+            )
+        self._trace = trace
+        self.slice_tokens = slice_tokens(partition, logits_bytes)
+        tied = self.tied_embeddings
+        self.training_schedule = build_schedule(state.layout, tied_embeddings=tied, training=True)
+        self.forward_schedule = build_schedule(state.layout, tied_embeddings=tied, training=False)
+        self.max_grad_norm = max_grad_norm
+        self._guess = Guess()
+        self._gradients = gradients
+        self._schedules: dict[tuple[bool, Gradients], _Prepared] = {}
+        self._is_waiting = False
+        self._was_committed = True
+        self._metered_size = (False, 0, 0)
+        self.compute_nbytes = 0
+        """Bytes of tensors that the largest step so far needed at once, wherever it computes."""
+        self._forward = self._prepared(self.forward_schedule)
+
+    def pool_sizes(
+        self,
+        *,
+        training: bool,
+        residents: Residents = Residents(),  # noqa: B008 - it never changes
+        block_buffers: int = 3,
+        chunk_slots: int = 4,
+        block_gradients: int = 2,
+    ) -> PoolSizes:
+        """Sizes of a pool for this model; see ``schedule.pool_sizes``."""
+        return pool_sizes(
+            self.state.layout,
+            tied_embeddings=self.tied_embeddings,
+            training=training,
+            residents=residents,
+            keeps=training and self.max_grad_norm is not None,
+            by_chunk=self._on_device is not None,
+            block_buffers=block_buffers,
+            chunk_slots=chunk_slots,
+            block_gradients=block_gradients,
+            gathered=self._gathered,
+        )
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        adamw: AdamWStep,
+        blob: Callable[[float], bytes] | None,
+        *,
+        number: int | None = None,
+    ) -> StepLoss:
+        """One optimizer step. With ``blob`` it is committed while the next step begins.
+
+        With ``max_grad_norm`` its update may be made by the next step, or by ``flush``.
+
+        Args:
+            micro_batches: each goes through the model as a whole; at least one token must be trained.
+            adamw: hyperparameters of the update.
+            blob: makes the trainer's state after this step from the step's loss; None = the step becomes
+                durable with the next commit.
+            number: of the step, from which random numbers follow; None = that of ``adamw``.
+
+        Raises:
+            TrainingDivergedError: the loss is not finite. Nothing of the step remains.
+            NotFiniteError: a gradient is not. Nothing remains of what was not committed.
+            ConfigError, NoSpaceError: the inputs of its blocks do not fit the RAM that they may take, or the drive.
+                Nothing was begun.
+            CorruptionError: an input came back from the drive with other bytes. Nothing of the step remains.
+        """
+        layout = self.state.layout
+        if layout.is_frozen:
+            raise MegatrainIoError("all weights of this store are frozen: there is nothing to update")
+        self.partition.train()
+        self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, layout, micro_batches))
+        number, commits = adamw.step if number is None else number, blob is not None
+        gradients = self._choose_gradients(commits=commits)
+        schedule = self._schedule(gradients)
+        with self._step(micro_batches, schedule, adamw, number, commits=commits) as step:
+            step.embedding()
+            step.forward(saving=True)
+            loss = step.head(training=True)
+            self._wait_for_compute()
+            if not loss.isfinite():
+                # Before anything is updated: nothing was written of this step.
+                raise TrainingDivergedError(
+                    f"the loss of step {number} is {loss.item()}. The step was dropped; the last committed step "
+                    f"stands. Lower the learning rate (it was {adamw.learning_rate:g}) or look at the data of this "
+                    "step"
+                )
+            try:
+                step.leave_head()
+                step.backward()
+                step.embedding_backward()
+                if self._on_device is not None:
+                    self._on_device.finish()
+                norm = self.state.gradient_norm()
+            except NotFiniteError as error:
+                error.loss = loss.item()
+                raise
+            coefficient = 1.0 if self.max_grad_norm is None else clip_coefficient(norm, self.max_grad_norm)
+            stands = gradients == "update" or (gradients == "both" and coefficient == 1.0)
+            made = None if blob is None else blob(loss.item())
+            self.state.end(made, None if stands else coefficient)
+            self._is_waiting, self._was_committed = not stands, commits
+        self._guess.learn(is_clipped=coefficient < 1.0)
+        return StepLoss(loss.item(), step.num_items, norm, coefficient)
+
+    def pass_gradients(
+        self, micro_batches: Sequence[MicroBatch], *, number: int = 1
+    ) -> tuple[StepLoss, list[Tensor]]:
+        """A step through frozen weights, forward and backward: nothing of the store changes.
+
+        Args:
+            micro_batches: each goes through the model as a whole.
+            number: of the step, from which random numbers follow.
+
+        Returns:
+            The loss, and its gradient [B, T, H] with respect to the first hidden state of each micro-batch, in the
+            dtype and on the device that compute.
+
+        Raises:
+            ConfigError, NoSpaceError, CorruptionError: as ``train_step``.
+        """
+        layout = self.state.layout
+        if not layout.is_frozen:
+            raise MegatrainIoError(
+                "the weights of this store are trained: a step of it makes their gradients, too"
+            )
+        self.partition.train()
+        self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, layout, micro_batches))
+        with self._step(micro_batches, self._schedule("update"), _NO_UPDATE, number, commits=False) as step:
+            step.embedding()
+            step.forward(saving=True)
+            loss = step.head(training=True)
+            step.leave_head()
+            step.backward()
+            self._wait_for_compute()
+            self.state.end(None)
+            gradients = step.first_gradients()
+        return StepLoss(loss.item(), step.num_items), gradients
+
+    def flush(self) -> None:
+        """Apply gradients that wait: the update of the last step, if that has not been made yet."""
+        if not self._is_waiting:
+            return
+        layout = self.state.layout
+        # Nothing is computed: no device sees it.
+        schedule = _Prepared(self._checked(flush_schedule(layout)), transfer_plan_of(()))
+        with self._begun(schedule, _NO_UPDATE, commits=False), self.span("flush"):
+            for record in range(len(layout.records)):
+                if self._on_device is None:
+                    self.state.weights(record).give_back()
+                else:
+                    self._on_device.pass_by(record)
+            self.state.end(None)
+
+    def wait_durable(self) -> None:
+        """Wait until every step that has ended is updated and written, and durable if it was to be committed."""
+        self.flush()
+        self.state.wait_durable()
+
+    def skip(self, blob: bytes) -> None:
+        """Commit the trainer's state alone: nothing else changes."""
+        self.flush()
+        self.state.begin(self._checked(()), _NO_UPDATE, commits=True)
+        self.state.end(blob)
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
+        """The loss alone, without dropout; nothing is written but an update that waits."""
+        self.flush()
+        self.partition.train(False)
+        with self._step(micro_batches, self._forward, _NO_UPDATE, 1, commits=False) as step:
+            step.embedding()
+            step.forward(saving=False)
+            loss = step.head(training=False)
+            step.leave_head()
+            self._wait_for_compute()
+            self.state.end(None)
+        return StepLoss(loss.item(), step.num_items)
+
+    def begin_forward(self) -> PagedStore | DeviceRecords:
+        """Begin a pass forward of the caller's own; weights come from what is returned, in the schedule's order."""
+        self.state.begin(self._forward.checked, _NO_UPDATE)
+        if self._on_device is None:
+            return self.state
+        self._on_device.begin(self._forward.transfer_plan)
+        return self._on_device
+
+    def end_forward(self) -> None:
+        """All weights of the pass were given back."""
+        self._wait_for_compute()
+        self.state.end(None)
+
+    def abort(self) -> None:
+        """Drop a step or a pass under way, and with it everything since the last commit."""
+        try:
+            if isinstance(self.saved, DeviceActivations):
+                self.saved.abort()
+            if self._on_device is not None:
+                self._on_device.abort()
+        finally:
+            self.state.abort()
+
+    def _choose_gradients(self, *, commits: bool) -> Gradients:
+        """What this step does with its gradients: what a guess has changed must lie beside a committed state."""
+        if self.max_grad_norm is None:
+            return "update"
+        can_guess = self._was_committed and commits and self.state.layout.durability == "step"
+        wants = self._gradients or ("both" if self._guess.is_worth_it else "keep")
+        return wants if can_guess else "keep"
+
+    def _wait_for_compute(self) -> None:
+        """What is on the way meanwhile goes on."""
+        if self._on_device is not None:
+            self._on_device.wait_for_compute()
+
+    def _checked(self, schedule: Sequence[ChunkOp]) -> CheckedSchedule:
+        return self.state.check(schedule, by_chunk=self._on_device is not None)
+
+    def _prepared(self, schedule: Sequence[ChunkOp]) -> _Prepared:
+        return _Prepared(self._checked(schedule), transfer_plan_of(schedule))
+
+    def _schedule(self, gradients: Gradients) -> _Prepared:
+        """That of a training step; made once."""
+        key = (self._is_waiting, gradients)
+        if key not in self._schedules:
+            operations = build_schedule(
+                self.state.layout,
+                tied_embeddings=self.tied_embeddings,
+                training=True,
+                applies=key[0],
+                gradients=gradients,
+            )
+            self._schedules[key] = self._prepared(operations)
+        return self._schedules[key]
+
+    def record_device_events(self) -> None:
+        """Note when copies and compute happen on a device from now on."""
+        if self._on_device is not None:
+            self._on_device.events.record()
+
+    def take_device_events(self) -> list[tuple[str, str, int | None, int, int]]:
+        """Lane, name, chunk, start and end of what has happened there since the last call."""
+        return [] if self._on_device is None else self._on_device.events.take()
+
+    def close(self) -> None:
+        """Give back what activation checkpoints take in RAM and on the drive. The state stays open."""
+        self.saved.close()
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Trace what is done in the meantime, if there is a trace."""
+        return nullcontext() if self._trace is None else self._trace.span(name)
+
+    @contextmanager
+    def _step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        schedule: _Prepared,
+        adamw: AdamWStep,
+        number: int,
+        *,
+        commits: bool,
+    ) -> Iterator[Step]:
+        step = Step(
+            self.partition,
+            self._on_device or self.state,
+            self.saved,
+            self._moved(micro_batches),
+            slice_tokens=self.slice_tokens,
+            number=number,
+            seed=self.seed,
+            span=self.span,
+            device=self.device,
+        )
+        trains = schedule is not self._forward
+        name = f"step {number}" if trains else "evaluation"
+        begun = self._begun(schedule, adamw, commits=commits)
+        with (
+            self.device.random_state(),
+            begun,
+            self._metered(micro_batches, trains=trains),
+            self.device.computing(),
+            self.span(name),
+        ):
+            yield step
+
+    def _moved(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """To where they are computed."""
+        try:
+            return [batch.to(self.device.torch_device) for batch in micro_batches]
+        except RuntimeError as error:
+            if (full := out_of_memory(self.device, error)) is not None:
+                raise full from error
+            raise
+
+    @contextmanager
+    def _begun(self, schedule: _Prepared, adamw: AdamWStep, *, commits: bool) -> Iterator[None]:
+        """A step under way; after an error in it, back to the last commit."""
+        is_refused = False
+        try:
+            try:
+                self.state.begin(schedule.checked, adamw, commits=commits)
+            except MegatrainIoError:
+                is_refused = True  # nothing was begun: what waits goes on waiting
+                raise
+            if self._on_device is not None:
+                self._on_device.begin(schedule.transfer_plan)
+            self._is_waiting = False
+            yield
+        except BaseException as error:
+            # Tensors in the frames of the failed step would keep their buffers from the next one.
+            clear_frames(error)
+            if is_refused:
+                raise
+            self._is_waiting, self._was_committed = False, True
+            try:
+                self.abort()
+            except (MegatrainIoError, RuntimeError) as refused:
+                # The first error is the one to tell; this says what became of the state.
+                error.add_note(str(refused))
+            if (full := out_of_memory(self.device, error)) is not None:
+                raise full from error
+            raise
+
+    @contextmanager
+    def _metered(self, micro_batches: Sequence[MicroBatch], *, trains: bool) -> Iterator[None]:
+        """Measure the RAM that compute needs whenever a step is larger than any before."""
+        largest = max(batch.input_ids.numel() for batch in micro_batches)
+        size = (trains, largest, sum(batch.input_ids.numel() for batch in micro_batches))
+        if size <= self._metered_size:
+            yield
+            return
+        with TensorMeter() as meter:
+            yield
+        self._metered_size = size
+        self.compute_nbytes = max(self.compute_nbytes, meter.peak_nbytes)
+        if self._on_device is None:
+            self.state.ledger.set("compute", self.compute_nbytes)

@@ -1,0 +1,319 @@
+"""One pass of a model over all micro-batches of a step: the phases, and in which order sums are made.
+
+Orders of summation are part of the result:
+
+* the loss is the fp32 sum over micro-batches (and their slices) in order;
+* a gradient is the fp32 sum of the native gradients of the micro-batches in order;
+* a tied table sums the head's gradients of all micro-batches first, then the embedding's.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatrain_io.data.batch import MicroBatch, trained_tokens
+from megatrain_io.errors import MegatrainIoError
+from megatrain_io.models.partition import BlockCall, PartitionedModel
+from megatrain_io.paging.device.base import Device
+from megatrain_io.paging.device.cpu import Cpu
+from megatrain_io.paging.gradient import Gradient, leaves_of
+from megatrain_io.paging.protocols import Activations, Records
+from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.paged_store import BorrowedRecord
+from megatrain_io.store.schedule import Phase
+
+__all__ = ["LOGITS_BYTES", "Step", "hidden_nbytes", "slice_tokens"]
+
+LOGITS_BYTES = 128 << 20
+"""Bound on the fp32 logits of one slice of tokens, unless said otherwise."""
+
+
+# Random numbers follow from these words, so that a run has the bits that it began with.
+_SEED_NAMES = {Phase.EMBEDDING: "prologue", Phase.HEAD: "epilogue"}
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def slice_tokens(partition: PartitionedModel, logits_bytes: int) -> int:
+    """Tokens whose fp32 logits take at most ``logits_bytes``; at least one."""
+    vocabulary: int = partition.config.get_text_config().vocab_size
+    return max(1, logits_bytes // (4 * vocabulary))
+
+
+def hidden_nbytes(
+    partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]
+) -> list[int]:
+    """Bytes of the hidden state [B, T, H] of each micro-batch."""
+    width = partition.config.get_text_config().hidden_size
+    return [batch.input_ids.numel() * width * layout.weight_bytes for batch in micro_batches]
+
+
+def _no_span(_name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _phase(
+    method: Callable[Concatenate["Step", _P], _R],
+) -> Callable[Concatenate["Step", _P], _R]:
+    """Trace a phase under its name."""
+
+    @wraps(method)
+    def traced(step: "Step", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with step.span(method.__name__):
+            return method(step, *args, **kwargs)
+
+    return traced
+
+
+class Step:
+    """One pass over all micro-batches: the phases, in the order in which they are called.
+
+    Args:
+        partition: the model without its parameters.
+        state: where they are.
+        saved: where activation checkpoints are kept.
+        micro_batches: each goes through the model as a whole.
+        number: of the step; random numbers follow from it.
+        seed: of all random numbers.
+        slice_tokens: tokens whose logits exist at once.
+        span: traces what is done inside it, by name.
+        device: what computes.
+    """
+
+    def __init__(  # noqa: PLR0913 - each with a meaning of its own
+        self,
+        partition: PartitionedModel,
+        state: Records,
+        saved: Activations,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        slice_tokens: int,
+        number: int = 1,
+        seed: int = 0,
+        span: Callable[[str], AbstractContextManager[None]] = _no_span,
+        device: Device | None = None,
+    ) -> None:
+        self.num_items = trained_tokens(micro_batches)
+        if self.num_items == 0:
+            raise MegatrainIoError("no token of this step has a label: there is nothing to train or measure")
+        # Where a number is multiplied by its inverse, a tensor is divided by, as in stock loops.
+        is_cuda = device is not None and device.torch_device.type == "cuda"
+        self._divisor = torch.tensor(self.num_items, device="cuda") if is_cuda else self.num_items
+        self.span = span
+        self._partition = partition
+        self._state = state
+        self._saved = saved
+        self._device = device or Cpu()
+        self._layout = state.layout
+        self._micro_batches = micro_batches
+        self._slice_tokens = slice_tokens
+        self._number = number
+        self._run_seed = seed
+        self._hidden: list[Tensor] = []
+        self._calls: list[tuple[BlockCall, ...]] = []
+        self._last_block: BorrowedRecord | None = None
+        self._in_head: list[tuple[BorrowedRecord, Gradient | None]] = []
+        self._table_gradient: Gradient | None = None
+
+    @_phase
+    def embedding(self) -> None:
+        """The first hidden state of every micro-batch, and the arguments of every block."""
+        weights = self._state.weights(self._layout.embedding)
+        with torch.no_grad():
+            for index, micro_batch in self._each(self._micro_batches):
+                self._seed(index, Phase.EMBEDDING)
+                hidden, calls = self._partition.record(weights.tensors, micro_batch)
+                self._hidden.append(hidden)
+                self._calls.append(calls)
+                del hidden, calls
+        weights.give_back()
+
+    @_phase
+    def forward(self, *, saving: bool) -> None:
+        """All blocks, first to last. The last one's weights stay for the backward pass."""
+        last = self._layout.blocks - 1
+        if saving:
+            # Made before the step; this is for models whose hidden state has another size than they say.
+            self._saved.reserve(self._layout.blocks, [hidden.nbytes for hidden in self._hidden])
+        for block in self._each_block("forward", range(self._layout.blocks)):
+            if saving:
+                # All before any is computed: so their way to the drive has the time of this block, too.
+                for index in range(len(self._hidden)):
+                    self._saved.put(block, index, self._hidden[index])
+                self._saved.finish(block)
+            weights = self._state.weights(self._layout.block(block))
+            with torch.no_grad():
+                for index, calls in self._each(self._calls):
+                    self._seed(index, Phase.FORWARD, block)
+                    self._hidden[index] = self._partition.run_block(
+                        block, weights.tensors, self._hidden[index], calls[block]
+                    )
+            if saving and block == last:
+                self._last_block = weights
+            else:
+                weights.give_back()
+
+    @_phase
+    def head(self, *, training: bool) -> Tensor:
+        """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
+        layout = self._layout
+        updates = training and not layout.is_frozen
+        own = None if layout.head is None else self._state.weights(layout.head)
+        table = self._state.weights(layout.embedding) if self._partition.tied_parameters else None
+        weights = [borrowed for borrowed in (own, table) if borrowed is not None]
+        gradients = []
+        if updates and own is not None and layout.head is not None:
+            gradients.append(Gradient(self._state, layout.head))
+        if updates and table is not None:
+            self._table_gradient = Gradient(self._state, layout.embedding, self._partition.tied_parameters)
+            gradients.append(self._table_gradient)
+        total: Tensor | None = None
+        with torch.set_grad_enabled(training):
+            for index, _ in self._each(self._micro_batches):
+                self._seed(index, Phase.HEAD)
+                loss = self._head_slices(index, weights, gradients, training=training)
+                total = loss if total is None else total + loss
+        if total is None:
+            raise MegatrainIoError("a step needs at least one micro-batch")
+        if own is not None:
+            self._in_head.append((own, gradients[0] if updates else None))
+        if table is not None:
+            self._in_head.append((table, None))
+        return total
+
+    def leave_head(self) -> None:
+        """Hand its own gradients over, and give back what was borrowed for it."""
+        for weights, gradient in self._in_head:
+            if gradient is not None:
+                gradient.submit(weights)
+            else:
+                weights.give_back()
+        self._in_head.clear()
+
+    @_phase
+    def backward(self) -> None:
+        """All blocks, last to first: recompute, gradients, hand them over for the update.
+
+        Frozen ones only pass the gradient of their output on to their input.
+        """
+        weights = self._last_block
+        self._last_block = None
+        for block in self._each_block("backward", reversed(range(self._layout.blocks))):
+            record = self._layout.block(block)
+            weights = weights or self._state.weights(record)
+            gradient = None if self._layout.is_frozen else Gradient(self._state, record)
+            for index, _ in self._each(self._micro_batches):
+                self._seed(index, Phase.FORWARD, block)
+                self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
+            self._saved.release(block)
+            if gradient is None:
+                weights.give_back()
+            else:
+                gradient.submit(weights)
+            weights = None
+
+    def first_gradients(self) -> list[Tensor]:
+        """After ``backward``: the gradient [B, T, H] of the first hidden state of each micro-batch."""
+        return self._hidden
+
+    @_phase
+    def embedding_backward(self) -> None:
+        """Gradients of the embedding from those of the first hidden state."""
+        weights = self._state.weights(self._layout.embedding)
+        gradient = self._table_gradient or Gradient(self._state, self._layout.embedding)
+        self._table_gradient = None
+        for index, micro_batch in self._each(self._micro_batches):
+            self._seed(index, Phase.EMBEDDING)
+            leaves = leaves_of(weights.tensors)
+            hidden = self._partition.record(leaves, micro_batch)[0]
+            gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
+            del leaves, hidden
+        gradient.submit(weights)
+
+    def _each(self, items: Iterable[_R]) -> Iterator[tuple[int, _R]]:
+        """What there is one of for each micro-batch, counted; the body of the loop is traced."""
+        for index, item in enumerate(items):
+            with self.span(f"micro-batch {index}"):
+                yield index, item
+
+    def _each_block(self, phase: str, blocks: Iterable[int]) -> Iterator[int]:
+        """The blocks; the body of the loop is traced."""
+        for block in blocks:
+            with self.span(f"{phase} block {block}"):
+                yield block
+
+    def _head_slices(
+        self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence[Gradient], *, training: bool
+    ) -> Tensor:
+        """Loss of one micro-batch; with ``training``, replaces its hidden state by the gradient."""
+        hidden, labels = self._hidden[index], self._micro_batches[index].shift_labels
+        step = max(1, self._slice_tokens // hidden.shape[0])
+        total: Tensor | None = None
+        of_hidden = []
+        for start in range(0, hidden.shape[1], step):
+            part = slice(start, start + step)
+            loss, of_part = self._head_slice(
+                hidden[:, part], labels[:, part], weights, gradients, training=training
+            )
+            total = loss if total is None else total + loss
+            if of_part is not None:
+                of_hidden.append(of_part)
+        if training:
+            self._hidden[index] = of_hidden[0] if len(of_hidden) == 1 else torch.cat(of_hidden, dim=1)
+        if total is None:
+            raise MegatrainIoError("a micro-batch without tokens")
+        return total
+
+    def _head_slice(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        weights: Sequence[BorrowedRecord],
+        gradients: Sequence[Gradient],
+        *,
+        training: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss of some tokens, and the gradient of their hidden state.
+
+        Nothing else outlives it: the head's gradient is as large as the head, and must not meet the next slice's.
+        """
+        hidden = hidden.detach().requires_grad_(training)
+        bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
+        leaves = leaves_of({name: bound[name] for gradient in gradients for name in gradient.expected})
+        loss = self._partition.loss(bound | leaves, hidden, labels, self._divisor)
+        if not training:
+            return loss.detach(), None
+        of_hidden, *of_leaves = torch.autograd.grad(loss, [hidden, *leaves.values()])
+        by_name = dict(zip(leaves, of_leaves, strict=True))
+        for gradient in gradients:
+            names = gradient.expected
+            gradient.add(names, [by_name[name] for name in names])
+        return loss.detach(), of_hidden
+
+    def _block_backward(
+        self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: Gradient | None
+    ) -> Tensor:
+        """Gradient of the block's input; those of its parameters are added to ``gradient``, if they are trained."""
+        # The gradient of a block's output has the shape and dtype of its input.
+        saved = self._saved.get(block, index, like=self._hidden[index])
+        hidden = saved.detach().requires_grad_()
+        leaves = {} if gradient is None else leaves_of(tensors)
+        out = self._partition.run_block(block, {**tensors, **leaves}, hidden, self._calls[index][block])
+        of_hidden, *of_leaves = torch.autograd.grad(
+            out, [hidden, *leaves.values()], self._hidden[index], allow_unused=True
+        )
+        if gradient is not None:
+            gradient.add(leaves, of_leaves)
+        return of_hidden
+
+    def _seed(self, index: int, phase: Phase, block: int = 0) -> None:
+        """One stream of random numbers for each (step, micro-batch, block): the recompute replays it."""
+        text = f"{self._run_seed}/{self._number}/{index}/{_SEED_NAMES.get(phase, phase)}/{block}".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        self._device.seed(seed)

@@ -1,0 +1,76 @@
+"""What compute itself needs: the tensors that torch makes while a step runs, counted as they come and go."""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["TensorMeter"]
+
+
+class TensorMeter(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside the ``with`` that are alive at once.
+
+    Sees what passes through torch's dispatcher (activations, gradients, logits), not the scratch memory
+    inside a kernel. Memory that was there before, such as buffers of the pool, is not counted.
+
+    Attributes:
+        nbytes: alive now.
+        peak_nbytes: most bytes alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        self.peak_nbytes = 0
+        self.nbytes = 0
+        self._known: set[int] = set()
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Tensors that are made inside are not counted."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation and count what it made."""
+        inputs = {_identity(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and _identity(leaf) not in inputs:
+                self._enter(leaf)
+        return result
+
+    def _enter(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        identity, nbytes = _identity(tensor), storage.nbytes()
+        # A shape alone has no memory, though its storage names a size.
+        is_empty = nbytes == 0 or tensor.device.type == "meta"
+        if identity in self._known or is_empty or self._is_paused:
+            return
+        self._known.add(identity)
+        self.nbytes += nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        weakref.finalize(storage, self._leave, identity, nbytes).atexit = False
+
+    def _leave(self, identity: int, nbytes: int) -> None:
+        self._known.discard(identity)
+        self.nbytes -= nbytes
+
+
+def _identity(tensor: Tensor) -> int:
+    """Of the storage, which views share; a fake tensor has no address."""
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - nothing public tells two storages apart

@@ -1,0 +1,242 @@
+"""A budget of RAM, divided before the run: what must be there, what helps, and what stays from step to step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatrain_io.errors import DoesNotFitError
+from megatrain_io.planning.residents import (
+    choose_gradients,
+    choose_residents,
+    gradient_nbytes,
+    resident_nbytes,
+)
+from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.pool import HUGE_PAGE_BYTES, PoolSizes, mapped_nbytes, pool_sizes
+from megatrain_io.store.schedule import ChunkOp, Residents
+from megatrain_io.text import mib
+
+__all__ = ["RamPlan", "StepNeeds", "divide_ram", "least_ram"]
+
+# Of the file for activation checkpoints: its tables, and the buffers of its commit.
+_SCRATCH_TABLES = 512 << 10
+# Block buffers, chunk slots and gradient buffers, from what overlaps best to what a step cannot do without.
+_POOLS = ((3, 4, 2), (3, 2, 1), (2, 2, 1), (2, 1, 1))
+# The same where each holds a chunk.
+_CHUNK_POOLS = ((8, 4, 4), (4, 2, 2), (2, 1, 1))
+# Of the budget, for chunks of a gradient that has left the device and was not updated yet.
+_BEHIND_SHARE = 8
+
+
+@dataclass(frozen=True)
+class StepNeeds:
+    """What a step needs besides pool and residents, in bytes.
+
+    Attributes:
+        tables: of the store, and buffers of its commit.
+        compute: tensors of compute that are alive at once.
+        activations: activation checkpoints of all blocks and micro-batches.
+        activations_least: with all that can be on the drive instead.
+        activations_per_block: of ``activations``; where compute has memory of its own, not those of all blocks.
+        by_chunk: whether it has: then buffers hold chunks on their way to it, and back.
+        gathered: chunks of gradients that gather in RAM, where that memory has no room for those of a record.
+        is_known: whether ``compute`` is known; if not it is 0, and comes on top of the budget.
+    """
+
+    tables: int
+    compute: int
+    activations: int
+    activations_least: int
+    activations_per_block: int = 0
+    by_chunk: bool = False
+    gathered: int = 0
+    is_known: bool = True
+
+    @property
+    def activations_at_least(self) -> int:
+        """The least RAM for activation checkpoints, with the tables of the file that the others go to."""
+        return min(self.activations, self.activations_least + _SCRATCH_TABLES)
+
+    @property
+    def always(self) -> int:
+        """What no budget can change."""
+        return self.tables + self.compute + self.heap
+
+    @property
+    def heap(self) -> int:
+        """What the C heap and torch's kernels keep beside the tensors: at most as much again, measured."""
+        return self.compute
+
+
+@dataclass(frozen=True)
+class RamPlan:
+    """How a budget is divided.
+
+    Attributes:
+        ram: the budget.
+        needs: what a step needs besides.
+        activations: RAM for activation checkpoints; the rest of them goes to the drive.
+        pool: buffers of transfers and gradients.
+        residents: what stays in RAM from step to step.
+        pool_nbytes: of pool and gradients.
+        kept_nbytes: of gradients that wait for their norm in RAM; the others do so on the drive.
+        resident_nbytes: of the residents.
+        spills_gradients: whether gradients wait on the drive.
+    """
+
+    ram: int
+    needs: StepNeeds
+    activations: int
+    pool: PoolSizes
+    residents: Residents
+    pool_nbytes: int
+    kept_nbytes: int
+    resident_nbytes: int
+    spills_gradients: bool
+
+    @property
+    def total(self) -> int:
+        """Bytes that will be taken: at most the budget."""
+        state = self.pool_nbytes + self.kept_nbytes + self.resident_nbytes
+        return self.needs.always + self.activations + state
+
+    @property
+    def is_spilled(self) -> bool:
+        """Whether some activation checkpoints go to the drive."""
+        return self.activations < self.needs.activations
+
+    def __str__(self) -> str:
+        """The division, for a person."""
+        kept = f"gradients that wait for their norm {mib(self.kept_nbytes)}" if self.kept_nbytes else ""
+        if self.spills_gradients:
+            kept = f"{kept} (the rest on the drive)" if kept else "gradients wait for their norm on the drive"
+        kept += ", " * bool(kept)
+        stays = f"state that stays {mib(self.resident_nbytes)}" if self.resident_nbytes else "no state stays"
+        spilled = f" (of {mib(self.needs.activations)}, the rest on the drive)" if self.is_spilled else ""
+        compute = f"compute {mib(self.needs.compute + self.needs.heap)}"
+        if not self.needs.is_known:
+            compute = "compute not counted (its shapes depend on the data: it comes on top of memory.ram)"
+        return (
+            f"RAM: {mib(self.total)} of {mib(self.ram)}: buffers {mib(self.pool_nbytes)}, activations "
+            f"{mib(self.activations)}{spilled}, {compute}, tables {mib(self.needs.tables)}, {kept}{stays}"
+        )
+
+
+def divide_ram(
+    layout: ModelLayout,
+    schedule: Sequence[ChunkOp],
+    needs: StepNeeds,
+    *,
+    tied_embeddings: bool,
+    ram: int,
+    keeps: bool = False,
+) -> RamPlan:
+    """Divide ``ram`` bytes: the largest pool that fits, then activation checkpoints, gradients, residents.
+
+    A byte of an input or of a gradient that waits saves two bytes a step, as one of a weight does, and no
+    commit writes it.
+
+    Args:
+        layout: the parameter space.
+        schedule: of a step.
+        needs: what it needs besides pool and residents.
+        tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
+        ram: the budget.
+        keeps: whether gradients wait for their norm.
+
+    Raises:
+        DoesNotFitError: it is too small; says what would do.
+    """
+
+    def size(slots: tuple[int, int, int], residents: Residents) -> PoolSizes:
+        return _pool(layout, needs, slots, residents, tied_embeddings=tied_embeddings, keeps=keeps)
+
+    for sizes in _chunk_pools(layout, ram) if needs.by_chunk else _POOLS:
+        pool = size(sizes, Residents())
+        if needs.always + needs.activations_at_least + mapped_nbytes(pool) <= ram:
+            break
+    else:
+        least = least_ram(layout, needs, tied_embeddings=tied_embeddings, keeps=keeps)
+        compute = needs.compute + needs.heap
+        raise DoesNotFitError(
+            f"memory.ram is {mib(ram)}, and this training needs {mib(least)} at least: activations "
+            f"{mib(needs.activations_at_least)}, compute {mib(compute)}, tables {mib(needs.tables)}, "
+            f"buffers {mib(least - needs.always - needs.activations_at_least)}. Give "
+            "more, or make a step smaller: train.per_device_train_batch_size, data.max_length, "
+            "train.gradient_accumulation_steps"
+        )
+    activations = min(needs.activations, ram - needs.always - mapped_nbytes(pool))
+    if activations < needs.activations:
+        activations -= _SCRATCH_TABLES
+    free = ram - needs.always - activations
+    chosen, taken = Residents(), (0, 0)
+    # What stays needs no buffers in the pool, and their room is for more that stays.
+    while True:
+        room = free - mapped_nbytes(pool) - 2 * HUGE_PAGE_BYTES
+        gradients = choose_gradients(layout, room) if keeps else frozenset[int]()
+        kept = gradient_nbytes(Residents(gradients=gradients), layout)
+        found = replace(choose_residents(layout, schedule, room - kept), gradients=gradients)
+        nbytes = (kept, resident_nbytes(found, layout))
+        slimmer = size(sizes, found)
+        # A choice need not hold what the one before did, and then its pool is larger again.
+        if nbytes <= taken or mapped_nbytes(slimmer, *nbytes) > free:
+            break
+        chosen, taken, pool = found, nbytes, slimmer
+    sums = [mapped_nbytes(pool), mapped_nbytes(pool, taken[0]), mapped_nbytes(pool, *taken)]
+    spills = keeps and len(chosen.gradients) < len(layout.records)
+    return RamPlan(
+        ram=ram,
+        needs=needs,
+        activations=activations,
+        pool=pool,
+        residents=chosen,
+        pool_nbytes=sums[0],
+        kept_nbytes=sums[1] - sums[0],
+        resident_nbytes=sums[2] - sums[1],
+        spills_gradients=spills,
+    )
+
+
+def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
+    """What there is to choose from where compute has memory of its own, the best first.
+
+    A gradient that is in RAM as a whole frees its buffer there before it is updated, as fast as it can be copied: so
+    compute does not wait for the drive to take it.
+    """
+    block_buffers, chunk_slots, gradients = _CHUNK_POOLS[0]
+    blocks = [layout.chunks_of(layout.block(index)) for index in range(layout.blocks)]
+    each = max(
+        layout.weight_extent_bytes(chunk) + layout.gradient_extent_bytes(chunk) for chunk in layout.chunks
+    )
+    behind = min(gradients + max(map(len, blocks)), ram // _BEHIND_SHARE // each)
+    return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > gradients else [*_CHUNK_POOLS]
+
+
+def least_ram(layout: ModelLayout, needs: StepNeeds, *, tied_embeddings: bool, keeps: bool = False) -> int:
+    """The least RAM that such a step can be done in."""
+    slots = (_CHUNK_POOLS if needs.by_chunk else _POOLS)[-1]
+    pool = _pool(layout, needs, slots, Residents(), tied_embeddings=tied_embeddings, keeps=keeps)
+    return needs.always + needs.activations_at_least + mapped_nbytes(pool)
+
+
+def _pool(
+    layout: ModelLayout,
+    needs: StepNeeds,
+    slots: tuple[int, int, int],
+    residents: Residents,
+    *,
+    tied_embeddings: bool,
+    keeps: bool,
+) -> PoolSizes:
+    block_buffers, chunk_slots, block_gradients = slots
+    return pool_sizes(
+        layout,
+        tied_embeddings=tied_embeddings,
+        training=True,
+        residents=residents,
+        keeps=keeps,
+        by_chunk=needs.by_chunk,
+        block_buffers=block_buffers,
+        chunk_slots=chunk_slots,
+        block_gradients=block_gradients,
+        gathered=needs.gathered,
+    )

@@ -1,0 +1,221 @@
+"""What is planned, and one step of it: its schedule, what it moves, how long it takes."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from math import ceil, inf
+
+from megatrain_io.machine.hardware import Hardware
+from megatrain_io.paging.activations import activation_plan
+from megatrain_io.paging.device.pool import VramPlan
+from megatrain_io.planning.job import TrainingJob
+from megatrain_io.planning.memory_needs import activation_budget_of
+from megatrain_io.planning.plan import StepTime
+from megatrain_io.planning.ram_budget import RamPlan
+from megatrain_io.planning.simulator import Rates, simulate
+from megatrain_io.planning.timeline import StageKey
+from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.pool import PoolSizes
+from megatrain_io.store.schedule import ChunkOp, Gradients, Phase, build_schedule, flush_schedule, traffic
+
+__all__ = [
+    "activations_moved",
+    "forget_schedules",
+    "gradients_of",
+    "hiding_tokens",
+    "phases_of",
+    "schedule_of",
+    "step_time",
+    "written_by_commit",
+]
+
+# Seconds for each chunk that workers check or update on cores that torch's threads are spinning on: woken late, they
+# let those wait for one another. Measured with benches/plan/accuracy.py, on two cores.
+_HANDOFF = 0.9e-3
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+
+def schedule_of(job: TrainingJob, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
+    """That of a training step, as training builds it; kept until ``forget_schedules``, as large ones take seconds."""
+    return _schedule(job.layout, bool(job.partition.tied_parameters), gradients, applies)
+
+
+@lru_cache(maxsize=4)
+def _schedule(
+    layout: ModelLayout,
+    tied_embeddings: bool,  # noqa: FBT001 - of one caller
+    gradients: Gradients,
+    applies: bool,  # noqa: FBT001
+) -> tuple[ChunkOp, ...]:
+    return build_schedule(
+        layout, tied_embeddings=tied_embeddings, training=True, applies=applies, gradients=gradients
+    )
+
+
+def forget_schedules() -> None:
+    """Give back the RAM of schedules that were kept."""
+    _schedule.cache_clear()
+
+
+def gradients_of(job: TrainingJob) -> Gradients:
+    """What a step does with its gradients as long as none is too large."""
+    if not job.keeps:
+        return "update"
+    return "both" if job.commits_at_once else "keep"
+
+
+def _commits(job: TrainingJob) -> tuple[float, float]:
+    """Shares of steps that commit, and that do not."""
+    if job.layout.durability == "scratch":
+        return 1.0, 0.0
+    every = job.config.memory.commit_every
+    return 1 / every, 1 - 1 / every
+
+
+def activations_moved(job: TrainingJob, memory: RamPlan) -> dict[int, float]:
+    """Bytes of inputs that go to the drive and come back, by record."""
+    budget, needs = activation_budget_of(memory, [job.config.output_dir / "inputs"]), memory.needs
+    # Those of the last blocks stay where they are computed, if that has memory of its own.
+    blocks = needs.activations // max(1, needs.activations_per_block)
+    plan = activation_plan(blocks, needs.activations_per_block, budget.ram_bytes)
+    if not plan.on_drive:
+        return {}
+    return {job.layout.block(index): plan.moved_nbytes / plan.on_drive for index in range(plan.on_drive)}
+
+
+def phases_of(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> dict[str, tuple[float, float]]:
+    """Bytes read and written, by phase, of a step between others of its kind."""
+    schedule = schedule_of(job, gradients, applies=gradients == "keep")
+    layout, residents = job.layout, memory.residents
+    shares = list(zip(_commits(job), (True, False), strict=True))
+    found = dict.fromkeys(map(str, Phase), (0.0, 0.0))
+    for operation in schedule:
+        read, written = found[operation.phase]
+        written += sum(
+            share * operation.written_bytes(layout, residents, commits=commits)
+            for share, commits in shares
+            if share
+        )
+        found[operation.phase] = read + operation.read_bytes(layout, residents), written
+    moved = sum(activations_moved(job, memory).values())
+    forward, backward = found[Phase.FORWARD], found[Phase.BACKWARD]
+    found[Phase.FORWARD] = forward[0], forward[1] + moved
+    found[Phase.BACKWARD] = backward[0] + moved, backward[1]
+    return found
+
+
+def written_by_commit(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> int:
+    """The most that a step writes: one that commits, whose guess, if it makes one, was wrong."""
+    schedule = schedule_of(job, gradients, applies=gradients == "keep")
+    _, written = traffic(schedule, job.layout, memory.residents)
+    if job.keeps:
+        written += traffic(flush_schedule(job.layout), job.layout, memory.residents)[1]
+    return written + ceil(sum(activations_moved(job, memory).values()))
+
+
+def step_time(
+    job: TrainingJob,
+    memory: RamPlan,
+    compute: Mapping[StageKey, float],
+    hardware: Hardware,
+    gradients: Gradients,
+    *,
+    vram: VramPlan | None = None,
+    is_measured: bool = False,
+) -> StepTime:
+    """Seconds of a step in the steady state."""
+    applies = gradients == "keep"
+    first = schedule_of(job, gradients)
+    then = schedule_of(job, gradients, applies=True) if applies else first
+    every = 1 if job.layout.durability == "scratch" else job.config.memory.commit_every
+    pattern = [True] * 3 if every == 1 else [False, False, True, False]
+    played = simulate(
+        [(first if index == 0 else then, commits) for index, commits in enumerate(pattern)],
+        job.layout,
+        memory.pool if vram is None else _pool_on_device(job, memory, vram),
+        compute,
+        _rates(job, hardware),
+        residents=memory.residents,
+        inputs=activations_moved(job, memory),
+        behind=0 if vram is None else memory.pool.block_gradients[1] - memory.needs.gathered,
+    )
+    # The step that commits, the one that it passes the commit on to, and those in between.
+    weights = {2: 1.0} if every == 1 else {2: 1 / every, 3: 1 / every, 1: 1 - 2 / every}
+
+    def mean(name: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for index, weight in weights.items():
+            for key, value in getattr(played[index], name).items():
+                found[str(key)] = found.get(str(key), 0.0) + weight * value
+        return found
+
+    seconds = sum(weight * played[index].seconds for index, weight in weights.items())
+    return StepTime(
+        seconds=seconds,
+        phases=mean("phases"),
+        waits=mean("waits"),
+        compute=sum(compute.values()),
+        is_measured=is_measured,
+    )
+
+
+def _pool_on_device(job: TrainingJob, memory: RamPlan, vram: VramPlan) -> PoolSizes:
+    """Buffers that records pass through, as the simulation knows them: those of the device."""
+
+    def outer(kinds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        sizes = [size for kind, size in kinds.items() if kind not in {"block", "any"}]
+        return max((nbytes for nbytes, _ in sizes), default=0), sum(count for _, count in sizes)
+
+    def block(kinds: Mapping[str, tuple[int, int]], needed: list[int]) -> tuple[int, int]:
+        if "any" in kinds:
+            return kinds["any"]
+        nbytes, count = kinds["block"]
+        # Smaller records than a block have buffers of their own there, and none in the simulation.
+        return nbytes, count + sum(each <= nbytes for each in needed)
+
+    layout, pool, gradients = job.layout, vram.pool, vram.pool.gradients
+    if pool.gathers:
+        # RAM has room for one of a record, and for a tied table's beside it.
+        largest = max(map(layout.record_gradient_bytes, range(len(layout.records))))
+        gradients = {"any": (largest, 1 + bool(job.partition.tied_parameters))}
+    others = [record for record in (layout.embedding, layout.head) if record is not None]
+    return PoolSizes(
+        memory.pool.chunk_slots,
+        block(pool.weights, [layout.record_weight_bytes(record) for record in others]),
+        outer(pool.weights),
+        block(gradients, [layout.record_gradient_bytes(record) for record in others]),
+        outer(gradients),
+    )
+
+
+def _rates(job: TrainingJob, hardware: Hardware) -> Rates:
+    scratch = job.layout.durability == "scratch"
+    return Rates(
+        read=hardware.read or inf,
+        write=hardware.write or inf,
+        side_by_side=hardware.side_by_side,
+        check=hardware.checksum_gb_per_s * 1e9,
+        update=1 / (1 / hardware.adamw_parameters_per_s + 12 / (hardware.checksum_gb_per_s * 1e9)),
+        shares_cores=hardware.shares_cores,
+        handoff=_HANDOFF if hardware.shares_cores else 0.0,
+        commit=0.0 if scratch else hardware.commit_seconds,
+    )
+
+
+def hiding_tokens(
+    job: TrainingJob,
+    phases: Mapping[str, tuple[float, float]],
+    hardware: Hardware,
+    compute: Mapping[StageKey, float],
+) -> int:
+    """Tokens of a step from which on both halves of it compute for longer than they move bytes."""
+    halves = ({Phase.EMBEDDING, Phase.FORWARD}, {Phase.HEAD, Phase.BACKWARD, Phase.EMBEDDING_BACKWARD})
+    most = 0.0
+    for half in halves:
+        read = sum(phases[phase][0] for phase in half) / (hardware.read or inf)
+        write = sum(phases[phase][1] for phase in half) / (hardware.write or inf)
+        both = max((read + write) / hardware.side_by_side, read, write)
+        computing = sum(seconds for (phase, _), seconds in compute.items() if phase in half)
+        most = max(most, both / computing if computing else 0.0)
+    return round(job.tokens * most)

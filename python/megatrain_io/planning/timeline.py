@@ -1,0 +1,232 @@
+"""The schedule as a simulation plays it: stages of compute, loads and updates, in their order. Pure."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+
+from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.pool import PoolSizes
+from megatrain_io.store.schedule import ChunkOp, Phase, Residents
+
+__all__ = ["Load", "Stage", "StageKey", "Timeline", "Update"]
+
+StageKey = tuple[Phase, int]
+"""A part of a step that computes: its phase, and the record that it computes with."""
+
+# Chunks are put together until a record has no more parts than this, and fewer in a model of many: what is lost is
+# less than a part's time.
+_PARTS_MAX, _PARTS_OF_ALL = 32, 2000
+
+
+@dataclass(kw_only=True)
+class Load:
+    """Weights of a record on their way to compute."""
+
+    begun: int
+    """The step whose schedule it is in."""
+    record: int
+    pending: deque[tuple[int, float, int]]
+    """Parts whose reads were not started: index, bytes and chunks."""
+    kind: str
+    needs: list[int]
+    applies: bool
+    missing: int
+    has_buffer: bool = False
+    is_ready: bool = False
+
+
+@dataclass(kw_only=True)
+class Update:
+    """Part of a record on its way through planes, AdamW and the drive."""
+
+    begun: int
+    """The step whose schedule it is in, and after it the one whose gradient it uses."""
+    step: int
+    record: int
+    part: int
+    chunks: int
+    parameters: float
+    read: float
+    written: float
+    needs: int
+    applies: bool
+    load: Load | None
+    has_slot: bool
+    is_read: bool = False
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """What compute does at once, and what it needs first."""
+
+    step: int
+    phase: Phase
+    record: int
+    seconds: float
+    loads: list[Load] = field(default_factory=list)
+    gradients: list[int] = field(default_factory=list)
+    """Records whose gradient is made here: a buffer for each is needed first."""
+    updates: list[int] = field(default_factory=list)
+    keeps: dict[int, float] = field(default_factory=dict)
+    """Records whose gradient is kept, and the bytes of it that go to the drive."""
+    holds: bool = False
+    inputs: float = 0.0
+
+
+class Timeline:
+    """Steps, one after the other.
+
+    Attributes:
+        stages: of compute, in order.
+        loads: in order, by kind of buffer: ``block``, ``outer``, ``resident``.
+        updates: in order.
+        commits: whether each step commits.
+        left: updates of each step that are still to be written.
+        count: of steps.
+    """
+
+    def __init__(self, layout: ModelLayout, pool: PoolSizes, residents: Residents) -> None:
+        self._layout, self._pool, self._residents = layout, pool, residents
+        self.stages: deque[Stage] = deque()
+        self.loads: dict[str, deque[Load]] = {"block": deque(), "outer": deque(), "resident": deque()}
+        self.updates: deque[Update] = deque()
+        self.commits: dict[int, bool] = {}
+        self.left: dict[int, int] = {}
+        self.count = 0
+        self._parts_max = max(4, min(_PARTS_MAX, _PARTS_OF_ALL // len(layout.records)))
+        self._scheduled: dict[tuple[int, int], int] = {}
+
+    def add(
+        self,
+        schedule: Sequence[ChunkOp],
+        compute: Mapping[StageKey, float],
+        inputs: Mapping[int, float],
+        *,
+        commits: bool,
+    ) -> None:
+        """Append a step."""
+        number = self.count
+        self.commits[number], self.left[number] = commits, 0
+        self.left.setdefault(number - 1, 0)
+        self.count += 1
+        stages: dict[StageKey, Stage] = {}
+        for (kind, record, phase), run in groupby(schedule, lambda op: (op.kind, op.chunk.record, op.phase)):
+            owner = record
+            if phase is Phase.HEAD:
+                owner = record if self._layout.head is None else self._layout.head
+            stage = stages.get((phase, owner))
+            if stage is None:
+                stage = stages[phase, owner] = Stage(
+                    step=number,
+                    phase=phase,
+                    record=owner,
+                    seconds=compute.get((phase, owner), 0.0),
+                    inputs=inputs.get(owner, 0.0),
+                )
+                self.stages.append(stage)
+            self._add_run(stage, kind, record, list(run), commits=commits)
+        self._finish(stages)
+
+    def _add_run(self, stage: Stage, kind: str, record: int, run: list[ChunkOp], *, commits: bool) -> None:
+        layout, residents = self._layout, self._residents
+        parts = _parts(run, self._parts_max)
+        if kind == "keep":
+            stage.keeps[record] = sum(op.written_bytes(layout, residents) for op in run)
+            return
+        load = None
+        if kind in {"load", "apply"}:
+            weights = [(index, self._weight_bytes(part), len(part)) for index, part in enumerate(parts)]
+            load = Load(
+                begun=stage.step,
+                record=record,
+                pending=deque(weights),
+                kind=self.kind_of(record),
+                needs=[self._scheduled.get((record, index), 0) for index in range(len(parts))],
+                applies=kind == "apply",
+                missing=len(parts),
+            )
+            stage.loads.append(load)
+            self.loads[load.kind].append(load)
+        if kind in {"update", "apply"}:
+            step = stage.step - (kind == "apply")
+            if kind == "update":
+                stage.updates.append(record)
+            for index, part in enumerate(parts):
+                read: float = sum(op.read_bytes(layout, residents) for op in part)
+                written = sum(
+                    op.written_bytes(layout, residents, commits=self.commits.get(step, commits))
+                    for op in part
+                )
+                if load is not None:
+                    read -= self._weight_bytes(part)
+                key = (record, index)
+                parameters = sum(op.chunk.parameters for op in part)
+                needs = self._scheduled.get(key, 0)
+                self._scheduled[key] = needs + 1
+                self.left[step] += 1
+                applies = load is not None
+                # What stays is updated in place; what is applied goes to compute, and is written from elsewhere.
+                has_slot = (
+                    record not in residents.records
+                    or any(op.chunk.index not in residents.chunks for op in part)
+                    or (applies and self.commits.get(step, commits))
+                )
+                self.updates.append(
+                    Update(
+                        begun=stage.step,
+                        step=step,
+                        record=record,
+                        part=index,
+                        chunks=len(part),
+                        parameters=parameters,
+                        read=read,
+                        written=written,
+                        needs=needs,
+                        applies=applies,
+                        load=load,
+                        has_slot=has_slot,
+                    )
+                )
+
+    def _finish(self, stages: Mapping[StageKey, Stage]) -> None:
+        """Which stage makes which gradient, and whose weights are held across the turn."""
+        last = self._layout.block(self._layout.blocks - 1)
+        trains = any(stage.updates or stage.keeps for stage in stages.values())
+        for (phase, record), stage in stages.items():
+            if phase is Phase.FORWARD and record == last and trains:
+                stage.holds = True
+            stage.gradients = list(dict.fromkeys([*stage.updates, *stage.keeps]))
+            if phase is Phase.HEAD and trains and len(stage.loads) > (self._layout.head is not None):
+                stage.gradients.append(self._layout.embedding)
+
+    def _weight_bytes(self, part: Sequence[ChunkOp]) -> float:
+        """Read for the weights alone."""
+        if part[0].chunk.record in self._residents.records:
+            return 0.0
+        return sum(self._layout.weight_extent_bytes(op.chunk) for op in part)
+
+    def kind_of(self, record: int) -> str:
+        """Of the buffer that its weights are in."""
+        if record in self._residents.records:
+            return "resident"
+        is_outer = self._layout.record_weight_bytes(record) > self._pool.block_buffers[0]
+        return "outer" if is_outer else "block"
+
+    def gradient_kind(self, record: int) -> str:
+        """Of the buffer that its gradient is in."""
+        if record in self._residents.gradients:
+            return "resident gradient"
+        is_outer = self._layout.record_gradient_bytes(record) > self._pool.block_gradients[0]
+        return "outer gradient" if is_outer else "block gradient"
+
+    def parts_of(self, record: int) -> int:
+        """Parts that a record is played in."""
+        return min(self._parts_max, len(self._layout.chunks_of(record)))
+
+
+def _parts(run: Sequence[ChunkOp], most: int) -> list[list[ChunkOp]]:
+    """The chunks of a record, in as many parts as are played one by one."""
+    count = min(most, len(run))
+    borders = [len(run) * index // count for index in range(count + 1)]
+    return [list(run[start:stage]) for start, stage in pairwise(borders)]

@@ -1,0 +1,201 @@
+"""Writing the committed weights of a run as a model folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain_io.errors import (
+    ConfigError,
+    ModelFilesError,
+    NoSpaceError,
+)
+from megatrain_io.files import storage_errors, sync_folder
+from megatrain_io.models.hub_folder import ModelFolder
+from megatrain_io.models.hub_names import HubNames, NamePlan
+from megatrain_io.models.safetensors import (
+    FILE_DTYPES,
+    TORCH_DTYPES,
+    ShardPlan,
+    ShardWriter,
+    index_of,
+    plan_shards,
+)
+from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.import_model import NOTHING_LEFT, Progress
+from megatrain_io.runs.open_store import open_store
+from megatrain_io.store.dtypes import DTYPES, check_precision
+from megatrain_io.store.layout import ModelLayout, Precision
+from megatrain_io.store.paged_store import Engine, PagedStore
+
+__all__ = ["export_model"]
+
+
+_SPARE_BYTES = 1 << 20
+
+
+def export_model(
+    run: RunFolder,
+    out: Path,
+    *,
+    dtype: Precision | None = None,
+    shard_bytes: int = 5 * 10**9,
+    engine: Engine = "auto",
+    progress: Progress | None = None,
+) -> None:
+    """Write the committed weights of a run as a model folder that stock transformers loads.
+
+    The folder gets its name when it is complete; when it fails, nothing is left behind. Names and bytes of the
+    tensors are those that ``save_pretrained`` writes; fused experts may lie in other shards than there.
+
+    Args:
+        run: a run with a finished import; its store must not be in use.
+        out: a folder that does not exist or is empty.
+        dtype: "bf16" are the weights that were trained with, or fp32 ones rounded to nearest even; "fp32" are
+            the masters. None = the run's own precision.
+        shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
+        engine: how bytes are read.
+        progress: called after each chunk.
+
+    Raises:
+        ConfigError: there is no finished import, or something is in the way at ``out``.
+        NoSpaceError: the files do not fit.
+        CorruptionError, StoreInUseError, FormatError, StorageError: the store cannot be read.
+    """
+    run.read()
+    if dtype is not None:
+        check_precision("dtype", dtype)
+    out = out.absolute()
+    partial = out.with_name(out.name + ".partial")
+    _refuse_occupied(out, partial)
+    if shard_bytes < 1:
+        raise ConfigError(f"shard_bytes is {shard_bytes}: give the bytes of one file, such as 5000000000")
+    with (
+        storage_errors(out, NOTHING_LEFT),
+        open_store(run, engine=engine) as state,
+        ExitStack() as undo,
+    ):
+        wanted: Precision = dtype or ("bf16" if state.layout.format == "bf16" else "fp32")
+        folder = ModelFolder(run.model)
+        names = HubNames(folder.config(), DTYPES[wanted])
+        plan, shards = _plan_export(state.layout, names, wanted, shard_bytes)
+        companions = folder.companions()
+        _require_space(out, shards, [run.model / name for name in companions])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        undo.callback(shutil.rmtree, partial, ignore_errors=True)
+        with ShardWriter(partial, shards) as written:
+            _write_buffers(written, names, plan)
+            _write_parameters(written, state, plan, wanted, progress)
+        if len(shards) > 1:
+            _write_text(partial / "model.safetensors.index.json", index_of(shards, state.layout.parameters))
+        config = _config_for_export(folder.raw_config, names.architecture, DTYPES[wanted])
+        _write_text(partial / "config.json", config)
+        folder.copy(companions, partial)
+        sync_folder(partial)
+        partial.rename(out)
+        undo.pop_all()
+        sync_folder(out.parent)
+
+
+def _plan_export(
+    layout: ModelLayout, names: HubNames, dtype: Precision, shard_bytes: int
+) -> tuple[NamePlan, list[ShardPlan]]:
+    """Where each parameter goes, and the files."""
+    shapes = names.file_shapes()
+    plan = names.plan(shapes)
+    if names.parameters != {place.name: place.shape for place in layout.tensors()}:
+        raise ModelFilesError(
+            f"the store was not made with this config.json: {layout.parameters:,} parameters in the store, others in "
+            f"the {names.architecture} of config.json. Put the config.json of the import back"
+        )
+    tensors = [
+        (
+            name,
+            FILE_DTYPES[names.buffer(plan.buffers[name]).dtype if name in plan.buffers else DTYPES[dtype]],
+            shape,
+        )
+        for name, shape in shapes.items()
+    ]
+    return plan, plan_shards(tensors, shard_bytes)
+
+
+def _write_parameters(
+    files: ShardWriter, state: PagedStore, plan: NamePlan, dtype: Precision, progress: Progress | None
+) -> None:
+    plane = "master" if dtype == "fp32" else "weight"
+    is_fp32 = dtype == "fp32" or state.layout.format == "f32"
+    for chunk in state.layout.chunks:
+        data = bytearray(state.read_plane(chunk.index, plane))
+        values = torch.frombuffer(data, dtype=torch.float32 if is_fp32 else torch.bfloat16)
+        end = chunk.start + chunk.parameters
+        for place in state.layout.records[chunk.record].tensors:
+            start, stop = max(chunk.start, place.offset), min(end, place.offset + place.elements)
+            for piece in plan.parameters[place.name] if start < stop else ():
+                for at, source, count in piece.runs(start - place.offset, stop - place.offset):
+                    first = place.offset + at - chunk.start
+                    _write(files, piece.name, source, values[first : first + count])
+        if progress is not None:
+            progress(chunk.index + 1, len(state.layout.chunks))
+
+
+def _write_buffers(files: ShardWriter, names: HubNames, plan: NamePlan) -> None:
+    for name, target in plan.buffers.items():
+        _write(files, name, 0, names.buffer(target).detach().reshape(-1))
+
+
+def _write(files: ShardWriter, name: str, element: int, values: Tensor) -> None:
+    """Write ``values``, flat, from ``element`` on of a tensor; they get the dtype that it has in the file."""
+    values = values.to(TORCH_DTYPES[files.dtype_of(name)])
+    files.write(name, element * values.itemsize, values.view(torch.uint8).numpy().data)
+
+
+def _config_for_export(config: Mapping[str, Any], architecture: str, dtype: torch.dtype) -> str:
+    """The configuration as it was imported, with the dtype of the files; code that was not copied is not named."""
+    name = str(dtype).removeprefix("torch.")
+    content = {
+        key: {**value, "dtype": name}
+        if isinstance(value, dict) and value.keys() & {"dtype", "torch_dtype"}
+        else value
+        for key, value in config.items()
+    }
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        part.pop("torch_dtype", None)
+        part.pop("auto_map", None)
+    return json.dumps({**content, "architectures": [architecture], "dtype": name}, indent=2) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _refuse_occupied(out: Path, partial: Path) -> None:
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(
+            f"{out} exists and is not an empty folder: nothing is overwritten. Choose another one"
+        )
+    if os.path.lexists(partial):
+        raise ConfigError(f"{partial} is of an export that runs, or was killed: remove it if none runs")
+
+
+def _require_space(out: Path, shards: Sequence[ShardPlan], copies: Sequence[Path]) -> None:
+    there = next(folder for folder in out.parents if folder.exists())
+    system = os.statvfs(there)
+    free = system.f_bavail * system.f_frsize
+    needed = (
+        sum(shard.file_bytes for shard in shards) + sum(path.stat().st_size for path in copies) + _SPARE_BYTES
+    )
+    if free < needed:
+        raise NoSpaceError(
+            f"the export needs {needed:,} bytes, {free:,} are free in {there}. Free {needed - free:,} bytes, or "
+            "choose another disk; nothing was written"
+        )

@@ -1,0 +1,288 @@
+"""Between model files and store: tensor by tensor, never the whole model in RAM.
+
+Import reads each chunk's parameters from wherever the files hold them and writes the chunk; export reads each
+chunk once and writes its parameters to wherever the files hold them. Both hold a few chunks in memory,
+whatever the size of the model or of its largest tensor.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain_io.errors import (
+    ConfigError,
+    ModelFilesError,
+    UnsupportedModelError,
+)
+from megatrain_io.files import storage_errors, sync_folder
+from megatrain_io.models.hub_folder import ModelFolder
+from megatrain_io.models.hub_names import HubNames, NamePlan, Piece
+from megatrain_io.models.partition import PartitionedModel, model_parts
+from megatrain_io.models.probe import probe
+from megatrain_io.models.safetensors import TORCH_DTYPES, Checkpoint
+from megatrain_io.runs.folder import RunFolder, RunInfo
+from megatrain_io.runs.state import TrainerState
+from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
+from megatrain_io.store.layout import Chunk, Durability, ModelLayout, Precision, TensorPlace
+from megatrain_io.store.paged_store import Engine, Ledger, StoreCreator
+
+__all__ = ["Progress", "TensorReader", "create_store", "import_model"]
+
+TensorReader = Callable[[TensorPlace, int, int], Tensor]
+"""``read(place, start, stop)``: elements start..stop of a tensor, flat, in the dtype of the source."""
+
+Progress = Callable[[int, int], None]
+"""``progress(done, total)``, in chunks."""
+
+
+_TRAINABLE = ("BF16", "F16", "F32")
+
+NOTHING_LEFT = "nothing was left behind"
+_COMPARED_AT_ONCE = 1 << 20
+
+
+def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning of its own
+    paths: Sequence[Path],
+    layout: ModelLayout,
+    read: TensorReader,
+    *,
+    model: dict[str, Any],
+    blob: bytes,
+    engine: Engine = "auto",
+    ledger: Ledger | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Make a store of ``layout`` with the weights that ``read`` gives, and return its UUID.
+
+    There is a path for each drive; chunks go to them in turn.
+
+    A bf16 source costs 2 bytes a parameter on disk now, an fp16 or fp32 source 4 (bf16 format): planes that
+    are zero are not written. Nothing is left behind when it fails.
+
+    Raises:
+        NoSpaceError, FormatError, StoreInUseError, StorageError.
+    """
+    creator = StoreCreator(paths, layout.manifest(model), engine, ledger or Ledger())
+    try:
+        for chunk in layout.chunks:
+            values, dtype = _chunk_values(layout, chunk, read)
+            creator.write_chunk(chunk.index, values, dtype)
+            if progress is not None:
+                progress(chunk.index + 1, len(layout.chunks))
+        return creator.finish(blob)
+    except BaseException:
+        creator.abandon()
+        raise
+
+
+def import_model(  # noqa: PLR0913 - as create_store
+    model_dir: Path,
+    run: RunFolder,
+    *,
+    precision: Precision,
+    stores: Sequence[Path] | None = None,
+    chunk_parameters: int | None = None,
+    durability: Durability = "step",
+    engine: Engine = "auto",
+    ledger: Ledger | None = None,
+    before: Callable[[PartitionedModel, ModelLayout], None] | None = None,
+    progress: Progress | None = None,
+) -> RunInfo:
+    """Make the store of a run from a model folder of the Hugging Face hub.
+
+    All files are checked before anything is written. The store, the configuration and the tokeniser are in
+    place before ``run.json`` says so; when it fails, nothing is left behind.
+
+    Args:
+        model_dir: folder with config.json and weights in safetensors (bf16, fp16 or fp32).
+        run: where the run lives; its folder is made if need be.
+        precision: compute dtype. bf16 keeps fp32 masters, whatever the source.
+        stores: paths of the store's files, one for each drive; None = store.mtio in the run folder.
+        chunk_parameters: parameters of a chunk; None = by the model's size.
+        durability: step = 24 bytes a parameter on the drive, each step survives a crash; scratch = 12, and
+            only a store that was closed can be opened again.
+        engine: how bytes are written.
+        ledger: accounts of memory.
+        before: called when all files were checked, with the model in pieces and where its parameters will lie;
+            nothing was written then, and an error of it ends the import.
+        progress: called after each chunk.
+
+    Raises:
+        ConfigError: the run folder holds an import already, or something else is in the way.
+        ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
+        UnsupportedModelError: the weights are quantised, or the model cannot be trained block by block.
+        NoSpaceError, StorageError: the drive of the store or of the run folder.
+    """
+    check_precision("precision", precision)
+    targets = [run.own_store] if stores is None else list(stores)
+    _refuse_what_is_in_the_way(run, targets)
+    folder = ModelFolder(model_dir)
+    with Checkpoint(folder.weight_files()) as files:
+        config = folder.config()
+        companions = folder.companions()
+        names = HubNames(config, DTYPES[precision])
+        plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
+        _check_values(files, names, plan, config.model_type)
+        partition = PartitionedModel(config, DTYPES[precision], probe(config))
+        parts, blocks = model_parts(partition), len(partition.blocks)
+        layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
+        with storage_errors(run.path, NOTHING_LEFT), ExitStack() as undo:
+            _make_folder(run.path, undo)
+            # Let go before the folder is removed again, and not with what a finished import keeps.
+            holding = ExitStack()
+            undo.callback(holding.close)
+            holding.enter_context(run.importing())
+            if before is not None:
+                before(partition, layout)
+            for target in targets:
+                _make_folder(target.parent, undo)
+            partial = run.model.with_name(run.model.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
+            undo.callback(shutil.rmtree, partial, ignore_errors=True)
+            partial.mkdir()
+            folder.copy(["config.json", *companions], partial)
+            uuid = create_store(
+                targets,
+                layout,
+                lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop),
+                model={
+                    "config": folder.raw_config,
+                    "architecture": names.architecture,
+                    "tied": partition.tied,
+                },
+                blob=TrainerState().encode(),
+                engine=engine,
+                ledger=ledger,
+                progress=progress,
+            )
+            for target in targets:
+                undo.callback(target.unlink, missing_ok=True)
+            partial.rename(run.model)
+            undo.callback(shutil.rmtree, run.model, ignore_errors=True)
+            sync_folder(run.path)
+            info = run.write(precision, targets, uuid, model_dir)
+            undo.pop_all()
+            holding.close()
+    return info
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tuple[bytes, str]:
+    """All parameters of a chunk, padding included: as bf16 where every source is, else as fp32; frozen as they stay."""
+    end = chunk.start + chunk.parameters
+    parts = []
+    for place in layout.records[chunk.record].tensors:
+        start, stop = max(chunk.start, place.offset), min(end, place.offset + place.elements)
+        if start < stop:
+            values = read(place, start - place.offset, stop - place.offset)
+            parts.append((start - chunk.start, stop - chunk.start, values))
+    is_bf16 = all(values.dtype == torch.bfloat16 for _, _, values in parts)
+    dtype = dtype_of(layout) if layout.is_frozen else torch.bfloat16 if is_bf16 else torch.float32
+    out = torch.zeros(chunk.parameters, dtype=dtype)
+    for start, stop, values in parts:
+        out[start:stop] = values
+    name = "raw" if layout.is_frozen else "bfloat16" if is_bf16 else "float32"
+    return out.view(torch.uint8).numpy().tobytes(), name
+
+
+def _read(files: Checkpoint, pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
+    """Elements ``start``..``stop`` of a tensor of the model, flat, from all pieces that hold some of them."""
+    parts = []
+    for piece in pieces:
+        dtype = TORCH_DTYPES[files.entries[piece.name].dtype]
+        for place, source, count in piece.runs(start, stop):
+            data = files.read(piece.name, source, source + count)
+            parts.append((place - start, torch.frombuffer(data, dtype=dtype)))
+    if len(parts) == 1:
+        return parts[0][1]
+    dtypes = {values.dtype for _, values in parts}
+    out = torch.empty(stop - start, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    for place, values in parts:
+        out[place : place + len(values)] = values
+    return out
+
+
+def _check_values(files: Checkpoint, names: HubNames, plan: NamePlan, model_type: str) -> None:
+    """What can be wrong although all names and shapes are right."""
+    strange = [
+        f"{piece.name} is {files.entries[piece.name].dtype}"
+        for pieces in plan.parameters.values()
+        for piece in pieces
+        if files.entries[piece.name].dtype not in _TRAINABLE
+    ]
+    if strange:
+        raise UnsupportedModelError(
+            f"{len(strange)} tensors have a dtype that is not trained ({', '.join(strange[:3])}): import the "
+            "original model in bf16, fp16 or fp32"
+        )
+    for owner, pieces in plan.aliases:
+        if not _are_equal(files, plan.parameters[owner], pieces):
+            raise ModelFilesError(
+                f"{owner} and {pieces[0].name} are one tensor by config.json, but the files hold two different "
+                "ones: set tie_word_embeddings to false in config.json if the model was trained so"
+            )
+    for name, target in plan.buffers.items():
+        if not _holds(files, name, names.buffer(target)):
+            raise UnsupportedModelError(
+                f"{model_type}: {name} is not a parameter, but the files hold other values for it than those that "
+                "the model starts with; such buffers are not imported, and without them this would be another model"
+            )
+
+
+def _holds(files: Checkpoint, name: str, expected: Tensor) -> bool:
+    """Whether a tensor of the files, in the dtype of ``expected``, equals it."""
+    entry = files.entries[name]
+    if entry.dtype not in TORCH_DTYPES or entry.elements == 0:
+        return entry.elements == 0
+    found = torch.frombuffer(files.read(name, 0, entry.elements), dtype=TORCH_DTYPES[entry.dtype])
+    return torch.equal(found.view(entry.shape).to(expected.dtype), expected)
+
+
+def _are_equal(files: Checkpoint, one: Sequence[Piece], other: Sequence[Piece]) -> bool:
+    elements = torch.Size(one[0].shape).numel()
+    for start in range(0, elements, _COMPARED_AT_ONCE):
+        stop = min(start + _COMPARED_AT_ONCE, elements)
+        if not torch.equal(_read(files, one, start, stop).float(), _read(files, other, start, stop).float()):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+# ------------------------------------------------------------------------------------------- folders
+
+
+def _refuse_what_is_in_the_way(run: RunFolder, stores: Sequence[Path]) -> None:
+    if run.is_imported:
+        raise ConfigError(
+            f"{run.path} already holds a model, imported from {run.read().source}. Train or export that one, or "
+            "choose another folder"
+        )
+    for path in (*stores, run.model):
+        if os.path.lexists(path):
+            raise ConfigError(
+                f"{path} is in the way: {run.path} has no run.json, so this is not of a finished import. Remove it "
+                "if an import was interrupted there, or choose another folder"
+            )
+
+
+def _make_folder(path: Path, undo: ExitStack) -> None:
+    """Make a folder that only its owner may enter, and those above it; ``undo`` removes those that are new."""
+    for folder in reversed([path, *path.parents]):
+        if not folder.exists():
+            folder.mkdir(0o700)
+            undo.callback(_remove_if_empty, folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

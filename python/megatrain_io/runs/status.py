@@ -1,0 +1,195 @@
+"""How a run stands, from its files alone: also while it is in use, and without waiting for it. No torch."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from rich.filesize import decimal
+
+from megatrain_io.errors import FormatError, MegatrainIoError
+from megatrain_io.machine.drive import mount_of, parse_mountinfo
+from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.metrics import last_report
+from megatrain_io.runs.state import TrainerState
+from megatrain_io.store.inspect import Glance, Owner, glance, owner_of
+from megatrain_io.store.layout import Durability, ModelLayout
+
+__all__ = ["RunStatus", "examine", "render"]
+
+LastStop = Literal["clean", "killed", "system down"]
+
+_LAST_STOPS: dict[LastStop, str] = {
+    "clean": "clean",
+    "killed": "not clean (the process was killed): the last committed step is whole",
+    "system down": "not clean, and the machine was started since: the next start verifies all of the store first",
+}
+_TERABYTE = 1e12
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What is known of a run; None is what could not be found out.
+
+    Attributes:
+        run: its folder.
+        architecture: of the model, by its config.json.
+        source: the model folder it was imported from.
+        version: of megatrain-io that imported it.
+        precision: compute dtype.
+        stores: paths of the store's files, one for each drive.
+        store_bytes: what it takes on its drives.
+        file_system: type of the file system that the first of them lies on.
+        is_direct: whether that has direct I/O.
+        parameters: of the model.
+        durability: whether a committed step survives a crash, or only a clean end does (scratch).
+        generation: number of the newest committed state; 1 is the import.
+        step: last committed step.
+        max_steps: last step of the run, once a step was done.
+        loss: of that step.
+        written_bytes: written to the drive by training so far, over all starts: less than a step too much.
+        last_stop: how the last process ended; None while one runs.
+        in_use: who holds the store now.
+        problem: why the store cannot be used, in a sentence.
+        next: what to do, in a sentence.
+    """
+
+    run: Path
+    architecture: str | None
+    source: str
+    version: str
+    precision: str
+    stores: tuple[Path, ...]
+    store_bytes: int | None = None
+    file_system: str | None = None
+    is_direct: bool | None = None
+    parameters: int | None = None
+    durability: Durability | None = None
+    generation: int | None = None
+    step: int | None = None
+    max_steps: int | None = None
+    loss: float | None = None
+    written_bytes: int | None = None
+    last_stop: LastStop | None = None
+    in_use: Owner | None = None
+    problem: str | None = None
+    next: str = ""
+
+
+def examine(run: RunFolder) -> RunStatus:
+    """Look at a run without opening its store.
+
+    Raises:
+        ConfigError: this is no run folder.
+    """
+    info, stores = run.read(), tuple(run.store_paths())
+    store = stores[0]
+    status = RunStatus(
+        run=run.path,
+        architecture=_architecture(run),
+        source=info.source,
+        version=info.version,
+        precision=info.precision,
+        stores=stores,
+    )
+    try:
+        owner, found = owner_of(store), glance(*stores)
+        if found.uuid != info.store_uuid:
+            raise FormatError(f"{store} is store {found.uuid}, and run.json names {info.store_uuid}")
+        progress = TrainerState.parse(found.blob)
+        layout = ModelLayout.from_manifest(found.manifest)
+    except MegatrainIoError as error:
+        status = replace(status, problem=str(error))
+        return replace(status, next="put the store of this run in its place, or import into a new folder")
+    if layout.durability == "scratch" and not found.is_clean and owner is None:
+        problem = (
+            "with durability scratch only a store that was closed can be opened again: its state is lost"
+        )
+        return replace(status, problem=problem, next="import the model again, into a new folder")
+    report = last_report(run.metrics)
+    status = replace(
+        status,
+        store_bytes=sum(each.stat().st_blocks * 512 for each in stores),
+        file_system=_file_system(store),
+        is_direct=found.is_direct,
+        parameters=layout.parameters,
+        durability=layout.durability,
+        generation=found.generation,
+        step=progress.step,
+        max_steps=None if report is None else report.max_steps,
+        loss=progress.loss,
+        written_bytes=progress.written_bytes,
+        last_stop=_last_stop(found) if owner is None else None,
+        in_use=owner,
+    )
+    return replace(status, next=_next(status, run))
+
+
+def render(status: RunStatus) -> str:
+    """As text, a line for each fact."""
+    return "\n".join(f"{name:<10} {value}" for name, value in _lines(status))
+
+
+def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
+    yield "run", str(status.run)
+    model = status.architecture or "unknown"
+    yield "model", f"{model}, imported from {status.source} by megatrain-io {status.version}"
+    yield "precision", status.precision
+    if status.problem is not None:
+        yield "store", ", ".join(map(str, status.stores))
+        yield "problem", status.problem
+    else:
+        io = "direct I/O" if status.is_direct else "no direct I/O: transfers go through the page cache"
+        size = decimal(status.store_bytes or 0)
+        stores = ", ".join(map(str, status.stores))
+        yield "parameters", f"{status.parameters:,}"
+        yield (
+            "store",
+            f"{stores}: {size} on {status.file_system or 'an unknown file system'}, {io}",
+        )
+        last = "" if status.max_steps is None else f" of {status.max_steps}"
+        loss = "" if status.loss is None else f", loss {status.loss:.4f}"
+        yield "committed", f"step {status.step}{last}{loss} (generation {status.generation})"
+        yield "written", f"{(status.written_bytes or 0) / _TERABYTE:.4f} TB"
+        yield "in use", "no" if status.in_use is None else f"by {status.in_use.text}"
+        if status.last_stop is not None:
+            yield "last stop", _LAST_STOPS[status.last_stop]
+    yield "next", status.next
+
+
+def _architecture(run: RunFolder) -> str | None:
+    try:
+        config = json.loads((run.model / "config.json").read_text(encoding="utf-8"))
+        return str((config.get("architectures") or [config["model_type"]])[0])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _file_system(path: Path) -> str | None:
+    try:
+        mounts = parse_mountinfo(Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    mount = mount_of(path.resolve(), mounts)
+    return None if mount is None else mount.kind
+
+
+def _last_stop(found: Glance) -> LastStop:
+    if found.is_clean:
+        return "clean"
+    return "killed" if found.is_of_this_boot else "system down"
+
+
+def _next(status: RunStatus, run: RunFolder) -> str:
+    if status.in_use is not None:
+        if status.in_use.has_ended:
+            return "wait a second, and look again"
+        if status.durability == "scratch":
+            return "let it go on, or stop it with Ctrl-C and wait for its end: a kill loses everything"
+        return "let it go on, or stop it with Ctrl-C: the last committed step is safe"
+    if not status.step:
+        return f"megatrain-io train --config {run.config if run.config.exists() else 'FILE'}"
+    if status.max_steps is None or status.step < status.max_steps:
+        return f"megatrain-io train --config {run.config} --resume"
+    return f"done: megatrain-io generate {run.path} --prompt TEXT, or megatrain-io export {run.path} OUT"

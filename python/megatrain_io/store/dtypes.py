@@ -1,0 +1,29 @@
+"""The dtypes of training: what computes, and what a store keeps for it."""
+
+import torch
+
+from megatrain_io.errors import ConfigError
+from megatrain_io.store.layout import ModelLayout, Precision, StateFormat
+
+__all__ = ["DTYPES", "FORMATS", "check_precision", "dtype_of"]
+
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Compute dtype of each precision."""
+
+FORMATS: dict[Precision, StateFormat] = {"bf16": "bf16", "fp32": "f32"}
+"""State format of the store's records for each precision."""
+
+
+def dtype_of(layout: ModelLayout) -> torch.dtype:
+    """Compute dtype of a store's weights."""
+    return torch.bfloat16 if layout.weight_bytes == torch.bfloat16.itemsize else torch.float32
+
+
+def check_precision(option: str, value: str) -> None:
+    """Refuse what is no precision.
+
+    Raises:
+        ConfigError: names ``option`` and what it may be.
+    """
+    if value not in DTYPES:
+        raise ConfigError(f"{option} is {value!r}: it must be one of {', '.join(DTYPES)}")

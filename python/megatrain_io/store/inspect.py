@@ -1,0 +1,104 @@
+"""A store seen from outside, by who does not open it: who holds it, what it says of itself. No torch.
+
+Nothing here decides what may be believed: that does opening, in ``paged_store``. This module answers at once.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatrain_io import _lib
+
+__all__ = ["Glance", "HeldFile", "Owner", "glance", "held", "owner_of", "waiting_line"]
+
+HeldFile = _lib.HeldFile
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds a store, by the hint that it left.
+
+    Attributes:
+        text: all of it, for a sentence.
+        process: its number; None when there is no hint.
+        command: its name.
+        since: local time, as ``2026-11-23 14:02:11``.
+        has_ended: it is gone, and its last writes are landing (or a process that it started has the file).
+    """
+
+    text: str
+    process: int | None
+    command: str
+    since: str
+    has_ended: bool
+
+
+@dataclass(frozen=True)
+class Glance:
+    """The newest state whose superblock, table and blob hold. Its chunks were not looked at.
+
+    Attributes:
+        uuid: of the store.
+        manifest: what it holds, as JSON.
+        generation: number of the state; 1 is the import.
+        blob: the trainer's own state, committed with it.
+        is_clean: the store was closed after that commit.
+        is_of_this_boot: it was committed since the machine was started.
+        is_direct: the file system has direct I/O.
+    """
+
+    uuid: str
+    manifest: str
+    generation: int
+    blob: bytes
+    is_clean: bool
+    is_of_this_boot: bool
+    is_direct: bool
+
+
+def owner_of(path: Path) -> Owner | None:
+    """Who holds the store, or None when nobody does. Waits for nothing.
+
+    Raises:
+        StorageError, FormatError, UnsupportedError: it cannot be asked.
+    """
+    found = _lib.owner_of(path)
+    return None if found is None else Owner(**found)
+
+
+def glance(*paths: Path) -> Glance:
+    """What the store in these files says of itself, also while another process writes it.
+
+    Raises:
+        FormatError: it is no store, it was cut short, or no committed state of it holds.
+        StorageError, UnsupportedError: it cannot be read.
+    """
+    return Glance(**_lib.glance(paths))
+
+
+def waiting_line(path: Path) -> Callable[[str], None]:
+    """What opening calls when a store is held for a second: it says by whom, once, in the log."""
+    return lambda owner: _log.warning(
+        "waiting for the store %s: in use by %s; a killed process holds it until its last writes have landed",
+        path,
+        owner,
+    )
+
+
+@contextmanager
+def held(path: Path) -> Iterator[HeldFile]:
+    """Hold a file while the context lasts, so that nobody opens it as a store.
+
+    Raises:
+        StoreInUseError: another process held it for five seconds.
+        StorageError, FormatError, UnsupportedError: it cannot be opened.
+    """
+    file = HeldFile(path, waiting_line(path))
+    try:
+        yield file
+    finally:
+        file.release()

@@ -1,0 +1,433 @@
+"""The door to the extension for who opens a store: records of the store as tensors, for as long as they are borrowed.
+
+``PagedStore`` owns store, pool and pipeline. A borrowed record is a mapping from parameter name to tensor
+over a buffer of the pool; giving it back with a tensor still alive raises, because the buffer will be
+filled with something else.
+"""
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from megatrain_io import _lib
+from megatrain_io.errors import BufferInUseError, MegatrainIoError
+from megatrain_io.machine.extension import build_info
+from megatrain_io.store.advice import notes_of
+from megatrain_io.store.dtypes import dtype_of
+from megatrain_io.store.inspect import waiting_line
+from megatrain_io.store.layout import ModelLayout, Record, TensorPlace
+from megatrain_io.store.pool import PoolSizes
+from megatrain_io.store.schedule import ChunkOp, Residents
+from megatrain_io.store.verify import VerifyReport, report_of
+
+__all__ = [
+    "AdamWStep",
+    "BorrowedRecord",
+    "CheckedSchedule",
+    "Engine",
+    "Ledger",
+    "OpenStore",
+    "PagedStore",
+    "PieceBuffer",
+    "RecordTensors",
+    "StoreCreator",
+    "TensorSettings",
+    "Transfer",
+    "allocate",
+    "store_memory",
+    "values_of",
+    "verified",
+]
+
+Engine = Literal["auto", "uring", "threads"]
+
+CheckedSchedule = _lib.Schedule
+Ledger = _lib.Ledger
+PieceBuffer = _lib.Buffer
+OpenStore = _lib.Store
+RecordTensors = _lib.Tensors
+StoreCreator = _lib.Creator
+Transfer = _lib.Ticket
+store_memory = _lib.store_memory
+
+_OF_BITS = {torch.uint16: torch.bfloat16, torch.uint32: torch.float32}
+
+if build_info()[1] == "debug":
+    warnings.warn(
+        "the extension was built without optimisation: it is many times slower. Build with --release",
+        stacklevel=2,
+    )
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """Hyperparameters of one update; ``step`` is AdamW's t, counted from 1."""
+
+    step: int
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class TensorSettings:
+    """What one tensor's update differs in: decoupled weight decay, factor on the learning rate."""
+
+    weight_decay: float
+    lr_scale: float = 1.0
+
+
+class BorrowedRecord:
+    """Tensors over one record's buffer; ``tensors`` is empty once it was given back.
+
+    For weights the tensors have the compute dtype, for gradients they are fp32 with arbitrary content.
+    """
+
+    def __init__(self, buffer: _lib.Buffer, record: Record) -> None:
+        self._buffer = buffer
+        flat = values_of(buffer)
+        self.tensors: dict[str, Tensor] = {
+            place.name: flat[place.offset : place.offset + place.elements].view(place.shape)
+            for place in record.tensors
+        }
+
+    def take(self) -> _lib.Buffer:
+        """Drop the tensors and hand out the buffer beneath."""
+        self.tensors = {}
+        return self._buffer
+
+    def give_back(self) -> None:
+        """Return the buffer to the pool.
+
+        Raises:
+            BufferInUseError: a tensor or view over it is still alive.
+        """
+        self.take().release()
+
+
+def values_of(buffer: _lib.Buffer) -> Tensor:
+    """The content of a buffer, flat, as what computes with it: frozen weights come as bits."""
+    flat: Tensor = from_dlpack(buffer)
+    return flat.view(_OF_BITS[flat.dtype]) if flat.dtype in _OF_BITS else flat
+
+
+def allocate(nbytes: int, ledger: Ledger, account: str) -> Tensor:
+    """Zeroed bytes outside torch's heap: huge pages, not inherited by forks, counted until they are gone."""
+    flat: Tensor = from_dlpack(_lib.allocate(nbytes, ledger, account))
+    return flat
+
+
+class PagedStore:
+    """A store, its pool and the pipeline that moves records between them.
+
+    One step at a time: ``begin``, then ``weights`` in the schedule's order, ``gradient`` and ``submit`` for
+    each record to update, ``end``. Everything blocks with the interpreter lock released and gives way to
+    Ctrl-C.
+    """
+
+    def __init__(self, *paths: Path, engine: Engine = "auto", ledger: Ledger | None = None) -> None:
+        """Open the store at its newest whole generation; its files lie at ``paths``, one for each drive.
+
+        A store in use is waited for, five seconds at most: a killed process holds it until its last writes
+        have landed. After one second the log says what is waited for.
+
+        Raises:
+            StoreInUseError, FormatError, CorruptionError, UnsupportedError, StorageError: the store is as
+                it was.
+        """
+        self.ledger = ledger or Ledger()
+        self.path = paths[0]
+        self._store = _lib.Store(paths, engine, self.ledger, waiting_line(self.path))
+        self.layout = ModelLayout.from_manifest(self._store.manifest)
+        self._pipeline: _lib.Pipeline | None = None
+        self.residents = Residents()
+        """What stays in RAM from step to step."""
+        self._borrowed: weakref.WeakSet[BorrowedRecord] = weakref.WeakSet()
+
+    def start(
+        self,
+        pool: PoolSizes,
+        *,
+        residents: Residents | None = None,
+        gradient_files: Sequence[Path] = (),
+        settings: Callable[[TensorPlace], TensorSettings] | None = None,
+        threads: int = 0,
+        kernel: str | None = None,
+        by_chunk: bool = False,
+    ) -> None:
+        """Allocate the pool and start the pipeline; a pipeline started before is closed.
+
+        Args:
+            pool: sizes of all buffers; nothing grows later.
+            residents: what stays in RAM from step to step, in memory of its own.
+            gradient_files: where gradients wait for their norm that have no memory of their own, one for each
+                drive. They have no name afterwards.
+            settings: weight decay and learning-rate scale of each tensor; None reads only.
+            threads: for AdamW and checksums; 0 = one for each core.
+            kernel: one of ``adamw_kernels()``; None = the fastest.
+            by_chunk: a buffer holds a chunk, not a record: ``take_piece`` and so on take the place of
+                ``weights``, ``gradient`` and ``submit``, and schedules are checked with ``by_chunk``.
+        """
+        self._stop()
+        tensors: list[tuple[int, int, int, float, float]] = []
+        for place in self.layout.tensors() if settings else ():
+            chosen = settings(place) if settings else TensorSettings(0.0)
+            tensors.append((place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale))
+        sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
+        self.residents = own = residents or Residents()
+        stay = (
+            self._pieces(own.records, by_chunk=by_chunk),
+            sorted(own.chunks),
+            self._pieces(own.gradients, by_chunk=by_chunk),
+        )
+        self._pipeline = _lib.Pipeline(
+            self._store, sizes, threads, kernel, tensors, stay, list(gradient_files), by_chunk
+        )
+
+    def check(self, schedule: Sequence[ChunkOp], *, by_chunk: bool = False) -> CheckedSchedule:
+        """Check a schedule against the store, once, for any number of steps."""
+        operations = [(operation.kind, operation.chunk.index) for operation in schedule]
+        return _lib.Schedule(self._store, operations, by_chunk)
+
+    def begin(self, schedule: CheckedSchedule, adamw: AdamWStep, *, commits: bool = False) -> None:
+        """Begin a step: its reads start at once.
+
+        Args:
+            schedule: of the step.
+            adamw: hyperparameters of its updates.
+            commits: whether ``end`` will get a blob: then what stays in RAM is written as it is updated.
+        """
+        settings = (adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.eps, adamw.step)
+        self._running().begin(schedule, settings, commits)
+
+    def weights(self, record: int) -> BorrowedRecord:
+        """The weights of the schedule's next load, which must be of ``record``; waits for them."""
+        return self._borrow(self._running().take_weights(record), record)
+
+    def gradient(self, record: int) -> BorrowedRecord:
+        """An fp32 gradient buffer for ``record``, content arbitrary; waits for a free one."""
+        return self._borrow(self._running().take_gradient(record), record)
+
+    def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
+        """Hand a record's gradient over: it is updated and written behind our back.
+
+        Raises:
+            BufferInUseError: a tensor over weights or gradient is still alive.
+        """
+        self._running().submit(record, weights.take(), gradient.take())
+
+    def take_piece(self, chunk: int) -> PieceBuffer:
+        """By chunk: the weights of the schedule's next load; waits for them."""
+        return self._running().take_weights(chunk)
+
+    def try_piece(self, chunk: int, patience: float) -> PieceBuffer | None:
+        """By chunk: the weights of the schedule's next load; None when ``patience`` seconds have passed."""
+        return self._running().take_weights(chunk, patience)
+
+    def try_piece_gradient(self, chunk: int, patience: float) -> PieceBuffer | None:
+        """By chunk: an fp32 gradient buffer, content arbitrary; None when none comes free for so long."""
+        return self._running().take_gradient(chunk, patience)
+
+    def try_outgoing(self, chunk: int, patience: float) -> PieceBuffer | None:
+        """By chunk: a buffer for weights that come back for their update; None likewise."""
+        return self._running().take_outgoing(chunk, patience)
+
+    def submit_piece(self, chunk: int, weights: PieceBuffer | None, gradient: PieceBuffer) -> None:
+        """By chunk: hand a gradient over; without weights if the step only keeps it."""
+        self._running().submit(chunk, weights, gradient)
+
+    def gradient_norm(self) -> float:
+        """The norm over all gradients of the step that was begun; waits for the last one.
+
+        Squares are summed in f64 in an order that depends on the tensors alone (docs/design.md).
+
+        Raises:
+            NotFiniteError: one of them is NaN or infinite; says of which record.
+        """
+        return math.sqrt(self._running().squares())
+
+    def end(self, blob: bytes | None, applied: float | None = None) -> None:
+        """End the step; with a trainer blob it is committed while the next one begins.
+
+        Args:
+            blob: the trainer's state; None = the step becomes durable with the next commit.
+            applied: the next step applies the gradients that this one kept, multiplied by this (exact as fp32),
+                and updates of this one are taken back; None = they stand.
+        """
+        self._running().end(blob, applied)
+
+    def wait_durable(self) -> None:
+        """Wait until every ended step is written, and durable if it was to be committed."""
+        self._running().wait_settled()
+
+    def abort(self) -> None:
+        """Drop the step under way, and with it everything since the last commit.
+
+        A step that has ended with a blob is committed first. ``blob`` says from which step to go on.
+        """
+        for borrowed in list(self._borrowed):
+            # A tensor that somebody still holds keeps its buffer until it dies.
+            with suppress(BufferInUseError, MegatrainIoError):
+                borrowed.give_back()
+        self._borrowed.clear()
+        if self._pipeline is not None:
+            self._pipeline.abort()
+
+    def read_plane(self, chunk: int, plane: str) -> bytes:
+        """Little-endian bytes of a chunk's ``weight``, ``master``, ``exp_avg`` or ``exp_avg_sq``."""
+        return self._store.read_plane(chunk, plane)
+
+    def read_tensor(self, place: TensorPlace, plane: str) -> Tensor:
+        """One committed tensor: ``weight`` in the compute dtype, the other planes in fp32.
+
+        Between steps only: chunks read while a commit is under way could be of two generations.
+        """
+        dtype = torch.float32 if plane != "weight" else dtype_of(self.layout)
+        width = dtype.itemsize
+        if self._pipeline is not None:
+            self._pipeline.wait_settled()
+        out = torch.empty(place.elements, dtype=dtype)
+        end = place.offset + place.elements
+        for chunk in self.layout.chunks_of(place.record):
+            start, stop = max(chunk.start, place.offset), min(chunk.start + chunk.parameters, end)
+            if start < stop:
+                values = bytearray(self._store.read_plane(chunk.index, plane))
+                part = torch.frombuffer(values, dtype=dtype)
+                out[start - place.offset : stop - place.offset] = part[
+                    start - chunk.start : stop - chunk.start
+                ]
+        if width * place.elements == 0:
+            raise ValueError(f"{place.name} has no elements")
+        return out.view(place.shape)
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Read everything back and compare every checksum of the committed state."""
+        return verified(self._store, progress)
+
+    def pool_memory(self) -> Tensor:
+        """All memory of the pool, for its address and length alone; a tensor over it keeps it mapped."""
+        memory: Tensor = from_dlpack(self._running().pool_memory())
+        return memory
+
+    @property
+    def uuid(self) -> str:
+        """The store's UUID."""
+        return self._store.uuid
+
+    @property
+    def generation(self) -> int:
+        """Number of the newest committed state; 1 is the import."""
+        return self._store.generation
+
+    @property
+    def blob(self) -> bytes:
+        """The trainer's own state, committed with that generation."""
+        return self._store.blob
+
+    @property
+    def manifest(self) -> str:
+        """What the store holds, as JSON."""
+        return self._store.manifest
+
+    @property
+    def engine(self) -> tuple[str, str | None]:
+        """The engine in use, and why it is not io_uring where that was left open."""
+        return self._store.engine
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether transfers bypass the page cache."""
+        return self._store.is_direct
+
+    @property
+    def dio_alignment(self) -> tuple[int, int] | None:
+        """What direct transfers must be aligned to, in memory and in the file; None where the kernel does not say."""
+        return self._store.dio_alignment
+
+    @property
+    def notes(self) -> list[str]:
+        """What costs speed here, one sentence each."""
+        pipeline = self._pipeline
+        if pipeline is None:
+            return notes_of(self._store)
+        return notes_of(self._store, pipeline.registration_refused, pipeline.huge_pages)
+
+    def io_bytes(self) -> tuple[int, int]:
+        """Bytes read and written through the engine since the store was opened."""
+        return self._store.io_bytes()
+
+    def timings(self) -> Mapping[str, float]:
+        """Seconds since ``start``: ``stall_`` and a cause for each, time in updates and in verifying."""
+        return dict(self._running().timings())
+
+    def record_events(self) -> None:
+        """Record what the pipeline does from now on, for ``take_events``."""
+        self._running().record_events()
+
+    def take_events(self) -> tuple[list[tuple[str, str, int | None, int, int]], int]:
+        """Lane, name, chunk, start and end of each event since the last call, and how many more were dropped."""
+        return ([], 0) if self._pipeline is None else self._pipeline.take_events()
+
+    def close(self) -> None:
+        """Wait until ended steps are durable, stop, and mark the store clean.
+
+        A step under way is dropped.
+
+        Raises:
+            StorageError, StoreFailedError: an ended step could not be made durable.
+        """
+        try:
+            if self._pipeline is not None:
+                self._pipeline.wait_settled()
+        finally:
+            self._stop()
+            self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error that one is the news, not what closing then meets.
+        with suppress(MegatrainIoError) if error is not None else nullcontext():
+            self.close()
+
+    def _borrow(self, buffer: _lib.Buffer, record: int) -> BorrowedRecord:
+        borrowed = BorrowedRecord(buffer, self.layout.records[record])
+        self._borrowed.add(borrowed)
+        return borrowed
+
+    def _pieces(self, records: Collection[int], *, by_chunk: bool) -> list[int]:
+        if not by_chunk:
+            return sorted(records)
+        return [chunk.index for record in sorted(records) for chunk in self.layout.chunks_of(record)]
+
+    def _running(self) -> _lib.Pipeline:
+        if self._pipeline is None:
+            raise RuntimeError("the pipeline was not started: call start() first")
+        return self._pipeline
+
+    def _stop(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+
+
+def verified(store: OpenStore, progress: Callable[[int, int], None] | None) -> VerifyReport:
+    """Read everything that is committed back and compare every checksum."""
+    return report_of(store.verify(progress))

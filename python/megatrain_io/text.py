@@ -1,0 +1,54 @@
+"""Figures for a person, each with its unit."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.filesize import decimal
+
+__all__ = ["gib", "mib", "rows", "whole_mib"]
+
+_SMALL = 64 << 20
+
+
+def mib(nbytes: int) -> str:
+    """Mebibytes, rounded up, so that what is named is enough; small ones with a decimal."""
+    if nbytes < _SMALL:
+        return f"{math.ceil(nbytes / (1 << 20) * 10) / 10} MiB"
+    return whole_mib(nbytes)
+
+
+def whole_mib(nbytes: int) -> str:
+    """Mebibytes, rounded up to whole ones."""
+    return f"{-(-nbytes // (1 << 20))} MiB"
+
+
+def gib(nbytes: int) -> str:
+    """Memory, as memory is sold."""
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def rows(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """One line for each figure, with the unit that its name says."""
+    width = max(map(len, result), default=0)
+    for name, value in result.items():
+        label = f"{indent}{name.replace('_', ' '):<{width}}"
+        if isinstance(value, Mapping):
+            yield label.rstrip()
+            yield from rows(value, indent + "  ")
+        elif value is not None:
+            yield f"{label}  {_figure(name, value)}"
+
+
+def _figure(name: str, value: Any) -> str:
+    if isinstance(value, tuple | list) and value:  # an account: current and peak
+        return f"{_memory(value[0])}, peak {_memory(value[-1])}"
+    if name.startswith("peak_"):
+        return _memory(value)
+    if "bytes" in name and isinstance(value, int):
+        return decimal(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _memory(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

@@ -1,0 +1,154 @@
+"""Whom the probe accepts, whom it refuses and in what words, and the small copies that it makes."""
+
+from logging import StreamHandler
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from megatrain_io.errors import UnsupportedModelError
+from megatrain_io.models.partition import PartitionedModel
+from megatrain_io.models.probe import probe
+from megatrain_io.models.shrink import shrink_config
+
+PACKS = {
+    "llama": True,
+    "qwen2": True,
+    "qwen3": True,
+    "mistral": True,
+    "gemma2": True,
+    "gemma3_text": True,
+    "gpt2": True,
+    "gpt_neox": True,
+    "olmo2": True,
+    "olmo3": True,
+    "phi3": True,
+    "mixtral": True,
+    "qwen3_moe": True,
+    "deepseek_v3": True,  # latent attention
+    "gemma4_unified_text": True,  # layers with head sizes of their own
+    "gptj": True,  # blocks that return tuples, rotary dimensions by number
+    "falcon": None,  # older transformers mix them
+    "opt": False,
+    "qwen3_next": False,
+}
+
+
+@pytest.mark.parametrize("model_type", PACKS)
+def test_architectures_are_accepted_at_the_size_they_were_published(model_type):
+    """`packs`: whether documents in one row are kept apart (the stock models themselves mix some)."""
+    spec = probe(AutoConfig.for_model(model_type))
+    assert spec.model_type == model_type
+    expected = PACKS[model_type]
+    assert spec.packs is (keeps_apart(model_type) if expected is None else expected)
+
+
+@torch.no_grad()
+def keeps_apart(model_type):
+    """Whether the stock model's scores of a row's second document do not change with the first one."""
+    stock = AutoModelForCausalLM.from_config(shrink_config(AutoConfig.for_model(model_type))).eval()
+    rows = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    rows[1, 4:] = rows[0, 4:]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    one, other = (stock(row[None], position_ids=positions, use_cache=False).logits[0, 4:] for row in rows)
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "reason"),
+    [
+        ("gemma3n_text", {}, "inputs besides the hidden state that carry gradient"),
+        ("doge", {}, "block by block the gradient of .* is not as in memory"),
+        ("openai-gpt", {}, "no list of decoder blocks is marked .* block_list="),
+        ("ctrl", {}, "no list of decoder blocks is marked"),
+        ("bert", {}, "looks at later tokens"),
+        ("t5", {}, "no causal language model of this type"),
+        ("bart", {}, "does not compute its loss by transformers' loss_function"),
+        ("gemma3", {}, r"takes no part in the loss of a text; use the configuration of the text model"),
+        ("hrm_text", {}, r"calls the blocks of .* in the order"),
+        ("deepseek_v32", {}, r"no gradient reaches parameter .*indexer"),
+        ("mixtral", {"output_router_logits": True}, "set it to false"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
+        ("mamba2", {}, "small_config="),
+    ],
+)
+def test_what_cannot_be_equal_is_refused_by_name(model_type, values, reason):
+    with pytest.raises(UnsupportedModelError, match=f"^{model_type}: .*{reason}"):
+        probe(AutoConfig.for_model(model_type, **values))
+
+
+def test_a_loss_that_differs_is_refused_though_its_gradients_agree(monkeypatch):
+    loss_of = PartitionedModel.loss
+    monkeypatch.setattr(PartitionedModel, "loss", lambda *args: loss_of(*args) + 1)
+    with pytest.raises(UnsupportedModelError, match=r"^llama: block by block its loss is .* as in memory"):
+        probe(AutoConfig.for_model("llama"))
+
+
+def test_blocks_can_be_named_by_hand():
+    config = AutoConfig.for_model("openai-gpt")
+    assert probe(config, block_list="transformer.h").output_entries == 1
+    with pytest.raises(UnsupportedModelError, match=r"openai-gpt: it has no module list transformer\.layers"):
+        probe(config, block_list="transformer.layers")
+
+
+def test_the_small_copy_can_be_made_by_hand():
+    config = AutoConfig.for_model("mamba2")
+    small = AutoConfig.for_model(
+        "mamba2",
+        vocab_size=97,
+        hidden_size=32,
+        num_heads=8,
+        head_dim=8,
+        state_size=8,
+        n_groups=1,
+        num_hidden_layers=2,
+        chunk_size=8,
+    )
+    before = small.to_dict()
+    assert not probe(config, small_config=small).packs
+    assert small.to_dict() == before
+    with pytest.raises(UnsupportedModelError, match="at most 33,554,432 with small_config="):
+        probe(config, small_config=config)
+
+
+def test_the_small_copy_keeps_a_layer_of_each_kind_and_leaves_the_configuration_alone():
+    config = AutoConfig.for_model("gemma3_text")
+    before = config.to_dict()
+    small = shrink_config(config)
+    assert config.to_dict() == before
+    assert set(small.layer_types) == set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert small.layer_types[-1] == config.layer_types[-1]
+    assert 3 <= small.num_hidden_layers == len(small.layer_types) <= 4
+    assert small.num_key_value_heads < small.num_attention_heads
+    assert max(small.hidden_size, small.intermediate_size, small.vocab_size) <= 256
+
+
+def test_the_probe_leaves_no_trace(recwarn):
+    config = AutoConfig.for_model("gpt2")  # transformers warns of its loss type, once a process
+    logging.warning_once.cache_clear()
+    messages, verbosity = Messages(), logging.get_verbosity()
+    logging.add_handler(messages)
+    logging.set_verbosity_warning()
+    before, state = config.to_dict(), torch.get_rng_state()
+    try:
+        probe(config)
+        assert logging.get_verbosity() == logging.logging.WARNING
+    finally:
+        logging.remove_handler(messages)
+        logging.set_verbosity(verbosity)
+    assert messages.found == []
+    assert len(recwarn) == 0
+    assert config.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Messages(StreamHandler):
+    """What transformers has to say."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def emit(self, record):
+        self.found.append(record.getMessage())

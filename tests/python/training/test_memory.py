@@ -1,0 +1,50 @@
+"""RAM: what grows with the model, and whether the ledger knows all of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import memory_of_training
+from memory_of_training import shape
+from paged import DRIVES, PROFILE, Case, files, make_store
+
+TOKENS = 128
+
+
+def measure(folder: Path, layers: int, hidden: int) -> dict:
+    """The least of five processes: which holes its heap has is chance, and each may keep some matrices of 1.5 MB.
+
+    What training itself takes besides the ledger's accounts is in all of them.
+    """
+    case = Case(dtype=torch.bfloat16, overrides=shape(layers, hidden))
+    store = folder / f"{layers}x{hidden}"
+    make_store(store, case)
+    script = Path(memory_of_training.__file__)
+    command = [sys.executable, str(script), str(store), str(layers), str(hidden), "bfloat16", str(TOKENS)]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "", PROFILE: str(DRIVES)}
+    measured = []
+    for _ in range(5):
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=paths)
+        measured.append(json.loads(done.stdout))
+        if measured[-1]["growth"] <= measured[-1]["ledger"]:
+            break  # within both bounds below: another could not change the verdict
+    for file in files(store):
+        file.unlink()
+    return min(measured, key=lambda each: each["growth"])
+
+
+@pytest.mark.timeout(300)
+def test_ram_does_not_grow_with_depth_and_the_ledger_knows_all_of_it(tmp_path):
+    small, large = measure(tmp_path, 10, 384), measure(tmp_path, 30, 384)
+    saved = large["accounts"]["activations"] - small["accounts"]["activations"]
+    added = large["parameters"] - small["parameters"]
+    assert large["ledger"] - small["ledger"] <= saved + 0.002 * added, (small, large)
+    # Not with what the smaller one's process took: which buffers a short run ever fills is a matter of timing.
+    assert large["growth"] - small["ledger"] <= saved + 0.1 * added, (small, large)
+    for measured in (small, large):
+        assert measured["growth"] <= 1.05 * measured["ledger"], measured

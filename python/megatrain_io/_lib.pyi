@@ -14,7 +14,7 @@ __all__ = [
     "Schedule",
     "ScratchFile",
     "Store",
-    "Tensors",
+    "RecordTensors",
     "Ticket",
     "Workload",
     "adamw_kernels",
@@ -288,10 +288,10 @@ class Ticket:
         """The memory that a prefetch has filled."""
 
 @final
-class Tensors:
-    """Tensors of one store, by record: memory, transfers, commit."""
+class RecordTensors:
+    """RecordTensors of one store, by record: memory, transfers, commit."""
 
-    def __new__(cls, store: Store, memory_nbytes: int, account: str | None = None) -> Tensors:
+    def __new__(cls, store: Store, memory_nbytes: int, account: str | None = None) -> RecordTensors:
         """With ``account`` the memory stands under that name, and no tensor elsewhere can be put or read."""
 
     @property

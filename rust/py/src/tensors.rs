@@ -53,12 +53,12 @@ impl Ticket {
 /// Tensors of one store, by record: memory, transfers, commit.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
-pub(crate) struct Tensors {
+pub(crate) struct RecordTensors {
     inner: Mutex<Option<Arc<tensors::Tensors>>>,
 }
 
 #[pymethods]
-impl Tensors {
+impl RecordTensors {
     /// With `account` the memory stands under that name, and no tensor elsewhere can be put or read.
     #[new]
     #[pyo3(signature = (store, memory_nbytes, account = None))]
@@ -168,7 +168,7 @@ impl Tensors {
     }
 }
 
-impl Tensors {
+impl RecordTensors {
     fn get(&self) -> PyResult<Arc<tensors::Tensors>> {
         let tensors = self.inner.lock().unwrap_or_else(PoisonError::into_inner).clone();
         tensors.ok_or_else(|| raise(Error::invalid("the store is closed")))

@@ -15,7 +15,7 @@ __all__ = [
     "ScratchFile",
     "Store",
     "RecordTensors",
-    "Ticket",
+    "Transfer",
     "Workload",
     "adamw_kernels",
     "adamw_step",
@@ -276,7 +276,7 @@ class Pipeline:
         """Finish the steps that have ended, drop one under way, and stop."""
 
 @final
-class Ticket:
+class Transfer:
     """Something that was asked for; it goes on whether or not anybody waits."""
 
     @property
@@ -304,25 +304,25 @@ class RecordTensors:
     def allocate(self, nbytes: int) -> Buffer | None:
         """Memory for ``nbytes``; None when no free run is as long."""
 
-    def put(self, record: int, content: Any) -> Ticket:
+    def put(self, record: int, content: Any) -> Transfer:
         """Write a tensor, given as its bytes."""
 
     def read_into(self, record: int, content: Any) -> None:
         """Read a tensor into writable bytes and wait for it."""
 
-    def put_front(self, record: int, content: Any) -> Ticket:
+    def put_front(self, record: int, content: Any) -> Transfer:
         """Write memory of the store, all that was allocated at once, as a tensor's first chunks."""
 
-    def fill_front(self, record: int, content: Any) -> Ticket:
+    def fill_front(self, record: int, content: Any) -> Transfer:
         """Begin to read a tensor's first chunks into memory of the store, all that was allocated at once."""
 
-    def prefetch(self, record: int) -> Ticket | None:
+    def prefetch(self, record: int) -> Transfer | None:
         """Begin to read a tensor into memory of the store; None when no free run is as long."""
 
-    def commit(self) -> Ticket:
+    def commit(self) -> Transfer:
         """Make everything that was put before durable, all at once."""
 
-    def settle(self) -> Ticket:
+    def settle(self) -> Transfer:
         """Ends when everything that was asked for before has ended."""
 
     def close(self) -> None:

@@ -57,7 +57,7 @@ PieceBuffer = _lib.Buffer
 OpenStore = _lib.Store
 RecordTensors = _lib.RecordTensors
 StoreCreator = _lib.Creator
-Transfer = _lib.Ticket
+Transfer = _lib.Transfer
 store_memory = _lib.store_memory
 
 _OF_BITS = {torch.uint16: torch.bfloat16, torch.uint32: torch.float32}

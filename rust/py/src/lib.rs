@@ -36,7 +36,7 @@ mod lib {
     #[pymodule_export]
     use crate::store::{Creator, Ledger, Store};
     #[pymodule_export]
-    use crate::tensors::{RecordTensors, Ticket};
+    use crate::tensors::{RecordTensors, Transfer};
     #[pymodule_export]
     use crate::{adamw_kernels, build_info, probe_uring, store_memory};
 }

@@ -7,7 +7,7 @@ from typing import Any, TypedDict, final, overload
 
 __all__ = [
     "Buffer",
-    "Creator",
+    "StoreCreator",
     "HeldFile",
     "Ledger",
     "Pipeline",
@@ -86,12 +86,12 @@ class Ledger:
         """``(current, peak)`` of all accounts together, in bytes."""
 
 @final
-class Creator:
+class StoreCreator:
     """A store that is being filled by an import."""
 
     def __new__(
         cls, paths: Sequence[str | PathLike[str]], manifest: bytes, engine: str, ledger: Ledger
-    ) -> Creator: ...
+    ) -> StoreCreator: ...
     def chunks(self) -> list[tuple[int, int, int]]:
         """``(record, start, parameters)`` of every chunk."""
 

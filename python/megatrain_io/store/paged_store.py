@@ -56,7 +56,7 @@ Ledger = _lib.Ledger
 PieceBuffer = _lib.Buffer
 OpenStore = _lib.Store
 RecordTensors = _lib.RecordTensors
-StoreCreator = _lib.Creator
+StoreCreator = _lib.StoreCreator
 Transfer = _lib.Transfer
 store_memory = _lib.store_memory
 

@@ -34,7 +34,7 @@ mod lib {
     #[pymodule_export]
     use crate::pipeline::{Pipeline, Schedule};
     #[pymodule_export]
-    use crate::store::{Creator, Ledger, Store};
+    use crate::store::{Ledger, Store, StoreCreator};
     #[pymodule_export]
     use crate::tensors::{RecordTensors, Transfer};
     #[pymodule_export]

@@ -11,7 +11,7 @@ __all__ = [
     "HeldFile",
     "Ledger",
     "Pipeline",
-    "Schedule",
+    "CheckedSchedule",
     "ScratchFile",
     "Store",
     "RecordTensors",
@@ -168,12 +168,12 @@ class HeldFile:
         """Let the file go."""
 
 @final
-class Schedule:
+class CheckedSchedule:
     """The chunk operations of one step, checked against a store."""
 
     def __new__(
         cls, store: Store, operations: Sequence[tuple[str, int]], by_chunk: bool = False
-    ) -> Schedule: ...
+    ) -> CheckedSchedule: ...
 
 @final
 class Buffer:
@@ -217,7 +217,7 @@ class Pipeline:
     def registration_refused(self) -> str | None: ...
     @property
     def huge_pages(self) -> tuple[int, int] | None: ...
-    def begin(self, schedule: Schedule, adamw: tuple[float, float, float, float, int], commits: bool) -> None:
+    def begin(self, schedule: CheckedSchedule, adamw: tuple[float, float, float, float, int], commits: bool) -> None:
         """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
 
     @overload

@@ -51,7 +51,7 @@ __all__ = [
 
 Engine = Literal["auto", "uring", "threads"]
 
-CheckedSchedule = _lib.Schedule
+CheckedSchedule = _lib.CheckedSchedule
 Ledger = _lib.Ledger
 PieceBuffer = _lib.Buffer
 OpenStore = _lib.Store
@@ -198,7 +198,7 @@ class PagedStore:
     def check(self, schedule: Sequence[ChunkOp], *, by_chunk: bool = False) -> CheckedSchedule:
         """Check a schedule against the store, once, for any number of steps."""
         operations = [(operation.kind, operation.chunk.index) for operation in schedule]
-        return _lib.Schedule(self._store, operations, by_chunk)
+        return _lib.CheckedSchedule(self._store, operations, by_chunk)
 
     def begin(self, schedule: CheckedSchedule, adamw: AdamWStep, *, commits: bool = False) -> None:
         """Begin a step: its reads start at once.

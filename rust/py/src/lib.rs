@@ -32,7 +32,7 @@ mod lib {
     #[pymodule_export]
     use crate::outside::{HeldFile, dio_alignment, glance, owner_of};
     #[pymodule_export]
-    use crate::pipeline::{Pipeline, Schedule};
+    use crate::pipeline::{CheckedSchedule, Pipeline};
     #[pymodule_export]
     use crate::store::{Ledger, Store, StoreCreator};
     #[pymodule_export]

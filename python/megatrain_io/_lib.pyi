@@ -7,14 +7,14 @@ from typing import Any, TypedDict, final, overload
 
 __all__ = [
     "Buffer",
-    "StoreCreator",
+    "CheckedSchedule",
     "HeldFile",
     "Ledger",
     "Pipeline",
-    "CheckedSchedule",
+    "RecordTensors",
     "ScratchFile",
     "Store",
-    "RecordTensors",
+    "StoreCreator",
     "Transfer",
     "Workload",
     "adamw_kernels",
@@ -217,7 +217,9 @@ class Pipeline:
     def registration_refused(self) -> str | None: ...
     @property
     def huge_pages(self) -> tuple[int, int] | None: ...
-    def begin(self, schedule: CheckedSchedule, adamw: tuple[float, float, float, float, int], commits: bool) -> None:
+    def begin(
+        self, schedule: CheckedSchedule, adamw: tuple[float, float, float, float, int], commits: bool
+    ) -> None:
         """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
 
     @overload
@@ -289,7 +291,7 @@ class Transfer:
 
 @final
 class RecordTensors:
-    """RecordTensors of one store, by record: memory, transfers, commit."""
+    """Tensors of one store, by record: memory, transfers, commit."""
 
     def __new__(cls, store: Store, memory_nbytes: int, account: str | None = None) -> RecordTensors:
         """With ``account`` the memory stands under that name, and no tensor elsewhere can be put or read."""

@@ -36,10 +36,10 @@ __all__ = [
     "CheckedSchedule",
     "Engine",
     "Ledger",
-    "OpenStore",
     "PagedStore",
     "PieceBuffer",
     "RecordTensors",
+    "Store",
     "StoreCreator",
     "TensorSettings",
     "Transfer",
@@ -54,7 +54,7 @@ Engine = Literal["auto", "uring", "threads"]
 CheckedSchedule = _lib.CheckedSchedule
 Ledger = _lib.Ledger
 PieceBuffer = _lib.Buffer
-OpenStore = _lib.Store
+Store = _lib.Store
 RecordTensors = _lib.RecordTensors
 StoreCreator = _lib.StoreCreator
 Transfer = _lib.Transfer
@@ -428,6 +428,6 @@ class PagedStore:
             self._pipeline = None
 
 
-def verified(store: OpenStore, progress: Callable[[int, int], None] | None) -> VerifyReport:
+def verified(store: Store, progress: Callable[[int, int], None] | None) -> VerifyReport:
     """Read everything that is committed back and compare every checksum."""
     return report_of(store.verify(progress))

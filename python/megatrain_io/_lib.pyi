@@ -7,15 +7,15 @@ from typing import Any, TypedDict, final, overload
 
 __all__ = [
     "Buffer",
-    "Creator",
+    "CheckedSchedule",
     "HeldFile",
     "Ledger",
     "Pipeline",
-    "Schedule",
+    "RecordTensors",
     "ScratchFile",
     "Store",
-    "Tensors",
-    "Ticket",
+    "StoreCreator",
+    "Transfer",
     "Workload",
     "adamw_kernels",
     "adamw_step",
@@ -86,12 +86,12 @@ class Ledger:
         """``(current, peak)`` of all accounts together, in bytes."""
 
 @final
-class Creator:
+class StoreCreator:
     """A store that is being filled by an import."""
 
     def __new__(
         cls, paths: Sequence[str | PathLike[str]], manifest: bytes, engine: str, ledger: Ledger
-    ) -> Creator: ...
+    ) -> StoreCreator: ...
     def chunks(self) -> list[tuple[int, int, int]]:
         """``(record, start, parameters)`` of every chunk."""
 
@@ -168,12 +168,12 @@ class HeldFile:
         """Let the file go."""
 
 @final
-class Schedule:
+class CheckedSchedule:
     """The chunk operations of one step, checked against a store."""
 
     def __new__(
         cls, store: Store, operations: Sequence[tuple[str, int]], by_chunk: bool = False
-    ) -> Schedule: ...
+    ) -> CheckedSchedule: ...
 
 @final
 class Buffer:
@@ -217,7 +217,9 @@ class Pipeline:
     def registration_refused(self) -> str | None: ...
     @property
     def huge_pages(self) -> tuple[int, int] | None: ...
-    def begin(self, schedule: Schedule, adamw: tuple[float, float, float, float, int], commits: bool) -> None:
+    def begin(
+        self, schedule: CheckedSchedule, adamw: tuple[float, float, float, float, int], commits: bool
+    ) -> None:
         """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
 
     @overload
@@ -276,7 +278,7 @@ class Pipeline:
         """Finish the steps that have ended, drop one under way, and stop."""
 
 @final
-class Ticket:
+class Transfer:
     """Something that was asked for; it goes on whether or not anybody waits."""
 
     @property
@@ -288,10 +290,10 @@ class Ticket:
         """The memory that a prefetch has filled."""
 
 @final
-class Tensors:
+class RecordTensors:
     """Tensors of one store, by record: memory, transfers, commit."""
 
-    def __new__(cls, store: Store, memory_nbytes: int, account: str | None = None) -> Tensors:
+    def __new__(cls, store: Store, memory_nbytes: int, account: str | None = None) -> RecordTensors:
         """With ``account`` the memory stands under that name, and no tensor elsewhere can be put or read."""
 
     @property
@@ -304,25 +306,25 @@ class Tensors:
     def allocate(self, nbytes: int) -> Buffer | None:
         """Memory for ``nbytes``; None when no free run is as long."""
 
-    def put(self, record: int, content: Any) -> Ticket:
+    def put(self, record: int, content: Any) -> Transfer:
         """Write a tensor, given as its bytes."""
 
     def read_into(self, record: int, content: Any) -> None:
         """Read a tensor into writable bytes and wait for it."""
 
-    def put_front(self, record: int, content: Any) -> Ticket:
+    def put_front(self, record: int, content: Any) -> Transfer:
         """Write memory of the store, all that was allocated at once, as a tensor's first chunks."""
 
-    def fill_front(self, record: int, content: Any) -> Ticket:
+    def fill_front(self, record: int, content: Any) -> Transfer:
         """Begin to read a tensor's first chunks into memory of the store, all that was allocated at once."""
 
-    def prefetch(self, record: int) -> Ticket | None:
+    def prefetch(self, record: int) -> Transfer | None:
         """Begin to read a tensor into memory of the store; None when no free run is as long."""
 
-    def commit(self) -> Ticket:
+    def commit(self) -> Transfer:
         """Make everything that was put before durable, all at once."""
 
-    def settle(self) -> Ticket:
+    def settle(self) -> Transfer:
         """Ends when everything that was asked for before has ended."""
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from megatrain_io.errors import MegatrainIoError, NoSpaceError, StorageError
 from megatrain_io.store.inspect import held, waiting_line
-from megatrain_io.store.paged_store import Engine, Ledger, OpenStore, RecordTensors, StoreCreator, Transfer
+from megatrain_io.store.paged_store import Engine, Ledger, RecordTensors, Store, StoreCreator, Transfer
 from megatrain_io.store.tensor_manifest import TensorSpec, manifest_of
 
 __all__ = ["ACCOUNT", "ActivationFile", "remove_abandoned"]
@@ -61,7 +61,7 @@ class ActivationFile:
         remove_abandoned(paths)
         try:
             StoreCreator(list(paths), manifest, engine, ledger).finish(b"")
-            self._store = OpenStore(list(paths), engine, ledger, waiting_line(paths[0]))
+            self._store = Store(list(paths), engine, ledger, waiting_line(paths[0]))
         except NoSpaceError as error:
             raise NoSpaceError(
                 f"{paths[0]}: the inputs of {blocks} blocks, {nbytes} bytes each, do not fit on the drive: {error}. "

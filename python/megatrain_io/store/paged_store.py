@@ -36,10 +36,10 @@ __all__ = [
     "CheckedSchedule",
     "Engine",
     "Ledger",
-    "OpenStore",
     "PagedStore",
     "PieceBuffer",
     "RecordTensors",
+    "Store",
     "StoreCreator",
     "TensorSettings",
     "Transfer",
@@ -51,13 +51,13 @@ __all__ = [
 
 Engine = Literal["auto", "uring", "threads"]
 
-CheckedSchedule = _lib.Schedule
+CheckedSchedule = _lib.CheckedSchedule
 Ledger = _lib.Ledger
 PieceBuffer = _lib.Buffer
-OpenStore = _lib.Store
-RecordTensors = _lib.Tensors
-StoreCreator = _lib.Creator
-Transfer = _lib.Ticket
+Store = _lib.Store
+RecordTensors = _lib.RecordTensors
+StoreCreator = _lib.StoreCreator
+Transfer = _lib.Transfer
 store_memory = _lib.store_memory
 
 _OF_BITS = {torch.uint16: torch.bfloat16, torch.uint32: torch.float32}
@@ -198,7 +198,7 @@ class PagedStore:
     def check(self, schedule: Sequence[ChunkOp], *, by_chunk: bool = False) -> CheckedSchedule:
         """Check a schedule against the store, once, for any number of steps."""
         operations = [(operation.kind, operation.chunk.index) for operation in schedule]
-        return _lib.Schedule(self._store, operations, by_chunk)
+        return _lib.CheckedSchedule(self._store, operations, by_chunk)
 
     def begin(self, schedule: CheckedSchedule, adamw: AdamWStep, *, commits: bool = False) -> None:
         """Begin a step: its reads start at once.
@@ -428,6 +428,6 @@ class PagedStore:
             self._pipeline = None
 
 
-def verified(store: OpenStore, progress: Callable[[int, int], None] | None) -> VerifyReport:
+def verified(store: Store, progress: Callable[[int, int], None] | None) -> VerifyReport:
     """Read everything that is committed back and compare every checksum."""
     return report_of(store.verify(progress))

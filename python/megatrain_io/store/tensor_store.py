@@ -28,8 +28,8 @@ from megatrain_io.store.inspect import waiting_line
 from megatrain_io.store.paged_store import (
     Engine,
     Ledger,
-    OpenStore,
     RecordTensors,
+    Store,
     StoreCreator,
     Transfer,
     verified,
@@ -111,7 +111,7 @@ class TensorStore:
         self.ledger = ledger
         self._turn = threading.RLock()
         self._prefetched: dict[str, PrefetchTicket] = {}
-        self._store = OpenStore(paths, engine, ledger, waiting_line(path))
+        self._store = Store(paths, engine, ledger, waiting_line(path))
         try:
             manifest = json.loads(self._store.manifest)
             self._specs = specs_of(manifest, path)

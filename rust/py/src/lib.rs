@@ -32,11 +32,11 @@ mod lib {
     #[pymodule_export]
     use crate::inspect::{HeldFile, dio_alignment, inspect, owner_of};
     #[pymodule_export]
-    use crate::pipeline::{Pipeline, Schedule};
+    use crate::pipeline::{CheckedSchedule, Pipeline};
     #[pymodule_export]
-    use crate::store::{Creator, Ledger, Store};
+    use crate::store::{Ledger, Store, StoreCreator};
     #[pymodule_export]
-    use crate::tensors::{Tensors, Ticket};
+    use crate::tensors::{RecordTensors, Transfer};
     #[pymodule_export]
     use crate::{adamw_kernels, build_info, probe_uring, store_memory};
 }

@@ -27,12 +27,12 @@ type EventTuple = (String, &'static str, Option<usize>, u64, u64);
 /// The chunk operations of one step, checked against a store.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
-pub(crate) struct Schedule {
+pub(crate) struct CheckedSchedule {
     inner: Arc<pipeline::Schedule>,
 }
 
 #[pymethods]
-impl Schedule {
+impl CheckedSchedule {
     /// `operations` is a list of `("load" | "apply" | "update" | "keep", chunk)`; `by_chunk` as for the
     /// pipeline that it is for.
     #[new]
@@ -138,7 +138,7 @@ impl Pipeline {
     /// the step counted from 1; `commits` says whether `end` will get a blob.
     fn begin(
         &self,
-        schedule: &Schedule,
+        schedule: &CheckedSchedule,
         adamw: (f64, f64, f64, f64, u64),
         commits: bool,
     ) -> PyResult<()> {

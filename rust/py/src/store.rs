@@ -50,13 +50,13 @@ impl Ledger {
 /// A store that is being filled by an import.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
-pub(crate) struct Creator {
+pub(crate) struct StoreCreator {
     inner: Mutex<Option<(store::Creator, Slot)>>,
     chunks: Vec<Chunk>,
 }
 
 #[pymethods]
-impl Creator {
+impl StoreCreator {
     #[new]
     fn new(
         py: Python<'_>,
@@ -142,7 +142,7 @@ impl Creator {
     }
 }
 
-impl Creator {
+impl StoreCreator {
     fn lock(&self) -> MutexGuard<'_, Option<(store::Creator, Slot)>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -21,14 +21,14 @@ use crate::store::Store;
 /// Something that was asked for; it goes on whether or not anybody waits.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
-pub(crate) struct Ticket {
+pub(crate) struct Transfer {
     inner: tensors::Ticket,
     /// What a read fills, and how much of it.
     filled: Option<(Arc<Allocation>, usize)>,
 }
 
 #[pymethods]
-impl Ticket {
+impl Transfer {
     /// Whether it has ended, well or not.
     #[getter]
     fn done(&self, py: Python<'_>) -> bool {
@@ -53,12 +53,12 @@ impl Ticket {
 /// Tensors of one store, by record: memory, transfers, commit.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
-pub(crate) struct Tensors {
+pub(crate) struct RecordTensors {
     inner: Mutex<Option<Arc<tensors::Tensors>>>,
 }
 
 #[pymethods]
-impl Tensors {
+impl RecordTensors {
     /// With `account` the memory stands under that name, and no tensor elsewhere can be put or read.
     #[new]
     #[pyo3(signature = (store, memory_nbytes, account = None))]
@@ -102,13 +102,13 @@ impl Tensors {
 
     /// Writes a tensor, given as its bytes. Memory of the store is written where it lies; other bytes
     /// are copied before this returns.
-    fn put(&self, py: Python<'_>, record: usize, content: &Bound<'_, PyAny>) -> PyResult<Ticket> {
+    fn put(&self, py: Python<'_>, record: usize, content: &Bound<'_, PyAny>) -> PyResult<Transfer> {
         let tensors = self.get()?;
         let inner = match memory_of(&tensors, record, content)? {
             Some(memory) => tensors.put(record, &memory).map_err(raise)?,
             None => put_copied(py, &tensors, record, content)?,
         };
-        Ok(Ticket { inner, filled: None })
+        Ok(Transfer { inner, filled: None })
     }
 
     /// Reads a tensor into writable bytes. Waits for it.
@@ -125,40 +125,40 @@ impl Tensors {
 
     /// Writes memory of the store, as long as it was allocated, as the front of a tensor: some of its
     /// first chunks, or all.
-    fn put_front(&self, record: usize, content: &Bound<'_, PyAny>) -> PyResult<Ticket> {
+    fn put_front(&self, record: usize, content: &Bound<'_, PyAny>) -> PyResult<Transfer> {
         let tensors = self.get()?;
         let memory = allocation_of(&tensors, content)?;
         let inner = tensors.put(record, &memory).map_err(raise)?;
-        Ok(Ticket { inner, filled: None })
+        Ok(Transfer { inner, filled: None })
     }
 
     /// Begins to read the front of a tensor into memory of the store, as much as was allocated.
-    fn fill_front(&self, record: usize, content: &Bound<'_, PyAny>) -> PyResult<Ticket> {
+    fn fill_front(&self, record: usize, content: &Bound<'_, PyAny>) -> PyResult<Transfer> {
         let tensors = self.get()?;
         let memory = allocation_of(&tensors, content)?;
         let inner = tensors.fill(record, &memory).map_err(raise)?;
-        Ok(Ticket { inner, filled: None })
+        Ok(Transfer { inner, filled: None })
     }
 
     /// Begins to read a tensor into memory of the store; `None` when no free run is as long.
-    fn prefetch(&self, record: usize) -> PyResult<Option<Ticket>> {
+    fn prefetch(&self, record: usize) -> PyResult<Option<Transfer>> {
         let tensors = self.get()?;
         let nbytes = nbytes_of(&tensors, record)?;
         let Some(memory) = tensors.allocate(nbytes).map_err(raise)? else { return Ok(None) };
         let inner = tensors.fill(record, &memory).map_err(raise)?;
-        Ok(Some(Ticket { inner, filled: Some((memory, nbytes)) }))
+        Ok(Some(Transfer { inner, filled: Some((memory, nbytes)) }))
     }
 
     /// Makes everything that was put before durable, all at once.
-    fn commit(&self) -> PyResult<Ticket> {
+    fn commit(&self) -> PyResult<Transfer> {
         let inner = self.get()?.commit().map_err(raise)?;
-        Ok(Ticket { inner, filled: None })
+        Ok(Transfer { inner, filled: None })
     }
 
     /// Ends when everything that was asked for before has ended.
-    fn settle(&self) -> PyResult<Ticket> {
+    fn settle(&self) -> PyResult<Transfer> {
         let inner = self.get()?.settle().map_err(raise)?;
-        Ok(Ticket { inner, filled: None })
+        Ok(Transfer { inner, filled: None })
     }
 
     /// Ends what was asked for, and stops. What was not committed is dropped, but for scratch stores.
@@ -168,7 +168,7 @@ impl Tensors {
     }
 }
 
-impl Tensors {
+impl RecordTensors {
     fn get(&self) -> PyResult<Arc<tensors::Tensors>> {
         let tensors = self.inner.lock().unwrap_or_else(PoisonError::into_inner).clone();
         tensors.ok_or_else(|| raise(Error::invalid("the store is closed")))

@@ -344,7 +344,7 @@ with opened(store, CASE, engine=ENGINE, activations=budget(store, 2 * largest_sl
     if sys.argv[2] == "in a step":
         in_backward(model, pytest.MonkeyPatch(), die)
     else:
-        activation_file.OpenStore = die
+        activation_file.Store = die
     step_of(model, CASE, 1)
 """
     paths = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "", PROFILE: str(DRIVES)}

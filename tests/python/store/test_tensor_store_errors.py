@@ -180,12 +180,12 @@ def test_a_fork_is_told_so(store):
 def test_a_failing_drive_fails_the_ticket_and_not_the_store(tmp_path, monkeypatch):
     """Faults as the core injects them: two failed writes are a failed put, one is tried again."""
     created(tmp_path / "store", {"w": ((10,), torch.uint8)}).close()
-    opened = tensor_store.OpenStore
+    opened = tensor_store.Store
 
     def failing(path, engine, ledger, waiting):
         return opened(path, engine, ledger, waiting, [("write", 1, 5, False), ("write", 2, 5, False)])
 
-    monkeypatch.setattr(tensor_store, "OpenStore", failing)
+    monkeypatch.setattr(tensor_store, "Store", failing)
     ones = torch.ones(10, dtype=torch.uint8)
     with TensorStore.open(tmp_path / "store", memory=MEMORY) as store:
         store.put("w", ones).wait()
@@ -198,9 +198,9 @@ def test_a_failing_drive_fails_the_ticket_and_not_the_store(tmp_path, monkeypatc
 
 def test_a_failed_flush_is_final(tmp_path, monkeypatch):
     created(tmp_path / "store", {"w": ((10,), torch.uint8)}).close()
-    opened = tensor_store.OpenStore
+    opened = tensor_store.Store
     monkeypatch.setattr(
-        tensor_store, "OpenStore", lambda *arguments: opened(*arguments, [("sync", 1, 5, False)])
+        tensor_store, "Store", lambda *arguments: opened(*arguments, [("sync", 1, 5, False)])
     )
     store = TensorStore.open(tmp_path / "store", memory=MEMORY)
     store.put("w", torch.ones(10, dtype=torch.uint8))

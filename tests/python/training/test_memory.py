@@ -13,7 +13,7 @@ import memory_of_training
 from memory_of_training import shape
 from paged import DRIVES, PROFILE, Case, files, make_store
 
-TOKENS = 128
+TOKENS = 32  # more would be products in bf16, which are slow on many processors, and hardly more RAM
 
 
 def measure(folder: Path, layers: int, hidden: int) -> dict:

@@ -254,8 +254,9 @@ def test_a_fork_is_refused(store):
 import os, sys
 from pathlib import Path
 from megatrain_io.errors import UsedAfterForkError
-from megatrain_io.schedule import build_schedule, pool_sizes
-from megatrain_io.swap import AdamWStep, PagedStore
+from megatrain_io.store.pool import pool_sizes
+from megatrain_io.store.schedule import build_schedule
+from megatrain_io.store.paged_store import AdamWStep, PagedStore
 
 with PagedStore(*sys.argv[1:], engine="threads") as state:
     operations = build_schedule(state.layout, tied_embeddings=True, training=False)

@@ -22,8 +22,8 @@ PARENT = """
     import os, signal, sys
     from pathlib import Path
     from torch.utils.data import DataLoader, Dataset
-    from megatrain_io.schedule import PoolSizes
-    from megatrain_io.swap import PagedStore
+    from megatrain_io.store.pool import PoolSizes
+    from megatrain_io.store.paged_store import PagedStore
 
     state = PagedStore(Path(sys.argv[1]), engine=sys.argv[2])
     state.start(PoolSizes((4 << 20, 2), (4 << 20, 2), (0, 0), (0, 0), (0, 0)))

@@ -199,9 +199,7 @@ def test_a_failing_drive_fails_the_ticket_and_not_the_store(tmp_path, monkeypatc
 def test_a_failed_flush_is_final(tmp_path, monkeypatch):
     created(tmp_path / "store", {"w": ((10,), torch.uint8)}).close()
     opened = tensor_store.Store
-    monkeypatch.setattr(
-        tensor_store, "Store", lambda *arguments: opened(*arguments, [("sync", 1, 5, False)])
-    )
+    monkeypatch.setattr(tensor_store, "Store", lambda *arguments: opened(*arguments, [("sync", 1, 5, False)]))
     store = TensorStore.open(tmp_path / "store", memory=MEMORY)
     store.put("w", torch.ones(10, dtype=torch.uint8))
     with pytest.raises(MegatrainIoError, match="fdatasync"):

@@ -127,7 +127,7 @@ def test_a_scratch_store_takes_half_the_space_and_gives_the_same_bits(source, wh
 def test_a_scratch_store_that_was_not_closed_is_refused(source, tmp_path):
     config = configured(source, tmp_path / "run", memory={"durability": "scratch"})
     script = (
-        "import os, sys; from megatrain_io.metrics import MetricsFile\n"
+        "import os, sys; from megatrain_io.runs.metrics import MetricsFile\n"
         "append = MetricsFile.append\n"
         "def killed(self, report):\n"
         "    append(self, report); report.step == 2 and os.kill(os.getpid(), 9)\n"

@@ -142,7 +142,7 @@ def test_an_interrupt_before_the_first_step(source, whole, tmp_path, monkeypatch
 
 KILLED = """
 import os, sys
-from megatrain_io.step import Step
+from megatrain_io.paging.step import Step
 
 backward = Step.backward
 

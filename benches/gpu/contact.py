@@ -154,7 +154,7 @@ def copies_per_s(
 
 def compare_bits(options: argparse.Namespace) -> list[str]:
     """Train in every placement; those whose bits differ, or that fail."""
-    sys.path[:0] = [path for path in (str(TESTS), str(TESTS / "python")) if path not in sys.path]
+    sys.path[:0] = [path for path in (str(TESTS), str(TESTS / "python" / "support")) if path not in sys.path]
     import torch
 
     from paged import Case, differing, expected_planes

@@ -66,7 +66,7 @@ correctness() {
   contact 200 bits --folder "$FOLDER"
   within 120 python3 -m benches.gpu.losses --device "$DEVICE" --folder "$FOLDER" --json "$OUT/losses.json"
   # They need no GPU, and must pass here, too. The project's options of pytest name plugins that may be missing.
-  within 60 env CUDA_VISIBLE_DEVICES= PYTHONPATH="$PWD/tests:$PWD:$PYTHONPATH" \
+  within 60 env CUDA_VISIBLE_DEVICES= PYTHONPATH="$PWD/tests:$PWD/tests/python/support:$PWD:$PYTHONPATH" \
     python3 -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider tests/python/paging/test_cuda.py
 }
 

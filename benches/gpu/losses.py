@@ -101,7 +101,7 @@ def new_device(name: str) -> Any:
 
 def compare(job: Figures) -> list[Figures]:
     """In the child: all cases on one device."""
-    sys.path[:0] = [str(TESTS), str(TESTS / "python")]
+    sys.path[:0] = [str(TESTS), str(TESTS / "python" / "support")]
     import torch
 
     from paged import Case, expected_planes

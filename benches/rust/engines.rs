@@ -17,7 +17,7 @@ use megatrain_io::io::uring::{self, Uring};
 use megatrain_io::measure::{Figure, Form, Limit, ScratchFile, Traffic, Transfers};
 
 /// One engine with its settings.
-struct Bar {
+struct Contender {
     name: String,
     engine: Arc<dyn Engine>,
     registers: bool,
@@ -29,32 +29,33 @@ const KINDS: [Traffic; 3] = [Traffic::Read, Traffic::Write, Traffic::Mixed];
 /// Small chunks, and the update planes of a whole one.
 const FORMS: [Form; 2] = [Form { bytes: 1 << 20, depth: 32 }, Form { bytes: 20 << 20, depth: 4 }];
 
-type Comparison = fn() -> Result<Vec<Bar>>;
+type Comparison = fn() -> Result<Vec<Contender>>;
 const COMPARISONS: [(&str, Comparison); 3] =
     [("fallbacks", fallbacks), ("settings", settings), ("pools", pools)];
 
-fn bar(name: String, engine: Arc<dyn Engine>) -> Bar {
-    Bar { name, engine, registers: true, figures: Default::default() }
+fn contender(name: String, engine: Arc<dyn Engine>) -> Contender {
+    Contender { name, engine, registers: true, figures: Default::default() }
 }
 
-fn uring(name: impl Into<String>, tuning: uring::Tuning) -> Result<Bar> {
-    Ok(bar(name.into(), Arc::new(Uring::start_with(tuning)?)))
+fn uring(name: impl Into<String>, tuning: uring::Tuning) -> Result<Contender> {
+    Ok(contender(name.into(), Arc::new(Uring::start_with(tuning)?)))
 }
 
-fn threads(name: impl Into<String>, tuning: threads::Tuning) -> Result<Bar> {
-    Ok(bar(name.into(), Arc::new(Threads::start_with(tuning)?)))
+fn threads(name: impl Into<String>, tuning: threads::Tuning) -> Result<Contender> {
+    Ok(contender(name.into(), Arc::new(Threads::start_with(tuning)?)))
 }
 
 /// What falls back to what: each price of a refusal.
-fn fallbacks() -> Result<Vec<Bar>> {
+fn fallbacks() -> Result<Vec<Contender>> {
     let tuning = uring::Tuning::default();
-    let unregistered = Bar { registers: false, ..uring("uring, pool not registered", tuning)? };
+    let unregistered =
+        Contender { registers: false, ..uring("uring, pool not registered", tuning)? };
     let threads = threads("threads", threads::Tuning::default())?;
     Ok(vec![uring("uring, registered pool", tuning)?, unregistered, threads])
 }
 
 /// How deep, and into what pieces large requests are cut.
-fn settings() -> Result<Vec<Bar>> {
+fn settings() -> Result<Vec<Contender>> {
     let grid = [32, 64].into_iter().flat_map(|depth| [1, 2, 4].map(|mib| (depth, mib)));
     grid.map(|(depth, mib)| {
         let name = format!("depth {depth}, pieces of {mib} MiB");
@@ -64,7 +65,7 @@ fn settings() -> Result<Vec<Bar>> {
 }
 
 /// How many threads, and into what pieces large requests are cut.
-fn pools() -> Result<Vec<Bar>> {
+fn pools() -> Result<Vec<Contender>> {
     let grid = [(8, 2), (8, 1024), (12, 2), (16, 1), (16, 2), (16, 4)];
     let pools = grid.into_iter().map(|(count, mib)| {
         let name = format!("{count} threads, pieces of {mib} MiB");
@@ -88,9 +89,9 @@ fn main() -> Result {
             empty => empty.insert(written(bytes)?),
         };
         for form in FORMS {
-            let mut bars = make()?;
-            compare(&mut bars, form, file, rounds)?;
-            print(name, &bars, form, rounds);
+            let mut contenders = make()?;
+            compare(&mut contenders, form, file, rounds)?;
+            print(name, &contenders, form, rounds);
         }
     }
     Ok(())
@@ -104,40 +105,40 @@ fn written(bytes: u64) -> Result<ScratchFile> {
     Ok(file)
 }
 
-fn compare(bars: &mut [Bar], form: Form, file: &ScratchFile, rounds: u64) -> Result {
-    let count = bars.len();
+fn compare(contenders: &mut [Contender], form: Form, file: &ScratchFile, rounds: u64) -> Result {
+    let count = contenders.len();
     for round in 0..rounds {
         for (kind, traffic) in KINDS.into_iter().enumerate() {
             for turn in 0..count {
                 // Another one goes first each time.
-                let bar = &mut bars[(turn + megatrain_io::to_usize(round)) % count];
-                let transfers = Transfers::new(&bar.engine, form)?;
+                let contender = &mut contenders[(turn + megatrain_io::to_usize(round)) % count];
+                let transfers = Transfers::new(&contender.engine, form)?;
                 if let Some(why) = transfers.registration_refused() {
-                    println!("{}: memory is not registered: {why}", bar.name);
+                    println!("{}: memory is not registered: {why}", contender.name);
                 }
-                if !bar.registers {
-                    bar.engine.unregister();
+                if !contender.registers {
+                    contender.engine.unregister();
                 }
                 let figure = transfers.run(file, traffic, 0, Limit::bytes(file.bytes()))?;
-                bar.figures[kind].push(figure);
+                contender.figures[kind].push(figure);
             }
         }
     }
     Ok(())
 }
 
-fn print(name: &str, bars: &[Bar], form: Form, rounds: u64) {
+fn print(name: &str, contenders: &[Contender], form: Form, rounds: u64) {
     let Form { bytes, depth } = form;
     println!("\n{name}: requests of {} KiB, {depth} in flight, {rounds} rounds\n", bytes >> 10);
     println!("| form | read GB/s | CPU s/GB | write GB/s | CPU s/GB | mixed GB/s | CPU s/GB |");
     println!("|---|---|---|---|---|---|---|");
-    for bar in bars {
-        let cells = bar.figures.each_ref().map(|figures| {
+    for contender in contenders {
+        let cells = contender.figures.each_ref().map(|figures| {
             let (least, middle, most) = spread(figures, Figure::gb_per_s);
             let (_, cpu, _) = spread(figures, Figure::cpu_s_per_gb);
             format!("{middle:.2} ({least:.2} to {most:.2}) | {cpu:.4}")
         });
-        println!("| {} | {} |", bar.name, cells.join(" | "));
+        println!("| {} | {} |", contender.name, cells.join(" | "));
     }
 }
 

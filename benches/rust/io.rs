@@ -23,7 +23,7 @@ struct Options {
 }
 
 /// One row of the table.
-struct Bar {
+struct Contender {
     kind: &'static str,
     traffic: Traffic,
     form: Form,
@@ -37,24 +37,26 @@ fn main() -> Result {
     let file = ScratchFile::create(&options.folder, FILE_BYTES)?;
     // What was never written is not read from the drive.
     file.fill(&engines[0])?;
-    let mut bars = bars(&engines);
+    let mut contenders = contenders(&engines);
     for round in 0..options.rounds {
-        for turn in 0..bars.len() {
-            let count = bars.len();
-            let bar = &mut bars[(turn + round) % count];
-            let transfers = match bar.traffic {
-                Traffic::Training => Transfers::for_training(&bar.engine, bar.form.depth),
-                _ => Transfers::new(&bar.engine, bar.form),
+        for turn in 0..contenders.len() {
+            let count = contenders.len();
+            let contender = &mut contenders[(turn + round) % count];
+            let transfers = match contender.traffic {
+                Traffic::Training => {
+                    Transfers::for_training(&contender.engine, contender.form.depth)
+                }
+                _ => Transfers::new(&contender.engine, contender.form),
             }?;
             if let (0, Some(why)) = (round, transfers.registration_refused()) {
-                println!("{}: memory is not registered: {why}", bar.engine.name());
+                println!("{}: memory is not registered: {why}", contender.engine.name());
             }
             let limit = Limit::bytes(options.bytes);
-            bar.figures.push(transfers.run(&file, bar.traffic, 0, limit)?);
+            contender.figures.push(transfers.run(&file, contender.traffic, 0, limit)?);
         }
     }
     file.verify(&engines[0])?;
-    print(&bars, &options, file.is_direct());
+    print(&contenders, &options, file.is_direct());
     Ok(())
 }
 
@@ -89,14 +91,14 @@ fn engines() -> Result<Vec<Arc<dyn Engine>>> {
     Ok(engines)
 }
 
-fn bars(engines: &[Arc<dyn Engine>]) -> Vec<Bar> {
+fn contenders(engines: &[Arc<dyn Engine>]) -> Vec<Contender> {
     let forms = [(1, 32), (4, 4), (4, 8), (4, 16), (8, 4), (20, 4)];
-    let mut bars = Vec::new();
+    let mut contenders = Vec::new();
     let mut add = |kind, traffic, mib: u64, depth| {
         for engine in engines {
             let form = Form { bytes: megatrain_io::to_usize(mib * MIB), depth };
             let engine = Arc::clone(engine);
-            bars.push(Bar { kind, traffic, form, engine, figures: Vec::new() });
+            contenders.push(Contender { kind, traffic, form, engine, figures: Vec::new() });
         }
     };
     for (kind, traffic) in
@@ -109,12 +111,12 @@ fn bars(engines: &[Arc<dyn Engine>]) -> Vec<Bar> {
     for depth in [2, 4, 8] {
         add("mixed", Traffic::Training, 20, depth);
     }
-    bars
+    contenders
 }
 
-fn print(bars: &[Bar], options: &Options, direct: bool) {
-    let median = |bar: &Bar, value: fn(&Figure) -> f64| {
-        let mut values: Vec<f64> = bar.figures.iter().map(value).collect();
+fn print(contenders: &[Contender], options: &Options, direct: bool) {
+    let median = |contender: &Contender, value: fn(&Figure) -> f64| {
+        let mut values: Vec<f64> = contender.figures.iter().map(value).collect();
         values.sort_by(f64::total_cmp);
         (values[values.len() / 2], values[0], values[values.len() - 1])
     };
@@ -126,16 +128,16 @@ fn print(bars: &[Bar], options: &Options, direct: bool) {
     );
     println!("| kind | request, in flight | engine | GB/s | CPU s/GB | of the best of its kind |");
     println!("|---|---|---|---|---|---|");
-    for bar in bars {
-        let rates = bars.iter().filter(|other| other.kind == bar.kind);
+    for contender in contenders {
+        let rates = contenders.iter().filter(|other| other.kind == contender.kind);
         let best = rates.map(|other| median(other, Figure::gb_per_s).0).fold(0.0, f64::max);
-        let (rate, least, most) = median(bar, Figure::gb_per_s);
-        let cpu = median(bar, Figure::cpu_s_per_gb).0;
-        let form = match bar.traffic {
-            Traffic::Training => format!("4 and 20 MiB, {}", bar.form.depth),
-            _ => format!("{} MiB, {}", bar.form.bytes as u64 / MIB, bar.form.depth),
+        let (rate, least, most) = median(contender, Figure::gb_per_s);
+        let cpu = median(contender, Figure::cpu_s_per_gb).0;
+        let form = match contender.traffic {
+            Traffic::Training => format!("4 and 20 MiB, {}", contender.form.depth),
+            _ => format!("{} MiB, {}", contender.form.bytes as u64 / MIB, contender.form.depth),
         };
-        let (kind, engine, share) = (bar.kind, bar.engine.name(), 100.0 * rate / best);
+        let (kind, engine, share) = (contender.kind, contender.engine.name(), 100.0 * rate / best);
         println!(
             "| {kind} | {form} | {engine} | {rate:.2} ({least:.2} to {most:.2}) | {cpu:.3} | {share:.0} % |"
         );

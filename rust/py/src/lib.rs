@@ -11,8 +11,8 @@ compile_error!(
 
 mod dlpack;
 mod error;
-mod measure;
 mod inspect;
+mod measure;
 mod pipeline;
 mod store;
 mod tensors;
@@ -28,9 +28,9 @@ mod lib {
     #[pymodule_export]
     use crate::error::error_examples;
     #[pymodule_export]
-    use crate::measure::{ScratchFile, Workload, adamw_step};
-    #[pymodule_export]
     use crate::inspect::{HeldFile, dio_alignment, inspect, owner_of};
+    #[pymodule_export]
+    use crate::measure::{ScratchFile, Workload, adamw_step};
     #[pymodule_export]
     use crate::pipeline::{CheckedSchedule, Pipeline};
     #[pymodule_export]

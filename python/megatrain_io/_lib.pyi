@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict, final, overload
+from typing import Any, Literal, TypedDict, final, overload
 
 __all__ = [
     "Buffer",
@@ -172,7 +172,7 @@ class Schedule:
     """The chunk operations of one step, checked against a store."""
 
     def __new__(
-        cls, store: Store, operations: Sequence[tuple[str, int]], by_chunk: bool = False
+        cls, store: Store, operations: Sequence[tuple[str, int]], unit: Literal["record", "chunk"] = "record"
     ) -> Schedule: ...
 
 @final
@@ -209,9 +209,9 @@ class Pipeline:
         tensors: Sequence[tuple[int, int, int, float, float]],
         residents: tuple[Sequence[int], Sequence[int], Sequence[int]],
         gradient_files: Sequence[Path],
-        by_chunk: bool = False,
+        unit: Literal["record", "chunk"] = "record",
     ) -> Pipeline:
-        """A unit is what one buffer holds: a record, or with ``by_chunk`` a chunk."""
+        """A unit is what one buffer holds."""
 
     @property
     def registration_refused(self) -> str | None: ...

@@ -30,7 +30,7 @@ from megatrain_io.paging.step import LOGITS_BYTES, Step, hidden_nbytes, slice_to
 from megatrain_io.paging.tensor_meter import TensorMeter
 from megatrain_io.paging.trace import Trace
 from megatrain_io.store.paged_store import AdamWStep, CheckedSchedule, Engine, PagedStore
-from megatrain_io.store.pool import PoolSizes, pool_sizes
+from megatrain_io.store.pool import PoolSizes, Unit, pool_sizes
 from megatrain_io.store.schedule import ChunkOp, Gradients, Residents, build_schedule, flush_schedule
 
 __all__ = ["PagedModel", "StepLoss", "clear_frames"]
@@ -145,6 +145,11 @@ class PagedModel:
         """Bytes of tensors that the largest step so far needed at once, wherever it computes."""
         self._forward = self._prepared(self.forward_schedule)
 
+    @property
+    def unit(self) -> Unit:
+        """What a buffer holds: a chunk on its way to a device with memory of its own, else a record."""
+        return "record" if self._on_device is None else "chunk"
+
     def pool_sizes(
         self,
         *,
@@ -161,7 +166,7 @@ class PagedModel:
             training=training,
             residents=residents,
             keeps=training and self.max_grad_norm is not None,
-            by_chunk=self._on_device is not None,
+            unit=self.unit,
             block_buffers=block_buffers,
             chunk_slots=chunk_slots,
             block_gradients=block_gradients,
@@ -342,7 +347,7 @@ class PagedModel:
             self._on_device.wait_for_compute()
 
     def _checked(self, schedule: Sequence[ChunkOp]) -> CheckedSchedule:
-        return self.state.check(schedule, by_chunk=self._on_device is not None)
+        return self.state.check(schedule, unit=self.unit)
 
     def _prepared(self, schedule: Sequence[ChunkOp]) -> _Prepared:
         return _Prepared(self._checked(schedule), transfer_plan_of(schedule))

@@ -64,7 +64,7 @@ def plan_vram(
         compute=0,
         activations=left,
         activations_least=least_activations(left // per_block if per_block else 0, per_block),
-        by_chunk=True,
+        unit="chunk",
         gathered=gathered_chunks(layout, tied_embeddings=tied) if plan.pool.gathers else 0,
     )
 

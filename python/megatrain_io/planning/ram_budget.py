@@ -11,7 +11,7 @@ from megatrain_io.planning.residents import (
     resident_nbytes,
 )
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.pool import HUGE_PAGE_BYTES, PoolSizes, mapped_nbytes, pool_sizes
+from megatrain_io.store.pool import HUGE_PAGE_BYTES, PoolSizes, Unit, mapped_nbytes, pool_sizes
 from megatrain_io.store.schedule import ChunkOp, Residents
 from megatrain_io.text import mib
 
@@ -37,7 +37,7 @@ class StepNeeds:
         activations: activation checkpoints of all blocks and micro-batches.
         activations_least: with all that can be on the drive instead.
         activations_per_block: of ``activations``; where compute has memory of its own, not those of all blocks.
-        by_chunk: whether it has: then buffers hold chunks on their way to it, and back.
+        unit: what a buffer holds: chunks on their way to that memory and back, or records.
         gathered: chunks of gradients that gather in RAM, where that memory has no room for those of a record.
         is_known: whether ``compute`` is known; if not it is 0, and comes on top of the budget.
     """
@@ -47,7 +47,7 @@ class StepNeeds:
     activations: int
     activations_least: int
     activations_per_block: int = 0
-    by_chunk: bool = False
+    unit: Unit = "record"
     gathered: int = 0
     is_known: bool = True
 
@@ -150,7 +150,7 @@ def divide_ram(
     def size(slots: tuple[int, int, int], residents: Residents) -> PoolSizes:
         return _pool(layout, needs, slots, residents, tied_embeddings=tied_embeddings, keeps=keeps)
 
-    for sizes in _chunk_pools(layout, ram) if needs.by_chunk else _POOLS:
+    for sizes in _chunk_pools(layout, ram) if needs.unit == "chunk" else _POOLS:
         pool = size(sizes, Residents())
         if needs.always + needs.activations_at_least + mapped_nbytes(pool) <= ram:
             break
@@ -213,7 +213,7 @@ def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
 
 def least_ram(layout: ModelLayout, needs: StepNeeds, *, tied_embeddings: bool, keeps: bool = False) -> int:
     """The least RAM that such a step can be done in."""
-    slots = (_CHUNK_POOLS if needs.by_chunk else _POOLS)[-1]
+    slots = (_CHUNK_POOLS if needs.unit == "chunk" else _POOLS)[-1]
     pool = _pool(layout, needs, slots, Residents(), tied_embeddings=tied_embeddings, keeps=keeps)
     return needs.always + needs.activations_at_least + mapped_nbytes(pool)
 
@@ -234,7 +234,7 @@ def _pool(
         training=True,
         residents=residents,
         keeps=keeps,
-        by_chunk=needs.by_chunk,
+        unit=needs.unit,
         block_buffers=block_buffers,
         chunk_slots=chunk_slots,
         block_gradients=block_gradients,

@@ -224,7 +224,7 @@ class _Trainer:
             gradient_files=[*map(gradient_file, self._run.store_paths())] if memory.spills_gradients else (),
             settings=lambda place: _settings(place, config.train.weight_decay),
             threads=config.memory.threads,
-            by_chunk=self._device.has_own_memory,
+            unit=self._model.unit,
         )
         is_pinned = self._closing.enter_context(self._device.pin(self._state.pool_memory()))
         self._closing.callback(self._model.close)

@@ -145,7 +145,7 @@ def opened(
             if case.is_frozen
             else lambda place: TensorSettings(hyperparameters.weight_decay if len(place.shape) >= 2 else 0.0),
             threads=threads,
-            by_chunk=chosen.has_own_memory,
+            unit=model.unit,
         )
         try:
             yield model

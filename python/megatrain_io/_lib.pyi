@@ -254,11 +254,11 @@ class Pipeline:
         ``applied``: the next step applies the gradients that were kept, multiplied by it; None: updates stand.
         """
 
-    def wait_settled(self) -> None:
-        """Wait until every ended step is written, and committed if that was asked for."""
+    def wait_durable(self) -> None:
+        """Wait until every finished step is durable: written, and committed if that was asked for."""
 
     def abort(self) -> None:
-        """Drop the step under way, back to the last commit; a step that ended with a blob is committed first."""
+        """Drop the pending step, back to the last commit; a step finished with a blob is committed first."""
 
     def timings(self) -> list[tuple[str, float]]:
         """Seconds since the start: ``stall_`` and a cause for each, ``update``, ``verify``."""
@@ -273,7 +273,7 @@ class Pipeline:
         """
 
     def close(self) -> None:
-        """Finish the steps that have ended, drop one under way, and stop."""
+        """Write the finished steps, drop a pending one, and stop."""
 
 @final
 class Ticket:

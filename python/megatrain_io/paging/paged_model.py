@@ -287,7 +287,7 @@ class PagedModel:
             self.state.end(None)
 
     def wait_durable(self) -> None:
-        """Wait until every step that has ended is updated and written, and durable if it was to be committed."""
+        """Wait until every finished step is updated and durable."""
         self.flush()
         self.state.wait_durable()
 

@@ -268,13 +268,13 @@ class PagedStore:
         self._running().end(blob, applied)
 
     def wait_durable(self) -> None:
-        """Wait until every ended step is written, and durable if it was to be committed."""
-        self._running().wait_settled()
+        """Wait until every finished step is durable: written, and committed if that was asked for."""
+        self._running().wait_durable()
 
     def abort(self) -> None:
-        """Drop the step under way, and with it everything since the last commit.
+        """Drop the pending step, and with it everything since the last commit.
 
-        A step that has ended with a blob is committed first. ``blob`` says from which step to go on.
+        A step finished with a blob is committed first. ``blob`` says from which step to go on.
         """
         for borrowed in list(self._borrowed):
             # A tensor that somebody still holds keeps its buffer until it dies.
@@ -296,7 +296,7 @@ class PagedStore:
         dtype = torch.float32 if plane != "weight" else dtype_of(self.layout)
         width = dtype.itemsize
         if self._pipeline is not None:
-            self._pipeline.wait_settled()
+            self._pipeline.wait_durable()
         out = torch.empty(place.elements, dtype=dtype)
         end = place.offset + place.elements
         for chunk in self.layout.chunks_of(place.record):
@@ -380,16 +380,16 @@ class PagedStore:
         return ([], 0) if self._pipeline is None else self._pipeline.take_events()
 
     def close(self) -> None:
-        """Wait until ended steps are durable, stop, and mark the store clean.
+        """Wait until finished steps are durable, stop, and mark the store clean.
 
-        A step under way is dropped.
+        A pending step is dropped.
 
         Raises:
-            StorageError, StoreFailedError: an ended step could not be made durable.
+            StorageError, StoreFailedError: a finished step could not be made durable.
         """
         try:
             if self._pipeline is not None:
-                self._pipeline.wait_settled()
+                self._pipeline.wait_durable()
         finally:
             self._stop()
             self._store.close()

@@ -211,7 +211,7 @@ impl Pipeline {
     }
 
     /// Waits until every finished step is durable: written, and committed if that was asked for.
-    fn wait_settled(&self, py: Python<'_>) -> PyResult<()> {
+    fn wait_durable(&self, py: Python<'_>) -> PyResult<()> {
         let pipeline = self.get()?;
         wait(py, || pipeline.wait_durable(PATIENCE).map(|durable| durable.then_some(())))
     }

@@ -240,7 +240,7 @@ class Pipeline:
         """None when so many seconds have passed."""
 
     def submit(self, unit: int, weights: Buffer | None, gradient: Buffer) -> None:
-        """Hand the gradient of a whole unit over, with its weights, or without if the step only keeps it."""
+        """Hand the gradient of a whole unit over, with its weights, or without if the step only defers it."""
 
     def pool_memory(self) -> Buffer:
         """All of the pool's memory, for its address and length: nobody may read or write through it."""

@@ -244,7 +244,7 @@ class PagedStore:
         return self._running().take_outgoing(chunk, patience)
 
     def submit_chunk(self, chunk: int, weights: Buffer | None, gradient: Buffer) -> None:
-        """By chunk: hand a gradient over; without weights if the step only keeps it."""
+        """By chunk: hand a gradient over; without weights if the step only defers it."""
         self._running().submit(chunk, weights, gradient)
 
     def gradient_norm(self) -> float:
@@ -262,7 +262,7 @@ class PagedStore:
 
         Args:
             blob: the trainer's state; None = the step becomes durable with the next commit.
-            applied: the next step applies the gradients that this one kept, multiplied by this (exact as fp32),
+            applied: the next step applies the gradients that this one deferred, multiplied by this (exact as fp32),
                 and updates of this one are taken back; None = they stand.
         """
         self._running().end(blob, applied)

@@ -34,7 +34,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     tied_embeddings: bool,
     training: bool,
     residents: Residents = _NOTHING,
-    keeps: bool = False,
+    defers: bool = False,
     unit: Unit = "record",
     block_buffers: int = 3,
     chunk_slots: int = 4,
@@ -51,7 +51,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
         tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
         training: False leaves out what only updates need, as frozen weights do.
         residents: they have memory of their own, which is not counted here.
-        keeps: whether gradients wait for their norm, on the drive where they have no buffer of their own.
+        defers: whether gradients wait for their norm, on the drive where they have no buffer of their own.
         unit: what a buffer holds. Chunks, on their way to compute with memory of its own and back, have as many
             buffers as are said for blocks; those for larger records are then for weights that come back to be updated.
         block_buffers: one to compute with and the others to read ahead; at least two, because the last
@@ -89,13 +89,13 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     updated = [
         chunk
         for chunk in layout.chunks
-        if keeps or chunk.record in paged or chunk.index not in residents.chunks
+        if defers or chunk.record in paged or chunk.index not in residents.chunks
     ]
     slot = max(
         (
             layout.weight_extent_bytes(chunk)
             + layout.update_extent_bytes(chunk)
-            + layout.gradient_extent_bytes(chunk) * (keeps and chunk.record in shared)
+            + layout.gradient_extent_bytes(chunk) * (defers and chunk.record in shared)
             for chunk in updated
         ),
         default=0,

@@ -33,7 +33,7 @@ pub(crate) struct Schedule {
 
 #[pymethods]
 impl Schedule {
-    /// `operations` is a list of `("load" | "apply" | "update" | "keep", chunk)`; `unit` as for the
+    /// `operations` is a list of `("load" | "apply" | "update" | "defer", chunk)`; `unit` as for the
     /// pipeline that it is for.
     #[new]
     #[pyo3(signature = (store, operations, unit="record"))]
@@ -44,9 +44,9 @@ impl Schedule {
                 "load" => Ok(ChunkOp { kind: Kind::Load, chunk }),
                 "apply" => Ok(ChunkOp { kind: Kind::Apply, chunk }),
                 "update" => Ok(ChunkOp { kind: Kind::Update, chunk }),
-                "keep" => Ok(ChunkOp { kind: Kind::Defer, chunk }),
+                "defer" => Ok(ChunkOp { kind: Kind::Defer, chunk }),
                 _ => Err(PyValueError::new_err(format!(
-                    "operation {kind:?}: load, apply, update or keep"
+                    "operation {kind:?}: load, apply, update or defer"
                 ))),
             })
             .collect::<PyResult<Vec<_>>>()?;

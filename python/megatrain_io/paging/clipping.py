@@ -2,14 +2,14 @@
 
 import numpy as np
 
-__all__ = ["Guess", "clip_coefficient"]
+__all__ = ["Speculation", "clip_coefficient"]
 
 # Added to the norm, as torch.nn.utils.clip_grad_norm_ does.
 _EPS = 1e-6
 # What a step has to say of the next one: about one in ten.
 _MEMORY = 0.9
-# Share of clipped steps below which guessing is worth it. It is faster up to half or a little more
-# (benches/step/clipping.py), but each wrong guess writes all of the state once more.
+# Share of clipped steps below which speculation is worth it. It is faster up to half or a little more
+# (benches/step/clipping.py), but each wrong one writes all of the state once more.
 _WORTH = 0.5
 
 
@@ -18,7 +18,7 @@ def clip_coefficient(norm: float, max_grad_norm: float) -> float:
     return float(np.float32(min(1.0, max_grad_norm / (norm + _EPS))))
 
 
-class Guess:
+class Speculation:
     """Whether the next step will stay below the limit.
 
     Attributes:

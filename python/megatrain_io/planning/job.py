@@ -43,13 +43,13 @@ class TrainingJob:
         return sum(batch.input_ids.numel() for batch in self.micro_batches)
 
     @property
-    def keeps(self) -> bool:
+    def defers(self) -> bool:
         """Whether gradients wait for their norm."""
         return self.config.train.max_grad_norm is not None
 
     @property
     def commits_at_once(self) -> bool:
-        """Whether every step is committed: then a step may guess that its gradients stay below the limit."""
+        """Whether every step is committed: then its updates may be speculative."""
         return self.config.memory.commit_every == 1 and self.layout.durability == "step"
 
     def with_accumulation(self, count: int) -> "TrainingJob":

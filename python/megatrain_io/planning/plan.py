@@ -108,7 +108,8 @@ class Plan:
         vram: how the memory of a GPU is divided; None without one, or where it does not fit.
         vram_bytes: the least on the GPU; None without one.
         phases: bytes read and written, by phase of a step.
-        committing_bytes: the most that a step writes: one that commits, and whose guess, if it makes one, was wrong.
+        committing_bytes: the most that a step writes: one that commits, with updates that are taken back, if any
+            are speculative.
         updates_wait: whether a step's update is made by the next one.
         time: of a step; None where the machine's rates are not known.
         tokens_to_hide_io: tokens of a step from which on computing takes longer than moving bytes.
@@ -204,7 +205,7 @@ class Plan:
                 "activations": memory.activations,
                 "compute": memory.needs.compute + memory.needs.heap,
                 "tables": memory.needs.tables,
-                "gradients": memory.kept_nbytes,
+                "gradients": memory.deferred_nbytes,
                 "residents": memory.resident_nbytes,
             }
         return found | {

@@ -15,14 +15,14 @@ from megatrain_io.planning.simulator import Rates, simulate
 from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.pool import PoolSizes
-from megatrain_io.store.schedule import ChunkOp, Gradients, Phase, build_schedule, flush_schedule, traffic
+from megatrain_io.store.schedule import ChunkOp, Phase, UpdatePolicy, build_schedule, flush_schedule, traffic
 
 __all__ = [
     "activations_moved",
     "forget_schedules",
-    "gradients_of",
     "hiding_tokens",
     "phases_of",
+    "policy_of",
     "schedule_of",
     "step_time",
     "written_by_commit",
@@ -36,20 +36,20 @@ _HANDOFF = 0.9e-3
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def schedule_of(job: TrainingJob, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
+def schedule_of(job: TrainingJob, policy: UpdatePolicy, *, applies: bool = False) -> tuple[ChunkOp, ...]:
     """That of a training step, as training builds it; kept until ``forget_schedules``, as large ones take seconds."""
-    return _schedule(job.layout, bool(job.partition.tied_parameters), gradients, applies)
+    return _schedule(job.layout, bool(job.partition.tied_parameters), policy, applies)
 
 
 @lru_cache(maxsize=4)
 def _schedule(
     layout: ModelLayout,
     tied_embeddings: bool,  # noqa: FBT001 - of one caller
-    gradients: Gradients,
+    policy: UpdatePolicy,
     applies: bool,  # noqa: FBT001
 ) -> tuple[ChunkOp, ...]:
     return build_schedule(
-        layout, tied_embeddings=tied_embeddings, training=True, applies=applies, gradients=gradients
+        layout, tied_embeddings=tied_embeddings, training=True, applies=applies, policy=policy
     )
 
 
@@ -58,11 +58,11 @@ def forget_schedules() -> None:
     _schedule.cache_clear()
 
 
-def gradients_of(job: TrainingJob) -> Gradients:
+def policy_of(job: TrainingJob) -> UpdatePolicy:
     """What a step does with its gradients as long as none is too large."""
-    if not job.keeps:
-        return "update"
-    return "both" if job.commits_at_once else "keep"
+    if not job.defers:
+        return "immediate"
+    return "speculative" if job.commits_at_once else "deferred"
 
 
 def _commits(job: TrainingJob) -> tuple[float, float]:
@@ -84,9 +84,9 @@ def activations_moved(job: TrainingJob, memory: RamPlan) -> dict[int, float]:
     return {job.layout.block(index): plan.moved_nbytes / plan.on_drive for index in range(plan.on_drive)}
 
 
-def phases_of(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> dict[str, tuple[float, float]]:
+def phases_of(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy) -> dict[str, tuple[float, float]]:
     """Bytes read and written, by phase, of a step between others of its kind."""
-    schedule = schedule_of(job, gradients, applies=gradients == "keep")
+    schedule = schedule_of(job, policy, applies=policy == "deferred")
     layout, residents = job.layout, memory.residents
     shares = list(zip(_commits(job), (True, False), strict=True))
     found = dict.fromkeys(map(str, Phase), (0.0, 0.0))
@@ -105,11 +105,11 @@ def phases_of(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> dict[s
     return found
 
 
-def written_by_commit(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> int:
-    """The most that a step writes: one that commits, whose guess, if it makes one, was wrong."""
-    schedule = schedule_of(job, gradients, applies=gradients == "keep")
+def written_by_commit(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy) -> int:
+    """The most that a step writes: one that commits, whose updates are taken back, if they are speculative."""
+    schedule = schedule_of(job, policy, applies=policy == "deferred")
     _, written = traffic(schedule, job.layout, memory.residents)
-    if job.keeps:
+    if job.defers:
         written += traffic(flush_schedule(job.layout), job.layout, memory.residents)[1]
     return written + ceil(sum(activations_moved(job, memory).values()))
 
@@ -119,15 +119,15 @@ def step_time(
     memory: RamPlan,
     compute: Mapping[StageKey, float],
     hardware: Hardware,
-    gradients: Gradients,
+    policy: UpdatePolicy,
     *,
     vram: VramPlan | None = None,
     is_measured: bool = False,
 ) -> StepTime:
     """Seconds of a step in the steady state."""
-    applies = gradients == "keep"
-    first = schedule_of(job, gradients)
-    then = schedule_of(job, gradients, applies=True) if applies else first
+    applies = policy == "deferred"
+    first = schedule_of(job, policy)
+    then = schedule_of(job, policy, applies=True) if applies else first
     every = 1 if job.layout.durability == "scratch" else job.config.memory.commit_every
     pattern = [True] * 3 if every == 1 else [False, False, True, False]
     played = simulate(

@@ -97,7 +97,7 @@ def train(job: Figures, *, alone: Alone | None = None, commits: bool = True) -> 
         model = PagedModel(partition, state, activations=inputs, device=device, vram=vram)
         reset_peak_rss()
         settings = None if is_frozen else lambda _place: TensorSettings(DECAY)
-        state.start(plan.pool, residents=plan.residents, settings=settings, by_chunk=True)
+        state.start(plan.pool, residents=plan.residents, settings=settings, unit=model.unit)
         with device.pin(state.pool_memory()) as is_pinned:
             for number in range(1, job["steps"] + WARM_UP + 1):
                 if number == WARM_UP + 1:

@@ -1,8 +1,9 @@
 """What clipping by the exact norm costs: python -m benches.step.clipping --sizes 171M,325M --rounds 3 --folder DIR.
 
 Each contender is a process of its own with a store of its own, and they take turns. Off: no limit, updates in the
-backward pass. Keep: the next step applies the gradients. Both: updates in the backward pass, taken back where the norm
-was too large; never, in half or in all of the steps. Gradients wait in RAM, or on the drive. All state is on NVMe.
+backward pass. Deferred: the next step applies the gradients. Speculative: updates in the backward pass, taken
+back where the norm was too large; never, in half or in all of the steps. Gradients wait in RAM, or on the drive.
+All state is on NVMe.
 
 A round's figure is the mean of its steps from the third on (in half of which some clip); ratios are to "off" of the
 same round. Losses show that contenders with the same limits train the same.
@@ -45,7 +46,7 @@ FIRST = 2
 class Contender:
     """How gradients are clipped: limits by step, in turn; the share of gradients that waits in RAM."""
 
-    gradients: str | None
+    policy: str | None
     limits: tuple[float, ...] | None
     in_ram: float = 1.0
 
@@ -53,14 +54,14 @@ class Contender:
 OFF = "off"
 CONTENDERS = {
     OFF: Contender(None, None),
-    "keep, in RAM": Contender("keep", (NEVER,)),
-    "keep, on the drive": Contender("keep", (NEVER,), 0.0),
-    "both, never clipped": Contender("both", (NEVER,)),
-    "both, half clipped": Contender("both", (NEVER, ALWAYS)),
-    "both, all clipped": Contender("both", (ALWAYS,)),
-    "both, never clipped, on the drive": Contender("both", (NEVER,), 0.0),
+    "deferred, in RAM": Contender("deferred", (NEVER,)),
+    "deferred, on the drive": Contender("deferred", (NEVER,), 0.0),
+    "speculative, never clipped": Contender("speculative", (NEVER,)),
+    "speculative, half clipped": Contender("speculative", (NEVER, ALWAYS)),
+    "speculative, all clipped": Contender("speculative", (ALWAYS,)),
+    "speculative, never clipped, on the drive": Contender("speculative", (NEVER,), 0.0),
 }
-GOALS = {"keep, in RAM": 1.4, "both, never clipped": 1.1}
+GOALS = {"deferred, in RAM": 1.4, "speculative, never clipped": 1.1}
 
 
 def train(job: Figures) -> Figures:
@@ -86,7 +87,7 @@ def train(job: Figures) -> Figures:
             partition,
             state,
             max_grad_norm=None if contender.limits is None else NEVER,
-            gradients=contender.gradients,  # type: ignore[arg-type]  # a word of the table above
+            policy=contender.policy,  # type: ignore[arg-type]  # a word of the table above
         )
         layout = state.layout
         nbytes = sum(map(layout.record_gradient_bytes, range(len(layout.records))))

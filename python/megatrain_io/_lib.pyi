@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict, final, overload
+from typing import Any, Literal, TypedDict, final, overload
 
 __all__ = [
     "Buffer",
@@ -172,7 +172,7 @@ class CheckedSchedule:
     """The chunk operations of one step, checked against a store."""
 
     def __new__(
-        cls, store: Store, operations: Sequence[tuple[str, int]], by_chunk: bool = False
+        cls, store: Store, operations: Sequence[tuple[str, int]], unit: Literal["record", "chunk"] = "record"
     ) -> CheckedSchedule: ...
 
 @final
@@ -209,9 +209,9 @@ class Pipeline:
         tensors: Sequence[tuple[int, int, int, float, float]],
         residents: tuple[Sequence[int], Sequence[int], Sequence[int]],
         gradient_files: Sequence[Path],
-        by_chunk: bool = False,
+        unit: Literal["record", "chunk"] = "record",
     ) -> Pipeline:
-        """A unit is what one buffer holds: a record, or with ``by_chunk`` a chunk."""
+        """A unit is what one buffer holds."""
 
     @property
     def registration_refused(self) -> str | None: ...
@@ -242,7 +242,7 @@ class Pipeline:
         """None when so many seconds have passed."""
 
     def submit(self, unit: int, weights: Buffer | None, gradient: Buffer) -> None:
-        """Hand the gradient of a whole unit over, with its weights, or without if the step only keeps it."""
+        """Hand the gradient of a whole unit over, with its weights, or without if the step only defers it."""
 
     def pool_memory(self) -> Buffer:
         """All of the pool's memory, for its address and length: nobody may read or write through it."""
@@ -256,11 +256,11 @@ class Pipeline:
         ``applied``: the next step applies the gradients that were kept, multiplied by it; None: updates stand.
         """
 
-    def wait_settled(self) -> None:
-        """Wait until every ended step is written, and committed if that was asked for."""
+    def wait_durable(self) -> None:
+        """Wait until every finished step is durable: written, and committed if that was asked for."""
 
     def abort(self) -> None:
-        """Drop the step under way, back to the last commit; a step that ended with a blob is committed first."""
+        """Drop the pending step, back to the last commit; a step finished with a blob is committed first."""
 
     def timings(self) -> list[tuple[str, float]]:
         """Seconds since the start: ``stall_`` and a cause for each, ``update``, ``verify``."""
@@ -275,7 +275,7 @@ class Pipeline:
         """
 
     def close(self) -> None:
-        """Finish the steps that have ended, drop one under way, and stop."""
+        """Write the finished steps, drop a pending one, and stop."""
 
 @final
 class Transfer:

@@ -166,7 +166,7 @@ class Generator:
             tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)
             partition = PartitionedModel(config, DTYPES[info.precision], probe(config))
             model = _on_device(partition, state, device or best_device(info.precision))
-            state.start(model.pool_sizes(training=False), by_chunk=model.device.has_own_memory)
+            state.start(model.pool_sizes(training=False), unit=model.unit)
             return cls(model, tokenizer, _stop_tokens(run.model, config, tokenizer))
         except BaseException:
             state.close()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-__all__ = ["Guess", "clip_coefficient"]
+__all__ = ["Speculation", "clip_coefficient"]
 
 # Added to the norm, as torch.nn.utils.clip_grad_norm_ does.
 _EPS = 1e-6
@@ -21,8 +21,8 @@ def clip_coefficient(norm: float, max_grad_norm: float) -> float:
     return float(np.float32(min(1.0, max_grad_norm / (norm + _EPS))))
 
 
-class Guess:
-    """Guesses whether the norm of the next step's gradients will stay below the limit.
+class Speculation:
+    """Foresees whether the norm of the next step's gradients will stay below the limit.
 
     Attributes:
         clipped: moving average of the share of steps that were clipped, 0 to 1.

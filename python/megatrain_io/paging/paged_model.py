@@ -20,7 +20,7 @@ from megatrain_io.errors import (
 )
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.activations import ActivationBudget, SavedActivations
-from megatrain_io.paging.clipping import Guess, clip_coefficient
+from megatrain_io.paging.clipping import Speculation, clip_coefficient
 from megatrain_io.paging.device.activations import DeviceActivations
 from megatrain_io.paging.device.base import Device, out_of_memory
 from megatrain_io.paging.device.cpu import Cpu
@@ -30,8 +30,8 @@ from megatrain_io.paging.step import LOGITS_BYTES, Step, hidden_nbytes, slice_to
 from megatrain_io.paging.tensor_meter import TensorMeter
 from megatrain_io.paging.trace import Trace
 from megatrain_io.store.paged_store import AdamWStep, CheckedSchedule, Engine, PagedStore
-from megatrain_io.store.pool import PoolSizes, pool_sizes
-from megatrain_io.store.schedule import ChunkOp, Gradients, Residents, build_schedule, flush_schedule
+from megatrain_io.store.pool import PoolSizes, Unit, pool_sizes
+from megatrain_io.store.schedule import ChunkOp, Residents, UpdatePolicy, build_schedule, flush_schedule
 
 __all__ = ["PagedModel", "StepLoss", "clear_frames"]
 
@@ -87,8 +87,9 @@ class PagedModel:
             slice, and then every bit is that of stock training.
         activations: RAM for the activation checkpoints, and the file for what is beyond it; None = all in RAM.
         max_grad_norm: gradients with a larger norm over all parameters are scaled down to it; None = never.
-        gradients: what a step does with them where there is a limit: "keep" until their norm is known and the
-            next step applies them, or "both": it updates at once, and takes that back if the norm is too large.
+        policy: what a step does with its gradients where there is a limit: they are "deferred" until their norm is
+            known and the next step applies them, or "speculative": it updates at once, and takes that back if the
+            norm is too large.
             None = what promises to be faster. No bit depends on it.
         trace: gets a span for each step, phase, block and micro-batch.
         device: what computes; None = the CPU.
@@ -104,7 +105,7 @@ class PagedModel:
         logits_bytes: int = LOGITS_BYTES,
         activations: ActivationBudget | None = None,
         max_grad_norm: float | None = None,
-        gradients: Literal["keep", "both"] | None = None,
+        policy: Literal["deferred", "speculative"] | None = None,
         trace: Trace | None = None,
         device: Device | None = None,
         vram: VramPlan | None = None,
@@ -135,15 +136,20 @@ class PagedModel:
         self.training_schedule = build_schedule(state.layout, tied_embeddings=tied, training=True)
         self.forward_schedule = build_schedule(state.layout, tied_embeddings=tied, training=False)
         self.max_grad_norm = max_grad_norm
-        self._guess = Guess()
-        self._gradients = gradients
-        self._schedules: dict[tuple[bool, Gradients], _Prepared] = {}
+        self._speculation = Speculation()
+        self._policy = policy
+        self._schedules: dict[tuple[bool, UpdatePolicy], _Prepared] = {}
         self._is_waiting = False
         self._was_committed = True
         self._metered_size = (False, 0, 0)
         self.compute_nbytes = 0
         """Bytes of tensors that the largest step so far needed at once, wherever it computes."""
         self._forward = self._prepared(self.forward_schedule)
+
+    @property
+    def unit(self) -> Unit:
+        """What a buffer holds: a chunk on its way to a device with memory of its own, else a record."""
+        return "record" if self._on_device is None else "chunk"
 
     def pool_sizes(
         self,
@@ -160,8 +166,8 @@ class PagedModel:
             tied_embeddings=self.tied_embeddings,
             training=training,
             residents=residents,
-            keeps=training and self.max_grad_norm is not None,
-            by_chunk=self._on_device is not None,
+            defers=training and self.max_grad_norm is not None,
+            unit=self.unit,
             block_buffers=block_buffers,
             chunk_slots=chunk_slots,
             block_gradients=block_gradients,
@@ -200,8 +206,8 @@ class PagedModel:
         self.partition.train()
         self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, layout, micro_batches))
         number, commits = adamw.step if number is None else number, blob is not None
-        gradients = self._choose_gradients(commits=commits)
-        schedule = self._schedule(gradients)
+        policy = self._choose_policy(commits=commits)
+        schedule = self._schedule(policy)
         with self._step(micro_batches, schedule, adamw, number, commits=commits) as step:
             step.embedding()
             step.forward(saving=True)
@@ -225,11 +231,11 @@ class PagedModel:
                 error.loss = loss.item()
                 raise
             coefficient = 1.0 if self.max_grad_norm is None else clip_coefficient(norm, self.max_grad_norm)
-            stands = gradients == "update" or (gradients == "both" and coefficient == 1.0)
+            stands = policy == "immediate" or (policy == "speculative" and coefficient == 1.0)
             made = None if blob is None else blob(loss.item())
             self.state.end(made, None if stands else coefficient)
             self._is_waiting, self._was_committed = not stands, commits
-        self._guess.learn(is_clipped=coefficient < 1.0)
+        self._speculation.learn(is_clipped=coefficient < 1.0)
         return StepLoss(loss.item(), step.num_items, norm, coefficient)
 
     def pass_gradients(
@@ -256,7 +262,9 @@ class PagedModel:
             )
         self.partition.train()
         self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, layout, micro_batches))
-        with self._step(micro_batches, self._schedule("update"), _NO_UPDATE, number, commits=False) as step:
+        with self._step(
+            micro_batches, self._schedule("immediate"), _NO_UPDATE, number, commits=False
+        ) as step:
             step.embedding()
             step.forward(saving=True)
             loss = step.head(training=True)
@@ -283,7 +291,7 @@ class PagedModel:
             self.state.end(None)
 
     def wait_durable(self) -> None:
-        """Wait until every step that has ended is updated and written, and durable if it was to be committed."""
+        """Wait until every finished step is updated and durable."""
         self.flush()
         self.state.wait_durable()
 
@@ -329,13 +337,13 @@ class PagedModel:
         finally:
             self.state.abort()
 
-    def _choose_gradients(self, *, commits: bool) -> Gradients:
+    def _choose_policy(self, *, commits: bool) -> UpdatePolicy:
         """What this step does with its gradients; it updates at once only if it can go back to a committed state."""
         if self.max_grad_norm is None:
-            return "update"
-        can_guess = self._was_committed and commits and self.state.layout.durability == "step"
-        wants = self._gradients or ("both" if self._guess.is_worth_it else "keep")
-        return wants if can_guess else "keep"
+            return "immediate"
+        can_speculate = self._was_committed and commits and self.state.layout.durability == "step"
+        wants = self._policy or ("speculative" if self._speculation.is_worth_it else "deferred")
+        return wants if can_speculate else "deferred"
 
     def _wait_for_compute(self) -> None:
         """Wait until the device has computed all that is queued; copies go on meanwhile."""
@@ -343,21 +351,21 @@ class PagedModel:
             self._on_device.wait_for_compute()
 
     def _checked(self, schedule: Sequence[ChunkOp]) -> CheckedSchedule:
-        return self.state.check(schedule, by_chunk=self._on_device is not None)
+        return self.state.check(schedule, unit=self.unit)
 
     def _prepared(self, schedule: Sequence[ChunkOp]) -> _Prepared:
         return _Prepared(self._checked(schedule), transfer_plan_of(schedule))
 
-    def _schedule(self, gradients: Gradients) -> _Prepared:
+    def _schedule(self, policy: UpdatePolicy) -> _Prepared:
         """The schedule of a training step, built and checked once for each kind of step."""
-        key = (self._is_waiting, gradients)
+        key = (self._is_waiting, policy)
         if key not in self._schedules:
             operations = build_schedule(
                 self.state.layout,
                 tied_embeddings=self.tied_embeddings,
                 training=True,
                 applies=key[0],
-                gradients=gradients,
+                policy=policy,
             )
             self._schedules[key] = self._prepared(operations)
         return self._schedules[key]

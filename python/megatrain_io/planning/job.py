@@ -43,7 +43,7 @@ class TrainingJob:
         return sum(batch.input_ids.numel() for batch in self.micro_batches)
 
     @property
-    def keeps(self) -> bool:
+    def defers(self) -> bool:
         """Whether gradients wait until the norm over all of them is known (``train.max_grad_norm``)."""
         return self.config.train.max_grad_norm is not None
 

@@ -80,7 +80,7 @@ def plan_vram(
         compute=0,
         activations=left,
         activations_least=least_activations(left // per_block if per_block else 0, per_block),
-        by_chunk=True,
+        unit="chunk",
         gathered=gathered_chunks(layout, tied_embeddings=tied) if plan.pool.gathers else 0,
     )
 
@@ -123,7 +123,7 @@ def _compute_nbytes(needs: StepNeeds) -> int:
 
 
 def plan_ram(
-    partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, keeps: bool = False
+    partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, defers: bool = False
 ) -> RamPlan:
     """Divide RAM for steps that need ``needs``.
 
@@ -132,14 +132,14 @@ def plan_ram(
         layout: of its store.
         needs: what a step needs, by ``step_needs``, or what ``plan_vram`` left of it.
         ram: bytes of RAM that may be taken.
-        keeps: whether gradients wait until the norm over all of them is known.
+        defers: whether gradients wait until the norm over all of them is known.
 
     Raises:
         DoesNotFitError: ``ram`` is too small; the message has the least that is enough.
     """
     tied = bool(partition.tied_parameters)
     schedule = build_schedule(layout, tied_embeddings=tied, training=True)
-    return divide_ram(layout, schedule, needs, tied_embeddings=tied, ram=ram, keeps=keeps)
+    return divide_ram(layout, schedule, needs, tied_embeddings=tied, ram=ram, defers=defers)
 
 
 def activation_budget_of(plan: RamPlan, scratch: Sequence[Path]) -> ActivationBudget:

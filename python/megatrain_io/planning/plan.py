@@ -222,7 +222,7 @@ class Plan:
                 "activations": memory.activations,
                 "compute": memory.needs.compute + memory.needs.heap,
                 "tables": memory.needs.tables,
-                "gradients": memory.kept_nbytes,
+                "gradients": memory.deferred_nbytes,
                 "residents": memory.resident_nbytes,
             }
         return found | {

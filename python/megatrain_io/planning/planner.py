@@ -23,9 +23,9 @@ from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, least_ram
 from megatrain_io.planning.simulator import StandstillError
 from megatrain_io.planning.step_time import (
     activations_moved,
-    gradients_of,
     hiding_tokens,
     phases_of,
+    policy_of,
     step_time,
     written_by_commit,
 )
@@ -33,7 +33,7 @@ from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout
 
 if TYPE_CHECKING:
-    from megatrain_io.store.schedule import Gradients
+    from megatrain_io.store.schedule import UpdatePolicy
 
 
 __all__ = ["accumulation_that_hides_io", "make_plan"]
@@ -80,8 +80,8 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     plan = _empty(job, hardware, work, prices, problems, notes)
     if memory is None:
         return plan
-    gradients = gradients_of(job)
-    phases = phases_of(job, memory, gradients)
+    policy = policy_of(job)
+    phases = phases_of(job, memory, policy)
     time = None
     if seconds is not None:
         try:
@@ -90,7 +90,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
                 memory,
                 seconds,
                 hardware,
-                gradients,
+                policy,
                 vram=vram,
                 is_measured=compute is not None,
             )
@@ -104,7 +104,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         )
         plan = replace(plan, notes=(*plan.notes, gathers))
     written = sum(each for _, each in phases.values())
-    committing = written_by_commit(job, memory, gradients)
+    committing = written_by_commit(job, memory, policy)
     limit = job.config.memory.max_tbw
     if limit is not None and committing > limit * 1e12:
         problem = Problem(f"a step may write {committing / 1e12:.3g} TB, and memory.max_tbw is {limit:g}")
@@ -185,7 +185,7 @@ def _empty(
         vram_bytes=None if device is None else vram_nbytes(job),
         phases={},
         committing_bytes=0,
-        updates_wait=gradients_of(job) == "keep",
+        updates_wait=policy_of(job) == "deferred",
         time=None,
         tokens_to_hide_io=None,
         variants=(),
@@ -262,7 +262,7 @@ def _problems(
     found = []
     memory = None
     try:
-        memory = plan_ram(job.partition, job.layout, needs, ram=job.ram, keeps=job.keeps)
+        memory = plan_ram(job.partition, job.layout, needs, ram=job.ram, defers=job.defers)
     except DoesNotFitError as error:
         found.append(Problem(str(error).removesuffix("."), _nearest_rows(job, hardware)))
     if usable is not None and memory is not None and memory.total > usable[0]:
@@ -279,7 +279,7 @@ def _problems(
 
 def _divides(job: TrainingJob, needs: StepNeeds, ram: int) -> bool:
     tied = bool(job.partition.tied_parameters)
-    return ram >= least_ram(job.layout, needs, tied_embeddings=tied, keeps=job.keeps)
+    return ram >= least_ram(job.layout, needs, tied_embeddings=tied, defers=job.defers)
 
 
 def _nearest_rows(job: TrainingJob, hardware: Hardware) -> tuple[str, ...]:
@@ -350,33 +350,33 @@ def _variants(
     seldom = job.config.model_copy(
         update={"memory": kept.model_copy(update={"commit_every": _COMMIT_SELDOM})}
     )
-    changed: list[tuple[str, TrainingJob, Gradients, Hardware]] = []
-    if job.keeps:
-        changed.append(("every step clipped: updates wait", job, "keep", hardware))
+    changed: list[tuple[str, TrainingJob, UpdatePolicy, Hardware]] = []
+    if job.defers:
+        changed.append(("every step clipped: updates wait", job, "deferred", hardware))
     else:
         asks = replace(job, config=clipped)
-        changed.append(("max_grad_norm, never reached", asks, gradients_of(asks), hardware))
-        changed.append(("max_grad_norm, always reached: updates wait", asks, "keep", hardware))
+        changed.append(("max_grad_norm, never reached", asks, policy_of(asks), hardware))
+        changed.append(("max_grad_norm, always reached: updates wait", asks, "deferred", hardware))
     if kept.commit_every < _COMMIT_SELDOM and job.layout.durability == "step":
         less = replace(job, config=seldom)
-        changed.append((f"commit_every {_COMMIT_SELDOM}", less, gradients_of(less), hardware))
+        changed.append((f"commit_every {_COMMIT_SELDOM}", less, policy_of(less), hardware))
     more = replace(job, ram=2 * job.ram)
-    changed.append((f"{_size(2 * job.ram)} of RAM", more, gradients_of(job), hardware))
+    changed.append((f"{_size(2 * job.ram)} of RAM", more, policy_of(job), hardware))
     second = hardware.model_copy(update={"drives": (*hardware.drives, hardware.drives[0])})
-    changed.append(("one more drive", job, gradients_of(job), second))
+    changed.append(("one more drive", job, policy_of(job), second))
     found = []
-    for change, variant, gradients, machine in changed:
+    for change, variant, policy, machine in changed:
         try:
             division = plan_ram(
-                variant.partition, variant.layout, needs, ram=variant.ram, keeps=variant.keeps
+                variant.partition, variant.layout, needs, ram=variant.ram, defers=variant.defers
             )
         except DoesNotFitError:
             continue  # what a change needs more is not there
-        phases = phases_of(variant, division, gradients)
+        phases = phases_of(variant, division, policy)
         seconds = None
         if compute is not None:
             with suppress(StandstillError):
-                seconds = step_time(variant, division, compute, machine, gradients, vram=vram).seconds
+                seconds = step_time(variant, division, compute, machine, policy, vram=vram).seconds
         read, written = (sum(each) for each in zip(*phases.values(), strict=True))
         found.append(Variant(change, seconds, read, written))
     return tuple(found)
@@ -404,9 +404,9 @@ def accumulation_that_hides_io(
             "these is not known: run megatrain-io bench DIR on the drive of the store once, or give a number"
         )
     _, needs, _ = _needs(job, hardware)
-    memory = plan_ram(job.partition, job.layout, needs, ram=job.ram, keeps=job.keeps)
-    gradients = gradients_of(job)
-    phases = phases_of(job, memory, gradients)
+    memory = plan_ram(job.partition, job.layout, needs, ram=job.ram, defers=job.defers)
+    policy = policy_of(job)
+    phases = phases_of(job, memory, policy)
     tokens = hiding_tokens(job, phases, hardware, compute)
     count = min(_ACCUMULATION_MAX, max(1, -(-tokens // job.tokens)))
     while count > 1 and not _fits_memory(job.with_accumulation(count), hardware):

@@ -11,7 +11,7 @@ from megatrain_io.planning.residents import (
     resident_nbytes,
 )
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.pool import HUGE_PAGE_BYTES, PoolSizes, mapped_nbytes, pool_sizes
+from megatrain_io.store.pool import HUGE_PAGE_BYTES, PoolSizes, Unit, mapped_nbytes, pool_sizes
 from megatrain_io.store.schedule import ChunkOp, Residents
 from megatrain_io.text import mib
 
@@ -37,7 +37,7 @@ class StepNeeds:
         activations: activation checkpoints of all blocks and micro-batches.
         activations_least: what must be in RAM of them when all others are on the drive.
         activations_per_block: activation checkpoints of one block, all micro-batches.
-        by_chunk: whether compute has memory of its own: then buffers hold chunks on their way to it, and back.
+        unit: what a buffer holds: chunks on their way to that memory and back, or records.
         gathered: number of chunks of gradients that gather in RAM, where that memory has no room for a record's.
         is_known: whether ``compute`` is known; if not it is 0, and comes on top of the budget.
     """
@@ -47,7 +47,7 @@ class StepNeeds:
     activations: int
     activations_least: int
     activations_per_block: int = 0
-    by_chunk: bool = False
+    unit: Unit = "record"
     gathered: int = 0
     is_known: bool = True
 
@@ -78,7 +78,7 @@ class RamPlan:
         pool: sizes and numbers of the buffers for transfers and gradients.
         residents: the state that stays in RAM from step to step.
         pool_nbytes: bytes of the pool.
-        kept_nbytes: bytes of gradients that wait for their norm in RAM; the others do so on the drive.
+        deferred_nbytes: bytes of gradients that wait for their norm in RAM; the others do so on the drive.
         resident_nbytes: bytes of the residents.
         spills_gradients: whether some gradients wait for their norm on the drive.
     """
@@ -89,14 +89,14 @@ class RamPlan:
     pool: PoolSizes
     residents: Residents
     pool_nbytes: int
-    kept_nbytes: int
+    deferred_nbytes: int
     resident_nbytes: int
     spills_gradients: bool
 
     @property
     def total(self) -> int:
         """Bytes that will be taken: at most the budget."""
-        state = self.pool_nbytes + self.kept_nbytes + self.resident_nbytes
+        state = self.pool_nbytes + self.deferred_nbytes + self.resident_nbytes
         return self.needs.always + self.activations + state
 
     @property
@@ -106,10 +106,16 @@ class RamPlan:
 
     def __str__(self) -> str:
         """How the budget is divided, as a line for a person."""
-        kept = f"gradients that wait for their norm {mib(self.kept_nbytes)}" if self.kept_nbytes else ""
+        waiting = (
+            f"gradients that wait for their norm {mib(self.deferred_nbytes)}" if self.deferred_nbytes else ""
+        )
         if self.spills_gradients:
-            kept = f"{kept} (the rest on the drive)" if kept else "gradients wait for their norm on the drive"
-        kept += ", " * bool(kept)
+            waiting = (
+                f"{waiting} (the rest on the drive)"
+                if waiting
+                else "gradients wait for their norm on the drive"
+            )
+        waiting += ", " * bool(waiting)
         stays = f"resident state {mib(self.resident_nbytes)}" if self.resident_nbytes else "no resident state"
         spilled = f" (of {mib(self.needs.activations)}, the rest on the drive)" if self.is_spilled else ""
         compute = f"compute {mib(self.needs.compute + self.needs.heap)}"
@@ -117,7 +123,7 @@ class RamPlan:
             compute = "compute not counted (its shapes depend on the data: it comes on top of memory.ram)"
         return (
             f"RAM: {mib(self.total)} of {mib(self.ram)}: buffers {mib(self.pool_nbytes)}, activations "
-            f"{mib(self.activations)}{spilled}, {compute}, tables {mib(self.needs.tables)}, {kept}{stays}"
+            f"{mib(self.activations)}{spilled}, {compute}, tables {mib(self.needs.tables)}, {waiting}{stays}"
         )
 
 
@@ -128,7 +134,7 @@ def divide_ram(
     *,
     tied_embeddings: bool,
     ram: int,
-    keeps: bool = False,
+    defers: bool = False,
 ) -> RamPlan:
     """Divide ``ram`` bytes: the largest pool that fits, then activation checkpoints, gradients, residents.
 
@@ -141,21 +147,21 @@ def divide_ram(
         needs: what the step needs besides pool and residents.
         tied_embeddings: whether the head needs the embedding's weights, too.
         ram: the budget.
-        keeps: whether gradients wait until the norm over all of them is known.
+        defers: whether gradients wait until the norm over all of them is known.
 
     Raises:
         DoesNotFitError: ``ram`` is too small; the message has the least that is enough.
     """
 
     def size(slots: tuple[int, int, int], residents: Residents) -> PoolSizes:
-        return _pool(layout, needs, slots, residents, tied_embeddings=tied_embeddings, keeps=keeps)
+        return _pool(layout, needs, slots, residents, tied_embeddings=tied_embeddings, defers=defers)
 
-    for sizes in _chunk_pools(layout, ram) if needs.by_chunk else _POOLS:
+    for sizes in _chunk_pools(layout, ram) if needs.unit == "chunk" else _POOLS:
         pool = size(sizes, Residents())
         if needs.always + needs.activations_at_least + mapped_nbytes(pool) <= ram:
             break
     else:
-        least = least_ram(layout, needs, tied_embeddings=tied_embeddings, keeps=keeps)
+        least = least_ram(layout, needs, tied_embeddings=tied_embeddings, defers=defers)
         compute = needs.compute + needs.heap
         raise DoesNotFitError(
             f"memory.ram is {mib(ram)}, and this training needs {mib(least)} at least: activations "
@@ -172,17 +178,17 @@ def divide_ram(
     # What stays needs no buffers in the pool, and their room is for more that stays.
     while True:
         room = free - mapped_nbytes(pool) - 2 * HUGE_PAGE_BYTES
-        gradients = choose_gradients(layout, room) if keeps else frozenset[int]()
-        kept = gradient_nbytes(Residents(gradients=gradients), layout)
-        found = replace(choose_residents(layout, schedule, room - kept), gradients=gradients)
-        nbytes = (kept, resident_nbytes(found, layout))
+        gradients = choose_gradients(layout, room) if defers else frozenset[int]()
+        waiting = gradient_nbytes(Residents(gradients=gradients), layout)
+        found = replace(choose_residents(layout, schedule, room - waiting), gradients=gradients)
+        nbytes = (waiting, resident_nbytes(found, layout))
         slimmer = size(sizes, found)
         # A choice need not hold what the one before did, and then its pool is larger again.
         if nbytes <= taken or mapped_nbytes(slimmer, *nbytes) > free:
             break
         chosen, taken, pool = found, nbytes, slimmer
     sums = [mapped_nbytes(pool), mapped_nbytes(pool, taken[0]), mapped_nbytes(pool, *taken)]
-    spills = keeps and len(chosen.gradients) < len(layout.records)
+    spills = defers and len(chosen.gradients) < len(layout.records)
     return RamPlan(
         ram=ram,
         needs=needs,
@@ -190,7 +196,7 @@ def divide_ram(
         pool=pool,
         residents=chosen,
         pool_nbytes=sums[0],
-        kept_nbytes=sums[1] - sums[0],
+        deferred_nbytes=sums[1] - sums[0],
         resident_nbytes=sums[2] - sums[1],
         spills_gradients=spills,
     )
@@ -211,10 +217,10 @@ def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
     return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > gradients else [*_CHUNK_POOLS]
 
 
-def least_ram(layout: ModelLayout, needs: StepNeeds, *, tied_embeddings: bool, keeps: bool = False) -> int:
+def least_ram(layout: ModelLayout, needs: StepNeeds, *, tied_embeddings: bool, defers: bool = False) -> int:
     """The least bytes of RAM that a step which needs ``needs`` can be done in."""
-    slots = (_CHUNK_POOLS if needs.by_chunk else _POOLS)[-1]
-    pool = _pool(layout, needs, slots, Residents(), tied_embeddings=tied_embeddings, keeps=keeps)
+    slots = (_CHUNK_POOLS if needs.unit == "chunk" else _POOLS)[-1]
+    pool = _pool(layout, needs, slots, Residents(), tied_embeddings=tied_embeddings, defers=defers)
     return needs.always + needs.activations_at_least + mapped_nbytes(pool)
 
 
@@ -225,7 +231,7 @@ def _pool(
     residents: Residents,
     *,
     tied_embeddings: bool,
-    keeps: bool,
+    defers: bool,
 ) -> PoolSizes:
     block_buffers, chunk_slots, block_gradients = slots
     return pool_sizes(
@@ -233,8 +239,8 @@ def _pool(
         tied_embeddings=tied_embeddings,
         training=True,
         residents=residents,
-        keeps=keeps,
-        by_chunk=needs.by_chunk,
+        defers=defers,
+        unit=needs.unit,
         block_buffers=block_buffers,
         chunk_slots=chunk_slots,
         block_gradients=block_gradients,

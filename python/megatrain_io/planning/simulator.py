@@ -333,7 +333,7 @@ class _Simulation:
 
     def _hand_over(self, stage: Stage, record: int) -> None:
         """Take the gradient that a stage has made: it is updated with, or waits in RAM or on the drive, or both."""
-        parts, nbytes = self._timeline.parts_of(record), stage.keeps.get(record, 0.0)
+        parts, nbytes = self._timeline.parts_of(record), stage.defers.get(record, 0.0)
         is_updated = record in stage.updates
         if is_updated:
             self._sources[record] = parts

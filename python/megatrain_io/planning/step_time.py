@@ -15,14 +15,14 @@ from megatrain_io.planning.simulator import Rates, simulate
 from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.pool import PoolSizes
-from megatrain_io.store.schedule import ChunkOp, Gradients, Phase, build_schedule, flush_schedule, traffic
+from megatrain_io.store.schedule import ChunkOp, Phase, UpdatePolicy, build_schedule, flush_schedule, traffic
 
 __all__ = [
     "activations_moved",
     "forget_schedules",
-    "gradients_of",
     "hiding_tokens",
     "phases_of",
+    "policy_of",
     "schedule_of",
     "step_time",
     "written_by_commit",
@@ -36,23 +36,23 @@ _HANDOFF = 0.9e-3
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def schedule_of(job: TrainingJob, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
+def schedule_of(job: TrainingJob, policy: UpdatePolicy, *, applies: bool = False) -> tuple[ChunkOp, ...]:
     """The schedule of a training step of the job, as training builds it.
 
-    It is kept until ``forget_schedules``: those of large models take seconds to build.
+    It is waiting until ``forget_schedules``: those of large models take seconds to build.
     """
-    return _schedule(job.layout, bool(job.partition.tied_parameters), gradients, applies)
+    return _schedule(job.layout, bool(job.partition.tied_parameters), policy, applies)
 
 
 @lru_cache(maxsize=4)
 def _schedule(
     layout: ModelLayout,
     tied_embeddings: bool,  # noqa: FBT001 - of one caller
-    gradients: Gradients,
+    policy: UpdatePolicy,
     applies: bool,  # noqa: FBT001
 ) -> tuple[ChunkOp, ...]:
     return build_schedule(
-        layout, tied_embeddings=tied_embeddings, training=True, applies=applies, gradients=gradients
+        layout, tied_embeddings=tied_embeddings, training=True, applies=applies, policy=policy
     )
 
 
@@ -61,11 +61,11 @@ def forget_schedules() -> None:
     _schedule.cache_clear()
 
 
-def gradients_of(job: TrainingJob) -> Gradients:
+def policy_of(job: TrainingJob) -> UpdatePolicy:
     """What a step does with its gradients as long as their norm stays below the limit."""
-    if not job.keeps:
-        return "update"
-    return "both" if job.commits_at_once else "keep"
+    if not job.defers:
+        return "immediate"
+    return "speculative" if job.commits_at_once else "deferred"
 
 
 def _commits(job: TrainingJob) -> tuple[float, float]:
@@ -87,9 +87,9 @@ def activations_moved(job: TrainingJob, memory: RamPlan) -> dict[int, float]:
     return {job.layout.block(index): plan.moved_nbytes / plan.on_drive for index in range(plan.on_drive)}
 
 
-def phases_of(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> dict[str, tuple[float, float]]:
+def phases_of(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy) -> dict[str, tuple[float, float]]:
     """(Bytes read, bytes written) by phase of a step in the steady state, averaged between two commits."""
-    schedule = schedule_of(job, gradients, applies=gradients == "keep")
+    schedule = schedule_of(job, policy, applies=policy == "deferred")
     layout, residents = job.layout, memory.residents
     shares = list(zip(_commits(job), (True, False), strict=True))
     found = dict.fromkeys(map(str, Phase), (0.0, 0.0))
@@ -108,11 +108,11 @@ def phases_of(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> dict[s
     return found
 
 
-def written_by_commit(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> int:
+def written_by_commit(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy) -> int:
     """The most bytes that a step writes: one that commits, and that takes its speculative updates back."""
-    schedule = schedule_of(job, gradients, applies=gradients == "keep")
+    schedule = schedule_of(job, policy, applies=policy == "deferred")
     _, written = traffic(schedule, job.layout, memory.residents)
-    if job.keeps:
+    if job.defers:
         written += traffic(flush_schedule(job.layout), job.layout, memory.residents)[1]
     return written + ceil(sum(activations_moved(job, memory).values()))
 
@@ -122,7 +122,7 @@ def step_time(
     memory: RamPlan,
     compute: Mapping[StageKey, float],
     hardware: Hardware,
-    gradients: Gradients,
+    policy: UpdatePolicy,
     *,
     vram: VramPlan | None = None,
     is_measured: bool = False,
@@ -134,16 +134,16 @@ def step_time(
         memory: how RAM is divided.
         compute: seconds of each stage of the step, all micro-batches.
         hardware: the machine; rates that are not known are taken as infinite.
-        gradients: what the step does with its gradients.
+        policy: what the step does with its gradients.
         vram: how the memory of a GPU is divided, if one computes.
         is_measured: whether ``compute`` was measured.
 
     Raises:
         StandstillError: the simulator came to a standstill, which is a bug.
     """
-    applies = gradients == "keep"
-    first = schedule_of(job, gradients)
-    then = schedule_of(job, gradients, applies=True) if applies else first
+    applies = policy == "deferred"
+    first = schedule_of(job, policy)
+    then = schedule_of(job, policy, applies=True) if applies else first
     every = 1 if job.layout.durability == "scratch" else job.config.memory.commit_every
     pattern = [True] * 3 if every == 1 else [False, False, True, False]
     played = simulate(

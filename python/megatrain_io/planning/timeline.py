@@ -68,8 +68,8 @@ class Stage:
     gradients: list[int] = field(default_factory=list)
     """Records whose gradient is made here: a buffer for each is needed first."""
     updates: list[int] = field(default_factory=list)
-    keeps: dict[int, float] = field(default_factory=dict)
-    """Records whose gradient is kept, and the bytes of it that go to the drive."""
+    defers: dict[int, float] = field(default_factory=dict)
+    """Records whose gradient is deferred, and the bytes of it that go to the drive."""
     holds: bool = False
     inputs: float = 0.0
 
@@ -138,8 +138,8 @@ class Timeline:
     def _add_run(self, stage: Stage, kind: str, record: int, run: list[ChunkOp], *, commits: bool) -> None:
         layout, residents = self._layout, self._residents
         parts = _parts(run, self._parts_max)
-        if kind == "keep":
-            stage.keeps[record] = sum(op.written_bytes(layout, residents) for op in run)
+        if kind == "defer":
+            stage.defers[record] = sum(op.written_bytes(layout, residents) for op in run)
             return
         load = None
         if kind in {"load", "apply"}:
@@ -199,11 +199,11 @@ class Timeline:
     def _finish(self, stages: Mapping[StageKey, Stage]) -> None:
         """Set which stage makes which gradient, and which keeps its weights from the forward to the backward pass."""
         last = self._layout.block(self._layout.blocks - 1)
-        trains = any(stage.updates or stage.keeps for stage in stages.values())
+        trains = any(stage.updates or stage.defers for stage in stages.values())
         for (phase, record), stage in stages.items():
             if phase is Phase.FORWARD and record == last and trains:
                 stage.holds = True
-            stage.gradients = list(dict.fromkeys([*stage.updates, *stage.keeps]))
+            stage.gradients = list(dict.fromkeys([*stage.updates, *stage.defers]))
             if phase is Phase.HEAD and trains and len(stage.loads) > (self._layout.head is not None):
                 stage.gradients.append(self._layout.embedding)
 

@@ -26,18 +26,18 @@ from megatrain_io.store.advice import notes_of
 from megatrain_io.store.dtypes import dtype_of
 from megatrain_io.store.inspect import waiting_line
 from megatrain_io.store.layout import ModelLayout, Record, TensorPlace
-from megatrain_io.store.pool import PoolSizes
+from megatrain_io.store.pool import PoolSizes, Unit
 from megatrain_io.store.schedule import ChunkOp, Residents
 from megatrain_io.store.verify import VerifyReport, report_of
 
 __all__ = [
     "AdamWStep",
     "BorrowedRecord",
+    "Buffer",
     "CheckedSchedule",
     "Engine",
     "Ledger",
     "PagedStore",
-    "PieceBuffer",
     "RecordTensors",
     "Store",
     "StoreCreator",
@@ -51,9 +51,9 @@ __all__ = [
 
 Engine = Literal["auto", "uring", "threads"]
 
+Buffer = _lib.Buffer
 CheckedSchedule = _lib.CheckedSchedule
 Ledger = _lib.Ledger
-PieceBuffer = _lib.Buffer
 Store = _lib.Store
 RecordTensors = _lib.RecordTensors
 StoreCreator = _lib.StoreCreator
@@ -164,7 +164,7 @@ class PagedStore:
         settings: Callable[[TensorPlace], TensorSettings] | None = None,
         threads: int = 0,
         kernel: str | None = None,
-        by_chunk: bool = False,
+        unit: Unit = "record",
     ) -> None:
         """Allocate the pool and start the pipeline; a pipeline started before is closed.
 
@@ -176,8 +176,8 @@ class PagedStore:
             settings: weight decay and learning-rate scale of each tensor; None reads only.
             threads: for AdamW and checksums; 0 = one for each core.
             kernel: one of ``adamw_kernels()``; None = the fastest.
-            by_chunk: a buffer holds a chunk, not a record: ``take_piece`` and so on take the place of
-                ``weights``, ``gradient`` and ``submit``, and schedules are checked with ``by_chunk``.
+            unit: what a buffer holds. Of a chunk, ``take_chunk`` and so on take the place of ``weights``,
+                ``gradient`` and ``submit``; schedules are checked with the same unit.
         """
         self._stop()
         tensors: list[tuple[int, int, int, float, float]] = []
@@ -187,18 +187,18 @@ class PagedStore:
         sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
         self.residents = own = residents or Residents()
         stay = (
-            self._pieces(own.records, by_chunk=by_chunk),
+            self._units(own.records, unit),
             sorted(own.chunks),
-            self._pieces(own.gradients, by_chunk=by_chunk),
+            self._units(own.gradients, unit),
         )
         self._pipeline = _lib.Pipeline(
-            self._store, sizes, threads, kernel, tensors, stay, list(gradient_files), by_chunk
+            self._store, sizes, threads, kernel, tensors, stay, list(gradient_files), unit
         )
 
-    def check(self, schedule: Sequence[ChunkOp], *, by_chunk: bool = False) -> CheckedSchedule:
+    def check(self, schedule: Sequence[ChunkOp], *, unit: Unit = "record") -> CheckedSchedule:
         """Check a schedule against the store, once, for any number of steps."""
         operations = [(operation.kind, operation.chunk.index) for operation in schedule]
-        return _lib.CheckedSchedule(self._store, operations, by_chunk)
+        return _lib.CheckedSchedule(self._store, operations, unit)
 
     def begin(self, schedule: CheckedSchedule, adamw: AdamWStep, *, commits: bool = False) -> None:
         """Begin a step: its reads start at once.
@@ -227,24 +227,24 @@ class PagedStore:
         """
         self._running().submit(record, weights.take(), gradient.take())
 
-    def take_piece(self, chunk: int) -> PieceBuffer:
+    def take_chunk(self, chunk: int) -> Buffer:
         """By chunk: the weights of the schedule's next load; waits for them."""
         return self._running().take_weights(chunk)
 
-    def try_piece(self, chunk: int, patience: float) -> PieceBuffer | None:
+    def try_chunk(self, chunk: int, patience: float) -> Buffer | None:
         """By chunk: the weights of the schedule's next load; None when ``patience`` seconds have passed."""
         return self._running().take_weights(chunk, patience)
 
-    def try_piece_gradient(self, chunk: int, patience: float) -> PieceBuffer | None:
+    def try_chunk_gradient(self, chunk: int, patience: float) -> Buffer | None:
         """By chunk: an fp32 gradient buffer, content arbitrary; None when none comes free for so long."""
         return self._running().take_gradient(chunk, patience)
 
-    def try_outgoing(self, chunk: int, patience: float) -> PieceBuffer | None:
+    def try_outgoing(self, chunk: int, patience: float) -> Buffer | None:
         """By chunk: a buffer for weights that come back for their update; None likewise."""
         return self._running().take_outgoing(chunk, patience)
 
-    def submit_piece(self, chunk: int, weights: PieceBuffer | None, gradient: PieceBuffer) -> None:
-        """By chunk: hand a gradient over; without weights if the step only keeps it."""
+    def submit_chunk(self, chunk: int, weights: Buffer | None, gradient: Buffer) -> None:
+        """By chunk: hand a gradient over; without weights if the step only defers it."""
         self._running().submit(chunk, weights, gradient)
 
     def gradient_norm(self) -> float:
@@ -262,19 +262,19 @@ class PagedStore:
 
         Args:
             blob: the trainer's state; None = the step becomes durable with the next commit.
-            applied: the next step applies the gradients that this one kept, multiplied by this (exact as fp32),
+            applied: the next step applies the gradients that this one deferred, multiplied by this (exact as fp32),
                 and updates of this one are taken back; None = they stand.
         """
         self._running().end(blob, applied)
 
     def wait_durable(self) -> None:
-        """Wait until every ended step is written, and durable if it was to be committed."""
-        self._running().wait_settled()
+        """Wait until every finished step is durable: written, and committed if that was asked for."""
+        self._running().wait_durable()
 
     def abort(self) -> None:
-        """Drop the step under way, and with it everything since the last commit.
+        """Drop the pending step, and with it everything since the last commit.
 
-        A step that has ended with a blob is committed first. ``blob`` says from which step to go on.
+        A step finished with a blob is committed first. ``blob`` says from which step to go on.
         """
         for borrowed in list(self._borrowed):
             # A tensor that somebody still holds keeps its buffer until it dies.
@@ -296,7 +296,7 @@ class PagedStore:
         dtype = torch.float32 if plane != "weight" else dtype_of(self.layout)
         width = dtype.itemsize
         if self._pipeline is not None:
-            self._pipeline.wait_settled()
+            self._pipeline.wait_durable()
         out = torch.empty(place.elements, dtype=dtype)
         end = place.offset + place.elements
         for chunk in self.layout.chunks_of(place.record):
@@ -380,16 +380,16 @@ class PagedStore:
         return ([], 0) if self._pipeline is None else self._pipeline.take_events()
 
     def close(self) -> None:
-        """Wait until ended steps are durable, stop, and mark the store clean.
+        """Wait until finished steps are durable, stop, and mark the store clean.
 
-        A step under way is dropped.
+        A pending step is dropped.
 
         Raises:
-            StorageError, StoreFailedError: an ended step could not be made durable.
+            StorageError, StoreFailedError: a finished step could not be made durable.
         """
         try:
             if self._pipeline is not None:
-                self._pipeline.wait_settled()
+                self._pipeline.wait_durable()
         finally:
             self._stop()
             self._store.close()
@@ -407,13 +407,13 @@ class PagedStore:
         with suppress(MegatrainIoError) if error is not None else nullcontext():
             self.close()
 
-    def _borrow(self, buffer: _lib.Buffer, record: int) -> BorrowedRecord:
+    def _borrow(self, buffer: Buffer, record: int) -> BorrowedRecord:
         borrowed = BorrowedRecord(buffer, self.layout.records[record])
         self._borrowed.add(borrowed)
         return borrowed
 
-    def _pieces(self, records: Collection[int], *, by_chunk: bool) -> list[int]:
-        if not by_chunk:
+    def _units(self, records: Collection[int], unit: Unit) -> list[int]:
+        if unit == "record":
             return sorted(records)
         return [chunk.index for record in sorted(records) for chunk in self.layout.chunks_of(record)]
 

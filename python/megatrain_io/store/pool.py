@@ -1,11 +1,15 @@
 """Sizes of the pool: buffers that transfers and gradients use, and the mapping that holds them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatrain_io.store.layout import PAGE_BYTES, ModelLayout
 from megatrain_io.store.schedule import _NOTHING, Residents
 
-__all__ = ["PoolSizes", "mapped_nbytes", "pool_sizes"]
+__all__ = ["PoolSizes", "Unit", "mapped_nbytes", "pool_sizes"]
+
+Unit = Literal["record", "chunk"]
+"""What one buffer of the pool holds."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     tied_embeddings: bool,
     training: bool,
     residents: Residents = _NOTHING,
-    keeps: bool = False,
-    by_chunk: bool = False,
+    defers: bool = False,
+    unit: Unit = "record",
     block_buffers: int = 3,
     chunk_slots: int = 4,
     block_gradients: int = 2,
@@ -47,16 +51,16 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
         tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
         training: False leaves out what only updates need, as frozen weights do.
         residents: they have memory of their own, which is not counted here.
-        keeps: whether gradients wait for their norm, on the drive where they have no buffer of their own.
-        by_chunk: whether compute has memory of its own, so that buffers hold chunks on their way to it and back, as
-            many as are said for blocks; those for larger records are then for weights that come back to be updated.
+        defers: whether gradients wait for their norm, on the drive where they have no buffer of their own.
+        unit: what a buffer holds. Chunks, on their way to compute with memory of its own and back, have as many
+            buffers as are said for blocks; those for larger records are then for weights that come back to be updated.
         block_buffers: one to compute with and the others to read ahead; at least two, because the last
             block waits in its buffer while the head runs.
         chunk_slots: updates in flight.
         block_gradients: one to accumulate in and the others for updates behind.
         gathered: by chunk, how many more gradients gather here as the device has no room for those of a record.
     """
-    if block_buffers < (1 if by_chunk else 2) or chunk_slots < 1 or block_gradients < 1:
+    if block_buffers < (1 if unit == "chunk" else 2) or chunk_slots < 1 or block_gradients < 1:
         raise ValueError("a pool needs two block buffers, one chunk slot and one gradient buffer at least")
     training = training and not layout.is_frozen
     blocks = [layout.block(index) for index in range(layout.blocks)]
@@ -85,18 +89,18 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     updated = [
         chunk
         for chunk in layout.chunks
-        if keeps or chunk.record in paged or chunk.index not in residents.chunks
+        if defers or chunk.record in paged or chunk.index not in residents.chunks
     ]
     slot = max(
         (
             layout.weight_extent_bytes(chunk)
             + layout.update_extent_bytes(chunk)
-            + layout.gradient_extent_bytes(chunk) * (keeps and chunk.record in shared)
+            + layout.gradient_extent_bytes(chunk) * (defers and chunk.record in shared)
             for chunk in updated
         ),
         default=0,
     )
-    if by_chunk:
+    if unit == "chunk":
         weights = max(
             map(layout.weight_extent_bytes, (c for c in layout.chunks if c.record in paged)), default=0
         )

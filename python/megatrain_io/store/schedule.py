@@ -15,21 +15,27 @@ from megatrain_io.store.layout import Chunk, ModelLayout
 
 __all__ = [
     "ChunkOp",
-    "Gradients",
     "Kind",
     "Phase",
     "Residents",
+    "UpdatePolicy",
     "build_schedule",
     "flush_schedule",
     "traffic",
 ]
 
-Kind = Literal["load", "apply", "update", "keep"]
+Kind = Literal["load", "apply", "update", "defer"]
 
-Gradients = Literal["update", "keep", "both"]
-"""What a step does with its gradients: it updates with them at once, it keeps them until their norm is known
-and the next step applies them, or both: then it may take its updates back.
+UpdatePolicy = Literal["immediate", "deferred", "speculative"]
+"""What a step does with its gradients: it updates with them at once; it defers them until their norm is known, and
+the next step applies them; or both: then it may take its updates back.
 """
+
+_KINDS: dict[UpdatePolicy, tuple[Kind, ...]] = {
+    "immediate": ("update",),
+    "deferred": ("defer",),
+    "speculative": ("update", "defer"),
+}
 
 
 class Phase(StrEnum):
@@ -49,7 +55,7 @@ class Residents:
     Attributes:
         records: those whose weights stay.
         chunks: those, by index, whose update planes stay.
-        gradients: records whose gradient has a buffer of its own, and waits there if it is kept.
+        gradients: records whose gradient has a buffer of its own, and waits there if it is deferred.
     """
 
     records: frozenset[int] = frozenset()
@@ -65,8 +71,8 @@ class ChunkOp:
     """One operation on one chunk.
 
     ``load`` reads its weights into the record's buffer. ``update`` reads its update planes, and writes
-    weights and update planes. ``apply`` does both, with the gradient that ``keep`` has kept in the step
-    before. What stays in RAM is not read, and written only for a commit.
+    weights and update planes. ``apply`` does both, with the gradient that ``defer`` has deferred in the
+    step before. What stays in RAM is not read, and written only for a commit.
     """
 
     kind: Kind
@@ -90,7 +96,7 @@ class ChunkOp:
         """Bytes written by a step that ``commits``, or by one between two commits."""
         if self.kind == "load":
             return 0
-        if self.kind == "keep":
+        if self.kind == "defer":
             is_spilled = self.chunk.record not in residents.gradients
             return is_spilled * layout.gradient_extent_bytes(self.chunk)
         weights = commits or self.chunk.record not in residents.records
@@ -106,7 +112,7 @@ def build_schedule(
     tied_embeddings: bool,
     training: bool,
     applies: bool = False,
-    gradients: Gradients = "update",
+    policy: UpdatePolicy = "immediate",
 ) -> tuple[ChunkOp, ...]:
     """Order the chunk operations of one step.
 
@@ -114,19 +120,19 @@ def build_schedule(
         layout: the parameter space.
         tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
         training: False leaves out the backward pass: evaluation and generation.
-        applies: whether the step before has kept its gradients, and this one applies them.
-        gradients: what becomes of this step's.
+        applies: whether the step before has deferred its gradients, and this one applies them.
+        policy: what becomes of this step's.
 
     The last block is still in its buffer when the backward pass begins: it is not loaded twice. Where all weights are
     frozen, the backward pass is over when the first block has passed its gradient on.
     """
     operations = _forward(layout, "apply" if applies else "load", tied_embeddings=tied_embeddings)
-    backward = _backward(layout, gradients) if training else ()
+    backward = _backward(layout, policy) if training else ()
     return (*operations, *backward)
 
 
 def flush_schedule(layout: ModelLayout) -> tuple[ChunkOp, ...]:
-    """Apply the gradients that the last step has kept, and compute nothing."""
+    """Apply the gradients that the last step has deferred, and compute nothing."""
     return tuple(_forward(layout, "apply", tied_embeddings=False))
 
 
@@ -140,10 +146,8 @@ def _forward(layout: ModelLayout, first: Kind, *, tied_embeddings: bool) -> Iter
         yield from _whole(layout, "load", layout.embedding, Phase.HEAD)
 
 
-def _backward(layout: ModelLayout, gradients: Gradients) -> Iterator[ChunkOp]:
-    kinds: tuple[Kind, ...] = ("update", "keep") if gradients == "both" else (gradients,)
-    if layout.is_frozen:
-        kinds = ()
+def _backward(layout: ModelLayout, policy: UpdatePolicy) -> Iterator[ChunkOp]:
+    kinds = () if layout.is_frozen else _KINDS[policy]
 
     def done(record: int, phase: Phase) -> Iterator[ChunkOp]:
         for kind in kinds:

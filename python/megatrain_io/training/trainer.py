@@ -89,7 +89,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
             try:
                 trainer.run()
             except KeyboardInterrupt:
-                # A step that has ended is committed first, if it was to be; steps since the last commit are lost.
+                # A finished step is committed first, if it was to be; steps since the last commit are lost.
                 trainer.wait_durable()
                 kept = TrainerState.parse(state.blob).step
                 if state.layout.durability == "scratch":
@@ -231,7 +231,7 @@ class _Trainer:
             gradient_files=[*map(gradient_file, self._run.store_paths())] if memory.spills_gradients else (),
             settings=lambda place: _settings(place, config.train.weight_decay),
             threads=config.memory.threads,
-            by_chunk=self._device.has_own_memory,
+            unit=self._model.unit,
         )
         is_pinned = self._closing.enter_context(self._device.pin(self._state.pool_memory()))
         self._closing.callback(self._model.close)
@@ -347,7 +347,7 @@ class _Trainer:
             raise
 
     def wait_durable(self) -> None:
-        """Wait until all steps that have ended are durable, if they were to be committed."""
+        """Wait until all finished steps are durable, if they were to be committed."""
         self._model.wait_durable()
 
     def write_trace(self) -> None:

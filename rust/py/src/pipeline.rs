@@ -33,26 +33,25 @@ pub(crate) struct CheckedSchedule {
 
 #[pymethods]
 impl CheckedSchedule {
-    /// `operations` is a list of `("load" | "apply" | "update" | "keep", chunk)`; `by_chunk` as for the
+    /// `operations` is a list of `("load" | "apply" | "update" | "defer", chunk)`; `unit` as for the
     /// pipeline that it is for.
     #[new]
-    #[pyo3(signature = (store, operations, by_chunk=false))]
-    fn new(store: &Store, operations: Vec<(String, usize)>, by_chunk: bool) -> PyResult<Self> {
+    #[pyo3(signature = (store, operations, unit="record"))]
+    fn new(store: &Store, operations: Vec<(String, usize)>, unit: &str) -> PyResult<Self> {
         let operations = operations
             .into_iter()
             .map(|(kind, chunk)| match kind.as_str() {
                 "load" => Ok(ChunkOp { kind: Kind::Load, chunk }),
                 "apply" => Ok(ChunkOp { kind: Kind::Apply, chunk }),
                 "update" => Ok(ChunkOp { kind: Kind::Update, chunk }),
-                "keep" => Ok(ChunkOp { kind: Kind::Defer, chunk }),
+                "defer" => Ok(ChunkOp { kind: Kind::Defer, chunk }),
                 _ => Err(PyValueError::new_err(format!(
-                    "operation {kind:?}: load, apply, update or keep"
+                    "operation {kind:?}: load, apply, update or defer"
                 ))),
             })
             .collect::<PyResult<Vec<_>>>()?;
-        let store = store.get()?;
-        let schedule =
-            pipeline::Schedule::new(store.units(unit_of(by_chunk)), operations).map_err(raise)?;
+        let (store, unit) = (store.get()?, unit_of(unit)?);
+        let schedule = pipeline::Schedule::new(store.units(unit), operations).map_err(raise)?;
         Ok(Self { inner: Arc::new(schedule) })
     }
 }
@@ -70,9 +69,9 @@ impl Pipeline {
     /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order; `residents`
     /// lists the units whose weights stay in RAM, the chunks whose update planes do, and the units
     /// whose gradients have a buffer of their own; `gradient_files` is where other gradients wait that are deferred.
-    /// A unit is what one buffer holds: a record, or a chunk where `by_chunk` is set.
+    /// A unit is what one buffer holds: `"record"` or `"chunk"`.
     #[new]
-    #[pyo3(signature = (store, pool, threads, kernel, tensors, residents, gradient_files, by_chunk=false))]
+    #[pyo3(signature = (store, pool, threads, kernel, tensors, residents, gradient_files, unit="record"))]
     #[expect(clippy::too_many_arguments, reason = "each is set once, in one place")]
     fn new(
         py: Python<'_>,
@@ -83,9 +82,10 @@ impl Pipeline {
         tensors: Vec<(usize, u64, u64, f64, f64)>,
         residents: (Vec<usize>, Vec<usize>, Vec<usize>),
         gradient_files: Vec<PathBuf>,
-        by_chunk: bool,
+        unit: &str,
     ) -> PyResult<Self> {
         let kernel = kernel.map(kernel_of).transpose()?;
+        let unit = unit_of(unit)?;
         let tensors = tensors
             .into_iter()
             .map(|(record, offset, elements, weight_decay, lr_scale)| TensorSettings {
@@ -103,19 +103,12 @@ impl Pipeline {
             let gradient_files = if gradient_files.is_empty() {
                 GradientFiles::default()
             } else {
-                let units = store.units(unit_of(by_chunk));
+                let units = store.units(unit);
                 GradientFiles::create(&gradient_files, units, &residents.gradients)?
             };
             let pool = pool.sizes();
-            let options = Options {
-                pool,
-                threads,
-                kernel,
-                tensors,
-                residents,
-                gradient_files,
-                unit: unit_of(by_chunk),
-            };
+            let options =
+                Options { pool, threads, kernel, tensors, residents, gradient_files, unit };
             pipeline::Pipeline::start(store, &options)
         };
         let pipeline = py.detach(start).map_err(raise)?;
@@ -218,7 +211,7 @@ impl Pipeline {
     }
 
     /// Waits until every finished step is durable: written, and committed if that was asked for.
-    fn wait_settled(&self, py: Python<'_>) -> PyResult<()> {
+    fn wait_durable(&self, py: Python<'_>) -> PyResult<()> {
         let pipeline = self.get()?;
         wait(py, || pipeline.wait_durable(PATIENCE).map(|durable| durable.then_some(())))
     }
@@ -346,8 +339,11 @@ fn elements_of(pipeline: &pipeline::Pipeline, unit: usize) -> PyResult<usize> {
     usize::try_from(parameters).map_err(|e| PyValueError::new_err(e.to_string()))
 }
 
-fn unit_of(by_chunk: bool) -> Unit {
-    if by_chunk { Unit::Chunk } else { Unit::Record }
+fn unit_of(name: &str) -> PyResult<Unit> {
+    Unit::named(name).ok_or_else(|| {
+        let names = Unit::ALL.map(Unit::name).join(" or ");
+        PyValueError::new_err(format!("unit {name:?}: {names}"))
+    })
 }
 
 fn kernel_of(name: &str) -> PyResult<Kernel> {

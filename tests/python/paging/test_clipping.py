@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatrain_io.errors import CorruptionError, MegatrainIoError
-from megatrain_io.paging.clipping import Guess, clip_coefficient
+from megatrain_io.paging.clipping import Speculation, clip_coefficient
 from megatrain_io.store.paged_store import AdamWStep
 from paged import (
     Case,
@@ -69,14 +69,14 @@ def check(tmp_path, case, max_grad_norm, **how):
     return made
 
 
-@pytest.mark.parametrize("gradients", ["keep", "both"])
+@pytest.mark.parametrize("policy", ["deferred", "speculative"])
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_clipped_training_equals_stock_training(tmp_path, family, tied, dtype, micro_batches, gradients):
+def test_clipped_training_equals_stock_training(tmp_path, family, tied, dtype, micro_batches, policy):
     case = Case(family, tied, dtype, (micro_batches,) * 8)
-    made = check(tmp_path, case, limit_of(case), gradients=gradients)
+    made = check(tmp_path, case, limit_of(case), policy=policy)
     clipped = [step.clip_coefficient < 1 for step in made]
     assert {True, False} == set(clipped)
 
@@ -97,10 +97,10 @@ PLACES = [
 @pytest.mark.parametrize(
     "how", [*PLACES, {"commit_every": 3}, {"commit_every": 2, "resident_share": 0.5}], ids=str
 )
-@pytest.mark.parametrize("gradients", ["keep", "both"])
-def test_how_it_is_done_changes_no_bit(tmp_path, gradients, how):
+@pytest.mark.parametrize("policy", ["deferred", "speculative"])
+def test_how_it_is_done_changes_no_bit(tmp_path, policy, how):
     case = Case(tied=True, dtype=BF16, counts=(1, 4, 2, 1, 1, 2))
-    check(tmp_path, case, limit_of(case), gradients=gradients, **how)
+    check(tmp_path, case, limit_of(case), policy=policy, **how)
 
 
 def test_the_norm_is_that_of_torch_and_its_bits_do_not_depend_on_the_place(tmp_path):
@@ -108,7 +108,7 @@ def test_the_norm_is_that_of_torch_and_its_bits_do_not_depend_on_the_place(tmp_p
     norms = set()
     for number, how in enumerate(PLACES):
         (tmp_path / str(number)).mkdir()
-        made, _ = paged(tmp_path / str(number) / "store", case, 1e-3, gradients="keep", **how)
+        made, _ = paged(tmp_path / str(number) / "store", case, 1e-3, policy="deferred", **how)
         norms.add(tuple(step.grad_norm for step in made))
     assert len(norms) == 1
 
@@ -116,7 +116,7 @@ def test_the_norm_is_that_of_torch_and_its_bits_do_not_depend_on_the_place(tmp_p
 def test_a_step_that_is_refused_before_it_begins_leaves_what_waits(tmp_path):
     case = Case(dtype=BF16, counts=(1, 1))
     make_store(tmp_path / "store", case)
-    with opened(tmp_path / "store", case, max_grad_norm=1e9, gradients="keep") as model:
+    with opened(tmp_path / "store", case, max_grad_norm=1e9, policy="deferred") as model:
         train(model, case, stop=1)
         batch = to_micro_batch(case.steps[1][0])
         model.train_step([batch], AdamWStep(2, 1e-3), lambda _loss: b"2")
@@ -132,7 +132,7 @@ def test_a_step_that_is_refused_before_it_begins_leaves_what_waits(tmp_path):
 @pytest.mark.timeout(60)
 def test_a_flipped_bit_of_a_gradient_that_waits_is_found_and_costs_its_step(tmp_path):
     case, store = Case(dtype=BF16, counts=(1,) * 4), tmp_path / "store"
-    how = {"max_grad_norm": limit_of(case), "gradients": "keep", "kept_in_ram": 0.0}
+    how = {"max_grad_norm": limit_of(case), "policy": "deferred", "kept_in_ram": 0.0}
     make_store(tmp_path / "whole", case)
     with opened(tmp_path / "whole", case, **how) as model:
         losses = train(model, case)
@@ -178,12 +178,12 @@ def test_coefficients_are_those_of_torch():
         assert clip_coefficient(norm, limit) == float(np.float32(clip_coefficient(norm, limit)))
 
 
-def test_guessing_ends_when_it_is_wrong_too_often_and_comes_back():
-    guess = Guess()
-    assert guess.is_worth_it
+def test_speculation_ends_when_it_is_wrong_too_often_and_comes_back():
+    speculation = Speculation()
+    assert speculation.is_worth_it
     for _ in range(10):
-        guess.learn(is_clipped=True)
-    assert not guess.is_worth_it
+        speculation.learn(is_clipped=True)
+    assert not speculation.is_worth_it
     for _ in range(30):
-        guess.learn(is_clipped=False)
-    assert guess.is_worth_it
+        speculation.learn(is_clipped=False)
+    assert speculation.is_worth_it

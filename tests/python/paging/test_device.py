@@ -197,10 +197,10 @@ def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
 
 
 @pytest.mark.parametrize("resident_share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("gradients", ["update", "keep", "both"])
+@pytest.mark.parametrize("policy", ["immediate", "deferred", "speculative"])
 @pytest.mark.parametrize("buffers", ["any", "pieces", "pieces, tied"])
 def test_little_memory_for_gradients_serves_all_records(
-    tmp_path, monkeypatch, buffers, gradients, resident_share
+    tmp_path, monkeypatch, buffers, policy, resident_share
 ):
     """One buffer for all, or pieces of those that gather in RAM."""
     tied = buffers == "pieces, tied"
@@ -208,8 +208,8 @@ def test_little_memory_for_gradients_serves_all_records(
     count = 0 if buffers == "any" else None
     made = plan(case, block_weights=1, block_gradients=count, slots=2)
     how = {"vram": made, "resident_share": resident_share, "small_pool": tied}
-    if gradients != "update":
-        how |= {"max_grad_norm": 1e9, "gradients": gradients, "kept_in_ram": 0.5}
+    if policy != "immediate":
+        how |= {"max_grad_norm": 1e9, "policy": policy, "kept_in_ram": 0.5}
     make_store(tmp_path / "store", case)
     with opened(tmp_path / "store", case, device=SimulatedDevice(6, delay=0.001), **how) as model:
         train(model, case, stop=1)

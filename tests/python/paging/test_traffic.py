@@ -87,21 +87,23 @@ def test_what_stays_in_ram_moves_as_the_formulas_say(tmp_path, dtype, tied, shar
         assert between == (0, 0)
 
 
-@pytest.mark.parametrize(("gradients", "limit"), [("keep", 1e9), ("both", 1e9), ("both", 1e-9)])
+@pytest.mark.parametrize(
+    ("policy", "limit"), [("deferred", 1e9), ("speculative", 1e9), ("speculative", 1e-9)]
+)
 @pytest.mark.parametrize("kept_in_ram", [1.0, 0.0], ids=["in RAM", "on the drive"])
-def test_gradients_that_wait_cost_what_the_schedule_says(tmp_path, kept_in_ram, gradients, limit):
+def test_gradients_that_wait_cost_what_the_schedule_says(tmp_path, kept_in_ram, policy, limit):
     case = Case(dtype=torch.bfloat16, counts=(1,) * (2 + MEASURED_STEPS), overrides=SIZES)
     make_store(tmp_path / "store", case)
-    how = {"max_grad_norm": limit, "gradients": gradients, "kept_in_ram": kept_in_ram}
+    how = {"max_grad_norm": limit, "policy": policy, "kept_in_ram": kept_in_ram}
     with opened(tmp_path / "store", case, **how) as model:
         read, written = measured(model, case)
         layout, parameters = model.state.layout, model.state.layout.parameters
         residents = Residents(gradients=kept_part(model, kept_in_ram))
-    waits = gradients == "keep" or limit < 1
+    waits = policy == "deferred" or limit < 1
 
     def step(applies):
         schedule = build_schedule(
-            layout, tied_embeddings=False, training=True, applies=applies, gradients=gradients
+            layout, tied_embeddings=False, training=True, applies=applies, policy=policy
         )
         return traffic(schedule, layout, residents)
 
@@ -113,9 +115,9 @@ def test_gradients_that_wait_cost_what_the_schedule_says(tmp_path, kept_in_ram, 
     assert predicted_written <= written <= 1.01 * predicted_written
     spilled = 4 if kept_in_ram < 1 else 0
     limits = {
-        ("keep", 1e9): (14 + spilled, 12 + spilled),
-        ("both", 1e9): (14, 12 + spilled),
-        ("both", 1e-9): (24 + spilled, 24 + spilled),
-    }[gradients, limit]
+        ("deferred", 1e9): (14 + spilled, 12 + spilled),
+        ("speculative", 1e9): (14, 12 + spilled),
+        ("speculative", 1e-9): (24 + spilled, 24 + spilled),
+    }[policy, limit]
     assert 0.9 * limits[0] * parameters < step(waits)[0] <= 1.01 * limits[0] * parameters
     assert 0.99 * limits[1] * parameters < step(waits)[1] <= 1.01 * limits[1] * parameters

@@ -50,10 +50,10 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, c
         tied = bool(partition.tied_parameters)
         assert tables == store_memory(layout.manifest({}))
         needs = step_needs(partition, layout, batches, tables)
-        least = least_ram(layout, needs, tied_embeddings=tied, keeps=clips)
+        least = least_ram(layout, needs, tied_embeddings=tied, defers=clips)
         everything = (16 if clips else 12) * layout.parameters + needs.activations
         ram = int(least + share * everything)
-        plan = plan_ram(partition, layout, needs, ram=ram, keeps=clips)
+        plan = plan_ram(partition, layout, needs, ram=ram, defers=clips)
         model = PagedModel(
             partition,
             state,
@@ -120,21 +120,21 @@ def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
     assert differing(planes, expected_planes(expected)) == []
 
 
-@pytest.mark.parametrize("keeps", [False, True], ids=["free", "clipped"])
+@pytest.mark.parametrize("defers", [False, True], ids=["free", "clipped"])
 @pytest.mark.parametrize(
     ("blocks", "block", "table"),
     [(6, 3_150_000, 25_700_000), (3, 12_000_000, 30_000_000), (22, 4_000_000, 6_000_000)],
 )
-def test_no_division_is_larger_than_the_budget(blocks, block, table, keeps):
+def test_no_division_is_larger_than_the_budget(blocks, block, table, defers):
     inner = [(f"block {index}", [(f"w{index}", (block,))]) for index in range(blocks)]
     parts = [("embedding", [("table", (table,))]), *inner, ("head", [("head", (table,))])]
     layout = ModelLayout.build(parts, blocks, "bf16")
     schedule = build_schedule(layout, tied_embeddings=False, training=True)
     needs = StepNeeds(MIB, compute=MIB, activations=2 * MIB, activations_least=MIB)
-    least = least_ram(layout, needs, tied_embeddings=False, keeps=keeps)
+    least = least_ram(layout, needs, tied_embeddings=False, defers=defers)
     for step in range(60):
         ram = least + step * 16 * layout.parameters // 55
-        plan = divide_ram(layout, schedule, needs, tied_embeddings=False, ram=ram, keeps=keeps)
+        plan = divide_ram(layout, schedule, needs, tied_embeddings=False, ram=ram, defers=defers)
         assert plan.total <= ram, step
     assert len(plan.residents.chunks) == len(layout.chunks)
 

@@ -41,30 +41,30 @@ def played(
     tied=False,
     share=0.0,
     commits=True,
-    gradients="update",
+    policy="immediate",
     spilled=False,
     slots=(3, 4, 2),
     behind=0,
 ):
-    first = build_schedule(place, tied_embeddings=tied, training=True, gradients=gradients)
+    first = build_schedule(place, tied_embeddings=tied, training=True, policy=policy)
     then = build_schedule(
-        place, tied_embeddings=tied, training=True, gradients=gradients, applies=gradients == "keep"
+        place, tied_embeddings=tied, training=True, policy=policy, applies=policy == "deferred"
     )
     residents = choose_residents(place, first, int(share * 12 * place.parameters)) if share else Residents()
-    if gradients != "update" and not spilled:
+    if policy != "immediate" and not spilled:
         residents = replace(residents, gradients=choose_gradients(place, 1 << 40))
     pool = pool_sizes(
         place,
         tied_embeddings=tied,
         training=True,
         residents=residents,
-        keeps=gradients != "update",
+        defers=policy != "immediate",
         block_buffers=slots[0],
         chunk_slots=slots[1],
         block_gradients=slots[2],
     )
     steps = [(first if number == 0 else then, commits) for number in range(STEPS)]
-    if gradients == "keep":
+    if policy == "deferred":
         steps.append((flush_schedule(place), False))
     found = simulate(steps, place, pool, compute, rates, residents=residents, behind=behind)
     moved = [traffic(schedule, place, residents, commits=commits) for schedule, _ in steps]
@@ -75,11 +75,11 @@ SPEED = Rates(read=2e9, write=1e9)
 
 
 @pytest.mark.parametrize("slots", [(3, 4, 2), (2, 1, 1)], ids=["large pool", "least pool"])
-@pytest.mark.parametrize("gradients", ["update", "keep", "both"])
+@pytest.mark.parametrize("policy", ["immediate", "deferred", "speculative"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(
-    monkeypatch, tied, share, gradients, slots
+    monkeypatch, tied, share, policy, slots
 ):
     place, plays, run = layout(tied=tied), [], _Simulation.run
     monkeypatch.setattr(
@@ -93,7 +93,7 @@ def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(
             tied=tied,
             share=share,
             commits=commits,
-            gradients=gradients,
+            policy=policy,
             spilled=spilled,
             slots=slots,
             behind=behind,
@@ -108,13 +108,13 @@ def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(
         assert not play._gradients
 
 
-@pytest.mark.parametrize("gradients", ["update", "keep", "both"])
+@pytest.mark.parametrize("policy", ["immediate", "deferred", "speculative"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_embeddings_no_larger_than_a_block_pass_through_its_buffers(tied, gradients):
+def test_embeddings_no_larger_than_a_block_pass_through_its_buffers(tied, policy):
     place = layout(tied=tied, table=256, width=4096)
     for slots, share in product([(3, 4, 2), (2, 1, 1)], [0.0, 0.3, 0.7]):
         compute = seconds_of(place, 1e-4)
-        found, _ = played(place, SPEED, compute, tied=tied, share=share, gradients=gradients, slots=slots)
+        found, _ = played(place, SPEED, compute, tied=tied, share=share, policy=policy, slots=slots)
         assert found[STEADY].seconds > 0
 
 
@@ -137,14 +137,14 @@ def test_without_computing_the_drive_is_never_idle():
     assert slowest <= faster[STEADY].seconds < found[STEADY].seconds
 
 
-@pytest.mark.parametrize("gradients", ["update", "keep", "both"])
-def test_a_gradient_that_ram_holds_frees_its_buffer_before_the_drive_has_taken_it(gradients):
+@pytest.mark.parametrize("policy", ["immediate", "deferred", "speculative"])
+def test_a_gradient_that_ram_holds_frees_its_buffer_before_the_drive_has_taken_it(policy):
     place = layout()
     compute = seconds_of(place, 2e-3, backward=1.2e-2)
     waiting, enough, ample = (
-        played(
-            place, SPEED, compute, gradients=gradients, spilled=True, slots=(3, 4, buffers), behind=behind
-        )[0][STEADY].seconds
+        played(place, SPEED, compute, policy=policy, spilled=True, slots=(3, 4, buffers), behind=behind)[0][
+            STEADY
+        ].seconds
         for buffers, behind in ((1, 0), (1, len(place.chunks)), (4, 0))
     )
     assert enough < 0.97 * waiting
@@ -202,15 +202,15 @@ def test_more_that_stays_and_a_faster_drive_are_never_slower(share):
     assert faster[STEADY].seconds <= less[STEADY].seconds * 1.001
 
 
-def test_gradients_that_wait_cost_time_and_a_right_guess_does_not():
+def test_gradients_that_wait_cost_time_and_right_speculation_does_not():
     place = layout()
     compute = seconds_of(place, 2e-3)
     free, _ = played(place, SPEED, compute)
-    waiting, _ = played(place, SPEED, compute, gradients="keep")
-    spilled, _ = played(place, SPEED, compute, gradients="keep", spilled=True)
-    guessed, _ = played(place, SPEED, compute, gradients="both")
+    waiting, _ = played(place, SPEED, compute, policy="deferred")
+    spilled, _ = played(place, SPEED, compute, policy="deferred", spilled=True)
+    speculative, _ = played(place, SPEED, compute, policy="speculative")
     assert free[STEADY].seconds < waiting[STEADY].seconds < spilled[STEADY].seconds
-    assert guessed[STEADY].seconds == pytest.approx(free[STEADY].seconds, rel=0.05)
+    assert speculative[STEADY].seconds == pytest.approx(free[STEADY].seconds, rel=0.05)
 
 
 def test_inputs_on_the_drive_are_moved_twice():

@@ -120,7 +120,7 @@ def opened(
     resident_share: float = 0.0,
     activations: ActivationBudget | None = None,
     max_grad_norm: float | None = None,
-    gradients: str | None = None,
+    policy: str | None = None,
     kept_in_ram: float = 1.0,
     device: Device | None = None,
     vram: VramPlan | None = None,
@@ -128,7 +128,7 @@ def opened(
     """A model that is ready to train; of gradients that wait for their norm, a share does so in RAM."""
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
     with closing(device or new_device()) as chosen, PagedStore(*files(path, drives), engine=engine) as state:
-        how = {"max_grad_norm": max_grad_norm, "gradients": gradients, "device": chosen, "vram": vram}
+        how = {"max_grad_norm": max_grad_norm, "policy": policy, "device": chosen, "vram": vram}
         model = PagedModel(partitioned(case), state, activations=activations, **how)
         hyperparameters = case.hyperparameters
         residents = resident_part(model, resident_share)
@@ -145,7 +145,7 @@ def opened(
             if case.is_frozen
             else lambda place: TensorSettings(hyperparameters.weight_decay if len(place.shape) >= 2 else 0.0),
             threads=threads,
-            by_chunk=chosen.has_own_memory,
+            unit=model.unit,
         )
         try:
             yield model

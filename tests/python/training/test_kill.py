@@ -42,7 +42,7 @@ def test_kills_while_gradients_wait_lose_nothing_but_their_step_and_the_one_unde
     def clipping(kills):
         return {
             "max_grad_norm": limit,
-            "gradients": ("both", "keep")[kills % 2],
+            "policy": ("speculative", "deferred")[kills % 2],
             "kept_in_ram": (0.0, 0.5, 1.0)[kills % 3],
         }
 

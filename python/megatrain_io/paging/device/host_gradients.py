@@ -16,7 +16,7 @@ from megatrain_io.errors import BufferInUseError
 from megatrain_io.paging.device.base import Device, Done, Event
 from megatrain_io.paging.device.events import DeviceEvents
 from megatrain_io.store.layout import Chunk
-from megatrain_io.store.paged_store import BorrowedRecord, PagedStore, PieceBuffer, values_of
+from megatrain_io.store.paged_store import BorrowedRecord, Buffer, PagedStore, values_of
 
 __all__ = ["HostGradient", "HostGradients"]
 
@@ -30,7 +30,7 @@ class HostGradient(BorrowedRecord):
     def __init__(self, sums: "HostGradients", record: int) -> None:
         self.tensors = {}
         self.record = record
-        self.slots: dict[int, PieceBuffer] = {}
+        self.slots: dict[int, Buffer] = {}
         self._sums = sums
         sums.gradients.add(self)
 
@@ -91,9 +91,9 @@ class HostGradients:
                     slot.release()
             gradient.slots.clear()
 
-    def _slot(self, gradient: HostGradient, chunk: Chunk) -> PieceBuffer:
+    def _slot(self, gradient: HostGradient, chunk: Chunk) -> Buffer:
         while chunk.index not in gradient.slots:
-            slot = self._state.try_piece_gradient(chunk.index, _PATIENCE)
+            slot = self._state.try_chunk_gradient(chunk.index, _PATIENCE)
             if slot is None:
                 self._advance()
             else:

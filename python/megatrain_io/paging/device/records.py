@@ -22,7 +22,7 @@ from megatrain_io.paging.device.host_gradients import HostGradient, HostGradient
 from megatrain_io.paging.device.pool import DevicePool, kind_of
 from megatrain_io.store.dtypes import dtype_of
 from megatrain_io.store.layout import Chunk, ModelLayout, Record
-from megatrain_io.store.paged_store import BorrowedRecord, PagedStore, PieceBuffer, values_of
+from megatrain_io.store.paged_store import BorrowedRecord, Buffer, PagedStore, values_of
 from megatrain_io.store.schedule import ChunkOp
 
 __all__ = ["DeviceRecords", "TransferPlan", "transfer_plan_of"]
@@ -60,7 +60,7 @@ class _Load:
     moved: int = 0
     event: Event = field(default_factory=Done)
     began: Event | None = None
-    held: dict[int, PieceBuffer] = field(default_factory=dict)
+    held: dict[int, Buffer] = field(default_factory=dict)
     """Slots of chunks that stay in RAM: the update wants them back."""
 
 
@@ -74,7 +74,7 @@ class _Leaving:
     whole: Event
     is_ordered: bool = False
     moved: int = 0
-    slot: PieceBuffer | None = None
+    slot: Buffer | None = None
 
 
 class _OnDevice(BorrowedRecord):
@@ -196,7 +196,7 @@ class DeviceRecords:
     def pass_by(self, record: int) -> None:
         """Take the weights of a load and give them back, without the device: only their update was wanted."""
         for chunk in self.layout.chunks_of(record):
-            while (slot := self._state.try_piece(chunk.index, _PATIENCE)) is None:
+            while (slot := self._state.try_chunk(chunk.index, _PATIENCE)) is None:
                 self.advance()
             slot.release()
 
@@ -279,7 +279,7 @@ class DeviceRecords:
                 load.buffer, used = free.popleft()
                 self._device.wait("in", used, "the last weights were used")
             while load.moved < len(chunks):
-                slot = self._state.try_piece(chunks[load.moved].index, 0 if did else patience)
+                slot = self._state.try_chunk(chunks[load.moved].index, 0 if did else patience)
                 if slot is None:
                     return did
                 self._bring_in(load, chunks[load.moved], slot)
@@ -287,7 +287,7 @@ class DeviceRecords:
             self._fetched.append(self._fetching.popleft())
         return did
 
-    def _bring_in(self, load: _Load, chunk: Chunk, slot: PieceBuffer) -> None:
+    def _bring_in(self, load: _Load, chunk: Chunk, slot: Buffer) -> None:
         if load.buffer is None:
             raise MegatrainIoError("a load without a buffer: this is a bug")
         began = self.events.began("in")
@@ -330,7 +330,7 @@ class DeviceRecords:
         if isinstance(gradient, HostGradient):
             leaving.slot = leaving.slot or gradient.slots.pop(chunk.index)
         else:
-            leaving.slot = leaving.slot or state.try_piece_gradient(chunk.index, patience)
+            leaving.slot = leaving.slot or state.try_chunk_gradient(chunk.index, patience)
         if leaving.slot is None:
             return False
         weights, began = None, self.events.began("out")
@@ -345,7 +345,7 @@ class DeviceRecords:
             device.copy_out(values_of(leaving.slot), self._part(gradient, chunk, torch.float32))
         left = device.record("out")
         self.events.ended("copy out", "gradient", began, left, chunk.index)
-        self.behind("out", left, partial(state.submit_piece, chunk.index, weights, leaving.slot))
+        self.behind("out", left, partial(state.submit_chunk, chunk.index, weights, leaving.slot))
         leaving.slot = None
         leaving.moved += 1
         return True

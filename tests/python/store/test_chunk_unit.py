@@ -1,4 +1,4 @@
-"""Pieces that are chunks, from Python: the bits and the norm of whole records, and the pool's address."""
+"""Units that are chunks, from Python: the bits and the norm of whole records, and the pool's address."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torch.utils.dlpack import from_dlpack
 
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
-from megatrain_io.store.pool import PoolSizes
+from megatrain_io.store.pool import PoolSizes, Unit
 from megatrain_io.store.schedule import ChunkOp, Phase, Residents
 from paged import Case, all_planes, files, make_store
 
@@ -31,12 +31,12 @@ def gradient_of(state: PagedStore, step: int, record: int) -> torch.Tensor:
     return torch.randn(state.layout.records[record].parameters, generator=seeded)
 
 
-def start(state: PagedStore, *, by_chunk: bool, residents: Residents = RESIDENTS) -> None:
+def start(state: PagedStore, *, unit: Unit, residents: Residents = RESIDENTS) -> None:
     layout = state.layout
     chunk, records = layout.chunks[0], range(len(layout.records))
     weights = layout.weight_extent_bytes(chunk)
     slots = (weights + layout.update_extent_bytes(chunk), 2)
-    if by_chunk:
+    if unit == "chunk":
         pool = PoolSizes(slots, (weights, 1), (weights, 1), (CHUNK * 4, 1), (0, 0))
     else:
         block = max(map(layout.record_weight_bytes, records))
@@ -44,7 +44,7 @@ def start(state: PagedStore, *, by_chunk: bool, residents: Residents = RESIDENTS
             slots, (block, 2), (0, 0), (max(map(layout.record_gradient_bytes, records)), 1), (0, 0)
         )
     settings = lambda _: TensorSettings(0.01)  # noqa: E731
-    state.start(pool, residents=residents, settings=settings, by_chunk=by_chunk)
+    state.start(pool, residents=residents, settings=settings, unit=unit)
 
 
 def train_record(state: PagedStore, record: int, gradient: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ def train_chunks(state: PagedStore, record: int, gradient: torch.Tensor) -> None
     """The weights of the whole record go away, and come back one by one, as to a device."""
     chunks, away, held = state.layout.chunks_of(record), [], []
     for chunk in chunks:
-        buffer = state.take_piece(chunk.index)
+        buffer = state.take_chunk(chunk.index)
         away.append(from_dlpack(buffer).clone())
         if record in RESIDENTS.records:
             held.append(buffer)
@@ -72,23 +72,24 @@ def train_chunks(state: PagedStore, record: int, gradient: torch.Tensor) -> None
         else:
             weights = state.try_outgoing(chunk.index, 60)
             from_dlpack(weights).copy_(away[number])
-        buffer = state.try_piece_gradient(chunk.index, 60)
+        buffer = state.try_chunk_gradient(chunk.index, 60)
         flat = from_dlpack(buffer)
         flat.copy_(gradient[chunk.start : chunk.start + chunk.parameters])
         del flat
-        state.submit_piece(chunk.index, weights, buffer)
+        state.submit_chunk(chunk.index, weights, buffer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_by_chunk_has_the_bits_of_training_by_record(tmp_path: Path, dtype: torch.dtype) -> None:
     found = []
-    for by_chunk, train in [(False, train_record), (True, train_chunks)]:
-        path = tmp_path / f"by_chunk_{by_chunk}"
+    units: tuple[Unit, ...] = ("record", "chunk")
+    for unit, train in zip(units, (train_record, train_chunks), strict=True):
+        path = tmp_path / unit
         make_store(path, Case(dtype=dtype), CHUNK)
         norms = []
         with PagedStore(*files(path)) as state:
-            start(state, by_chunk=by_chunk)
-            checked = state.check(schedule(state), by_chunk=by_chunk)
+            start(state, unit=unit)
+            checked = state.check(schedule(state), unit=unit)
             for step in (1, 2):
                 state.begin(checked, AdamWStep(step, 1e-3), commits=True)
                 for record in range(len(state.layout.records)):
@@ -97,17 +98,17 @@ def test_training_by_chunk_has_the_bits_of_training_by_record(tmp_path: Path, dt
                 state.end(b"%d" % step)
             state.wait_durable()
             found.append((norms, all_planes(state)))
-    (norms, planes), (norms_by_chunk, planes_by_chunk) = found
-    assert norms == norms_by_chunk
+    (norms, planes), (chunk_norms, chunk_planes) = found
+    assert norms == chunk_norms
     for key, value in planes.items():
-        assert torch.equal(value, planes_by_chunk[key]), key
+        assert torch.equal(value, chunk_planes[key]), key
 
 
 def test_all_memory_of_the_pool_has_an_address(tmp_path: Path) -> None:
     path = tmp_path / "store"
     make_store(path, Case(), CHUNK)
     with PagedStore(*files(path)) as state:
-        start(state, by_chunk=True, residents=Residents())
+        start(state, unit="chunk", residents=Residents())
         pipeline = state._pipeline
         assert pipeline is not None
         memory = pipeline.pool_memory()
@@ -115,14 +116,14 @@ def test_all_memory_of_the_pool_has_an_address(tmp_path: Path) -> None:
             memory.release()
         flat = from_dlpack(memory)
         assert (flat.dtype, flat.numel()) == (torch.uint8, memory_nbytes(state))
-        checked = state.check(schedule(state), by_chunk=True)
+        checked = state.check(schedule(state), unit="chunk")
         state.begin(checked, AdamWStep(1, 1e-3))
-        buffer = state.take_piece(0)
+        buffer = state.take_chunk(0)
         address = from_dlpack(buffer).data_ptr() - flat.data_ptr()
         assert 0 <= address < flat.numel()
         buffer.release()
         state.abort()
-        state.start(PoolSizes((0, 0), (1 << 20, 1), (0, 0), (0, 0), (0, 0)), by_chunk=True)
+        state.start(PoolSizes((0, 0), (1 << 20, 1), (0, 0), (0, 0), (0, 0)), unit="chunk")
         del pipeline, memory
         # Mapped as long as somebody has its address.
         assert state.ledger.balances()["pool"][0] > 1 << 20

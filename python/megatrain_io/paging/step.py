@@ -136,7 +136,7 @@ class Step:
 
     @_phase
     def forward(self, *, saving: bool) -> None:
-        """Run all blocks, first to last; ``saving`` keeps their inputs. The last one's weights stay for ``backward``."""
+        """Run all blocks, first to last; ``saving`` keeps their inputs. The last one's weights stay for backward."""
         last = self._layout.blocks - 1
         if saving:
             # Made before the step; this is for models whose hidden state has another size than they say.

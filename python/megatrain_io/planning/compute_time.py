@@ -1,9 +1,4 @@
-"""Seconds of computing: measured on two blocks of the model with made-up weights, or worked out from a rate.
-
-FLOPs are counted as 2 for each parameter and token of a matrix product, and causal attention on top (Kaplan et al.,
-arXiv:2001.08361; Chowdhery et al., arXiv:2204.02311, appendix B): a pass forward once, a pass backward twice, and the
-recomputation of a block once more.
-"""
+"""Seconds of computing, measured on two blocks of the model with made-up weights."""
 
 import statistics
 import time
@@ -31,9 +26,12 @@ def measured_seconds(
 ) -> dict[StageKey, float]:
     """Seconds of each stage for one micro-batch on this machine, when nothing else runs.
 
-    The step itself is run, on two blocks, with weights that are made up: how long a product takes does not depend on
-    them. Medians of some rounds: the best would promise what a machine does in its best moments only. On a device with
-    memory of its own the model computes from then on.
+    The step itself is run on two blocks, with made-up weights: the time of a product does not depend on their values.
+    The medians of some rounds are taken: the fastest round would promise what a machine rarely does. If the device has
+    memory of its own, ``partition`` computes there from then on.
+
+    Raises:
+        MegatrainIoError: with made-up weights a parameter gets no gradient.
     """
     device = device or Cpu()
     partition.to(device.torch_device)
@@ -77,7 +75,7 @@ def measured_seconds(
 
 
 class _Clock:
-    """Times of each span; the first round warms up."""
+    """Seconds of each span of a step, over several rounds; the first round warms up and does not count."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -87,13 +85,13 @@ class _Clock:
 
     @property
     def is_enough(self) -> bool:
-        """Whether some rounds were run, for some time."""
+        """Whether enough rounds were run, for long enough."""
         return self._rounds >= _ROUNDS_MAX or (
             self._rounds >= _ROUNDS and time.perf_counter() - self._began >= _SECONDS
         )
 
     def median(self, *names: str) -> float:
-        """Of all times of these spans."""
+        """The median over all times of these spans, in seconds."""
         return statistics.median(each for name in names for each in self._times[name])
 
     @contextmanager

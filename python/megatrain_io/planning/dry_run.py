@@ -1,4 +1,4 @@
-"""A step without a store: on made-up weights, or on shapes that have no memory, to count what it allocates."""
+"""A step without a store: on made-up weights to measure its time, or on shapes alone to count its memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,13 +21,13 @@ from megatrain_io.store.paged_store import BorrowedRecord
 __all__ = ["CANNOT_DRY_RUN", "DryRun", "FakeStore", "dry_run", "fake_store_nbytes", "shortened"]
 
 CANNOT_DRY_RUN = (DataDependentOutputException, GuardOnDataDependentSymNode, NotImplementedError)
-"""A model whose shapes depend on its data (a mixture of experts that looks at its routing) raises one of these."""
+"""What a model raises whose shapes depend on its data, such as a mixture of experts that looks at its routing."""
 
 _ENOUGH_BLOCKS = 2
 
 
 def shortened(layout: ModelLayout) -> ModelLayout:
-    """The same model with two blocks, if all are alike: a step needs no more at once with a hundred."""
+    """The layout with two blocks, if all blocks have the same shapes: a step needs no more at once with a hundred."""
     blocks = [layout.records[layout.block(index)] for index in range(layout.blocks)]
     shapes = {tuple(place.shape for place in block.tensors) for block in blocks}
     if len(blocks) <= _ENOUGH_BLOCKS or len(shapes) > 1:
@@ -39,13 +39,13 @@ def shortened(layout: ModelLayout) -> ModelLayout:
 
 
 def fake_store_nbytes(layout: ModelLayout) -> int:
-    """Bytes of a fake store's weights and gradients."""
+    """Bytes of a fake store's weights, and of its one gradient buffer."""
     sizes = [sum(place.elements for place in record.tensors) for record in shortened(layout).records]
     return layout.weight_bytes * sum(sizes) + 4 * max(sizes) * (not layout.is_frozen)
 
 
 class _FakeRecord(BorrowedRecord):
-    """Stands for a borrowed record."""
+    """A borrowed record over tensors that no store holds."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -55,7 +55,9 @@ class _FakeRecord(BorrowedRecord):
 
 
 class FakeStore:
-    """Stands for store, pool and activation checkpoints in a step that trains nothing: weights that are made up.
+    """Records and activation checkpoints for a step that trains nothing, on made-up weights.
+
+    It stands for ``PagedStore`` and ``SavedActivations`` (``paging.protocols``).
 
     Attributes:
         layout: of the model, shortened where its blocks are alike.
@@ -68,11 +70,11 @@ class FakeStore:
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def weights(self, record: int) -> BorrowedRecord:
-        """As ``PagedStore.weights``."""
+        """The weights of a record, made up once and kept; see ``Records.weights``."""
         return self._made_up(record, self._dtype, is_gradient=False)
 
     def gradient(self, record: int) -> BorrowedRecord:
-        """As ``PagedStore.gradient``."""
+        """Memory for the gradient of a record, the same for all; see ``Records.gradient``."""
         return self._made_up(record, torch.float32, is_gradient=True)
 
     def _made_up(self, record: int, dtype: torch.dtype, *, is_gradient: bool) -> BorrowedRecord:
@@ -91,36 +93,32 @@ class FakeStore:
         return torch.zeros(max(record.parameters for record in self.layout.records))
 
     def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
-        """As ``PagedStore.submit``."""
+        """Drop the gradient and give the weights back; see ``Records.submit``."""
         del record
         weights.give_back()
         gradient.give_back()
 
     def reserve(self, blocks: int, hidden_nbytes: Sequence[int]) -> None:
-        """As ``SavedActivations.reserve``."""
+        """Reserve nothing: inputs are copied when they are put; see ``Activations.reserve``."""
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
-        """As ``SavedActivations.put``."""
+        """Keep a copy of the input of a block; see ``Activations.put``."""
         self._inputs[block, micro_batch] = hidden.clone()
 
     def get(self, block: int, micro_batch: int, like: Tensor) -> Tensor:
-        """As ``SavedActivations.get``."""
+        """The input of a block that was put; see ``Activations.get``."""
         del like
         return self._inputs[block, micro_batch]
 
     def finish(self, block: int) -> None:
-        """As ``SavedActivations.finish``."""
+        """Move nothing: all inputs stay in memory; see ``Activations.finish``."""
 
     def release(self, block: int) -> None:
-        """As ``SavedActivations.release``."""
+        """Keep the inputs until the next step puts others; see ``Activations.release``."""
 
 
 class DryRun(FakeStore):
-    """A fake store whose tensors have shapes and no memory, and that counts what the step allocates.
-
-    Attributes:
-        peak_nbytes: most bytes of tensors that were alive at once, without those of pool and activation checkpoints.
-    """
+    """A fake store whose tensors have shapes and no memory, and that counts what a step allocates."""
 
     def __init__(self, layout: ModelLayout) -> None:
         super().__init__(layout)
@@ -130,17 +128,17 @@ class DryRun(FakeStore):
 
     @property
     def peak_nbytes(self) -> int:
-        """So far."""
+        """Most bytes of tensors that were alive at once so far, without those of pool and activation checkpoints."""
         return max(self._meter.peak_nbytes, self._least)
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
-        """Inside, torch computes: masks are made by code that looks at its data."""
+        """Count what is allocated inside. Torch computes in full here: code that makes masks looks at its data."""
         with self._meter:
             yield
 
     def span(self, name: str) -> AbstractContextManager[None]:
-        """Of the step: that of a micro-batch is measured by itself."""
+        """Measure a span of the step by itself, if it is that of a micro-batch."""
         return self._alone() if name.startswith("micro-batch") else nullcontext()
 
     @contextmanager
@@ -154,7 +152,7 @@ class DryRun(FakeStore):
 
     @contextmanager
     def blocks(self) -> Iterator[None]:
-        """Inside, torch computes shapes alone. What the embedding's backward pass takes comes on top."""
+        """Count what is allocated inside, on shapes alone. What the embedding's backward pass takes is added."""
         again = self._again
         with FakeTensorMode(allow_non_fake_inputs=True), self._meter:
             yield
@@ -162,12 +160,12 @@ class DryRun(FakeStore):
         self._least = self._meter.nbytes + (0 if self.layout.is_frozen else again + gradient)
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
-        """As ``SavedActivations.put``."""
+        """Keep a copy of the input of a block, which is not counted."""
         with self._meter.paused():
             super().put(block, micro_batch, hidden)
 
     def _made_up(self, record: int, dtype: torch.dtype, *, is_gradient: bool) -> BorrowedRecord:
-        """Zeros, which nobody counts: they have no memory until written to, and reading touches a few rows."""
+        """Zeros that are not counted: they take no memory until written to, and reading touches a few rows."""
         del is_gradient
         with self._meter.paused():
             places = self.layout.records[record].tensors
@@ -187,8 +185,16 @@ def dry_run(
 ) -> int | None:
     """Bytes of tensors that a training step needs at once, beside pool, residents and activation checkpoints.
 
-    Nothing is read, and all but the masks is computed on shapes alone. None where the model's shapes depend on
-    its data, so that only a real step can tell.
+    Nothing is read from a store, and all but the masks is computed on shapes alone.
+
+    Args:
+        partition: the model without its parameters.
+        layout: of its store.
+        micro_batches: of the step.
+        slice_tokens: tokens whose logits exist at once.
+
+    Returns:
+        None where shapes inside the model depend on its data, so that only a real step can tell.
     """
     count = len(micro_batches)
     if count <= _COUNTED or any(batch is not micro_batches[0] for batch in micro_batches):

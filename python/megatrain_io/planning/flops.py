@@ -1,4 +1,9 @@
-"""FLOPs of a step."""
+"""FLOPs of a training step, and seconds at a given rate.
+
+2 for each parameter and token of a matrix product, and causal attention on top (Kaplan et al., arXiv:2001.08361;
+Chowdhery et al., arXiv:2204.02311, appendix B): a pass forward once, a pass backward twice, and the recomputation of a
+block once more.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +18,12 @@ __all__ = ["Work", "work_of"]
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one step.
+    """FLOPs of one training step.
 
     Attributes:
-        flops: by stage.
+        flops: by stage of the step.
         active: parameters that a token meets; fewer than there are in a mixture of experts.
-        tokens: of the step.
+        tokens: that go through the model in the step.
     """
 
     flops: Mapping[StageKey, float]
@@ -26,7 +31,7 @@ class Work:
     tokens: int
 
     def seconds(self, flops_per_second: float) -> dict[StageKey, float]:
-        """At one rate for all stages."""
+        """Seconds of each stage, if all of them compute at ``flops_per_second``."""
         return {stage: flops / flops_per_second for stage, flops in self.flops.items()}
 
 
@@ -37,10 +42,10 @@ def work_of(
     *,
     attention: bool = True,
 ) -> Work:
-    """Count the FLOPs of a step.
+    """Count the FLOPs of a training step, as the module says.
 
     Args:
-        partition: the model in pieces.
+        partition: the model without its parameters.
         layout: of its parameters.
         rows: micro-batches as (sequences, tokens of each).
         attention: whether attention's own products are counted, those of tokens with tokens.
@@ -69,7 +74,7 @@ def work_of(
 
 
 def _active(record: Record, config: object) -> int:
-    """Parameters of a block that a token meets: of experts, those that it is routed to."""
+    """Parameters of a block that a token meets: of routed experts the share that a token is routed to."""
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     experts = experts or getattr(config, "n_routed_experts", None)
     used = getattr(config, "num_experts_per_tok", None)

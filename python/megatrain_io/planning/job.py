@@ -1,4 +1,4 @@
-"""What is planned: a configuration over a model."""
+"""The run that is planned: a configuration, a model, and the memory that it may take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,18 +13,18 @@ __all__ = ["TrainingJob"]
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is planned: a configuration over a model.
+    """A run to plan: its configuration, its model, and the memory that it may take.
 
     Attributes:
         config: of the run.
         partition: the model without its parameters.
-        layout: of its store, which need not be there.
+        layout: of the store, which need not be there.
         micro_batches: of the largest step.
-        tables: bytes that the store itself takes when it is open.
-        ram: bytes that training may take.
-        vram: of the memory of a device; None where the CPU computes.
-        steps: of the run; None where it is not known.
+        tables: bytes of RAM that the open store takes for its tables.
+        ram: bytes of RAM that training may take.
+        steps: optimizer steps of the run; None where their number is not known.
         is_made: whether the store is there already.
+        vram: bytes of a device's memory that training may take; None where the CPU computes.
     """
 
     config: RunConfig
@@ -39,27 +39,27 @@ class TrainingJob:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens that go through the model in a step, padding included."""
         return sum(batch.input_ids.numel() for batch in self.micro_batches)
 
     @property
     def keeps(self) -> bool:
-        """Whether gradients wait for their norm."""
+        """Whether gradients wait until the norm over all of them is known (``train.max_grad_norm``)."""
         return self.config.train.max_grad_norm is not None
 
     @property
     def commits_at_once(self) -> bool:
-        """Whether every step is committed: then a step may guess that its gradients stay below the limit."""
+        """Whether every step is committed: only then may a step update before its norm is known."""
         return self.config.memory.commit_every == 1 and self.layout.durability == "step"
 
     def with_accumulation(self, count: int) -> "TrainingJob":
-        """The same with ``count`` micro-batches like the first one."""
+        """The same job with ``count`` micro-batches like the first one."""
         train = self.config.train.model_copy(update={"gradient_accumulation_steps": count})
         config = self.config.model_copy(update={"train": train})
         return replace(self, config=config, micro_batches=[self.micro_batches[0]] * count)
 
     def with_rows(self, batch: int, length: int, tokens: int) -> "TrainingJob":
-        """The same with ``tokens`` a step or a few more, in micro-batches of ``batch`` rows of ``length``."""
+        """The same job with ``tokens`` a step or a few more: micro-batches of ``batch`` rows of ``length`` tokens."""
         train, data = self.config.train, self.config.data
         count = max(1, -(-tokens // (batch * length)))
         config = self.config.model_copy(

@@ -1,4 +1,4 @@
-"""What training a model needs, and how a budget of RAM is divided for it: known before anything is read or written."""
+"""What a step of a model needs, and how RAM and VRAM are divided for it, before anything is read or written."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,16 +17,23 @@ from megatrain_io.store.schedule import build_schedule
 
 __all__ = ["activation_budget_of", "gathered_nbytes", "least_vram_for", "plan_ram", "plan_vram", "step_needs"]
 
-# Of the table that the pipeline has of chunks, where it moves them one by one: the most, a chunk.
+# Most bytes a chunk of the table that the pipeline has of chunks, where it moves them one by one.
 _BY_CHUNK_TABLES = 96
-# Of cuBLAS and its like.
+# Workspaces of cuBLAS and its like.
 _WORKSPACES = 64 << 20
 
 
 def step_needs(
     partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], tables: int
 ) -> StepNeeds:
-    """What a training step on ``micro_batches`` needs besides pool and residents; ``tables`` bytes are the store's."""
+    """What a training step needs besides pool and residents, in bytes.
+
+    Args:
+        partition: the model without its parameters.
+        layout: of its store.
+        micro_batches: of the step.
+        tables: bytes of RAM that the open store takes for its tables.
+    """
     per_block = activation_nbytes(hidden_nbytes(partition, layout, micro_batches))
     compute = dry_run(partition, layout, micro_batches, slice_tokens=slice_tokens(partition, LOGITS_BYTES))
     return StepNeeds(
@@ -42,10 +49,19 @@ def step_needs(
 def plan_vram(
     partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, vram: int
 ) -> tuple[VramPlan, StepNeeds]:
-    """Divide ``vram`` bytes for steps that need ``needs``; and what RAM is left to hold.
+    """Divide the memory of a device for steps that need ``needs``.
+
+    Args:
+        partition: the model without its parameters.
+        layout: of its store.
+        needs: what a step needs, by ``step_needs``.
+        vram: bytes of the device's memory that may be taken.
+
+    Returns:
+        How it is divided, and what RAM must still hold.
 
     Raises:
-        DoesNotFitError: it is too small; says what would do.
+        DoesNotFitError: ``vram`` is too small; the message has the least that is enough.
     """
     per_block, tied = needs.activations_per_block, bool(partition.tied_parameters)
     plan = divide_vram(
@@ -70,7 +86,7 @@ def plan_vram(
 
 
 def least_vram_for(partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds) -> int:
-    """The least VRAM that steps which need ``needs`` can be done in."""
+    """The least bytes of VRAM that steps which need ``needs`` can be done in."""
     return least_vram(
         layout,
         tied_embeddings=bool(partition.tied_parameters),
@@ -102,17 +118,24 @@ def gathered_nbytes(
 
 
 def _compute_nbytes(needs: StepNeeds) -> int:
-    """What torch's allocator takes for compute: tensors, what lies between them, and workspaces of the libraries."""
+    """Bytes that torch's allocator takes for compute: tensors, the gaps between them, and workspaces of libraries."""
     return needs.compute + needs.compute // 16 + _WORKSPACES
 
 
 def plan_ram(
     partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, *, ram: int, keeps: bool = False
 ) -> RamPlan:
-    """Divide ``ram`` bytes for steps that need ``needs``.
+    """Divide RAM for steps that need ``needs``.
+
+    Args:
+        partition: the model without its parameters.
+        layout: of its store.
+        needs: what a step needs, by ``step_needs``, or what ``plan_vram`` left of it.
+        ram: bytes of RAM that may be taken.
+        keeps: whether gradients wait until the norm over all of them is known.
 
     Raises:
-        DoesNotFitError: it is too small; says what would do.
+        DoesNotFitError: ``ram`` is too small; the message has the least that is enough.
     """
     tied = bool(partition.tied_parameters)
     schedule = build_schedule(layout, tied_embeddings=tied, training=True)
@@ -120,5 +143,10 @@ def plan_ram(
 
 
 def activation_budget_of(plan: RamPlan, scratch: Sequence[Path]) -> ActivationBudget:
-    """The part of activations in a plan; ``scratch`` is the file for what does not fit, one for each drive."""
+    """How much RAM the activation checkpoints may take by a plan, and where the rest goes.
+
+    Args:
+        plan: how RAM is divided.
+        scratch: paths of the file for what does not fit in RAM, one for each drive.
+    """
     return ActivationBudget(plan.activations if plan.is_spilled else None, scratch)

@@ -20,13 +20,13 @@ _SHOWN = 0.005
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, simulated.
+    """Seconds of a training step in the steady state, as the simulator finds them.
 
     Attributes:
-        seconds: of the whole.
-        phases: of it.
-        waits: of compute, by cause.
-        compute: that computing alone takes.
+        seconds: of the whole step.
+        phases: seconds by phase of the step; they add up to ``seconds``.
+        waits: seconds that computing waits, by cause: ``read``, ``pool``, ``update``, ``write``.
+        compute: seconds that computing takes by itself, when it never waits.
         is_measured: whether ``compute`` was measured on this machine, on two blocks; else it is worked out from FLOPs.
     """
 
@@ -39,7 +39,14 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a change would do to a step."""
+    """What one change of the settings or of the machine would do to a step.
+
+    Attributes:
+        change: what is changed, in words.
+        seconds: of a step with it, in the steady state; None where the machine's rates are not known.
+        read_bytes: read in a step with it, averaged between two commits.
+        written_bytes: written in a step with it, averaged between two commits.
+    """
 
     change: str
     seconds: float | None
@@ -49,26 +56,31 @@ class Variant:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why it does not fit, with the numbers; and the settings nearest to these that do, if there are any."""
+    """Why a run does not fit, and the nearest settings that do.
+
+    Attributes:
+        reason: what is too small, with the numbers.
+        nearest: ``key=value`` of each setting to change; empty where no change helps.
+    """
 
     reason: str
     nearest: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One sentence or two."""
+        """The reason, and the nearest settings that fit, in one sentence or two."""
         nearest = f". The nearest that fits: {' '.join(self.nearest)}" if self.nearest else ""
         return f"{self.reason}{nearest}"
 
 
 @dataclass(frozen=True)
 class Wear:
-    """What a run writes, against what the drives are rated for.
+    """What a run writes, against what the drives are rated for, in TB (10^12 bytes).
 
     Attributes:
-        written_tb: by the run, 10^12 bytes.
-        rated_tb: that the drives together are rated for.
-        is_typical: whether that is typical of drives of their size, and not their own figure.
-        used_tb: that was written before, if the drives say so.
+        written_tb: that the run writes, to all drives together.
+        rated_tb: that all drives together are rated for; None where neither ratings nor sizes are known.
+        is_typical: whether ``rated_tb`` is typical of drives of this size, and not their own figure.
+        used_tb: that was written to the drives before, where they report it.
     """
 
     written_tb: float
@@ -79,7 +91,13 @@ class Wear:
 
 @dataclass(frozen=True)
 class Prices:
-    """What costs are worked out from, in any one currency; None: unknown."""
+    """What costs are worked out from, in any one currency; None where a figure is not known.
+
+    Attributes:
+        watts: power that the machine takes while it trains.
+        kilowatt_hour: price of a kWh of electricity.
+        rented_hour: price of an hour of a rented GPU, to compare with.
+    """
 
     watts: float | None = None
     kilowatt_hour: float | None = None
@@ -93,30 +111,30 @@ class Plan:
     Bytes and seconds of a step are those of the steady state, averaged between two commits.
 
     Attributes:
-        model: its architecture.
-        parameters: in all.
-        active_parameters: that a token meets.
-        machine: that the plan is for.
-        settings: of the configuration, those that matter here.
-        tokens_per_step: that go through the model.
-        steps: of the run; None where it is not known.
+        model: ``model_type`` of its configuration.
+        parameters: number of parameters of the model.
+        active_parameters: number of parameters that a token meets: fewer in a mixture of experts.
+        machine: name of the machine that the plan is for.
+        settings: keys of the configuration that decide the figures, with their values.
+        tokens_per_step: tokens that go through the model in a step, padding included.
+        steps: optimizer steps of the run; None where their number is not known.
         memory: how RAM is divided; None where it does not fit.
-        ledger_bytes: the most that the package itself holds.
-        process_bytes: the most that the process takes, libraries included.
-        store_bytes: on the drives, for ever.
-        scratch_bytes: on the drives while it runs: activation checkpoints, gradients that wait.
+        ledger_bytes: the most RAM that the package itself holds; None where it does not fit.
+        process_bytes: the most RAM that the process takes, libraries included; None where that is not known.
+        store_bytes: bytes of the store on all drives.
+        scratch_bytes: bytes on the drives besides, while the run goes on: activation checkpoints, deferred gradients.
         vram: how the memory of a GPU is divided; None without one, or where it does not fit.
-        vram_bytes: the least on the GPU; None without one.
-        phases: bytes read and written, by phase of a step.
-        committing_bytes: the most that a step writes: one that commits, and whose guess, if it makes one, was wrong.
-        updates_wait: whether a step's update is made by the next one.
-        time: of a step; None where the machine's rates are not known.
+        vram_bytes: the least memory of a GPU that a step can be done in; None without one.
+        phases: (bytes read, bytes written) by phase of a step.
+        committing_bytes: the most that a step writes: one that commits, and that takes its speculative updates back.
+        updates_wait: whether a step's update is made by the next step.
+        time: seconds of a step; None where the machine's rates are not known.
         tokens_to_hide_io: tokens of a step from which on computing takes longer than moving bytes.
-        variants: what changes would do.
-        wear: of the drives; None where the number of steps is not known.
-        prices: that were given.
-        problems: why it does not fit.
-        notes: what else should be known.
+        variants: what single changes would do to a step.
+        wear: what the run writes to the drives; None where the number of steps is not known.
+        prices: what costs are worked out from.
+        problems: why it does not fit; empty where it does.
+        notes: sentences about what else should be known.
     """
 
     model: str
@@ -146,41 +164,41 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether it can be run."""
+        """Whether the run fits the machine, and so can be begun."""
         return not self.problems
 
     @property
     def read_bytes(self) -> float:
-        """Of a step."""
+        """Bytes read in a step, in the steady state, averaged between two commits."""
         return sum(read for read, _ in self.phases.values())
 
     @property
     def written_bytes(self) -> float:
-        """Of a step."""
+        """Bytes written in a step, in the steady state, averaged between two commits."""
         return sum(written for _, written in self.phases.values())
 
     @property
     def tokens_per_second(self) -> float | None:
-        """That a step trains."""
+        """Tokens that go through the model per second, in the steady state; None where no time is known."""
         return None if self.time is None else self.tokens_per_step / self.time.seconds
 
     @property
     def hours(self) -> float | None:
-        """Of the run."""
+        """Hours that the whole run takes; None where the number of steps or the time of one is not known."""
         return None if self.time is None or self.steps is None else self.steps * self.time.seconds / _HOUR
 
     def require_fits(self) -> "Plan":
-        """This plan.
+        """Return this plan, if the run fits.
 
         Raises:
-            DoesNotFitError: it cannot be run; says why, and what could.
+            DoesNotFitError: it does not; the message has the numbers, and the nearest settings that fit.
         """
         if self.problems:
             raise DoesNotFitError("; ".join(map(str, self.problems)))
         return self
 
     def summary(self) -> Iterator[str]:
-        """What is said of it at the beginning of a run: a line for RAM, one for a step."""
+        """Yield what is said at the beginning of a run: a line for VRAM, for RAM and for a step, and the notes."""
         yield from (str(each) for each in (self.vram, self.memory) if each is not None)
         moved = (
             f"{decimal(round(self.read_bytes))} read and {decimal(round(self.written_bytes))} written a step"
@@ -191,7 +209,7 @@ class Plan:
         yield from self.notes
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures, of plain types."""
+        """All figures of the plan as plain types that JSON has."""
         found = asdict(replace(self, memory=None, vram=None))
         if self.vram is not None:
             found["vram"] = asdict(self.vram) | {"total": self.vram.total}
@@ -216,7 +234,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        """For a person."""
+        """The plan as text for a person, a line for each fact."""
         rows = [("model", self._model_text()), ("machine", self.machine)]
         rows += [("does not fit", str(problem)) for problem in self.problems] or [("fits", "yes")]
         scratch = "" if self.memory is None else f", while it runs {decimal(self.scratch_bytes)} more"
@@ -256,7 +274,7 @@ class Plan:
             waits = [
                 f"{cause} {_seconds(s)}" for cause, s in time.waits.items() if s >= _SHOWN * time.seconds
             ]
-            yield "", f"computing waits for: {', '.join(waits) or 'nothing'}"
+            yield "", f"computing waits for: {', '.join(waits)}" if waits else "computing never waits"
         for phase, (read, written) in self.phases.items():
             seconds = "" if self.time is None else f"{_seconds(self.time.phases.get(phase, 0.0))}, "
             yield "", f"  {phase}: {seconds}{decimal(round(read))} read, {decimal(round(written))} written"
@@ -297,18 +315,19 @@ class Plan:
         prices = self.prices
         if run_hours is not None and prices.watts is not None:
             energy = run_hours * prices.watts / 1e3
-            cost = "" if prices.kilowatt_hour is None else f", {energy * prices.kilowatt_hour:,.2f} of money"
+            price = prices.kilowatt_hour
+            cost = "" if price is None else f", {energy * price:,.2f} at the given price"
             yield "electricity", f"{_figure(energy)} kWh at {prices.watts:,.0f} W{cost}"
         if run_hours is not None and prices.rented_hour is not None:
-            yield "rented GPU", f"{run_hours * prices.rented_hour:,.2f} for the same hours"
+            yield "rented GPU", f"{run_hours * prices.rented_hour:,.2f} at the given price, for as many hours"
 
 
 def _wear_text(wear: Wear) -> str:
     text = f"{_figure(wear.written_tb)} TB written"
     if wear.rated_tb is None:
         return text
-    typical = " (typical for their size; not their own figure)" if wear.is_typical else ""
-    used = "" if wear.used_tb is None else f"; {wear.used_tb / wear.rated_tb:.1%} was used before"
+    typical = " (typical of drives of this size, not their own figure)" if wear.is_typical else ""
+    used = "" if wear.used_tb is None else f"; {wear.used_tb / wear.rated_tb:.1%} were written before"
     share = (
         f"{wear.written_tb / wear.rated_tb:.1%} of the {wear.rated_tb:,.0f} TB that the drives are rated for"
     )

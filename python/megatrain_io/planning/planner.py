@@ -1,4 +1,4 @@
-"""Making a plan: from a configuration and a machine, by the schedule, the division of RAM and the simulator."""
+"""Making a plan from a configuration and a machine: the schedule, how RAM and VRAM are divided, the simulator."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -59,18 +59,18 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     variants: bool = True,
     notes: Sequence[str] = (),
 ) -> Plan:
-    """Plan a run.
+    """Plan a run. What does not fit is no error, but a problem in the plan.
 
     Args:
-        job: what is planned.
-        hardware: the machine; without rates there are no times.
-        compute: seconds of each stage that were measured; None works them out from FLOPs.
-        usable: bytes of RAM that may be used at all, and what says so; None: not looked at.
+        job: the run to plan.
+        hardware: the machine; without rates of drive and compute there are no times.
+        compute: measured seconds of each stage of a step; None works them out from FLOPs.
+        usable: bytes of RAM that this process may use at all, and the limit that says so; None: not checked.
         libraries: bytes that the process takes without training; if ``compute`` was measured, with what that left
             in the heap for training to use again.
-        prices: for the costs.
-        variants: whether to say what changes would do.
-        notes: for the person.
+        prices: what costs are worked out from.
+        variants: whether to say what single changes would do.
+        notes: sentences for the person, which go into the plan.
     """
     vram, needs, too_small = _needs(job, hardware)
     memory, others = _problems(job, needs, hardware, usable)
@@ -95,12 +95,12 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
                 is_measured=compute is not None,
             )
         except StandstillError as error:
-            plan = replace(plan, notes=(*plan.notes, f"no times: {error}. Please report this"))
+            plan = replace(plan, notes=(*plan.notes, f"no times: {error}. This is a bug: please report it"))
     if vram is not None and vram.pool.gathers:
         moved = gathered_nbytes(job.partition, job.layout, job.micro_batches)
         gathers = (
-            "gradients gather in RAM, as the VRAM has no room for one of a whole record: "
-            f"{moved / 1e9:.3g} GB a step more over the bus, which is not in the times"
+            "gradients gather in RAM, because the VRAM has no room for the gradient of a whole record: "
+            f"{moved / 1e9:.3g} GB more a step over the bus, which the times leave out"
         )
         plan = replace(plan, notes=(*plan.notes, gathers))
     written = sum(each for _, each in phases.values())
@@ -110,7 +110,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         problem = Problem(f"a step may write {committing / 1e12:.3g} TB, and memory.max_tbw is {limit:g}")
         plan = replace(plan, problems=(*plan.problems, problem))
     elif limit is not None and job.steps is not None and job.steps * written > limit * 1e12:
-        pause = f"pauses at memory.max_tbw after about {int(limit * 1e12 / written)} of {job.steps} steps"
+        pause = f"the run will pause at memory.max_tbw after about {int(limit * 1e12 / written)} of {job.steps} steps"
         plan = replace(plan, notes=(*plan.notes, pause))
     return replace(
         plan,
@@ -129,7 +129,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
 
 
 def process_nbytes(memory: RamPlan, libraries: int, *, is_warm: bool) -> int:
-    """The most that the process takes; a heap that has seen a step has room for the tensors of one."""
+    """The most bytes that the process takes; where ``is_warm``, its heap has room for the tensors of a step already."""
     return memory.total + libraries - (memory.needs.compute + memory.needs.heap) * is_warm
 
 
@@ -157,7 +157,7 @@ def _empty(
     problems: tuple[Problem, ...],
     notes: Sequence[str],
 ) -> Plan:
-    """A plan without what the division of RAM decides."""
+    """The plan with all that is known before RAM is divided."""
     config = job.config
     device = hardware.device
     return Plan(
@@ -197,7 +197,7 @@ def _empty(
 
 
 def store_nbytes(layout: ModelLayout) -> int:
-    """Bytes of the store's files; metadata, less than a thousandth, left out."""
+    """Bytes of the store's files on all drives; metadata, less than a thousandth, left out."""
     copies = 2 if layout.durability == "step" else 1
     return copies * sum(
         layout.weight_extent_bytes(chunk) + layout.update_extent_bytes(chunk) for chunk in layout.chunks
@@ -205,7 +205,7 @@ def store_nbytes(layout: ModelLayout) -> int:
 
 
 def scratch_nbytes(job: TrainingJob, memory: RamPlan) -> float:
-    """Bytes on the drives while it runs: activation checkpoints, gradients that wait."""
+    """Bytes on the drives while the run goes on: activation checkpoints, and gradients that wait for their norm."""
     found = sum(activations_moved(job, memory).values())
     if memory.spills_gradients:
         found += sum(
@@ -217,7 +217,7 @@ def scratch_nbytes(job: TrainingJob, memory: RamPlan) -> float:
 
 
 def vram_nbytes(job: TrainingJob) -> int:
-    """The least on a GPU."""
+    """The least bytes of VRAM that a step of the job can be done in."""
     partition, layout = job.partition, job.layout
     return least_vram_for(partition, layout, step_needs(partition, layout, job.micro_batches, job.tables))
 
@@ -237,7 +237,7 @@ def _wear(written: float, hardware: Hardware) -> Wear:
 
 
 def _needs(job: TrainingJob, hardware: Hardware) -> tuple[VramPlan | None, StepNeeds, tuple[Problem, ...]]:
-    """How VRAM is divided, if there is any; what is left to RAM; and why the VRAM is not enough."""
+    """How VRAM is divided, if there is any; what RAM must hold then; and why the VRAM is too small, if it is."""
     partition, layout = job.partition, job.layout
     needs = step_needs(partition, layout, job.micro_batches, job.tables)
     if hardware.device is None or job.vram is None:
@@ -258,7 +258,7 @@ def _needs(job: TrainingJob, hardware: Hardware) -> tuple[VramPlan | None, StepN
 def _problems(
     job: TrainingJob, needs: StepNeeds, hardware: Hardware, usable: tuple[int, str] | None
 ) -> tuple[RamPlan | None, tuple[Problem, ...]]:
-    """How RAM is divided, and all that keeps it from being run."""
+    """How RAM is divided, if it can be, and why the run does not fit."""
     found = []
     memory = None
     try:
@@ -283,7 +283,7 @@ def _divides(job: TrainingJob, needs: StepNeeds, ram: int) -> bool:
 
 
 def _nearest_rows(job: TrainingJob, hardware: Hardware) -> tuple[str, ...]:
-    """Settings with micro-batches so small that they fit, if need be with fewer tokens a step; none if nothing does."""
+    """Settings with smaller micro-batches that fit, with as many tokens a step if possible; empty if none fit."""
     train, data = job.config.train, job.config.data
     for keeps_tokens in (True, False):
         batch, length = train.per_device_train_batch_size, data.max_length
@@ -306,7 +306,7 @@ def _nearest_rows(job: TrainingJob, hardware: Hardware) -> tuple[str, ...]:
 
 
 def _fits_memory(job: TrainingJob, hardware: Hardware) -> bool:
-    """Whether RAM and VRAM are enough."""
+    """Whether RAM and VRAM are enough for a step of the job."""
     partition, layout = job.partition, job.layout
     needs = step_needs(partition, layout, job.micro_batches, job.tables)
     if hardware.device is not None and job.vram is not None:
@@ -344,7 +344,7 @@ def _variants(
     hardware: Hardware,
     compute: Mapping[StageKey, float] | None,
 ) -> tuple[Variant, ...]:
-    """What changes would do, one at a time."""
+    """What single changes of the settings or of the machine would do to a step; those that do not fit are left out."""
     train, kept = job.config.train, job.config.memory
     clipped = job.config.model_copy(update={"train": train.model_copy(update={"max_grad_norm": 1.0})})
     seldom = job.config.model_copy(
@@ -363,7 +363,7 @@ def _variants(
     more = replace(job, ram=2 * job.ram)
     changed.append((f"{_size(2 * job.ram)} of RAM", more, gradients_of(job), hardware))
     second = hardware.model_copy(update={"drives": (*hardware.drives, hardware.drives[0])})
-    changed.append(("one drive more", job, gradients_of(job), second))
+    changed.append(("one more drive", job, gradients_of(job), second))
     found = []
     for change, variant, gradients, machine in changed:
         try:
@@ -385,16 +385,16 @@ def _variants(
 def accumulation_that_hides_io(
     job: TrainingJob, hardware: Hardware, compute: Mapping[StageKey, float] | None
 ) -> int:
-    """Micro-batches of a step from which on computing takes longer than moving bytes, or as many as RAM has room for.
+    """Micro-batches from which on computing takes longer than moving bytes, or as many as memory has room for.
 
     Args:
         job: with one micro-batch.
         hardware: the machine.
-        compute: seconds of its stages that were measured; None works them out from FLOPs.
+        compute: measured seconds of each stage of one micro-batch; None works them out from FLOPs.
 
     Raises:
         ConfigError: the machine's rates are not known.
-        DoesNotFitError: not even one fits.
+        DoesNotFitError: not even one micro-batch fits.
     """
     work = work_of(job.partition, job.layout, [_shape(batch) for batch in job.micro_batches])
     compute = _compute(work, hardware, compute)

@@ -17,13 +17,13 @@ from megatrain_io.text import mib
 
 __all__ = ["RamPlan", "StepNeeds", "divide_ram", "least_ram"]
 
-# Of the file for activation checkpoints: its tables, and the buffers of its commit.
+# Bytes of RAM for the file of activation checkpoints: its tables, and the buffers of its commit.
 _SCRATCH_TABLES = 512 << 10
 # Block buffers, chunk slots and gradient buffers, from what overlaps best to what a step cannot do without.
 _POOLS = ((3, 4, 2), (3, 2, 1), (2, 2, 1), (2, 1, 1))
-# The same where each holds a chunk.
+# The same, where each buffer holds a chunk.
 _CHUNK_POOLS = ((8, 4, 4), (4, 2, 2), (2, 1, 1))
-# Of the budget, for chunks of a gradient that has left the device and was not updated yet.
+# Reciprocal share of the budget for chunks of a gradient that has left the device and was not updated yet.
 _BEHIND_SHARE = 8
 
 
@@ -32,13 +32,13 @@ class StepNeeds:
     """What a step needs besides pool and residents, in bytes.
 
     Attributes:
-        tables: of the store, and buffers of its commit.
+        tables: tables of the open store, and buffers of its commit.
         compute: tensors of compute that are alive at once.
         activations: activation checkpoints of all blocks and micro-batches.
-        activations_least: with all that can be on the drive instead.
-        activations_per_block: of ``activations``; where compute has memory of its own, not those of all blocks.
-        by_chunk: whether it has: then buffers hold chunks on their way to it, and back.
-        gathered: chunks of gradients that gather in RAM, where that memory has no room for those of a record.
+        activations_least: what must be in RAM of them when all others are on the drive.
+        activations_per_block: activation checkpoints of one block, all micro-batches.
+        by_chunk: whether compute has memory of its own: then buffers hold chunks on their way to it, and back.
+        gathered: number of chunks of gradients that gather in RAM, where that memory has no room for a record's.
         is_known: whether ``compute`` is known; if not it is 0, and comes on top of the budget.
     """
 
@@ -53,34 +53,34 @@ class StepNeeds:
 
     @property
     def activations_at_least(self) -> int:
-        """The least RAM for activation checkpoints, with the tables of the file that the others go to."""
+        """The least bytes of RAM for activation checkpoints, with the tables of the file that the others go to."""
         return min(self.activations, self.activations_least + _SCRATCH_TABLES)
 
     @property
     def always(self) -> int:
-        """What no budget can change."""
+        """Bytes that are taken however the rest is divided: tables, compute and its heap."""
         return self.tables + self.compute + self.heap
 
     @property
     def heap(self) -> int:
-        """What the C heap and torch's kernels keep beside the tensors: at most as much again, measured."""
+        """Bytes that the C heap and torch's kernels keep beside the tensors: at most as many again, as measured."""
         return self.compute
 
 
 @dataclass(frozen=True)
 class RamPlan:
-    """How a budget is divided.
+    """How a budget of RAM is divided, in bytes.
 
     Attributes:
         ram: the budget.
-        needs: what a step needs besides.
+        needs: what a step needs besides pool and residents.
         activations: RAM for activation checkpoints; the rest of them goes to the drive.
-        pool: buffers of transfers and gradients.
-        residents: what stays in RAM from step to step.
-        pool_nbytes: of pool and gradients.
-        kept_nbytes: of gradients that wait for their norm in RAM; the others do so on the drive.
-        resident_nbytes: of the residents.
-        spills_gradients: whether gradients wait on the drive.
+        pool: sizes and numbers of the buffers for transfers and gradients.
+        residents: the state that stays in RAM from step to step.
+        pool_nbytes: bytes of the pool.
+        kept_nbytes: bytes of gradients that wait for their norm in RAM; the others do so on the drive.
+        resident_nbytes: bytes of the residents.
+        spills_gradients: whether some gradients wait for their norm on the drive.
     """
 
     ram: int
@@ -105,12 +105,12 @@ class RamPlan:
         return self.activations < self.needs.activations
 
     def __str__(self) -> str:
-        """The division, for a person."""
+        """How the budget is divided, as a line for a person."""
         kept = f"gradients that wait for their norm {mib(self.kept_nbytes)}" if self.kept_nbytes else ""
         if self.spills_gradients:
             kept = f"{kept} (the rest on the drive)" if kept else "gradients wait for their norm on the drive"
         kept += ", " * bool(kept)
-        stays = f"state that stays {mib(self.resident_nbytes)}" if self.resident_nbytes else "no state stays"
+        stays = f"resident state {mib(self.resident_nbytes)}" if self.resident_nbytes else "no resident state"
         spilled = f" (of {mib(self.needs.activations)}, the rest on the drive)" if self.is_spilled else ""
         compute = f"compute {mib(self.needs.compute + self.needs.heap)}"
         if not self.needs.is_known:
@@ -136,15 +136,15 @@ def divide_ram(
     commit writes it.
 
     Args:
-        layout: the parameter space.
+        layout: of the store.
         schedule: of a step.
-        needs: what it needs besides pool and residents.
-        tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
+        needs: what the step needs besides pool and residents.
+        tied_embeddings: whether the head needs the embedding's weights, too.
         ram: the budget.
-        keeps: whether gradients wait for their norm.
+        keeps: whether gradients wait until the norm over all of them is known.
 
     Raises:
-        DoesNotFitError: it is too small; says what would do.
+        DoesNotFitError: ``ram`` is too small; the message has the least that is enough.
     """
 
     def size(slots: tuple[int, int, int], residents: Residents) -> PoolSizes:
@@ -197,7 +197,7 @@ def divide_ram(
 
 
 def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
-    """What there is to choose from where compute has memory of its own, the best first.
+    """The pools to choose from where compute has memory of its own, the best first, as in ``_POOLS``.
 
     A gradient that is in RAM as a whole frees its buffer there before it is updated, as fast as it can be copied: so
     compute does not wait for the drive to take it.
@@ -212,7 +212,7 @@ def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
 
 
 def least_ram(layout: ModelLayout, needs: StepNeeds, *, tied_embeddings: bool, keeps: bool = False) -> int:
-    """The least RAM that such a step can be done in."""
+    """The least bytes of RAM that a step which needs ``needs`` can be done in."""
     slots = (_CHUNK_POOLS if needs.by_chunk else _POOLS)[-1]
     pool = _pool(layout, needs, slots, Residents(), tied_embeddings=tied_embeddings, keeps=keeps)
     return needs.always + needs.activations_at_least + mapped_nbytes(pool)

@@ -22,7 +22,7 @@ class _Resident:
 
 
 def resident_nbytes(residents: Residents, layout: ModelLayout) -> int:
-    """Bytes of RAM that ``residents`` take, gradients left out."""
+    """Bytes of RAM that ``residents`` take, their gradients left out."""
     weights = sum(layout.record_weight_bytes(record) for record in residents.records)
     planes = sum(
         layout.update_extent_bytes(chunk) for chunk in layout.chunks if chunk.index in residents.chunks
@@ -31,7 +31,7 @@ def resident_nbytes(residents: Residents, layout: ModelLayout) -> int:
 
 
 def gradient_nbytes(residents: Residents, layout: ModelLayout) -> int:
-    """Bytes of RAM in which gradients wait for their norm."""
+    """Bytes of RAM in which gradients of ``residents`` wait for the norm over all of them."""
     return sum(map(layout.record_gradient_bytes, residents.gradients))
 
 

@@ -1,4 +1,4 @@
-"""A plan for a person: from a model folder, settings and the name of a machine."""
+"""A plan from a model folder, settings and the name of a machine; and what "auto" means for each setting."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -55,11 +55,15 @@ _SHARE_OF_FREE_RAM = 0.5
 
 # A step of two blocks and the head that would take longer is not run for its time.
 _CALIBRATION_SECONDS = 2.0
-_NO_RATES = "no times: the drive beneath the store was not measured. Run megatrain-io bench DIR there once"
-_NO_FLOPS = "no times: nobody measured how fast this CPU computes. Run megatrain-io bench without --no-matmul"
+_NO_RATES = (
+    "no times: the drive of the store was not measured. Run megatrain-io bench DIR once, with a folder on it"
+)
+_NO_FLOPS = (
+    "no times: matrix products were not measured on this machine. Run megatrain-io bench without --no-matmul"
+)
 _GPU_NOTE = (
-    "times for a GPU are what its rate and the drive's allow: copies between RAM and VRAM are taken to hide behind "
-    "them, and tensors of compute to take what they take on a CPU"
+    "times for a GPU follow from its rate and the drive's: copies between RAM and VRAM are assumed to overlap with "
+    "both, and compute to need as much memory for its tensors as on a CPU"
 )
 
 
@@ -86,8 +90,11 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         rented_hour: price of a rented GPU for an hour.
         settings: that win over the file: ``{"train.learning_rate": 2e-5}`` or ``["learning_rate=2e-5"]``.
 
+    Returns:
+        The plan. What does not fit is no error, but one of its ``problems``.
+
     Raises:
-        MegatrainIoError: model or configuration cannot be used. What does not fit is no error, but in the plan.
+        MegatrainIoError: model or configuration cannot be used.
     """
     given = settings
     if isinstance(given, Mapping):
@@ -161,7 +168,7 @@ def _job(
 
 
 def layout_of(config: RunConfig, partition: PartitionedModel) -> ModelLayout:
-    """That of the store which an import makes."""
+    """Layout of the store that an import of this model with this configuration makes."""
     durability, state_format = config.memory.durability, FORMATS[precision_of(config)]
     return ModelLayout.build(
         model_parts(partition), len(partition.blocks), state_format, durability=durability
@@ -169,7 +176,7 @@ def layout_of(config: RunConfig, partition: PartitionedModel) -> ModelLayout:
 
 
 def ram_of(config: RunConfig) -> int:
-    """Bytes that training may take: what is asked for, or half of what is free."""
+    """Bytes of RAM that training may take: ``memory.ram``, or half of what is free."""
     return config.memory.ram or int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
 
 
@@ -177,7 +184,7 @@ def vram_of(config: RunConfig, hardware: Hardware) -> int | None:
     """Bytes of a device's memory that training may take; None where the CPU computes.
 
     Raises:
-        ConfigError: a bound was given, and there is no device.
+        ConfigError: ``memory.vram`` is set, and there is no device.
     """
     if hardware.device is not None:
         return min(config.memory.vram or hardware.device.vram, hardware.device.vram)
@@ -189,10 +196,10 @@ def vram_of(config: RunConfig, hardware: Hardware) -> int | None:
 
 
 def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | None:
-    """Seconds of each stage of one micro-batch on this machine.
+    """Measure the seconds of each stage of one micro-batch on this machine.
 
-    None where nobody asks, because the drive's rates are not known, or where finding out would take too long or too
-    much RAM.
+    None where the drive's rates are not known, so that there are no times anyway; where a GPU computes; or where
+    measuring would take too long or too much RAM.
     """
     partition, layout, batch, rate = (
         job.partition,
@@ -222,7 +229,11 @@ def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | N
 
 
 def precision_of(config: RunConfig) -> Precision:
-    """That of a configuration which ``resolve_precision`` has seen."""
+    """Precision of a configuration that ``resolve_precision`` has settled.
+
+    Raises:
+        MegatrainIoError: it is still ``auto``.
+    """
     precision = config.train.precision
     if precision == "auto":
         raise MegatrainIoError("train.precision is auto, and was not resolved before it was asked for")
@@ -266,20 +277,17 @@ def resolve_precision(
 
 
 def _folder_of(model: Path) -> Path:
-    """That of a model which may be named by its config.json, as a plan takes it."""
+    """Folder of a model, which may be named by its config.json, too."""
     model = Path(model).resolve()
     return model.parent if model.name == "config.json" else model
 
 
 def device_for(config: RunConfig) -> Device:
-    """What computes a run.
-
-    Args:
-        config: ``train.device`` and ``memory.vram`` of it.
+    """The device that computes a run: what ``train.device`` says, with ``memory.vram`` as its bound.
 
     Raises:
-        UnsupportedError: there is no GPU that torch can use.
-        ConfigError: there is no VRAM to bound.
+        UnsupportedError: a GPU was asked for, and torch finds none.
+        ConfigError: ``memory.vram`` is set, and the CPU computes.
     """
     name, vram = config.train.device, config.memory.vram
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):

@@ -1,4 +1,4 @@
-"""How long a step takes, before it runs: the schedule that training runs, played on a machine's rates. Pure.
+"""How long a step takes, before it runs: the schedule of training, played at a machine's rates. Pure.
 
 Four servers do one thing at a time: the drive reads, the drive writes, the workers check and update, and compute
 computes. Drive and cores are shared by those of them that are busy. What they do and what they wait for is what the
@@ -24,7 +24,7 @@ _CAUSES = {"work": "update", "read": "read", "write": "write"}
 
 
 class StandstillError(RuntimeError):
-    """The simulator waits for itself: a bug of it, and no reason not to train."""
+    """The simulation cannot go on, because all in it wait for each other: a bug in it, and no reason not to train."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Rates:
     """What a machine does in a second, when it does nothing else.
 
     Attributes:
-        read: bytes of the drive, or of all drives together.
-        write: likewise.
+        read: bytes read, from all drives together.
+        write: bytes written, to all drives together.
         side_by_side: what reading and writing together reach, as a multiple of taking turns.
         check: bytes whose checksums are compared.
         update: parameters that AdamW updates, with the checksums of what is written.
         shares_cores: whether compute runs on the cores that check and update.
-        handoff: seconds that workers take for each chunk besides.
-        commit: seconds of a commit, from the last write to the durable superblock.
+        handoff: seconds (not a rate) that workers take besides for each chunk.
+        commit: seconds (not a rate) of a commit, from the last write to the durable superblock.
     """
 
     read: float
@@ -54,13 +54,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """Seconds of one step in the steady state.
+    """Seconds of one simulated step.
 
     Attributes:
         seconds: from its beginning to that of the next.
-        phases: of it, by phase.
-        busy: of each server; more than one can be busy at a time.
-        waits: of compute, by cause: ``read``, ``pool``, ``update``, ``write``.
+        phases: seconds by phase; they add up to ``seconds``.
+        busy: seconds that each server is busy; more than one can be at a time.
+        waits: seconds that compute waits, by cause: ``read``, ``pool``, ``update``, ``write``.
     """
 
     seconds: float
@@ -71,7 +71,7 @@ class SimulatedStep:
 
 @dataclass
 class _Job:
-    """Something that one server does."""
+    """A piece of work of one server, and what to do when it is done."""
 
     seconds: float
     done: Callable[[], None]
@@ -95,12 +95,15 @@ def simulate(  # noqa: PLR0913 - each with a meaning of its own
     Args:
         steps: schedule of each, and whether it commits.
         layout: of the store.
-        pool: buffers.
+        pool: sizes and numbers of the buffers.
         compute: seconds of each stage, all micro-batches, when nothing else runs.
         rates: of the machine.
         residents: what stays in RAM.
-        inputs: bytes of inputs that go to the drive, by record.
+        inputs: bytes of activation checkpoints that go to the drive and come back, by record.
         behind: chunks of gradients that RAM holds between pool and update or drive, where the pool is a device's.
+
+    Raises:
+        StandstillError: all wait for each other.
     """
     timeline = Timeline(layout, pool, residents)
     for schedule, commits in steps:
@@ -110,13 +113,13 @@ def simulate(  # noqa: PLR0913 - each with a meaning of its own
 
 @dataclass
 class _Gradient:
-    """A gradient that was handed over, until it is used.
+    """A gradient that was handed over, until it is updated with or written.
 
     Attributes:
         updates: parts that are still to be updated, before the next step.
         writes: parts that are still to be written, as it waits for its norm.
-        part: bytes of one that is written.
-        has_weights: whether its weights are still with it.
+        part: bytes of each part that is written.
+        has_weights: whether the weights of its record are still with it.
         is_written: whether writing has begun.
         has_left: whether RAM holds it, and the pool has its buffers back.
     """
@@ -164,7 +167,7 @@ class _Simulation:
     # --------------------------------------------------------------------------------------------- playing
 
     def run(self) -> list[SimulatedStep]:
-        """All steps, until compute has done the last one and everything is written."""
+        """Play all steps, until compute has done the last one and everything is written."""
         while True:
             self._grant()
             busy = [name for name in _SERVERS if self._queues[name]]
@@ -192,7 +195,7 @@ class _Simulation:
         return speeds
 
     def _note(self, busy: Sequence[str], elapsed: float) -> None:
-        """Account for time."""
+        """Add elapsed seconds to the phase that is under way, to the cause of its wait, and to the busy servers."""
         stage: Stage | None
         if self._queues["compute"]:
             stage, cause = self._computing, None
@@ -217,7 +220,7 @@ class _Simulation:
         )
 
     def _cause(self, stage: Stage) -> str:
-        """What compute waits for."""
+        """What compute waits for before a stage: ``read``, ``pool``, ``update`` or ``write``."""
         for load in stage.loads:
             if not load.is_ready:
                 return self._load_cause(load)
@@ -240,7 +243,7 @@ class _Simulation:
     # -------------------------------------------------------------------------------------------- granting
 
     def _grant(self) -> None:
-        """Start whatever can start."""
+        """Start every load, update, stage and commit that has what it needs."""
         for kind in self._loads:
             self._grant_loads(kind)
         self._grant_planes()
@@ -298,7 +301,7 @@ class _Simulation:
             self._read(update.read, update.chunks, read)
 
     def _start_updates(self) -> None:
-        """Those whose planes and gradients are here, of the oldest step that is not durable."""
+        """Queue the updates whose planes and gradients are here, of the oldest step that is not durable."""
         for update in list(self._granted):
             is_open = update.step == self._durable + 1 and not self._is_committing
             if not (update.is_read and is_open and self._sources.get(update.record)):
@@ -329,7 +332,7 @@ class _Simulation:
         self._write(update.written, written)
 
     def _hand_over(self, stage: Stage, record: int) -> None:
-        """A gradient is made: it is updated, or waits in RAM or on the drive, or both."""
+        """Take the gradient that a stage has made: it is updated with, or waits in RAM or on the drive, or both."""
         parts, nbytes = self._timeline.parts_of(record), stage.keeps.get(record, 0.0)
         is_updated = record in stage.updates
         if is_updated:
@@ -346,7 +349,7 @@ class _Simulation:
             self._give(self._timeline.gradient_kind(record), record)
 
     def _used(self, record: int) -> None:
-        """Give back what is of the pool, once; what stays in RAM is in its place when it is updated."""
+        """Give the buffers of a gradient back to the pool, once; a resident one is back when it was updated with."""
         gradient = self._gradients[record]
         self._leave()
         if gradient.updates == 0:
@@ -361,7 +364,7 @@ class _Simulation:
             self._leave()
 
     def _leave(self) -> None:
-        """Gradients that RAM has room for leave the pool, with their weights, in order."""
+        """Let gradients that RAM has room for leave the pool, with their weights, in order."""
         chunks = 0
         for record, gradient in self._gradients.items():
             parts, all_chunks = self._timeline.parts_of(record), len(self._layout.chunks_of(record))
@@ -381,7 +384,7 @@ class _Simulation:
             self._write_gradient(record, gradient)
 
     def _write_gradient(self, record: int, gradient: _Gradient) -> None:
-        """One that waits for its norm goes to the drive, part by part."""
+        """Queue the writes of a gradient that waits for its norm, part by part."""
         if gradient.is_written:
             return
         gradient.is_written = True
@@ -413,7 +416,7 @@ class _Simulation:
         self._queues["compute"].append(_Job(stage.seconds, lambda: self._computed(stage)))
 
     def _move_inputs(self, stage: Stage) -> None:
-        """Inputs go to the drive behind the forward pass, and come back one block ahead."""
+        """Queue the inputs of blocks: to the drive behind the forward pass, and back one block ahead."""
         if stage.phase is Phase.FORWARD and stage.inputs:
             self._write(stage.inputs, lambda: None)
         following = self._stages[0] if self._stages else None
@@ -454,7 +457,7 @@ class _Simulation:
     # -------------------------------------------------------------------------------------------- resources
 
     def _take(self, kind: str, record: int) -> bool:
-        """A buffer, if there is a free one."""
+        """Take a buffer of this kind for a record; False if none is free."""
         if kind.startswith("resident"):
             if (kind, record) in self._out:
                 return False
@@ -472,7 +475,7 @@ class _Simulation:
             self._free[kind] += 1
 
     def _read(self, nbytes: float, chunks: int, done: Callable[[], None]) -> None:
-        """Read, then check."""
+        """Queue reading some bytes, then comparing their checksums; ``done`` is called at the end."""
 
         def check() -> None:
             self._queues["work"].append(_Job(nbytes / self._rates.check + chunks * self._rates.handoff, done))

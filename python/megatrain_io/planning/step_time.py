@@ -1,4 +1,4 @@
-"""What is planned, and one step of it: its schedule, what it moves, how long it takes."""
+"""One step of a job: its schedule, the bytes that it moves, the seconds that it takes."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -37,7 +37,10 @@ _HANDOFF = 0.9e-3
 
 
 def schedule_of(job: TrainingJob, gradients: Gradients, *, applies: bool = False) -> tuple[ChunkOp, ...]:
-    """That of a training step, as training builds it; kept until ``forget_schedules``, as large ones take seconds."""
+    """The schedule of a training step of the job, as training builds it.
+
+    It is kept until ``forget_schedules``: those of large models take seconds to build.
+    """
     return _schedule(job.layout, bool(job.partition.tied_parameters), gradients, applies)
 
 
@@ -54,19 +57,19 @@ def _schedule(
 
 
 def forget_schedules() -> None:
-    """Give back the RAM of schedules that were kept."""
+    """Give back the RAM of the schedules that ``schedule_of`` keeps."""
     _schedule.cache_clear()
 
 
 def gradients_of(job: TrainingJob) -> Gradients:
-    """What a step does with its gradients as long as none is too large."""
+    """What a step does with its gradients as long as their norm stays below the limit."""
     if not job.keeps:
         return "update"
     return "both" if job.commits_at_once else "keep"
 
 
 def _commits(job: TrainingJob) -> tuple[float, float]:
-    """Shares of steps that commit, and that do not."""
+    """Share of the steps that commit, and share of those that do not."""
     if job.layout.durability == "scratch":
         return 1.0, 0.0
     every = job.config.memory.commit_every
@@ -74,7 +77,7 @@ def _commits(job: TrainingJob) -> tuple[float, float]:
 
 
 def activations_moved(job: TrainingJob, memory: RamPlan) -> dict[int, float]:
-    """Bytes of inputs that go to the drive and come back, by record."""
+    """Bytes of activation checkpoints that a step writes to the drive and reads back, by record of the block."""
     budget, needs = activation_budget_of(memory, [job.config.output_dir / "inputs"]), memory.needs
     # Those of the last blocks stay where they are computed, if that has memory of its own.
     blocks = needs.activations // max(1, needs.activations_per_block)
@@ -85,7 +88,7 @@ def activations_moved(job: TrainingJob, memory: RamPlan) -> dict[int, float]:
 
 
 def phases_of(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> dict[str, tuple[float, float]]:
-    """Bytes read and written, by phase, of a step between others of its kind."""
+    """(Bytes read, bytes written) by phase of a step in the steady state, averaged between two commits."""
     schedule = schedule_of(job, gradients, applies=gradients == "keep")
     layout, residents = job.layout, memory.residents
     shares = list(zip(_commits(job), (True, False), strict=True))
@@ -106,7 +109,7 @@ def phases_of(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> dict[s
 
 
 def written_by_commit(job: TrainingJob, memory: RamPlan, gradients: Gradients) -> int:
-    """The most that a step writes: one that commits, whose guess, if it makes one, was wrong."""
+    """The most bytes that a step writes: one that commits, and that takes its speculative updates back."""
     schedule = schedule_of(job, gradients, applies=gradients == "keep")
     _, written = traffic(schedule, job.layout, memory.residents)
     if job.keeps:
@@ -124,7 +127,20 @@ def step_time(
     vram: VramPlan | None = None,
     is_measured: bool = False,
 ) -> StepTime:
-    """Seconds of a step in the steady state."""
+    """Simulate a step in the steady state, averaged between two commits.
+
+    Args:
+        job: the run.
+        memory: how RAM is divided.
+        compute: seconds of each stage of the step, all micro-batches.
+        hardware: the machine; rates that are not known are taken as infinite.
+        gradients: what the step does with its gradients.
+        vram: how the memory of a GPU is divided, if one computes.
+        is_measured: whether ``compute`` was measured.
+
+    Raises:
+        StandstillError: the simulator came to a standstill, which is a bug.
+    """
     applies = gradients == "keep"
     first = schedule_of(job, gradients)
     then = schedule_of(job, gradients, applies=True) if applies else first
@@ -161,7 +177,7 @@ def step_time(
 
 
 def _pool_on_device(job: TrainingJob, memory: RamPlan, vram: VramPlan) -> PoolSizes:
-    """Buffers that records pass through, as the simulation knows them: those of the device."""
+    """The pool that the simulation plays with where a GPU computes: the device's buffers, and RAM's chunk slots."""
 
     def outer(kinds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
         sizes = [size for kind, size in kinds.items() if kind not in {"block", "any"}]

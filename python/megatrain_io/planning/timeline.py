@@ -1,4 +1,4 @@
-"""The schedule as a simulation plays it: stages of compute, loads and updates, in their order. Pure."""
+"""The schedule as the simulator plays it: stages of compute, loads and updates, each in order. Pure."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class Update:
 
 @dataclass(kw_only=True)
 class Stage:
-    """What compute does at once, and what it needs first."""
+    """What compute does without a break, and what it needs before it begins."""
 
     step: int
     phase: Phase
@@ -75,15 +75,15 @@ class Stage:
 
 
 class Timeline:
-    """Steps, one after the other.
+    """What a simulation plays: some steps, one after the other.
 
     Attributes:
         stages: of compute, in order.
-        loads: in order, by kind of buffer: ``block``, ``outer``, ``resident``.
-        updates: in order.
-        commits: whether each step commits.
-        left: updates of each step that are still to be written.
-        count: of steps.
+        loads: of weights, in order, by kind of buffer: ``block``, ``outer``, ``resident``.
+        updates: of parts of records, in order.
+        commits: whether each step commits, by its number.
+        left: updates of each step that are still to be written, by its number.
+        count: number of steps.
     """
 
     def __init__(self, layout: ModelLayout, pool: PoolSizes, residents: Residents) -> None:
@@ -105,7 +105,14 @@ class Timeline:
         *,
         commits: bool,
     ) -> None:
-        """Append a step."""
+        """Append a step.
+
+        Args:
+            schedule: its chunk operations.
+            compute: seconds of each of its stages, all micro-batches.
+            inputs: bytes of activation checkpoints that move to the drive and back, by record of the block.
+            commits: whether it is committed at its end.
+        """
         number = self.count
         self.commits[number], self.left[number] = commits, 0
         self.left.setdefault(number - 1, 0)
@@ -190,7 +197,7 @@ class Timeline:
                 )
 
     def _finish(self, stages: Mapping[StageKey, Stage]) -> None:
-        """Which stage makes which gradient, and whose weights are held across the turn."""
+        """Set which stage makes which gradient, and which keeps its weights from the forward to the backward pass."""
         last = self._layout.block(self._layout.blocks - 1)
         trains = any(stage.updates or stage.keeps for stage in stages.values())
         for (phase, record), stage in stages.items():
@@ -201,32 +208,32 @@ class Timeline:
                 stage.gradients.append(self._layout.embedding)
 
     def _weight_bytes(self, part: Sequence[ChunkOp]) -> float:
-        """Read for the weights alone."""
+        """Bytes read for the weights of some chunks; 0 where they stay in RAM."""
         if part[0].chunk.record in self._residents.records:
             return 0.0
         return sum(self._layout.weight_extent_bytes(op.chunk) for op in part)
 
     def kind_of(self, record: int) -> str:
-        """Of the buffer that its weights are in."""
+        """Kind of the buffer that the weights of a record are in: ``block``, ``outer`` or ``resident``."""
         if record in self._residents.records:
             return "resident"
         is_outer = self._layout.record_weight_bytes(record) > self._pool.block_buffers[0]
         return "outer" if is_outer else "block"
 
     def gradient_kind(self, record: int) -> str:
-        """Of the buffer that its gradient is in."""
+        """Kind of the buffer that the gradient of a record is in."""
         if record in self._residents.gradients:
             return "resident gradient"
         is_outer = self._layout.record_gradient_bytes(record) > self._pool.block_gradients[0]
         return "outer gradient" if is_outer else "block gradient"
 
     def parts_of(self, record: int) -> int:
-        """Parts that a record is played in."""
+        """Number of parts that a record is played in."""
         return min(self._parts_max, len(self._layout.chunks_of(record)))
 
 
 def _parts(run: Sequence[ChunkOp], most: int) -> list[list[ChunkOp]]:
-    """The chunks of a record, in as many parts as are played one by one."""
+    """Cut the chunks of a record into at most ``most`` parts, which are played one by one."""
     count = min(most, len(run))
     borders = [len(run) * index // count for index in range(count + 1)]
     return [list(run[start:stage]) for start, stage in pairwise(borders)]

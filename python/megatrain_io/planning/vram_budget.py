@@ -13,7 +13,7 @@ _INPUT_SLOTS_MIN = 2
 
 
 def _pools(layout: ModelLayout, *, tied_embeddings: bool, training: bool) -> list[DevicePool]:
-    """What there is to choose from, the best first."""
+    """The pools to choose from, the one that overlaps best first, the smallest last."""
     return [
         device_pool(
             layout,
@@ -41,16 +41,16 @@ def divide_vram(
     """Divide ``vram`` bytes: as many buffers as overlap best, then activation checkpoints.
 
     Args:
-        layout: the parameter space.
-        tied_embeddings: see ``device_pool``.
-        vram: the budget.
+        layout: of the store.
+        tied_embeddings: whether the head needs the embedding's weights, too; see ``device_pool``.
+        vram: bytes that may be taken.
         context: bytes that the driver and its libraries take.
         compute: bytes that compute needs at once.
         activations_per_block: bytes of the inputs of one block, all micro-batches.
-        training: False: nothing is saved, and there are no gradients.
+        training: False: no activations are saved, and there are no gradients.
 
     Raises:
-        DoesNotFitError: it is too small; says what would do.
+        DoesNotFitError: ``vram`` is too small; the message has the least that is enough.
     """
     slot = slot_nbytes(activations_per_block)
     inputs = layout.blocks * slot if training else 0
@@ -61,7 +61,7 @@ def divide_vram(
     if not fits:
         pool = pools[-1]
         raise DoesNotFitError(
-            f"{whole_mib(vram)} of VRAM may be taken, and this training needs "
+            f"training may take {whole_mib(vram)} of VRAM, and needs "
             f"{whole_mib(always + least + pool.nbytes)} at least: weights of one block, embeddings and head, and "
             f"pieces of gradients {whole_mib(pool.nbytes)}, activations of two blocks {whole_mib(least)}, compute "
             f"{whole_mib(compute)}, driver and libraries {whole_mib(context)}. Give more, "
@@ -78,7 +78,7 @@ def divide_vram(
 def least_vram(
     layout: ModelLayout, *, tied_embeddings: bool, context: int, compute: int, activations_per_block: int
 ) -> int:
-    """The least VRAM that such a training can be done in."""
+    """The least bytes of VRAM that a training step can be done in; the arguments are those of ``divide_vram``."""
     pool = _pools(layout, tied_embeddings=tied_embeddings, training=True)[-1]
     least = min(layout.blocks, _INPUT_SLOTS_MIN) * slot_nbytes(activations_per_block)
     return context + compute + pool.nbytes + least

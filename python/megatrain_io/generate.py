@@ -232,8 +232,8 @@ class Generator:
         largest, vocabulary = int(ids.max()), self._model.partition.config.get_text_config().vocab_size
         if largest >= vocabulary:
             raise ConfigError(
-                f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
-                "belong together"
+                f"the tokenizer makes token {largest}, and the model's vocabulary has {vocabulary}: tokenizer and "
+                "model do not belong together"
             )
         with closing(next_tokens(self._model, ids, pick, self._stop)) as following:
             tokens = list(islice(following, max_new_tokens))

@@ -207,7 +207,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     run = bring_in(make_source(tmp_path / "source", vocabulary=100, layers=1), tmp_path / "run")
     with (
         Generator.open(run.path, engine=ENGINE) as generator,
-        pytest.raises(ConfigError, match="the model knows 100"),
+        pytest.raises(ConfigError, match="the model's vocabulary has 100"),
     ):
         generator.complete("\u20ac")
 

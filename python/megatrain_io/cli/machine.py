@@ -17,7 +17,7 @@ def plan_command(  # noqa: PLR0913 - an option each
         Path, typer.Argument(metavar="MODEL", help="Model folder; of its files only config.json is needed.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Win over the file, as for train.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides the file, as for train.")
     ] = None,
     *,
     config_file: Annotated[
@@ -32,7 +32,8 @@ def plan_command(  # noqa: PLR0913 - an option each
         ),
     ] = None,
     tokens: Annotated[
-        float | None, typer.Option(min=1, help="Of the whole run, where max_steps is not given: 1e9.")
+        float | None,
+        typer.Option(min=1, help="Tokens of the whole run, such as 1e9, where max_steps is not given."),
     ] = None,
     watts: Annotated[float | None, typer.Option(min=0.1, help="Power that the machine takes.")] = None,
     kilowatt_hour: Annotated[
@@ -43,7 +44,7 @@ def plan_command(  # noqa: PLR0913 - an option each
     ] = None,
     json_output: JsonOutput = False,
 ) -> None:
-    """Say what a run needs, how long it takes and what it wears, before it begins. Weights need not be there."""
+    """Say what a run needs, how long it takes and how much it writes, before it begins. Weights need not be there."""
     with command(json_output=json_output, interrupted="Nothing was changed.") as result:
         from megatrain_io.planning.resolve import plan
 
@@ -64,7 +65,7 @@ def plan_command(  # noqa: PLR0913 - an option each
 
 
 def doctor_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where a store would be.")] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder where a store would lie.")] = Path(),
     *,
     json_output: JsonOutput = False,
 ) -> None:
@@ -77,30 +78,34 @@ def doctor_command(
 
 
 def bench_command(  # noqa: PLR0913 - an option each
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="On the drive to measure.")] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder on the drive to measure.")] = Path(),
     *,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Profile to write; it keeps the figures of other drives."),
+        typer.Option(metavar="FILE", help="Profile to write; figures of other drives in it are kept."),
     ] = None,
     size: Annotated[
-        float, typer.Option(min=0.0625, metavar="GIB", help="Of the file that is read and written.")
+        float, typer.Option(min=0.0625, metavar="GIB", help="Size of the file that is read and written.")
     ] = 2.0,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Of each kind of traffic.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each kind of traffic.")] = 5.0,
     sustained: Annotated[
         bool,
         typer.Option("--sustained", help="Write until the drive's cache is full, too: it wears the drive."),
     ] = False,
     sustained_size: Annotated[
         float | None,
-        typer.Option(metavar="GIB", help="At most so much. Default: half of what is free, 238 at most."),
+        typer.Option(
+            metavar="GIB", help="Most to write with --sustained. Default: half of what is free, at most 238."
+        ),
     ] = None,
-    sustained_minutes: Annotated[float, typer.Option(min=0.001, help="At most so long.")] = 10.0,
-    io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="How bytes move.")] = "auto",
+    sustained_minutes: Annotated[
+        float, typer.Option(min=0.001, help="Longest time of --sustained, in minutes.")
+    ] = 10.0,
+    io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="I/O engine.")] = "auto",
     matmul: Annotated[bool, typer.Option(help="Measure matrix products, too.")] = True,
     json_output: JsonOutput = False,
 ) -> None:
-    """Measure drive, memory, AdamW and matrix products. It takes half a minute, and leaves a profile alone."""
+    """Measure drive, memory, AdamW and matrix products. It takes half a minute, and leaves only a profile behind."""
     with command(json_output=json_output, interrupted="Nothing was left behind.") as result:
         from megatrain_io.machine.bench import Options, measure_into, render
 

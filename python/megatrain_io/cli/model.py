@@ -1,4 +1,4 @@
-"""Commands that make, ask and write models: import, generate, export."""
+"""Commands about models: import, generate, export."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +33,7 @@ def import_command(
         Literal["step", "scratch"],
         typer.Option(help="scratch takes half the space, and a crash loses everything."),
     ] = "step",
-    io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="How bytes move.")] = "auto",
+    io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="I/O engine.")] = "auto",
     json_output: JsonOutput = False,
 ) -> None:
     """Make a store from a model folder. It goes tensor by tensor: the model is never whole in RAM."""
@@ -60,18 +60,22 @@ def import_command(
 def generate_command(  # noqa: PLR0913 - an option each
     run: Run,
     *,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on from.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")],
     chat: Annotated[
         bool, typer.Option("--chat", help="TEXT is a message to answer, in the model's chat template.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; higher is more random.")
+    ] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 is off.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample from this many tokens, the likeliest; 0 is off.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     json_output: JsonOutput = False,
 ) -> None:
-    """Continue a text. It is done with the newest committed weights."""
+    """Continue a text, or answer a message, with the newest committed weights."""
     with command(json_output=json_output, interrupted="The run is as it was.") as result:
         from megatrain_io.generate import Generator
 
@@ -92,7 +96,7 @@ def generate_command(  # noqa: PLR0913 - an option each
 
 def export_command(
     run: Run,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
     *,
     dtype: Annotated[
         Literal["bf16", "fp32"] | None,

@@ -40,7 +40,7 @@ def counting(what: str, console: Console, *, quiet: bool = False) -> Iterator[Ca
 
 
 class _CountingLines:
-    """A line every few seconds, and one at the end."""
+    """Prints a line every few seconds, and one at the end."""
 
     def __init__(self, what: str, console: Console) -> None:
         self._what = what

@@ -1,4 +1,4 @@
-"""How a command ends: what it says, and its exit code."""
+"""How a command ends: its output and its exit code."""
 
 import json
 import math
@@ -17,7 +17,14 @@ __all__ = ["CommandResult", "command"]
 
 @dataclass
 class CommandResult:
-    """What a command has to say in the end."""
+    """What a command prints at its end, and its exit code.
+
+    Attributes:
+        json_output: whether ``values`` are printed as JSON, and not ``text``.
+        values: of plain types.
+        text: the same for a person.
+        exit_code: see ``megatrain_io.errors``.
+    """
 
     json_output: bool
     values: dict[str, Any] = field(default_factory=dict)
@@ -25,7 +32,7 @@ class CommandResult:
     exit_code: int = 0
 
     def counting(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Progress of a command that counts, on standard error."""
+        """Show the progress of a command that counts, on standard error; see ``cli.progress``."""
         from rich.console import Console
 
         from megatrain_io.cli.progress import counting
@@ -33,7 +40,7 @@ class CommandResult:
         return counting(what, Console(stderr=True), quiet=self.json_output)
 
     def fail(self, message: str, kind: str, exit_code: int) -> None:
-        """End with an error."""
+        """Print an error on standard error, and make it the result, in place of what was there."""
         typer.echo(f"megatrain-io: {message}", err=True)
         self.exit_code = exit_code
         self.text = ""
@@ -71,7 +78,7 @@ def command(*, json_output: bool, interrupted: str) -> Iterator[CommandResult]:
 
 
 def _plain(value: Any) -> Any:
-    """The same of JSON types alone: what is not a number there is null."""
+    """The same value of JSON types alone; numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

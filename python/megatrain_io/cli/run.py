@@ -75,11 +75,9 @@ def clean_command(
     ] = False,
     store_dir: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="Where the store of an import was to be that was killed."),
+        typer.Option(metavar="DIR", help="Folder where a killed import was to make its store."),
     ] = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")
-    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed without a terminal.")] = False,
     json_output: JsonOutput = False,
 ) -> None:
     """Remove what killed processes left in a run. It lists and asks first.
@@ -119,7 +117,7 @@ def _agrees(leftovers: "Leftovers") -> bool:
     for each in leftovers.found:
         typer.echo(_leftover_line(each), err=True)
     if not _can_ask():
-        raise ConfigError("nothing was removed, as nobody can be asked here: say --yes to remove this")
+        raise ConfigError("nothing was removed: there is no terminal to ask on. Give --yes to remove this")
     question = f"Remove {'this' if len(leftovers.found) == 1 else 'these'} ({_size(leftovers.nbytes)})?"
     if leftovers.store_bytes:
         at = "" if leftovers.step is None else f" of step {leftovers.step}"

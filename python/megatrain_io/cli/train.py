@@ -1,4 +1,4 @@
-"""The command that trains."""
+"""The command that trains a run, or resumes it."""
 
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -26,7 +26,7 @@ def train_command(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Win over the file: train.learning_rate=2e-5, or learning_rate=2e-5 for short.",
+            help="Overrides the file: train.learning_rate=2e-5, or learning_rate=2e-5 for short.",
         ),
     ] = None,
     *,
@@ -39,7 +39,7 @@ def train_command(
             help="YAML file. Relative paths in it are meant from the current directory.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last committed step.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last committed step.")] = False,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write what ran when to a new file, for ui.perfetto.dev."),
@@ -52,7 +52,7 @@ def train_command(
     ] = False,
     json_output: JsonOutput = False,
 ) -> None:
-    """Train, or go on with a training."""
+    """Train a model, or resume a run."""
     sentence = "The last committed step is safe: go on with the same command and --resume."
     with command(json_output=json_output, interrupted=sentence) as result:
         from megatrain_io.config.parse import load

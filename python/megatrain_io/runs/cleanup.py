@@ -1,7 +1,7 @@
-"""What a run leaves behind on the drive, and its removal: nothing is removed that was not listed. No torch.
+"""What killed processes leave behind in a run, and its removal: nothing is removed that was not listed. No torch.
 
 Everything has a name that megatrain-io gave it, in a place where megatrain-io puts it; nothing else is touched.
-While it is looked for, and again while it is removed, the store is held: so none of it belongs to something
+While it is looked for, and again while it is removed, the store is held: so none of it belongs to a process
 that runs.
 """
 
@@ -26,12 +26,12 @@ _OWNER = ".owner"
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something to remove.
+    """A file or folder to remove.
 
     Attributes:
-        path: file or folder.
-        nbytes: what it takes on the drive.
-        what: what it is, for a person.
+        path: where it is.
+        nbytes: bytes that it takes on the drive.
+        what: what it is, in words.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class Leftover:
 
 
 class Leftovers:
-    """What is to be removed of one run; found first, removed when the person has agreed."""
+    """All that is to be removed of one run: found first, removed when the person has agreed."""
 
     def __init__(
         self,
@@ -81,16 +81,16 @@ class Leftovers:
 
     @property
     def nbytes(self) -> int:
-        """All of it, on the drive."""
+        """Bytes that all leftovers together take on the drives."""
         return sum(leftover.nbytes for leftover in self.found)
 
     @property
     def store_bytes(self) -> int:
-        """What the store takes on its drives; 0 where it is not to be removed."""
+        """Bytes that the store takes on its drives; 0 where it is not to be removed."""
         return sum(leftover.nbytes for leftover in self.found if leftover.path in self._store_paths)
 
     def remove(self) -> Sequence[Leftover]:
-        """Remove what was found, and say what it was.
+        """Remove what was found, and return it.
 
         Raises:
             ConfigError: something came or went since: nothing was removed.
@@ -119,7 +119,7 @@ class Leftovers:
 
     @contextmanager
     def _holding(self) -> Iterator[dict[Path, HeldFile]]:
-        """Hold what a training or an import would hold."""
+        """Hold the files that a training or an import would hold."""
         with ExitStack() as stack:
             if self.run.path.is_dir():
                 stack.enter_context(self.run.importing())

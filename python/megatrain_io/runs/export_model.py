@@ -1,4 +1,8 @@
-"""Writing the committed weights of a run as a model folder."""
+"""Writing the committed weights of a run as a model folder.
+
+Each chunk is read once, and its parameters are written to wherever the files hold them: a few chunks are in memory,
+whatever the size of the model.
+"""
 
 import json
 import os
@@ -60,7 +64,7 @@ def export_model(
         dtype: "bf16" are the weights that were trained with, or fp32 ones rounded to nearest even; "fp32" are
             the masters. None = the run's own precision.
         shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
-        engine: how bytes are read.
+        engine: I/O engine that reads.
         progress: called after each chunk.
 
     Raises:
@@ -107,7 +111,7 @@ def export_model(
 def _plan_export(
     layout: ModelLayout, names: HubNames, dtype: Precision, shard_bytes: int
 ) -> tuple[NamePlan, list[ShardPlan]]:
-    """Where each parameter goes, and the files."""
+    """Which tensor of the files each parameter goes to, and what each file holds."""
     shapes = names.file_shapes()
     plan = names.plan(shapes)
     if names.parameters != {place.name: place.shape for place in layout.tensors()}:

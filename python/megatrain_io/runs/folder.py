@@ -82,7 +82,14 @@ class RunFolder:
         ]
 
     def write(self, precision: Precision, stores: Sequence[Path], store_uuid: str, source: Path) -> RunInfo:
-        """Record a finished import."""
+        """Write ``run.json``, durably: from then on the import is finished.
+
+        Args:
+            precision: compute dtype.
+            stores: the files of the store, one for each drive.
+            store_uuid: UUID of the store.
+            source: the model folder that was imported.
+        """
         here = self.path.resolve()
         resolved = [store.resolve() for store in stores]
         info = RunInfo(
@@ -109,7 +116,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise StoreInUseError(
-                    f"another process imports into {self.path}, or cleans it. Wait for its end, or stop it"
+                    f"another process imports into {self.path}, or cleans it. Wait until it has ended, or stop it"
                 ) from error
             try:
                 yield
@@ -118,10 +125,10 @@ class RunFolder:
                 lock.unlink(missing_ok=True)
 
     def read(self) -> RunInfo:
-        """What was recorded.
+        """What ``run.json`` says of the run.
 
         Raises:
-            ConfigError: this is no run folder, or its file is damaged.
+            ConfigError: this is no run folder, or the file is damaged.
         """
         if not self.is_imported:
             raise ConfigError(
@@ -143,10 +150,10 @@ class RunFolder:
 
 
 def activations_file(store: Path) -> Path:
-    """Where activation checkpoints go that do not fit in RAM: beside the store's file, on the same drive."""
+    """Where activation checkpoints go that do not fit in RAM: beside a file of the store, on the same drive."""
     return store.with_name(store.name + ".inputs")
 
 
 def gradient_file(store: Path) -> Path:
-    """Where gradients wait for their norm that do not fit in RAM: as activation checkpoints."""
+    """Where gradients wait for their norm that do not fit in RAM: beside a file of the store, on the same drive."""
     return store.with_name(store.name + ".gradients")

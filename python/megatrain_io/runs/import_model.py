@@ -1,8 +1,7 @@
-"""Between model files and store: tensor by tensor, never the whole model in RAM.
+"""Making the store of a run from model files: tensor by tensor, never the whole model in RAM.
 
-Import reads each chunk's parameters from wherever the files hold them and writes the chunk; export reads each
-chunk once and writes its parameters to wherever the files hold them. Both hold a few chunks in memory,
-whatever the size of the model or of its largest tensor.
+Each chunk's parameters are read from wherever the files hold them, and the chunk is written: a few chunks are in
+memory, whatever the size of the model or of its largest tensor.
 """
 
 import os
@@ -38,7 +37,7 @@ TensorReader = Callable[[TensorPlace, int, int], Tensor]
 """``read(place, start, stop)``: elements start..stop of a tensor, flat, in the dtype of the source."""
 
 Progress = Callable[[int, int], None]
-"""``progress(done, total)``, in chunks."""
+"""``progress(done, total)``: chunks done, and chunks in all."""
 
 
 _TRAINABLE = ("BF16", "F16", "F32")
@@ -66,7 +65,7 @@ def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning 
     are zero are not written. Nothing is left behind when it fails.
 
     Raises:
-        NoSpaceError, FormatError, StoreInUseError, StorageError.
+        NoSpaceError, FormatError, StoreInUseError, StorageError: it cannot be made.
     """
     creator = StoreCreator(paths, layout.manifest(model), engine, ledger or Ledger())
     try:
@@ -107,10 +106,10 @@ def import_model(  # noqa: PLR0913 - as create_store
         chunk_parameters: parameters of a chunk; None = by the model's size.
         durability: step = 24 bytes a parameter on the drive, each step survives a crash; scratch = 12, and
             only a store that was closed can be opened again.
-        engine: how bytes are written.
+        engine: I/O engine that writes.
         ledger: accounts of memory.
-        before: called when all files were checked, with the model in pieces and where its parameters will lie;
-            nothing was written then, and an error of it ends the import.
+        before: called when all files were checked, with the partitioned model and the layout of the store;
+            nothing was written by then, and an error that it raises ends the import.
         progress: called after each chunk.
 
     Raises:
@@ -211,7 +210,7 @@ def _read(files: Checkpoint, pieces: Sequence[Piece], start: int, stop: int) -> 
 
 
 def _check_values(files: Checkpoint, names: HubNames, plan: NamePlan, model_type: str) -> None:
-    """What can be wrong although all names and shapes are right."""
+    """Refuse what can be wrong although names and shapes are right: dtypes, and values of tied weights and buffers."""
     strange = [
         f"{piece.name} is {files.entries[piece.name].dtype}"
         for pieces in plan.parameters.values()
@@ -238,7 +237,7 @@ def _check_values(files: Checkpoint, names: HubNames, plan: NamePlan, model_type
 
 
 def _holds(files: Checkpoint, name: str, expected: Tensor) -> bool:
-    """Whether a tensor of the files, in the dtype of ``expected``, equals it."""
+    """Whether a tensor of the files, cast to the dtype of ``expected``, has the same values."""
     entry = files.entries[name]
     if entry.dtype not in TORCH_DTYPES or entry.elements == 0:
         return entry.elements == 0

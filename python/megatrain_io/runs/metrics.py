@@ -1,4 +1,4 @@
-"""What a run reports about itself, step by step and in the end, and the file it is kept in. No torch."""
+"""The figures of a run, for each step and at its end, and the file of the former. No torch."""
 
 import json
 import os
@@ -13,27 +13,27 @@ from megatrain_io.files import replace_file
 __all__ = ["MetricsFile", "StepReport", "TrainResult", "last_report"]
 
 _TAIL_BYTES = 1 << 16
-"""Some hundred lines: the last whole one is among them."""
+"""Bytes at the end of the file, some hundred lines: the last whole one is among them."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. Bytes are those of the store's drive; seconds are wall time.
+    """Figures of one optimizer step. Bytes are those of the store's drives; seconds are wall time.
 
     Attributes:
         step: counted from 1.
         max_steps: last step of the run.
         loss: mean over the trained tokens of the step.
-        learning_rate: of this step.
-        tokens: tokens that went through the model.
+        learning_rate: of this step; 0 where it was skipped.
+        tokens: tokens that went through the model, padding included.
         trained_tokens: those with a label.
         seconds: wall time of the step.
-        read_bytes: read from the drive during the step.
-        written_bytes: written to it.
-        stalled_seconds: time that compute waited for the drive.
+        read_bytes: bytes read from the drives during the step.
+        written_bytes: bytes written to them during the step.
+        stalled_seconds: seconds that compute waited.
         ram_bytes: resident memory of the process.
         ledger_bytes: what the package itself holds, the sum of its accounts.
-        written_bytes_total: written since the run began, over all its lives.
+        written_bytes_total: bytes written since the run began, in all its starts.
         eval_loss: held-out loss after this step, where it was measured.
         grad_norm: norm over the gradients of all parameters, before clipping.
         clip_coefficient: what gradients were multiplied by; 1 where they were not clipped.
@@ -67,19 +67,19 @@ class TrainResult:
     """What a run came to; bytes are those of the store's drive, counted by its engine.
 
     Attributes:
-        steps: steps trained in all.
+        steps: last step that was trained, counted from 1 over all starts.
         loss: of the last step.
         eval_loss_before: held-out loss of the imported model, where data.eval is set.
         eval_loss: held-out loss at the end.
-        seconds: of this start.
-        parameters: of the model.
-        read_bytes_per_parameter_and_step: by training steps of this start; None if it trained none.
-        written_bytes_per_parameter_and_step: likewise.
-        written_bytes_total: over all starts: exact of this one and of those that paused; an earlier one that ended
-            otherwise is out by a step at most.
+        seconds: wall time of this start.
+        parameters: number of parameters of the model.
+        read_bytes_per_parameter_and_step: read by the training steps of this start; None if it trained none.
+        written_bytes_per_parameter_and_step: written by them; None if it trained none.
+        written_bytes_total: bytes written in all starts: exact for this one and those that paused; for each earlier
+            one that ended otherwise off by a step at most.
         peak_ram_bytes: largest resident memory of this process, libraries included.
         ledger: (current, peak) bytes of each account of the package.
-        plan: what was planned beside what was measured, and their ratio; see ``Tally.compared``.
+        plan: what was planned beside what was measured, and their ratio; see ``PlanCheck.compared``.
     """
 
     steps: int
@@ -120,12 +120,12 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, committed_step: int) -> None:
-        """Open for appending; lines of steps after ``committed_step`` are of a life that lost them."""
+        """Open for appending; lines of steps after ``committed_step``, which an earlier start lost, are removed."""
         self._path = path
         self._open(committed_step)
 
     def go_back(self, committed_step: int) -> None:
-        """Remove the lines of later steps: they will come again."""
+        """Remove the lines of steps after ``committed_step``: they will be trained again."""
         self._file.close()
         self._open(committed_step)
 
@@ -144,13 +144,13 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, report: StepReport) -> None:
-        """Add one step, durably."""
+        """Write the line of one step; it is durable when this returns."""
         self._file.write(json.dumps(asdict(report)) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close; what a failed append left is tried again."""
+        """Close the file; what a failed ``append`` left in its buffer is tried again."""
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The trainer's own state, which is committed with each step as the store's blob. No torch."""
+"""The trainer's own state, which each commit writes as the store's blob. No torch."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,17 +15,17 @@ _VERSION = 1
 
 @dataclass
 class TrainerState:
-    """How far a run is; everything that a resumed one must know besides model and data.
+    """How far a run is: all that a resumed one must know besides model and data.
 
     Attributes:
         step: last step that was trained.
         settings: digest of all settings that decide the bits.
         data: SHA-256 of the tokenised data.
-        written_bytes: to the drive by training, over all starts: at most so much, and exact where the run paused.
+        written_bytes: bytes that training wrote in all starts: an upper bound, exact where the run paused.
         loss: of that step.
-        skipped_steps: of all so far; their gradients were not finite, and nothing was updated.
+        skipped_steps: number of steps so far whose gradients were not finite; nothing was updated by them.
         eval_loss_before: held-out loss of the imported model.
-        environment: what may change the bits from outside.
+        environment: what may change the bits besides, by ``training.fingerprint``.
         version: of this schema.
     """
 
@@ -41,11 +41,11 @@ class TrainerState:
 
     @classmethod
     def parse(cls, blob: bytes) -> "TrainerState":
-        """The state that was committed; whoever wrote it.
+        """Decode the state that was committed with a store.
 
         Raises:
-            FormatError: it is no trainer's state.
-            ConfigError: another version of megatrain-io wrote it.
+            FormatError: these bytes are no trainer's state.
+            ConfigError: another version of megatrain-io wrote them.
         """
         try:
             progress = _ADAPTER.validate_json(blob, strict=True)
@@ -64,7 +64,7 @@ class TrainerState:
         return progress
 
     def encode(self) -> bytes:
-        """As bytes, for the store."""
+        """Encode the state as the bytes that are committed with the store."""
         return json.dumps(asdict(self)).encode()
 
 

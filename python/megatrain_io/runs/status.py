@@ -1,4 +1,4 @@
-"""How a run stands, from its files alone: also while it is in use, and without waiting for it. No torch."""
+"""How a run stands, from its files alone: also while it is in use, without waiting for it. No torch."""
 
 import json
 from collections.abc import Iterator
@@ -39,16 +39,16 @@ class RunStatus:
         version: of megatrain-io that imported it.
         precision: compute dtype.
         stores: paths of the store's files, one for each drive.
-        store_bytes: what it takes on its drives.
+        store_bytes: bytes that it takes on its drives.
         file_system: type of the file system that the first of them lies on.
-        is_direct: whether that has direct I/O.
-        parameters: of the model.
+        is_direct: whether that file system has direct I/O.
+        parameters: number of parameters of the model.
         durability: whether a committed step survives a crash, or only a clean end does (scratch).
         generation: number of the newest committed state; 1 is the import.
         step: last committed step.
         max_steps: last step of the run, once a step was done.
         loss: of that step.
-        written_bytes: written to the drive by training so far, over all starts: less than a step too much.
+        written_bytes: bytes that training wrote in all starts so far: at most a step too many.
         last_stop: how the last process ended; None while one runs.
         in_use: who holds the store now.
         problem: why the store cannot be used, in a sentence.
@@ -127,7 +127,7 @@ def examine(run: RunFolder) -> RunStatus:
 
 
 def render(status: RunStatus) -> str:
-    """As text, a line for each fact."""
+    """The status as text for a person, a line for each fact."""
     return "\n".join(f"{name:<10} {value}" for name, value in _lines(status))
 
 

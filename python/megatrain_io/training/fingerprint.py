@@ -1,4 +1,4 @@
-"""What may change the bits of a step from outside: versions, the processor, the device."""
+"""What may change the bits of a step besides settings and data: versions, the processor, the device."""
 
 import platform
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ __all__ = ["differences", "fingerprint_of"]
 
 
 def fingerprint_of(device: Device, partition: PartitionedModel) -> dict[str, Any]:
-    """Of this process, by name, where ``device`` computes ``partition``."""
+    """What may change the bits of this process, by name, where ``device`` computes ``partition``: plain JSON types."""
     return {
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -29,7 +29,7 @@ def fingerprint_of(device: Device, partition: PartitionedModel) -> dict[str, Any
 
 
 def differences(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
-    """A sentence for each thing that is not as it was; ``before`` is None where a run begins."""
+    """A sentence for each entry that is not as it was; none where a run begins (``before`` is None)."""
     if before is None:
         return []
     # What older versions did not write down was so.

@@ -1,4 +1,4 @@
-"""Ctrl-C where a step cannot be taken back."""
+"""Holding Ctrl-C back while a step cannot be taken back."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""The course of the learning rate. No torch."""
+"""The schedules of the learning rate: constant, linear and cosine, with warm-up. No torch."""
 
 import math
 
@@ -8,10 +8,16 @@ __all__ = ["learning_rate_at"]
 
 
 def learning_rate_at(config: TrainConfig, step: int, max_steps: int) -> float:
-    """Learning rate of ``step`` (from 1), by the formulas of transformers' schedulers.
+    """Learning rate of ``step``, counted from 1, by the formulas of transformers' schedulers.
 
     There the first step of a warm-up has rate 0 and a schedule ends one step after its last rate. With
-    ``warmup_steps``, ``constant`` is their ``constant_with_warmup``.
+    ``warmup_steps``, ``constant`` is their ``constant_with_warmup``. Source: ``transformers.optimization``,
+    ``get_linear_schedule_with_warmup`` and ``get_cosine_schedule_with_warmup`` with half a cycle.
+
+    Args:
+        config: highest rate, type of the schedule and warm-up steps.
+        step: optimizer step, skipped ones not counted.
+        max_steps: last step of the run.
     """
     index, warmup = step - 1, config.warmup_steps
     if index < warmup:

@@ -1,4 +1,4 @@
-"""What steps took, against what was planned."""
+"""What the steps took, compared with what was planned."""
 
 import statistics
 from collections import deque
@@ -18,7 +18,7 @@ _STEPS_MAX = 1024
 
 @dataclass
 class PlanCheck:
-    """The last steps of one start, to compare with the plan.
+    """Collects the last steps of one start, to compare them with the plan.
 
     Attributes:
         plan: of the run.
@@ -30,11 +30,18 @@ class PlanCheck:
     _steps: deque[StepReport] = field(default_factory=lambda: deque(maxlen=_STEPS_MAX))
 
     def add(self, report: StepReport) -> None:
-        """Take note of a step."""
+        """Add a step; when there are many, the oldest is forgotten."""
         self._steps.append(report)
 
     def compared(self, ledger_peak: int, process_peak: int) -> dict[str, dict[str, Any]]:
-        """Planned and measured figures by name, in the steady state where there were enough steps; RAM at its peak."""
+        """Planned and measured figures, and their ratio, by name.
+
+        Time and traffic are those of the steady state where there were enough steps; RAM is that at its peak.
+
+        Args:
+            ledger_peak: most bytes that the package itself held.
+            process_peak: most bytes of RAM that the process held.
+        """
         steps = list(self._steps)
         steady = steps[_FIRST_STEPS:]
         if self.plan.updates_wait:

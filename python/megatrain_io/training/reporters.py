@@ -31,13 +31,13 @@ SECONDS_BETWEEN_LINES = 5.0
 _STEPS_FOR_PACE = 20
 _A_DAY = 86400.0
 _SMALLEST_SHARE = 0.005
-"""Of a step: a cause with less of it would be shown as 0 %."""
+"""Share of a step: a cause with a smaller one would be shown as 0 %."""
 _MACHINE_FACTS = 5
-"""The last so many of the facts are about the machine, the others about the training."""
+"""Number of facts, the last ones, that are about the machine; the others are about the training."""
 
 
 class Reporter(Protocol):
-    """What a training run is told to tell. Calls return at once."""
+    """What training tells of its progress. Calls return at once."""
 
     def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
         """The run begins, or goes on after ``step``; each note is a sentence for the person."""
@@ -53,23 +53,23 @@ class Reporter(Protocol):
 
 
 class QuietReporter:
-    """Says nothing."""
+    """A reporter that shows nothing."""
 
     def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
-        """Nothing."""
+        """Show nothing of the start of the run."""
 
     def step(self, report: StepReport) -> None:
-        """Nothing."""
+        """Show nothing of the step."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Drop the sentence."""
 
     def finished(self) -> None:
-        """Nothing."""
+        """Nothing was shown, so there is nothing to end."""
 
 
 class LineReporter:
-    """One line every few seconds; always for the first and the last step, and where there was an evaluation."""
+    """Prints a line every few seconds; always for the first and the last step, and where there was an evaluation."""
 
     def __init__(
         self,
@@ -87,11 +87,11 @@ class LineReporter:
         self._pace = _Pace()
 
     def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
-        """Where the run begins, and the notes."""
+        """Print the notes, and at which step the run begins."""
         _tell_start(self._console, step, max_steps, notes)
 
     def step(self, report: StepReport) -> None:
-        """Perhaps a line."""
+        """Print a line about the step, if one is due."""
         remaining = self._pace.remaining(report)
         now = self._clock()
         is_due = self._last is None or now - self._last >= self._seconds_between
@@ -106,15 +106,15 @@ class LineReporter:
             tell(self._console, "  ".join(parts))
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print the sentence as a line of its own."""
         tell(self._console, text)
 
     def finished(self) -> None:
-        """Nothing: the last step had its line."""
+        """Print nothing: the last step had its line."""
 
 
 class LiveReporter:
-    """Progress bar, time and the facts of the newest step, in place."""
+    """Shows a progress bar, time and the figures of the newest step, in place."""
 
     def __init__(self, console: Console, *, logging_steps: int = 1) -> None:
         self._logging_steps = logging_steps
@@ -132,7 +132,7 @@ class LiveReporter:
         self._live = Live(Group(self._progress, self._facts), console=console, refresh_per_second=2)
 
     def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
-        """Begin to show."""
+        """Print the notes, and begin to show the progress bar."""
         _tell_start(self._live.console, step, max_steps, notes)
         self._progress.add_task("step", total=max_steps, completed=step)
         self._live.start()
@@ -150,16 +150,16 @@ class LiveReporter:
             tell(self._live.console, f"step {report.step}: held-out loss {report.eval_loss:.4f}")
 
     def note(self, text: str) -> None:
-        """A line that stays on the screen."""
+        """Print the sentence as a line that stays on the screen."""
         tell(self._live.console, text)
 
     def finished(self) -> None:
-        """Leave the last state on the screen."""
+        """Stop the display; its last state stays on the screen."""
         self._live.stop()
 
 
 def reporter_for(console: Console, *, quiet: bool = False, logging_steps: int = 1) -> Reporter:
-    """The reporter that fits a console."""
+    """The reporter for a console: live on a terminal, lines elsewhere, nothing where ``quiet``."""
     if quiet:
         return QuietReporter()
     kind = LiveReporter if console.is_terminal else LineReporter
@@ -167,7 +167,7 @@ def reporter_for(console: Console, *, quiet: bool = False, logging_steps: int = 
 
 
 class _Pace:
-    """Mean duration of the newest steps."""
+    """Mean seconds of the newest steps."""
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=_STEPS_FOR_PACE)
@@ -198,7 +198,7 @@ def facts(report: StepReport) -> list[str]:
 
 
 def _gradients(report: StepReport) -> list[str]:
-    """Their norm, and whether it was too large."""
+    """The norm of the gradients, whether they were clipped, and how many steps were skipped."""
     if report.grad_norm is None:
         return []
     clipped = f" (clipped to {report.clip_coefficient:.0%})" if report.clip_coefficient < 1 else ""
@@ -220,9 +220,9 @@ def _clock_time(seconds: float) -> str:
 def _tell_start(console: Console, step: int, max_steps: int, notes: Sequence[str]) -> None:
     for note in notes:
         tell(console, f"note: {note}")
-    tell(console, f"going on after step {step} of {max_steps}" if step else f"training for {max_steps} steps")
+    tell(console, f"resuming after step {step} of {max_steps}" if step else f"training for {max_steps} steps")
 
 
 def tell(console: Console, text: str) -> None:
-    """Print as it is: no markup, no colours for numbers, no line breaks of our own."""
+    """Print text as it is: no markup, no colours for numbers, no line breaks added."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

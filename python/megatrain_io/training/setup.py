@@ -1,4 +1,4 @@
-"""What a run starts from: the model in pieces, its data, and how RAM is divided. All that can be refused is, here."""
+"""What a run starts from: the partitioned model, its data, and its plan. All that can be refused is refused here."""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,14 +36,14 @@ __all__ = ["Start"]
 
 @dataclass(frozen=True)
 class Start:
-    """The model in pieces and its data.
+    """What a run starts from: the partitioned model and its data.
 
     Attributes:
-        config: of the run.
+        config: of the run, with a number in place of ``auto``.
         partition: the model without its parameters.
         tokenizer: the model's.
-        data: tokens, and the order of rows.
-        max_steps: at which the run ends.
+        data: rows of tokens, and the order in which they are trained.
+        max_steps: last step of the run.
         accumulation: micro-batches of a step.
         device: what computes.
     """
@@ -72,7 +72,7 @@ class Start:
             run: its folder.
             model: folder of the model.
             device: what computes.
-            partition: the same model in pieces, if it was made before.
+            partition: the same model without its parameters, if it was partitioned before.
 
         Raises:
             MegatrainIoError: model, data or configuration cannot be used.
@@ -85,8 +85,8 @@ class Start:
         largest, vocabulary = data.train.largest_token, partition.config.get_text_config().vocab_size
         if largest >= vocabulary:
             raise ConfigError(
-                f"the tokenizer makes token {largest}, and the model knows {vocabulary}: tokenizer and model do not "
-                "belong together"
+                f"the tokenizer makes token {largest}, and the model's vocabulary has {vocabulary}: tokenizer and "
+                "model do not belong together"
             )
         accumulation = config.train.gradient_accumulation_steps
         if accumulation == "auto":
@@ -98,13 +98,13 @@ class Start:
         return cls(config, partition, tokenizer, data, steps, accumulation, device)
 
     def plan(self, run: RunFolder, layout: ModelLayout, tables: int, *, is_made: bool) -> Plan:
-        """What the run will take and do.
+        """Plan the run on this machine.
 
         Args:
             run: its folder.
             layout: of the store.
-            tables: bytes of RAM that it takes when it is open.
-            is_made: whether it is there already. If not, times are not asked for.
+            tables: bytes of RAM that the store takes when it is open.
+            is_made: whether the store is there already; if not, no times are measured.
         """
         one = replace(
             _job(self.config, self.partition, layout, tables, self.data, self.device),
@@ -127,7 +127,7 @@ class Start:
         return found
 
     def keep_chat_template(self, model: Path) -> None:
-        """The trained model needs the template that it was trained with."""
+        """Write the tokenizer to ``model``, with the chat template of the data, if one was chosen."""
         if self.data.chat_template is None:
             return
         self.tokenizer.chat_template = self.data.chat_template
@@ -145,7 +145,7 @@ def _job(
     data: TrainingData,
     device: Device,
 ) -> TrainingJob:
-    """A step of one micro-batch."""
+    """The run as a job whose step has one micro-batch, the largest of the data."""
     batch = data.train.largest_micro_batch(config.train.per_device_train_batch_size)
     vram = device.vram if device.has_own_memory else None
     return TrainingJob(config, partition, layout, [batch], tables, ram_of(config), vram=vram)
@@ -172,7 +172,7 @@ def _seconds_of(job: TrainingJob, hardware: Hardware, data: TrainingData) -> dic
 
 
 def _chosen_before(run: RunFolder) -> int | None:
-    """What ``auto`` came to when the run began; it decides the bits, so it stays."""
+    """What ``auto`` came to when the run began, if it has: it decides the bits, so it stays."""
     if not run.is_imported or not run.config.exists():
         return None
     count = load(run.config)[0].train.gradient_accumulation_steps

@@ -66,6 +66,9 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
         reporter: told of every step.
         trace: gets what ran when.
 
+    Returns:
+        Losses, time, traffic and memory of this start.
+
     Raises:
         MegatrainIoError: one of its kinds, as its message says.
         InterruptedRunError: Ctrl-C; the run can be resumed.
@@ -101,7 +104,7 @@ def train(config: RunConfig, *, resume: bool, reporter: Reporter, trace: Trace |
 
 
 def _import_if_needed(config: RunConfig, run: RunFolder, device: Device, *, resume: bool) -> Start | None:
-    """What the run starts from, if the model had to be imported for it."""
+    """What the run starts from, if the model had to be imported first; None where it was there already."""
     if run.is_imported:
         recorded = run.read()
         if recorded.source != str(config.model.resolve()):
@@ -143,7 +146,7 @@ def _import_if_needed(config: RunConfig, run: RunFolder, device: Device, *, resu
 
 
 class _Trainer:
-    """One start of a run."""
+    """One start of a run: it prepares everything, then trains until the last step."""
 
     def __init__(
         self,
@@ -166,7 +169,7 @@ class _Trainer:
         last = last_report(run.metrics)
         self._written_before = max(self.progress.written_bytes, last.written_bytes_total if last else 0)
         self._is_near_limit = False
-        # Bytes moved by training steps of this start, and how many there were.
+        # Bytes read and written by the training steps of this start, and the number of these steps.
         self._trained = [0, 0]
         self._steps = 0
         self._eval_loss: float | None = None
@@ -177,12 +180,16 @@ class _Trainer:
         self._is_scratch = state.layout.durability == "scratch"
 
     def prepare(self, imported: Start | None, notes: Sequence[str], *, resume: bool) -> None:
-        """Everything that can be refused is refused here, before the first step.
+        """Make everything ready; whatever can be refused is refused here, before the first step.
 
         Args:
             imported: what was prepared for the import, if there was one.
-            notes: what is to be said at the start, too.
+            notes: sentences to tell at the start besides.
             resume: go on with a run that has begun.
+
+        Raises:
+            ConfigError: the run has begun, and ``resume`` is not set; or settings or data are not those it began with.
+            DoesNotFitError: RAM, VRAM or drive are too small.
         """
         config, progress = self._config, self.progress
         made, asked = self._state.layout.durability, config.memory.durability
@@ -203,7 +210,7 @@ class _Trainer:
         planned = start.plan(self._run, self._state.layout, self._state.ledger.total()[0], is_made=True)
         memory = planned.require_fits().memory
         if memory is None:
-            raise MegatrainIoError("a plan that fits without a division of RAM")
+            raise MegatrainIoError("the plan fits, and does not say how RAM is divided")
         commit_every = 1 if self._is_scratch else config.memory.commit_every
         self._plan_check = PlanCheck(planned, commit_every)
         self._wear_limit = WearLimit(planned.committing_bytes, config.memory.max_tbw)
@@ -242,13 +249,17 @@ class _Trainer:
         ]
         notes += [*planned.summary(), str(self._data.summary)]
         if not is_pinned:
-            notes.insert(0, f"{self._device.name} cannot be given the pool's memory: copies take a detour")
+            notes.insert(
+                0,
+                f"copies to and from {self._device.name} go through a small staging buffer, because its driver "
+                "refused to pin the pool's memory",
+            )
         if imported is not None:
             notes.insert(0, f"imported {config.model} into {self._state.path}")
         self._reporter.started(step=progress.step, max_steps=self._max_steps, notes=notes)
 
     def run(self) -> None:
-        """All steps that are left."""
+        """Train all steps that are left, and wait until the last one is durable."""
         with self._metrics:
             if self.progress.step == 0:
                 self.progress.eval_loss_before = self._evaluate()
@@ -266,7 +277,7 @@ class _Trainer:
     def _train(
         self, step: int, before: tuple[int, int, Mapping[str, float]]
     ) -> tuple[int, int, Mapping[str, float]]:
-        """One step; the counters from which the next one counts."""
+        """Train one step; returns the counters from which the next one counts."""
         began = time.monotonic()
         config, micro_batches = self._config.train, self._micro_batches(step)
         # A step that is skipped counts for neither AdamW's t nor the learning rate, as in stock loops.
@@ -340,14 +351,14 @@ class _Trainer:
         self._model.wait_durable()
 
     def write_trace(self) -> None:
-        """Write what was recorded since the last time."""
+        """Append the events since the last call to the trace, if there is one."""
         if self._trace is not None:
             self._trace.extend(*self._state.take_events())
             self._trace.extend(self._model.take_device_events(), 0)
             self._trace.flush()
 
     def result(self, seconds: float) -> TrainResult:
-        """What came of it."""
+        """Losses, time, traffic and memory of this start, which took ``seconds``."""
         parameters = self._state.layout.parameters
         peak = peak_ram()
         per_step = [count / self._steps / parameters if self._steps else None for count in self._trained]
@@ -375,7 +386,7 @@ class _Trainer:
         began: float,
         before: tuple[int, int, Mapping[str, float]],
     ) -> tuple[int, int, Mapping[str, float]]:
-        """Tell of a step; the counters from which the next one counts, so that no byte falls in between."""
+        """Report a step; returns the counters from which the next one counts, so that no byte falls in between."""
         last = step == self._max_steps
         evaluates = last or (
             self._config.train.eval_steps is not None and step % self._config.train.eval_steps == 0
@@ -414,7 +425,7 @@ class _Trainer:
         return self._counters() if evaluates else after
 
     def _evaluate(self) -> float | None:
-        """Mean loss per trained token of the held-out rows."""
+        """Measure the mean loss per trained token of the held-out rows; None where there are none."""
         rows = self._data.eval
         if rows is None:
             return None
@@ -475,7 +486,7 @@ class _Trainer:
             )
 
     def _settings_digest(self) -> str:
-        """Of everything that decides the bits of a step, besides model and data."""
+        """SHA-256 of all settings that decide the bits of a step, besides model and data."""
         reporting = {"device", "eval_steps", "logging_steps", "num_train_epochs"}
         settings = self._config.train.model_dump(exclude=reporting)
         settings["max_steps"] = self._max_steps
@@ -484,7 +495,7 @@ class _Trainer:
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def _counters(self) -> tuple[int, int, Mapping[str, float]]:
-        """Bytes read and written, and seconds stalled by cause."""
+        """Bytes read and written so far by this start, and seconds that compute waited, by cause."""
         timings, saved = self._state.timings().items(), self._model.saved
         stalled = {name.removeprefix("stall_"): value for name, value in timings if name.startswith("stall_")}
         stalled["inputs"] = saved.stalled_seconds
@@ -493,11 +504,11 @@ class _Trainer:
         return read, written, stalled
 
     def _written_total(self) -> int:
-        """Bytes written to the drive in all starts so far."""
+        """Bytes written to the drives in all starts of the run so far."""
         return self._written_before + self._counters()[1]
 
     def close(self) -> None:
-        """Give back what a step has beside the store."""
+        """Give back what training takes in RAM, on the device and on the drives. The store stays open."""
         self._closing.close()
 
 

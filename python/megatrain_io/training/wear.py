@@ -13,7 +13,7 @@ _NEAR_STEPS = 4
 
 @dataclass(frozen=True)
 class WearLimit:
-    """How much more a run may write.
+    """The limit on what a run may write to its drives (``memory.max_tbw``).
 
     Attributes:
         committing_bytes: the most that a step writes.
@@ -24,11 +24,11 @@ class WearLimit:
     max_tbw: float | None
 
     def at_most(self, measured: int, *, is_durable: bool) -> int:
-        """Bytes that the run wrote; until all is durable, with what may still be on its way: those of a step."""
+        """Bytes that the run has written at most: what was measured, and what a step may still have on its way."""
         return measured if is_durable else measured + self.committing_bytes
 
     def is_near(self, measured: int) -> bool:
-        """Whether the limit may be reached within the next steps: then each is committed, and counted to its end."""
+        """Whether the limit may be reached within the next steps: from then on each of them is committed."""
         return self.max_tbw is not None and self._beyond(measured, steps=_NEAR_STEPS)
 
     def check(self, measured: int, step: int) -> None:

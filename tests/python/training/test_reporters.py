@@ -100,7 +100,7 @@ def test_a_resumed_run_says_so_and_its_time_is_that_of_its_newest_steps(console)
     reporter = LineReporter(console)
     reporter.started(step=7, max_steps=10)
     reporter.step(replace(REPORT, step=8, seconds=100.0))
-    assert lines(console)[0] == "going on after step 7 of 10"
+    assert lines(console)[0] == "resuming after step 7 of 10"
     assert lines(console)[1].endswith("ETA 0:03:20")
 
 
@@ -112,7 +112,7 @@ def test_a_terminal_shows_progress_in_place(terminal):
     reporter.finished()
     reporter.finished()
     text = terminal.file.getvalue()
-    assert "going on after step 2 of 4" in text
+    assert "resuming after step 2 of 4" in text
     assert "step 3: held-out loss 2.2500" in text
     assert "4/4" in text
     assert "written 1.2 TB" in text

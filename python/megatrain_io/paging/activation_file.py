@@ -23,7 +23,7 @@ from megatrain_io.store.tensor_manifest import TensorSpec, manifest_of
 __all__ = ["ACCOUNT", "ActivationFile", "remove_abandoned"]
 
 ACCOUNT = "activations"
-"""Of the ledger, for activation checkpoints wherever they lie in RAM."""
+"""Account of the ledger for all activation checkpoints in RAM."""
 
 
 class ActivationFile:
@@ -44,11 +44,11 @@ class ActivationFile:
 
         Args:
             paths: of the file, one for each drive; what lies there is removed. They have no name afterwards.
-            blocks: how many have their input on the drive.
-            nbytes: of the largest input, a multiple of ``transfer_nbytes``.
+            blocks: number of blocks whose inputs go to the drive.
+            nbytes: bytes of the largest input, a multiple of ``transfer_nbytes``.
             transfer_nbytes: unit of transfers and checksums, a multiple of 4096.
-            memory_nbytes: RAM for slots.
-            engine: how bytes move.
+            memory_nbytes: bytes of RAM for slots.
+            engine: I/O engine.
             ledger: of memory; the account of the slots is "activations".
 
         Raises:
@@ -80,10 +80,10 @@ class ActivationFile:
             raise
 
     def slots(self, count: int, nbytes: int) -> list[Tensor]:
-        """Cut the RAM into slots for inputs of ``nbytes``; those cut before must be gone.
+        """Cut the RAM into ``count`` slots, uint8 [nbytes] each; those cut before must not be used any more.
 
         Raises:
-            MegatrainIoError: somebody still holds one.
+            MegatrainIoError: a tensor over an earlier slot is still alive.
         """
         slots: list[Tensor] = []
         for _ in range(count):
@@ -98,7 +98,7 @@ class ActivationFile:
         return slots
 
     def write(self, block: int, slot: Tensor) -> Transfer:
-        """Begin to write a slot; it must not change until that has ended."""
+        """Begin to write a slot as the input of a block; it must not change until the transfer has ended."""
         return self._tensors.put_front(block, slot.numpy())
 
     def read(self, block: int, slot: Tensor) -> Transfer:

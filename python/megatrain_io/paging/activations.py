@@ -52,10 +52,10 @@ class ActivationBudget:
     transfer_nbytes: int = _TRANSFER_BYTES
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Check the bounds against each other.
 
         Raises:
-            ConfigError: there is a bound and no place for the rest, or the transfers are of no whole pages.
+            ConfigError: RAM is bounded and there is no place for the rest, or transfers are not whole pages.
         """
         if self.ram_bytes is not None and not self.scratch:
             raise ConfigError(
@@ -67,14 +67,14 @@ class ActivationBudget:
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """What one step's inputs take.
+    """How the inputs of one step's blocks are divided between RAM and drive.
 
     Attributes:
-        in_ram: blocks whose inputs stay in RAM: the last ones.
-        on_drive: blocks whose inputs go to the drive: the first ones.
-        slot_nbytes: RAM for the inputs of one block.
-        ram_nbytes: RAM for all: as many slots as blocks stay, through which the others pass.
-        moved_nbytes: written in the forward pass, and as many read in the backward pass.
+        in_ram: number of blocks whose inputs stay in RAM: the last ones.
+        on_drive: number of blocks whose inputs go to the drive: the first ones.
+        slot_nbytes: bytes of RAM for the inputs of one block.
+        ram_nbytes: bytes of RAM for all: as many slots as blocks stay, through which the others pass.
+        moved_nbytes: bytes written in the forward pass, and as many read in the backward pass.
     """
 
     in_ram: int
@@ -102,16 +102,16 @@ def _slot_nbytes(nbytes_per_block: int, transfer_nbytes: int) -> int:
 def activation_plan(
     blocks: int, nbytes_per_block: int, ram_bytes: int | None, transfer_nbytes: int = _TRANSFER_BYTES
 ) -> ActivationPlan:
-    """Which inputs stay in RAM, and what the others move.
+    """Divide the inputs of a step's blocks between RAM and drive.
 
     Args:
-        blocks: of the model.
-        nbytes_per_block: by ``activation_nbytes``.
+        blocks: number of blocks of the model.
+        nbytes_per_block: bytes of a block's inputs, by ``activation_nbytes``.
         ram_bytes: the most RAM that the inputs take; None = all stay.
-        transfer_nbytes: unit of transfers.
+        transfer_nbytes: unit of transfers, in bytes.
 
     Raises:
-        ConfigError: fewer than two blocks' inputs fit; it names the least that does.
+        ConfigError: fewer than two blocks' inputs fit; the message has the least that is enough.
     """
     moved, slot = _up(nbytes_per_block, transfer_nbytes), _slot_nbytes(nbytes_per_block, transfer_nbytes)
     if ram_bytes is None:
@@ -140,12 +140,12 @@ class SavedActivations:
     def __init__(
         self, ledger: Ledger, budget: ActivationBudget | None = None, engine: Engine = "auto"
     ) -> None:
-        """Nothing is made yet.
+        """Take note of the budget; RAM and file are made by ``reserve``.
 
         Args:
             ledger: of memory; the account is "activations".
             budget: how much RAM, and where the rest goes; None = all in RAM.
-            engine: how bytes move to and from the drive.
+            engine: I/O engine for the drive.
 
         Raises:
             StorageError: the scratch file of a killed process cannot be removed.
@@ -162,11 +162,11 @@ class SavedActivations:
         self._nbytes: list[int] = []
         self._moved_before = [0, 0]
         self.plan = ActivationPlan(0, 0, 0, 0, 0)
-        """Of the step for which was reserved last."""
+        """How the inputs of the step are divided for which ``reserve`` was called last."""
         self.before_release: Callable[[], None] = lambda: None
         """Called before the RAM of inputs is given back, in whole."""
         self.stalled_seconds = 0.0
-        """For which compute waited for the drive."""
+        """Seconds that compute waited for inputs from the drive, so far."""
         if self._budget.scratch:
             remove_abandoned(self._budget.scratch)
 
@@ -205,7 +205,7 @@ class SavedActivations:
         self.room(block, micro_batch, hidden).copy_(hidden)
 
     def room(self, block: int, micro_batch: int, like: Tensor) -> Tensor:
-        """Where the input of ``block`` is to be put; ``like`` has its shape and dtype. Waits as ``put``."""
+        """Memory for the input of ``block``, with the shape and dtype of ``like``; waits as ``put`` does."""
         if like.nbytes != self._nbytes[micro_batch]:
             raise MegatrainIoError(
                 f"the input of block {block} has {like.nbytes} bytes, that of the first has "
@@ -215,7 +215,7 @@ class SavedActivations:
         return self._place(block, micro_batch, like)
 
     def finish(self, block: int) -> None:
-        """All inputs of ``block`` are there: they begin to go to the drive, if they are to."""
+        """All inputs of ``block`` were put: those that go to the drive begin to be written."""
         if self._scratch is not None and block < self.plan.on_drive:
             slot = block % len(self._slots)
             self._transfers[slot] = self._scratch.write(block, self._slots[slot])
@@ -236,14 +236,14 @@ class SavedActivations:
         return transfer is None or transfer.done
 
     def release(self, block: int) -> None:
-        """The inputs of ``block`` are not needed any more: those that take their place begin to come."""
+        """The inputs of ``block`` are not needed any more: those that take their slot begin to be read."""
         before = block - len(self._slots)
         if self._scratch is not None and before >= 0:
             slot = block % len(self._slots)
             self._transfers[slot] = self._scratch.read(before, self._slots[slot])
 
     def memory(self) -> list[Tensor]:
-        """The RAM that inputs are in now, in as many pieces as it has."""
+        """The RAM that inputs lie in now, as one tensor for each piece of it."""
         return self._slots if self._scratch is not None else [self._arena] if self._arena.nbytes else []
 
     def io_bytes(self) -> tuple[int, int]:
@@ -262,7 +262,7 @@ class SavedActivations:
             scratch.close()
 
     def _reserve_arena(self, blocks: int, per_block: int) -> None:
-        """All in RAM; mappings begin at a page, which is more than the alignment."""
+        """Make room for all inputs in RAM; mappings begin at a page, which is more than the alignment."""
         nbytes = blocks * per_block
         self._slots = []
         if nbytes > self._arena.nbytes:
@@ -272,7 +272,7 @@ class SavedActivations:
         self._slots = [self._arena[block * per_block : (block + 1) * per_block] for block in range(blocks)]
 
     def _reserve_slots(self, plan: ActivationPlan) -> None:
-        """A ring of slots in the RAM that the scratch file is moved through, and the file if there is none."""
+        """Make a ring of slots in the RAM that the scratch file is moved through, and the file if there is none."""
         self.before_release()
         self._slots, self._arena = [], torch.empty(0, dtype=torch.uint8)
         budget = self._budget
@@ -311,7 +311,7 @@ class SavedActivations:
         del self._transfers[slot]
 
     def _let_end(self) -> None:
-        """Transfers of a step that failed end before their slots are used again."""
+        """Wait for the transfers of a step that failed, before their slots are used again."""
         for slot in list(self._transfers):
             with suppress(MegatrainIoError):
                 self._wait(slot)

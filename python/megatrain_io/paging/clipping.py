@@ -6,23 +6,26 @@ __all__ = ["Guess", "clip_coefficient"]
 
 # Added to the norm, as torch.nn.utils.clip_grad_norm_ does.
 _EPS = 1e-6
-# What a step has to say of the next one: about one in ten.
+# Share that the average keeps at each step: the last ten steps count most.
 _MEMORY = 0.9
-# Share of clipped steps below which guessing is worth it. It is faster up to half or a little more
-# (benches/step/clipping.py), but each wrong guess writes all of the state once more.
+# Share of clipped steps below which updating at once is worth it. It is faster up to half or a little more
+# (benches/step/clipping.py), but each update that is taken back writes all of the state once more.
 _WORTH = 0.5
 
 
 def clip_coefficient(norm: float, max_grad_norm: float) -> float:
-    """What gradients are multiplied by, exact as fp32: at most 1 (torch.nn.utils.clip_grad_norm_)."""
+    """What gradients are multiplied by, exact as fp32 and at most 1.
+
+    The formula is that of ``torch.nn.utils.clip_grad_norm_``: ``min(1, max_grad_norm / (norm + 1e-6))``.
+    """
     return float(np.float32(min(1.0, max_grad_norm / (norm + _EPS))))
 
 
 class Guess:
-    """Whether the next step will stay below the limit.
+    """Guesses whether the norm of the next step's gradients will stay below the limit.
 
     Attributes:
-        clipped: share of the last steps that did not, the newest counting most.
+        clipped: moving average of the share of steps that were clipped, 0 to 1.
     """
 
     def __init__(self) -> None:
@@ -34,5 +37,5 @@ class Guess:
         return self.clipped < _WORTH
 
     def learn(self, *, is_clipped: bool) -> None:
-        """Take note of a step."""
+        """Take a step into the average."""
         self.clipped = _MEMORY * self.clipped + (1 - _MEMORY) * is_clipped

@@ -1,4 +1,4 @@
-"""Gradients: from those that autograd gives for each micro-batch to the one of a record that is handed over."""
+"""Gradients: from those that autograd makes for each micro-batch to the sum of a record, which is submitted."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,13 @@ class Gradient:
     """The fp32 gradient of one record, summed over micro-batches in place."""
 
     def __init__(self, state: Records, record: int, expected: Sequence[str] | None = None) -> None:
-        """``expected`` names the tensors that get gradients first; None = all of the record's."""
+        """Borrow memory for the gradient.
+
+        Args:
+            state: where it comes from, and is submitted to.
+            record: whose gradient it is.
+            expected: names of the tensors that get gradients first; None = all of the record's.
+        """
         self._state = state
         self._record = record
         self._borrowed = state.gradient(record)
@@ -43,7 +49,11 @@ class Gradient:
                 _add(self._borrowed.tensors[name], gradient)
 
     def submit(self, weights: BorrowedRecord) -> None:
-        """Hand gradient and weights over for the update."""
+        """Submit gradient and weights for the update.
+
+        Raises:
+            MegatrainIoError: a parameter of the record got no gradient.
+        """
         missing = sorted(set(self._names) - self._seen)
         if missing:
             raise MegatrainIoError(
@@ -54,7 +64,7 @@ class Gradient:
 
 
 def _add(total: Tensor, gradient: Tensor) -> None:
-    """``total += gradient``, without a copy of all of it in fp32 on the way."""
+    """Compute ``total += gradient`` without a copy of the whole gradient in fp32."""
     is_fake = isinstance(gradient, FakeTensor)
     if total.device.type != "cpu" or total.dtype == gradient.dtype or total.dim() == 0 or is_fake:
         total.add_(gradient)
@@ -65,5 +75,5 @@ def _add(total: Tensor, gradient: Tensor) -> None:
 
 
 def leaves_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same memory as leaves of a fresh graph."""
+    """Tensors over the same memory that are leaves of a new autograd graph."""
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}

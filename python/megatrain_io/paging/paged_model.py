@@ -1,4 +1,4 @@
-"""The step: a model that passes through RAM block by block, with the results of training in memory.
+"""Training steps and losses of a model that passes through RAM block by block.
 
 Layer-major: each block meets all micro-batches of the step before the next block is needed, so the bytes
 moved do not depend on the number of micro-batches.
@@ -35,13 +35,13 @@ from megatrain_io.store.schedule import ChunkOp, Gradients, Residents, build_sch
 
 __all__ = ["PagedModel", "StepLoss", "clear_frames"]
 
-# Of a step that updates nothing with gradients of its own.
+# Hyperparameters of a step that updates nothing with gradients of its own.
 _NO_UPDATE = AdamWStep(1, 0.0)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A schedule, checked; and what it moves to a device, if there is one."""
+    """A schedule that was checked, and what it moves to a device, if there is one."""
 
     checked: CheckedSchedule
     transfer_plan: TransferPlan
@@ -49,13 +49,13 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What a step came to.
+    """The loss of a step, and the norm of its gradients.
 
     Attributes:
         loss: mean over the trained tokens of all micro-batches (a float that is exact as fp32).
         trained_tokens: number of tokens with a label.
         grad_norm: norm over the gradients of all parameters, before clipping; None where none were made.
-        clip_coefficient: what they were multiplied by (exact as fp32).
+        clip_coefficient: what the gradients were multiplied by (exact as fp32); 1 where they were not clipped.
     """
 
     loss: float
@@ -81,7 +81,7 @@ class PagedModel:
 
     Args:
         partition: the model without its parameters.
-        state: where they are.
+        state: the store that holds them.
         seed: of all random numbers of training (dropout).
         logits_bytes: bound on the fp32 logits of one slice of tokens. A micro-batch within it is one
             slice, and then every bit is that of stock training.
@@ -154,7 +154,7 @@ class PagedModel:
         chunk_slots: int = 4,
         block_gradients: int = 2,
     ) -> PoolSizes:
-        """Sizes of a pool for this model; see ``schedule.pool_sizes``."""
+        """Sizes and numbers of buffers of a pool for this model; see ``store.pool.pool_sizes``."""
         return pool_sizes(
             self.state.layout,
             tied_embeddings=self.tied_embeddings,
@@ -176,7 +176,7 @@ class PagedModel:
         *,
         number: int | None = None,
     ) -> StepLoss:
-        """One optimizer step. With ``blob`` it is committed while the next step begins.
+        """Make one optimizer step. With ``blob`` it is committed while the next step begins.
 
         With ``max_grad_norm`` its update may be made by the next step, or by ``flush``.
 
@@ -189,7 +189,7 @@ class PagedModel:
 
         Raises:
             TrainingDivergedError: the loss is not finite. Nothing of the step remains.
-            NotFiniteError: a gradient is not. Nothing remains of what was not committed.
+            NotFiniteError: a gradient is not finite. Nothing remains of what was not committed.
             ConfigError, NoSpaceError: the inputs of its blocks do not fit the RAM that they may take, or the drive.
                 Nothing was begun.
             CorruptionError: an input came back from the drive with other bytes. Nothing of the step remains.
@@ -235,7 +235,7 @@ class PagedModel:
     def pass_gradients(
         self, micro_batches: Sequence[MicroBatch], *, number: int = 1
     ) -> tuple[StepLoss, list[Tensor]]:
-        """A step through frozen weights, forward and backward: nothing of the store changes.
+        """Pass forward and backward through frozen weights: nothing of the store changes.
 
         Args:
             micro_batches: each goes through the model as a whole.
@@ -246,6 +246,7 @@ class PagedModel:
             dtype and on the device that compute.
 
         Raises:
+            MegatrainIoError: the weights are not frozen.
             ConfigError, NoSpaceError, CorruptionError: as ``train_step``.
         """
         layout = self.state.layout
@@ -267,7 +268,7 @@ class PagedModel:
         return StepLoss(loss.item(), step.num_items), gradients
 
     def flush(self) -> None:
-        """Apply gradients that wait: the update of the last step, if that has not been made yet."""
+        """Make the update of the last step, if its gradients still wait."""
         if not self._is_waiting:
             return
         layout = self.state.layout
@@ -293,7 +294,7 @@ class PagedModel:
         self.state.end(blob)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
-        """The loss alone, without dropout; nothing is written but an update that waits."""
+        """Measure the loss alone, without dropout; nothing is written but an update that waits."""
         self.flush()
         self.partition.train(False)
         with self._step(micro_batches, self._forward, _NO_UPDATE, 1, commits=False) as step:
@@ -314,7 +315,7 @@ class PagedModel:
         return self._on_device
 
     def end_forward(self) -> None:
-        """All weights of the pass were given back."""
+        """End the pass forward, after all its weights were given back."""
         self._wait_for_compute()
         self.state.end(None)
 
@@ -329,7 +330,7 @@ class PagedModel:
             self.state.abort()
 
     def _choose_gradients(self, *, commits: bool) -> Gradients:
-        """What this step does with its gradients: what a guess has changed must lie beside a committed state."""
+        """What this step does with its gradients; it updates at once only if it can go back to a committed state."""
         if self.max_grad_norm is None:
             return "update"
         can_guess = self._was_committed and commits and self.state.layout.durability == "step"
@@ -337,7 +338,7 @@ class PagedModel:
         return wants if can_guess else "keep"
 
     def _wait_for_compute(self) -> None:
-        """What is on the way meanwhile goes on."""
+        """Wait until the device has computed all that is queued; copies go on meanwhile."""
         if self._on_device is not None:
             self._on_device.wait_for_compute()
 
@@ -348,7 +349,7 @@ class PagedModel:
         return _Prepared(self._checked(schedule), transfer_plan_of(schedule))
 
     def _schedule(self, gradients: Gradients) -> _Prepared:
-        """That of a training step; made once."""
+        """The schedule of a training step, built and checked once for each kind of step."""
         key = (self._is_waiting, gradients)
         if key not in self._schedules:
             operations = build_schedule(
@@ -362,20 +363,20 @@ class PagedModel:
         return self._schedules[key]
 
     def record_device_events(self) -> None:
-        """Note when copies and compute happen on a device from now on."""
+        """Note when copies and compute happen on the device from now on, for ``take_device_events``."""
         if self._on_device is not None:
             self._on_device.events.record()
 
     def take_device_events(self) -> list[tuple[str, str, int | None, int, int]]:
-        """Lane, name, chunk, start and end of what has happened there since the last call."""
+        """Lane, name, chunk, start and end (ns) of what has happened on the device since the last call."""
         return [] if self._on_device is None else self._on_device.events.take()
 
     def close(self) -> None:
-        """Give back what activation checkpoints take in RAM and on the drive. The state stays open."""
+        """Give back what activation checkpoints take in RAM and on the drive. The store stays open."""
         self.saved.close()
 
     def span(self, name: str) -> AbstractContextManager[None]:
-        """Trace what is done in the meantime, if there is a trace."""
+        """Trace what is done inside the context, if there is a trace."""
         return nullcontext() if self._trace is None else self._trace.span(name)
 
     @contextmanager
@@ -412,7 +413,7 @@ class PagedModel:
             yield step
 
     def _moved(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """To where they are computed."""
+        """Copy micro-batches to the device that computes."""
         try:
             return [batch.to(self.device.torch_device) for batch in micro_batches]
         except RuntimeError as error:
@@ -422,7 +423,7 @@ class PagedModel:
 
     @contextmanager
     def _begun(self, schedule: _Prepared, adamw: AdamWStep, *, commits: bool) -> Iterator[None]:
-        """A step under way; after an error in it, back to the last commit."""
+        """Begin a step of the store for the context; after an error inside, go back to the last commit."""
         is_refused = False
         try:
             try:
@@ -451,7 +452,7 @@ class PagedModel:
 
     @contextmanager
     def _metered(self, micro_batches: Sequence[MicroBatch], *, trains: bool) -> Iterator[None]:
-        """Measure the RAM that compute needs whenever a step is larger than any before."""
+        """Measure the memory that compute needs, if the step is larger than all before."""
         largest = max(batch.input_ids.numel() for batch in micro_batches)
         size = (trains, largest, sum(batch.input_ids.numel() for batch in micro_batches))
         if size <= self._metered_size:

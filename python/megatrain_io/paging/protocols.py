@@ -1,4 +1,4 @@
-"""What a step works with, by what it does: so that one without a store can be run on fakes."""
+"""What a step needs of records and activations, as protocols: so that it also runs on fakes, without a store."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -16,7 +16,7 @@ class Records(Protocol):
 
     @property
     def layout(self) -> ModelLayout:
-        """The parameter space."""
+        """Which tensor lies in which record, and where."""
 
     def weights(self, record: int) -> BorrowedRecord:
         """The weights of a record, in the compute dtype; waits until they are there."""
@@ -39,13 +39,13 @@ class Activations(Protocol):
         """Make room for the inputs of ``blocks`` blocks; ``hidden_nbytes`` are those of each micro-batch."""
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
-        """Save one; ``hidden`` may be overwritten as soon as this returns."""
+        """Save the input [B, T, H] of a block; ``hidden`` may be overwritten as soon as this returns."""
 
     def finish(self, block: int) -> None:
-        """All inputs of a block were saved."""
+        """All inputs of a block were saved, and may be moved."""
 
     def get(self, block: int, micro_batch: int, like: Tensor) -> Tensor:
-        """One that was saved, with the shape and dtype of ``like``; waits until it is there."""
+        """The saved input of a block, with the shape and dtype of ``like``; waits until it is there."""
 
     def release(self, block: int) -> None:
-        """The inputs of a block are needed no more."""
+        """The inputs of a block are not needed any more."""

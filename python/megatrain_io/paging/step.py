@@ -1,4 +1,4 @@
-"""One pass of a model over all micro-batches of a step: the phases, and in which order sums are made.
+"""One pass of a model over all micro-batches of a step: its phases, and the order of all sums.
 
 Orders of summation are part of the result:
 
@@ -30,10 +30,10 @@ from megatrain_io.store.schedule import Phase
 __all__ = ["LOGITS_BYTES", "Step", "hidden_nbytes", "slice_tokens"]
 
 LOGITS_BYTES = 128 << 20
-"""Bound on the fp32 logits of one slice of tokens, unless said otherwise."""
+"""Default bound on the bytes of the fp32 logits of one slice of tokens."""
 
 
-# Random numbers follow from these words, so that a run has the bits that it began with.
+# Random numbers follow from these words: with others, a run that has begun would go on with other bits.
 _SEED_NAMES = {Phase.EMBEDDING: "prologue", Phase.HEAD: "epilogue"}
 
 _P = ParamSpec("_P")
@@ -61,7 +61,7 @@ def _no_span(_name: str) -> AbstractContextManager[None]:
 def _phase(
     method: Callable[Concatenate["Step", _P], _R],
 ) -> Callable[Concatenate["Step", _P], _R]:
-    """Trace a phase under its name."""
+    """Trace a phase of the step under its name."""
 
     @wraps(method)
     def traced(step: "Step", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -76,11 +76,11 @@ class Step:
 
     Args:
         partition: the model without its parameters.
-        state: where they are.
+        state: where its weights come from and its gradients go.
         saved: where activation checkpoints are kept.
         micro_batches: each goes through the model as a whole.
-        number: of the step; random numbers follow from it.
-        seed: of all random numbers.
+        number: of the step; random numbers follow from it and ``seed``.
+        seed: of all random numbers of training (dropout).
         slice_tokens: tokens whose logits exist at once.
         span: traces what is done inside it, by name.
         device: what computes.
@@ -123,7 +123,7 @@ class Step:
 
     @_phase
     def embedding(self) -> None:
-        """The first hidden state of every micro-batch, and the arguments of every block."""
+        """Compute the first hidden state [B, T, H] of every micro-batch, and the arguments of every block."""
         weights = self._state.weights(self._layout.embedding)
         with torch.no_grad():
             for index, micro_batch in self._each(self._micro_batches):
@@ -136,7 +136,7 @@ class Step:
 
     @_phase
     def forward(self, *, saving: bool) -> None:
-        """All blocks, first to last. The last one's weights stay for the backward pass."""
+        """Run all blocks, first to last; ``saving`` keeps their inputs. The last block keeps its weights for ``backward``."""
         last = self._layout.blocks - 1
         if saving:
             # Made before the step; this is for models whose hidden state has another size than they say.
@@ -161,7 +161,7 @@ class Step:
 
     @_phase
     def head(self, *, training: bool) -> Tensor:
-        """The loss of the step; with ``training``, its gradients too, by micro-batch and slice."""
+        """The loss of the step, an fp32 scalar; with ``training`` also its gradients, by micro-batch and slice."""
         layout = self._layout
         updates = training and not layout.is_frozen
         own = None if layout.head is None else self._state.weights(layout.head)
@@ -188,7 +188,7 @@ class Step:
         return total
 
     def leave_head(self) -> None:
-        """Hand its own gradients over, and give back what was borrowed for it."""
+        """Submit the gradient of the head, and give back the weights that it borrowed."""
         for weights, gradient in self._in_head:
             if gradient is not None:
                 gradient.submit(weights)
@@ -198,9 +198,9 @@ class Step:
 
     @_phase
     def backward(self) -> None:
-        """All blocks, last to first: recompute, gradients, hand them over for the update.
+        """Run all blocks backward, last to first: recompute, make gradients, submit them for the update.
 
-        Frozen ones only pass the gradient of their output on to their input.
+        Frozen blocks only pass the gradient of their output on to their input.
         """
         weights = self._last_block
         self._last_block = None
@@ -219,12 +219,12 @@ class Step:
             weights = None
 
     def first_gradients(self) -> list[Tensor]:
-        """After ``backward``: the gradient [B, T, H] of the first hidden state of each micro-batch."""
+        """After ``backward``: the gradient [B, T, H] with respect to the first hidden state of each micro-batch."""
         return self._hidden
 
     @_phase
     def embedding_backward(self) -> None:
-        """Gradients of the embedding from those of the first hidden state."""
+        """Make and submit the embedding's gradient from those of the first hidden states."""
         weights = self._state.weights(self._layout.embedding)
         gradient = self._table_gradient or Gradient(self._state, self._layout.embedding)
         self._table_gradient = None
@@ -237,13 +237,13 @@ class Step:
         gradient.submit(weights)
 
     def _each(self, items: Iterable[_R]) -> Iterator[tuple[int, _R]]:
-        """What there is one of for each micro-batch, counted; the body of the loop is traced."""
+        """Number the items, one for each micro-batch, and trace the body of the loop over them."""
         for index, item in enumerate(items):
             with self.span(f"micro-batch {index}"):
                 yield index, item
 
     def _each_block(self, phase: str, blocks: Iterable[int]) -> Iterator[int]:
-        """The blocks; the body of the loop is traced."""
+        """Pass the blocks on, and trace the body of the loop over them."""
         for block in blocks:
             with self.span(f"{phase} block {block}"):
                 yield block
@@ -251,7 +251,7 @@ class Step:
     def _head_slices(
         self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence[Gradient], *, training: bool
     ) -> Tensor:
-        """Loss of one micro-batch; with ``training``, replaces its hidden state by the gradient."""
+        """Loss of one micro-batch; with ``training`` its hidden state gives way to the gradient with respect to it."""
         hidden, labels = self._hidden[index], self._micro_batches[index].shift_labels
         step = max(1, self._slice_tokens // hidden.shape[0])
         total: Tensor | None = None
@@ -279,9 +279,9 @@ class Step:
         *,
         training: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Loss of some tokens, and the gradient of their hidden state.
+        """Loss of some tokens, and the gradient with respect to their hidden state.
 
-        Nothing else outlives it: the head's gradient is as large as the head, and must not meet the next slice's.
+        Nothing else outlives the call: the head's gradient is as large as the head, and must not meet the next slice's.
         """
         hidden = hidden.detach().requires_grad_(training)
         bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
@@ -299,7 +299,7 @@ class Step:
     def _block_backward(
         self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: Gradient | None
     ) -> Tensor:
-        """Gradient of the block's input; those of its parameters are added to ``gradient``, if they are trained."""
+        """Gradient with respect to the block's input; those of its parameters are added to ``gradient``, if trained."""
         # The gradient of a block's output has the shape and dtype of its input.
         saved = self._saved.get(block, index, like=self._hidden[index])
         hidden = saved.detach().requires_grad_()
@@ -313,7 +313,7 @@ class Step:
         return of_hidden
 
     def _seed(self, index: int, phase: Phase, block: int = 0) -> None:
-        """One stream of random numbers for each (step, micro-batch, block): the recompute replays it."""
+        """Seed the generator for this step, micro-batch and block, so that the recomputation draws the same numbers."""
         text = f"{self._run_seed}/{self._number}/{index}/{_SEED_NAMES.get(phase, phase)}/{block}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         self._device.seed(seed)

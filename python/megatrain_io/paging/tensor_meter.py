@@ -1,4 +1,4 @@
-"""What compute itself needs: the tensors that torch makes while a step runs, counted as they come and go."""
+"""The memory that compute itself needs: tensors that torch makes while a step runs, counted as they come and go."""
 
 import weakref
 from collections.abc import Iterator, Mapping
@@ -13,13 +13,13 @@ __all__ = ["TensorMeter"]
 
 
 class TensorMeter(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside the ``with`` that are alive at once.
+    """Counts the bytes of all tensors made inside the context that are alive at once.
 
     Sees what passes through torch's dispatcher (activations, gradients, logits), not the scratch memory
     inside a kernel. Memory that was there before, such as buffers of the pool, is not counted.
 
     Attributes:
-        nbytes: alive now.
+        nbytes: bytes alive now.
         peak_nbytes: most bytes alive at once.
     """
 
@@ -32,7 +32,7 @@ class TensorMeter(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Tensors that are made inside are not counted."""
+        """Leave out tensors that are made inside the context."""
         self._is_paused = True
         try:
             yield
@@ -72,5 +72,5 @@ class TensorMeter(TorchDispatchMode):
 
 
 def _identity(tensor: Tensor) -> int:
-    """Of the storage, which views share; a fake tensor has no address."""
+    """A number that tells the storage of a tensor, which its views share; a fake tensor has no address."""
     return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - nothing public tells two storages apart

@@ -50,7 +50,7 @@ class Trace:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """What is computed in the meantime; left out when an error ends it."""
+        """Add an event of the lane ``compute`` that lasts as long as the context; none if an error ends it."""
         start = time.monotonic_ns()
         yield
         self.add("compute", name, start, time.monotonic_ns())
@@ -62,8 +62,8 @@ class Trace:
             lane: where it is shown; events of a lane must not overlap, unless one holds the other.
             name: what it was.
             start: nanoseconds of ``time.monotonic_ns``.
-            end: likewise.
-            chunk: that it was about.
+            end: nanoseconds of ``time.monotonic_ns``.
+            chunk: index of the chunk that it was about, if any.
         """
         event = {
             "name": name,
@@ -76,7 +76,7 @@ class Trace:
         self._waiting.append(event if chunk is None else event | {"args": {"chunk": chunk}})
 
     def extend(self, events: Iterable[tuple[str, str, int | None, int, int]], dropped: int) -> None:
-        """Add what ``PagedStore.take_events`` gave; what it dropped becomes a mark."""
+        """Add the events that ``PagedStore.take_events`` returned, and a mark if it dropped some."""
         for lane, name, chunk, start, end in events:
             self.add(lane, name, start, end, chunk)
         if dropped:
@@ -92,10 +92,10 @@ class Trace:
             )
 
     def flush(self) -> None:
-        """Write what was added.
+        """Append the events that were added since the last call to the file.
 
         Raises:
-            StorageError, NoSpaceError: the drive did not take it.
+            StorageError, NoSpaceError: the drive did not take them.
         """
         if self._waiting:
             lines = ",\n".join(json.dumps(event) for event in self._waiting)
@@ -104,7 +104,7 @@ class Trace:
             self._is_empty = False
 
     def close(self) -> None:
-        """Write the rest, and the end of the array."""
+        """Append the remaining events and the end of the array, and close the file."""
         try:
             self.flush()
             if self._is_empty:

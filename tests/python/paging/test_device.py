@@ -329,7 +329,7 @@ def test_memory_that_runs_out_in_a_step_is_one_error_and_the_step_is_dropped(tmp
 
         monkeypatch.setattr(model.partition, "loss", full)
         with pytest.raises(
-            DoesNotFitError, match=r"ran out of memory, with 100 MiB to be taken, .* allocate 2.00 GiB"
+            DoesNotFitError, match=r"ran out of memory: training may take 100 MiB, .* allocate 2.00 GiB"
         ):
             model.train_step([*map(to_micro_batch, case.steps[0])], AdamWStep(1, 1e-3), lambda _: b"never")
         monkeypatch.undo()

@@ -28,13 +28,15 @@ _SLOTS_MIN = 2
 
 
 class DeviceActivations:
-    """Stands for ``SavedActivations`` in a step.
+    """Activation checkpoints in the memory of a device, and in RAM what does not fit there.
+
+    It stands for ``SavedActivations`` in a step.
 
     Args:
-        host: inputs that go on to RAM.
-        device: where the others are.
-        state: keeps copies going.
-        nbytes: of the device's memory that inputs may take; None = as many as there are.
+        host: keeps the inputs that go on to RAM.
+        device: keeps the others in its memory.
+        state: the records on the device, which keep copies going.
+        nbytes: bytes of the device's memory that inputs may take; None = as many as they need.
     """
 
     def __init__(
@@ -62,12 +64,12 @@ class DeviceActivations:
 
     @property
     def stalled_seconds(self) -> float:
-        """For which the drive was waited for."""
+        """Seconds that compute waited for inputs from the drive, so far."""
         return self.host.stalled_seconds
 
     @property
     def plan(self) -> ActivationPlan:
-        """Of the inputs that go on to RAM."""
+        """How the inputs that go on to RAM are divided between RAM and drive."""
         return self.host.plan
 
     def io_bytes(self) -> tuple[int, int]:
@@ -131,7 +133,7 @@ class DeviceActivations:
         self._pins.close()
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
-        """Keep a copy of the input [B, T, H] of ``block``; behind what leaves its slot."""
+        """Keep a copy of the input [B, T, H] of ``block``, made after what lay in its slot has left."""
         if hidden.nbytes != self._nbytes[micro_batch]:
             raise MegatrainIoError(
                 f"the input of block {block} has {hidden.nbytes} bytes, that of the first has "
@@ -169,14 +171,14 @@ class DeviceActivations:
         return self._place(block, micro_batch)
 
     def release(self, block: int) -> None:
-        """The inputs of ``block`` are not needed any more: those that take their place begin to come."""
+        """The inputs of ``block`` are not needed any more: those that take their slot begin to come in."""
         before = block - len(self._slots)
         if before >= 0:
             self._coming.append((before, self._device.record("compute")))
             self._state.advance()
 
     def _bring_in(self) -> bool:
-        """Bring in what is in RAM and has a slot."""
+        """Bring in inputs that are in RAM and have a slot on the device; True if there were any."""
         did = False
         while self._coming and self._finished > self._coming[0][0] and self.host.is_here(self._coming[0][0]):
             block, used = self._coming.popleft()
@@ -189,11 +191,11 @@ class DeviceActivations:
         return did
 
     def abort(self) -> None:
-        """Nothing is on its way any more."""
+        """Forget the inputs that were to come in; the copies themselves have ended."""
         self._coming.clear()
 
     def close(self) -> None:
-        """Give room in RAM and on the drive back."""
+        """Give the room for inputs in RAM and on the drive back."""
         self._coming.clear()
         self.host.close()
 

@@ -2,7 +2,7 @@
 
 An accelerator works in three streams. ``compute`` is where torch's operations go; ``in`` and ``out`` carry copies
 from and to RAM. Inside a stream things happen in order; between streams only where one waits for an event of
-another. Nothing here waits for the accelerator but ``Event.wait``.
+another. The host waits for the accelerator only in ``Event.wait``.
 """
 
 from contextlib import AbstractContextManager
@@ -19,7 +19,7 @@ Stream = Literal["compute", "in", "out"]
 
 
 class Event(Protocol):
-    """A point in a stream."""
+    """A point in a stream, after all that was queued on it before."""
 
     def is_done(self) -> bool:
         """Whether everything before it has happened."""
@@ -28,29 +28,29 @@ class Event(Protocol):
         """Return when everything before it has happened."""
 
     def at_ns(self) -> int | None:
-        """When it happened, if that is known: nanoseconds of ``time.monotonic_ns``."""
+        """When it happened, in nanoseconds of ``time.monotonic_ns``; None where that is not known."""
 
 
 class Done:
-    """An event in the past."""
+    """An event that has happened already, for devices and slots where nothing is under way."""
 
     def is_done(self) -> bool:
-        """It is."""
+        """Always True: everything before it has happened."""
         return True
 
     def wait(self) -> None:
-        """Nothing to wait for."""
+        """Return at once: everything before it has happened."""
 
     def at_ns(self) -> None:
-        """Nobody looked."""
+        """None: the time at which it happened was not recorded."""
 
 
 class Accounts:
-    """Bytes that were allocated on a device, by account.
+    """Bytes that are allocated on a device, by account.
 
     Attributes:
-        nbytes: now, by account.
-        peak_nbytes: the most of all accounts together.
+        nbytes: allocated now, by account.
+        peak_nbytes: the most that all accounts together held.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Accounts:
         self.peak_nbytes = 0
 
     def add(self, account: str, nbytes: int) -> None:
-        """Enter an allocation, or with a negative number its end."""
+        """Add an allocation of ``nbytes`` to an account; a negative number takes one off."""
         self.nbytes[account] = self.nbytes.get(account, 0) + nbytes
         self.peak_nbytes = max(self.peak_nbytes, sum(self.nbytes.values()))
 
@@ -67,12 +67,12 @@ class Device(Protocol):
     """Memory and streams of what computes.
 
     Attributes:
-        name: for people.
-        torch_device: where tensors of compute lie.
+        name: as people call it.
+        torch_device: where the tensors of compute lie.
         has_own_memory: whether weights must be copied to it.
         has_bf16: whether it computes in bf16.
-        vram: bytes of its own memory that may be taken.
-        accounts: of what ``allocate`` gave.
+        vram: bytes of its own memory that may be taken; 0 without any.
+        accounts: bytes that ``allocate`` gave, by account.
     """
 
     name: str
@@ -83,14 +83,17 @@ class Device(Protocol):
     accounts: Accounts
 
     def allocate(self, nbytes: int, account: str) -> Tensor:
-        """Bytes [nbytes], aligned to 256; content arbitrary. They stay for good: nothing comes and goes in a step.
+        """Bytes, uint8 [nbytes], aligned to 256, with arbitrary content. None are freed or allocated within a step.
 
         Raises:
-            DoesNotFitError: the device has not so much memory left.
+            DoesNotFitError: the device has less memory left.
         """
 
     def pin(self, memory: Tensor) -> AbstractContextManager[bool]:
-        """While it lasts, copies from and to this host memory need no detour; False if the system refuses."""
+        """Pin host memory while the context lasts, so that copies from and to it need no staging buffer.
+
+        False, and copies go through a small staging buffer, if the driver refuses.
+        """
 
     def copy_in(self, to: Tensor, content: Tensor) -> None:
         """Queue a copy from RAM on the stream ``in``; the host must leave ``content`` alone until it has happened."""
@@ -102,28 +105,28 @@ class Device(Protocol):
         """An event after all that was queued on a stream so far."""
 
     def wait(self, stream: Stream, event: Event, why: str) -> None:
-        """What is queued on a stream from now on happens after ``event``; the host goes on. ``why`` names the wait."""
+        """Let all that is queued on a stream from now on happen after ``event``, without the host. ``why`` names the wait."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Inside, what torch does belongs to the stream ``compute``."""
+        """Run what torch does inside the context on the stream ``compute``."""
 
     def seed(self, seed: int) -> None:
-        """Seed the random numbers of torch's operations there."""
+        """Seed the generators that torch's operations draw from on this device."""
 
     def random_state(self) -> AbstractContextManager[None]:
-        """Leave the random numbers as they were before."""
+        """Restore the states of torch's generators when the context ends."""
 
     def close(self) -> None:
         """Wait for all streams, and end them."""
 
 
 def out_of_memory(device: Device, error: BaseException) -> DoesNotFitError | None:
-    """The error to tell instead, if this one is of a device whose memory ran out."""
+    """The error to raise in place of ``error`` if that says that the memory of the device ran out; else None."""
     says = any(word in str(error) for word in ("out of memory", "ALLOC_FAILED"))
     if not isinstance(error, torch.OutOfMemoryError) and not (isinstance(error, RuntimeError) and says):
         return None
     return DoesNotFitError(
-        f"{device.name} ran out of memory, with {device.vram >> 20} MiB to be taken, of which buffers take "
+        f"{device.name} ran out of memory: training may take {device.vram >> 20} MiB, of which buffers take "
         f"{sum(device.accounts.nbytes.values()) >> 20} MiB. What was under way was dropped; the last committed step "
         "stands. Make a step smaller (train.per_device_train_batch_size, data.max_length) or allow more VRAM. In "
         f"full: {error}"

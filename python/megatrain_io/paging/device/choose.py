@@ -1,4 +1,4 @@
-"""Which device computes where nobody says."""
+"""Which device computes where none was named."""
 
 import torch
 
@@ -10,7 +10,7 @@ __all__ = ["best_device"]
 
 
 def best_device(precision: str) -> Device:
-    """A GPU that computes in this precision, or else the CPU."""
+    """The GPU, if torch finds one that computes in ``precision``; else the CPU."""
     if torch.cuda.is_available():
         gpu = Cuda()
         if precision != "bf16" or gpu.has_bf16:

@@ -12,7 +12,7 @@ __all__ = ["Cpu"]
 
 
 class Cpu:
-    """Computes where the pool lies: nothing is copied, and everything happens at once."""
+    """Computes on the buffers of the pool themselves: nothing is copied, and everything happens at once."""
 
     def __init__(self) -> None:
         self.name = "cpu"
@@ -23,43 +23,43 @@ class Cpu:
         self.accounts = Accounts()
 
     def allocate(self, nbytes: int, account: str) -> Tensor:
-        """Host memory."""
+        """Host memory, uint8 [nbytes], from torch; content arbitrary."""
         self.accounts.add(account, nbytes)
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def pin(self, memory: Tensor) -> AbstractContextManager[bool]:
-        """Nothing is copied: there is no detour."""
+        """Do nothing, and say True: nothing is copied to or from a device."""
         del memory
         return nullcontext(True)
 
     def copy_in(self, to: Tensor, content: Tensor) -> None:
-        """At once."""
+        """Copy at once: it has happened when this returns."""
         to.copy_(content)
 
     def copy_out(self, to: Tensor, content: Tensor) -> None:
-        """At once."""
+        """Copy at once: it has happened when this returns."""
         to.copy_(content)
 
     def record(self, stream: Stream) -> Event:
-        """In the past."""
+        """An event that has happened already: nothing is ever queued."""
         del stream
         return Done()
 
     def wait(self, stream: Stream, event: Event, why: str) -> None:
-        """Everything has happened."""
+        """Do nothing: every event has happened."""
         del stream, event, why
 
     def computing(self) -> AbstractContextManager[None]:
-        """Nothing to set."""
+        """Do nothing: the CPU has no streams."""
         return nullcontext()
 
     def seed(self, seed: int) -> None:
-        """Torch's own generator for the CPU."""
+        """Seed torch's generator for the CPU."""
         torch.default_generator.manual_seed(seed)
 
     @contextmanager
     def random_state(self) -> Iterator[None]:
-        """Of torch's generator for the CPU."""
+        """Restore the state of torch's generator for the CPU when the context ends."""
         state = torch.get_rng_state()
         try:
             yield
@@ -67,4 +67,4 @@ class Cpu:
             torch.set_rng_state(state)
 
     def close(self) -> None:
-        """Nothing was begun."""
+        """Do nothing: nothing is under way."""

@@ -1,7 +1,7 @@
 """An NVIDIA GPU, through torch: three streams, and host memory that is registered with the driver.
 
-Nothing of the pool is ever freed while the device lives, and what compute allocates for itself stays on its own
-stream, so torch's allocator needs to be told of no other (``record_stream``).
+Buffers are never freed while the device lives, and what compute allocates for itself stays on its own stream, so
+torch's allocator needs to be told of no other (``record_stream``).
 """
 
 import time
@@ -18,7 +18,7 @@ from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 
 __all__ = ["Cuda"]
 
-# Copies on their way through memory of the driver, where the pool could not be registered.
+# Number of staging buffers that copies pass through where the pool could not be registered.
 _RING = 4
 _MIB = 1 << 20
 # How long times are counted from one moment, in nanoseconds: CUDA tells them in milliseconds as fp32.
@@ -26,7 +26,7 @@ _ANCHOR_NS = 60 * 10**9
 
 
 class _Landing:
-    """The rest of a copy out, from memory of the driver to its place: once, when the rest has happened."""
+    """The host's part of a copy out: from its staging buffer to its place, once, when the GPU's part has happened."""
 
     def __init__(self, to: Tensor, content: Tensor) -> None:
         self._copy: tuple[Tensor, Tensor] | None = (to, content)
@@ -50,14 +50,14 @@ class _Landing:
 
 @dataclass
 class _Staging:
-    """Memory of the driver that a copy passes through."""
+    """A staging buffer: pinned memory of the driver that a copy passes through."""
 
     memory: Tensor
     event: torch.cuda.Event | None = None
     landing: _Landing | None = None
 
     def wait(self) -> None:
-        """The copy that it was used for last has happened, on to where it goes."""
+        """Wait until the copy that used it last has happened, on to its place."""
         if self.event is not None:
             self.event.synchronize()
         if self.landing is not None:
@@ -70,24 +70,24 @@ class _Origin:
 
     event: torch.cuda.Event
     ns: int = 0
-    """By the host's clock, unless it follows from the origin before."""
+    """Nanoseconds of the host's clock; 0 until worked out where ``before`` is set."""
     before: "_Origin | None" = None
 
     def at_ns(self) -> int:
-        """By the host's clock; its event has happened."""
+        """Nanoseconds of the host's clock; its event must have happened."""
         if self.before is not None:
             self.ns, self.before = self.before.until(self.event), None
         return self.ns
 
     def until(self, event: torch.cuda.Event) -> int:
-        """When an event has happened, by the host's clock."""
+        """When an event happened, in nanoseconds of the host's clock."""
         milliseconds: float = self.event.elapsed_time(event)
         return self.at_ns() + round(1e6 * milliseconds)
 
 
 @dataclass
 class _CudaEvent:
-    """A point in a stream, and copies that are done by the host when it has happened."""
+    """A point in a stream, and the copies out whose last part the host does when it has happened."""
 
     event: torch.cuda.Event
     origin: _Origin
@@ -115,14 +115,14 @@ class _CudaEvent:
 
 
 class Cuda:
-    """A GPU.
+    """An NVIDIA GPU that computes.
 
     Args:
-        vram: bytes that may be taken, driver and libraries included; None = all.
-        index: which one.
+        vram: bytes of its memory that may be taken, driver and libraries included; None = all that are free.
+        index: which GPU.
 
     Raises:
-        UnsupportedError: there is none that torch can use.
+        UnsupportedError: torch can use none.
     """
 
     def __init__(self, vram: int | None = None, index: int = 0) -> None:
@@ -158,25 +158,25 @@ class Cuda:
 
     @property
     def peak_nbytes(self) -> int:
-        """The most that torch had allocated on it."""
+        """The most bytes that torch had allocated on it at once."""
         return torch.cuda.max_memory_allocated(self.torch_device)
 
     def allocate(self, nbytes: int, account: str) -> Tensor:
-        """From torch's allocator, which aligns to 512."""
+        """Bytes, uint8 [nbytes], from torch's allocator, which aligns to 512; content arbitrary."""
         try:
             memory = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
         except torch.OutOfMemoryError as error:
             raise DoesNotFitError(
                 f"{self.name}: {nbytes // _MIB} MiB for {account} do not fit the {self.vram // _MIB} MiB of "
-                f"memory.vram beside {sum(self.accounts.nbytes.values()) // _MIB} MiB: allow more, or close what else "
-                "uses the GPU"
+                f"memory.vram beside the {sum(self.accounts.nbytes.values()) // _MIB} MiB that are taken: allow more, "
+                "or close what else uses the GPU"
             ) from error
         self.accounts.add(account, nbytes)
         return memory
 
     @contextmanager
     def pin(self, memory: Tensor) -> Iterator[bool]:
-        """Register host memory with the driver, as it is: torch's own pinned memory is rounded up to powers of two."""
+        """Register host memory with the driver where it lies: torch's own pinned memory is rounded up to powers of two."""
         place = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes)
         refused = int(torch.cuda.cudart().cudaHostRegister(place.start, len(place), 0))
         if refused:
@@ -195,7 +195,7 @@ class Cuda:
                 self._forget_error()
 
     def copy_in(self, to: Tensor, content: Tensor) -> None:
-        """By the copy engine; through the ring where the memory is not registered."""
+        """Queue the copy on the copy engine; through a staging buffer where the host memory is not registered."""
         with torch.cuda.stream(self._streams["in"]):
             if self._is_pinned(content):
                 to.copy_(content, non_blocking=True)
@@ -213,7 +213,7 @@ class Cuda:
             staging.event.record()
 
     def copy_out(self, to: Tensor, content: Tensor) -> None:
-        """By the copy engine; through the ring where the memory is not registered."""
+        """Queue the copy on the copy engine; through a staging buffer where the host memory is not registered."""
         with torch.cuda.stream(self._streams["out"]):
             if self._is_pinned(to):
                 to.copy_(content, non_blocking=True)
@@ -227,7 +227,7 @@ class Cuda:
             self._landing.append(staging.landing)
 
     def record(self, stream: Stream) -> Event:
-        """An event of CUDA."""
+        """An event of CUDA with its time, after all that was queued on the stream so far."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._streams[stream])
         landing = []
@@ -240,23 +240,23 @@ class Cuda:
         return recorded
 
     def wait(self, stream: Stream, event: Event, why: str) -> None:
-        """Without the host."""
+        """Let the stream itself wait for the event: the host goes on."""
         del why
         if isinstance(event, _CudaEvent):
             self._streams[stream].wait_event(event.event)
 
     def computing(self) -> AbstractContextManager[None]:
-        """On the stream that torch computes on."""
+        """Make the stream on which torch computes the current one."""
         return torch.cuda.stream(self._streams["compute"])
 
     def seed(self, seed: int) -> None:
-        """Both generators: masks are drawn on either."""
+        """Seed torch's generators for the CPU and the GPU: dropout masks are drawn on either."""
         torch.default_generator.manual_seed(seed)
         torch.cuda.manual_seed(seed)
 
     @contextmanager
     def random_state(self) -> Iterator[None]:
-        """Of both generators."""
+        """Restore the states of torch's generators for the CPU and the GPU when the context ends."""
         states = torch.get_rng_state(), torch.cuda.get_rng_state(self.torch_device)
         try:
             yield
@@ -265,7 +265,7 @@ class Cuda:
             torch.cuda.set_rng_state(states[1], self.torch_device)
 
     def close(self) -> None:
-        """Wait for all streams."""
+        """Wait for all streams, and for copies that the host still has to finish."""
         for stream in self._streams.values():
             stream.synchronize()
         for ring in self._rings.values():
@@ -278,7 +278,7 @@ class Cuda:
         return any(start in place and start + tensor.nbytes <= place.stop for place in self._pinned)
 
     def _staging(self, stream: str, nbytes: int) -> _Staging:
-        """Memory of the driver, the one that was used longest ago."""
+        """A staging buffer of at least ``nbytes``: the one that was used longest ago."""
         ring = self._rings[stream]
         if len(ring) < _RING:
             return self._joined(ring, nbytes)
@@ -301,13 +301,13 @@ class Cuda:
             self._origin, self._anchored = _Origin(event, before=self._origin), now
 
     def _forget_error(self) -> None:
-        """A call that failed leaves its error for the next kernel to report, which takes it away."""
+        """Clear the error that a failed call left: the next kernel would report it."""
         with suppress(RuntimeError):
             torch.zeros(1, device=self.torch_device)
 
 
 def has_bf16() -> bool:
-    """Whether the GPU computes in bf16 itself, and does not only pretend to."""
+    """Whether the GPU computes in bf16 itself, without emulation."""
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 

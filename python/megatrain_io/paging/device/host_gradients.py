@@ -43,11 +43,11 @@ class HostGradients:
     """Adds native gradients to sums in RAM, on the device, piece by piece.
 
     Args:
-        state: whose slots hold the sums.
-        device: where they are added to.
-        buffers: memory of the device, each for a piece.
+        state: the store whose pool has the slots that hold the sums.
+        device: where the additions are computed.
+        buffers: free memory of the device, each for the piece of a sum, and when it was used last.
         events: notes the copies.
-        advance: looks after all other copies; called while a slot is waited for.
+        advance: keeps all other copies going; called while a slot is waited for.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class HostGradients:
         self._events = events
         self._advance = advance
         self.gradients: weakref.WeakSet[HostGradient] = weakref.WeakSet()
-        """Those that may hold slots."""
+        """Gradients that may hold slots of the pool."""
         self._number = 0
         # Of each buffer and each chunk's slot, which sum has left it last.
         self._of_buffer: dict[int, int] = {}
@@ -83,7 +83,7 @@ class HostGradients:
                 self._add(chunk, there, _part(native, start - place.offset, stop - place.offset), is_first)
 
     def abort(self) -> None:
-        """Give slots back; nothing is on its way any more. Whoever keeps an error keeps gradients of its step."""
+        """Give all slots back; nothing may be on its way. Whoever keeps an error keeps the gradients of its step."""
         for gradient in list(self.gradients):
             for slot in gradient.slots.values():
                 # A tensor that somebody still holds keeps its slot until it dies.

@@ -30,12 +30,12 @@ _STEP = 2 << 20
 
 @dataclass(frozen=True)
 class DevicePool:
-    """Buffers on a device: ``(bytes, count)`` by kind.
+    """Buffers on a device, as ``(bytes, count)`` by kind.
 
     Attributes:
-        weights: of a record.
-        gradients: of a record, fp32; of the kind ``pieces`` of a chunk, where gradients gather in RAM; none where
-            nothing is trained.
+        weights: each holds the weights of a record.
+        gradients: each holds the fp32 gradient of a record, or of a chunk where gradients gather in RAM (kind
+            ``pieces``); empty where nothing is trained.
     """
 
     weights: Mapping[str, tuple[int, int]]
@@ -48,14 +48,14 @@ class DevicePool:
 
     @property
     def nbytes(self) -> int:
-        """Of all."""
+        """Bytes that all buffers take together."""
         kinds = [*self.weights.values(), *self.gradients.values()]
         return sum(nbytes * count for nbytes, count in kinds)
 
 
 @dataclass(frozen=True)
 class VramPlan:
-    """How the memory of a device is divided.
+    """How the memory of a device is divided, in bytes.
 
     Attributes:
         vram: the budget.
@@ -63,7 +63,7 @@ class VramPlan:
         compute: tensors of compute that are alive at once.
         pool: buffers for weights and gradients.
         activations: for activation checkpoints; those that do not fit go on to RAM.
-        all_activations: bytes of all of them.
+        all_activations: what all activation checkpoints take together.
     """
 
     vram: int
@@ -75,7 +75,7 @@ class VramPlan:
 
     @property
     def allocated(self) -> int:
-        """Bytes of buffers."""
+        """Bytes that are allocated before the first step: the pool, and room for activation checkpoints."""
         return self.pool.nbytes + self.activations
 
     @property
@@ -84,7 +84,7 @@ class VramPlan:
         return self.context + self.compute + self.allocated
 
     def __str__(self) -> str:
-        """The division, for a person."""
+        """How the budget is divided, as a line for a person."""
         is_spilled = self.activations < self.all_activations
         rest = f" (of {whole_mib(self.all_activations)}, the rest in RAM)" * is_spilled
         inputs = f"{whole_mib(self.activations)}{rest}"
@@ -98,12 +98,12 @@ class VramPlan:
 
 
 def slot_nbytes(nbytes: int) -> int:
-    """Bytes of a buffer for so many: torch's allocator takes large ones in steps of 2 MiB."""
+    """Bytes that a buffer of ``nbytes`` takes: torch's allocator gives large ones in steps of 2 MiB."""
     return nbytes if nbytes < _STEP // 2 else -(-nbytes // _STEP) * _STEP
 
 
 def kind_of(layout: ModelLayout, record: int, kinds: Collection[str]) -> str:
-    """The kind of buffer that a record is in."""
+    """The kind of buffer, among ``kinds``, that holds a record."""
     for shared in ("any", "pieces"):
         if shared in kinds:
             return shared
@@ -115,7 +115,7 @@ def kind_of(layout: ModelLayout, record: int, kinds: Collection[str]) -> str:
 
 
 def gathered_chunks(layout: ModelLayout, *, tied_embeddings: bool) -> int:
-    """Chunks of gradients that are in RAM at once where they gather there: a record's, and beside it a tied table's."""
+    """Chunks of gradients that gather in RAM at once: those of a record, and those of a tied table besides."""
     table = layout.embedding if tied_embeddings else None
     others = [len(layout.chunks_of(record)) for record in range(len(layout.records)) if record != table]
     return max(others) + (0 if table is None else len(layout.chunks_of(table)))
@@ -129,16 +129,17 @@ def device_pool(
     block_weights: int = 2,
     block_gradients: int | None = 2,
 ) -> DevicePool:
-    """Buffers for a step.
+    """The buffers that a step needs on a device.
 
     Args:
-        layout: the parameter space.
-        tied_embeddings: whether the head needs the embedding's weights, too (tied embeddings): then both are
-            there at once, and else one buffer serves them one after the other.
+        layout: of the store.
+        tied_embeddings: whether the head needs the embedding's weights, too: then both are there at once, and else one
+            buffer serves them one after the other.
         training: False leaves out gradients, as frozen weights do.
-        block_weights: one to compute with, and one that is filled meanwhile.
-        block_gradients: one to accumulate in, and one that leaves meanwhile; 0: one buffer serves all records, and
-            none accumulates before the last one has left; None: they gather in RAM, and pass through in pieces.
+        block_weights: buffers for weights of blocks: one to compute with, and one that is filled meanwhile.
+        block_gradients: buffers for gradients of blocks: one to accumulate in, and one that leaves meanwhile; 0: one
+            buffer serves all records, and none accumulates before the last one has left; None: they gather in RAM, and
+            pass through in pieces.
     """
     blocks = [layout.block(index) for index in range(layout.blocks)]
     outer = {layout.embedding: "embedding"}

@@ -33,14 +33,19 @@ _PATIENCE = 0.001
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """What a schedule moves to a device: the records that are loaded, in order, and those that are updated."""
+    """What a schedule moves to a device.
+
+    Attributes:
+        loads: records whose weights are loaded, in order.
+        updated: records that are updated in the same step, so that their weights go back.
+    """
 
     loads: tuple[int, ...]
     updated: frozenset[int]
 
 
 def transfer_plan_of(schedule: Sequence[ChunkOp]) -> TransferPlan:
-    """Of the operations of a step."""
+    """The records that the chunk operations of a step load and update."""
     runs = [key for key, _ in groupby(schedule, lambda op: (op.kind, op.chunk.record, op.phase))]
     loads = tuple(record for kind, record, _ in runs if kind in {"load", "apply"})
     return TransferPlan(loads, frozenset(record for kind, record, _ in runs if kind == "update"))
@@ -73,7 +78,7 @@ class _Leaving:
 
 
 class _OnDevice(BorrowedRecord):
-    """Tensors over a buffer of the device."""
+    """Tensors over a buffer of the device: the weights of a record, or its gradient."""
 
     def __init__(
         self, state: "DeviceRecords", tensors: dict[str, Tensor], load: _Load, gradient: Tensor | None
@@ -89,14 +94,14 @@ class _OnDevice(BorrowedRecord):
 
 
 class DeviceRecords:
-    """The records of a paged state on a device, for as long as they are borrowed.
+    """The records of a paged store on a device, for as long as they are borrowed.
 
-    Stands for the state in a step: ``weights`` in the schedule's order, ``gradient`` and ``submit``.
+    It stands for the store in a step: ``weights`` in the schedule's order, ``gradient`` and ``submit``.
 
     Args:
-        state: started by chunk.
+        state: the store, started by chunk.
         device: with memory of its own.
-        pool: its buffers, allocated here; nothing grows later.
+        pool: buffers on the device; all are allocated here, and none later.
     """
 
     def __init__(self, state: PagedStore, device: Device, pool: DevicePool) -> None:
@@ -113,12 +118,12 @@ class DeviceRecords:
         self._behind: dict[str, deque[tuple[Event, Callable[[], None]]]] = {"in": deque(), "out": deque()}
         self._updated: frozenset[int] = frozenset()
         self.events = DeviceEvents(device)
-        """When copies and compute happened; of compute, by record."""
+        """When copies and compute happened; compute is told by record."""
         self._sums: HostGradients | None = None
         if pool.gathers:
             self._sums = HostGradients(state, device, self._gradients["pieces"], self.events, self.advance)
         self.also: list[Callable[[], bool]] = []
-        """What else to look after; each says whether it did anything."""
+        """Called by ``advance``, to keep other copies going; each says whether it did anything."""
 
     def _allocated(
         self, kinds: Mapping[str, tuple[int, int]], account: str
@@ -135,7 +140,7 @@ class DeviceRecords:
     # ----------------------------------------------------------------------------------------- of a step
 
     def begin(self, transfer_plan: TransferPlan) -> None:
-        """The state has begun a step: its weights begin to come."""
+        """Begin to bring in the weights of the step that the store has begun."""
         self._fetching.extend(map(_Load, transfer_plan.loads))
         self._updated = transfer_plan.updated
         self.advance()
@@ -163,7 +168,7 @@ class DeviceRecords:
         return _OnDevice(self, self._tensors(buffer, record, torch.float32), _Load(record), buffer)
 
     def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
-        """Hand a gradient over: it leaves by chunks, and each is updated when it has come."""
+        """Hand a gradient over: it leaves by chunks, and each chunk is updated when it has arrived in RAM."""
         total = gradient.gradient if isinstance(gradient, _OnDevice) else gradient
         if not isinstance(weights, _OnDevice) or not isinstance(total, Tensor | HostGradient):
             raise MegatrainIoError(f"record {record}: what was submitted was not borrowed here")
@@ -196,16 +201,16 @@ class DeviceRecords:
             slot.release()
 
     def finish(self) -> None:
-        """Return when all gradients of the step were handed over."""
+        """Wait until all gradients of the step have left the device and were handed over to the store."""
         self.until(lambda: not self._leaving and not self._behind["out"])
 
     def wait_for_compute(self) -> None:
-        """Return when what torch was told to compute is computed."""
+        """Wait until the device has computed all that is queued; copies go on meanwhile."""
         event = self._device.record("compute")
         self.until(event.is_done)
 
     def abort(self) -> None:
-        """Drop everything under way."""
+        """Drop the step under way: its loads, gradients and copies. All buffers are free then."""
         streams: tuple[Stream, ...] = ("compute", "in", "out")
         for stream in streams:
             self._device.record(stream).wait()
@@ -237,11 +242,11 @@ class DeviceRecords:
     # ------------------------------------------------------------------------------------- keeping it going
 
     def behind(self, stream: str, event: Event, action: Callable[[], None]) -> None:
-        """Do something when an event of a stream has happened."""
+        """Call ``action`` when an event of a stream has happened; in the order of the calls."""
         self._behind[stream].append((event, action))
 
     def until(self, is_so: Callable[[], bool]) -> None:
-        """Keep everything going until something is so."""
+        """Keep all copies going until ``is_so`` returns True."""
         while not is_so():
             if self.advance() or is_so():
                 continue
@@ -249,7 +254,7 @@ class DeviceRecords:
                 time.sleep(_PATIENCE / 10)
 
     def advance(self) -> bool:
-        """Do what can be done without waiting; whether there was anything."""
+        """Do all that can be done without waiting; True if there was anything."""
         did = False
         for behind in self._behind.values():
             while behind and behind[0][0].is_done():
@@ -262,7 +267,7 @@ class DeviceRecords:
         return did
 
     def _fetch(self, patience: float) -> bool:
-        """Bring chunks in, in the schedule's order, as far as they are there and buffers are free."""
+        """Bring chunks in, in the schedule's order, as far as they are read and buffers are free; True if any was."""
         did = False
         while self._fetching:
             load = self._fetching[0]
@@ -296,7 +301,7 @@ class DeviceRecords:
             self.behind("in", load.event, slot.release)
 
     def _send(self, patience: float) -> bool:
-        """Send chunks of gradients out, and their weights, as far as there are slots for them."""
+        """Send chunks of gradients out, and their weights, as far as there are slots for them; True if any was."""
         did = False
         while self._leaving:
             leaving = self._leaving[0]
@@ -319,7 +324,7 @@ class DeviceRecords:
         return did
 
     def _send_chunk(self, leaving: _Leaving, chunk: Chunk, patience: float) -> bool:
-        """False where there is no slot for it."""
+        """Send one chunk of a gradient out, with its weights; False where no slot of the pool is free."""
         state, device = self._state, self._device
         gradient = leaving.gradient
         if isinstance(gradient, HostGradient):
@@ -346,7 +351,7 @@ class DeviceRecords:
         return True
 
     def _free(self, load: _Load, used: Event) -> None:
-        """The buffer of a load may be used again behind an event."""
+        """Let the buffer of a load be used again after an event."""
         if load.buffer is not None:
             self._weights[self._kind(load.record, self._weights)].append((load.buffer, used))
         load.buffer = None

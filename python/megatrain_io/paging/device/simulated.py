@@ -1,4 +1,4 @@
-"""An accelerator that is made up, for finding wrong orders on a machine without one.
+"""A simulated accelerator, to find missing waits between streams on a machine without a GPU.
 
 Its memory is apart, its copies are made by threads after random delays, and every access is checked: two that touch
 the same bytes, one of them writing, must be ordered by the streams and the waits between them, whether or not they
@@ -41,7 +41,7 @@ class OrderError(AssertionError):
 
 
 class _Access(NamedTuple):
-    """Who touched which bytes."""
+    """One access to some bytes of an allocation: by which stream, when by its clock, and whether it writes."""
 
     start: int
     stop: int
@@ -53,14 +53,14 @@ class _Access(NamedTuple):
 
 @dataclass
 class _Memory:
-    """What the device knows of one allocation."""
+    """An allocation, and the accesses to it that later ones must be ordered after."""
 
     account: str
     accesses: list[_Access]
 
 
 class _Event:
-    """A point in a stream, and what that stream had seen then."""
+    """A point in a stream, and what that stream had seen by then."""
 
     def __init__(self, clock: Clock, host: Clock) -> None:
         self.clock = clock
@@ -88,7 +88,7 @@ class _Event:
 
 
 class _Copies(threading.Thread):
-    """A stream of copies."""
+    """A stream of copies: a thread that makes them in order, each after a random delay."""
 
     def __init__(self, name: str, delay: Callable[[int], float]) -> None:
         super().__init__(name=f"simulated {name}", daemon=True)
@@ -118,13 +118,13 @@ class _Copies(threading.Thread):
 
 
 class SimulatedDevice:
-    """Separate memory, copies that take their time, and a check of every access.
+    """An accelerator with separate memory, copies that take their time, and a check of every access.
 
     Args:
-        seed: of the delays.
+        seed: of the random delays.
         delay: the longest that a copy takes, in seconds.
-        gb_per_s: rates of copies by stream, on top; those not named are as fast as they are.
-        nbytes: of its memory.
+        gb_per_s: GB/s of copies by stream, on top of that; streams not named have no bound.
+        nbytes: bytes of its memory.
         skipped: names of waits that are left out, to see that this is noticed.
     """
 
@@ -159,7 +159,7 @@ class SimulatedDevice:
         self._copies: dict[str, _Copies] = {"in": copies("in"), "out": copies("out")}
 
     def allocate(self, nbytes: int, account: str) -> Tensor:
-        """Bytes full of NaN, in every format."""
+        """Bytes, uint8 [nbytes], that are NaN in every format."""
         if sum(self.accounts.nbytes.values()) + nbytes > self.vram:
             raise DoesNotFitError(
                 f"{self.name}: {nbytes} bytes for {account} do not fit its {self.vram} beside {self.accounts.nbytes}"
@@ -174,12 +174,12 @@ class SimulatedDevice:
         return whole[start : start + nbytes]
 
     def pin(self, memory: Tensor) -> AbstractContextManager[bool]:
-        """Host memory needs no preparation here."""
+        """Do nothing, and say True: copies from and to any host memory are the same here."""
         del memory
         return nullcontext(True)
 
     def copy_in(self, to: Tensor, content: Tensor) -> None:
-        """Queue it, and check that nothing uses what it overwrites."""
+        """Queue a copy in, and check that what it overwrites is used by nothing that it is not ordered after."""
         self._queued("in")
         self._check_own(to)
         self._touch("in", to, writes=True, what="copy in")
@@ -187,7 +187,7 @@ class SimulatedDevice:
         self._copies["in"].copy(to, content)
 
     def copy_out(self, to: Tensor, content: Tensor) -> None:
-        """Queue it, and check that what it copies is there."""
+        """Queue a copy out, and check that what it copies was written by something that it is ordered after."""
         self._queued("out")
         self._check_own(content)
         self._touch("out", content, writes=False, what="copy out")
@@ -195,7 +195,7 @@ class SimulatedDevice:
         self._copies["out"].copy(to, content)
 
     def record(self, stream: Stream) -> Event:
-        """A point in a stream."""
+        """An event after all that was queued on the stream so far."""
         event = _Event(dict(self._queued(stream)), self._clocks["host"])
         if stream == "compute":
             event.happen()
@@ -204,7 +204,7 @@ class SimulatedDevice:
         return event
 
     def wait(self, stream: Stream, event: Event, why: str) -> None:
-        """Order what comes after an event."""
+        """Order what is queued on a stream from now on after an event, unless this wait is skipped."""
         self.waits.add(why)
         if why in self._skipped or not isinstance(event, _Event):
             return
@@ -218,17 +218,17 @@ class SimulatedDevice:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Inside, each of torch's operations is checked."""
+        """Check each of torch's operations inside the context."""
         with _Watch(self._computed):
             yield
 
     def seed(self, seed: int) -> None:
-        """As on the CPU."""
+        """Seed torch's generator for the CPU, on which it computes."""
         torch.default_generator.manual_seed(seed)
 
     @contextmanager
     def random_state(self) -> Iterator[None]:
-        """As on the CPU."""
+        """Restore the state of torch's generator for the CPU when the context ends."""
         state = torch.get_rng_state()
         try:
             yield
@@ -236,13 +236,13 @@ class SimulatedDevice:
             torch.set_rng_state(state)
 
     def close(self) -> None:
-        """Let the copies end."""
+        """Wait until all copies that are queued have been made, and end their threads."""
         for copies in self._copies.values():
             copies.put(None)
             copies.join(_PATIENCE)
 
     def _queued(self, stream: str) -> Clock:
-        """Something more on a stream: it comes after all that the host has seen."""
+        """Count one more operation on a stream, ordered after all that the host has seen; returns its clock."""
         for copies in self._copies.values():
             if copies.error is not None:
                 raise OrderError(f"a copy failed: {copies.error}") from copies.error
@@ -252,7 +252,7 @@ class SimulatedDevice:
         return clock
 
     def _check_own(self, tensor: Tensor) -> None:
-        """What other streams touch must stay: memory that compute allocates for itself comes and goes."""
+        """Refuse a copy of memory that compute allocated for itself, because that comes and goes."""
         if tensor.untyped_storage().data_ptr() not in self._memory:
             raise OrderError("a copy of memory that the device did not allocate for good")
 
@@ -269,7 +269,7 @@ class SimulatedDevice:
             self._check(memory, tensor, start, stream, writes=writes, what=what)
 
     def _touch_ram(self, stream: str, tensor: Tensor, *, writes: bool, what: str) -> None:
-        """Copies alone: what the host does to its memory comes after all that it has seen, and nobody else looks."""
+        """Check a copy's access to RAM. The host's own accesses come after all that it has seen, and need no check."""
         if tensor.numel() > 0:
             self._check(self._ram, tensor, tensor.data_ptr(), stream, writes=writes, what=what)
 

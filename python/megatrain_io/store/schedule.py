@@ -33,7 +33,7 @@ and the next step applies them, or both: then it may take its updates back.
 
 
 class Phase(StrEnum):
-    """Part of a step."""
+    """The phases of a step, in order: each names what compute does with the records that it meets."""
 
     EMBEDDING = "embedding"
     FORWARD = "forward"
@@ -47,8 +47,8 @@ class Residents:
     """What stays in RAM from step to step: it is read once, and written when a step is committed.
 
     Attributes:
-        records: those whose weights stay.
-        chunks: those, by index, whose update planes stay.
+        records: records whose weights stay.
+        chunks: indices of chunks whose update planes stay.
         gradients: records whose gradient has a buffer of its own, and waits there if it is kept.
     """
 
@@ -112,10 +112,10 @@ def build_schedule(
 
     Args:
         layout: the parameter space.
-        tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
+        tied_embeddings: whether the head needs the embedding's weights, too.
         training: False leaves out the backward pass: evaluation and generation.
         applies: whether the step before has kept its gradients, and this one applies them.
-        gradients: what becomes of this step's.
+        gradients: what becomes of the gradients of this step.
 
     The last block is still in its buffer when the backward pass begins: it is not loaded twice. Where all weights are
     frozen, the backward pass is over when the first block has passed its gradient on.
@@ -126,7 +126,7 @@ def build_schedule(
 
 
 def flush_schedule(layout: ModelLayout) -> tuple[ChunkOp, ...]:
-    """Apply the gradients that the last step has kept, and compute nothing."""
+    """The chunk operations that apply the gradients which the last step has kept, and compute nothing."""
     return tuple(_forward(layout, "apply", tied_embeddings=False))
 
 

@@ -1,6 +1,6 @@
 //! `megatrain_io._lib`: the extension module. Its whole surface is on this screen; `_lib.pyi`
-//! describes it and `mypy.stubtest` keeps that true. Only `megatrain_io.swap`,
-//! `megatrain_io.outside` and `megatrain_io.measure` import it.
+//! describes it and `mypy.stubtest` keeps that true. Only modules of the rooms
+//! `megatrain_io.store` and `megatrain_io.machine` import it.
 
 use pyo3::prelude::*;
 

@@ -18,7 +18,7 @@ use crate::error::raise;
 use crate::pipeline::{PATIENCE, wait};
 use crate::store::Store;
 
-/// Something that was asked for; it goes on whether or not anybody waits.
+/// A transfer or commit under way; it goes on whether or not anybody waits for it.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct Ticket {
@@ -35,7 +35,7 @@ impl Ticket {
         py.detach(|| self.inner.wait(Duration::ZERO)).is_some()
     }
 
-    /// Waits until it has ended, and raises how, if not well.
+    /// Waits until it has ended; raises what it failed with, if it did.
     fn wait(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, || self.inner.wait(PATIENCE).transpose())
     }
@@ -59,7 +59,7 @@ pub(crate) struct Tensors {
 
 #[pymethods]
 impl Tensors {
-    /// With `account` the memory stands under that name, and no tensor elsewhere can be put or read.
+    /// With `account` the memory counts there, and only tensors in memory of the store can be put or read.
     #[new]
     #[pyo3(signature = (store, memory_nbytes, account = None))]
     fn new(
@@ -89,7 +89,7 @@ impl Tensors {
         Ok(self.get()?.huge_pages().map(|found| (found.huge, found.bytes)))
     }
 
-    /// Bytes of the memory that are free, and of the longest run among them.
+    /// Bytes of the memory that are free, and bytes of the longest free run.
     fn free_nbytes(&self) -> PyResult<(usize, usize)> {
         Ok(self.get()?.arena().free_bytes())
     }
@@ -155,13 +155,13 @@ impl Tensors {
         Ok(Ticket { inner, filled: None })
     }
 
-    /// Ends when everything that was asked for before has ended.
+    /// A ticket that ends when all transfers asked for before have ended.
     fn settle(&self) -> PyResult<Ticket> {
         let inner = self.get()?.settle().map_err(raise)?;
         Ok(Ticket { inner, filled: None })
     }
 
-    /// Ends what was asked for, and stops. What was not committed is dropped, but for scratch stores.
+    /// Waits for all transfers, and stops. What was not committed is dropped, but for scratch stores.
     fn close(&self, py: Python<'_>) {
         let taken = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(taken));

@@ -136,7 +136,7 @@ class Step:
 
     @_phase
     def forward(self, *, saving: bool) -> None:
-        """Run all blocks, first to last; ``saving`` keeps their inputs. The last block keeps its weights for ``backward``."""
+        """Run all blocks, first to last; ``saving`` keeps their inputs. The last keeps its weights for ``backward``."""
         last = self._layout.blocks - 1
         if saving:
             # Made before the step; this is for models whose hidden state has another size than they say.

@@ -23,7 +23,7 @@ class StepTime:
     """Seconds of a training step in the steady state, as the simulator finds them.
 
     Attributes:
-        seconds: of the whole step.
+        seconds: seconds of the whole step.
         phases: seconds by phase of the step; they add up to ``seconds``.
         waits: seconds that computing waits, by cause: ``read``, ``pool``, ``update``, ``write``.
         compute: seconds that computing takes by itself, when it never waits.

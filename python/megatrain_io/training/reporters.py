@@ -62,7 +62,7 @@ class QuietReporter:
         """Show nothing of the step."""
 
     def note(self, text: str) -> None:
-        """Drop the sentence."""
+        """Show nothing of the sentence."""
 
     def finished(self) -> None:
         """Nothing was shown, so there is nothing to end."""

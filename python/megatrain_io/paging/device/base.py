@@ -105,7 +105,7 @@ class Device(Protocol):
         """An event after all that was queued on a stream so far."""
 
     def wait(self, stream: Stream, event: Event, why: str) -> None:
-        """Let all that is queued on a stream from now on happen after ``event``, without the host. ``why`` names the wait."""
+        """Let what is queued on a stream hereafter happen after ``event``, without the host. ``why`` names it."""
 
     def computing(self) -> AbstractContextManager[None]:
         """Run what torch does inside the context on the stream ``compute``."""

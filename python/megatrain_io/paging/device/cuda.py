@@ -176,7 +176,7 @@ class Cuda:
 
     @contextmanager
     def pin(self, memory: Tensor) -> Iterator[bool]:
-        """Register host memory with the driver where it lies: torch's own pinned memory is rounded up to powers of two."""
+        """Register host memory with the driver where it lies: torch would round pinned memory up to a power of two."""
         place = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes)
         refused = int(torch.cuda.cudart().cudaHostRegister(place.start, len(place), 0))
         if refused:

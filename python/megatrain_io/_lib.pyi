@@ -73,7 +73,7 @@ class _Transfer(_Work):
 
 @final
 class Ledger:
-    """Accounts of allocated memory, by name."""
+    """Bytes of allocated memory by account, now and at their peak."""
 
     def __new__(cls) -> Ledger: ...
     def set(self, account: str, nbytes: int) -> None:
@@ -109,7 +109,7 @@ class StoreCreator:
 
 @final
 class Store:
-    """An open store."""
+    """An open store, locked against other processes."""
 
     def __new__(
         cls,
@@ -140,7 +140,7 @@ class Store:
     @property
     def verified_at_open(self) -> int | None: ...
     def io_bytes(self) -> tuple[int, int]:
-        """Bytes read and written through the engine since the store was opened."""
+        """Bytes read and bytes written through the I/O engine since the store was opened."""
 
     def chunks(self) -> list[tuple[int, int, int]]:
         """``(record, start, parameters)`` of every chunk."""
@@ -149,10 +149,10 @@ class Store:
         """Little-endian bytes of ``weight``, ``master``, ``exp_avg`` or ``exp_avg_sq`` of one chunk."""
 
     def verify(self, progress: Callable[[int, int], object] | None) -> _Report:
-        """Compare every checksum of the committed state."""
+        """Read the committed state back and compare every checksum; ``progress`` gets extents done and in all."""
 
     def close(self) -> None:
-        """Say on disk that the stop was clean and give the store up."""
+        """Mark the store clean on the drive, and close it."""
 
 @final
 class HeldFile:
@@ -162,10 +162,10 @@ class HeldFile:
         cls, path: str | PathLike[str], waiting: Callable[[str], object] | None = None
     ) -> HeldFile: ...
     def remove(self) -> None:
-        """Remove the file, durably, and let it go."""
+        """Remove the file, durably, and release it."""
 
     def release(self) -> None:
-        """Let the file go."""
+        """Release the file, so that others can open it."""
 
 @final
 class CheckedSchedule:
@@ -227,31 +227,31 @@ class Pipeline:
         """The weights of the schedule's next load, which must be of ``unit``."""
     @overload
     def take_weights(self, unit: int, patience: float) -> Buffer | None:
-        """None when so many seconds have passed."""
+        """The same; None when ``patience`` seconds have passed."""
     @overload
     def take_gradient(self, unit: int, patience: None = None) -> Buffer:
-        """A free fp32 gradient buffer for ``unit``."""
+        """A free fp32 gradient buffer for ``unit``, its content arbitrary."""
     @overload
     def take_gradient(self, unit: int, patience: float) -> Buffer | None:
-        """None when so many seconds have passed."""
+        """The same; None when ``patience`` seconds have passed."""
     @overload
     def take_outgoing(self, unit: int, patience: None = None) -> Buffer:
         """By chunk, a free buffer for the weights of ``unit`` that come back for their update."""
     @overload
     def take_outgoing(self, unit: int, patience: float) -> Buffer | None:
-        """None when so many seconds have passed."""
+        """The same; None when ``patience`` seconds have passed."""
 
     def submit(self, unit: int, weights: Buffer | None, gradient: Buffer) -> None:
         """Hand the gradient of a whole unit over, with its weights, or without if the step only defers it."""
 
     def pool_memory(self) -> Buffer:
-        """All of the pool's memory, for its address and length: nobody may read or write through it."""
+        """The memory of the whole pool, for its address and length alone: not to be read or written through it."""
 
     def squares(self) -> float:
-        """The sum of the squares of all gradients of the step. Waits for the last one."""
+        """The sum of the squares of all gradients of the step, in f64. Waits for the last one."""
 
     def end(self, blob: bytes | None, applied: float | None) -> None:
-        """End the step; with a blob it is committed behind the caller's back.
+        """End the step; with a blob it is committed in the background.
 
         ``applied``: the next step applies the gradients that were kept, multiplied by it; None: updates stand.
         """
@@ -284,10 +284,10 @@ class Transfer:
     @property
     def done(self) -> bool: ...
     def wait(self) -> None:
-        """Wait until it has ended, and raise how, if not well."""
+        """Wait until it has ended; raises what it failed with, if it did."""
 
     def buffer(self) -> Buffer:
-        """The memory that a prefetch has filled."""
+        """The memory of the store that a prefetch has filled."""
 
 @final
 class RecordTensors:
@@ -301,10 +301,10 @@ class RecordTensors:
     @property
     def huge_pages(self) -> tuple[int, int] | None: ...
     def free_nbytes(self) -> tuple[int, int]:
-        """Bytes of the memory that are free, and of the longest run among them."""
+        """Bytes of the memory that are free, and bytes of the longest free run."""
 
     def allocate(self, nbytes: int) -> Buffer | None:
-        """Memory for ``nbytes``; None when no free run is as long."""
+        """Memory of the store for ``nbytes``, its content arbitrary; None when no free run is as long."""
 
     def put(self, record: int, content: Any) -> Transfer:
         """Write a tensor, given as its bytes."""
@@ -328,7 +328,7 @@ class RecordTensors:
         """Ends when everything that was asked for before has ended."""
 
     def close(self) -> None:
-        """End what was asked for, and stop."""
+        """Wait for all transfers, and stop."""
 
 @final
 class ScratchFile:
@@ -353,27 +353,27 @@ class ScratchFile:
         """
 
     def fill(self) -> None:
-        """Write all of the file once."""
+        """Write the whole file once."""
 
     def verify(self) -> None:
-        """Read all of the file and compare it with what was written."""
+        """Read the whole file and compare it with what was written."""
 
     def flush_latency(self, count: int, seconds: float) -> tuple[list[float], list[float]]:
         """Seconds of each ``fdatasync`` after 4 MiB were written, and of each durable write of 4 KiB."""
 
     def close(self) -> None:
-        """Give the file's space back."""
+        """Close the file, which gives its space back."""
 
 @final
 class Workload:
-    """Something to run on all cores.
+    """Work to measure on all cores, by its name.
 
     ``copy``, ``update``, ``checksum``, ``adamw f32``, ``adamw split``, the last two also with `` in place``.
     """
 
     def __new__(cls, name: str, parameters: int, kernel: str | None = None) -> Workload: ...
     def run(self) -> _Work:
-        """Run it once."""
+        """Run the work once, and measure it."""
 
 def adamw_step(
     weight: bytes,
@@ -382,13 +382,15 @@ def adamw_step(
     adamw: tuple[float, float, float, float, int],
     weight_decay: float,
 ) -> list[bytes]:
-    """One step on little-endian f32: the new weight, ``exp_avg`` and ``exp_avg_sq``.
+    """One AdamW step (Loshchilov and Hutter, arXiv:1711.05101) on little-endian f32.
+
+    Returns the new weight, ``exp_avg`` and ``exp_avg_sq``.
 
     ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``.
     """
 
 def allocate(nbytes: int, ledger: Ledger, account: str) -> Buffer:
-    """Memory of its own as a buffer of bytes, entered in the ledger under ``account``."""
+    """Zeroed memory outside the pool as a buffer of bytes, counted in ``account`` of the ledger until it is freed."""
 
 def adamw_kernels() -> list[str]:
     """The AdamW kernels that this processor can run, the fastest last."""
@@ -397,14 +399,14 @@ def build_info() -> tuple[str, str, bool]:
     """Version of the core, build profile, and whether io_uring was compiled in."""
 
 def owner_of(path: str | PathLike[str]) -> _Owner | None:
-    """Who holds the file, or None when nobody does."""
+    """The process that holds the file; None when none does."""
 
 def dio_alignment(folder: str | PathLike[str]) -> tuple[int, int] | None: ...
 def inspect(paths: Sequence[str | PathLike[str]]) -> _StoreInfo:
     """What a store says of itself, without its lock."""
 
 def probe_uring() -> str | None:
-    """Why io_uring cannot be used here, or None when it can."""
+    """Why io_uring cannot be used here; None when it can."""
 
 def store_memory(manifest: bytes) -> int:
     """Bytes that a store with this manifest takes in RAM, once it is open.

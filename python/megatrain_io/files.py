@@ -1,4 +1,4 @@
-"""Files that a power cut leaves whole, and errors of the operating system with advice."""
+"""Files that a power cut leaves whole, and errors of the operating system that say what to do."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ __all__ = ["replace_file", "storage_errors", "sync_folder"]
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Give a file new content, durably: after a power cut it is the old one or the new one, whole."""
+    """Give a file new content, durably: after a power cut it has the old content or the new one, whole."""
     fresh = path.with_name(path.name + ".tmp")
     with fresh.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -28,7 +28,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names of the files in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -38,7 +38,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def storage_errors(path: Path, safe: str) -> Iterator[None]:
-    """Errors of the operating system become errors with a class and advice; ``safe`` says what they left."""
+    """Turn errors of the operating system into our own, with advice; ``safe`` says what is left after them.
+
+    Raises:
+        NoSpaceError, StorageError: the system refused or failed.
+        ModelFilesError: a library refused files of the run.
+    """
     try:
         yield
     except (MegatrainIoError, BrokenPipeError):

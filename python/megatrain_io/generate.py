@@ -1,4 +1,4 @@
-"""Text from a paged model: every token reads all weights once, and only a few blocks are in RAM."""
+"""Generating text from a paged model: every token reads all weights once, and only a few blocks are in RAM."""
 
 from collections.abc import Generator as Yields
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.paged_store import Engine, PagedStore
 
-# Of a device: tensors of a block on a prompt, keys and values.
+# Bytes of a device for compute: tensors of a block on a prompt, keys and values.
 _COMPUTE_NBYTES = 512 << 20
 
 __all__ = ["Generator", "next_tokens"]
@@ -99,13 +99,16 @@ def _pass(model: PagedModel, records: PagedStore | DeviceRecords, new: Tensor, c
 
 
 class Pick:
-    """Chooses the next token: the likeliest, or a sample.
+    """Picks the next token: the likeliest, or a sample.
 
     Args:
         temperature: 0 takes the likeliest.
         top_p: sample from the likeliest tokens that together have this probability; 1 = all.
         top_k: sample from so many of the likeliest tokens; 0 = all.
         seed: of the sampling.
+
+    Raises:
+        ConfigError: one of them is out of its range.
     """
 
     def __init__(
@@ -151,12 +154,13 @@ class Generator:
         """Open a run folder with the newest committed weights.
 
         Args:
-            run_dir: of a run that was trained or imported.
-            engine: how bytes move.
+            run_dir: folder of a run that was trained or imported.
+            engine: I/O engine: ``auto``, ``uring`` or ``threads``.
             device: what computes; None = a GPU if there is one with room for a block, else the CPU.
 
         Raises:
-            ConfigError: no run folder; and what opening a store raises.
+            ConfigError: this is no run folder.
+            StoreInUseError, FormatError, CorruptionError, UnsupportedError, StorageError: its store cannot be opened.
         """
         run = RunFolder(Path(run_dir))
         info = run.read()
@@ -181,7 +185,23 @@ class Generator:
         top_k: int = 0,
         seed: int = 0,
     ) -> str:
-        """What follows ``prompt``, up to ``max_new_tokens`` tokens."""
+        """Continue a text.
+
+        Args:
+            prompt: the text, at least one token.
+            max_new_tokens: most tokens to generate.
+            temperature: 0 takes the likeliest token.
+            top_p: sample from the likeliest tokens that together have this probability; 1 = all.
+            top_k: sample from so many of the likeliest tokens; 0 = all.
+            seed: of the sampling.
+
+        Returns:
+            What follows the prompt, without the prompt itself.
+
+        Raises:
+            ConfigError: an argument is out of its range, or the tokenizer does not belong to the model.
+            DataError: the prompt is empty.
+        """
         ids = self._tokenizer(prompt, return_tensors="pt").input_ids
         return self._run(
             ids, max_new_tokens, Pick(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
@@ -196,7 +216,22 @@ class Generator:
         top_k: int = 0,
         seed: int = 0,
     ) -> str:
-        """The assistant's answer to ``messages`` (role and content), by the model's chat template."""
+        """Answer a conversation, rendered by the model's chat template.
+
+        Args:
+            messages: turns, each with ``role`` and ``content``.
+            max_new_tokens: most tokens to generate.
+            temperature: 0 takes the likeliest token.
+            top_p: sample from the likeliest tokens that together have this probability; 1 = all.
+            top_k: sample from so many of the likeliest tokens; 0 = all.
+            seed: of the sampling.
+
+        Returns:
+            The assistant's answer.
+
+        Raises:
+            ConfigError: an argument is out of its range, or the model has no chat template.
+        """
         if self._tokenizer.chat_template is None:
             raise ConfigError(
                 "this model has no chat template: ask for a completion, or train on messages first"
@@ -211,7 +246,7 @@ class Generator:
         )
 
     def close(self) -> None:
-        """Close the store."""
+        """Close the store, and give back what the device holds; the generator cannot be used afterwards."""
         self._pins.close()
         self._model.state.close()
         self._model.device.close()

@@ -12,24 +12,24 @@ _SMALL = 64 << 20
 
 
 def mib(nbytes: int) -> str:
-    """Mebibytes, rounded up, so that what is named is enough; small ones with a decimal."""
+    """A size in MiB, rounded up, so that what is named is enough; small ones have a decimal."""
     if nbytes < _SMALL:
         return f"{math.ceil(nbytes / (1 << 20) * 10) / 10} MiB"
     return whole_mib(nbytes)
 
 
 def whole_mib(nbytes: int) -> str:
-    """Mebibytes, rounded up to whole ones."""
+    """A size in MiB, rounded up to a whole number."""
     return f"{-(-nbytes // (1 << 20))} MiB"
 
 
 def gib(nbytes: int) -> str:
-    """Memory, as memory is sold."""
+    """A size of memory in GiB, with one decimal."""
     return f"{nbytes / 2**30:.1f} GiB"
 
 
 def rows(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """One line for each figure, with the unit that its name says."""
+    """A line for each figure of a result, with the unit that its name implies; nested ones are indented."""
     width = max(map(len, result), default=0)
     for name, value in result.items():
         label = f"{indent}{name.replace('_', ' '):<{width}}"

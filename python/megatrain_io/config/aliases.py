@@ -1,4 +1,4 @@
-"""Names that other tools use: those that are understood, and what to say to the others."""
+"""Keys of other tools: those that are understood, and what to say to the others."""
 
 from megatrain_io.config.schema import ROOT
 
@@ -13,7 +13,7 @@ ALIASES: dict[tuple[str, str], str] = {
 }
 
 
-# Keys of other tools, and what is so here.
+# Keys of other tools that are refused, and what to do instead.
 ELSEWHERE: dict[str, str] = {
     name: sentence
     for names, sentence in (

@@ -49,7 +49,7 @@ def load(
         path: YAML file; None takes everything from ``overrides``.
         overrides: ``key=value``, the key as a dotted path (``train.learning_rate``) or by its last part
             where that is clear, the value as YAML. They win over the file.
-        defaults: of keys that must be given, by section and name, for who can do without them.
+        defaults: values for keys that must be given, by section and name, where the caller can do without them.
 
     Raises:
         ConfigError: it names every problem, with its line.
@@ -64,7 +64,7 @@ def load(
 
 
 def describe_keys() -> str:
-    """Every key with its default and its meaning, one a line."""
+    """Every key with its default and its meaning, one a line, as text."""
     lines = []
     for section, names in _KEYS.items():
         model = SECTIONS.get(section, RunConfig)
@@ -88,7 +88,7 @@ _AFTER_ALL_LINES = 2**31
 
 
 class _Reading:
-    """Gathers values, problems and notes; what is wrong does not end the reading."""
+    """Gathers values, problems and notes; a problem does not end the reading, so that all are told at once."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -100,7 +100,7 @@ class _Reading:
     # ------------------------------------------------------------------------------------------ the file
 
     def read_file(self, path: Path) -> None:
-        """Take in a YAML file."""
+        """Read the keys of a YAML file."""
         try:
             loader = yaml.SafeLoader(path.read_bytes())
             root = loader.get_single_node()
@@ -144,7 +144,7 @@ class _Reading:
     # ---------------------------------------------------------------------------------- the command line
 
     def read_override(self, item: str) -> None:
-        """Take in one ``key=value``."""
+        """Read one ``key=value`` of the command line; it wins over the file."""
         written, equals, text = item.partition("=")
         written = written.strip()
         if not equals or not written:
@@ -171,21 +171,21 @@ class _Reading:
         self._values[key] = (value if (number := _number(key, value)) is None else number, _COMMAND_LINE)
 
     def _section_of(self, parts: list[str]) -> list[str]:
-        """A dotted path with its section in front; a name of no section is looked for in all of them."""
+        """The parts of a dotted path, its section first; a name without one is looked for in all sections."""
         if parts[0] in SECTIONS:
             return parts if len(parts) > 1 else [*parts, ""]
         homes = [section for section in _KEYS if parts[0] in _names(section)]
         return [homes[0] if len(homes) == 1 else ROOT, *parts]
 
     def default(self, values: Mapping[tuple[str, str], Any]) -> None:
-        """Take in what was not given."""
+        """Set the values of keys that were not given."""
         for key, value in values.items():
             self._values.setdefault(key, (value, _COMMAND_LINE))
 
     # ------------------------------------------------------------------------------------------ the keys
 
     def _known(self, section: str, name: str, place: _Place) -> tuple[str, str] | None:
-        """The key that is meant, or None after saying what is wrong with it."""
+        """The key that is meant by a name, as (section, name); None after noting what is wrong with it."""
         if name in _KEYS[section]:
             return section, name
         label = _dotted(section, name)
@@ -214,7 +214,11 @@ class _Reading:
     # ------------------------------------------------------------------------------------------- the end
 
     def finish(self) -> RunConfig:
-        """Check values against types and ranges."""
+        """Check all values against their types and ranges, and return the configuration.
+
+        Raises:
+            ConfigError: it names every problem, with its line.
+        """
         tree: dict[str, Any] = {"data": {}}
         for (section, name), (value, _) in self._values.items():
             (tree.setdefault(section, {}) if section else tree)[name] = value
@@ -268,7 +272,7 @@ def _pairs(node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node, _Place]]:
 
 
 def _number(key: tuple[str, str], value: Any) -> float | int | None:
-    """The number that was meant by a text such as ``1e-5``."""
+    """The number that was meant by a text such as ``1e-5``; None if it is none, or the key takes text."""
     if not isinstance(value, str) or key[1] in _TEXT_KEYS or _dotted(*key) in _TEXT_KEYS:
         return None
     if not _EXPONENT.fullmatch(value) or value[0] in "eE":
@@ -278,7 +282,7 @@ def _number(key: tuple[str, str], value: Any) -> float | int | None:
 
 
 def _point_and_sign(text: str) -> str:
-    """A number with exponent as YAML 1.1 wants it."""
+    """A number with an exponent, written as YAML 1.1 requires."""
     return _EXPONENT.sub(lambda m: f"{m[1]}{m[2] or 0}.{m[3] or 0}e{m[4] or '+'}{m[5]}", text)
 
 

@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """What is trained on."""
+    """The training data, and how they are made into sequences."""
 
     train: Paths
     """file or folder, or a list of them"""
@@ -53,7 +53,7 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """How it is trained: AdamW over all parameters."""
+    """Hyperparameters of the training: AdamW over all parameters."""
 
     num_train_epochs: WholeCount = 1
     """passes over the data"""
@@ -92,7 +92,7 @@ class TrainConfig(Section):
 
 
 class MemoryConfig(Section):
-    """Where the state lies and how it is moved."""
+    """Where the training state lies, what it may take, and how it is moved."""
 
     store_dir: Folders | None = None
     """folder for the store, on a local NVMe drive, or a list: one for each drive; null: in output_dir"""
@@ -113,7 +113,7 @@ class MemoryConfig(Section):
 
 
 class RunConfig(Section):
-    """One run. Relative paths are meant from the current directory."""
+    """The whole configuration of one run. Relative paths are meant from the current directory."""
 
     model: LocalPath
     """folder of the model to start from"""

@@ -59,7 +59,7 @@ def _fraction_or_text(value: Any) -> float | str | None:
 
 
 def _whole(value: Any) -> Any:
-    """``3.0``, as other tools write it, is 3."""
+    """An integer for a whole number that was written as ``3.0``, as other tools do."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

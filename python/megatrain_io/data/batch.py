@@ -1,4 +1,4 @@
-"""A micro-batch: what goes through a model at once."""
+"""Micro-batches: the tokens that go through a model at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,19 +29,19 @@ class MicroBatch:
     attention_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on a device."""
+        """The same micro-batch with its tensors on ``device``."""
         optional = (self.position_ids, self.attention_mask)
         moved = [None if each is None else each.to(device) for each in optional]
         return MicroBatch(self.input_ids.to(device), self.shift_labels.to(device), *moved)
 
 
 def trained_tokens(micro_batches: Sequence[MicroBatch]) -> int:
-    """Number of tokens with a label."""
+    """Number of tokens of all micro-batches that have a label."""
     return sum(int((batch.shift_labels != IGNORE_INDEX).sum()) for batch in micro_batches)
 
 
 def blank_micro_batch(rows: int, length: int, *, packed: bool) -> MicroBatch:
-    """One with ``rows`` rows of ``length`` tokens that mean nothing, of the kind that takes most memory."""
+    """A micro-batch of ``rows`` rows of ``length`` meaningless tokens, of the kind that takes most memory."""
     shape = (rows, max(2, length))
     ids = torch.zeros(shape, dtype=torch.int64)
     position_ids = attention_mask = None

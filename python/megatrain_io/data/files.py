@@ -43,11 +43,11 @@ class SourceFile:
     """A file of the training data.
 
     Attributes:
-        path: where it is.
+        path: path of the file.
         name: its path within the source it was found in; the same wherever that source is moved to.
         kind: how it is read.
-        size: bytes.
-        sha256: of its content.
+        size: bytes of the file.
+        sha256: of its content, hexadecimal.
     """
 
     path: Path
@@ -151,7 +151,7 @@ def _source_file(path: Path, name: str, unknown_as: Kind | None) -> SourceFile:
 
 
 def _lines(file: SourceFile) -> Iterator[tuple[int, str, int]]:
-    """Number, text with its line end, and bytes read, of each line."""
+    """Yield (number, text with its line end, bytes read so far) of each line."""
     bytes_read = 0
     with file.path.open("rb") as stream:
         for number, raw in enumerate(stream, 1):
@@ -199,12 +199,12 @@ def read_passages(file: SourceFile) -> Iterator[tuple[str, bool, int]]:
 
 
 def read_rows(file: SourceFile) -> Iterator[tuple[str, Row, int]]:
-    """Yield the objects of a JSON file or the rows of a CSV file: place for people, row, bytes read."""
+    """Yield the objects of a JSON file or the rows of a CSV file: (place for people, row, bytes read)."""
     return _read_csv(file) if file.kind == "csv" else _read_json(file)
 
 
 def _read_json(file: SourceFile) -> Iterator[tuple[str, Row, int]]:
-    """Place, object and bytes read: of an object a line, or of a list of objects."""
+    """Yield (place, object, bytes read) of an object a line, or of one list of objects."""
     lines = _lines(file)
     for number, line, bytes_read in lines:
         if not line.strip():
@@ -250,7 +250,7 @@ def _parse(text: str, place: str, advice: str, first_line: int | None = None) ->
 
 
 def _read_csv(file: SourceFile) -> Iterator[tuple[str, Row, int]]:
-    """Place, cells by the name of their column, and bytes read."""
+    """Yield (place, cells by the name of their column, bytes read) of each line after the header."""
     bytes_read = 0
 
     def texts() -> Iterator[str]:
@@ -292,5 +292,5 @@ def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
 
 
 def json_name(value: object) -> str:
-    """What a value is called in JSON."""
+    """What the type of a value is called in JSON, for messages."""
     return _JSON_NAMES.get(type(value), "text" if isinstance(value, str) else "a number")

@@ -42,7 +42,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt as it stands, and what is to be learned to follow it."""
+    """A prompt as it stands, and the completion that is trained to follow it."""
 
     prompt: str
     completion: str
@@ -50,7 +50,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction in words (with its input, if any), and what is to be learned to answer it."""
+    """An instruction in words (with its input, if any), and the output that is trained to answer it."""
 
     instruction: str
     output: str
@@ -66,7 +66,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """One example, and where it stands.
+    """One example of the training data, and where it stands.
 
     Attributes:
         place: file and line, for people.
@@ -89,7 +89,7 @@ class Document:
 
 
 class DocumentReader:
-    """Reads the documents of files whose formats it finds out."""
+    """Reads the documents of files, and finds out the format of each file."""
 
     def __init__(self, data_format: Format | None = None, fields: Mapping[str, str] | None = None) -> None:
         """Check the options.

@@ -31,14 +31,14 @@ _FRAMES_KEPT = 8
 
 
 class PackedDataset:
-    """The rows of a shard file. Not to be shared between threads."""
+    """The rows of a shard file, handed out as micro-batches. Not to be shared between threads."""
 
     def __init__(self, path: Path, shard: Shard, pad_token: int) -> None:
         """Open a shard and verify all of it.
 
         Args:
             path: the shard file; it stays closed between reads.
-            shard: what was said of it when it was written.
+            shard: what ``RowWriter`` returned when it was written.
             pad_token: what fills the rest of a row where the longest of a micro-batch is longer.
 
         Raises:
@@ -63,27 +63,27 @@ class PackedDataset:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows, without padding."""
+        """Number of tokens of all rows, without padding."""
         return self._shard.tokens
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that are to be predicted."""
+        """Number of tokens of all rows that are to be predicted."""
         return self._shard.trained_tokens
 
     @property
     def documents(self) -> int:
-        """Documents, long ones counted once for each piece."""
+        """Number of documents, long ones counted once for each piece."""
         return self._shard.documents
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens of the longest row."""
         return self._shard.longest_row
 
     @property
     def largest_token(self) -> int:
-        """The largest token; the model's vocabulary must be larger."""
+        """Id of the largest token; the model's vocabulary must be larger."""
         return self._shard.largest_token
 
     @property
@@ -93,7 +93,7 @@ class PackedDataset:
 
     @property
     def sha256(self) -> str:
-        """Of all tokens, masks and rows: a run may be resumed with data of which this is the same."""
+        """SHA-256 over all tokens, masks and rows: a run may be resumed only with data that have the same."""
         return self._shard.sha256
 
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
@@ -129,7 +129,7 @@ class PackedDataset:
         )
 
     def largest_micro_batch(self, rows: int) -> MicroBatch:
-        """One of the kind and size of the largest that ``rows`` rows can make; its content means nothing."""
+        """A micro-batch of the kind and size of the largest that ``rows`` rows can make; its content means nothing."""
         return blank_micro_batch(rows, self.longest_row, packed=self.packed)
 
     def _row(self, index: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
@@ -196,7 +196,7 @@ class EpochOrder:
         return self._epochs[epoch]
 
     def indices_for_step(self, step: int, rows_per_step: int) -> tuple[int, ...]:
-        """Rows of a step, counted from 1; epochs follow each other without a gap, even within a step."""
+        """Indices of the rows of a step, counted from 1; epochs follow each other without a gap, even within a step."""
         if step < 1 or rows_per_step < 1:
             raise ValueError(f"step {step} with {rows_per_step} rows")
         first = (step - 1) * rows_per_step
@@ -210,7 +210,10 @@ class EpochOrder:
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64 of each number."""
+    """The output of SplitMix64 for each state of ``x``, uint64 of any shape.
+
+    Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

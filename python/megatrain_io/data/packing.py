@@ -31,7 +31,7 @@ _WINDOW_ROWS = 64
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Pack documents into rows: the longest first, each into the row that it fills best.
+    """Pack documents into rows: the longest first, each into the row that it fills best (best fit decreasing).
 
     Args:
         lengths: tokens of each document, none above `room`.
@@ -63,7 +63,7 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 @dataclass
 class Shard:
-    """What is to be known of a shard file; plain values that JSON holds.
+    """What must be known of a shard file to read it; plain values that JSON holds.
 
     Attributes:
         token_type: numpy's name of the tokens' type, "<u2" or "<u4".
@@ -72,11 +72,11 @@ class Shard:
         tokens: number of tokens.
         trained_tokens: number of tokens that are to be predicted.
         documents: number of documents, long ones counted once for each piece.
-        longest_row: tokens of the longest row.
-        largest_token: the largest token; the model's vocabulary must be larger.
+        longest_row: number of tokens of the longest row.
+        largest_token: id of the largest token; the model's vocabulary must be larger.
         frames: offset, bytes, rows and tokens of each frame.
         lengths: offset and bytes of the frame with the lengths of the rows.
-        sha256: of the uncompressed frames, the rows' lengths last: the same rows have the same.
+        sha256: over the uncompressed frames, the rows' lengths last: the same rows have the same.
     """
 
     token_type: str
@@ -131,7 +131,7 @@ class RowWriter:
             self._write_window()
 
     def finish(self) -> Shard:
-        """Write what waits; the shard is complete then."""
+        """Write the documents that wait, and return the shard, which is complete then."""
         self._write_window()
         self._write_frame()
         self._row_lengths.append(np.array(self._lengths, "<u4"))

@@ -88,7 +88,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What was found in a file. Tokens are counted before any are cut off."""
+    """What was found in a file of the data. Tokens are counted before any are cut off."""
 
     path: str
     format: str
@@ -98,16 +98,16 @@ class FileSummary:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What became of the data, for people: `str()` has it all in lines.
+    """What became of the data: `str()` is all of it in lines for a person.
 
     Attributes:
         files: those of `train`, then those of `eval`.
-        cut: examples whose end was cut off at `max_length`.
-        dropped: examples left out because nothing of them would be trained.
+        cut: number of examples whose end was cut off at `max_length`.
+        dropped: number of examples left out because nothing of them would be trained.
         longest: tokens of the longest example; text, which is split and not cut, left out.
         rows: one line on the rows for training, and one on those held out, if any.
         notes: sentences about what was skipped, cut or switched off.
-        sample_place: where the sample stands.
+        sample_place: file and line of the sample.
         sample: the first document to train, decoded, with what is trained as `{+...+}`.
     """
 
@@ -136,17 +136,17 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows to train and rows held out.
+    """Rows to train and rows held out, and how they were made.
 
     Attributes:
         train: rows to train.
         eval: rows held out, or None.
-        order: in which the rows of `train` are trained.
+        order: the order in which the rows of `train` are trained.
         fingerprint: sha256 over the files, the tokenizer and the options that decide the tokens.
-        summary: what was found.
+        summary: what was found in the files, and what became of it.
         chat_template: text of the template that the options chose, which the trained model needs; None where
             it is the tokenizer's own.
-        reused: whether the tokens were there already.
+        reused: whether the tokens were in the cache already.
     """
 
     train: PackedDataset
@@ -186,7 +186,7 @@ def prepare(
 
 
 class _Preparation:
-    """One run of `prepare`."""
+    """One call of `prepare`: the files it found, and how their rows are loaded from the cache or built."""
 
     def __init__(
         self, options: DataOptions, tokenizer: "PreTrainedTokenizerBase", cache_dir: Path, *, packs: bool
@@ -215,7 +215,7 @@ class _Preparation:
                 self._build(fingerprint, progress)
             except OSError as error:
                 raise StorageError(
-                    f"The tokens cannot be written to {self._cache_dir}: {error.strerror or error}. Nothing else is "
+                    f"The tokens cannot be written to {self._cache_dir}: {error.strerror or error}. Nothing else was "
                     f"touched. Make room there or choose another folder, then start again."
                 ) from error
             data = self._load(fingerprint)
@@ -244,7 +244,7 @@ class _Preparation:
     # ----------------------------------------------------------------------------------------- the cache
 
     def _load(self, fingerprint: str) -> TrainingData | None:
-        """What the cache holds, or None where that is something else, damaged or nothing."""
+        """The training data that the cache holds; None where it holds others, damaged ones or nothing."""
         try:
             text = (self._cache_dir / _INDEX).read_text(encoding="utf-8")
             checksum, _, body = text.partition("\n")
@@ -391,7 +391,7 @@ class _Preparation:
 
 
 class _Counts:
-    """Counts what happens to documents."""
+    """Counts of documents and tokens by file, and of what was cut or dropped."""
 
     def __init__(self) -> None:
         self.documents: Counter[int] = Counter()
@@ -421,7 +421,7 @@ class _Counts:
             self.untrained += not encoding.cut
 
     def notes(self, max_length: int) -> list[str]:
-        """Sentences about what was cut or dropped."""
+        """Sentences about what was cut off or dropped, with how long the examples are."""
         notes = []
         examples = len(self.lengths)
         if self.cut:

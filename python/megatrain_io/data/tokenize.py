@@ -62,11 +62,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What became of a document.
+    """The tokens of a document.
 
     Attributes:
-        pieces: none where nothing would be trained.
-        tokens: that the document has, with those that were cut off.
+        pieces: the document, in as many pieces as it needs; none where nothing would be trained.
+        tokens: number of tokens of the document, those that were cut off included.
         cut: whether its end was cut off to fit.
     """
 
@@ -86,11 +86,11 @@ class Encoder:
         assistant_only_loss: bool,
         chat_template: str | None,
     ) -> None:
-        """Ask the tokenizer for its habits.
+        """Find out which tokens the tokenizer puts at the beginning and the end.
 
         Args:
             tokenizer: a transformers tokenizer; it is not changed.
-            max_length: tokens that a piece may have.
+            max_length: most tokens of a piece.
             assistant_only_loss: train the assistant's turns of a conversation, otherwise all of it.
             chat_template: a Jinja template to use instead of the tokenizer's.
         """
@@ -158,7 +158,7 @@ class Encoder:
         return Encoding(pieces, len(ids), cut=len(ids) > self._max_length)
 
     def _joined(self, plan: Segments, prefixes: list[list[int]]) -> tuple[list[int], list[int]]:
-        """Tokens of the whole and of each segment.
+        """Tokens of the whole document, and the number of tokens of each segment.
 
         Where the tokens of a prompt change with what follows it (a space that belongs to the next word), the
         segments are taken by themselves: the prompt must be what the model meets when it is asked.
@@ -186,7 +186,7 @@ class Encoder:
         return Encoding(tuple(piece for piece in pieces if piece.trained.any()), tokens, cut=False)
 
     def _groups(self, text: str, room: int) -> Iterator[str]:
-        """As many paragraphs as fit in `room` tokens, again and again."""
+        """Yield the text in groups of as many paragraphs as fit in `room` tokens."""
         split = _PARAGRAPH_BORDER.split(text)
         paragraphs = [a + b for a, b in zip(split[::2], [*split[1::2], ""], strict=True)]
         units: list[tuple[str, int]] = []
@@ -224,7 +224,7 @@ class Encoder:
         return trained and not last.endswith(self._special)
 
     def _segments(self, document: Document) -> Segments:
-        """Stretches of the text and whether they are trained, none of them empty."""
+        """Segments of the text, none of them empty, and whether each is trained."""
         segments: Segments
         match document.content:
             case Text(text):
@@ -241,7 +241,7 @@ class Encoder:
         return [(text, trained) for text, trained in segments if text]
 
     def _turns(self, place: str, conversation: Conversation, *, answers_only: bool) -> Segments:
-        """Stretches of a conversation: its answers, with the token that ends them, and what is between."""
+        """Segments of a conversation: its answers, each with the token that ends it, and the text between them."""
         messages = conversation.messages
         whole = self._render(place, conversation, len(messages))
         if not answers_only:
@@ -315,10 +315,10 @@ def _with_a_fixed_day(template: str) -> str:
 
 
 def read_chat_template(choice: str | None) -> str | None:
-    """Text of the template that was chosen: by name, as the path of a file, or as the text itself.
+    """Text of the template that was chosen by name, as the path of a file, or as the text itself.
 
     Raises:
-        DataError: it is none of them.
+        DataError: the choice is none of them.
     """
     if choice is not None and re.search(r"\{[{%]", choice):
         return choice
@@ -334,7 +334,7 @@ def read_chat_template(choice: str | None) -> str | None:
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 over all that decides which tokens a text has, and how conversations are rendered."""
+    """SHA-256 over all that decides which tokens a text has, and how conversations are rendered."""
     its: Any = tokenizer
     if its.is_fast:
         rules = json.loads(its.backend_tokenizer.to_str())
@@ -348,7 +348,7 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def marked(tokenizer: "PreTrainedTokenizerBase", piece: Piece, characters: int = 400) -> str:
-    """The text of a piece, trained stretches as `{+...+}`; of each stretch no more than `characters`."""
+    """The text of a piece, with trained stretches as `{+...+}`; of each stretch at most `characters` are shown."""
     its: Any = tokenizer
     borders = [0, *(np.flatnonzero(np.diff(piece.trained)) + 1).tolist(), len(piece.ids)]
     shown = []

@@ -1,6 +1,6 @@
 """What this machine can do, measured in about half a minute: drive, memory, AdamW, matrix products.
 
-Deciding is done by pure functions over rates, so that every kind of drive can be made up in a test.
+What is decided from the rates is decided by pure functions, so that a test can make up every kind of drive.
 """
 
 import os
@@ -47,9 +47,9 @@ Progress = Callable[[int, int], None]
 
 MIB = 1 << 20
 _MARGIN = 256 * MIB
-"""Left free beside the scratch file."""
+"""Bytes left free beside the scratch file."""
 _CYCLE = 48 * MIB
-"""Both copies of a chunk: the traffic of training needs room for one at least."""
+"""Bytes of both copies of a chunk: the traffic of training needs room for one at least."""
 _FORM = (4 * MIB, 8)
 _TRAINING_FORM = (20 * MIB, 4)
 _LARGEST_SUSTAINED = 256_000_000_000
@@ -60,7 +60,7 @@ _WINDOWS_STEADY = 8
 _SPREAD_STEADY = 0.15
 _PARAMETERS = 16 << 20
 _SUSTAINED_SHARE = 60.0
-"""Seconds that sustained writing counts for in the progress: how long it takes, nobody knows."""
+"""Seconds that sustained writing counts for in the progress: how long it takes is not known before."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Options:
     """What to measure, and for how long.
 
     Attributes:
-        nbytes: of the scratch file.
-        seconds: of each kind of traffic; the others take a share of it.
+        nbytes: bytes of the scratch file.
+        seconds: for each kind of traffic; what runs on the CPU takes a share of it.
         engine: ``auto``, ``uring`` or ``threads``.
-        sustained: write until the drive's cache is full.
-        sustained_bytes: at most so much; None for half of what is free, 256 GB at most.
-        sustained_seconds: at most so long.
-        matmul: measure matrix products, for which torch is imported.
+        sustained: whether to write until the drive's cache is full.
+        sustained_bytes: most bytes that this writes; None for half of what is free, 256 GB at most.
+        sustained_seconds: longest time that it takes.
+        matmul: whether to measure matrix products, for which torch is imported.
     """
 
     nbytes: int = 2 << 30
@@ -90,7 +90,7 @@ class Options:
 
 
 def required_bytes(options: Options, free: int) -> int:
-    """Bytes of the scratch file.
+    """Bytes of the scratch file for these options, with ``free`` bytes on the drive.
 
     Raises:
         ConfigError: too small for the traffic of training.
@@ -100,12 +100,14 @@ def required_bytes(options: Options, free: int) -> int:
         wanted = options.sustained_bytes
         nbytes = max(nbytes, min(free // 2, _LARGEST_SUSTAINED) if wanted is None else wanted)
     if nbytes < _CYCLE:
-        raise ConfigError(f"{decimal(nbytes)} are too little to measure on: at least {_CYCLE // MIB} MiB")
+        raise ConfigError(
+            f"{decimal(nbytes)} are too small a file to measure on: give at least {_CYCLE // MIB} MiB"
+        )
     return nbytes
 
 
 def check_place(folder: Path, mount: Mount | None, nbytes: int, free: int) -> None:
-    """Refuse what cannot be measured, before anything is written.
+    """Refuse a folder that cannot be measured on, before anything is written.
 
     Raises:
         ConfigError: the folder does not exist.
@@ -113,7 +115,7 @@ def check_place(folder: Path, mount: Mount | None, nbytes: int, free: int) -> No
         NoSpaceError: there is too little room.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder: name one on the drive to measure")
+        raise ConfigError(f"{folder} is no folder: give one on the drive to measure")
     if mount is not None and is_network(mount.kind):
         raise UnsupportedError(
             f"{folder} lies on a network or shared file system ({mount.kind} at {mount.point}), whose figures say "
@@ -127,7 +129,7 @@ def check_place(folder: Path, mount: Mount | None, nbytes: int, free: int) -> No
 
 
 def rate_of(figures: Sequence[Figure]) -> Rate:
-    """Median, least and most of several windows."""
+    """The rate over several windows: median, slowest and fastest, and the CPU time."""
     rates = [each.gb_per_s for each in figures]
     nbytes = sum(each.nbytes for each in figures)
     cpu = sum(each.cpu_seconds for each in figures)
@@ -171,13 +173,13 @@ def is_steady(rates: Sequence[float]) -> bool:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that so large a share of all does not exceed."""
+    """The smallest value that is at least as large as a share ``share`` of all."""
     ordered = sorted(values)
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
 def sustained_of(figures: Sequence[Figure], ended: Literal["steady", "size", "time"]) -> Sustained:
-    """What windows of writing say about the drive's cache."""
+    """What windows of sustained writing say about the drive's cache."""
     rates = [each.gb_per_s for each in figures]
     knee = knee_of(rates)
     written = [0]
@@ -200,7 +202,7 @@ def sustained_of(figures: Sequence[Figure], ended: Literal["steady", "size", "ti
 
 @dataclass
 class _Share:
-    """Progress in hundredths of the whole."""
+    """Progress of a measurement of ``whole`` seconds, told in hundredths."""
 
     progress: Progress
     whole: float
@@ -239,7 +241,7 @@ def measure_into(
     """Measure as ``bench`` does, and keep the figures in a profile beside those of other drives.
 
     Args:
-        path: of the profile; None for that of this machine. One that cannot be read is refused beforehand.
+        path: path of the profile; None for that of this machine. One that cannot be read is refused beforehand.
         folder: on the drive to measure.
         options: what to measure.
         progress: called with hundredths done.
@@ -323,7 +325,7 @@ def _drive(folder: Path, mounts: list[Mount], nbytes: int, options: Options, sha
 def _windows(
     file: ScratchFile, traffic: Traffic, form: tuple[int, int], nbytes: int, seconds: float, share: _Share
 ) -> Iterator[Figure]:
-    """Windows of a second at most, so that Ctrl-C is heard; at least one."""
+    """Measure windows of a second at most, so that Ctrl-C is heard in between; at least one."""
     offset, end = 0, time.monotonic() + seconds
     while True:
         window = min(1.0, max(end - time.monotonic(), 0.05))
@@ -410,7 +412,7 @@ def _matmul(seconds: float, share: _Share) -> MatmulProfile:
 
 @contextmanager
 def _torch_at_rest(device: "torch.device") -> Iterator[None]:  # type: ignore[name-defined]  # noqa: F821 - imported late
-    """Wait for what the body started on the device."""
+    """Wait at the end for what the body has started on the device."""
     yield
     if device.type == "cuda":
         import torch
@@ -422,7 +424,7 @@ def _torch_at_rest(device: "torch.device") -> Iterator[None]:  # type: ignore[na
 
 
 def render(profile: Profile) -> str:
-    """The figures of one measurement as a text to paste."""
+    """The figures of one measurement as text, a line for each."""
     (drive,) = profile.drives[-1:]
     cpu, matmul = profile.cpu, profile.matmul
     rows = [
@@ -453,13 +455,13 @@ def _place_text(drive: DriveProfile) -> str:
 
 
 def rate_text(rate: Rate) -> str:
-    """Median, least and most, and the CPU time."""
+    """Median, slowest and fastest window in GB/s, and CPU seconds for each GB."""
     spread = f"{rate.least:.2f} to {rate.most:.2f}"
     return f"{rate.gb_per_s:.2f} GB/s ({spread}), {rate.cpu_s_per_gb:.3f} CPU s/GB"
 
 
 def flush_text(flush: FlushProfile) -> str:
-    """Both kinds, in milliseconds."""
+    """Median and 99th percentile of both kinds of flush, in milliseconds."""
     kinds = (
         ("fdatasync", flush.sync_median, flush.sync_p99),
         ("4 KiB durable", flush.durable_write_median, flush.durable_write_p99),
@@ -469,10 +471,10 @@ def flush_text(flush: FlushProfile) -> str:
 
 
 def sustained_text(found: Sustained) -> str:
-    """The knee, or that there was none."""
+    """Rates before and after the knee in GB/s, or that there was none."""
     limits = {"size": "the limit of size", "time": "the limit of time", "steady": "a steady rate"}
     end = f"{decimal(found.nbytes)} in {found.seconds:.0f} s, up to {limits[found.ended]}"
     if found.knee_bytes is None:
-        return f"{found.before_gb_per_s:.2f} GB/s all along ({end}): the rate did not fall"
+        return f"{found.before_gb_per_s:.2f} GB/s throughout ({end}): the rate did not fall"
     fall = f"{found.before_gb_per_s:.2f} GB/s, then {found.after_gb_per_s:.2f} GB/s"
     return f"{fall} after {decimal(found.knee_bytes)} ({end})"

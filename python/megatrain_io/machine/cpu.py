@@ -1,4 +1,4 @@
-"""The processor: its name and the instructions that matter here."""
+"""The processor: its name, and which of the instructions that matter here it has."""
 
 import re
 
@@ -22,7 +22,7 @@ _CPU_FEATURES = (
 
 
 def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
-    """Model name and those features that matter here."""
+    """Model name, or None, and the features that matter here, from the text of ``/proc/cpuinfo``."""
     model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     words = set(flags[1].split()) if flags else set()
@@ -30,5 +30,5 @@ def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
 
 
 def cpu_model() -> str | None:
-    """The processor's name."""
+    """Name of the processor as ``/proc/cpuinfo`` has it; None where it has none."""
     return parse_cpuinfo(read_text("/proc/cpuinfo") or "")[0]

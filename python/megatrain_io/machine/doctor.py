@@ -1,7 +1,7 @@
 """What this machine offers: a text to paste into a report, or the same as a dictionary.
 
-Parsing is done by pure functions over the texts of files, so that every kind of machine can be made up in a
-test. What cannot be found out is None, and never ends the examination.
+Pure functions parse the texts of files, so that a test can make up every kind of machine. What cannot be found out is
+None, and never ends the examination.
 """
 
 import os
@@ -27,14 +27,14 @@ __all__ = ["examine", "render"]
 
 
 def wsl_of(release: str) -> str | None:
-    """Which Windows Subsystem for Linux a kernel release belongs to."""
+    """Version of the Windows Subsystem for Linux that a kernel release belongs to; None elsewhere."""
     if "microsoft" not in release.lower():
         return None
     return "WSL2" if "wsl2" in release.lower() or "-microsoft-" in release else "WSL1"
 
 
 def container_of(files: set[str], cgroup: str) -> str | None:
-    """Which container this is, from marker files that exist and from ``/proc/self/cgroup``."""
+    """Kind of container, from marker files that exist and the text of ``/proc/self/cgroup``; None outside of one."""
     for file, name in (("/run/.containerenv", "podman"), ("/.dockerenv", "docker")):
         if file in files:
             return name
@@ -46,11 +46,11 @@ def container_of(files: set[str], cgroup: str) -> str | None:
 
 
 def examine(folder: Path, profile: Path | None = None) -> dict[str, Any]:
-    """Everything about this machine, for a store in ``folder``; made of plain JSON types.
+    """Examine this machine, for a store in ``folder``; the findings are plain JSON types.
 
     Args:
-        folder: it need not exist.
-        profile: what ``megatrain-io bench`` wrote; None for where it writes by itself.
+        folder: where a store would lie; it need not exist.
+        profile: file that ``megatrain-io bench`` wrote; None for its default place.
     """
     cgroup = read_text("/proc/self/cgroup") or ""
     mounts = read_mounts()
@@ -140,7 +140,7 @@ def _gpu(cuda: Any, index: int) -> dict[str, Any]:
 
 
 def _measured(drive: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The figures of the last ``megatrain-io bench`` of this drive: ``drive``, or None with the ``reason``."""
+    """The figures of the last ``megatrain-io bench`` on this drive: ``drive``, or None and the ``reason``."""
     try:
         profile = Profile.read(path)
     except MegatrainIoError as error:
@@ -170,7 +170,7 @@ def _locked_memory() -> int | None:
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """The findings as a text to read and to paste."""
+    """The findings as text to read and to paste, a line for each, with the warnings at the end."""
     rows = [
         ("megatrain-io", _package_text(found["megatrain_io"])),
         (

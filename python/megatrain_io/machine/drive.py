@@ -1,7 +1,7 @@
-"""The drive beneath a folder: mount, file system, block device, what speaks against a store there.
+"""The drive that holds a folder: mount, file system, block device, and what speaks against a store there.
 
-Parsing is done by pure functions over the texts of files, so that every kind of drive can be made up in a
-test. What cannot be found out is None.
+Pure functions parse the texts of files, so that a test can make up every kind of drive. What cannot be found out is
+None.
 """
 
 import errno
@@ -54,10 +54,10 @@ class Mount:
     """One line of ``/proc/self/mountinfo``.
 
     Attributes:
-        device: ``major:minor``.
-        root: what of the file system is mounted here.
-        point: where.
-        kind: type of file system.
+        device: ``major:minor`` of the block device.
+        root: path in the file system of what is mounted.
+        point: path where it is mounted.
+        kind: type of the file system.
         source: device or remote name.
         options: of the file system itself.
     """
@@ -71,7 +71,7 @@ class Mount:
 
 
 def parse_mountinfo(text: str) -> list[Mount]:
-    """All mounts, in the order they were made."""
+    """All mounts in the text of ``/proc/self/mountinfo``, in the order in which they were made."""
     mounts = []
     for line in text.splitlines():
         left, separator, right = line.partition(" - ")
@@ -94,18 +94,18 @@ def mount_of(path: Path, mounts: list[Mount]) -> Mount | None:
 
 
 def parse_choice(text: str | None) -> str | None:
-    """The choice in brackets: ``always [madvise] never``."""
+    """The choice in brackets of a kernel file, as in ``always [madvise] never``; None without one."""
     chosen = re.search(r"\[([\w-]+)\]", text or "")
     return chosen[1] if chosen else None
 
 
 def spins(rotational: str | None, device: Path, model: str | None) -> bool | None:
-    """Whether a drive is a spinning disk; what a virtual drive says of itself means nothing.
+    """Whether a drive is a spinning disk; None for a virtual drive, whose own word means nothing, or if unknown.
 
     Args:
-        rotational: ``queue/rotational`` of the drive.
+        rotational: text of its file ``queue/rotational``.
         device: its folder below ``/sys/devices``.
-        model: ``device/model``.
+        model: text of its file ``device/model``.
     """
     is_virtual = any(part.startswith(("virtio", "vbd")) for part in device.parts)
     if rotational is None or is_virtual or re.search(r"virtual|vbox|vmware|qemu", model or "", re.IGNORECASE):
@@ -119,7 +119,7 @@ def is_network(kind: str) -> bool:
 
 
 def drive_warnings(mount: Mount, *, rotational: bool | None, usb: bool) -> list[str]:
-    """What speaks against a store on this mount, one sentence each."""
+    """What speaks against a store on this mount, one sentence each, with what to do."""
     point, kind = mount.point, mount.kind
     found = []
     if kind in {"9p", "drvfs", "v9fs"} and re.match(r"/mnt/[a-z](/|$)", point):
@@ -152,8 +152,8 @@ def drive_warnings(mount: Mount, *, rotational: bool | None, usb: bool) -> list[
 def parse_queue(read: Callable[[str], str | None]) -> dict[str, Any]:
     """What the kernel says of a drive's queue; ``read`` gives the text of a file in its folder ``queue``.
 
-    ``logical_block_size`` is what offsets and lengths of direct I/O must be multiples of, in bytes, and
-    ``dma_alignment`` the same for addresses in memory.
+    Offsets and lengths of direct I/O must be multiples of ``logical_block_size`` bytes, addresses in memory of
+    ``dma_alignment`` bytes.
     """
 
     def number(name: str) -> int | None:
@@ -172,7 +172,7 @@ def parse_queue(read: Callable[[str], str | None]) -> dict[str, Any]:
 
 
 def direct_io(folder: Path) -> bool | None:
-    """Whether the file system opens files for direct I/O: a file without a name is tried; None if that fails."""
+    """Whether the file system opens files for direct I/O; None if not even a nameless file can be made to try."""
     try:
         os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600))
     except OSError as error:
@@ -197,7 +197,7 @@ def read_text(path: Path | str) -> str | None:
 
 
 def examine_drive(folder: Path, mounts: list[Mount]) -> dict[str, Any]:
-    """What is known of the drive that holds ``folder``, or would; made of plain JSON types.
+    """What is known of the drive that holds ``folder``, or would hold it; made of plain JSON types.
 
     Without a mount only ``path``, ``free``, ``total``, ``file_system`` (None) and ``warnings`` are there.
     """
@@ -232,7 +232,7 @@ def examine_drive(folder: Path, mounts: list[Mount]) -> dict[str, Any]:
 
 
 def _dio_alignment(folder: Path) -> dict[str, int] | None:
-    """What the kernel says (``STATX_DIOALIGN``), in bytes; zeros where direct I/O is buffered on the quiet."""
+    """Alignment of direct I/O by ``STATX_DIOALIGN``, in bytes; zeros where it is silently buffered."""
     try:
         from megatrain_io.machine.extension import dio_alignment  # noqa: PLC0415 - the doctor is called when things are broken
 
@@ -243,7 +243,7 @@ def _dio_alignment(folder: Path) -> dict[str, int] | None:
 
 
 def _block_device(mount: Mount) -> Path | None:
-    """The folder below ``/sys`` of the whole drive; btrfs hides the number, so the name is tried too."""
+    """Folder below ``/sys`` of the whole drive; btrfs hides its number, so its name is tried, too."""
     for entry in (Path("/sys/dev/block", mount.device), Path("/sys/class/block", Path(mount.source).name)):
         if entry.exists():
             device = entry.resolve()
@@ -255,7 +255,7 @@ def _block_device(mount: Mount) -> Path | None:
 
 
 def drive_texts(drive: Mapping[str, Any]) -> list[str]:
-    """The drive in one line, and how it is spoken to in another where that is known."""
+    """The drive in a line, and its queue and alignment in another where they are known."""
     room = f"{decimal(drive['free'])} free of {decimal(drive['total'])}"
     if drive["file_system"] is None:
         return [f"{drive['path']}: {room}"]

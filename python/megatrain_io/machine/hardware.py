@@ -1,4 +1,4 @@
-"""The machine that a plan is made for: this one, as ``megatrain-io bench`` measured it, or one described in a file."""
+"""The machine that a plan is made for: this one, as ``megatrain-io bench`` measured it, or one that a file has."""
 
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -27,7 +27,7 @@ class _Section(BaseModel):
 
 
 class Drive(_Section):
-    """One drive."""
+    """Rates, room and wear of one drive; None where a figure is not known."""
 
     read_gb_per_s: Positive | None = None
     """GB/s (10^9 bytes) read, when nothing is written"""
@@ -50,7 +50,7 @@ class Drive(_Section):
 
 
 class Gpu(_Section):
-    """What computes, if it is not the CPU."""
+    """A GPU that computes in place of the CPU."""
 
     name: str
     """as it is sold"""
@@ -63,7 +63,7 @@ class Gpu(_Section):
 
 
 class Hardware(_Section):
-    """A machine."""
+    """A machine as a plan needs it: RAM, drives, what computes, and its rates."""
 
     name: str
     """what it is called"""
@@ -86,28 +86,28 @@ class Hardware(_Section):
 
     @property
     def read(self) -> float | None:
-        """Bytes a second of all drives: chunks are spread over them evenly, so the slowest sets the pace."""
+        """Bytes per second read from all drives: chunks are spread evenly, so the slowest counts; None if unknown."""
         return self._of_all([drive.read_gb_per_s for drive in self.drives])
 
     @property
     def write(self) -> float | None:
-        """Likewise, behind the drives' caches."""
+        """Bytes per second written to all drives for long, with full caches; None if unknown."""
         return self._of_all([drive.write_gb_per_s for drive in self.drives])
 
     @property
     def flops_per_second(self) -> float | None:
-        """Of what computes."""
+        """FLOPs per second of what computes, the GPU or else the CPU; None if unknown."""
         tflops = self.cpu_tflops if self.device is None else self.device.tflops
         return None if tflops is None else tflops * 1e12
 
     @property
     def side_by_side(self) -> float:
-        """Of the slowest."""
+        """What reading and writing at once reach on the slowest drive, as a multiple of taking turns."""
         return min(drive.side_by_side for drive in self.drives)
 
     @property
     def shares_cores(self) -> bool:
-        """Whether compute runs where AdamW and checksums do."""
+        """Whether compute runs on the same cores as AdamW and checksums."""
         return self.device is None
 
     def _of_all(self, rates: Sequence[float | None]) -> float | None:
@@ -128,11 +128,11 @@ def this_machine(
 
     Args:
         folders: where the store's files would lie; those on one file system share its drive.
-        ram: bytes that training may use.
+        ram: bytes of RAM that training may use.
         precision: compute dtype.
         profile: what was measured; without one there are no rates.
-        gpu: what computes, if it is not the CPU.
-        asks_drives: whether the drives are asked for their wear.
+        gpu: the GPU that computes, if it is not the CPU.
+        asks_drives: whether the drives are asked for their wear (``smartctl``).
     """
     mounts = read_mounts()
     examined = [examine_drive(folder, mounts) for folder in folders]
@@ -167,7 +167,7 @@ def this_machine(
 
 
 def _drive_here(about: dict[str, Any], rates: DriveProfile | None, *, asks: bool) -> Drive:
-    """A drive of this machine."""
+    """A drive of this machine, from what is known of it and the rates that were measured."""
     smart = read_smart(about.get("source")) if asks else None
     kind = about["file_system"]
     is_remote = kind is not None and is_network(kind)
@@ -183,7 +183,7 @@ def _drive_here(about: dict[str, Any], rates: DriveProfile | None, *, asks: bool
 
 
 def _drive_of(profile: DriveProfile) -> Drive:
-    """Rates of a drive that was measured; the sustained one where that was."""
+    """The rates of a drive that was measured; the sustained rate of writing where that was."""
     read, write = profile.read.gb_per_s, profile.write.gb_per_s
     # Seconds for a GB of training's traffic, taking turns, over those that were measured.
     turns = _READ_SHARE / read + _WRITTEN_SHARE / write

@@ -1,6 +1,6 @@
-"""The door to the extension for measuring: transfers over a file without a name, and what runs on the CPU.
+"""Measuring by the extension: transfers over a nameless file, and what runs on the CPU. No torch.
 
-No torch. ``bench`` and the comparisons in ``benches/`` go through here, so that both measure the same.
+``bench`` and the comparisons in ``benches/`` go through here, so that both measure the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,13 +33,13 @@ Traffic = Literal["read", "write", "mixed", "training"]
 
 @dataclass(frozen=True)
 class Figure:
-    """What a piece of work moved, and what it took.
+    """What a measured piece of work moved, and what it took.
 
     Attributes:
-        read: bytes.
-        written: bytes.
-        seconds: that passed.
-        cpu_seconds: of the whole process, the kernel's work for it included as far as it is accounted there.
+        read: bytes read.
+        written: bytes written.
+        seconds: wall time.
+        cpu_seconds: CPU time of the whole process, with the kernel's work for it as far as it is accounted there.
         registration_refused: why the engine worked without registered memory, in a transfer; else None.
     """
 
@@ -51,7 +51,7 @@ class Figure:
 
     @property
     def nbytes(self) -> int:
-        """Read and written."""
+        """Bytes read and written together."""
         return self.read + self.written
 
     @property
@@ -66,7 +66,7 @@ class Figure:
 
 
 def figure_of(found: Mapping[str, Any]) -> Figure:
-    """The figure in what the extension returned."""
+    """The figure, made from what the extension returned."""
     return Figure(**found)
 
 
@@ -86,8 +86,8 @@ def transfer(
         traffic: ``read``; ``write``; ``mixed``, 14 bytes read for 12 written; ``training``, the same in the
             extents of training, 4 and 20 MiB.
         form: bytes of a request, whole MiB (``training`` has its own), and requests in flight.
-        nbytes: ends it, rounded up to whole requests.
-        seconds: end it, too, unless None.
+        nbytes: bytes after which it ends, rounded up to whole requests.
+        seconds: time after which it ends, too, unless None.
         offset: where in the file it begins, in bytes.
 
     Raises:

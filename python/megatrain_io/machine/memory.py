@@ -33,7 +33,14 @@ _NO_LIMIT = 2**60
 
 @dataclass(frozen=True)
 class CgroupLimit:
-    """The tightest memory limit of the control groups above this process; ``used`` is without page cache."""
+    """The tightest memory limit of the control groups above this process.
+
+    Attributes:
+        version: of control groups, 1 or 2.
+        file: that holds the limit.
+        limit: in bytes.
+        used: bytes that the group uses, page cache left out.
+    """
 
     version: int
     file: str
@@ -45,7 +52,7 @@ def cgroup_folders(cgroup: str, mounts: list[Mount]) -> Iterator[tuple[int, Path
     """``(version, folder)`` of every memory control group above a process, from the inside out.
 
     Args:
-        cgroup: ``/proc/self/cgroup``.
+        cgroup: text of ``/proc/self/cgroup``.
         mounts: of ``/proc/self/mountinfo``.
     """
     for line in cgroup.splitlines():
@@ -85,7 +92,7 @@ def cgroup_limit(folders: Iterator[tuple[int, Path]], read: ReadText) -> CgroupL
 
 
 def _number(text: str | None) -> int | None:
-    """The number that a file holds; ``max`` is none."""
+    """The number that a file holds; None for ``max`` or anything else."""
     return int(text) if text is not None and text.strip().isdigit() else None
 
 
@@ -93,7 +100,7 @@ def memory(cgroup: str, mounts: list[Mount]) -> dict[str, Any]:
     """RAM of this machine and what of it this process may use.
 
     Args:
-        cgroup: ``/proc/self/cgroup``.
+        cgroup: text of ``/proc/self/cgroup``.
         mounts: of ``/proc/self/mountinfo``.
     """
     total, available = psutil.virtual_memory()[:2]
@@ -101,7 +108,7 @@ def memory(cgroup: str, mounts: list[Mount]) -> dict[str, Any]:
 
 
 def memory_that_counts(total: int, available: int, limit: CgroupLimit | None) -> dict[str, Any]:
-    """RAM of the host, the limit of the control group, and what may really be used, and why."""
+    """Bytes of RAM of the host, the limit of the control group, what may really be used, and which of both says so."""
     room = None if limit is None else max(0, limit.limit - limit.used)
     is_limited = room is not None and room < available
     return {
@@ -114,7 +121,7 @@ def memory_that_counts(total: int, available: int, limit: CgroupLimit | None) ->
 
 
 def usable_ram() -> tuple[int, str]:
-    """Bytes that this process may still take, and what says so."""
+    """Bytes of RAM that this process may still take, and the limit that says so, in words."""
     found = memory(read_text("/proc/self/cgroup") or "", read_mounts())
     return found["usable"], found["usable_because"]
 

@@ -1,4 +1,4 @@
-"""What ``megatrain-io bench`` found, as a file: one machine, each of its drives that was measured."""
+"""The figures that ``megatrain-io bench`` measured, as a file: one machine, and each drive that was measured."""
 
 import os
 from datetime import datetime
@@ -48,10 +48,10 @@ class FlushProfile(_Model):
     """Seconds until writes are on stable storage.
 
     Attributes:
-        count: of each kind.
-        sync_median: ``fdatasync`` after 4 MiB were written.
+        count: number of flushes of each kind.
+        sync_median: ``fdatasync`` after 4 MiB were written, median.
         sync_p99: the same, 99th percentile.
-        durable_write_median: a 4 KiB write that is durable by itself.
+        durable_write_median: a 4 KiB write that is durable by itself, median.
         durable_write_p99: the same, 99th percentile.
     """
 
@@ -63,14 +63,14 @@ class FlushProfile(_Model):
 
 
 class Sustained(_Model):
-    """Writing for long.
+    """Rates of writing for long, until the drive's cache is full.
 
     Attributes:
-        before_gb_per_s: until the knee, or all along.
-        after_gb_per_s: from the knee on, or all along.
-        knee_bytes: written when the rate fell; None when it did not.
-        nbytes: written in all.
-        seconds: of writing.
+        before_gb_per_s: until the knee, or throughout.
+        after_gb_per_s: from the knee on, or throughout.
+        knee_bytes: bytes written when the rate fell; None when it did not.
+        nbytes: bytes written in all.
+        seconds: time that was spent writing.
         ended: why it stopped: ``steady`` after a knee, or at the limit of ``size`` or ``time``.
     """
 
@@ -83,13 +83,13 @@ class Sustained(_Model):
 
 
 class DriveProfile(_Model):
-    """One drive; ``mount_point`` and ``source`` name it.
+    """The figures of one drive; ``mount_point`` and ``source`` name it.
 
     Attributes:
-        is_direct: transfers bypass the page cache.
+        is_direct: whether transfers bypass the page cache.
         registration_refused: why the engine could not register its memory, which costs CPU time; else None.
         mixed: 14 bytes read for 12 written, in the extents of training.
-        sustained: None when it was not asked for.
+        sustained: rates of writing for long; None when that was not asked for.
     """
 
     mount_point: str
@@ -111,11 +111,11 @@ class CpuProfile(_Model):
     """What runs on the CPU, on all cores.
 
     Attributes:
-        memory_copy: read and written counted both.
+        memory_copy: bytes read and bytes written, both counted.
         checksum: bytes checked.
-        adamw_f32: parameters a second.
-        adamw_split: parameters a second.
-        kernel: that AdamW ran.
+        adamw_f32: parameters per second, with fp32 weights.
+        adamw_split: parameters per second, with weights split into bf16 and remainder.
+        kernel: name of the AdamW kernel that ran.
     """
 
     memory_copy: Rate
@@ -126,7 +126,7 @@ class CpuProfile(_Model):
 
 
 class MatmulProfile(_Model):
-    """Square matrix products, in GFLOP/s."""
+    """Square matrix products [size, size], in GFLOP/s by dtype."""
 
     device: str
     bf16: float
@@ -135,7 +135,7 @@ class MatmulProfile(_Model):
 
 
 class Machine(_Model):
-    """Whose figures these are."""
+    """The machine that the figures were measured on; ``ram_bytes`` is all of its RAM."""
 
     host: str
     cpu: str | None
@@ -145,7 +145,7 @@ class Machine(_Model):
 
 
 class Profile(_Model):
-    """The file."""
+    """The content of a profile file: the figures of one machine and of its drives."""
 
     schema_version: Literal[1] = 1
     machine: Machine
@@ -154,14 +154,14 @@ class Profile(_Model):
     drives: list[DriveProfile]
 
     def drive(self, mount_point: str, source: str) -> DriveProfile | None:
-        """The figures of one drive, or None."""
+        """The figures of the drive with this mount point and source; None where it was not measured."""
         places = ((each.mount_point, each.source) for each in self.drives)
         return next(
             (d for d, place in zip(self.drives, places, strict=True) if place == (mount_point, source)), None
         )
 
     def joined_to(self, older: Self | None) -> Self:
-        """This one, with the drives that only the older one of the same machine has."""
+        """This profile, with the drives that only an older one of the same machine has."""
         if older is None or older.machine.host != self.machine.host or older.machine.cpu != self.machine.cpu:
             return self
         kept = [each for each in older.drives if self.drive(each.mount_point, each.source) is None]
@@ -189,7 +189,7 @@ class Profile(_Model):
 
     @staticmethod
     def check_writable(path: Path) -> None:
-        """Find out before measuring whether the file can be written, and make its folder.
+        """Make the folder of the file, and find out before measuring whether the file can be written.
 
         Raises:
             StorageError: it cannot.
@@ -219,7 +219,7 @@ class Profile(_Model):
 
 
 def default_path() -> Path:
-    """Where the profile of this machine lies unless told otherwise."""
+    """Path of the profile of this machine, where no other is given."""
     import typer
 
     return Path(typer.get_app_dir("megatrain-io")) / "profile.json"

@@ -15,10 +15,10 @@ _SECONDS = 10
 
 @dataclass(frozen=True)
 class Smart:
-    """Of one NVMe drive.
+    """The wear of one NVMe drive.
 
     Attributes:
-        written_tb: by the host in the drive's life, 10^12 bytes.
+        written_tb: written by the host in the drive's life, in TB (10^12 bytes).
         used: share of its life that the drive says is used; above 1 it goes on all the same.
     """
 
@@ -27,7 +27,7 @@ class Smart:
 
 
 def parse_smart(text: str) -> Smart | None:
-    """What ``smartctl --json --attributes`` printed, or None where it is of no NVMe drive."""
+    """The wear that ``smartctl --json --attributes`` printed; None where that is of no NVMe drive."""
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         log = json.loads(text)["nvme_smart_health_information_log"]
         used = log.get("percentage_used")
@@ -37,7 +37,7 @@ def parse_smart(text: str) -> Smart | None:
 
 
 def read_smart(source: str | None) -> Smart | None:
-    """Ask the drive of ``source``, a device such as ``/dev/nvme0n1p2``; None where nothing answers."""
+    """Ask the drive of ``source``, a device such as ``/dev/nvme0n1p2``, for its wear; None where it gives none."""
     program = shutil.which("smartctl")
     if program is None or source is None or not source.startswith("/dev/"):
         return None

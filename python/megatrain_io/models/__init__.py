@@ -1,1 +1,1 @@
-"""Models of transformers: cut at their blocks, tested on a small copy, read from and written to model folders."""
+"""Models of transformers: partitioned at their blocks, probed on a small copy, read from and written to folders."""

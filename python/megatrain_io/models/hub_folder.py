@@ -42,7 +42,7 @@ _COMPANIONS = (
     "LICENSE.txt",
     "NOTICE",
 )
-"""What belongs to a model besides configuration and weights: data for tokenisers, and terms of use."""
+"""Files that belong to a model besides configuration and weights: of tokenisers, and terms of use."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _GIT_LFS = b"version https://git-lfs"
@@ -53,15 +53,15 @@ class ModelFolder:
     """A folder with config.json, weights in safetensors and a tokeniser.
 
     Attributes:
-        path: of the folder.
+        path: path of the folder.
         raw_config: content of config.json; numbers that JSON does not have are marked as transformers does.
     """
 
     def __init__(self, path: Path) -> None:
-        """Look at a folder.
+        """Open a folder and read its config.json.
 
         Raises:
-            ModelFilesError: it is missing, a file, or has no sound config.json.
+            ModelFilesError: it is missing, is a file, or has no sound config.json.
         """
         self.path = path
         if path.suffix == ".gguf":
@@ -203,7 +203,7 @@ class ModelFolder:
         with suppress(OSError):
             real = path.resolve(strict=True)
         if real is None or not real.is_file():
-            raise ModelFilesError(f"{path} is not a file, or a link to nowhere: fetch it again")
+            raise ModelFilesError(f"{path} is not a file, or a broken link: fetch it again")
         if not any(real.is_relative_to(folder) for folder in allowed):
             raise ModelFilesError(
                 f"{path} is a link out of the folder, to {real}: copy the file into the folder"
@@ -226,7 +226,7 @@ class ModelFolder:
         raise ModelFilesError(
             f"{path} is in GGUF format, which is not read yet. Convert it once with transformers (pip install gguf "
             f"accelerate): load it with AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, "
-            f"gguf_file={path.name!r}), take the mark of quantisation off with "
+            f"gguf_file={path.name!r}), remove the mark of quantisation with "
             "model.hf_quantizer.remove_quantization_config(model), save it with save_pretrained(OUT), and the "
             "tokenizer likewise; then import OUT. Compare the tokenizer's eos_token_id with the original's"
         )

@@ -85,7 +85,7 @@ class Piece:
         return prod(self.size[self._outer :])
 
     def _place(self, number: int) -> int:
-        """Where a run begins in the model's tensor."""
+        """Element of the model's tensor at which a run begins."""
         place = 0
         for axis in reversed(range(len(self.shape))):
             at = self.start[axis]
@@ -147,7 +147,7 @@ class HubNames:
         return {name: tuple(self._tensors[name].shape) for name in self._owners.values()}
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer, as the model's constructor makes it."""
+        """A buffer of the model, with the values that its constructor gives it."""
         return self._tensors[name]
 
     def file_shapes(self) -> dict[str, Shape]:
@@ -233,7 +233,7 @@ class HubNames:
         return found, unknown
 
     def _convert(self, target: str, rule: WeightConverter, tensors: dict[str, list[_Virtual]]) -> _Virtual:
-        """Do what a rule does, with boxes."""
+        """Apply the operations of a rule to boxes."""
         # The order of the rule's patterns is the order of the parts; a rule collects in any.
         parts = [tensors[pattern] for pattern in rule.source_patterns if pattern in tensors]
         try:
@@ -251,7 +251,7 @@ class HubNames:
     def _untangle(
         self, pieces: Mapping[str, tuple[Piece, ...]]
     ) -> tuple[dict[str, tuple[Piece, ...]], list[tuple[str, tuple[Piece, ...]]]]:
-        """Tied weights may be in the files under any of their names, or under several."""
+        """The pieces of each parameter, and of tied weights that the files hold a second time under another name."""
         parameters: dict[str, tuple[Piece, ...]] = {}
         aliases = []
         for name in self._owners.values():
@@ -265,7 +265,7 @@ class HubNames:
         return self._owners.get(id(self._tensors[name]), name) != name
 
     def _ignored(self) -> re.Pattern[str] | None:
-        """What transformers, too, passes over in files of this model."""
+        """Pattern of the names that transformers, too, passes over in files of this model; None without any."""
         patterns = set(self._model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001
         buffers = {name.rpartition(".")[2] for name, _ in self._model.named_buffers()}
         # Buffers that moved from each block to the model, or are no longer saved.
@@ -293,7 +293,7 @@ def _whole(name: str, shape: Shape) -> _Virtual:
 
 
 def _stack(tensors: Sequence[_Virtual], dim: int) -> _Virtual:
-    """As ``torch.stack``: the tensors become the entries of a new dimension."""
+    """Make tensors the entries of a new dimension ``dim``, as ``torch.stack`` does; ValueError if shapes differ."""
     shape = tensors[0].shape
     _require_equal(tensors, shape)
     if not 0 <= dim <= len(shape):
@@ -307,7 +307,7 @@ def _stack(tensors: Sequence[_Virtual], dim: int) -> _Virtual:
 
 
 def _concatenate(tensors: Sequence[_Virtual], dim: int) -> _Virtual:
-    """As ``torch.cat``."""
+    """Join tensors in dimension ``dim``, as ``torch.cat`` does; ValueError if their shapes do not fit."""
     shape = tensors[0].shape
     boxes = []
     length = 0

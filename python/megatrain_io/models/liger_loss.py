@@ -20,11 +20,11 @@ LossFunction = Callable[..., Any]
 
 
 class Loss:
-    """The loss function of a model where it computes.
+    """The loss function of a model on the device where it computes.
 
     Args:
-        own: the model's.
-        device: where the logits are.
+        own: the model's own loss function.
+        device: where the logits lie.
     """
 
     def __init__(self, own: LossFunction, device: torch.device) -> None:
@@ -32,17 +32,17 @@ class Loss:
         self._device = device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the model calls its own, with labels that are shifted."""
+        """The loss, a scalar; called as the model calls its own function, with labels that are shifted already."""
         return cast("Tensor", self._chosen[0](*args, **kwargs))
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said of it."""
+        """Sentences for the person on which function computes the loss."""
         return self._chosen[1]
 
     @property
     def version(self) -> str | None:
-        """Of liger-kernel, where that computes it."""
+        """Version of liger-kernel, if it computes the loss; else None."""
         return None if self._chosen[0] is self._own else liger_version(self._device)
 
     @cached_property
@@ -61,7 +61,7 @@ class Loss:
 
 
 def liger_version(device: torch.device) -> str | None:
-    """Of the liger-kernel that is installed, where the device is one that it is used on."""
+    """Version of the liger-kernel that is installed, if it is used on this device; else None."""
     if device.type != "cuda":
         return None
     try:
@@ -87,11 +87,11 @@ def liger_loss(
         cross_entropy: liger-kernel's.
         logits: of the compute dtype. In fp32 they are the model's own tensor, and hold their gradient afterwards.
         labels: not looked at.
-        vocab_size: as the model says.
-        shift_labels: what each position must predict.
-        num_items_in_batch: what the sum is divided by.
-        ignore_index: label of what is not trained.
-        kwargs: what transformers ignores, too.
+        vocab_size: number of logits of a token, as the model passes it.
+        shift_labels: int64 [B, t], the token that each position must predict.
+        num_items_in_batch: number that the sum of the token losses is divided by.
+        ignore_index: label of tokens that are not trained.
+        kwargs: ignored, as transformers does.
     """
     del labels, kwargs
     # In fp32, as there: in bf16 it would also keep each token's loss in bf16.

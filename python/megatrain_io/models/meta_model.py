@@ -37,7 +37,7 @@ def build_meta_model(
 
     Args:
         config: any causal language model that transformers itself has.
-        dtype: of all parameters.
+        dtype: dtype of all parameters.
         attn_implementation: "sdpa", "eager", or None for sdpa where the architecture has it, else eager.
 
     Raises:

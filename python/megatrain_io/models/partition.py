@@ -126,7 +126,7 @@ class PartitionedModel:
         self._placeholders = {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in resident}
 
     def block_parameters(self, index: int) -> tuple[ParameterShape, ...]:
-        """What `run_block` needs for block `index`, in model order."""
+        """Name and shape of the parameters that `run_block` needs for block `index`, in model order."""
         own = dict(self.blocks[index].named_parameters())
         return tuple((full, tuple(own[name].shape)) for full, name in self._block_names[index].items())
 
@@ -150,12 +150,12 @@ class PartitionedModel:
 
     @property
     def loss_notes(self) -> list[str]:
-        """What is to be said of how `loss` computes."""
+        """Sentences for the person on which function computes the loss."""
         return self._loss.notes
 
     @property
     def liger_version(self) -> str | None:
-        """Of liger-kernel, where that computes the loss."""
+        """Version of liger-kernel, if it computes the loss; else None."""
         return self._loss.version
 
     def new_cache(self) -> Cache:

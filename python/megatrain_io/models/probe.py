@@ -1,4 +1,4 @@
-"""The start-up probe: find out how an architecture is partitioned, and prove on a small copy that it is right.
+"""The probe at the start: find out how an architecture is partitioned, and prove on a small copy that it is right.
 
 The copy has random weights and is trained on a few tokens twice: as the stock model does it, and block by
 block through the partitioned model. Only if all losses and gradients agree to the bit is the architecture accepted.
@@ -36,7 +36,7 @@ _NO_WAY = "this architecture cannot be trained here, choose another"
 
 
 class _RefusedError(Exception):
-    """Why the architecture is refused; `probe` puts the model type in front."""
+    """Says why the architecture is refused; `probe` puts the model type in front."""
 
 
 def probe(
@@ -140,7 +140,7 @@ def _refuse_unless_causal(stock: PreTrainedModel, micro_batch: MicroBatch) -> No
 
 
 def _keeps_apart(stock: PreTrainedModel, packed: MicroBatch, boundary: int) -> bool:
-    """Whether the second document of a row gives what it gives alone."""
+    """Whether the second document of a packed row gets the scores that it gets alone."""
     row = _scores(stock, packed.input_ids, position_ids=packed.position_ids)
     return _alike(row[:, boundary:], _scores(stock, packed.input_ids[:, boundary:]))
 
@@ -242,7 +242,7 @@ def _used(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> frozen
 def _gradients(
     outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], grad_outputs: Any = None
 ) -> tuple[Tensor | None, ...]:
-    """As `torch.autograd.grad`, which is not declared to return None for what is not used."""
+    """What `torch.autograd.grad` returns, with None for inputs that are not used, which it does not declare."""
     return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True)
 
 
@@ -341,7 +341,7 @@ def _layer_major(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Warnings about the small copy are not for the user's eyes."""
+    """Silence warnings and logs inside: those about the small copy are of no use to the person."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 HEADER_BYTES_MAX = 100_000_000
-"""Bytes of a header, as in the safetensors package."""
+"""Most bytes of a header, as in the safetensors package."""
 
 READ_BYTES_MAX = 8 << 20
-"""Bytes asked of the system in one read."""
+"""Most bytes asked of the system in one read."""
 
 _LENGTH_BYTES = 8
 _DIMENSIONS_MAX = 8
@@ -55,7 +55,14 @@ _DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: ``dtype`` by its name in the format, ``offset`` in bytes from the file's start."""
+    """A tensor in a safetensors file.
+
+    Attributes:
+        name: of the tensor.
+        dtype: its name in the format, such as ``BF16``.
+        shape: of the tensor.
+        offset: bytes from the start of the file to its first element.
+    """
 
     name: str
     dtype: str
@@ -64,12 +71,12 @@ class TensorEntry:
 
     @property
     def elements(self) -> int:
-        """Number of elements."""
+        """Number of elements of the tensor."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes that the tensor takes in the file."""
         return self.elements * _DTYPE_BITS[self.dtype] // 8
 
 
@@ -177,7 +184,7 @@ class SafetensorsFile:
 
 
 class Checkpoint:
-    """The tensors of several files, by name."""
+    """The tensors of several safetensors files, by name."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """Open all files.
@@ -199,15 +206,17 @@ class Checkpoint:
         for name, entry in file.entries.items():
             other, _ = self._places.setdefault(name, (file, entry))
             if other is not file:
-                raise ModelFilesError(f"{name} is in both {other.path} and {file.path}: one is too many")
+                raise ModelFilesError(
+                    f"{name} is in both {other.path} and {file.path}: remove one of the files"
+                )
 
     @property
     def entries(self) -> Mapping[str, TensorEntry]:
-        """All tensors."""
+        """Place, dtype and shape of every tensor, by name."""
         return {name: entry for name, (_, entry) in self._places.items()}
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Path of the file that holds a tensor."""
         return self._places[name][0].path
 
     def read(self, name: str, start: int, stop: int) -> bytearray:
@@ -216,7 +225,7 @@ class Checkpoint:
         return file.read(entry, start, stop)
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files; no tensor can be read afterwards."""
         for file in self._files:
             file.close()
         self._files.clear()
@@ -232,7 +241,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A file to be written: its header, and where in it each tensor's bytes belong."""
+    """A safetensors file to be written.
+
+    Attributes:
+        name: of the file.
+        header: its first bytes, length included.
+        entries: where in the file each tensor's bytes belong.
+        file_bytes: bytes of the whole file.
+    """
 
     name: str
     header: bytes
@@ -283,11 +299,11 @@ class ShardWriter:
             raise
 
     def dtype_of(self, name: str) -> str:
-        """Name of a tensor's dtype in the format."""
+        """Name of the dtype of a tensor in the format."""
         return self._places[name][1].dtype
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
-        """Write bytes from ``offset`` bytes into a tensor on."""
+        """Write bytes of a tensor, beginning ``offset`` bytes after its start."""
         descriptor, entry = self._places[name]
         _write_at(descriptor, data, entry.offset + offset)
 
@@ -359,7 +375,7 @@ def _lay_out(name: str, entries: Sequence[TensorEntry]) -> ShardPlan:
 
 
 def _entry(name: str, fields: Any, data_offset: int) -> tuple[TensorEntry, int, int]:
-    """A tensor and its byte range in the file, as a header's line says."""
+    """The tensor that an entry of a header describes, and its byte range in the file; ValueError if it cannot be."""
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} must have dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

@@ -104,7 +104,7 @@ def _shrink_value(name: str, value: Any, hidden_size: int | None, small_hidden_s
 def _shrink_overrides(
     overrides: dict[str, dict[str, Any]], sizes: dict[str, int], layers: list[int]
 ) -> dict[int, Any]:
-    """Values of single layers, for the layers that are kept."""
+    """The overrides of single layers, shrunk and renumbered, for the layers that are kept."""
     return {
         layers.index(int(layer)): {
             name: sizes.get(name, _shrink_value(name, value, None, None)) for name, value in values.items()

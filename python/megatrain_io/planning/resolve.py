@@ -84,11 +84,14 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         model: folder with config.json.
         config: YAML file of the run; None: the defaults.
         on: name of a machine that is known, or a YAML file that describes one; None: this one.
-        tokens: of the whole run, where ``train.max_steps`` is not given.
-        watts: power that the machine takes, for electricity; None: the machine's own figure.
-        kilowatt_hour: price of electricity.
-        rented_hour: price of a rented GPU for an hour.
-        settings: that win over the file: ``{"train.learning_rate": 2e-5}`` or ``["learning_rate=2e-5"]``.
+        tokens: tokens of the whole run, where ``train.max_steps`` is not given.
+        watts: power in W that the machine takes while it trains; None: the machine's own figure.
+        kilowatt_hour: price of a kWh of electricity.
+        rented_hour: price of an hour of a rented GPU, in the same currency.
+        settings: settings that win over the file: ``{"train.learning_rate": 2e-5}`` or ``["learning_rate=2e-5"]``.
+
+    Returns:
+        The plan. What does not fit is no error, but one of its ``problems``.
 
     Returns:
         The plan. What does not fit is no error, but one of its ``problems``.

@@ -154,7 +154,7 @@ class _Simulation:
         self._sources: dict[int, int] = {}
         """Records whose gradient is there to be used, and parts of them that are not updated."""
         self._gradients: dict[int, _Gradient] = {}
-        """Of records, in the order in which they were handed over."""
+        """Gradients by record, in the order in which they were handed over."""
         self._read_inputs: set[int] = set()
         self._ended: set[int] = set()
         self._durable = -1

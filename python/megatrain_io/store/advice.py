@@ -1,4 +1,4 @@
-"""What costs speed with a store, one sentence each, and what to do about it."""
+"""What makes a store slower than it could be, one sentence each, and what to do about it."""
 
 from typing import Protocol
 
@@ -8,11 +8,11 @@ _HUGE_SHARE = 0.9
 
 
 class StoreFacts(Protocol):
-    """What an open store says of itself."""
+    """What advice needs to know of an open store."""
 
     @property
     def fell_back_from(self) -> int | None:
-        """The newer generation that did not hold when it was opened."""
+        """The newer generation that did not hold when the store was opened; None if the newest one did."""
 
     @property
     def generation(self) -> int:
@@ -20,7 +20,7 @@ class StoreFacts(Protocol):
 
     @property
     def engine(self) -> tuple[str, str | None]:
-        """The engine in use, and why it is not io_uring where that was left open."""
+        """The I/O engine in use, and why it is not io_uring where that was left open."""
 
     @property
     def is_direct(self) -> bool:
@@ -28,7 +28,7 @@ class StoreFacts(Protocol):
 
     @property
     def dio_alignment(self) -> tuple[int, int] | None:
-        """What direct transfers must be aligned to, in memory and in the file."""
+        """Alignment of direct transfers, in bytes: (in memory, in the file); None where the kernel does not say."""
 
 
 def notes_of(
@@ -36,7 +36,13 @@ def notes_of(
     registration_refused: str | None = None,
     huge_pages: tuple[int, int] | None = None,
 ) -> list[str]:
-    """What costs speed with this store, one sentence each."""
+    """What makes this store slower than it could be, one sentence each.
+
+    Args:
+        store: that is open.
+        registration_refused: why the pool could not be registered with the kernel; None if it was.
+        huge_pages: bytes of the pool that lie in huge pages, and bytes that could; None without a pool.
+    """
     notes = []
     if store.fell_back_from is not None:
         notes.append(
@@ -70,7 +76,7 @@ def _buffered_note(alignment: tuple[int, int] | None) -> str:
 
 
 def _huge_page_notes(huge: int, nbytes: int) -> list[str]:
-    """What to do when the pool did not get the huge pages that it asked for."""
+    """A note where fewer than nine tenths of the pool lie in huge pages."""
     if huge >= nbytes * _HUGE_SHARE:
         return []
     note = (

@@ -1,4 +1,4 @@
-"""The dtypes of training: what computes, and what a store keeps for it."""
+"""Dtypes by precision: what computes, and what a store keeps for it."""
 
 import torch
 
@@ -15,15 +15,15 @@ FORMATS: dict[Precision, StateFormat] = {"bf16": "bf16", "fp32": "f32"}
 
 
 def dtype_of(layout: ModelLayout) -> torch.dtype:
-    """Compute dtype of a store's weights."""
+    """The dtype in which the weights of a store compute."""
     return torch.bfloat16 if layout.weight_bytes == torch.bfloat16.itemsize else torch.float32
 
 
 def check_precision(option: str, value: str) -> None:
-    """Refuse what is no precision.
+    """Refuse a value that is no precision.
 
     Raises:
-        ConfigError: names ``option`` and what it may be.
+        ConfigError: the message names ``option`` and what it may be.
     """
     if value not in DTYPES:
         raise ConfigError(f"{option} is {value!r}: it must be one of {', '.join(DTYPES)}")

@@ -1,6 +1,6 @@
-"""A store seen from outside, by who does not open it: who holds it, what it says of itself. No torch.
+"""A store seen without opening it: who holds it, and what it says of itself. No torch.
 
-Nothing here decides what may be believed: that does opening, in ``paged_store``. This module answers at once.
+Which of its states can be trusted is decided by opening it, in ``paged_store``. This module answers at once.
 """
 
 import logging
@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a store, by the hint that it left.
+    """The process that holds a store, by the hint file that it left.
 
     Attributes:
-        text: all of it, for a sentence.
-        process: its number; None when there is no hint.
-        command: its name.
+        text: all of the following, for a sentence.
+        process: process id; None when there is no hint.
+        command: name of its program.
         since: local time, as ``2026-11-23 14:02:11``.
         has_ended: it is gone, and its last writes are landing (or a process that it started has the file).
     """
@@ -43,12 +43,12 @@ class StoreInfo:
 
     Attributes:
         uuid: of the store.
-        manifest: what it holds, as JSON.
+        manifest: what the store holds, as JSON.
         generation: number of the state; 1 is the import.
         blob: the trainer's own state, committed with it.
-        is_clean: the store was closed after that commit.
-        is_of_this_boot: it was committed since the machine was started.
-        is_direct: the file system has direct I/O.
+        is_clean: whether the store was closed after that commit.
+        is_of_this_boot: whether it was committed since the machine was started.
+        is_direct: whether the file system has direct I/O.
     """
 
     uuid: str
@@ -61,10 +61,10 @@ class StoreInfo:
 
 
 def owner_of(path: Path) -> Owner | None:
-    """Who holds the store, or None when nobody does. Waits for nothing.
+    """The process that holds the store; None when none does. Waits for nothing.
 
     Raises:
-        StorageError, FormatError, UnsupportedError: it cannot be asked.
+        StorageError, FormatError, UnsupportedError: it cannot be found out.
     """
     found = _lib.owner_of(path)
     return None if found is None else Owner(**found)
@@ -81,7 +81,7 @@ def store_info(*paths: Path) -> StoreInfo:
 
 
 def waiting_line(path: Path) -> Callable[[str], None]:
-    """What opening calls when a store is held for a second: it says by whom, once, in the log."""
+    """What opening a store calls when another process has held it for a second: it logs by whom, once."""
     return lambda owner: _log.warning(
         "waiting for the store %s: in use by %s; a killed process holds it until its last writes have landed",
         path,

@@ -59,7 +59,7 @@ class TensorPlace:
 
     @property
     def elements(self) -> int:
-        """Number of elements."""
+        """Number of elements of the tensor."""
         product = 1
         for size in self.shape:
             product *= size
@@ -78,7 +78,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Record:
-    """The tensors of one block, end to end. ``parameters`` counts the padding between them too."""
+    """The tensors of one part of the model, end to end. ``parameters`` counts the padding between them, too."""
 
     name: str
     tensors: tuple[TensorPlace, ...]
@@ -108,7 +108,15 @@ class ModelLayout:
         chunk_parameters: int | None = None,
         durability: Durability = "step",
     ) -> "ModelLayout":
-        """Lay out ``parts``: for each record its name and its tensors as (name, shape)."""
+        """Lay parts of a model out, end to end.
+
+        Args:
+            parts: name of each record, and its tensors as (name, shape): embeddings, blocks, head.
+            blocks: number of records that are decoder blocks.
+            state_format: of all records.
+            chunk_parameters: parameters of a chunk; None = by the size of the blocks.
+            durability: of the store.
+        """
         records = []
         for index, (name, tensors) in enumerate(parts):
             offset = 0
@@ -178,7 +186,7 @@ class ModelLayout:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a weight, where it computes: 2 of bf16, 4 of fp32."""
+        """Bytes of a weight in the compute dtype: 2 in bf16, 4 in fp32."""
         return _WEIGHT_BYTES[self.format]
 
     @property
@@ -221,7 +229,7 @@ class ModelLayout:
         return tuple(chunks)
 
     def chunks_of(self, record: int) -> tuple[Chunk, ...]:
-        """The chunks of one record."""
+        """The chunks of a record, in order."""
         return self._chunks_by_record[record]
 
     @cached_property
@@ -232,15 +240,15 @@ class ModelLayout:
         return tuple(map(tuple, found))
 
     def weight_extent_bytes(self, chunk: Chunk) -> int:
-        """Bytes moved for a chunk's weights."""
+        """Bytes moved for the weights of a chunk, whole pages."""
         return _round_up(chunk.parameters * _WEIGHT_BYTES[self.format], PAGE_BYTES)
 
     def update_extent_bytes(self, chunk: Chunk) -> int:
-        """Bytes moved for what only a chunk's update needs."""
+        """Bytes moved for what only the update of a chunk needs (moments, remainders), whole pages."""
         return _round_up(chunk.parameters * _UPDATE_BYTES[self.format], PAGE_BYTES)
 
     def record_weight_bytes(self, record: int) -> int:
-        """Bytes of a record's weights in a block buffer."""
+        """Bytes that the weights of a record take in a block buffer."""
         return self._weight_bytes_by_record[record]
 
     @cached_property
@@ -248,11 +256,11 @@ class ModelLayout:
         return tuple(sum(map(self.weight_extent_bytes, chunks)) for chunks in self._chunks_by_record)
 
     def record_gradient_bytes(self, record: int) -> int:
-        """Bytes of a buffer for a record's fp32 gradient."""
+        """Bytes of a buffer for the fp32 gradient of a record."""
         return _round_up(4 * self.records[record].parameters, PAGE_BYTES)
 
     def gradient_extent_bytes(self, chunk: Chunk) -> int:
-        """Bytes moved for a chunk's gradient, where that waits on the drive."""
+        """Bytes moved for the fp32 gradient of a chunk, where it waits on the drive."""
         return _round_up(4 * chunk.parameters, PAGE_BYTES)
 
     def chunk_slot_bytes(self) -> int:

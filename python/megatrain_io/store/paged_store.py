@@ -1,4 +1,4 @@
-"""The door to the extension for who opens a store: records of the store as tensors, for as long as they are borrowed.
+"""Records of a store as tensors, for as long as they are borrowed: the way to the extension for all who open a store.
 
 ``PagedStore`` owns store, pool and pipeline. A borrowed record is a mapping from parameter name to tensor
 over a buffer of the pool; giving it back with a tensor still alive raises, because the buffer will be
@@ -71,7 +71,10 @@ if build_info()[1] == "debug":
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """Hyperparameters of one update; ``step`` is AdamW's t, counted from 1."""
+    """Hyperparameters of one AdamW update (Loshchilov and Hutter, arXiv:1711.05101), as ``torch.optim.AdamW`` has them.
+
+    ``step`` is AdamW's t, counted from 1.
+    """
 
     step: int
     learning_rate: float
@@ -82,7 +85,12 @@ class AdamWStep:
 
 @dataclass(frozen=True)
 class TensorSettings:
-    """What one tensor's update differs in: decoupled weight decay, factor on the learning rate."""
+    """What may differ from tensor to tensor in an update.
+
+    Attributes:
+        weight_decay: decoupled weight decay.
+        lr_scale: factor on the learning rate.
+    """
 
     weight_decay: float
     lr_scale: float = 1.0
@@ -103,7 +111,7 @@ class BorrowedRecord:
         }
 
     def take(self) -> _lib.Buffer:
-        """Drop the tensors and hand out the buffer beneath."""
+        """Drop the tensors, and return the buffer beneath them."""
         self.tensors = {}
         return self._buffer
 
@@ -117,13 +125,16 @@ class BorrowedRecord:
 
 
 def values_of(buffer: _lib.Buffer) -> Tensor:
-    """The content of a buffer, flat, as what computes with it: frozen weights come as bits."""
+    """The content of a buffer as a flat tensor in the dtype that computes; frozen weights are exported as bits."""
     flat: Tensor = from_dlpack(buffer)
     return flat.view(_OF_BITS[flat.dtype]) if flat.dtype in _OF_BITS else flat
 
 
 def allocate(nbytes: int, ledger: Ledger, account: str) -> Tensor:
-    """Zeroed bytes outside torch's heap: huge pages, not inherited by forks, counted until they are gone."""
+    """Zeroed memory outside torch's heap, uint8 [nbytes], in huge pages and not inherited by forks.
+
+    It counts in ``account`` of the ledger until the last tensor over it is gone.
+    """
     flat: Tensor = from_dlpack(_lib.allocate(nbytes, ledger, account))
     return flat
 
@@ -132,8 +143,7 @@ class PagedStore:
     """A store, its pool and the pipeline that moves records between them.
 
     One step at a time: ``begin``, then ``weights`` in the schedule's order, ``gradient`` and ``submit`` for
-    each record to update, ``end``. Everything blocks with the interpreter lock released and gives way to
-    Ctrl-C.
+    each record to update, ``end``. Calls that wait release the interpreter lock, and Ctrl-C ends them.
     """
 
     def __init__(self, *paths: Path, engine: Engine = "auto", ledger: Ledger | None = None) -> None:
@@ -143,8 +153,8 @@ class PagedStore:
         have landed. After one second the log says what is waited for.
 
         Raises:
-            StoreInUseError, FormatError, CorruptionError, UnsupportedError, StorageError: the store is as
-                it was.
+            StoreInUseError, FormatError, CorruptionError, UnsupportedError, StorageError: it cannot be opened, and is
+                as it was.
         """
         self.ledger = ledger or Ledger()
         self.path = paths[0]
@@ -220,7 +230,7 @@ class PagedStore:
         return self._borrow(self._running().take_gradient(record), record)
 
     def submit(self, record: int, weights: BorrowedRecord, gradient: BorrowedRecord) -> None:
-        """Hand a record's gradient over: it is updated and written behind our back.
+        """Hand over the gradient of a record, with its weights: it is updated and written in the background.
 
         Raises:
             BufferInUseError: a tensor over weights or gradient is still alive.
@@ -253,7 +263,7 @@ class PagedStore:
         Squares are summed in f64 in an order that depends on the tensors alone (docs/design.md).
 
         Raises:
-            NotFiniteError: one of them is NaN or infinite; says of which record.
+            NotFiniteError: a gradient has an element that is NaN or infinite; the message names its record.
         """
         return math.sqrt(self._running().squares())
 
@@ -285,7 +295,7 @@ class PagedStore:
             self._pipeline.abort()
 
     def read_plane(self, chunk: int, plane: str) -> bytes:
-        """Little-endian bytes of a chunk's ``weight``, ``master``, ``exp_avg`` or ``exp_avg_sq``."""
+        """Committed little-endian bytes of a plane of a chunk: ``weight``, ``master``, ``exp_avg``, ``exp_avg_sq``."""
         return self._store.read_plane(chunk, plane)
 
     def read_tensor(self, place: TensorPlace, plane: str) -> Tensor:
@@ -312,17 +322,17 @@ class PagedStore:
         return out.view(place.shape)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-        """Read everything back and compare every checksum of the committed state."""
+        """Read back all that is committed, and compare every checksum; ``progress`` gets extents done and in all."""
         return verified(self._store, progress)
 
     def pool_memory(self) -> Tensor:
-        """All memory of the pool, for its address and length alone; a tensor over it keeps it mapped."""
+        """The memory of the whole pool, for its address and length alone; a tensor over it keeps it mapped."""
         memory: Tensor = from_dlpack(self._running().pool_memory())
         return memory
 
     @property
     def uuid(self) -> str:
-        """The store's UUID."""
+        """UUID of the store, as text: it is made at the import and never changes."""
         return self._store.uuid
 
     @property
@@ -342,7 +352,7 @@ class PagedStore:
 
     @property
     def engine(self) -> tuple[str, str | None]:
-        """The engine in use, and why it is not io_uring where that was left open."""
+        """Name of the I/O engine in use, and why it is not io_uring where that was left open."""
         return self._store.engine
 
     @property
@@ -352,23 +362,23 @@ class PagedStore:
 
     @property
     def dio_alignment(self) -> tuple[int, int] | None:
-        """What direct transfers must be aligned to, in memory and in the file; None where the kernel does not say."""
+        """Alignment of direct transfers, in bytes: (in memory, in the file); None where the kernel does not say."""
         return self._store.dio_alignment
 
     @property
     def notes(self) -> list[str]:
-        """What costs speed here, one sentence each."""
+        """What makes this store slower than it could be, one sentence each."""
         pipeline = self._pipeline
         if pipeline is None:
             return notes_of(self._store)
         return notes_of(self._store, pipeline.registration_refused, pipeline.huge_pages)
 
     def io_bytes(self) -> tuple[int, int]:
-        """Bytes read and written through the engine since the store was opened."""
+        """Bytes read and bytes written through the I/O engine since the store was opened."""
         return self._store.io_bytes()
 
     def timings(self) -> Mapping[str, float]:
-        """Seconds since ``start``: ``stall_`` and a cause for each, time in updates and in verifying."""
+        """Seconds since ``start``, by name: ``stall_`` and the cause of a wait, ``update`` and ``verify``."""
         return dict(self._running().timings())
 
     def record_events(self) -> None:
@@ -376,7 +386,7 @@ class PagedStore:
         self._running().record_events()
 
     def take_events(self) -> tuple[list[tuple[str, str, int | None, int, int]], int]:
-        """Lane, name, chunk, start and end of each event since the last call, and how many more were dropped."""
+        """Lane, name, chunk, start and end (ns) of each event since the last call, and how many more were dropped."""
         return ([], 0) if self._pipeline is None else self._pipeline.take_events()
 
     def close(self) -> None:

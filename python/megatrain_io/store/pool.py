@@ -14,7 +14,15 @@ Unit = Literal["record", "chunk"]
 
 @dataclass(frozen=True)
 class PoolSizes:
-    """The pool as a sum of named terms: ``(bytes, count)`` of each kind of slot."""
+    """Sizes of a pool: ``(bytes, count)`` of each kind of slot.
+
+    Attributes:
+        chunk_slots: for chunks that are updated.
+        block_buffers: for the weights of blocks.
+        outer_buffers: for the weights of records that are larger than any block.
+        block_gradients: for the fp32 gradients of blocks.
+        outer_gradients: for the fp32 gradients of records that are larger than any block.
+    """
 
     chunk_slots: tuple[int, int]
     block_buffers: tuple[int, int]
@@ -48,7 +56,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
 
     Args:
         layout: the parameter space.
-        tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
+        tied_embeddings: whether the head needs the embedding's weights, too.
         training: False leaves out what only updates need, as frozen weights do.
         residents: they have memory of their own, which is not counted here.
         defers: whether gradients wait for their norm, on the drive where they have no buffer of their own.
@@ -137,7 +145,7 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 def mapped_nbytes(pool: PoolSizes, *shares: int) -> int:
-    """Bytes of the one mapping that holds ``pool``, and behind it ``shares`` of so many bytes.
+    """Bytes of the one mapping that holds ``pool``, and behind it ``shares`` of that many bytes each.
 
     Lists of large slots start at 2 MiB borders, and so does each share.
     """

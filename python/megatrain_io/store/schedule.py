@@ -39,7 +39,7 @@ _KINDS: dict[UpdatePolicy, tuple[Kind, ...]] = {
 
 
 class Phase(StrEnum):
-    """Part of a step."""
+    """The phases of a step, in order: each names what compute does with the records that it meets."""
 
     EMBEDDING = "embedding"
     FORWARD = "forward"
@@ -118,7 +118,7 @@ def build_schedule(
 
     Args:
         layout: the parameter space.
-        tied_embeddings: whether the head needs the embedding's weights too (tied embeddings).
+        tied_embeddings: whether the head needs the embedding's weights, too.
         training: False leaves out the backward pass: evaluation and generation.
         applies: whether the step before has deferred its gradients, and this one applies them.
         policy: what becomes of this step's.

@@ -1,4 +1,4 @@
-"""What a store of tensors holds: shapes and dtypes, and how its manifest says them."""
+"""What a store of tensors holds, shapes and dtypes, and how its manifest says so."""
 
 import math
 from collections.abc import Mapping
@@ -26,22 +26,22 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor of a store is; it never changes."""
+    """Shape and dtype of a tensor of a store; they never change."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Bytes of all elements of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def spec_from(name: str, value: Any) -> TensorSpec:
-    """What ``(shape, dtype)`` or a tensor says.
+    """The shape and dtype that ``(shape, dtype)`` or a tensor gives.
 
     Raises:
-        ConfigError: it says neither, or a dtype that cannot be stored.
+        ConfigError: it gives none, or a dtype that cannot be stored.
     """
     if isinstance(value, tuple) and len(value) == 2:  # noqa: PLR2004 - shape and dtype
         shape, dtype = value
@@ -76,11 +76,11 @@ def manifest_of(
 
 
 def specs_of(manifest: Mapping[str, Any], path: Path) -> dict[str, TensorSpec]:
-    """What a store holds; the core has checked all of its manifest but ``model``.
+    """Shape and dtype of each tensor of a store; the core has checked all of its manifest but ``model``.
 
     Raises:
         FormatError: it holds something else, or ``model`` is not what ``manifest_of`` writes.
-        UnsupportedError: this torch has not one of its dtypes.
+        UnsupportedError: this torch lacks one of its dtypes.
     """
     if manifest["content"] != "tensors":
         raise FormatError(

@@ -49,7 +49,7 @@ _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 
 
 
 class Ticket:
-    """A put under way. It goes on whether or not anybody waits, and keeps all that it needs alive."""
+    """A put under way. It goes on whether or not anybody waits for it, and keeps alive all that it needs."""
 
     def __init__(self, transfer: Transfer | None) -> None:
         # None: nothing had to be moved.
@@ -61,17 +61,17 @@ class Ticket:
         return self._transfer is None or self._transfer.done
 
     def wait(self) -> None:
-        """Wait until it has ended; gives way to Ctrl-C, which does not stop it.
+        """Wait until it has ended. Ctrl-C ends the wait, and not the transfer.
 
         Raises:
-            StorageError, CorruptionError, StoreFailedError, UsedAfterForkError: how it ended, if not well.
+            StorageError, CorruptionError, StoreFailedError, UsedAfterForkError: it failed.
         """
         if self._transfer is not None:
             self._transfer.wait()
 
 
 class PrefetchTicket(Ticket):
-    """A read under way."""
+    """A read under way, which ends with a tensor in memory of the store."""
 
     def __init__(self, transfer: Transfer | None, store: "TensorStore", name: str) -> None:
         super().__init__(transfer)
@@ -80,7 +80,7 @@ class PrefetchTicket(Ticket):
         self._tensor: Tensor | None = None
 
     def result(self) -> Tensor:
-        """The tensor, over memory of the store; waits for it. The same one each time.
+        """Wait for the tensor, and return it. It lies in memory of the store, and is the same one each time.
 
         Raises:
             StorageError, CorruptionError, StoreFailedError, UsedAfterForkError: it could not be read.
@@ -106,7 +106,7 @@ class TensorStore:
     """
 
     def __init__(self, paths: Sequence[Path], *, engine: Engine, memory: int, ledger: Ledger) -> None:
-        """Use ``open`` or ``create``."""
+        """Open the files of a store; to be called by ``open`` and ``create``."""
         path = self.path = paths[0]
         self.ledger = ledger
         self._turn = threading.RLock()
@@ -140,7 +140,7 @@ class TensorStore:
             tensors: shape and dtype of each, or a tensor that has them (its values are not stored).
             durability: ``step``: what was committed survives a crash; takes twice the space. ``scratch``: nothing
                 survives but a close.
-            engine: how bytes move.
+            engine: I/O engine: ``auto``, ``uring`` or ``threads``.
             memory: bytes of pinned memory, or such as ``"256MiB"``; at least two chunks of 8 MiB and 2 MiB.
             ledger: of memory; None makes one.
 
@@ -167,24 +167,28 @@ class TensorStore:
     ) -> Self:
         """Open a store at what was committed last. One in use is waited for, five seconds at most.
 
-        One that lies on several drives needs all its paths, in the order in which it was created.
+        Args:
+            path: of its file, or of one on each of several drives, in the order in which it was created.
+            engine: I/O engine: ``auto``, ``uring`` or ``threads``.
+            memory: bytes of pinned memory, or such as ``"256MiB"``; at least two chunks of 8 MiB and 2 MiB.
+            ledger: of memory; None makes one.
 
         Raises:
             FormatError: it is no store of tensors.
-            StoreInUseError, CorruptionError, UnsupportedError, StorageError: the store is as it was.
+            StoreInUseError, CorruptionError, UnsupportedError, StorageError: it cannot be opened, and is as it was.
         """
         return cls(_paths(path), engine=engine, memory=_nbytes(memory), ledger=ledger or Ledger())
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all tensors."""
+        """Names of all tensors, in the order in which the store was created with them."""
         return tuple(self._specs)
 
     def spec(self, name: str) -> TensorSpec:
         """Shape, dtype and bytes of a tensor.
 
         Raises:
-            ConfigError: there is none of that name.
+            ConfigError: the store has no tensor of that name.
         """
         if name not in self._specs:
             close = difflib.get_close_matches(name, self._specs, n=1)
@@ -193,15 +197,27 @@ class TensorStore:
         return self._specs[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Shape of a tensor.
+
+        Raises:
+            ConfigError: the store has no tensor of that name.
+        """
         return self.spec(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
+        """Dtype of a tensor.
+
+        Raises:
+            ConfigError: the store has no tensor of that name.
+        """
         return self.spec(name).dtype
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor."""
+        """Bytes of all elements of a tensor.
+
+        Raises:
+            ConfigError: the store has no tensor of that name.
+        """
         return self.spec(name).nbytes
 
     def empty(self, name: str) -> Tensor:
@@ -294,12 +310,12 @@ class TensorStore:
         ticket.wait()
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-        """Read everything that is committed back and compare every checksum.
+        """Read back everything that is committed, and compare every checksum.
 
         With durability ``scratch`` that is everything that was put.
 
         Args:
-            progress: called with extents done and in all.
+            progress: called with the extents done and in all.
         """
         with self._turn:
             (self._tensors.commit() if self.durability == "scratch" else self._tensors.settle()).wait()
@@ -312,16 +328,16 @@ class TensorStore:
 
     @property
     def engine(self) -> str:
-        """The engine in use."""
+        """Name of the I/O engine in use: ``uring`` or ``threads``."""
         return self._store.engine[0]
 
     @property
     def notes(self) -> list[str]:
-        """What costs speed here, one sentence each."""
+        """What makes this store slower than it could be, one sentence each."""
         return notes_of(self._store, self._tensors.registration_refused, self._tensors.huge_pages)
 
     def io_bytes(self) -> tuple[int, int]:
-        """Bytes read and written through the engine since the store was opened."""
+        """Bytes read and bytes written through the I/O engine since the store was opened."""
         return self._store.io_bytes()
 
     def close(self) -> None:
@@ -357,7 +373,7 @@ class TensorStore:
                 self.close()
 
     def _read(self, name: str) -> PrefetchTicket | None:
-        """A read into memory of the store; None where it does not fit."""
+        """Begin to read a tensor into memory of the store; None where it does not fit what is free."""
         spec = self.spec(name)
         transfer = self._tensors.prefetch(self._records[name]) if spec.nbytes else None
         if spec.nbytes and transfer is None:

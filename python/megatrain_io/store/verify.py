@@ -1,4 +1,4 @@
-"""What reading a store back finds: extents whose bytes are not those that were written. No torch."""
+"""What reading a store back found: extents whose bytes are not those that were written. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ class DamagedExtent:
     """An extent whose bytes are not those that were written.
 
     Attributes:
-        tensors: those with parameters in its chunk.
-        record: the block they belong to.
-        chunk: counted from the start of the record.
+        tensors: names of those with parameters in its chunk.
+        record: name of the record they belong to.
+        chunk: number of the chunk, counted from the start of the record.
         group: which planes of the chunk: ``weight``, or ``update`` for all others.
-        path: of the store.
+        path: of the store's file.
         offset: of the first checksum unit that does not hold, in bytes from the start of the file.
         expected: its checksum as it was written, as ``0x0123abcd``; None where the drive could not read.
-        found: that of the bytes that were read (twice).
+        found: checksum of the bytes that were read (twice).
         message: all of it, for a person.
     """
 
@@ -36,7 +36,14 @@ class DamagedExtent:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What reading everything back found."""
+    """What reading everything back found.
+
+    Attributes:
+        generation: number of the committed state that was read.
+        extents: number of extents that were compared.
+        nbytes: bytes that were read.
+        damaged: extents whose bytes are not those that were written.
+    """
 
     generation: int
     extents: int
@@ -45,7 +52,7 @@ class VerifyReport:
 
 
 def report_of(report: Mapping[str, Any]) -> VerifyReport:
-    """What the core returned, for Python."""
+    """The report, made from what the extension returned."""
     damaged = (
         DamagedExtent(
             tensors=tuple(found["tensors"]),

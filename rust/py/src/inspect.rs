@@ -1,5 +1,4 @@
-//! A store seen from outside, by who does not open it: who holds it, what it says of itself, its
-//! removal.
+//! A store seen without opening it: who holds it, what it says of itself, its removal.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -72,13 +71,13 @@ impl HeldFile {
         Ok(Self { inner: Mutex::new(Some(file)) })
     }
 
-    /// Removes the file, durably, and lets it go.
+    /// Removes the file, durably, and releases it.
     fn remove(&self, py: Python<'_>) -> PyResult<()> {
         let file = self.take().ok_or_else(|| raise(Error::invalid("the file was let go")))?;
         py.detach(|| file.remove()).map_err(raise)
     }
 
-    /// Lets the file go.
+    /// Releases the file, so that others can open it.
     fn release(&self) {
         drop(self.take());
     }

@@ -76,12 +76,12 @@ impl ScratchFile {
         Ok(fields)
     }
 
-    /// Writes all of the file once.
+    /// Writes the whole file once.
     fn fill(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.with(|file| file.fill(&self.engine)))?.map_err(raise)
     }
 
-    /// Reads all of the file and compares it with what was written.
+    /// Reads the whole file and compares it with what was written.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.with(|file| file.verify(&self.engine)))?.map_err(raise)
     }
@@ -100,7 +100,7 @@ impl ScratchFile {
         Ok((seconds(&found.sync), seconds(&found.durable_write)))
     }
 
-    /// Gives the file's space back.
+    /// Closes the file, which gives its space back.
     fn close(&self, py: Python<'_>) {
         py.detach(|| drop(self.lock().take()));
     }
@@ -119,7 +119,7 @@ impl ScratchFile {
     }
 }
 
-/// Something that runs on all cores again and again: `copy`, `update`, `checksum`,
+/// Work to measure on all cores, by its name: `copy`, `update`, `checksum`,
 /// `adamw f32`, `adamw split`, and both with ` in place`.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
@@ -136,7 +136,7 @@ impl Workload {
         Ok(Self { inner: Mutex::new(made.map_err(raise)?) })
     }
 
-    /// Runs it once. A figure.
+    /// Runs the work once. Returns a figure.
     fn run<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let run = || self.inner.lock().unwrap_or_else(PoisonError::into_inner).run();
         let figure = py.detach(run);
@@ -168,9 +168,9 @@ fn seconds_of(seconds: Option<f64>) -> PyResult<Duration> {
     Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))
 }
 
-/// One step of AdamW on little-endian f32, as training makes it, for comparing bits with another
-/// implementation: the new weight, `exp_avg` and `exp_avg_sq`. `adamw` is `(learning_rate, beta1,
-/// beta2, eps, step)`.
+/// One step of AdamW (Loshchilov and Hutter, arXiv:1711.05101) on little-endian f32, as training makes
+/// it, for comparing bits with another implementation: the new weight, `exp_avg` and `exp_avg_sq`.
+/// `adamw` is `(learning_rate, beta1, beta2, eps, step)`.
 #[pyfunction]
 pub(crate) fn adamw_step<'py>(
     py: Python<'py>,

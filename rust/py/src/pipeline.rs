@@ -1,4 +1,4 @@
-//! The pipeline and its schedule.
+//! The pipeline and its schedule, as Python sees them.
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -21,7 +21,7 @@ use crate::store::Store;
 /// How long a wait goes on before signals (Ctrl-C) are looked at.
 pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
 
-/// Lane, name, chunk, start and end.
+/// Lane, name, chunk, start and end of an event; times are nanoseconds of `time.monotonic_ns`.
 type EventTuple = (String, &'static str, Option<usize>, u64, u64);
 
 /// The chunk operations of one step, checked against a store.
@@ -203,7 +203,7 @@ impl Pipeline {
         wait(py, || pipeline.squares(PATIENCE))
     }
 
-    /// Ends the step; with a blob it is committed behind the caller's back. `applied`: the next step
+    /// Ends the step; with a blob it is committed in the background. `applied`: the next step
     /// applies the gradients that were deferred, multiplied by it; `None`: the step's updates stand.
     fn end(&self, blob: Option<Vec<u8>>, applied: Option<f32>) -> PyResult<()> {
         let after = applied.map_or(After::Stands, After::Applied);
@@ -309,7 +309,7 @@ pub(crate) fn wait<T: Send>(
     }
 }
 
-/// The same for `patience` seconds at most, where that is given.
+/// Waits as `wait`, for `patience` seconds at most where that is given.
 fn wait_at_most<T: Send>(
     py: Python<'_>,
     patience: Option<f64>,

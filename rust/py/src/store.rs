@@ -16,7 +16,7 @@ use crate::error::raise;
 use crate::inspect;
 use crate::uuid::uuid_text;
 
-/// Accounts of allocated memory, by name.
+/// Bytes of allocated memory by account, now and at their peak.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ledger {
@@ -47,7 +47,7 @@ impl Ledger {
     }
 }
 
-/// A store that is being filled by an import.
+/// A store that an import fills; it is one only when it is finished.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct StoreCreator {
@@ -148,7 +148,7 @@ impl StoreCreator {
     }
 }
 
-/// An open store.
+/// An open store, locked against other processes.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct Store {
@@ -300,7 +300,7 @@ impl Store {
         Ok(result)
     }
 
-    /// Says on disk that the stop was clean and gives the store up. Pipelines over it must be closed.
+    /// Marks the store clean on the drive, and closes it. Pipelines over it must be closed.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let taken = self.lock().take();
         let Some(store) = taken else { return Ok(()) };

@@ -18,7 +18,7 @@ use crate::error::raise;
 use crate::pipeline::{PATIENCE, wait};
 use crate::store::Store;
 
-/// Something that was asked for; it goes on whether or not anybody waits.
+/// A transfer or commit under way; it goes on whether or not anybody waits for it.
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct Transfer {
@@ -35,7 +35,7 @@ impl Transfer {
         py.detach(|| self.inner.wait(Duration::ZERO)).is_some()
     }
 
-    /// Waits until it has ended, and raises how, if not well.
+    /// Waits until it has ended; raises what it failed with, if it did.
     fn wait(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, || self.inner.wait(PATIENCE).transpose())
     }
@@ -89,7 +89,7 @@ impl RecordTensors {
         Ok(self.get()?.huge_pages().map(|found| (found.huge, found.bytes)))
     }
 
-    /// Bytes of the memory that are free, and of the longest run among them.
+    /// Bytes of the memory that are free, and bytes of the longest free run.
     fn free_nbytes(&self) -> PyResult<(usize, usize)> {
         Ok(self.get()?.arena().free_bytes())
     }
@@ -161,7 +161,7 @@ impl RecordTensors {
         Ok(Transfer { inner, filled: None })
     }
 
-    /// Ends what was asked for, and stops. What was not committed is dropped, but for scratch stores.
+    /// Waits for all transfers, and stops. What was not committed is dropped, but for scratch stores.
     fn close(&self, py: Python<'_>) {
         let taken = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(taken));

@@ -55,7 +55,7 @@ def test_sustained_says_rates_before_and_after_and_the_bytes_between():
     )
     flat = bench.sustained_of(written(*[5.0] * 20), "size")
     assert (flat.before_gb_per_s, flat.after_gb_per_s, flat.knee_bytes) == (5.0, 5.0, None)
-    assert "all along" in bench.sustained_text(flat)
+    assert "throughout" in bench.sustained_text(flat)
 
 
 def test_percentiles():

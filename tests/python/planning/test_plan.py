@@ -303,7 +303,7 @@ def test_what_saves_vram_of_gradients_is_known_to_the_simulation(model, tmp_path
     assert list(least.vram.pool.gradients) == ["pieces"]
     assert least.vram.total == roomy.vram_bytes
     assert "gradients 1 MiB (they gather in RAM)" in str(least.vram)
-    assert "GB a step more over the bus, which is not in the times" in str(least)
+    assert "GB more a step over the bus, which the times leave out" in str(least)
     gathered = least.memory.needs.gathered
     assert least.memory.pool.block_gradients[1] >= gathered + 4, (
         "a block's gradient has room in RAM beside them"

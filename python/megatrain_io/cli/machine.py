@@ -48,7 +48,7 @@ def plan_command(  # noqa: PLR0913 - an option each
     with command(json_output=json_output, interrupted="Nothing was changed.") as result:
         from megatrain_io.planning.resolve import plan
 
-        found = plan(
+        run_plan = plan(
             model,
             config_file,
             on=on,
@@ -58,9 +58,9 @@ def plan_command(  # noqa: PLR0913 - an option each
             rented_hour=rented_hour,
             settings=overrides or [],
         )
-        result.values = found.as_dict()
-        result.text = str(found)
-        if not found.fits:
+        result.values = run_plan.as_dict()
+        result.text = str(run_plan)
+        if not run_plan.fits:
             result.exit_code = DoesNotFitError.exit_code
 
 

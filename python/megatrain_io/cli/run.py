@@ -93,9 +93,9 @@ def clean_command(
         result.values = {"run": run, "removed": [], "bytes": 0}
         result.text = f"{run}: nothing to remove" if not leftovers.found else "Nothing was removed."
         if leftovers.found and (yes or _agrees(leftovers)):
-            removed = [asdict(each) for each in leftovers.remove()]
+            removed = [asdict(leftover) for leftover in leftovers.remove()]
             result.values |= {"removed": removed, "bytes": leftovers.nbytes}
-            lines = [_leftover_line(each) for each in leftovers.found] if yes else []
+            lines = [_leftover_line(leftover) for leftover in leftovers.found] if yes else []
             result.text = "\n".join([*lines, f"removed {_size(leftovers.nbytes)}"])
 
 
@@ -114,8 +114,8 @@ def _agrees(leftovers: "Leftovers") -> bool:
     Raises:
         ConfigError: there is nobody to ask.
     """
-    for each in leftovers.found:
-        typer.echo(_leftover_line(each), err=True)
+    for leftover in leftovers.found:
+        typer.echo(_leftover_line(leftover), err=True)
     if not _can_ask():
         raise ConfigError("nothing was removed: there is no terminal to ask on. Give --yes to remove this")
     question = f"Remove {'this' if len(leftovers.found) == 1 else 'these'} ({_size(leftovers.nbytes)})?"

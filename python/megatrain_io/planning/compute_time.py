@@ -63,15 +63,15 @@ def measured_seconds(
         phase: clock.median(*(f"{phase} block {index}" for index in blocks))
         for phase in ("forward", "backward")
     }
-    found: dict[StageKey, float] = {(Phase.EMBEDDING, layout.embedding): clock.median("embedding")}
+    seconds: dict[StageKey, float] = {(Phase.EMBEDDING, layout.embedding): clock.median("embedding")}
     for index in range(layout.blocks):
-        found[Phase.FORWARD, layout.block(index)] = per_block["forward"]
-        found[Phase.BACKWARD, layout.block(index)] = per_block["backward"]
+        seconds[Phase.FORWARD, layout.block(index)] = per_block["forward"]
+        seconds[Phase.BACKWARD, layout.block(index)] = per_block["backward"]
     owner = layout.embedding if layout.head is None else layout.head
-    found[Phase.HEAD, owner] = clock.median("head")
+    seconds[Phase.HEAD, owner] = clock.median("head")
     if not layout.is_frozen:
-        found[Phase.EMBEDDING_BACKWARD, layout.embedding] = clock.median("embedding_backward")
-    return found
+        seconds[Phase.EMBEDDING_BACKWARD, layout.embedding] = clock.median("embedding_backward")
+    return seconds
 
 
 class _Clock:
@@ -92,7 +92,7 @@ class _Clock:
 
     def median(self, *names: str) -> float:
         """The median over all times of these spans, in seconds."""
-        return statistics.median(each for name in names for each in self._times[name])
+        return statistics.median(seconds for name in names for seconds in self._times[name])
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

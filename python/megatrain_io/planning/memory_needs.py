@@ -107,14 +107,14 @@ def gathered_nbytes(
     tokens = slice_tokens(partition, LOGITS_BYTES)
     shapes = [batch.input_ids.shape for batch in micro_batches]
     slices = sum(-(-length // max(1, tokens // rows)) for rows, length in shapes)
-    found = 0
+    moved = 0
     for number, record in enumerate(layout.records):
         for place in record.tensors:
             count = slices if number == layout.head else len(shapes)
             if place.name in partition.tied_parameters:
                 count += slices
-            found += 4 * place.elements * (2 * count - 1)
-    return found
+            moved += 4 * place.elements * (2 * count - 1)
+    return moved
 
 
 def _compute_nbytes(needs: StepNeeds) -> int:

@@ -199,7 +199,7 @@ class Plan:
 
     def summary(self) -> Iterator[str]:
         """Yield what is said at the beginning of a run: a line for VRAM, for RAM and for a step, and the notes."""
-        yield from (str(each) for each in (self.vram, self.memory) if each is not None)
+        yield from (str(budget) for budget in (self.vram, self.memory) if budget is not None)
         moved = (
             f"{decimal(round(self.read_bytes))} read and {decimal(round(self.written_bytes))} written a step"
         )
@@ -210,12 +210,12 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All figures of the plan as plain types that JSON has."""
-        found = asdict(replace(self, memory=None, vram=None))
+        figures = asdict(replace(self, memory=None, vram=None))
         if self.vram is not None:
-            found["vram"] = asdict(self.vram) | {"total": self.vram.total}
+            figures["vram"] = asdict(self.vram) | {"total": self.vram.total}
         if self.memory is not None:
             memory = self.memory
-            found["memory"] = {
+            figures["memory"] = {
                 "ram": memory.ram,
                 "total": memory.total,
                 "buffers": memory.pool_nbytes,
@@ -225,7 +225,7 @@ class Plan:
                 "gradients": memory.deferred_nbytes,
                 "residents": memory.resident_nbytes,
             }
-        return found | {
+        return figures | {
             "fits": self.fits,
             "read_bytes": self.read_bytes,
             "written_bytes": self.written_bytes,

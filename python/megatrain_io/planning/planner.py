@@ -103,7 +103,7 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
             f"{moved / 1e9:.3g} GB more a step over the bus, which the times leave out"
         )
         plan = replace(plan, notes=(*plan.notes, gathers))
-    written = sum(each for _, each in phases.values())
+    written = sum(nbytes for _, nbytes in phases.values())
     committing = written_by_commit(job, memory, policy)
     limit = job.config.memory.max_tbw
     if limit is not None and committing > limit * 1e12:
@@ -206,14 +206,14 @@ def store_nbytes(layout: ModelLayout) -> int:
 
 def scratch_nbytes(job: TrainingJob, memory: RamPlan) -> float:
     """Bytes on the drives while the run goes on: activation checkpoints, and gradients that wait for their norm."""
-    found = sum(activations_moved(job, memory).values())
+    nbytes = sum(activations_moved(job, memory).values())
     if memory.spills_gradients:
-        found += sum(
+        nbytes += sum(
             job.layout.gradient_extent_bytes(chunk)
             for chunk in job.layout.chunks
             if chunk.record not in memory.residents.gradients
         )
-    return found
+    return nbytes
 
 
 def vram_nbytes(job: TrainingJob) -> int:
@@ -259,22 +259,22 @@ def _problems(
     job: TrainingJob, needs: StepNeeds, hardware: Hardware, usable: tuple[int, str] | None
 ) -> tuple[RamPlan | None, tuple[Problem, ...]]:
     """How RAM is divided, if it can be, and why the run does not fit."""
-    found = []
+    problems = []
     memory = None
     try:
         memory = plan_ram(job.partition, job.layout, needs, ram=job.ram, defers=job.defers)
     except DoesNotFitError as error:
-        found.append(Problem(str(error).removesuffix("."), _nearest_rows(job, hardware)))
+        problems.append(Problem(str(error).removesuffix("."), _nearest_rows(job, hardware)))
     if usable is not None and memory is not None and memory.total > usable[0]:
         room = int(usable[0] * 0.9)
-        found.append(
+        problems.append(
             Problem(
                 f"memory.ram is {_size(job.ram)}, and {usable[1]} leaves {_size(usable[0])} to this process",
                 (f"memory.ram={room >> 10}KiB",) if _divides(job, needs, room) else (),
             )
         )
-    found += _drive_problems(job, memory, hardware)
-    return memory, tuple(found)
+    problems += _drive_problems(job, memory, hardware)
+    return memory, tuple(problems)
 
 
 def _divides(job: TrainingJob, needs: StepNeeds, ram: int) -> bool:
@@ -318,7 +318,7 @@ def _fits_memory(job: TrainingJob, hardware: Hardware) -> bool:
 
 
 def _drive_problems(job: TrainingJob, memory: RamPlan | None, hardware: Hardware) -> list[Problem]:
-    found = [Problem(drive.problem) for drive in hardware.drives if drive.problem is not None]
+    problems = [Problem(drive.problem) for drive in hardware.drives if drive.problem is not None]
     scratch = 0.0 if memory is None else scratch_nbytes(job, memory)
     store = 0 if job.is_made else store_nbytes(job.layout)
     share = (store + scratch) / len(hardware.drives)
@@ -328,13 +328,13 @@ def _drive_problems(job: TrainingJob, memory: RamPlan | None, hardware: Hardware
         halved = (share - scratch / len(hardware.drives)) / 2 + scratch / len(hardware.drives)
         can_be_scratch = job.layout.durability == "step" and store > 0 and halved <= drive.free
         which = "the drive" if len(hardware.drives) == 1 else f"drive {number}"
-        found.append(
+        problems.append(
             Problem(
                 f"the store takes {_size(share)} of {which}, which has {_size(drive.free)} free",
                 ("memory.durability=scratch",) if can_be_scratch else (),
             )
         )
-    return found
+    return problems
 
 
 def _variants(
@@ -364,7 +364,7 @@ def _variants(
     changed.append((f"{_size(2 * job.ram)} of RAM", more, policy_of(job), hardware))
     second = hardware.model_copy(update={"drives": (*hardware.drives, hardware.drives[0])})
     changed.append(("one more drive", job, policy_of(job), second))
-    found = []
+    variants = []
     for change, variant, policy, machine in changed:
         try:
             division = plan_ram(
@@ -377,9 +377,9 @@ def _variants(
         if compute is not None:
             with suppress(StandstillError):
                 seconds = step_time(variant, division, compute, machine, policy, vram=vram).seconds
-        read, written = (sum(each) for each in zip(*phases.values(), strict=True))
-        found.append(Variant(change, seconds, read, written))
-    return tuple(found)
+        read, written = (sum(nbytes) for nbytes in zip(*phases.values(), strict=True))
+        variants.append(Variant(change, seconds, read, written))
+    return tuple(variants)
 
 
 def accumulation_that_hides_io(

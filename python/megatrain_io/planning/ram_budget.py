@@ -179,14 +179,14 @@ def divide_ram(
     while True:
         room = free - mapped_nbytes(pool) - 2 * HUGE_PAGE_BYTES
         gradients = choose_gradients(layout, room) if defers else frozenset[int]()
-        waiting = gradient_nbytes(Residents(gradients=gradients), layout)
-        found = replace(choose_residents(layout, schedule, room - waiting), gradients=gradients)
-        nbytes = (waiting, resident_nbytes(found, layout))
-        slimmer = size(sizes, found)
+        kept = gradient_nbytes(Residents(gradients=gradients), layout)
+        residents = replace(choose_residents(layout, schedule, room - kept), gradients=gradients)
+        nbytes = (kept, resident_nbytes(residents, layout))
+        slimmer = size(sizes, residents)
         # A choice need not hold what the one before did, and then its pool is larger again.
         if nbytes <= taken or mapped_nbytes(slimmer, *nbytes) > free:
             break
-        chosen, taken, pool = found, nbytes, slimmer
+        chosen, taken, pool = residents, nbytes, slimmer
     sums = [mapped_nbytes(pool), mapped_nbytes(pool, taken[0]), mapped_nbytes(pool, *taken)]
     spills = defers and len(chosen.gradients) < len(layout.records)
     return RamPlan(
@@ -210,10 +210,10 @@ def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
     """
     block_buffers, chunk_slots, gradients = _CHUNK_POOLS[0]
     blocks = [layout.chunks_of(layout.block(index)) for index in range(layout.blocks)]
-    each = max(
+    per_chunk = max(
         layout.weight_extent_bytes(chunk) + layout.gradient_extent_bytes(chunk) for chunk in layout.chunks
     )
-    behind = min(gradients + max(map(len, blocks)), ram // _BEHIND_SHARE // each)
+    behind = min(gradients + max(map(len, blocks)), ram // _BEHIND_SHARE // per_chunk)
     return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > gradients else [*_CHUNK_POOLS]
 
 

@@ -133,7 +133,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         notes.append(_NO_FLOPS)
     if hardware.device is not None:
         notes.append(_GPU_NOTE)
-    found = make_plan(
+    run_plan = make_plan(
         replace(job, steps=steps),
         hardware,
         compute=compute and {stage: count * seconds for stage, seconds in compute.items()},
@@ -143,7 +143,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         notes=notes,
     )
     forget_schedules()
-    return found
+    return run_plan
 
 
 def _job(

@@ -92,20 +92,20 @@ def phases_of(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy) -> dict[s
     schedule = schedule_of(job, policy, applies=policy == "deferred")
     layout, residents = job.layout, memory.residents
     shares = list(zip(_commits(job), (True, False), strict=True))
-    found = dict.fromkeys(map(str, Phase), (0.0, 0.0))
+    phases = dict.fromkeys(map(str, Phase), (0.0, 0.0))
     for operation in schedule:
-        read, written = found[operation.phase]
+        read, written = phases[operation.phase]
         written += sum(
             share * operation.written_bytes(layout, residents, commits=commits)
             for share, commits in shares
             if share
         )
-        found[operation.phase] = read + operation.read_bytes(layout, residents), written
+        phases[operation.phase] = read + operation.read_bytes(layout, residents), written
     moved = sum(activations_moved(job, memory).values())
-    forward, backward = found[Phase.FORWARD], found[Phase.BACKWARD]
-    found[Phase.FORWARD] = forward[0], forward[1] + moved
-    found[Phase.BACKWARD] = backward[0] + moved, backward[1]
-    return found
+    forward, backward = phases[Phase.FORWARD], phases[Phase.BACKWARD]
+    phases[Phase.FORWARD] = forward[0], forward[1] + moved
+    phases[Phase.BACKWARD] = backward[0] + moved, backward[1]
+    return phases
 
 
 def written_by_commit(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy) -> int:
@@ -160,11 +160,11 @@ def step_time(
     weights = {2: 1.0} if every == 1 else {2: 1 / every, 3: 1 / every, 1: 1 - 2 / every}
 
     def mean(name: str) -> dict[str, float]:
-        found: dict[str, float] = {}
+        means: dict[str, float] = {}
         for index, weight in weights.items():
             for key, value in getattr(played[index], name).items():
-                found[str(key)] = found.get(str(key), 0.0) + weight * value
-        return found
+                means[str(key)] = means.get(str(key), 0.0) + weight * value
+        return means
 
     seconds = sum(weight * played[index].seconds for index, weight in weights.items())
     return StepTime(
@@ -188,7 +188,7 @@ def _pool_on_device(job: TrainingJob, memory: RamPlan, vram: VramPlan) -> PoolSi
             return kinds["any"]
         nbytes, count = kinds["block"]
         # Smaller records than a block have buffers of their own there, and none in the simulation.
-        return nbytes, count + sum(each <= nbytes for each in needed)
+        return nbytes, count + sum(size <= nbytes for size in needed)
 
     layout, pool, gradients = job.layout, vram.pool, vram.pool.gradients
     if pool.gathers:

@@ -98,7 +98,7 @@ class Leftovers:
             StorageError: the system refused; what is left can be removed by another call.
         """
         with self._holding() as holds:
-            if [each.path for each in self._look()] != [each.path for each in self.found]:
+            if [leftover.path for leftover in self._look()] != [leftover.path for leftover in self.found]:
                 raise ConfigError(f"{self.run.path} changed in the meantime: nothing was removed. Look again")
             for leftover in self.found:
                 try:
@@ -188,7 +188,7 @@ class Leftovers:
         if not all(map(_is_file, self._store_paths)) or (run.is_imported and not self._store):
             return False
         try:
-            found = store_info(*self._store_paths)
+            state = store_info(*self._store_paths)
         except MegatrainIoError as error:
             if not self._store:
                 return False
@@ -196,18 +196,18 @@ class Leftovers:
                 f"{path} cannot be told to be the store of {run.path}, so it is not removed: {error}. If you know "
                 "that it is, remove it yourself"
             ) from error
-        if run.is_imported and found.uuid != run.read().store_uuid:
+        if run.is_imported and state.uuid != run.read().store_uuid:
             raise FormatError(
-                f"{path} is store {found.uuid}, and {run.info_file} names {run.read().store_uuid}: it belongs to "
+                f"{path} is store {state.uuid}, and {run.info_file} names {run.read().store_uuid}: it belongs to "
                 "another run and is not removed"
             )
-        self.step = TrainerState.parse(found.blob).step if found.blob else None
+        self.step = TrainerState.parse(state.blob).step if state.blob else None
         if not self._store:
             # An import that was killed at its very end. Elsewhere a store of this name may be another run's.
-            return path == run.own_store and found.generation == 1
-        if not run.is_imported and found.generation > 1:
+            return path == run.own_store and state.generation == 1
+        if not run.is_imported and state.generation > 1:
             raise FormatError(
-                f"{path} was trained (generation {found.generation}), and {run.path} has no run.json that names it: it "
+                f"{path} was trained (generation {state.generation}), and {run.path} has no run.json that names it: it "
                 "may be another run's and is not removed. If you know that it is not, remove it yourself"
             )
         return True
@@ -215,7 +215,7 @@ class Leftovers:
 
 def _leftover(path: Path, what: str) -> Leftover:
     inside = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-    return Leftover(path, sum(each.lstat().st_blocks * 512 for each in [path, *inside]), what)
+    return Leftover(path, sum(part.lstat().st_blocks * 512 for part in [path, *inside]), what)
 
 
 def _beside(path: Path, ending: str) -> Path:

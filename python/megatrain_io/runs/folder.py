@@ -95,7 +95,9 @@ class RunFolder:
         info = RunInfo(
             version=version("megatrain-io"),
             precision=precision,
-            stores=[str(each.relative_to(here) if each.is_relative_to(here) else each) for each in resolved],
+            stores=[
+                str(store.relative_to(here) if store.is_relative_to(here) else store) for store in resolved
+            ],
             store_uuid=store_uuid,
             source=str(source.resolve()),
         )

@@ -241,8 +241,8 @@ def _holds(files: Checkpoint, name: str, expected: Tensor) -> bool:
     entry = files.entries[name]
     if entry.dtype not in TORCH_DTYPES or entry.elements == 0:
         return entry.elements == 0
-    found = torch.frombuffer(files.read(name, 0, entry.elements), dtype=TORCH_DTYPES[entry.dtype])
-    return torch.equal(found.view(entry.shape).to(expected.dtype), expected)
+    values = torch.frombuffer(files.read(name, 0, entry.elements), dtype=TORCH_DTYPES[entry.dtype])
+    return torch.equal(values.view(entry.shape).to(expected.dtype), expected)
 
 
 def _are_equal(files: Checkpoint, one: Sequence[Piece], other: Sequence[Piece]) -> bool:

@@ -17,10 +17,10 @@ def open_store(run: RunFolder, *, engine: Engine = "auto", ledger: Ledger | None
     info = run.read()
     state = PagedStore(*run.store_paths(), engine=engine, ledger=ledger)
     if state.uuid != info.store_uuid:
-        found = state.uuid
+        uuid = state.uuid
         state.close()
         raise FormatError(
-            f"{state.path} is store {found}, and {run.info_file} names {info.store_uuid}: it belongs to another "
+            f"{state.path} is store {uuid}, and {run.info_file} names {info.store_uuid}: it belongs to another "
             "run. Put the right store in its place, or use the run that this one belongs to"
         )
     return state

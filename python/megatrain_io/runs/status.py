@@ -94,15 +94,15 @@ def examine(run: RunFolder) -> RunStatus:
         stores=stores,
     )
     try:
-        owner, found = owner_of(store), store_info(*stores)
-        if found.uuid != info.store_uuid:
-            raise FormatError(f"{store} is store {found.uuid}, and run.json names {info.store_uuid}")
-        progress = TrainerState.parse(found.blob)
-        layout = ModelLayout.from_manifest(found.manifest)
+        owner, state = owner_of(store), store_info(*stores)
+        if state.uuid != info.store_uuid:
+            raise FormatError(f"{store} is store {state.uuid}, and run.json names {info.store_uuid}")
+        progress = TrainerState.parse(state.blob)
+        layout = ModelLayout.from_manifest(state.manifest)
     except MegatrainIoError as error:
         status = replace(status, problem=str(error))
         return replace(status, next="put the store of this run in its place, or import into a new folder")
-    if layout.durability == "scratch" and not found.is_clean and owner is None:
+    if layout.durability == "scratch" and not state.is_clean and owner is None:
         problem = (
             "with durability scratch only a store that was closed can be opened again: its state is lost"
         )
@@ -110,17 +110,17 @@ def examine(run: RunFolder) -> RunStatus:
     report = last_report(run.metrics)
     status = replace(
         status,
-        store_bytes=sum(each.stat().st_blocks * 512 for each in stores),
+        store_bytes=sum(path.stat().st_blocks * 512 for path in stores),
         file_system=_file_system(store),
-        is_direct=found.is_direct,
+        is_direct=state.is_direct,
         parameters=layout.parameters,
         durability=layout.durability,
-        generation=found.generation,
+        generation=state.generation,
         step=progress.step,
         max_steps=None if report is None else report.max_steps,
         loss=progress.loss,
         written_bytes=progress.written_bytes,
-        last_stop=_last_stop(found) if owner is None else None,
+        last_stop=_last_stop(state) if owner is None else None,
         in_use=owner,
     )
     return replace(status, next=_next(status, run))

@@ -53,12 +53,15 @@ class PlanCheck:
         pairs: dict[str, tuple[float | None, float]] = {
             "seconds_per_step": (
                 None if plan.time is None else plan.time.seconds,
-                statistics.median(each.seconds for each in steady),
+                statistics.median(report.seconds for report in steady),
             ),
-            "read_bytes_per_step": (plan.read_bytes, statistics.fmean(each.read_bytes for each in steady)),
+            "read_bytes_per_step": (
+                plan.read_bytes,
+                statistics.fmean(report.read_bytes for report in steady),
+            ),
             "written_bytes_per_step": (
                 plan.written_bytes,
-                statistics.fmean(each.written_bytes for each in steady),
+                statistics.fmean(report.written_bytes for report in steady),
             ),
             "ledger_bytes": (plan.ledger_bytes, ledger_peak),
             "process_bytes": (plan.process_bytes, process_peak),

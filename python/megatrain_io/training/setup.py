@@ -106,17 +106,17 @@ class Start:
             tables: bytes of RAM that the store takes when it is open.
             is_made: whether the store is there already; if not, no times are measured.
         """
-        one = replace(
+        job = replace(
             _job(self.config, self.partition, layout, tables, self.data, self.device),
             steps=self.max_steps,
             is_made=is_made,
         )
-        hardware = _hardware(self.config, run, one.ram, self.device)
-        compute = _seconds_of(one, hardware, self.data) if is_made else None
+        hardware = _hardware(self.config, run, job.ram, self.device)
+        compute = _seconds_of(job, hardware, self.data) if is_made else None
         libraries = psutil.Process().memory_info().rss
         count = self.accumulation
-        found = make_plan(
-            one.with_accumulation(count),
+        plan = make_plan(
+            job.with_accumulation(count),
             hardware,
             compute=compute and {stage: count * seconds for stage, seconds in compute.items()},
             usable=None if self.config.memory.ram is None else usable_ram(),
@@ -124,7 +124,7 @@ class Start:
             variants=False,
         )
         forget_schedules()
-        return found
+        return plan
 
     def keep_chat_template(self, model: Path) -> None:
         """Write the tokenizer to ``model``, with the chat template of the data, if one was chosen."""

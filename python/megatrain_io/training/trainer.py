@@ -192,10 +192,10 @@ class _Trainer:
             DoesNotFitError: RAM, VRAM or drive are too small.
         """
         config, progress = self._config, self.progress
-        made, asked = self._state.layout.durability, config.memory.durability
-        if made != asked:
+        stored, asked = self._state.layout.durability, config.memory.durability
+        if stored != asked:
             raise ConfigError(
-                f"memory.durability is {asked}, and the store of {self._run.path} was made with {made}: set it to "
+                f"memory.durability is {asked}, and the store of {self._run.path} was made with {stored}: set it to "
                 "that, or choose a new output_dir"
             )
         if progress.step > 0 and not resume:
@@ -207,13 +207,13 @@ class _Trainer:
         self._accumulation, self._data, self._max_steps = start.accumulation, start.data, start.max_steps
         self._check_resume(progress)
         start.keep_chat_template(self._run.model)
-        planned = start.plan(self._run, self._state.layout, self._state.ledger.total()[0], is_made=True)
-        memory = planned.require_fits().memory
+        plan = start.plan(self._run, self._state.layout, self._state.ledger.total()[0], is_made=True)
+        memory = plan.require_fits().memory
         if memory is None:
             raise MegatrainIoError("the plan fits, and does not say how RAM is divided")
         commit_every = 1 if self._is_scratch else config.memory.commit_every
-        self._plan_check = PlanCheck(planned, commit_every)
-        self._wear_limit = WearLimit(planned.committing_bytes, config.memory.max_tbw)
+        self._plan_check = PlanCheck(plan, commit_every)
+        self._wear_limit = WearLimit(plan.committing_bytes, config.memory.max_tbw)
         scratch = [activations_file(store) for store in self._run.store_paths()]
         self._model = PagedModel(
             start.partition,
@@ -223,7 +223,7 @@ class _Trainer:
             max_grad_norm=config.train.max_grad_norm,
             trace=self._trace,
             device=self._device,
-            vram=planned.vram,
+            vram=plan.vram,
         )
         self._state.start(
             memory.pool,
@@ -247,7 +247,7 @@ class _Trainer:
             *start.partition.loss_notes,
             *differences(self.progress.environment, now),
         ]
-        notes += [*planned.summary(), str(self._data.summary)]
+        notes += [*plan.summary(), str(self._data.summary)]
         if not is_pinned:
             notes.insert(
                 0,
@@ -291,10 +291,10 @@ class _Trainer:
         )
         if step in self._skips:
             self.progress.skipped_steps += 1
-            made = StepLoss(self._skips[step], trained_tokens(micro_batches))
-            self._model.skip(self._blob_of(step)(made.loss))
-            self.progress.step, self.progress.loss = step, made.loss
-            return self._report(step, made, 0.0, micro_batches, began, before)
+            step_loss = StepLoss(self._skips[step], trained_tokens(micro_batches))
+            self._model.skip(self._blob_of(step)(step_loss.loss))
+            self.progress.step, self.progress.loss = step, step_loss.loss
+            return self._report(step, step_loss, 0.0, micro_batches, began, before)
         # A scratch store's commits cost nothing: they reach the drive when it is closed.
         commits = (
             self._is_scratch
@@ -305,12 +305,12 @@ class _Trainer:
         )
         self._under_way = step
         with after_the_step() if self._is_scratch else nullcontext():
-            made = self._model.train_step(
+            step_loss = self._model.train_step(
                 micro_batches, adamw, self._blob_of(step) if commits else None, number=step
             )
-        self.progress.step, self.progress.loss = step, made.loss
+        self.progress.step, self.progress.loss = step, step_loss.loss
         self._steps += 1
-        return self._report(step, made, adamw.learning_rate, micro_batches, began, before)
+        return self._report(step, step_loss, adamw.learning_rate, micro_batches, began, before)
 
     def _will_skip(self, error: NotFiniteError) -> None:
         """Go back to the last commit; from there on the step whose gradients are not finite is left out."""

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from megatrain_io.simulated_device import SimulatedDevice
 from megatrain_io.stream import PagedModel, model_parts
 from megatrain_io.swap import AdamWStep, PagedState, TensorSettings
 from megatrain_io.vram import VramPlan
-from reference.reference import Hyperparameters, build, micro_batches, tiny_config
+from reference.reference import Hyperparameters, Result, build, micro_batches, tiny_config
+from reference.reference import train as train_in_memory
 
 PROFILE = "MEGATRAIN_TEST_DRIVES"
 DRIVES = int(os.environ.get(PROFILE, "1"))
@@ -74,6 +75,14 @@ class Case:
 @cache
 def facts_of(family: str, tied: bool) -> CutFacts:
     return probe(tiny_config(family, tied))
+
+
+@lru_cache(maxsize=64)
+def in_memory(case: Case, clip_coefficients: tuple[float, ...] | None = None) -> Result:
+    """What the reference makes of it, once for all tests of a process: nothing may change what it returns."""
+    return train_in_memory(
+        case.model, case.steps, case.hyperparameters, case.dtype, clip_coefficients=clip_coefficients
+    )
 
 
 def cut_model(case: Case) -> CutModel:

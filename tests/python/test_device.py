@@ -5,7 +5,6 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -31,12 +30,12 @@ from paged import (
     cut_model,
     differing,
     expected_planes,
+    in_memory,
     make_store,
     opened,
     to_micro_batch,
     train,
 )
-from reference.reference import train as train_in_memory
 
 FP32, BF16 = torch.float32, torch.bfloat16
 MIB = 1 << 20
@@ -92,15 +91,8 @@ def trained(path, case, device, **how):
         return losses, all_planes(model.state)
 
 
-@cache
-def in_memory(family, tied, dtype, counts, layers):
-    case = Case(family, tied, dtype, counts, {"num_hidden_layers": layers})
-    return train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
-
-
 def check(path, case, device, **how):
-    layers = case.overrides["num_hidden_layers"]
-    expected = in_memory(case.family, case.tied, case.dtype, case.counts, layers)
+    expected = in_memory(case)
     losses, planes = trained(path, case, device, **how)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
@@ -204,7 +196,7 @@ def test_inputs_go_on_to_ram_and_from_there_to_the_drive(tmp_path):
         assert model.saved.io_bytes() == (before[0] + moved, before[1] + moved)
         planes = all_planes(model.state)
     assert device.pinned == []
-    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    expected = in_memory(case)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
 
@@ -254,7 +246,7 @@ def test_little_memory_for_gradients_serves_all_records(
         losses = train(model, case)
         model.flush()
         planes = all_planes(model.state)
-    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    expected = in_memory(case)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
 
@@ -316,7 +308,7 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when, ti
         losses = train(model, case)
         planes = all_planes(model.state)
     assert kept.value.__traceback__ is not None
-    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    expected = in_memory(case)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
 
@@ -368,9 +360,7 @@ def test_memory_that_runs_out_in_a_step_is_one_error_and_the_step_is_dropped(tmp
         with pytest.raises(DoesNotFitError, match="ran out of memory"):
             model.evaluate([to_micro_batch(case.steps[0][0])])
         monkeypatch.undo()
-        assert (
-            train(model, case) == train_in_memory(case.model, case.steps, case.hyperparameters, BF16).losses
-        )
+        assert train(model, case) == in_memory(case).losses
 
 
 def test_copies_and_compute_are_in_the_trace(tmp_path):

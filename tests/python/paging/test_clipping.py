@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,13 @@ from paged import (
     differing,
     expected_planes,
     files,
+    in_memory,
     make_store,
     opened,
     progress_of,
     to_micro_batch,
     train,
 )
-from reference.reference import train as train_in_memory
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -47,21 +46,16 @@ def paged(path, case, max_grad_norm, *, commit_every=1, chunk_parameters=None, e
     return made, planes
 
 
-@cache
 def limit_of(case):
     """Some steps are clipped, others are not."""
-    return sorted(train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype).grad_norms)[
-        len(case.counts) // 2
-    ]
+    return sorted(in_memory(case).grad_norms)[len(case.counts) // 2]
 
 
 def check(tmp_path, case, max_grad_norm, **how):
     (tmp_path / "run").mkdir()
     made, planes = paged(tmp_path / "run" / "store", case, max_grad_norm, **how)
     coefficients = [step.clip_coefficient for step in made]
-    expected = train_in_memory(
-        case.model, case.steps, case.hyperparameters, case.dtype, clip_coefficients=coefficients
-    )
+    expected = in_memory(case, tuple(coefficients))
     assert [step.loss for step in made] == expected.losses
     assert differing(planes, expected_planes(expected)) == []
     assert [step.grad_norm for step in made] == pytest.approx(expected.grad_norms, rel=1e-6)

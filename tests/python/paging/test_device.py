@@ -4,7 +4,6 @@ import os
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache
 
 import pytest
 import torch
@@ -30,13 +29,13 @@ from paged import (
     all_planes,
     differing,
     expected_planes,
+    in_memory,
     make_store,
     opened,
     partitioned,
     to_micro_batch,
     train,
 )
-from reference.reference import train as train_in_memory
 
 FP32, BF16 = torch.float32, torch.bfloat16
 MIB = 1 << 20
@@ -65,15 +64,8 @@ def trained(path, case, device, **how):
         return losses, all_planes(model.state)
 
 
-@cache
-def in_memory(family, tied, dtype, counts, layers):
-    case = Case(family, tied, dtype, counts, {"num_hidden_layers": layers})
-    return train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
-
-
 def check(path, case, device, **how):
-    layers = case.overrides["num_hidden_layers"]
-    expected = in_memory(case.family, case.tied, case.dtype, case.counts, layers)
+    expected = in_memory(case)
     losses, planes = trained(path, case, device, **how)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
@@ -173,7 +165,7 @@ def test_inputs_go_on_to_ram_and_from_there_to_the_drive(tmp_path):
         assert model.saved.io_bytes() == (before[0] + moved, before[1] + moved)
         planes = all_planes(model.state)
     assert device.pinned == []
-    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    expected = in_memory(case)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
 
@@ -223,7 +215,7 @@ def test_little_memory_for_gradients_serves_all_records(
         losses = train(model, case)
         model.flush()
         planes = all_planes(model.state)
-    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    expected = in_memory(case)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
 
@@ -285,7 +277,7 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when, ti
         losses = train(model, case)
         planes = all_planes(model.state)
     assert kept.value.__traceback__ is not None
-    expected = train_in_memory(case.model, case.steps, case.hyperparameters, case.dtype)
+    expected = in_memory(case)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
 
@@ -337,9 +329,7 @@ def test_memory_that_runs_out_in_a_step_is_one_error_and_the_step_is_dropped(tmp
         with pytest.raises(DoesNotFitError, match="ran out of memory"):
             model.evaluate([to_micro_batch(case.steps[0][0])])
         monkeypatch.undo()
-        assert (
-            train(model, case) == train_in_memory(case.model, case.steps, case.hyperparameters, BF16).losses
-        )
+        assert train(model, case) == in_memory(case).losses
 
 
 def test_copies_and_compute_are_in_the_trace(tmp_path):

@@ -64,7 +64,7 @@ FLAT = SIZES | {"intermediate_size": 16, "vocab_size": 263, "head_dim": 16}
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_many_alike_are_counted_by_three_of_them(tmp_path, dtype):
     case = Case(dtype=dtype, overrides=FLAT | {"num_attention_heads": 1, "num_key_value_heads": 1})
-    batches = [blank_micro_batch(4, 64, packed=False)] * 9
+    batches = [blank_micro_batch(4, 32, packed=False)] * 5
     make_store(tmp_path / "store", case)
     with opened(tmp_path / "store", case) as model:
         model.slice_tokens = 16

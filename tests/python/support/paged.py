@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from megatrain_io.runs.import_model import create_store
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 from megatrain_io.store.schedule import Residents
-from reference.reference import Hyperparameters, build, micro_batches, tiny_config
+from reference.reference import Hyperparameters, Result, build, micro_batches, tiny_config
+from reference.reference import train as train_in_memory
 
 PROFILE = "MEGATRAIN_TEST_DRIVES"
 DRIVES = int(os.environ.get(PROFILE, "1"))
@@ -76,6 +77,14 @@ class Case:
 @cache
 def facts_of(family: str, tied: bool) -> PartitionSpec:
     return probe(tiny_config(family, tied))
+
+
+@lru_cache(maxsize=64)
+def in_memory(case: Case, clip_coefficients: tuple[float, ...] | None = None) -> Result:
+    """What the reference makes of it, once for all tests of a process: nothing may change what it returns."""
+    return train_in_memory(
+        case.model, case.steps, case.hyperparameters, case.dtype, clip_coefficients=clip_coefficients
+    )
 
 
 def partitioned(case: Case) -> PartitionedModel:

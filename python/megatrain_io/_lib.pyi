@@ -324,8 +324,8 @@ class RecordTensors:
     def commit(self) -> Transfer:
         """Make everything that was put before durable, all at once."""
 
-    def settle(self) -> Transfer:
-        """Ends when everything that was asked for before has ended."""
+    def drain(self) -> Transfer:
+        """Wait for everything that was asked for before."""
 
     def close(self) -> None:
         """Wait for all transfers, and stop."""

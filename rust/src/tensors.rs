@@ -326,9 +326,9 @@ impl Tensors {
     ///
     /// # Errors
     /// `Failed`, `UsedAfterFork`.
-    pub fn settle(&self) -> Result<Ticket> {
+    pub fn drain(&self) -> Result<Ticket> {
         let (done, ticket) = Ticket::new(1);
-        self.send(Command::Settle(done)).map(|()| ticket)
+        self.send(Command::Drain(done)).map(|()| ticket)
     }
 
     /// The store beneath.

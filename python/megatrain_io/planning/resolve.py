@@ -232,7 +232,7 @@ def calibrate(job: TrainingJob, hardware: Hardware) -> dict[StageKey, float] | N
 
 
 def precision_of(config: RunConfig) -> Precision:
-    """Precision of a configuration that ``resolve_precision`` has settled.
+    """Precision of a configuration that ``resolve_precision`` has resolved.
 
     Raises:
         MegatrainIoError: it is still ``auto``.

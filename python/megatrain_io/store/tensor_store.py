@@ -318,7 +318,7 @@ class TensorStore:
             progress: called with the extents done and in all.
         """
         with self._turn:
-            (self._tensors.commit() if self.durability == "scratch" else self._tensors.settle()).wait()
+            (self._tensors.commit() if self.durability == "scratch" else self._tensors.drain()).wait()
             return verified(self._store, progress)
 
     @property

@@ -156,8 +156,8 @@ impl RecordTensors {
     }
 
     /// Ends when everything that was asked for before has ended.
-    fn settle(&self) -> PyResult<Transfer> {
-        let inner = self.get()?.settle().map_err(raise)?;
+    fn drain(&self) -> PyResult<Transfer> {
+        let inner = self.get()?.drain().map_err(raise)?;
         Ok(Transfer { inner, filled: None })
     }
 

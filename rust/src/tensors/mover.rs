@@ -30,7 +30,7 @@ pub(super) enum Command {
     /// Make durable what was put before.
     Commit(Sender<Outcome>),
     /// Answer when all before has ended.
-    Settle(Sender<Outcome>),
+    Drain(Sender<Outcome>),
     /// These chunks were to be written, and were not.
     Tear(Range<usize>),
     Stop,
@@ -79,7 +79,7 @@ impl Transfer {
 enum Queued {
     Transfer(u64),
     Commit(Sender<Outcome>),
-    Settle(Sender<Outcome>),
+    Drain(Sender<Outcome>),
     Tear(Range<usize>),
 }
 
@@ -165,7 +165,7 @@ impl Mover {
         while self.running.is_none() && self.start_front() {}
         let is_idle = self.queue.is_empty() && self.pending.is_empty() && self.running.is_none();
         if self.stopping && is_idle {
-            self.settle_scratch();
+            self.finish_scratch();
             return false;
         }
         true
@@ -196,7 +196,7 @@ impl Mover {
                 Queued::Transfer(id)
             }
             Command::Commit(done) => Queued::Commit(done),
-            Command::Settle(done) => Queued::Settle(done),
+            Command::Drain(done) => Queued::Drain(done),
             Command::Tear(chunks) => Queued::Tear(chunks),
             Command::Stop => {
                 self.stopping = true;
@@ -220,14 +220,14 @@ impl Mover {
                 }
                 self.finish(id);
             }
-            Some(Queued::Commit(_) | Queued::Settle(_)) if !self.pending.is_empty() => {
+            Some(Queued::Commit(_) | Queued::Drain(_)) if !self.pending.is_empty() => {
                 return false;
             }
             Some(_) => {}
         }
         match self.queue.pop_front() {
             Some(Queued::Commit(done)) => self.commit(done),
-            Some(Queued::Settle(done)) => drop(done.send(Ok(None))),
+            Some(Queued::Drain(done)) => drop(done.send(Ok(None))),
             Some(Queued::Tear(chunks)) => self.torn.extend(chunks.map(|chunk| (chunk, None))),
             Some(Queued::Transfer(_)) | None => {}
         }

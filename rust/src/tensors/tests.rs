@@ -278,10 +278,10 @@ fn the_front_of_a_tensor_moves_alone_in_whole_chunks() {
     let engine = Arc::clone(&machine.drive) as Arc<dyn crate::io::engine::Engine>;
     let ledger = Ledger::new();
     let store = Arc::new(Store::open_on(&machine.drives, engine, [1; 16], &ledger).expect("opens"));
-    let start = |bytes| Tensors::start_without_copies(Arc::clone(&store), bytes, "saved inputs");
+    let start = |bytes| Tensors::start_without_copies(Arc::clone(&store), bytes, "activations");
     assert!(start(CHUNK - 1).is_err());
     let front = start(16 * CHUNK + 1).expect("started");
-    assert_eq!(ledger.balances()["saved inputs"].current, 16 * CHUNK as u64);
+    assert_eq!(ledger.balances()["activations"].current, 16 * CHUNK as u64);
     let filled = |bytes: usize, value: u8| {
         let memory = front.allocate(bytes).expect("open").expect("free");
         let mut slot = memory.take().expect("at rest");

@@ -491,7 +491,7 @@ def rust_code(module: str, source: str) -> RustModule:
     inline: list[tuple[str, int]] = []
     depth = i = 0
 
-    def settled(path: list[str]) -> list[str]:
+    def absolute(path: list[str]) -> list[str]:
         if path[0] not in {"crate", "self", "super"} or path == ["self"]:
             return path
         return ["crate", *next(_absolute([*here, *(name for name, _ in inline)], [path]))]
@@ -501,12 +501,12 @@ def rust_code(module: str, source: str) -> RustModule:
         if word == "use" and after != ["<"]:
             is_public = i > 0 and tokens[i - 1] in {"pub", ")"}
             leaves, i = _use_tree(tokens, i + 1)
-            code.uses.extend(RustUse(settled(path), name, is_public) for path, name in leaves)
+            code.uses.extend(RustUse(absolute(path), name, is_public) for path, name in leaves)
             continue
         if after == ["::"] and tokens[max(i - 2, 0) : i] != ["(", "in"]:
             code.words.add(word)
             paths, i = _paths(tokens, i)
-            code.paths.extend(settled(path) for path in paths)
+            code.paths.extend(absolute(path) for path in paths)
             continue
         if word == "{":
             depth += 1

@@ -78,7 +78,7 @@ pub(super) fn open(path: &Path, access: Access) -> Result<Opened> {
     };
     let failed = |error| Error::io(if create { "create" } else { "open" }, path, 0, 0, error);
     match open(OFlags::DIRECT) {
-        Ok(file) => settle(file).map_err(failed),
+        Ok(file) => opened(file).map_err(failed),
         Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {
             if create {
                 // Some kernels make the file before they refuse the flag.
@@ -93,7 +93,7 @@ pub(super) fn open(path: &Path, access: Access) -> Result<Opened> {
 }
 
 /// The kernel took `O_DIRECT`; it goes again where transfers would fail, or be buffered on the quiet.
-fn settle(file: File) -> io::Result<Opened> {
+fn opened(file: File) -> io::Result<Opened> {
     let alignment = DioAlignment::of(&file);
     let direct = alignment.is_none_or(DioAlignment::is_met);
     if !direct {

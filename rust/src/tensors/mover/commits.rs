@@ -59,7 +59,7 @@ impl Mover {
     }
 
     /// A scratch store has one copy, so what was put counts when it is closed, committed or not.
-    pub(super) fn settle_scratch(&mut self) {
+    pub(super) fn finish_scratch(&mut self) {
         if !self.store.is_scratch() || !self.touched || self.store.check().is_err() {
             return;
         }

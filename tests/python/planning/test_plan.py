@@ -195,14 +195,19 @@ def test_costs_and_wear_follow_from_hours_and_bytes(model, tmp_path):
 # ------------------------------------------------------------------------------------------- does not fit
 
 
-def refused(model, on, **settings):
+def unfit(model, on, **settings):
+    """The plan, and its only problem."""
     found = mt.plan(model, on=on, settings=SMALL | settings)
     assert not found.fits
     with pytest.raises(DoesNotFitError, match=r"fit|needs|leaves|takes") as error:
         found.require_fits()
     assert error.value.exit_code == 3
     (problem,) = found.problems
-    return problem
+    return found, problem
+
+
+def refused(model, on, **settings):
+    return unfit(model, on, **settings)[1]
 
 
 def nearest_fits(model, on, problem, **settings):
@@ -212,16 +217,16 @@ def nearest_fits(model, on, problem, **settings):
 
 
 def test_too_little_ram_is_refused_with_both_numbers_and_the_nearest_that_fits_is_trained(source, tmp_path):
-    settings = {"data.max_length": 512, "train.per_device_train_batch_size": 4, "memory.ram": "1700KiB"}
+    settings = {"data.max_length": 128, "train.per_device_train_batch_size": 4, "memory.ram": "1700KiB"}
     on = machine(tmp_path)
-    problem = refused(source / "model", on, **settings)
+    found, problem = unfit(source / "model", on, **settings)
     assert "memory.ram is 1.7 MiB, and this training needs " in problem.reason
-    assert " bytes" not in str(mt.plan(source / "model", on=on, settings=SMALL | settings))
+    assert " bytes" not in str(found)
     assert problem.nearest
     nearest_fits(source / "model", on, problem, **settings)
-    roomier = {**settings, "memory.ram": "8MiB"}
-    problem = refused(source / "model", on, **roomier)
-    assert nearest_fits(source / "model", on, problem, **roomier).tokens_per_step == 512 * 4 * 2
+    roomier = {**settings, "memory.ram": "3MiB"}
+    roomier_problem = refused(source / "model", on, **roomier)
+    assert nearest_fits(source / "model", on, roomier_problem, **roomier).tokens_per_step == 128 * 4 * 2
     changed = dict(setting.split("=") for setting in problem.nearest)
     config = configured(
         source,
@@ -283,11 +288,10 @@ def test_too_little_vram_is_refused(model, tmp_path):
     settings = {"data.max_length": 4096, "train.per_device_train_batch_size": 8}
     roomy = mt.plan(model, on=machine(tmp_path, ram="8GiB", device=gpu("80GB")), settings=SMALL | settings)
     on = machine(tmp_path, ram="8GiB", device=gpu(int(0.9 * roomy.require_fits().vram_bytes)))
-    problem = refused(model, on, **settings)
+    found, problem = unfit(model, on, **settings)
     assert "of VRAM at least, and a small one has" in problem.reason
-    unfit = mt.plan(model, on=on, settings=SMALL | settings)
-    assert unfit.vram is None
-    assert unfit.time is not None, "as it would be if the VRAM were just enough"
+    assert found.vram is None
+    assert found.time is not None, "as it would be if the VRAM were just enough"
     nearest_fits(model, on, problem, **settings)
 
 

@@ -72,7 +72,7 @@ def test_steps_from_a_store_say_what_they_took(tmp_path, capsys):
     assert json.loads((tmp_path / "step.json").read_text())["tokens"] == 16
     with pytest.raises(SystemExit):
         run("step", "tiny", *options, "--vram", "1MiB", "--folder", str(tmp_path))
-    assert "FAILED, DoesNotFitError: 1 MiB of VRAM" in capsys.readouterr().out
+    assert "FAILED, DoesNotFitError: training may take 1 MiB of VRAM" in capsys.readouterr().out
 
 
 def test_a_byte_that_does_not_arrive_is_noticed(monkeypatch):

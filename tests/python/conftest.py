@@ -7,6 +7,7 @@ import torch
 
 from corpus import make_tokenizer, write
 from megatrain_io.errors import InterruptedRunError
+from megatrain_io.planning import memory_needs
 from megatrain_io.training import trainer
 from paged import DEVICE, new_device
 from reference.reference import build, tiny_config
@@ -48,6 +49,33 @@ def _device():
 def _one_torch_thread():
     """Thread counts change the bits of some matrix products, and spinning threads slow busy machines."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_dry_run():
+    """Whole runs of the same shapes are planned with one dry run, which took two thirds of their CPU time."""
+    dry_run, known = memory_needs.dry_run, {}
+
+    def remembered(partition, layout, micro_batches, *, slice_tokens):
+        model = (partition.config.to_json_string(use_diff=False), partition.spec, partition.liger_version)
+        numbers = {batch: number for number, batch in enumerate(dict.fromkeys(micro_batches))}
+        batches = [
+            [
+                None if tensor is None else (tensor.shape, tensor.cpu().numpy().tobytes())
+                for tensor in vars(batch).values()
+            ]
+            for batch in numbers
+        ]
+        order = [numbers[batch] for batch in micro_batches]
+        key = repr((model, layout.manifest({}), batches, order, slice_tokens))
+        if key not in known:
+            known[key] = dry_run(partition, layout, micro_batches, slice_tokens=slice_tokens)
+        partition.train()
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_needs, "dry_run", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,11 @@ use megatrain_io::io::Choice;
 use megatrain_io::memory::{self, Ledger, PoolSizes, Slot};
 use megatrain_io::optimizer::AdamW;
 use megatrain_io::pipeline::{
-    After, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents, Schedule, TensorSettings,
-    chunk_slot_bytes,
+    After, CheckedSchedule, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents,
+    TensorSettings, chunk_slot_bytes,
 };
 use megatrain_io::store::{
-    Content, Creator, Durability, Manifest, OpenOptions, Record, Store, Tensor,
+    Content, Durability, Manifest, OpenOptions, Record, Store, StoreCreator, Tensor,
 };
 use megatrain_io::{Error, Group, Result, StateFormat, Unit};
 
@@ -91,7 +91,7 @@ fn make(files: &[PathBuf], durability: &str, parameters: u64) -> Result {
         model: serde_json::Value::Null,
     };
     let ledger = Ledger::new();
-    let mut creator = Creator::new(files, manifest, Choice::Auto, &ledger)?;
+    let mut creator = StoreCreator::new(files, manifest, Choice::Auto, &ledger)?;
     for (index, chunk) in creator.layout()?.chunks().to_vec().into_iter().enumerate() {
         let slot = Slot::standalone(chunk.extent_bytes(Group::Weight), &ledger, "import")?;
         creator.write_group(index, Group::Weight, 1, slot)?;
@@ -163,7 +163,7 @@ fn options(store: &Store) -> Options {
 }
 
 /// Weights of all records, forward; then backward, each with its update.
-fn schedule(store: &Store) -> Result<Arc<Schedule>> {
+fn schedule(store: &Store) -> Result<Arc<CheckedSchedule>> {
     let layout = store.layout();
     let of = |record: usize, kind| {
         layout.records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
@@ -176,11 +176,11 @@ fn schedule(store: &Store) -> Result<Arc<Schedule>> {
         operations.extend(of(record, Kind::Load));
         operations.extend(of(record, Kind::Update));
     }
-    Schedule::new(layout, operations).map(Arc::new)
+    CheckedSchedule::new(layout, operations).map(Arc::new)
 }
 
 /// A step with the gradient that happens to be in the buffer: zeros.
-fn train(pipeline: &Pipeline, schedule: &Arc<Schedule>, step: u64, commit: bool) -> Result {
+fn train(pipeline: &Pipeline, schedule: &Arc<CheckedSchedule>, step: u64, commit: bool) -> Result {
     let adamw = AdamW {
         learning_rate: 1e-3,
         beta1: 0.9,

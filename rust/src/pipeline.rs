@@ -31,7 +31,7 @@ pub use front::Pipeline;
 pub use gradient_files::GradientFiles;
 pub use memory::{Residents, chunk_slot_bytes};
 pub use options::Options;
-pub use schedule::{ChunkOp, Kind, Schedule};
+pub use schedule::{CheckedSchedule, ChunkOp, Kind};
 pub use stalls::{Cause, Timings};
 pub use update::TensorSettings;
 

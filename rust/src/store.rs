@@ -23,7 +23,7 @@ mod values;
 mod verify;
 
 pub use commit::{Next, Sequence, Sequenced};
-pub use create::Creator;
+pub use create::StoreCreator;
 pub use layout::{Chunk, Content, Durability, Layout, Manifest, Record, Tensor};
 pub use plans::{ReadPlan, WritePlan};
 pub use recovery::{OpenOptions, StoreInfo};

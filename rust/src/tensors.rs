@@ -17,7 +17,7 @@ use crate::memory::huge_pages::HugePages;
 use crate::memory::slot::{Slot, SlotList};
 use crate::store::Store;
 use crate::store::layout::Content;
-use crate::tensors::mover::{Command, Home, Mover, Transfer};
+use crate::tensors::mover::{Command, Flight, Home, Mover};
 use crate::tensors::ticket::Outcome;
 use crate::units::{Group, HUGE_PAGE_BYTES, PAGE_BYTES};
 
@@ -28,7 +28,7 @@ mod tests;
 mod ticket;
 
 pub use arena::{Allocation, Arena};
-pub use ticket::Ticket;
+pub use ticket::Transfer;
 
 /// Slots through which tensors elsewhere are copied, at most.
 const STAGING_SLOTS: usize = 8;
@@ -43,7 +43,7 @@ pub struct Copied {
 
 /// The front: tensors of one store.
 #[derive(Debug)]
-pub struct Tensors {
+pub struct RecordTensors {
     store: Arc<Store>,
     arena: Arc<Arena>,
     staging: SlotList,
@@ -54,7 +54,7 @@ pub struct Tensors {
     process: u32,
 }
 
-impl Tensors {
+impl RecordTensors {
     /// Maps the memory and starts the thread. Of `memory_bytes` up to a quarter is for copying
     /// tensors that lie elsewhere.
     ///
@@ -117,7 +117,7 @@ impl Tensors {
         sizes: &[(usize, usize); 2],
         account: &str,
     ) -> Result<(Self, Mover)> {
-        if store.manifest().content != Content::Tensors {
+        if store.manifest().content != Content::RecordTensors {
             return Err(Error::format(
                 store.drives().path(),
                 "this store holds a model in training, not tensors: use it through its run",
@@ -173,7 +173,7 @@ impl Tensors {
     ///
     /// # Errors
     /// `BufferInUse` while another transfer has the memory; `Invalid`, `Failed`.
-    pub fn put(&self, record: usize, memory: &Arc<Allocation>) -> Result<Ticket> {
+    pub fn put(&self, record: usize, memory: &Arc<Allocation>) -> Result<Transfer> {
         self.transfer(Operation::Write, record, memory)
     }
 
@@ -181,7 +181,7 @@ impl Tensors {
     ///
     /// # Errors
     /// As `put`.
-    pub fn fill(&self, record: usize, memory: &Arc<Allocation>) -> Result<Ticket> {
+    pub fn fill(&self, record: usize, memory: &Arc<Allocation>) -> Result<Transfer> {
         self.transfer(Operation::Read, record, memory)
     }
 
@@ -190,7 +190,7 @@ impl Tensors {
         operation: Operation,
         record: usize,
         memory: &Arc<Allocation>,
-    ) -> Result<Ticket> {
+    ) -> Result<Transfer> {
         let chunks = self.chunks(record)?;
         let layout = self.store.layout();
         let given = memory.asked();
@@ -217,8 +217,8 @@ impl Tensors {
             parts.push(Some(part));
         }
         let home = Home::Allocation(Arc::clone(memory), left.join(rest));
-        let (done, ticket) = Ticket::new(1);
-        self.send(Command::Transfer(Transfer::new(operation, chunks.start, parts, home, done)))?;
+        let (done, ticket) = Transfer::new(1);
+        self.send(Command::Transfer(Flight::new(operation, chunks.start, parts, home, done)))?;
         Ok(ticket)
     }
 
@@ -269,8 +269,8 @@ impl Tensors {
 
     /// Begins a put of chunks that are handed over one by one; its ticket ends with the last of them.
     #[must_use]
-    pub fn start_copied(&self, chunks: &Range<usize>) -> (Copied, Ticket) {
-        let (done, ticket) = Ticket::new(chunks.len());
+    pub fn start_copied(&self, chunks: &Range<usize>) -> (Copied, Transfer) {
+        let (done, ticket) = Transfer::new(chunks.len());
         (Copied { done }, ticket)
     }
 
@@ -294,8 +294,8 @@ impl Tensors {
     ///
     /// # Errors
     /// `Failed`, `UsedAfterFork`.
-    pub fn read_chunk(&self, chunk: usize, slot: Slot) -> Result<Ticket> {
-        let (done, ticket) = Ticket::new(1);
+    pub fn read_chunk(&self, chunk: usize, slot: Slot) -> Result<Transfer> {
+        let (done, ticket) = Transfer::new(1);
         self.transfer_chunk(Operation::Read, chunk, slot, Home::Caller, done)?;
         Ok(ticket)
     }
@@ -310,15 +310,15 @@ impl Tensors {
     ) -> Result {
         let bytes = self.store.layout().chunks()[chunk].extent_bytes(Group::Weight);
         let parts = vec![Some(slot.split_at(bytes).0)];
-        self.send(Command::Transfer(Transfer::new(operation, chunk, parts, home, done)))
+        self.send(Command::Transfer(Flight::new(operation, chunk, parts, home, done)))
     }
 
     /// Makes everything that was put before durable, all at once.
     ///
     /// # Errors
     /// `Failed`, `UsedAfterFork`.
-    pub fn commit(&self) -> Result<Ticket> {
-        let (done, ticket) = Ticket::new(1);
+    pub fn commit(&self) -> Result<Transfer> {
+        let (done, ticket) = Transfer::new(1);
         self.send(Command::Commit(done)).map(|()| ticket)
     }
 
@@ -326,8 +326,8 @@ impl Tensors {
     ///
     /// # Errors
     /// `Failed`, `UsedAfterFork`.
-    pub fn drain(&self) -> Result<Ticket> {
-        let (done, ticket) = Ticket::new(1);
+    pub fn drain(&self) -> Result<Transfer> {
+        let (done, ticket) = Transfer::new(1);
         self.send(Command::Drain(done)).map(|()| ticket)
     }
 
@@ -356,7 +356,7 @@ impl Tensors {
     }
 }
 
-impl Drop for Tensors {
+impl Drop for RecordTensors {
     /// What was asked for still ends; what was not committed is dropped, but for scratch stores.
     fn drop(&mut self) {
         if std::process::id() != self.process {

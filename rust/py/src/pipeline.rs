@@ -28,7 +28,7 @@ type EventTuple = (String, &'static str, Option<usize>, u64, u64);
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct CheckedSchedule {
-    inner: Arc<pipeline::Schedule>,
+    inner: Arc<pipeline::CheckedSchedule>,
 }
 
 #[pymethods]
@@ -51,7 +51,8 @@ impl CheckedSchedule {
             })
             .collect::<PyResult<Vec<_>>>()?;
         let (store, unit) = (store.get()?, unit_of(unit)?);
-        let schedule = pipeline::Schedule::new(store.units(unit), operations).map_err(raise)?;
+        let schedule =
+            pipeline::CheckedSchedule::new(store.units(unit), operations).map_err(raise)?;
         Ok(Self { inner: Arc::new(schedule) })
     }
 }

@@ -51,7 +51,7 @@ impl Ledger {
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct StoreCreator {
-    inner: Mutex<Option<(store::Creator, Slot)>>,
+    inner: Mutex<Option<(store::StoreCreator, Slot)>>,
     chunks: Vec<Chunk>,
 }
 
@@ -68,7 +68,7 @@ impl StoreCreator {
         let manifest = Manifest::parse(manifest).map_err(|e| raise(Error::invalid(e)))?;
         let engine = engine_of(engine)?;
         py.detach(|| {
-            let creator = store::Creator::new(&paths, manifest, engine, &ledger.inner)?;
+            let creator = store::StoreCreator::new(&paths, manifest, engine, &ledger.inner)?;
             let chunks = creator.layout()?.chunks().to_vec();
             let largest = chunks
                 .iter()
@@ -143,7 +143,7 @@ impl StoreCreator {
 }
 
 impl StoreCreator {
-    fn lock(&self) -> MutexGuard<'_, Option<(store::Creator, Slot)>> {
+    fn lock(&self) -> MutexGuard<'_, Option<(store::StoreCreator, Slot)>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

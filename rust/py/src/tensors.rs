@@ -22,7 +22,7 @@ use crate::store::Store;
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct Transfer {
-    inner: tensors::Ticket,
+    inner: tensors::Transfer,
     /// What a read fills, and how much of it.
     filled: Option<(Arc<Allocation>, usize)>,
 }
@@ -54,7 +54,7 @@ impl Transfer {
 #[pyclass(frozen, module = "megatrain_io._lib")]
 #[derive(Debug)]
 pub(crate) struct RecordTensors {
-    inner: Mutex<Option<Arc<tensors::Tensors>>>,
+    inner: Mutex<Option<Arc<tensors::RecordTensors>>>,
 }
 
 #[pymethods]
@@ -70,8 +70,8 @@ impl RecordTensors {
     ) -> PyResult<Self> {
         let store = store.get()?;
         let made = py.detach(|| match account {
-            None => tensors::Tensors::start(store, memory_nbytes),
-            Some(name) => tensors::Tensors::start_without_copies(store, memory_nbytes, name),
+            None => tensors::RecordTensors::start(store, memory_nbytes),
+            Some(name) => tensors::RecordTensors::start_without_copies(store, memory_nbytes, name),
         });
         let made = made.map_err(raise)?;
         Ok(Self { inner: Mutex::new(Some(Arc::new(made))) })
@@ -169,20 +169,20 @@ impl RecordTensors {
 }
 
 impl RecordTensors {
-    fn get(&self) -> PyResult<Arc<tensors::Tensors>> {
+    fn get(&self) -> PyResult<Arc<tensors::RecordTensors>> {
         let tensors = self.inner.lock().unwrap_or_else(PoisonError::into_inner).clone();
         tensors.ok_or_else(|| raise(Error::invalid("the store is closed")))
     }
 }
 
-fn nbytes_of(tensors: &tensors::Tensors, record: usize) -> PyResult<usize> {
+fn nbytes_of(tensors: &tensors::RecordTensors, record: usize) -> PyResult<usize> {
     tensors.chunks(record).map_err(raise)?;
     Ok(tensors.bytes(record))
 }
 
 /// The store's memory that these bytes are, all of it.
 fn allocation_of(
-    tensors: &tensors::Tensors,
+    tensors: &tensors::RecordTensors,
     content: &Bound<'_, PyAny>,
 ) -> PyResult<Arc<Allocation>> {
     let content = PyBuffer::<u8>::get(content)?;
@@ -196,7 +196,7 @@ fn allocation_of(
 
 /// The store's memory that these bytes are, if they are; they must be as many as the tensor has.
 fn memory_of(
-    tensors: &tensors::Tensors,
+    tensors: &tensors::RecordTensors,
     record: usize,
     content: &Bound<'_, PyAny>,
 ) -> PyResult<Option<Arc<Allocation>>> {
@@ -224,7 +224,7 @@ fn part_of(
 }
 
 /// The bytes of each chunk of a tensor, padding left out.
-fn places(tensors: &tensors::Tensors, record: usize) -> PyResult<Vec<Range<usize>>> {
+fn places(tensors: &tensors::RecordTensors, record: usize) -> PyResult<Vec<Range<usize>>> {
     let chunks = tensors.chunks(record).map_err(raise)?;
     let nbytes = nbytes_of(tensors, record)?;
     let byte = |place: u64| to_usize(place).min(nbytes);
@@ -232,7 +232,7 @@ fn places(tensors: &tensors::Tensors, record: usize) -> PyResult<Vec<Range<usize
     Ok(places.map(|c| byte(c.start)..byte(c.start + c.parameters as u64)).collect())
 }
 
-fn staging_slot(py: Python<'_>, tensors: &tensors::Tensors) -> PyResult<Slot> {
+fn staging_slot(py: Python<'_>, tensors: &tensors::RecordTensors) -> PyResult<Slot> {
     if tensors.staging().count() == 0 {
         return Err(raise(Error::invalid("this store takes tensors in its own memory only")));
     }
@@ -245,10 +245,10 @@ fn staging_slot(py: Python<'_>, tensors: &tensors::Tensors) -> PyResult<Slot> {
 /// Copies chunk after chunk; the one before is written meanwhile.
 fn put_copied(
     py: Python<'_>,
-    tensors: &tensors::Tensors,
+    tensors: &tensors::RecordTensors,
     record: usize,
     content: &Bound<'_, PyAny>,
-) -> PyResult<tensors::Ticket> {
+) -> PyResult<tensors::Transfer> {
     let chunks = tensors.chunks(record).map_err(raise)?;
     let (put, ticket) = tensors.start_copied(&chunks);
     for (chunk, place) in chunks.clone().zip(places(tensors, record)?) {
@@ -270,14 +270,14 @@ fn put_copied(
 /// Copies chunk after chunk; those behind are read meanwhile.
 fn read_copied(
     py: Python<'_>,
-    tensors: &tensors::Tensors,
+    tensors: &tensors::RecordTensors,
     record: usize,
     content: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let chunks = tensors.chunks(record).map_err(raise)?;
     let mut places = places(tensors, record)?.into_iter();
     let mut unread = chunks;
-    let mut reading: VecDeque<tensors::Ticket> = VecDeque::new();
+    let mut reading: VecDeque<tensors::Transfer> = VecDeque::new();
     loop {
         while let Some(chunk) = unread.clone().next()
             && (reading.is_empty() || tensors.staging().free_count() > 0)

@@ -7,7 +7,7 @@ use crossbeam_channel::Sender;
 use crate::error::Result;
 use crate::memory::slot::Slot;
 use crate::optimizer::adamw::AdamW;
-use crate::pipeline::schedule::Schedule;
+use crate::pipeline::schedule::CheckedSchedule;
 
 /// What becomes of the gradients that a step has deferred.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,9 +20,24 @@ pub enum After {
 
 /// What a caller wants of the executor.
 pub(super) enum Command {
-    Begin { schedule: Arc<Schedule>, adamw: AdamW, commits: bool, first_load: u64, number: u64 },
-    Submit { unit: usize, weights: Option<Slot>, gradient: Slot },
-    End { commit: Option<Vec<u8>>, after: After },
-    Abort { reply: Sender<Result> },
+    Begin {
+        schedule: Arc<CheckedSchedule>,
+        adamw: AdamW,
+        commits: bool,
+        first_load: u64,
+        number: u64,
+    },
+    Submit {
+        unit: usize,
+        weights: Option<Slot>,
+        gradient: Slot,
+    },
+    End {
+        commit: Option<Vec<u8>>,
+        after: After,
+    },
+    Abort {
+        reply: Sender<Result>,
+    },
     Stop,
 }

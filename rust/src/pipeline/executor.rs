@@ -26,7 +26,7 @@ use crate::pipeline::executor::steps::Steps;
 use crate::pipeline::executor::updates::Updates;
 use crate::pipeline::executor::working_state::WorkingState;
 use crate::pipeline::options::Options;
-use crate::pipeline::schedule::{Kind, Schedule};
+use crate::pipeline::schedule::{CheckedSchedule, Kind};
 use crate::pipeline::shared::Shared;
 use crate::pipeline::stalls::{Cause, Causes};
 use crate::store::Store;
@@ -336,7 +336,7 @@ impl Executor {
 
     fn begin(
         &mut self,
-        schedule: Arc<Schedule>,
+        schedule: Arc<CheckedSchedule>,
         adamw: AdamW,
         commits: bool,
         first_load: u64,

@@ -16,7 +16,7 @@ use crate::pipeline::events::Events;
 use crate::pipeline::executor::Executor;
 use crate::pipeline::memory::{check_pool, gradient_bytes};
 use crate::pipeline::options::Options;
-use crate::pipeline::schedule::Schedule;
+use crate::pipeline::schedule::CheckedSchedule;
 use crate::pipeline::shared::{Loaded, Shared};
 use crate::pipeline::squares::Squares;
 use crate::pipeline::stalls::Timings;
@@ -113,7 +113,7 @@ impl Pipeline {
     /// `Invalid` when loads of the last step were not taken, when the step does not apply exactly the
     /// gradients that wait, or when it would have to take its updates back and could not: they go beside
     /// the state before it only if that is committed. The pipeline's failure.
-    pub fn begin(&self, schedule: Arc<Schedule>, adamw: AdamW, commits: bool) -> Result {
+    pub fn begin(&self, schedule: Arc<CheckedSchedule>, adamw: AdamW, commits: bool) -> Result {
         self.store.check()?;
         if !schedule.is_for(&self.units) {
             let is_other = schedule.layout().unit() != self.units.unit();

@@ -33,7 +33,7 @@ pub struct ChunkOp {
 
 /// The operations of one step, in the order in which compute will need them.
 #[derive(Clone, Debug)]
-pub struct Schedule {
+pub struct CheckedSchedule {
     operations: Vec<ChunkOp>,
     loads: Vec<usize>,
     updates: usize,
@@ -43,7 +43,7 @@ pub struct Schedule {
     layout: Arc<Layout>,
 }
 
-impl Schedule {
+impl CheckedSchedule {
     /// Checks the operations against `Store::units`: each concerns a record as one run of all its chunks,
     /// and by chunk each chunk is a record of its own; so it is in all that a schedule says of records. A
     /// record is applied at most once, before anything else happens to it; it is updated at most once, and

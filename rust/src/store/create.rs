@@ -23,13 +23,13 @@ use crate::units::{Group, PAGE_BYTES};
 /// A store that is being filled. Until `finish` its files lie under temporary names next to their
 /// final ones; dropping it removes them.
 #[derive(Debug)]
-pub struct Creator {
+pub struct StoreCreator {
     store: Option<Store>,
     working: Table,
     paths: Vec<PathBuf>,
 }
 
-impl Creator {
+impl StoreCreator {
     /// Reserves the space and writes header and manifest. There is a path for each drive, the main
     /// file's first; the manifest's number of drives follows them.
     ///
@@ -171,7 +171,7 @@ impl Creator {
     }
 }
 
-impl Drop for Creator {
+impl Drop for StoreCreator {
     fn drop(&mut self) {
         if self.store.take().is_some() {
             remove_partial(&self.paths);
@@ -217,14 +217,14 @@ impl Store {
     /// Creates an empty store (every plane zero) and opens it; for tests and tools.
     ///
     /// # Errors
-    /// As `Creator::new` and `Store::open`.
+    /// As `StoreCreator::new` and `Store::open`.
     pub fn create_empty(
         paths: &[PathBuf],
         manifest: Manifest,
         options: OpenOptions,
         ledger: &Ledger,
     ) -> Result<Self> {
-        Creator::new(paths, manifest, options.engine, ledger)?.finish(&[])?;
+        StoreCreator::new(paths, manifest, options.engine, ledger)?.finish(&[])?;
         Self::open(paths, options, ledger)
     }
 }

@@ -5,7 +5,7 @@
 use crate::error::{Error, Result};
 use crate::memory::slot::Slot;
 use crate::optimizer::split::{join, split};
-use crate::store::create::Creator;
+use crate::store::create::StoreCreator;
 use crate::store::state::Store;
 use crate::units::{Group, StateFormat};
 
@@ -35,7 +35,7 @@ impl ValueType {
     }
 }
 
-impl Creator {
+impl StoreCreator {
     /// Writes the weights of a chunk from the values of all its parameters, padding included, through
     /// `slot`, in which each of the chunk's extents fits, and gives the slot back. Blocks.
     ///

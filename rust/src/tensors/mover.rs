@@ -26,7 +26,7 @@ mod commits;
 const IN_FLIGHT_BYTES: usize = 64 << 20;
 
 pub(super) enum Command {
-    Transfer(Transfer),
+    Transfer(Flight),
     /// Make durable what was put before.
     Commit(Sender<Outcome>),
     /// Answer when all before has ended.
@@ -37,7 +37,7 @@ pub(super) enum Command {
 }
 
 /// A run of chunks to write or to read.
-pub(super) struct Transfer {
+pub(super) struct Flight {
     pub(super) operation: Operation,
     pub(super) first_chunk: usize,
     /// By chunk, each as long as its extent; away while in flight.
@@ -64,7 +64,7 @@ pub(super) enum Home {
     List,
 }
 
-impl Transfer {
+impl Flight {
     pub(super) fn new(
         operation: Operation,
         first_chunk: usize,
@@ -109,7 +109,7 @@ pub(super) struct Mover {
     reply: Sender<Completion>,
     working: Table,
     queue: VecDeque<Queued>,
-    transfers: HashMap<u64, Transfer>,
+    transfers: HashMap<u64, Flight>,
     next_transfer: u64,
     pending: HashMap<u64, Pending>,
     next_tag: u64,
@@ -409,12 +409,12 @@ impl Mover {
 
     /// Hands a transfer's memory back and answers, if nothing of it is left to do.
     fn finish(&mut self, id: u64) {
-        let is_over = |t: &Transfer| t.state.in_flight == 0 && t.state.started == t.parts.len();
+        let is_over = |t: &Flight| t.state.in_flight == 0 && t.state.started == t.parts.len();
         if !self.transfers.get(&id).is_some_and(is_over) {
             return;
         }
         let Some(transfer) = self.transfers.remove(&id) else { return };
-        let Transfer { parts, home, done, state, .. } = transfer;
+        let Flight { parts, home, done, state, .. } = transfer;
         let parts: Option<Vec<Slot>> = parts.into_iter().collect();
         let whole = parts.and_then(|parts| parts.into_iter().reduce(Slot::join));
         let outcome = state.failed.map_or(Ok(()), Err);

@@ -8,7 +8,7 @@ use crate::io::engine::faulty::{Fault, Faulty, Plan};
 use crate::io::engine::memory::Memory;
 use crate::memory::ledger::Ledger;
 use crate::memory::slot::Slot;
-use crate::store::Creator;
+use crate::store::StoreCreator;
 use crate::store::layout::tests::of_tensors_manifest;
 use crate::store::layout::{Durability, Manifest};
 use crate::units::StateFormat;
@@ -29,7 +29,7 @@ struct Machine {
 
 /// A process with that store open; nothing happens in it but in `go_on`.
 struct Process {
-    front: Tensors,
+    front: RecordTensors,
     mover: Mover,
     drive: Arc<Faulty>,
 }
@@ -42,7 +42,8 @@ impl Machine {
         let over = Arc::clone(&drive) as Arc<dyn crate::io::engine::Engine>;
         let shape = TENSORS.map(|parameters| (StateFormat::Raw8, parameters));
         let manifest = Manifest { durability, ..of_tensors_manifest(&shape) };
-        let creator = Creator::over(over, None, &paths, manifest, &Ledger::new()).expect("created");
+        let creator =
+            StoreCreator::over(over, None, &paths, manifest, &Ledger::new()).expect("created");
         creator.finish(&[]).expect("finished");
         let drives = Drives::open_waiting(&paths, &mut |_, _| Ok(())).expect("opened");
         let drive = Arc::new(Faulty::over(drive, Plan { seed, ..Plan::default() }));
@@ -53,7 +54,7 @@ impl Machine {
         self.drive.set_by_hand(false);
         let engine = Arc::clone(&self.drive) as Arc<dyn crate::io::engine::Engine>;
         let store = Store::open_on(&self.drives, engine, [self.boot; 16], &Ledger::new())?;
-        let (front, mover) = Tensors::assemble(Arc::new(store), MEMORY)?;
+        let (front, mover) = RecordTensors::assemble(Arc::new(store), MEMORY)?;
         self.drive.set_by_hand(true);
         Ok(Process { front, mover, drive: Arc::clone(&self.drive) })
     }
@@ -72,7 +73,7 @@ impl Machine {
 }
 
 impl Process {
-    fn put(&self, record: usize, value: u8) -> Ticket {
+    fn put(&self, record: usize, value: u8) -> Transfer {
         let memory = self.front.allocate(bytes_of(record)).expect("open").expect("free");
         let mut slot = memory.take().expect("at rest");
         slot.fill(value);
@@ -81,7 +82,7 @@ impl Process {
     }
 
     /// Mover and drive go on until the ticket has ended, or the drive has done `operations`.
-    fn go_on(&mut self, ticket: &Ticket, operations: &mut u64) -> Option<Result> {
+    fn go_on(&mut self, ticket: &Transfer, operations: &mut u64) -> Option<Result> {
         for _ in 0..10_000 {
             self.mover.receive();
             self.mover.turn();
@@ -96,7 +97,7 @@ impl Process {
         panic!("stuck");
     }
 
-    fn finish(&mut self, ticket: &Ticket) -> Result {
+    fn finish(&mut self, ticket: &Transfer) -> Result {
         self.go_on(ticket, &mut 10_000).expect("enough operations")
     }
 
@@ -252,7 +253,7 @@ fn memory_in_a_transfer_is_refused_to_another_and_too_little_is_refused_with_the
     let _ticket = process.front.put(0, &memory).expect("sent");
     assert!(matches!(process.front.fill(0, &memory), Err(Error::BufferInUse { .. })));
     let store = Arc::clone(process.front.store());
-    let refused = Tensors::start(store, MEMORY - 1).expect_err("too little").to_string();
+    let refused = RecordTensors::start(store, MEMORY - 1).expect_err("too little").to_string();
     assert!(refused.contains("4194303 bytes") && refused.contains("4194304 at least"), "{refused}");
 }
 
@@ -262,7 +263,7 @@ fn the_thread_ends_with_the_front_and_what_was_asked_for_is_done() {
     machine.drive.set_by_hand(false);
     let engine = Arc::clone(&machine.drive) as Arc<dyn crate::io::engine::Engine>;
     let store = Store::open_on(&machine.drives, engine, [1; 16], &Ledger::new()).expect("opens");
-    let front = Tensors::start(Arc::new(store), MEMORY).expect("started");
+    let front = RecordTensors::start(Arc::new(store), MEMORY).expect("started");
     let memory = front.allocate(bytes_of(0)).expect("open").expect("free");
     let (put, commit) = (front.put(0, &memory).expect("sent"), front.commit().expect("sent"));
     drop(front);
@@ -278,7 +279,8 @@ fn the_front_of_a_tensor_moves_alone_in_whole_chunks() {
     let engine = Arc::clone(&machine.drive) as Arc<dyn crate::io::engine::Engine>;
     let ledger = Ledger::new();
     let store = Arc::new(Store::open_on(&machine.drives, engine, [1; 16], &ledger).expect("opens"));
-    let start = |bytes| Tensors::start_without_copies(Arc::clone(&store), bytes, "activations");
+    let start =
+        |bytes| RecordTensors::start_without_copies(Arc::clone(&store), bytes, "activations");
     assert!(start(CHUNK - 1).is_err());
     let front = start(16 * CHUNK + 1).expect("started");
     assert_eq!(ledger.balances()["activations"].current, 16 * CHUNK as u64);
@@ -289,7 +291,7 @@ fn the_front_of_a_tensor_moves_alone_in_whole_chunks() {
         memory.put_back(slot);
         memory
     };
-    let wait = |ticket: Result<Ticket>| {
+    let wait = |ticket: Result<Transfer>| {
         ticket.expect("sent").wait(Duration::from_secs(60)).expect("ended")
     };
     wait(front.put(0, &filled(bytes_of(0), 1))).expect("written");

@@ -13,7 +13,7 @@ pub(super) type Outcome = Result<Option<Slot>>;
 
 /// Something that was asked for. Dropping it does not stop it.
 #[derive(Debug)]
-pub struct Ticket {
+pub struct Transfer {
     parts: Receiver<Outcome>,
     state: Mutex<Awaited>,
     process: u32,
@@ -25,7 +25,7 @@ struct Awaited {
     outcome: Outcome,
 }
 
-impl Ticket {
+impl Transfer {
     /// One of `parts` parts, of which each sends its outcome.
     pub(super) fn new(parts: usize) -> (Sender<Outcome>, Self) {
         let (sender, receiver) = unbounded();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use megatrain_io::memory::{self, Ledger, PoolSizes, Slot};
 use megatrain_io::optimizer::{self, AdamW, Kernel, Span};
-use megatrain_io::pipeline::{ChunkOp, Kind, Schedule, TensorSettings, chunk_slot_bytes};
+use megatrain_io::pipeline::{CheckedSchedule, ChunkOp, Kind, TensorSettings, chunk_slot_bytes};
 use megatrain_io::store::{Content, Durability, Manifest, Record, Store, Tensor};
 use megatrain_io::{Group, StateFormat, Unit, to_usize};
 
@@ -233,7 +233,7 @@ pub(crate) fn schedule(
     unit: Unit,
     first: Kind,
     gradients: &[Kind],
-) -> Arc<Schedule> {
+) -> Arc<CheckedSchedule> {
     let chunks = |record: usize, kind| {
         store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
     };
@@ -243,5 +243,5 @@ pub(crate) fn schedule(
         chunks(record, Kind::Load).chain(done)
     });
     let operations = forward.chain(backward).collect();
-    Arc::new(Schedule::new(store.units(unit), operations).expect("valid"))
+    Arc::new(CheckedSchedule::new(store.units(unit), operations).expect("valid"))
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::optimizer::adamw::AdamW;
 use crate::pipeline::command::After;
-use crate::pipeline::schedule::{self, Schedule};
+use crate::pipeline::schedule::{self, CheckedSchedule};
 use crate::store::layout::Layout;
 
 pub(super) struct Step {
@@ -16,7 +16,7 @@ pub(super) struct Step {
     updates_left: usize,
     /// Units whose gradient has not been submitted.
     expected: BTreeSet<usize>,
-    schedule: Arc<Schedule>,
+    schedule: Arc<CheckedSchedule>,
     finished: bool,
     /// Whether it is to be committed: then what stays in RAM is written, too.
     commits: bool,
@@ -69,7 +69,7 @@ impl Steps {
     pub(super) fn begin(
         &mut self,
         number: u64,
-        schedule: Arc<Schedule>,
+        schedule: Arc<CheckedSchedule>,
         adamw: AdamW,
         commits: bool,
     ) {

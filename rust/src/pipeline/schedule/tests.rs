@@ -17,15 +17,16 @@ fn broken_orders_are_refused_by_operation() {
         op(Update, 0),
         op(Update, 1),
     ];
-    let schedule = Schedule::new(&layout, good).expect("valid");
+    let schedule = CheckedSchedule::new(&layout, good).expect("valid");
     assert_eq!((schedule.loads(), schedule.updates()), (&[0, 1, 0][..], 2));
     let whole = |kind| [op(kind, 0), op(kind, 1)];
     let order = |kinds: &[Kind]| kinds.iter().copied().flat_map(whole).collect::<Vec<_>>();
-    let schedule = Schedule::new(&layout, order(&[Apply, Load, Update, Defer])).expect("valid");
+    let schedule =
+        CheckedSchedule::new(&layout, order(&[Apply, Load, Update, Defer])).expect("valid");
     assert_eq!((schedule.loads(), schedule.updates()), (&[0, 0][..], 2));
     assert_eq!((schedule.applied().len(), schedule.deferred().len()), (1, 1));
     for kinds in [[Load, Apply], [Apply, Apply], [Defer, Update], [Defer, Load], [Defer, Defer]] {
-        assert!(Schedule::new(&layout, order(&kinds)).is_err(), "{kinds:?}");
+        assert!(CheckedSchedule::new(&layout, order(&kinds)).is_err(), "{kinds:?}");
     }
     let bad = [
         vec![op(Load, 0)],
@@ -36,6 +37,6 @@ fn broken_orders_are_refused_by_operation() {
         vec![op(Update, 0), op(Update, 1), op(Load, 0), op(Load, 1)],
     ];
     for operations in bad {
-        assert!(Schedule::new(&layout, operations.clone()).is_err(), "{operations:?}");
+        assert!(CheckedSchedule::new(&layout, operations.clone()).is_err(), "{operations:?}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::pipeline::{Kind, Residents, Schedule};
+use crate::pipeline::{CheckedSchedule, Kind, Residents};
 use crate::units::{Group, StateFormat, Unit};
 
 use super::support::*;
@@ -81,7 +81,7 @@ fn a_commit_without_what_changed_in_ram_alone_is_refused() {
     let (whole, pipeline) = (schedule(&store, Unit::Record), setup.pipeline(&store));
     train_step(&pipeline, &whole, 1, false).expect("a step");
     let loads = whole.operations().iter().filter(|op| op.kind == Kind::Load).copied().take(3);
-    let reading = Arc::new(Schedule::new(store.layout(), loads.collect()).expect("valid"));
+    let reading = Arc::new(CheckedSchedule::new(store.layout(), loads.collect()).expect("valid"));
     pipeline.begin(reading, adamw(2), true).expect("sent");
     let error = pipeline.wait_durable(LONG).and_then(|_| pipeline.take_weights(0, LONG));
     let error = error.expect_err("chunk 0 is left out");

@@ -11,11 +11,11 @@ use crate::memory::slot::Slot;
 use crate::optimizer::adamw::{AdamW, Kernel};
 use crate::optimizer::{adamw, split};
 use crate::pipeline::{
-    After, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents, Schedule, TensorSettings,
-    chunk_slot_bytes,
+    After, CheckedSchedule, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents,
+    TensorSettings, chunk_slot_bytes,
 };
 use crate::store::layout::tests::manifest;
-use crate::store::{Creator, OpenOptions, Store};
+use crate::store::{OpenOptions, Store, StoreCreator};
 use crate::units::{Group, PAGE_BYTES, StateFormat, Unit};
 
 pub(super) const LONG: Duration = Duration::from_secs(60);
@@ -121,7 +121,7 @@ impl Setup {
         let manifest = manifest(self.chunk_parameters, &records);
         let ledger = Ledger::new();
         let mut creator =
-            Creator::new(&self.files(path), manifest, self.engine, &ledger).expect("created");
+            StoreCreator::new(&self.files(path), manifest, self.engine, &ledger).expect("created");
         let chunks = creator.layout().expect("a layout").chunks().to_vec();
         for (index, chunk) in chunks.iter().enumerate() {
             let mut slot =
@@ -224,7 +224,7 @@ impl Setup {
 }
 
 /// A store that was just imported, in a folder that lives as long as it, and its pipeline.
-pub(super) fn imported() -> (tempfile::TempDir, Setup, Arc<Store>, Arc<Schedule>, Pipeline) {
+pub(super) fn imported() -> (tempfile::TempDir, Setup, Arc<Store>, Arc<CheckedSchedule>, Pipeline) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("store");
     let setup = Setup::default();
@@ -235,7 +235,7 @@ pub(super) fn imported() -> (tempfile::TempDir, Setup, Arc<Store>, Arc<Schedule>
 }
 
 /// Forward over all records, then backward with updates, as training does.
-pub(super) fn schedule(store: &Store, unit: Unit) -> Arc<Schedule> {
+pub(super) fn schedule(store: &Store, unit: Unit) -> Arc<CheckedSchedule> {
     schedule_of(store, unit, Kind::Load, &[Kind::Update])
 }
 
@@ -244,7 +244,7 @@ pub(super) fn schedule_of(
     unit: Unit,
     first: Kind,
     gradients: &[Kind],
-) -> Arc<Schedule> {
+) -> Arc<CheckedSchedule> {
     let chunks = |record: usize, kind| {
         store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
     };
@@ -256,12 +256,12 @@ pub(super) fn schedule_of(
         operations.extend(chunks(record, Kind::Load));
         operations.extend(gradients.iter().flat_map(|kind| chunks(record, *kind)));
     }
-    Arc::new(Schedule::new(store.units(unit), operations).expect("valid"))
+    Arc::new(CheckedSchedule::new(store.units(unit), operations).expect("valid"))
 }
 
 pub(super) fn train_step(
     pipeline: &Pipeline,
-    schedule: &Arc<Schedule>,
+    schedule: &Arc<CheckedSchedule>,
     step: u64,
     commit: bool,
 ) -> Result {

@@ -12,7 +12,7 @@ use crate::memory::slot::Slot;
 use crate::store::checksum;
 use crate::store::header::Header;
 use crate::store::layout::{Layout, Manifest, Record, Tensor};
-use crate::store::{Creator, Store, Table};
+use crate::store::{Store, StoreCreator, Table};
 use crate::units::{CopyId, Group, StateFormat};
 
 /// Boot id under which these stores were written; no other one may vouch for them.
@@ -69,7 +69,7 @@ impl Trained {
         let engine = Arc::new(Memory::default());
         let over = Arc::clone(&engine) as Arc<dyn Engine>;
         let (manifest, ledger) = (manifest(records, chunk, seed), Ledger::new());
-        let creator = Creator::over(over, None, &paths, manifest, &ledger).expect("created");
+        let creator = StoreCreator::over(over, None, &paths, manifest, &ledger).expect("created");
         let mut states = vec![State::import(creator, &engine, &mut rng)];
         let drives = Drives::open_waiting(&paths, &mut |_, _| Ok(())).expect("opened");
         let over = Arc::clone(&engine) as Arc<dyn Engine>;
@@ -119,7 +119,7 @@ fn manifest(records: &[(StateFormat, u64)], chunk_parameters: u64, seed: u64) ->
 impl State {
     /// Half of the planes of each trained group, the whole of the others; places count from the
     /// start of the data area.
-    fn import(mut creator: Creator, engine: &Memory, rng: &mut fastrand::Rng) -> Self {
+    fn import(mut creator: StoreCreator, engine: &Memory, rng: &mut fastrand::Rng) -> Self {
         let layout = creator.layout().expect("a layout").clone();
         let mut groups = Vec::new();
         for (index, chunk) in layout.chunks().iter().enumerate() {

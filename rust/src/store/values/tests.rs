@@ -11,7 +11,8 @@ fn imported(format: StateFormat, values: &[u8], of: ValueType) -> (tempfile::Tem
     let folder = tempfile::tempdir().expect("a folder");
     let (paths, ledger) = ([folder.path().join("store")], Ledger::new());
     let manifest = manifest(PARAMETERS as u64, &[(format, PARAMETERS as u64)]);
-    let mut creator = Creator::new(&paths, manifest, Choice::Threads, &ledger).expect("created");
+    let mut creator =
+        StoreCreator::new(&paths, manifest, Choice::Threads, &ledger).expect("created");
     let slot = Slot::standalone(10 * PARAMETERS, &ledger, "test").expect("memory");
     drop(creator.write_values(0, values, of, slot).expect("written"));
     creator.finish(&[]).expect("finished");
@@ -57,7 +58,8 @@ fn planes_that_a_format_lacks_and_values_that_do_not_fit_are_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     let (paths, ledger) = ([folder.path().join("store")], Ledger::new());
     let manifest = manifest(PARAMETERS as u64, &[(StateFormat::Raw16, PARAMETERS as u64)]);
-    let mut creator = Creator::new(&paths, manifest, Choice::Threads, &ledger).expect("created");
+    let mut creator =
+        StoreCreator::new(&paths, manifest, Choice::Threads, &ledger).expect("created");
     for (chunk, bytes, of) in [
         (0, 4 * PARAMETERS, ValueType::F32),
         (0, PARAMETERS, ValueType::Raw),

@@ -11,7 +11,7 @@ use crate::memory::ledger::Ledger;
 use crate::pipeline::GradientFiles;
 use crate::store::layout::tests::manifest;
 use crate::store::manifest::{Durability, Manifest};
-use crate::store::{Creator, Store};
+use crate::store::{Store, StoreCreator};
 use crate::units::{CopyId, Group, StateFormat};
 
 /// An imported store that every run starts from.
@@ -37,7 +37,8 @@ impl Base {
         let engine = Arc::new(Memory::default());
         let over = Arc::clone(&engine) as Arc<dyn Engine>;
         let manifest = Manifest { durability, ..manifest(4096, &shape) };
-        let mut creator = Creator::over(over, None, &paths, manifest, &ledger).expect("created");
+        let mut creator =
+            StoreCreator::over(over, None, &paths, manifest, &ledger).expect("created");
         memories::import(&mut creator, &Memories::imported(records), &ledger);
         creator.finish(b"step 0").expect("finished");
         let drives = Drives::open_waiting(&paths, &mut |_, _| Ok(())).expect("opened");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::pipeline::{After, ChunkOp, Kind, Schedule};
+use crate::pipeline::{After, CheckedSchedule, ChunkOp, Kind};
 use crate::store::Store;
 use crate::units::Unit;
 
@@ -10,7 +10,7 @@ use crate::units::Unit;
 #[derive(Clone, Debug)]
 pub(super) enum Call {
     Begin {
-        schedule: Arc<Schedule>,
+        schedule: Arc<CheckedSchedule>,
         commits: bool,
     },
     /// Take the weights of a unit and drop them: the forward pass.
@@ -39,7 +39,7 @@ pub(super) fn schedule(
     applied: &[usize],
     trained: &[usize],
     (updates, defers): (bool, bool),
-) -> Arc<Schedule> {
+) -> Arc<CheckedSchedule> {
     let chunks = |record: usize, kind| {
         store.layout().records()[record].clone().map(move |chunk| ChunkOp { kind, chunk })
     };
@@ -57,5 +57,5 @@ pub(super) fn schedule(
             operations.extend(chunks(record, Kind::Defer));
         }
     }
-    Arc::new(Schedule::new(store.units(unit), operations).expect("valid"))
+    Arc::new(CheckedSchedule::new(store.units(unit), operations).expect("valid"))
 }

@@ -13,7 +13,7 @@ use crate::optimizer::adamw::Kernel;
 use crate::pipeline::executor::Executor;
 use crate::pipeline::stalls::{Cause, Causes};
 use crate::pipeline::{
-    After, GradientFiles, Lane, Options, Pipeline, Residents, Schedule, TensorSettings,
+    After, CheckedSchedule, GradientFiles, Lane, Options, Pipeline, Residents, TensorSettings,
     chunk_slot_bytes,
 };
 use crate::store::Store;
@@ -29,7 +29,7 @@ pub(super) struct Stand {
     pub(super) drive: Arc<Faulty>,
     pub(super) front: Pipeline,
     pub(super) executor: Executor,
-    pub(super) schedule: Arc<Schedule>,
+    pub(super) schedule: Arc<CheckedSchedule>,
 }
 
 impl Stand {

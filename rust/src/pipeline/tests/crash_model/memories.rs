@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::memory::ledger::Ledger;
 use crate::memory::slot::Slot;
 use crate::optimizer::adamw::{self, AdamW, Kernel};
-use crate::store::Creator;
+use crate::store::StoreCreator;
 use crate::units::Group;
 
 pub(super) fn len(parameters: u64) -> usize {
@@ -72,7 +72,7 @@ impl Memories {
     }
 }
 
-pub(super) fn import(creator: &mut Creator, memories: &Memories, ledger: &Ledger) {
+pub(super) fn import(creator: &mut StoreCreator, memories: &Memories, ledger: &Ledger) {
     let chunks = creator.layout().expect("a layout").chunks().to_vec();
     for (index, chunk) in chunks.iter().enumerate() {
         let bytes = chunk.extent_bytes(Group::Weight);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::base::Base;
 use crate::error::Error;
 use crate::pipeline::command::Command;
-use crate::pipeline::{After, ChunkOp, Kind, Residents, Schedule};
+use crate::pipeline::{After, CheckedSchedule, ChunkOp, Kind, Residents};
 use crate::store::manifest::Durability;
 use crate::units::Unit;
 use std::time::Duration;
@@ -59,7 +59,7 @@ fn the_step_before_is_finished_though_its_writes_are_in_flight() {
         };
         let operations = whole(0, Kind::Apply).chain(whole(1, Kind::Apply));
         let operations = operations.chain(whole(1, Kind::Defer)).collect();
-        stand.schedule = Arc::new(Schedule::new(layout, operations).expect("valid"));
+        stand.schedule = Arc::new(CheckedSchedule::new(layout, operations).expect("valid"));
         stand.begin(2, true);
         drop(take(&mut stand, 0));
         let weights = take(&mut stand, 1);

@@ -90,6 +90,14 @@ def test_no_two_rust_modules_use_each_other(core: dict[str, str], bindings: dict
     nothing_wrong(floors.circles(floors.rust_module_graph(bindings)))
 
 
+def test_no_import_is_hidden_in_a_string(package: dict[str, str]) -> None:
+    nothing_wrong(floors.hidden_imports(package))
+
+
+def test_every_module_declares_what_others_import(package: dict[str, str]) -> None:
+    nothing_wrong(floors.undeclared(package))
+
+
 def test_the_extension_is_imported_by_few(package: dict[str, str]) -> None:
     nothing_wrong(floors.side_doors(package))
 
@@ -202,6 +210,33 @@ def test_downward_and_foreign_imports_are_allowed() -> None:
     graph = floors.python_graph({"data.files": source, "errors": ""})
     assert graph == {"data.files": {"errors"}, "errors": set()}
     assert floors.wrong_imports(graph) == []
+
+
+def test_a_whole_room_as_a_name_is_caught() -> None:
+    sources = {"store": "", "store.layout": "from megatrain_io import store as s", "store.schedule": ""}
+    assert floors.wrong_imports(floors.python_graph(sources)) == [
+        "store.layout imports the room store: import its modules, so that it is seen which"
+    ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["importlib.import_module(name)", "from importlib import import_module as f", "__import__(name)"],
+)
+def test_an_import_by_a_string_is_caught(source: str) -> None:
+    sources = {"store.layout": source, "__init__": source, "store.pool": "import importlib"}
+    assert floors.hidden_imports(sources) == ["store.layout imports by a string: write an import statement"]
+
+
+def test_names_that_are_not_declared_are_caught() -> None:
+    sources = {
+        "config.schema": '__all__ = ["A", "C"]\nA = 1\nB: int = 2\n_D = 3\ndef f(): ...',
+        "config.parse": "from megatrain_io.config.schema import A, B, _D",
+    }
+    assert floors.undeclared(sources) == [
+        "config.schema: B is imported elsewhere, and not in __all__",
+        "config.schema: C is in __all__, and not defined there",
+    ]
 
 
 def test_a_circle_between_rooms_is_caught() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = []
+__all__ = ["JsonOutput", "Model", "Run"]
 
 
 Model = Annotated[

@@ -2,7 +2,7 @@
 
 from megatrain_io.config.schema import ROOT
 
-__all__ = []
+__all__ = ["ALIASES", "ELSEWHERE"]
 
 
 ALIASES: dict[tuple[str, str], str] = {

@@ -18,7 +18,7 @@ from megatrain_io.config.values import (
     WholeCount,
 )
 
-__all__ = ["DataConfig", "MemoryConfig", "RunConfig", "TrainConfig"]
+__all__ = ["ROOT", "SECTIONS", "DataConfig", "MemoryConfig", "RunConfig", "TrainConfig"]
 
 
 class Section(BaseModel):

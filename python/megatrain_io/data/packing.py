@@ -10,7 +10,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-__all__ = ["RowWriter", "Shard", "pack"]
+__all__ = ["STARTS", "TRAINED", "RowWriter", "Shard", "pack"]
 
 
 TRAINED = 1  # to be predicted from the tokens before it

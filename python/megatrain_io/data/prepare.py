@@ -32,15 +32,7 @@ from megatrain_io.errors import ConfigError, DataError, StorageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "DataOptions",
-    "DataSummary",
-    "EpochOrder",
-    "FileSummary",
-    "PackedDataset",
-    "TrainingData",
-    "prepare",
-]
+__all__ = ["DataOptions", "DataSummary", "FileSummary", "TrainingData", "prepare"]
 
 # Raised with every change that gives other rows for the same data, or another layout of the files.
 _CACHE_VERSION = 1

@@ -4,7 +4,7 @@ import re
 
 from megatrain_io.machine.drive import read_text
 
-__all__ = ["cpu_model"]
+__all__ = ["cpu_model", "parse_cpuinfo"]
 
 
 _CPU_FEATURES = (

@@ -21,8 +21,10 @@ from megatrain_io.errors import (
 )
 
 __all__ = [
+    "FILE_DTYPES",
     "HEADER_BYTES_MAX",
     "READ_BYTES_MAX",
+    "TORCH_DTYPES",
     "Checkpoint",
     "SafetensorsFile",
     "ShardPlan",

@@ -291,7 +291,7 @@ class PagedModel:
             self.state.end(None)
 
     def wait_durable(self) -> None:
-        """Wait until every finished step is updated and durable."""
+        """Make the update that still waits; wait until finished steps are written, and durable where they commit."""
         self.flush()
         self.state.wait_durable()
 

@@ -233,7 +233,7 @@ def _wear(written: float, hardware: Hardware) -> Wear:
     return Wear(written / 1e12, total, is_typical, sum(used) if used else None)
 
 
-# ----------------------------------------------------------------------------------------------- fitting
+# ----------------------------------------------------------------------------------------------- what fits
 
 
 def _needs(job: TrainingJob, hardware: Hardware) -> tuple[VramPlan | None, StepNeeds, tuple[Problem, ...]]:

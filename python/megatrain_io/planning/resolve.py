@@ -61,6 +61,9 @@ _NO_RATES = (
 _NO_FLOPS = (
     "no times: matrix products were not measured on this machine. Run megatrain-io bench without --no-matmul"
 )
+_NO_DESCRIBED_FLOPS = (
+    "no times: the described machine gives no rate for matrix products on its CPU: add cpu_tflops to it"
+)
 _GPU_NOTE = (
     "times for a GPU follow from its rate and the drive's: copies between RAM and VRAM are assumed to overlap with "
     "both, and compute to need as much memory for its tensors as on a CPU"
@@ -89,9 +92,6 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         kilowatt_hour: price of a kWh of electricity.
         rented_hour: price of an hour of a rented GPU, in the same currency.
         settings: settings that win over the file: ``{"train.learning_rate": 2e-5}`` or ``["learning_rate=2e-5"]``.
-
-    Returns:
-        The plan. What does not fit is no error, but one of its ``problems``.
 
     Returns:
         The plan. What does not fit is no error, but one of its ``problems``.
@@ -130,7 +130,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
     if hardware.read is None:
         notes.append(_NO_RATES)
     elif compute is None and hardware.flops_per_second is None:
-        notes.append(_NO_FLOPS)
+        notes.append(_NO_FLOPS if is_here else _NO_DESCRIBED_FLOPS)
     if hardware.device is not None:
         notes.append(_GPU_NOTE)
     run_plan = make_plan(

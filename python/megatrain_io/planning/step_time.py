@@ -39,7 +39,7 @@ _HANDOFF = 0.9e-3
 def schedule_of(job: TrainingJob, policy: UpdatePolicy, *, applies: bool = False) -> tuple[ChunkOp, ...]:
     """The schedule of a training step of the job, as training builds it.
 
-    It is waiting until ``forget_schedules``: those of large models take seconds to build.
+    It is kept until ``forget_schedules``: those of large models take seconds to build.
     """
     return _schedule(job.layout, bool(job.partition.tied_parameters), policy, applies)
 

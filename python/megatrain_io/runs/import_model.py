@@ -31,7 +31,7 @@ from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
 from megatrain_io.store.layout import Chunk, Durability, ModelLayout, Precision, TensorPlace
 from megatrain_io.store.paged_store import Engine, Ledger, StoreCreator
 
-__all__ = ["Progress", "TensorReader", "create_store", "import_model"]
+__all__ = ["NOTHING_LEFT", "Progress", "TensorReader", "create_store", "import_model"]
 
 TensorReader = Callable[[TensorPlace, int, int], Tensor]
 """``read(place, start, stop)``: elements start..stop of a tensor, flat, in the dtype of the source."""

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatrain_io.store.layout import PAGE_BYTES, ModelLayout
-from megatrain_io.store.schedule import _NOTHING, Residents
+from megatrain_io.store.schedule import Residents
 
-__all__ = ["PoolSizes", "Unit", "mapped_nbytes", "pool_sizes"]
+__all__ = ["HUGE_PAGE_BYTES", "PoolSizes", "Unit", "mapped_nbytes", "pool_sizes"]
 
 Unit = Literal["record", "chunk"]
 """What one buffer of the pool holds."""
+
+HUGE_PAGE_BYTES = 2 << 20
+_NOTHING = Residents()
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     # A tied head holds the embedding's weights beside the last block and the head, and its gradient
     # from the head to the end of the step.
     beside = int(tied_embeddings)
-    # Kept gradients are applied on the weights' way to compute, so those are written from elsewhere.
+    # Deferred gradients are applied on the weights' way to compute, so those are written from elsewhere.
     updated = [
         chunk
         for chunk in layout.chunks
@@ -139,9 +142,6 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
             min(len(outer_gradient), 1 + beside) * training,
         ),
     )
-
-
-HUGE_PAGE_BYTES = 2 << 20
 
 
 def mapped_nbytes(pool: PoolSizes, *shares: int) -> int:

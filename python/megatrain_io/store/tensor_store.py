@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-__all__ = ["PrefetchTicket", "TensorSpec", "TensorStore", "Ticket"]
+__all__ = ["PrefetchTicket", "TensorStore", "Ticket"]
 
 Durability = Literal["step", "scratch"]
 

@@ -25,7 +25,16 @@ from rich.text import Text
 from megatrain_io.runs.metrics import StepReport
 from megatrain_io.text import gib
 
-__all__ = ["LineReporter", "LiveReporter", "QuietReporter", "Reporter", "facts", "reporter_for"]
+__all__ = [
+    "SECONDS_BETWEEN_LINES",
+    "LineReporter",
+    "LiveReporter",
+    "QuietReporter",
+    "Reporter",
+    "facts",
+    "reporter_for",
+    "tell",
+]
 
 SECONDS_BETWEEN_LINES = 5.0
 _STEPS_FOR_PACE = 20

@@ -44,7 +44,7 @@ from megatrain_io.training.reporters import Reporter
 from megatrain_io.training.setup import Start
 from megatrain_io.training.wear import WearLimit
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["train"]
 
 # Steps in a row whose gradients are not finite: then no later one will be.
 _SKIPS_MAX = 3

@@ -152,7 +152,7 @@ impl Pipeline {
         if let Some(unit) = schedule.deferred().iter().find(|unit| !self.can_defer(**unit)) {
             let name = self.units.unit_name(*unit);
             return Err(Error::invalid(format!(
-                "there is no place to defer the gradient of {name}"
+                "there is no room for the deferred gradient of {name}"
             )));
         }
         state.waiting = None;

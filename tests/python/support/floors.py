@@ -223,7 +223,11 @@ def wrong_imports(graph: Graph) -> list[str]:
     for importer, targets in sorted(graph.items()):
         for target in sorted(targets):
             here, there = floor_of(room_of(importer)), floor_of(room_of(target))
-            if target in DOORS or there is None:
+            if any(name.startswith(f"{target}.") for name in graph):
+                problems.append(
+                    f"{importer} imports the room {target}: import its modules, so that it is seen which"
+                )
+            elif target in DOORS or there is None:
                 problems.append(f"{importer} imports {target}: nobody inside goes through the door")
             elif importer in DOORS or room_of(importer) == room_of(target) or room_of(target) == "errors":
                 continue
@@ -232,6 +236,52 @@ def wrong_imports(graph: Graph) -> list[str]:
                 problems.append(
                     f"{importer} (floor {here}) imports {target} (floor {there}), which {relation}"
                 )
+    return problems
+
+
+def hidden_imports(sources: Mapping[str, str]) -> list[str]:
+    """Imports by a string, which no graph shows; the front door's are seen by whoever calls them."""
+    return [
+        f"{module} imports by a string: write an import statement"
+        for module, source in sources.items()
+        if module not in DOORS
+        if any(
+            {getattr(node, "id", ""), getattr(node, "attr", ""), getattr(node, "name", "")}
+            & {"import_module", "__import__"}
+            for node in ast.walk(ast.parse(source))
+        )
+    ]
+
+
+def undeclared(sources: Mapping[str, str]) -> list[str]:
+    """Public names that other modules import, or that `__all__` has, without the other."""
+    problems: list[str] = []
+    taken = {name for source in sources.values() for name in own(python_imports(source))}
+    for module, source in sorted(sources.items()):
+        if module in DOORS:
+            continue
+        declared: set[str] = set()
+        defined: set[str] = set()
+        for node in ast.parse(source).body:
+            names = {
+                child.id
+                for child in ast.walk(node)
+                if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)
+            }
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif names == {"__all__"} and isinstance(node, ast.Assign):
+                declared = set(ast.literal_eval(node.value))
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                defined |= names
+        wanted = {name for name in defined if not name.startswith("_") and f"{module}.{name}" in taken}
+        problems += [
+            f"{module}: {name} is imported elsewhere, and not in __all__"
+            for name in sorted(wanted - declared)
+        ]
+        problems += [
+            f"{module}: {name} is in __all__, and not defined there" for name in sorted(declared - defined)
+        ]
     return problems
 
 

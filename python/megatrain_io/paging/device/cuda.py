@@ -16,7 +16,7 @@ from megatrain_io.errors import DoesNotFitError, UnsupportedError
 from megatrain_io.paging.device.base import Accounts, Event, Stream
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 
-__all__ = ["Cuda"]
+__all__ = ["Cuda", "has_bf16", "no_gpu"]
 
 # Number of staging buffers that copies pass through where the pool could not be registered.
 _RING = 4
@@ -312,6 +312,7 @@ def has_bf16() -> bool:
 
 
 def no_gpu() -> UnsupportedError:
+    """The error for a run that asks for a GPU where torch finds none."""
     return UnsupportedError(
         "train.device is cuda, and torch finds no CUDA device here: see megatrain-io doctor, or set train.device=cpu"
     )

@@ -115,7 +115,7 @@ impl Steps {
         let Some(step) = self.queue.back_mut() else { return Ok(false) };
         if let Some(unit) = step.expected.iter().min() {
             let name = units.unit_name(*unit);
-            let error = format!("the step is finished without the gradient of {name}");
+            let error = format!("the step ended without the gradient of {name}");
             return Err(Error::invalid(error));
         }
         step.finished = true;

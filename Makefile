@@ -53,12 +53,22 @@ $(STAMPS)/extension: $(STAMPS)/packages $(RUST_SOURCES)
 demo: setup ## teach a small model new facts, paged from disk, and show what it cost
 	$(BIN)/python examples/demo/run.py
 
+CARGO_TEST = $(shell cargo nextest --version >/dev/null 2>&1 && echo cargo nextest run || echo cargo test)
+PYTEST    := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: test
 test: setup lint ## all checks and tests, as CI runs them
-	if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --package $(CORE); \
-	    else cargo test --package $(CORE) --lib --bins --tests; fi
+	$(CARGO_TEST) --package $(CORE) --lib --bins --tests
 	cargo test --package $(CORE) --doc
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# Tests of the core that go through every crash and every damage, or every way to move the same bytes.
+LONG := crash_model wherever_the_machine_stops corruption hostile no_bit
+
+.PHONY: quick
+quick: lint-once ## what every commit must pass, in 3 minutes: lints, types, and the tests that are not long
+	$(CARGO_TEST) --package $(CORE) --lib -- $(addprefix --skip ,$(LONG))
+	$(PYTEST) -m 'not slow'
 
 .PHONY: soak
 soak: setup ## the crash model, 200,000 random crashes (RUNS=n for another number); 1,000 orders of copies to a device
@@ -80,16 +90,19 @@ fuzz: ## libFuzzer over the store's parsers for 10 minutes (SECONDS=n for anothe
 	    -rss_limit_mb=512 -artifact_prefix=target/fuzz/ target/fuzz/corpus
 
 .PHONY: lint
-lint: setup ## format, clippy, ruff, mypy, and the extension's stub against the extension
-	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
+lint: lint-once ## format, clippy, ruff, mypy, and the extension's stub against the extension
 	cargo clippy --package $(CORE) --all-targets --no-default-features -- -D warnings
-	$(BIN)/python -m ruff check
-	$(BIN)/python -m ruff format --check
-	$(BIN)/python -m mypy
 	@# The stub needs no types of torch, which stubtest would read anew each time.
 	@printf '[mypy]\nfollow_imports = skip\n' > $(STAMPS)/stubtest.ini
 	$(BIN)/python -m mypy.stubtest --mypy-config-file $(STAMPS)/stubtest.ini megatrain_io._lib
+
+.PHONY: lint-once
+lint-once: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
 
 .PHONY: bench
 bench: setup ## benchmarks of the core

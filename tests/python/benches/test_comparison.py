@@ -58,6 +58,7 @@ def test_the_store_may_take_the_checksums_time_on_top():
     assert met({**results, "checksums alone": sums})[goal] is False
 
 
+@pytest.mark.slow
 def test_a_round_of_our_own_contenders_writes_its_figures_and_leaves_nothing(tmp_path):
     output = tmp_path / "figures.json"
     folder = tmp_path / "drive"
@@ -73,6 +74,7 @@ def test_a_round_of_our_own_contenders_writes_its_figures_and_leaves_nothing(tmp
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_bits_of_adamw_are_compared(tmp_path):
     output = tmp_path / "figures.json"
     options = ["--rounds", "1", "--parameters", "65536", "--only", "io f32", "--json", output]

@@ -13,6 +13,8 @@ from megatrain_io.paging.device.simulated import SimulatedDevice
 from paged import PLANES
 from reference.reference import Result
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 PLACEMENTS = ("roomy", "inputs in RAM", "least", "gathered")
 SCRIPT = ROOT / "benches" / "gpu" / "first_contact.sh"

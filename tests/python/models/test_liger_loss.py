@@ -83,6 +83,7 @@ assert written and all(written), "no copy of the logits was made for the gradien
 """
 
 
+@pytest.mark.slow
 @needs_liger
 def test_loss_and_gradients_are_those_of_torch(tmp_path):
     folders = [str(Path(__file__).parent), *sys.path]

@@ -117,6 +117,7 @@ def test_less_than_two_blocks_is_refused_with_the_least_that_does(tmp_path):
 # ---------------------------------------------------------------------------------------------- the bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(1, 1, 1), (3, 3, 3)], ids=["one", "three"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -323,6 +324,7 @@ def test_a_full_drive_is_one_error_before_the_step(tmp_path, monkeypatch):
         assert step_of(model, CASE, 1).trained_tokens > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("when", ["in a step", "before the name is gone"])
 def test_a_kill_leaves_nothing_that_the_next_start_does_not_remove(tmp_path, when):

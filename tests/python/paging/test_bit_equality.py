@@ -18,6 +18,7 @@ def check(case, path, *, chunk_parameters=None, engine="auto", drives=DRIVES, co
     assert differing(planes, expected_planes(expected)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(1,) * 20, (4,) * 6], ids=["twenty steps", "six steps of four"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

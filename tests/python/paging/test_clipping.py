@@ -63,6 +63,7 @@ def check(tmp_path, case, max_grad_norm, **how):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["deferred", "speculative"])
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
@@ -97,6 +98,7 @@ def test_how_it_is_done_changes_no_bit(tmp_path, policy, how):
     check(tmp_path, case, limit_of(case), policy=policy, **how)
 
 
+@pytest.mark.slow
 def test_the_norm_is_that_of_torch_and_its_bits_do_not_depend_on_the_place(tmp_path):
     case = Case(tied=True, dtype=BF16, counts=(1, 2))
     norms = set()

@@ -85,6 +85,7 @@ def test_a_device_gives_the_bits_of_stock_training(tmp_path, family, tied, dtype
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_no_delay_changes_a_bit(tmp_path, seed):
     tied = seed % 2 == 1
@@ -102,6 +103,7 @@ def test_no_delay_changes_a_bit(tmp_path, seed):
 SLOW = {"the last gradient has left": {"out": 0.002}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", sorted(WAITS))
 def test_every_wait_is_needed(tmp_path, monkeypatch, why):
     """Left out, it is noticed at the first access that comes too early."""
@@ -123,6 +125,7 @@ def test_every_wait_is_needed(tmp_path, monkeypatch, why):
         trained(tmp_path / "store", case, device, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_parameters", [4096, 1 << 20])
 @pytest.mark.parametrize("why", sorted(GATHERING))
 def test_every_wait_of_gradients_that_gather_is_needed(tmp_path, why, chunk_parameters):
@@ -170,6 +173,7 @@ def test_inputs_go_on_to_ram_and_from_there_to_the_drive(tmp_path):
     assert differing(planes, expected_planes(expected)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
     case = Case(tied=tied, dtype=BF16, counts=(2, 2), overrides={"num_hidden_layers": 6})
@@ -188,6 +192,7 @@ def test_what_is_allocated_on_a_device_is_what_was_planned(tmp_path, tied):
         assert device.accounts.peak_nbytes == made.allocated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resident_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("policy", ["immediate", "deferred", "speculative"])
 @pytest.mark.parametrize("buffers", ["any", "pieces", "pieces, tied"])
@@ -247,6 +252,7 @@ def test_generating_on_a_device_gives_the_tokens_of_the_cpu(tmp_path, tied):
     assert found[:2] == found[2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gathers", [False, True], ids=["on the device", "gathering"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("when", ["forward", "backward", "loss", "gradient"])

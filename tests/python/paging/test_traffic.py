@@ -38,6 +38,7 @@ def measured(model, case, commit_every: int = 1) -> tuple[float, float]:
     return read, written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -60,6 +61,7 @@ def test_bytes_per_parameter_and_step(tmp_path, dtype, tied, micro_batches):
     assert predicted_written <= written <= 1.01 * predicted_written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -28,6 +28,7 @@ def counted(model, micro_batches):
     return dry_run(model.partition, model.state.layout, micro_batches, slice_tokens=model.slice_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -61,6 +62,7 @@ def test_many_alike_take_what_a_dry_run_of_all_says(tied):
 FLAT = SIZES | {"intermediate_size": 16, "vocab_size": 263, "head_dim": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_many_alike_are_counted_by_three_of_them(tmp_path, dtype):
     case = Case(dtype=dtype, overrides=FLAT | {"num_attention_heads": 1, "num_key_value_heads": 1})

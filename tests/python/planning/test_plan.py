@@ -77,6 +77,7 @@ KEPT = 1e-3
 # ------------------------------------------------------------------------------- against what then happens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train_keys", "memory"),
     [
@@ -123,6 +124,7 @@ def test_bytes_and_ram_are_those_that_were_planned(source, tmp_path, train_keys,
     assert any(note.startswith("plan: ") for note in reporter.starts[0][2])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="nobody measured how fast a device that is made up computes")
 def test_with_a_profile_there_is_a_time_too(source, tmp_path, measured):
     del measured
@@ -216,6 +218,7 @@ def nearest_fits(model, on, problem, **settings):
     return mt.plan(model, on=on, settings=SMALL | settings | changed).require_fits()
 
 
+@pytest.mark.slow
 def test_too_little_ram_is_refused_with_both_numbers_and_the_nearest_that_fits_is_trained(source, tmp_path):
     settings = {"data.max_length": 128, "train.per_device_train_batch_size": 4, "memory.ram": "1700KiB"}
     on = machine(tmp_path)
@@ -284,6 +287,7 @@ def test_too_small_a_drive_is_refused_and_scratch_may_do(source, model, tmp_path
     assert not RunFolder(tmp_path / "run").own_store.exists()
 
 
+@pytest.mark.slow
 def test_too_little_vram_is_refused(model, tmp_path):
     settings = {"data.max_length": 4096, "train.per_device_train_batch_size": 8}
     roomy = mt.plan(model, on=machine(tmp_path, ram="8GiB", device=gpu("80GB")), settings=SMALL | settings)
@@ -449,6 +453,7 @@ def test_auto_takes_as_many_micro_batches_as_hide_the_drive(model, tmp_path):
     assert fewer.tokens_per_step < fewer.tokens_to_hide_io
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="nobody measured how fast a device that is made up computes")
 def test_auto_is_decided_once_and_written_down(source, tmp_path, profile):
     slow = profile.drives[0].read.model_copy(update={"gb_per_s": 0.01})
@@ -480,6 +485,7 @@ def test_auto_without_rates_says_what_to_do(source, model, tmp_path):
 # ------------------------------------------------------------------------------------------ command line
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_plan_and_ends_with_3_where_it_does_not_fit(model, tmp_path):
     on = machine(tmp_path)
     done = invoke("plan", model, "--on", on, "--tokens", "1e6", "max_length=64")

@@ -37,6 +37,7 @@ DEEP = {"num_hidden_layers": 12}
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clips", [False, True], ids=["free", "clipped"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
@@ -92,6 +93,7 @@ def expected():
     return train_in_memory(CASE.model, CASE.steps, CASE.hyperparameters, CASE.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commit_every", [1, 3])
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):

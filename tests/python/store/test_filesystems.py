@@ -40,6 +40,8 @@ from megatrain_io.store.paged_store import PagedStore
 from paged import Case, all_planes, differing, files, make_store, opened, progress_of, train
 from reference.reference import build, tiny_config
 
+pytestmark = pytest.mark.slow
+
 ENGINE = "threads"  # of what only looks: stopping a ring takes a second; what fails and is cut runs on `auto`
 IMAGE_BYTES = 320 * MIB  # XFS takes no less than 300 MiB; the files are sparse
 CUTS = 6

@@ -14,6 +14,8 @@ from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import Ledger, PagedStore, StoreCreator
 from megatrain_io.store.pool import PoolSizes
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ["uring", "threads"]
 
 # Opens the store and makes a worker, which says who it is and what it has of its parent, and lives until

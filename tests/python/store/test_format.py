@@ -11,6 +11,7 @@ from paged import Case, blob, files, make_store, opened, train
 from runs import configured, start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("steps", "drives"), [(0, 1), (3, 1), (3, 3)])
 def test_a_reader_made_from_the_document_reads_every_plane(tmp_path, dtype, steps, drives):

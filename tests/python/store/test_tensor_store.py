@@ -256,6 +256,7 @@ def test_memory_is_fixed_counted_and_free_again(tmp_path):
     assert ledger.balances()["tensors"][0] == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_gives_way_and_the_put_must_be_repeated(tmp_path):
     """Signals are looked at while a copy waits for a slot; what was half put is not taken for whole."""
     script = f"""
@@ -296,6 +297,7 @@ def test_ctrl_c_gives_way_and_the_put_must_be_repeated(tmp_path):
 # -------------------------------------------------------------------------------- what is committed
 
 
+@pytest.mark.slow
 def test_only_what_was_committed_is_there_again(tmp_path, engine):
     path = tmp_path / "store"
     spec = {"a": ((5000,), torch.int32), "b": ((), torch.int32)}
@@ -335,6 +337,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_kill_at_any_moment_leaves_the_old_set_or_the_new_one(tmp_path):
     path = tmp_path / "store"

@@ -7,6 +7,8 @@ from megatrain_io.paging.step import Step
 from paged import differing
 from runs import STEPS, blob_of, configured, metrics_of, planes_of, start
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 1.0
 MODES = [{}, {"memory": {"commit_every": 2}}, {"memory": {"ram": "1GiB"}}, {"eval_steps": 2}]
 

@@ -23,7 +23,10 @@ from megatrain_io.training.trainer import train
 from paged import DEVICE, Case, partitioned, to_micro_batch
 from runs import ENGINE, Reporter, check_equals, configured, metrics_of, start
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compares with runs on the CPU")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(DEVICE != "cpu", reason="compares with runs on the CPU"),
+]
 
 MIB = 1 << 20
 

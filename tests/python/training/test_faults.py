@@ -44,6 +44,8 @@ from runs import (
     start,
 )
 
+pytestmark = pytest.mark.slow
+
 # ------------------------------------------------------------------------------------- the drive
 
 EIO, ENOSPC = errno.EIO, errno.ENOSPC

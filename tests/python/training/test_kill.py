@@ -24,6 +24,8 @@ from paged import (
 )
 from reference.reference import train as train_in_memory
 
+pytestmark = pytest.mark.slow
+
 STEPS = 200
 CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1,) * STEPS)
 

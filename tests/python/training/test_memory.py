@@ -13,6 +13,8 @@ import memory_of_training
 from memory_of_training import shape
 from paged import DRIVES, PROFILE, Case, files, make_store
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 32  # more would be products in bf16, which are slow on many processors, and hardly more RAM
 
 

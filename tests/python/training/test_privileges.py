@@ -16,9 +16,13 @@ import restricted
 from megatrain_io.machine.extension import probe_uring
 from paged import DRIVES, PROFILE, files, make_store
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() not in restricted.ARCHITECTURES, reason="the filters are written for x86-64 and ARM64"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.machine() not in restricted.ARCHITECTURES,
+        reason="the filters are written for x86-64 and ARM64",
+    ),
+]
 needs_uring = pytest.mark.skipif(probe_uring() is not None, reason="io_uring is refused here anyway")
 
 

@@ -10,6 +10,8 @@ from megatrain_io.training.lr_schedule import learning_rate_at
 from paged import differing
 from runs import STEPS, blob_of, check_equals, configured, metrics_of, planes_of, start
 
+pytestmark = pytest.mark.slow
+
 MODES = [
     {},
     {"memory": {"commit_every": 2}},

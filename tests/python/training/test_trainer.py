@@ -93,6 +93,7 @@ def test_learning_rates_are_those_of_transformers(name, warmup):
 # ------------------------------------------------------------------------------- ends, and going on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "commit_every", "kept"), [(1, 1, 1), (4, 1, 4), (3, 2, 2), (1, 3, 0)])
 def test_an_interrupted_run_goes_on_to_the_same_bits(source, whole, tmp_path, stop, commit_every, kept):
     config = configured(source, tmp_path / "run", memory={"commit_every": commit_every})
@@ -158,6 +159,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_the_command_line(source, whole, tmp_path):
     run = tmp_path / "run"
     config = configured(source, run)

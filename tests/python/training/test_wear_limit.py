@@ -7,6 +7,8 @@ import pytest
 from megatrain_io.errors import InterruptedRunError, WearLimitError
 from runs import STEPS, blob_of, check_equals, configured, metrics_of, planes_of, start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("train_keys", "memory"),

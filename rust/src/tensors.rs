@@ -117,7 +117,7 @@ impl RecordTensors {
         sizes: &[(usize, usize); 2],
         account: &str,
     ) -> Result<(Self, Mover)> {
-        if store.manifest().content != Content::RecordTensors {
+        if store.manifest().content != Content::Tensors {
             return Err(Error::format(
                 store.drives().path(),
                 "this store holds a model in training, not tensors: use it through its run",

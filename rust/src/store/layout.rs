@@ -98,7 +98,7 @@ impl Layout {
         let mut drives = vec![Areas::default(); manifest.drives];
         for (index, record) in manifest.records.iter().enumerate() {
             let is_rewritable =
-                record.format.is_trainable() || manifest.content == Content::RecordTensors;
+                record.format.is_trainable() || manifest.content == Content::Tensors;
             let first = chunks.len();
             let mut start = 0;
             while start < record.parameters {

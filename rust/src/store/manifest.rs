@@ -67,7 +67,7 @@ pub enum Content {
     #[default]
     Training,
     /// One tensor each, as bytes, which can be written at any time.
-    RecordTensors,
+    Tensors,
 }
 
 /// A value of at most [`MODEL_BYTES_MAX`], which is told before any of it is built.
@@ -202,7 +202,7 @@ impl Manifest {
         }
         match self.content {
             Content::Training => Ok(()),
-            Content::RecordTensors => self.validate_tensors(),
+            Content::Tensors => self.validate_tensors(),
         }
     }
 

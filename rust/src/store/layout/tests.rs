@@ -30,7 +30,7 @@ pub(crate) fn manifest(chunk_parameters: u64, records: &[(StateFormat, u64)]) ->
 
 /// The same as a store of tensors, each with the bytes of its record.
 pub(crate) fn of_tensors_manifest(records: &[(StateFormat, u64)]) -> Manifest {
-    let mut manifest = Manifest { content: Content::RecordTensors, ..manifest(4096, records) };
+    let mut manifest = Manifest { content: Content::Tensors, ..manifest(4096, records) };
     for (tensor, record) in manifest.tensors.iter_mut().zip(&manifest.records) {
         tensor.name.clone_from(&record.name);
     }

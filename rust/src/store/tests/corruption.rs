@@ -44,7 +44,7 @@ enum Verdict {
 
 /// How often a part was hit, and what came of it.
 #[derive(Clone, Copy, Debug, Default)]
-struct Tally {
+struct Counts {
     hits: u64,
     /// Hits that changed current data of the newest generation.
     current: u64,
@@ -65,13 +65,13 @@ fn ten_thousand_damages_are_found_or_hit_nothing_that_counts() {
     let large = |seed| Trained::new(folder.path(), &large, 132 << 10, seed);
     let stores =
         Stores { small: [small(1), small(2)], large: [large(3), large(4)], _folder: folder };
-    let tallies = Mutex::new(BTreeMap::<&str, Tally>::new());
+    let all_counts = Mutex::new(BTreeMap::<&str, Counts>::new());
     let failure = (0..DAMAGES).into_par_iter().find_map_any(|seed| {
         let run = || damage_and_look(&stores, seed);
         match catch_unwind(AssertUnwindSafe(run)) {
-            Ok(Ok((part, tally))) => {
-                let mut tallies = tallies.lock().expect("not poisoned");
-                tallies.entry(part).or_default().add(tally);
+            Ok(Ok((part, counts))) => {
+                let mut all_counts = all_counts.lock().expect("not poisoned");
+                all_counts.entry(part).or_default().add(counts);
                 None
             }
             Ok(Err(reason)) => Some(format!("seed {seed}: {reason}")),
@@ -79,18 +79,18 @@ fn ten_thousand_damages_are_found_or_hit_nothing_that_counts() {
         }
     });
     assert_eq!(failure, None);
-    check_tallies(&tallies.into_inner().expect("not poisoned"));
+    check_counts(&all_counts.into_inner().expect("not poisoned"));
 }
 
 /// No part was left out, and the outcomes are those that the design promises.
-fn check_tallies(tallies: &BTreeMap<&str, Tally>) {
-    let all = || tallies.values();
-    let report = format!("{tallies:#?}");
-    assert_eq!(tallies.len(), PARTS.len(), "{report}");
+fn check_counts(all_counts: &BTreeMap<&str, Counts>) {
+    let all = || all_counts.values();
+    let report = format!("{all_counts:#?}");
+    assert_eq!(all_counts.len(), PARTS.len(), "{report}");
     assert_eq!(all().map(|t| t.hits).sum::<u64>(), DAMAGES);
     assert!(all().all(|t| t.hits > DAMAGES / 20 && t.detected + t.harmless == 2 * t.hits));
     for part in ["copy A", "copy B", "single copy", "manifest", "table", "blob"] {
-        let Tally { current, detected, .. } = tallies[part];
+        let Counts { current, detected, .. } = all_counts[part];
         assert!(current > 100, "{part}: {report}");
         assert_eq!(
             detected,
@@ -99,17 +99,17 @@ fn check_tallies(tallies: &BTreeMap<&str, Tally>) {
         );
     }
     for part in ["superblock", "mirror", "clean marker", "gap"] {
-        assert_eq!(tallies[part].detected, 0, "{part}: {report}");
+        assert_eq!(all_counts[part].detected, 0, "{part}: {report}");
     }
     for part in ["table", "blob", "copy A", "copy B"] {
-        assert!(tallies[part].fell_back > 50, "{part}: {report}");
+        assert!(all_counts[part].fell_back > 50, "{part}: {report}");
     }
     for part in ["copy A", "copy B", "table", "blob"] {
-        assert!(tallies[part].harmless > 100, "{part}: older data was hit too: {report}");
+        assert!(all_counts[part].harmless > 100, "{part}: older data was hit too: {report}");
     }
 }
 
-impl Tally {
+impl Counts {
     fn add(&mut self, other: Self) {
         self.hits += other.hits;
         self.current += other.current;
@@ -120,7 +120,7 @@ impl Tally {
 }
 
 /// Does one damage, opens the store after a clean stop and after another, and reads everything back.
-fn damage_and_look(stores: &Stores, seed: u64) -> Result<(&'static str, Tally), String> {
+fn damage_and_look(stores: &Stores, seed: u64) -> Result<(&'static str, Counts), String> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let [store, stranger] =
         if seed.is_multiple_of(LARGE_ONE_IN) { &stores.large } else { &stores.small };
@@ -132,7 +132,7 @@ fn damage_and_look(stores: &Stores, seed: u64) -> Result<(&'static str, Tally), 
         "table" | "blob" => !root_holds(&drive, store, 3),
         _ => !newest_holds,
     };
-    let mut tally = Tally { hits: 1, current: u64::from(current_hit), ..Tally::default() };
+    let mut counts = Counts { hits: 1, current: u64::from(current_hit), ..Counts::default() };
     for clean in [false, true] {
         let drive = drive.copy();
         if !clean {
@@ -143,16 +143,16 @@ fn damage_and_look(stores: &Stores, seed: u64) -> Result<(&'static str, Tally), 
             .map_err(|reason| format!("{what} in {part}, clean stop {clean}: {reason}"))?;
         match verdict {
             Verdict::Opened { generation: 3, damaged, .. } if damaged.is_empty() => {
-                tally.harmless += 1;
+                counts.harmless += 1;
             }
             Verdict::Opened { fell_back, .. } => {
-                tally.detected += 1;
-                tally.fell_back += u64::from(fell_back);
+                counts.detected += 1;
+                counts.fell_back += u64::from(fell_back);
             }
-            Verdict::Refused => tally.detected += 1,
+            Verdict::Refused => counts.detected += 1,
         }
     }
-    Ok((part, tally))
+    Ok((part, counts))
 }
 
 /// Opens the store, which must end as foretold, and compares all it gives with what was committed.

@@ -4,14 +4,12 @@ from megatrain_io.config.schema import ROOT
 
 __all__ = ["ALIASES", "ELSEWHERE"]
 
-
 ALIASES: dict[tuple[str, str], str] = {
     (ROOT, "model_name_or_path"): "model",
     ("data", "sequence_len"): "max_length",
     ("data", "cutoff_len"): "max_length",
     ("data", "max_seq_length"): "max_length",
 }
-
 
 # Keys of other tools that are refused, and what to do instead.
 ELSEWHERE: dict[str, str] = {

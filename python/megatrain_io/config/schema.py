@@ -144,5 +144,4 @@ class RunConfig(Section):
 
 ROOT = ""
 
-
 SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "train": TrainConfig, "memory": MemoryConfig}

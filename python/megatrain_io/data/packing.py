@@ -12,20 +12,15 @@ from numpy.typing import NDArray
 
 __all__ = ["STARTS", "TRAINED", "RowWriter", "Shard", "pack"]
 
-
 TRAINED = 1  # to be predicted from the tokens before it
-
 
 STARTS = 2  # first of its document
 
-
 _FRAME_BYTES = 1 << 20
-
 
 # Documents are packed with those near them, so that rows are written as the data are read: at most this many
 # tokens, or this many rows of them, wait. Little is lost to rows that are not full at the end of each turn.
 _WINDOW_TOKENS = 1 << 21
-
 
 _WINDOW_ROWS = 64
 

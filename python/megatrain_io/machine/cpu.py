@@ -6,7 +6,6 @@ from megatrain_io.machine.drive import read_text
 
 __all__ = ["cpu_model", "parse_cpuinfo"]
 
-
 _CPU_FEATURES = (
     "sse4_2",
     "avx2",

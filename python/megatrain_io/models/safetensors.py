@@ -419,5 +419,4 @@ TORCH_DTYPES = {
     "I64": torch.int64,
 }
 
-
 FILE_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

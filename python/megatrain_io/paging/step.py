@@ -32,7 +32,6 @@ __all__ = ["LOGITS_BYTES", "Step", "hidden_nbytes", "slice_tokens"]
 LOGITS_BYTES = 128 << 20
 """Default bound on the bytes of the fp32 logits of one slice of tokens."""
 
-
 # Random numbers follow from these words: with others, a run that has begun would go on with other bits.
 _SEED_NAMES = {Phase.EMBEDDING: "prologue", Phase.HEAD: "epilogue"}
 

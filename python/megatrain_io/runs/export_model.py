@@ -40,7 +40,6 @@ from megatrain_io.store.paged_store import Engine, PagedStore
 
 __all__ = ["export_model"]
 
-
 _SPARE_BYTES = 1 << 20
 
 

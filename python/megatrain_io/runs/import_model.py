@@ -39,7 +39,6 @@ TensorReader = Callable[[TensorPlace, int, int], Tensor]
 Progress = Callable[[int, int], None]
 """``progress(done, total)``: chunks done, and chunks in all."""
 
-
 _TRAINABLE = ("BF16", "F16", "F32")
 
 NOTHING_LEFT = "nothing was left behind"

@@ -16,14 +16,11 @@ __all__ = [
     "slot_nbytes",
 ]
 
-
 CONTEXT_NBYTES = 600 << 20
 """What CUDA, cuBLAS and fragments of the allocator take on a GPU, besides tensors."""
 
-
 # Pieces of gradients that gather in RAM: one comes in, one is added to, one goes out.
 _PIECES = 3
-
 
 _STEP = 2 << 20
 

@@ -26,6 +26,7 @@ __all__ = [
     "inspect",
     "owner_of",
     "probe_uring",
+    "state_formats",
     "store_memory",
 ]
 
@@ -61,6 +62,10 @@ class _StoreInfo(TypedDict):
     is_clean: bool
     is_of_this_boot: bool
     is_direct: bool
+
+class _StateFormat(TypedDict):
+    planes: list[tuple[str, str, int]]
+    step_nbytes: tuple[int, int]
 
 class _Work(TypedDict):
     read: int
@@ -407,6 +412,13 @@ def inspect(paths: Sequence[str | PathLike[str]]) -> _StoreInfo:
 
 def probe_uring() -> str | None:
     """Why io_uring cannot be used here; None when it can."""
+
+def state_formats() -> dict[str, _StateFormat]:
+    """The formats of a record's state by name, in bytes of one parameter.
+
+    ``planes`` lists ``(name, dtype, nbytes)``, that of the weight first; ``step_nbytes`` is what a step of training
+    reads and what it writes, where nothing stays in RAM.
+    """
 
 def store_memory(manifest: bytes) -> int:
     """Bytes that a store with this manifest takes in RAM, once it is open.

@@ -124,7 +124,8 @@ impl Store {
                     .collect())
             }
             (plane, format) => {
-                let index = format.update_planes().iter().position(|(p, _)| p.name() == plane);
+                let planes = format.planes(Group::Update);
+                let index = planes.iter().position(|spec| spec.plane.name() == plane);
                 let range = index.and_then(|i| place.plane_ranges(Group::Update).get(i).cloned());
                 let range = range.ok_or_else(|| {
                     Error::invalid(format!("chunk {chunk} has no plane {plane:?}"))

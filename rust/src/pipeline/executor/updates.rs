@@ -434,7 +434,7 @@ fn plan_writes(
         true => Ok(None),
         false => working.plan_write(&cx.store, chunk, group, planes).map(Some),
     };
-    Ok([plan(Group::Weight, 1)?, plan(Group::Update, place.format().update_planes().len())?])
+    Ok([plan(Group::Weight, 1)?, plan(Group::Update, place.format().planes(Group::Update).len())?])
 }
 
 type Computed = ([Option<Slot>; 2], [Vec<u32>; 2]);

@@ -68,8 +68,8 @@ proptest! {
         let weight_out = cast_slice_mut(&mut out);
         let mut state = State::new(StateFormat::F32, weight, weight_out, &gradient, planes);
         prop_assert_eq!(state.parameters(), len);
-        for mut tile in state.cut(tile) {
-            update.tile(Kernel::Scalar, &mut tile);
+        for mut run in state.cut(2 * tile) {
+            run.cut(tile).for_each(|mut tile| update.tile(Kernel::Scalar, &mut tile));
         }
         let (mut expected, mut is_in, mut is_left) = (old, vec![0.0; len], vec![0.0; len]);
         for span in &spans {

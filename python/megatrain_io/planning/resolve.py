@@ -33,6 +33,7 @@ from megatrain_io.runs.folder import RunFolder
 from megatrain_io.store.dtypes import FORMATS
 from megatrain_io.store.layout import ModelLayout, Precision
 from megatrain_io.store.paged_store import store_memory
+from megatrain_io.store.state_format import SPECS
 
 __all__ = [
     "DataShape",
@@ -268,9 +269,11 @@ def resolve_precision(
         precision = run.read().precision
     elif precision == "auto" and without_bf16 is not None:
         precision = "fp32"
+        fp32, bf16 = SPECS[FORMATS["fp32"]], SPECS[FORMATS["bf16"]]
         notes.append(
-            f"train.precision is fp32, because {without_bf16} does not compute in bf16: 16 bytes are read and 12 "
-            "written for each parameter and step, instead of 14 and 12, and matrix products are slower"
+            f"train.precision is fp32, because {without_bf16} does not compute in bf16: {fp32.read_bytes} bytes are "
+            f"read and {fp32.written_bytes} written for each parameter and step, instead of {bf16.read_bytes} and "
+            f"{bf16.written_bytes}, and matrix products are slower"
         )
     elif precision == "auto":
         precision = "bf16"

@@ -13,6 +13,7 @@ from megatrain_io.planning.simulator import Rates, simulate
 from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.pool import PoolSizes
 from megatrain_io.store.schedule import ChunkOp, Phase, UpdatePolicy, build_schedule, flush_schedule, traffic
+from megatrain_io.store.state_format import SPECS
 
 __all__ = [
     "Schedules",
@@ -221,12 +222,13 @@ def _pool_on_device(job: TrainingJob, memory: RamPlan, vram: VramPlan) -> PoolSi
 def _rates(job: TrainingJob) -> Rates:
     """The machine's rates; those that are not known are taken as infinite."""
     hardware, scratch = job.hardware, job.layout.durability == "scratch"
+    written = SPECS[job.layout.format].written_bytes
     return Rates(
         read=hardware.read or inf,
         write=hardware.write or inf,
         side_by_side=hardware.side_by_side,
         check=hardware.checksum_gb_per_s * 1e9,
-        update=1 / (1 / hardware.adamw_parameters_per_s + 12 / (hardware.checksum_gb_per_s * 1e9)),
+        update=1 / (1 / hardware.adamw_parameters_per_s + written / (hardware.checksum_gb_per_s * 1e9)),
         shares_cores=hardware.shares_cores,
         handoff=_HANDOFF if hardware.shares_cores else 0.0,
         commit=0.0 if scratch else hardware.commit_seconds,

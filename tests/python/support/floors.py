@@ -49,6 +49,7 @@ LIGHT = {
         "runs.status",
         "store.inspect",
         "store.layout",
+        "store.state_format",
     ),
 }
 """Rooms and modules that are imported without torch, by themselves or through others."""

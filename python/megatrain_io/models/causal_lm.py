@@ -168,6 +168,9 @@ class ModuleLM:
                 f"{self.name}: the module cannot be copied ({' '.join(str(cause).split())}): keep its tensors as "
                 "parameters and buffers"
             ) from cause
+        for each in self.module.modules():
+            for name, buffer in each.named_buffers(recurse=False):
+                setattr(each, name, buffer.cpu())
         self.config: PreTrainedConfig | None = None
         self._loss = Loss(ForCausalLMLoss, torch.device("cpu"))
         taken = inspect.signature(module.forward).parameters.values()

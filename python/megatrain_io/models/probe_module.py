@@ -128,7 +128,7 @@ def _refuse_structure(module: nn.Module, blocks: str) -> None:
 
 def _proved(small: nn.Module, name: str, blocks: str) -> PartitionSpec:
     """Observe an instance in memory, and compare it with itself block by block."""
-    stock = replace_parameters(small, lambda parameter: noisy(_values(parameter))).train()
+    stock = replace_parameters(small, lambda parameter: noisy(_values(parameter))).cpu().train()
     lm = ModuleLM(small, torch.float32)
     loss_of = partial(_loss_in_memory, stock, lm)
     tokens_of = _tokens_below(_vocabulary(stock, lm, name))
@@ -250,4 +250,4 @@ def _values(parameter: nn.Parameter) -> Tensor:
     """Its values in fp32; zeros where it has none."""
     if parameter.is_meta:
         return torch.zeros(parameter.shape)
-    return parameter.detach().float()
+    return parameter.detach().float().cpu()

@@ -6,8 +6,8 @@ memory, whatever the size of the model or of its largest tensor.
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
 from megatrain_io.store.layout import Chunk, Durability, ModelLayout, Precision, TensorPlace
 from megatrain_io.store.paged_store import Engine, Ledger, StoreCreator
 
-__all__ = ["NOTHING_LEFT", "Progress", "TensorReader", "create_store", "import_model"]
+__all__ = ["NOTHING_LEFT", "Progress", "TensorReader", "checked_weights", "create_store", "import_model"]
 
 TensorReader = Callable[[TensorPlace, int, int], Tensor]
 """``read(place, start, stop)``: elements start..stop of a tensor, flat, in the dtype of the source."""
@@ -121,12 +121,9 @@ def import_model(  # noqa: PLR0913 - as create_store
     targets = [run.own_store] if stores is None else list(stores)
     _refuse_what_is_in_the_way(run, targets)
     folder = ModelFolder(model_dir)
-    with Checkpoint(folder.weight_files()) as files:
+    with checked_weights(folder, precision) as (names, read):
         config = folder.config()
         companions = folder.companions()
-        names = HubNames(config, DTYPES[precision])
-        plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
-        _check_values(files, names, plan, config.model_type)
         partition = PartitionedModel(config, DTYPES[precision], probe(config))
         parts, blocks = model_parts(partition), len(partition.blocks)
         layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
@@ -148,7 +145,7 @@ def import_model(  # noqa: PLR0913 - as create_store
             uuid = create_store(
                 targets,
                 layout,
-                lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop),
+                read,
                 model={
                     "config": folder.raw_config,
                     "architecture": names.architecture,
@@ -171,6 +168,22 @@ def import_model(  # noqa: PLR0913 - as create_store
 
 
 # ------------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def checked_weights(folder: ModelFolder, precision: Precision) -> Iterator[tuple[HubNames, TensorReader]]:
+    """Open the weight files of a model folder, check that they are the model's, and read its tensors from them.
+
+    Raises:
+        ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
+        UnsupportedModelError: the weights are quantised, or have a dtype that is not trained.
+    """
+    with Checkpoint(folder.weight_files()) as files:
+        config = folder.config()
+        names = HubNames(config, DTYPES[precision])
+        plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
+        _check_values(files, names, plan, config.model_type)
+        yield names, lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop)
 
 
 def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tuple[bytes, str]:

@@ -128,8 +128,8 @@ def _refuse_structure(module: nn.Module, blocks: str) -> None:
 
 def _proved(small: nn.Module, name: str, blocks: str) -> PartitionSpec:
     """Observe an instance in memory, and compare it with itself block by block."""
-    stock = replace_parameters(small, lambda parameter: noisy(_values(parameter))).cpu().train()
     lm = ModuleLM(small, torch.float32)
+    stock = replace_parameters(small, lambda parameter: noisy(_values(parameter))).cpu().train()
     loss_of = partial(_loss_in_memory, stock, lm)
     tokens_of = _tokens_below(_vocabulary(stock, lm, name))
     one, two = tokens_of(2, 11), tokens_of(1, 7)

@@ -38,7 +38,7 @@ from megatrain_io.planning.memory_needs import (
     plan_vram,
     step_needs,
 )
-from megatrain_io.planning.ram_budget import RamPlan, least_ram
+from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, least_ram
 from megatrain_io.runs.folder import activations_file, gradient_file
 from megatrain_io.runs.import_model import create_store
 from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision
@@ -197,7 +197,14 @@ class PagedModel:
         ledger: bytes of RAM by account, now and at their peak.
     """
 
-    def __init__(self, source: ModelSource, store: PagedStore, how: "_How", closing: ExitStack) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        store: PagedStore,
+        how: "_How",
+        closing: ExitStack,
+        needs: StepNeeds | None = None,
+    ) -> None:
         self._source = source
         self._store = store
         self._how = how
@@ -218,7 +225,7 @@ class PagedModel:
             *differences(progress.environment, self._environment),
         ]
         if how.largest is not None:
-            self._make_ready(how.largest)
+            self._make_ready(how.largest, needs)
 
     @classmethod
     def create(  # noqa: PLR0913 - each with a meaning of its own
@@ -293,13 +300,15 @@ class PagedModel:
             source = ModelSource(model, precision, blocks, small)
             layout = ModelLayout.build(source.parts, len(source.partition.blocks), FORMATS[precision])
             about = source.describe()
+            needs: StepNeeds | None = None
             if how.largest is not None:  # before anything is written
-                how.plan(source.partition, layout, how.largest, store_memory(layout.manifest(about)))
+                needs = how.largest.needs(source.partition, layout, store_memory(layout.manifest(about)))
+                how.divide(source.partition, layout, needs, how.largest)
             with source.reading(weights) as read:
                 create_store(paths, layout, read, model=about, blob=_Progress(0, seed, None, b"").encode())
             undo.callback(_remove, paths)
             store = closing.enter_context(PagedStore(*paths))
-            made = cls(source, store, how, closing)
+            made = cls(source, store, how, closing, needs)
             undo.pop_all()
         return made
 
@@ -525,8 +534,13 @@ class PagedModel:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _make_ready(self, size: "_StepSize") -> PagedPartition:
-        """The model, ready for steps of ``size``; RAM is divided anew where it was divided for less."""
+    def _make_ready(self, size: "_StepSize", needs: StepNeeds | None = None) -> PagedPartition:
+        """The model, ready for steps of ``size``; RAM is divided anew where it was divided for less.
+
+        Args:
+            size: of a step.
+            needs: what it needs, if that is known and this is the first time.
+        """
         if self._running is not None and self._size is not None and self._size.covers(size):
             return self._running
         wanted = size if self._size is None else self._size.with_room_for(size)
@@ -536,7 +550,8 @@ class PagedModel:
                 f"the memory of {how.device.name} was divided for {self._size}, and this needs room for {wanted}: "
                 "open the model with largest_step=(micro-batches, rows, tokens) of the largest one"
             )
-        ram, vram = how.plan(partition, store.layout, wanted, self._tables)
+        needs = needs or wanted.needs(partition, store.layout, self._tables)
+        ram, vram = how.divide(partition, store.layout, needs, wanted)
         if self._running is not None:
             self._running.wait_durable()
         self._pins.close()
@@ -666,21 +681,20 @@ class _How:
             "max_grad_norm": self.max_grad_norm,
         }
 
-    def plan(
-        self, partition: PartitionedModel, layout: ModelLayout, size: "_StepSize", tables: int
+    def divide(
+        self, partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, size: "_StepSize"
     ) -> tuple[RamPlan, VramPlan | None]:
         """Divide RAM and the device's memory for steps of ``size``.
 
         Args:
             partition: the model without its parameters.
             layout: of its store.
-            size: of a step.
-            tables: bytes of RAM that the open store takes.
+            needs: what such a step needs.
+            size: of a step, to tell.
 
         Raises:
             DoesNotFitError: one is too small; the message has the least that is enough.
         """
-        needs = step_needs(partition, layout, size.micro_batches(packs=partition.spec.packs), tables)
         defers, device = self.max_grad_norm is not None, self.device
         vram: VramPlan | None = None
         if device.has_own_memory:
@@ -695,7 +709,8 @@ class _How:
         try:
             return plan_ram(partition, layout, needs, ram=self.ram, defers=defers), vram
         except DoesNotFitError as error:
-            least = least_ram(layout, needs, tied_embeddings=bool(partition.tied_parameters), defers=defers)
+            tied = bool(partition.tied_parameters)
+            least = least_ram(layout, needs, tied_embeddings=tied, defers=defers)
             raise DoesNotFitError(
                 f"ram is {mib(self.ram)}, and a step of {size} needs {mib(least)} at least: give more, or make a step "
                 "smaller (fewer rows or tokens in a micro-batch, then fewer micro-batches)"
@@ -750,7 +765,17 @@ class _StepSize:
         """A size that covers both."""
         return _StepSize(*map(max, astuple(self), astuple(other)))
 
-    def micro_batches(self, *, packs: bool) -> list[MicroBatch]:
+    def needs(self, partition: PartitionedModel, layout: ModelLayout, tables: int) -> StepNeeds:
+        """What a step of this size needs, in bytes.
+
+        Args:
+            partition: the model without its parameters.
+            layout: of its store.
+            tables: bytes of RAM that the open store takes.
+        """
+        return step_needs(partition, layout, self._micro_batches(packs=partition.spec.packs), tables)
+
+    def _micro_batches(self, *, packs: bool) -> list[MicroBatch]:
         """Micro-batches that take as much memory, all of them the same one.
 
         Args:

@@ -51,6 +51,7 @@ class ModelSource:
         precision: that computes.
         partition: the model without its parameters.
         parts: name and tensors of each part, as ``model_parts`` gives them.
+        folder: model folder that it comes from; None where it is a module.
         is_own_module: whether it is no transformers model.
         notes: sentences for the person.
     """
@@ -61,10 +62,10 @@ class ModelSource:
         self.precision: Precision = precision
         self.notes: list[str] = []
         self._module: nn.Module | None = None
-        self._folder: ModelFolder | None = None
+        self.folder: ModelFolder | None = None
         if isinstance(model, Path | str):
-            self._folder = ModelFolder(Path(model))
-            self.partition = self._of_config(self._folder.config(), None, blocks, small)
+            self.folder = ModelFolder(Path(model))
+            self.partition = self._of_config(self.folder.config(), None, blocks, small)
         else:
             if not isinstance(model, nn.Module):
                 model, small = _without_memory(model, small)
@@ -78,7 +79,7 @@ class ModelSource:
                 self.partition = self._of_module(model, blocks, small)
             self._refuse_other_names(model)
         self.parts = model_parts(self.partition)
-        self.is_own_module = self._folder is None and not isinstance(self._module, PreTrainedModel)
+        self.is_own_module = self.folder is None and not isinstance(self._module, PreTrainedModel)
 
     def describe(self) -> dict[str, Any]:
         """What the store says of the model: plain JSON types."""
@@ -94,12 +95,12 @@ class ModelSource:
             ConfigError: ``weights`` are given for a folder, or missing for a module without memory.
             ModelFilesError, UnsupportedModelError: as ``checked_weights``.
         """
-        if self._folder is not None:
+        if self.folder is not None:
             if weights is not None:
                 raise ConfigError(
                     "weights are given, and the model is a folder, which has its own: leave them out"
                 )
-            with checked_weights(self._folder, self.precision) as (_, read):
+            with checked_weights(self.folder, self.precision) as (_, read):
                 yield read
             return
         own: dict[str, Tensor] = {} if self._module is None else dict(self._module.named_parameters())

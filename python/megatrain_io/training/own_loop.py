@@ -39,6 +39,7 @@ from megatrain_io.planning.memory_needs import (
     step_needs,
 )
 from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, least_ram
+from megatrain_io.runs.export_model import write_model_folder
 from megatrain_io.runs.folder import activations_file, gradient_file
 from megatrain_io.runs.import_model import create_store
 from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision
@@ -158,37 +159,43 @@ class PagedModel:
         model = mt.PagedModel.open(Decoder(), "model.mtio", blocks="layers", ram="4GiB")
         model.step_number, model.state                    # of the last committed step
 
+    **A step.** ``forward`` takes all micro-batches of the step and returns the mean loss of their trained tokens. A
+    micro-batch is ``input_ids``, int64 [B, T]; or a mapping of ``input_ids``, ``labels`` (as transformers has them: not
+    shifted, -100 is not trained), ``attention_mask`` and ``position_ids``, [B, T] each; or a ``MicroBatch``, whose
+    labels are shifted. ``backward`` makes the gradients; then ``step.grad_norm`` is known. Each block is read once for
+    the whole step in either direction, however many micro-batches it has. The loss is known before anything is
+    updated: leave the step by an error, and it is dropped.
+
     **Which models.** A transformers causal language model: the path of a folder as the hub has them, or an instance.
-    Or a module of any class whose ``forward(input_ids)``, int64 [B, T], returns scores [B, T, V] or an object with
-    them as ``.logits``, and which calls the members of one ``nn.ModuleList`` once each, in order. Each block takes the
-    hidden state [B, T, H] first and returns the next one, or a tuple with it as its first entry; what it takes besides
-    (masks, rotary tables) is the same for all, or depends on the block alone, and carries no gradient. Behind the last
-    block each position stands by itself. All parameters are trained; embedding and head may share theirs. Buffers keep
-    their values and dtype. The module that is handed in is only read; to train one that does not fit in RAM, hand in a
-    function that makes it (``lambda: Decoder(config)``: it is called without memory for parameters), and ``weights``.
+    Or a module of any class whose ``forward(input_ids)`` returns scores [B, T, V], or an object with them as
+    ``.logits``, and which calls the members of one ``nn.ModuleList`` once each, in order. A block takes the hidden
+    state [B, T, H] first and returns the next one, alone or as the first of a tuple; what it takes besides (masks,
+    rotary tables) carries no gradient. Behind the last block each position stands by itself. All parameters are
+    trained; embedding and head may share theirs. Buffers keep their values and dtype. A module that is handed in is
+    only read. To train one that does not fit in RAM, hand in a function that makes it (``lambda: Decoder(config)``; it
+    is called without memory for parameters), and ``weights``.
 
     **What is promised.**
 
-    * *Bits.* Losses, weights and both moments are those of the same model in memory: gradients by autograd in the
-      compute dtype, summed over micro-batches in fp32 in their order, then ``torch.optim.AdamW(fused=True)`` on fp32
-      masters. In bf16 a weight is its master rounded to nearest, ties away from zero. This is proved when the model is
-      opened: a small copy is passed through in both ways, and all losses and gradients compared. Where a module is
-      too large for that and no ``small`` one was given, ``notes`` says so. On a GPU the order of sums is that of its
-      kernels. Dropout draws its numbers from ``seed``, step, micro-batch and block, not in the order of a pass in
-      memory; a micro-batch whose fp32 scores take more than 128 MiB passes the head in slices of tokens, and then
-      sums are split otherwise.
-    * *Steps are transactions.* A step is committed as a whole, with the caller's ``state``, or it leaves nothing.
-      Its end is written while the next step begins: ``kill -9`` or a power cut at any moment leaves the last step that
-      was left, or the one before; with ``max_grad_norm`` one more, as gradients wait there for their norm.
-      ``wait_durable`` and ``close`` wait until it is on the drive.
-    * *Resuming* gives the bits of a run that was never stopped, on the same machine with the same versions (``notes``
-      says what changed).
-    * *RAM.* Tables, buffers, activations and compute stay within ``ram``; Python, torch and the caller's own tensors
-      come on top. What it was divided for is the largest step so far, or ``largest_step``: a larger one divides anew.
-      What compute takes is not known where shapes depend on data (some mixtures of experts; ``notes`` says so).
+    * *Bits.* Where the CPU computes, losses, weights and both moments are those of the same model in memory, with as
+      many torch threads: gradients by autograd in the dtype that computes, summed over micro-batches in fp32 in their
+      order, then ``torch.optim.AdamW(fused=True)`` on fp32 masters. In bf16 a weight is its master rounded to nearest,
+      ties away from zero. When a model is opened this is proved for it: a small copy passes through in both ways, and
+      every loss and gradient must agree. A module that is too large for that, without ``small``, is not proved, and
+      ``notes`` says so. Two things differ from a pass in memory: dropout draws its numbers from ``seed``, step,
+      micro-batch and block; and a micro-batch whose fp32 scores take more than 128 MiB passes the head in slices.
+    * *Steps are transactions.* A step is committed as a whole, with the caller's ``state``, or leaves nothing. Its end
+      is written while the next step begins: after ``kill -9`` or a power cut the file stands at the last step that was
+      left or at the one before; with ``max_grad_norm`` one earlier, as gradients wait for their norm. ``wait_durable``
+      and ``close`` wait until the last step is on the drive.
+    * *Resuming* gives the bits of a run that was never stopped, on the same machine with the same versions and
+      settings; ``notes`` says what changed.
+    * *RAM.* Tables, buffers, activations and compute stay within ``ram``; Python, torch's code and the caller's own
+      tensors come on top. It is divided for the largest step so far, or for ``largest_step``; a larger one divides it
+      anew. Where shapes depend on data (some mixtures of experts) what compute takes comes on top; ``notes`` says so.
 
-    **What is not.** Not other optimizers, frozen parameters, adapters, buffers that change, losses of the caller's own,
-    or several GPUs. One thread at a time; not after a fork.
+    **What is not.** Other optimizers, frozen parameters and adapters, buffers that change, losses of one's own, several
+    GPUs, several threads at once, use after a fork.
 
     Made by ``create`` or ``open``, not directly. Leaving its ``with`` closes it.
 
@@ -258,7 +265,7 @@ class PagedModel:
                 time in the order of the model. None = those of the module or folder.
             small: an instance of the module's class with few and small blocks, to prove on; None = the module itself,
                 if it has at most 33,554,432 parameters.
-            precision: ``"bf16"``, with fp32 masters, or ``"fp32"``: the dtype of weights and gradients.
+            precision: that computes: ``"bf16"``, with fp32 masters, or ``"fp32"``.
             ram: bytes, or text such as ``"4GiB"``; None = half of what is free.
             device: what computes: ``"cpu"``, ``"cuda"``, or a device; None = the GPU if there is one that computes in
                 ``precision``, else the CPU. A device that is handed in is not closed.
@@ -334,17 +341,17 @@ class PagedModel:
         Args:
             model: as at ``create``; of a module only the code is used, not its weights.
             path: of the file or files.
-            blocks: as at ``create``, and so the others. Precision and seed are those of the file. Settings that are
-                not those of the last step are named in ``notes``.
-            small: see ``create``.
-            ram: see ``create``.
-            device: see ``create``.
-            vram: see ``create``.
-            weight_decay: see ``create``.
-            betas: see ``create``.
-            eps: see ``create``.
-            max_grad_norm: see ``create``.
-            largest_step: see ``create``.
+            blocks: as at ``create``, and so the others. Precision and seed are those of the file; what differs from
+                the settings of the last step is named in ``notes``.
+            small: an instance of the module's class with few and small blocks, to prove on.
+            ram: bytes, or text such as ``"4GiB"``; None = half of what is free.
+            device: what computes: ``"cpu"``, ``"cuda"``, or a device; None = the GPU if there is one, else the CPU.
+            vram: bytes of a GPU's memory; None = what is free.
+            weight_decay: of parameters with two dimensions or more, or ``decay(name, shape)``.
+            betas: AdamW's.
+            eps: AdamW's.
+            max_grad_norm: gradients with a larger norm over all parameters are scaled down to it; None = never.
+            largest_step: micro-batches for which memory is divided at once; None = for the steps as they come.
 
         Raises:
             ConfigError: an argument is wrong or missing, or the file is of a model with other parameters.
@@ -496,6 +503,28 @@ class PagedModel:
         plane: Plane = "weight" if dtype in (None, compute) else "master"
         for place in self._store.layout.tensors():
             yield place.name, self.read(place.name, plane)
+
+    def save(self, out: Path | str, *, dtype: Precision | None = None) -> None:
+        """Write the last step that was made as a model folder that stock transformers loads.
+
+        Args:
+            out: a folder that does not exist or is empty.
+            dtype: ``"bf16"``, or ``"fp32"``: the masters; None = the precision that computes.
+
+        Raises:
+            ConfigError: the model was not made from a model folder (``weights`` gives its tensors), or something is in
+                the way at ``out``.
+            MegatrainIoError: a step is under way.
+            NoSpaceError, StorageError, CorruptionError: as ``read``, and of the drive that is written to.
+        """
+        self._refuse_in_step("save")
+        if self._source.folder is None:
+            raise ConfigError(
+                "save writes the files of a model folder, and this model was made from a module: write what weights() "
+                "yields in a form of your own, such as safetensors"
+            )
+        self.wait_durable()
+        write_model_folder(self._store, self._source.folder, Path(out), dtype=dtype)
 
     def wait_durable(self) -> None:
         """Wait until the last step that was made is on the drive, so that it survives a power cut.
@@ -796,7 +825,12 @@ class _StepSize:
     def __str__(self) -> str:
         rows = -(-self.largest // self.length)
         count = -(-self.tokens // (rows * self.length))
-        return f"{count} micro-batches with {rows} rows of {self.length} tokens"
+        extras = [
+            *(["position ids"] if self.has_positions else []),
+            *(["an attention mask"] if self.has_mask else []),
+        ]
+        text = f"{count} micro-batches with {rows} rows of {self.length} tokens"
+        return f"{text} ({' and '.join(extras)})" if extras else text
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import megatrain_io as mt
@@ -149,6 +151,14 @@ def test_a_transformers_model_has_the_bits_of_the_reference(tmp_path, source):
         given = tmp_path / "model"
     with created(tmp_path / "store", given, blocks=None) as model:
         check(model, in_memory(case), steps=case.steps, how=case.hyperparameters)
+        if source == "instance":
+            with pytest.raises(ConfigError, match="made from a module"):
+                model.save(tmp_path / "trained")
+            return
+        model.save(tmp_path / "trained")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert saved.dtype == BF16
+    assert differing(dict(saved.named_parameters()), in_memory(case).weight) == []
 
 
 def test_clipped_steps_have_the_bits_of_the_reference(tmp_path):
@@ -280,6 +290,21 @@ def test_ram_is_divided_anew_for_larger_steps_and_stays_within_the_budget(tmp_pa
         assert differing(planes_of(model), planes_in_one_go(tmp_path)) == []
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs other RAM on a device")
+def test_gradients_that_do_not_fit_in_ram_wait_on_the_drive_and_no_bit_changes(tmp_path):
+    with created(tmp_path / "whole", max_grad_norm=0.5) as model:
+        losses, planes, records = go_on(model), planes_of(model), len(model._store.layout.records)
+        assert len(model._store.residents.gradients) == records
+    with pytest.raises(DoesNotFitError) as refused:
+        created(tmp_path / "store", ram="100KiB", max_grad_norm=0.5).__enter__()
+    least = re.search(r"needs ([\d.]+) MiB at least", str(refused.value))[1]
+    with created(tmp_path / "store", ram=f"{least}MiB", max_grad_norm=0.5) as model:
+        assert go_on(model) == losses
+        assert len(model._store.residents.gradients) < records
+        assert differing(planes_of(model), planes) == []
+        assert model.ledger.total()[1] <= float(least) * 2**20
+
+
 def planes_in_one_go(tmp_path):
     with created(tmp_path / "other") as model:
         for batches in STEPS:
@@ -379,6 +404,68 @@ def test_a_module_that_fits_nowhere_is_made_by_a_function_and_its_weights_one_by
         assert [note for note in model.notes if "was not proved" in note and "Give small=" in note]
         assert asked == list(values)
         check(model, reference(BF16))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = example.Block()
+
+    def forward(self, hidden, mask, *, scale):
+        return self.inner(hidden) * scale + mask, None
+
+
+class Elaborate(nn.Module):
+    """All that is allowed: a list that lies deeper, tuples, arguments by name, scores in an object, a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Decoder()
+        self.body.layers = nn.ModuleList(Scaled() for _ in range(3))
+        self.dropout = nn.Dropout(0.2)
+        self.register_buffer("scale", torch.tensor([0.5]))
+
+    def forward(self, tokens, position_ids=None, **more):
+        body, positions = self.body, torch.arange(tokens.shape[1]) if position_ids is None else position_ids
+        hidden = self.dropout(body.tokens(tokens) + body.positions(positions.to(tokens.device)))
+        mask = more.get("attention_mask", torch.zeros_like(tokens))[..., None].to(hidden.dtype)
+        for layer in body.layers:
+            hidden, _ = layer(hidden, mask, scale=self.scale.to(hidden.dtype))
+        return SimpleNamespace(logits=body.head(body.norm(hidden)))
+
+
+@contextmanager
+def elaborate(path, **more):
+    ids = STEPS[0][0]["input_ids"]
+    optional = {"position_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
+    batches = [{"input_ids": ids}, {"input_ids": ids, **optional}]
+    with created(path, Elaborate(), blocks="body.layers", largest_step=batches, **more) as model:
+        yield model, batches
+
+
+def test_blocks_may_take_and_return_more_than_the_hidden_state(tmp_path):
+    """That they are equal then was proved when the file was made."""
+    with elaborate(tmp_path / "store") as (model, batches):
+        assert not any("not proved" in note for note in model.notes)
+        assert model.evaluate(batches[:1]) != model.evaluate(batches[1:])
+    with (
+        created(tmp_path / "other") as model,
+        pytest.raises(ConfigError, match="Decoder: the micro-batch has position_ids, and forward takes no"),
+    ):
+        model.evaluate(batches[1:])
+
+
+def test_dropout_follows_from_the_seed_alone(tmp_path):
+    losses = {}
+    for name, seed in (("one", 0), ("other", 1), ("again", 0)):
+        torch.manual_seed(3)  # of the weights
+        with elaborate(tmp_path / name, seed=seed) as (model, batches):
+            losses[name] = go_on(model, [batches] * 2, until=1 if name == "again" else 2)
+    with mt.PagedModel.open(
+        Elaborate(), files(tmp_path / "again"), blocks="body.layers", **options(largest_step=batches)
+    ) as model:
+        assert go_on(model, [batches] * 2) == losses["one"]
+    assert losses["other"] != losses["one"]
 
 
 # ----------------------------------------------------------------------------------------- refusals

@@ -112,6 +112,10 @@ class ModelSource:
             )
         yield _Given(weights or (lambda name, _shape: own[name].detach().cpu()))
 
+    def release(self) -> None:
+        """Let go of the module, whose weights take RAM: only its code is needed from now on."""
+        self._module = None
+
     def _of_config(
         self, config: PreTrainedConfig, attention: str | None, blocks: str | None, small: nn.Module | None
     ) -> PartitionedModel:

@@ -212,6 +212,7 @@ class PagedModel:
         closing: ExitStack,
         needs: StepNeeds | None = None,
     ) -> None:
+        source.release()
         self._source = source
         self._store = store
         self._how = how
@@ -291,8 +292,10 @@ class PagedModel:
         for each in paths:
             if os.path.lexists(each):
                 raise ConfigError(f"{each} exists: open it with PagedModel.open, or choose another path")
+        written: list[Path] = []
         with ExitStack() as undo:
             closing = ExitStack()
+            undo.callback(_remove, written)
             undo.callback(closing.close)
             how = _How(
                 paths=paths,
@@ -313,7 +316,7 @@ class PagedModel:
                 how.divide(source.partition, layout, needs, how.largest)
             with source.reading(weights) as read:
                 create_store(paths, layout, read, model=about, blob=_Progress(0, seed, None, b"").encode())
-            undo.callback(_remove, paths)
+            written += paths
             store = closing.enter_context(PagedStore(*paths))
             made = cls(source, store, how, closing, needs)
             undo.pop_all()

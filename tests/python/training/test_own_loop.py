@@ -1,8 +1,10 @@
 """A loop of one's own over PagedModel: the bits of training in memory, transactions, and what is refused."""
 
+import gc
 import importlib.util
 import json
 import re
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from megatrain_io.errors import (
     UnsupportedModelError,
 )
 from megatrain_io.models import probe_module
+from megatrain_io.training import own_loop
 from paged import DEVICE, Case, differing, expected_planes, files, in_memory, make_store, new_device
 from reference.reference import Hyperparameters, micro_batches, train
 
@@ -466,6 +469,26 @@ def test_dropout_follows_from_the_seed_alone(tmp_path):
     ) as model:
         assert go_on(model, [batches] * 2) == losses["one"]
     assert losses["other"] != losses["one"]
+
+
+def test_the_weights_of_a_module_are_not_kept_in_ram(tmp_path):
+    module = made()
+    weight = weakref.ref(module.head.weight)
+    with mt.PagedModel.create(module, files(tmp_path / "store"), blocks="layers", **options()) as model:
+        del module
+        gc.collect()
+        assert weight() is None
+        assert model.evaluate(STEPS[0]) > 0
+
+
+def test_nothing_is_left_behind_when_a_file_cannot_be_opened(tmp_path, monkeypatch):
+    def full(*_args, **_more):
+        raise DoesNotFitError("no room")
+
+    monkeypatch.setattr(own_loop.PagedStore, "start", full)
+    with pytest.raises(DoesNotFitError, match="no room"):
+        created(tmp_path / "store").__enter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 # ----------------------------------------------------------------------------------------- refusals

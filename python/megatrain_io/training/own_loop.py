@@ -387,7 +387,7 @@ class PagedModel:
 
     @property
     def step_number(self) -> int:
-        """Steps made so far: of the last one that was left, or committed before an error."""
+        """Number of steps made so far; after an error, of those that are in the file."""
         return self._step_number
 
     @property
@@ -400,9 +400,8 @@ class PagedModel:
         """Make one optimizer step in the context, as a transaction.
 
         Leaving it ends the step: it is committed, with ``step.state``, while the next one begins. Leaving it by an
-        error drops the step, whose error goes on. ``step_number`` and ``state`` say then where the model stands: where
-        it stood before, or with ``max_grad_norm`` one step earlier, as the gradients of the step before may have been
-        applied by this one.
+        error drops the step, and the error goes on; the loop may go on, too, from where ``step_number`` and ``state``
+        say that the model stands: where it stood before, but for failures of the drive.
 
         Args:
             learning_rate: of this step. It is needed now: updates begin while the gradients of earlier blocks are made.

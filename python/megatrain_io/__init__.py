@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megatrain_io.runs.metrics import StepReport, TrainResult
     from megatrain_io.store.tensor_store import TensorStore
     from megatrain_io.training.callbacks import Callback, Run
+    from megatrain_io.training.own_loop import PagedModel
     from megatrain_io.training.reporters import reporter
     from megatrain_io.training.trainer import Trainer, train
 
@@ -28,6 +29,7 @@ __all__ = [
     "Callback",
     "Generator",
     "MicroBatch",
+    "PagedModel",
     "Plan",
     "Run",
     "RunConfig",
@@ -48,6 +50,7 @@ _HOMES = {
     "Callback": "training.callbacks",
     "Generator": "generate",
     "MicroBatch": "data.batch",
+    "PagedModel": "training.own_loop",
     "Plan": "planning.plan",
     "Run": "training.callbacks",
     "RunConfig": "config.schema",

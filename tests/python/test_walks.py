@@ -8,8 +8,16 @@ from walks import threaded, walk
 
 PACKAGE = Path(__file__).parents[2] / "python" / "megatrain_io"
 CONFIG = frozenset({"RunConfig", "TrainConfig", "MemoryConfig", "DataConfig"})
-PARTS = {"ModelLayout", "PartitionedModel", "Sequence[MicroBatch]", "StepNeeds", "PagedStore", "Device"}
-"""Types of what may be handed on through many modules: layout, device, store, and the parts of a job."""
+PARTS = {
+    "Model",
+    "ModelLayout",
+    "PartitionedModel",
+    "Sequence[MicroBatch]",
+    "StepNeeds",
+    "PagedStore",
+    "Device",
+}
+"""Types of what may be handed on through many modules: model, layout, device, store, and the parts of a job."""
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ memory, whatever the size of the model or of its largest tensor.
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,7 +32,15 @@ from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
 from megatrain_io.store.layout import Chunk, Durability, ModelLayout, Precision, TensorPlace
 from megatrain_io.store.paged_store import Engine, Ledger, StoreCreator
 
-__all__ = ["NOTHING_LEFT", "ModelImport", "Progress", "TensorReader", "create_store", "import_model"]
+__all__ = [
+    "NOTHING_LEFT",
+    "ModelImport",
+    "Progress",
+    "TensorReader",
+    "checked_weights",
+    "create_store",
+    "import_model",
+]
 
 TensorReader = Callable[[TensorPlace, int, int], Tensor]
 """``read(place, start, stop)``: elements start..stop of a tensor, flat, in the dtype of the source."""
@@ -157,13 +165,10 @@ class ModelImport:
         self._folder = ModelFolder(model_dir)
         self._undo, self._holding = ExitStack(), ExitStack()
         with ExitStack() as failing:
-            self._files = failing.enter_context(Checkpoint(self._folder.weight_files()))
+            opened = checked_weights(self._folder, precision)
+            self._names, self._read = failing.enter_context(opened)
             config = self._folder.config()
             self._companions = self._folder.companions()
-            self._names = HubNames(config, DTYPES[precision])
-            shapes = {name: entry.shape for name, entry in self._files.entries.items()}
-            self._plan = self._names.plan(shapes)
-            _check_values(self._files, self._names, self._plan, config.model_type)
             self.partition = PartitionedModel(config, DTYPES[precision], probe(config))
             parts, blocks = model_parts(self.partition), len(self.partition.blocks)
             self.layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
@@ -211,7 +216,7 @@ class ModelImport:
             uuid = create_store(
                 self._stores,
                 self.layout,
-                lambda place, start, stop: _read(self._files, self._plan.parameters[place.name], start, stop),
+                self._read,
                 model={
                     "config": self._folder.raw_config,
                     "architecture": self._names.architecture,
@@ -238,6 +243,22 @@ class ModelImport:
 
 
 # ------------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def checked_weights(folder: ModelFolder, precision: Precision) -> Iterator[tuple[HubNames, TensorReader]]:
+    """Open the weight files of a model folder, check that they are the model's, and read its tensors from them.
+
+    Raises:
+        ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
+        UnsupportedModelError: the weights are quantised, or have a dtype that is not trained.
+    """
+    with Checkpoint(folder.weight_files()) as files:
+        config = folder.config()
+        names = HubNames(config, DTYPES[precision])
+        plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
+        _check_values(files, names, plan, config.model_type)
+        yield names, lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop)
 
 
 def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tuple[bytes, str]:

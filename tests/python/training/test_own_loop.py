@@ -3,7 +3,11 @@
 import gc
 import importlib.util
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
@@ -236,6 +240,36 @@ def fail(model, moment):
             step.backward()
         step.state = b"lost"
         raise ZeroDivisionError
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_own_loop as test
+
+with test.created(Path(sys.argv[1])) as model:
+    test.go_on(model, until=2)
+    with model.step(learning_rate=1.0) as step:
+        step.forward(test.STEPS[2])
+        step.backward()
+        step.state = b"lost"
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_in_a_step_loses_that_step_and_the_loop_goes_on(tmp_path, whole_runs):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "store")]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    losses, planes = whole_runs[None]
+    with mt.PagedModel.open(made(), files(tmp_path / "store"), blocks="layers", **options()) as model:
+        # No update of the third step was written before the second one was durable.
+        assert model.step_number == len(json.loads(model.state)) == 2
+        assert go_on(model) == losses
+        assert differing(planes_of(model), planes) == []
 
 
 def test_after_an_error_the_model_stands_where_its_file_does(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import ModelLayout, TensorPlace
 from megatrain_io.store.paged_store import PagedStore, TensorSettings
 from megatrain_io.training.fingerprint import differences, fingerprint_of, settings_digest
-from megatrain_io.training.step_data import OwnData, StepData, step_data
+from megatrain_io.training.step_data import OwnSequence, StepData, step_data
 
 __all__ = ["Setup", "planned", "ready"]
 
@@ -71,7 +71,7 @@ class Setup:
     notes: list[str]
 
 
-def planned(config: RunConfig, folder: RunFolder, device: Device, own: OwnData | None) -> Plan:
+def planned(config: RunConfig, folder: RunFolder, device: Device, own: OwnSequence | None) -> Plan:
     """The plan of a run, without importing its model: its files are checked, and its data are tokenised.
 
     Raises:
@@ -92,7 +92,7 @@ def planned(config: RunConfig, folder: RunFolder, device: Device, own: OwnData |
 
 @contextmanager
 def ready(
-    config: RunConfig, folder: RunFolder, device: Device, own: OwnData | None, *, resume: bool | None
+    config: RunConfig, folder: RunFolder, device: Device, own: OwnSequence | None, *, resume: bool | None
 ) -> Iterator[Setup]:
     """Make a run ready to train, importing its model first if that was not done.
 
@@ -148,7 +148,7 @@ def ready(
 class _Run:
     """What was asked for, on the way to a run that is ready."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, device: Device, own: OwnData | None) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, device: Device, own: OwnSequence | None) -> None:
         self._config, self._folder, self._device, self._own = config, folder, device, own
         self._gpu = gpu_of(device)
         asked = config.train.precision

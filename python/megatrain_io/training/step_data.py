@@ -17,10 +17,13 @@ from megatrain_io.errors import ConfigError, DataError
 from megatrain_io.files import replace_file
 from megatrain_io.models.partition import PartitionedModel
 
-__all__ = ["FileData", "OwnData", "OwnMicroBatches", "StepData", "rows_file", "step_data"]
+__all__ = ["FileData", "OwnData", "OwnMicroBatches", "OwnSequence", "StepData", "rows_file", "step_data"]
 
-OwnData = Iterable[Mapping[str, Any]] | Iterable[MicroBatch]
+OwnData = Iterable[Mapping[str, Any] | MicroBatch]
 """Rows as in the lines of a JSON lines file, or micro-batches."""
+
+OwnSequence = Sequence[Mapping[str, Any] | MicroBatch]
+"""The same, to be gone through more than once."""
 
 
 def rows_file(cache: Path) -> Path:
@@ -65,7 +68,7 @@ def step_data(
     model: Path,
     cache: Path,
     partition: PartitionedModel,
-    own: OwnData | None,
+    own: OwnSequence | None,
 ) -> StepData:
     """Make the data of a run ready.
 
@@ -82,15 +85,15 @@ def step_data(
     """
     options = _options(data, train.seed)
     if own is not None:
-        first, rows = _first_of(own)
-        if isinstance(first, MicroBatch):
+        _refuse_first(own)
+        if isinstance(own[0], MicroBatch):
             if data.eval is not None:
                 raise ConfigError(
                     "data.eval is set, and the data are micro-batches of your own, of which nothing is held out: "
                     "remove it, or hand over rows"
                 )
-            return OwnMicroBatches(cast("Iterable[MicroBatch]", rows), train.num_train_epochs, partition)
-        options = _options(data, train.seed, _written(cast("Iterable[Mapping[str, Any]]", rows), cache))
+            return OwnMicroBatches(cast("Sequence[MicroBatch]", own), train.num_train_epochs, partition)
+        options = _options(data, train.seed, _written(cast("Sequence[Mapping[str, Any]]", own), cache))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
     prepared = prepare(options, tokenizer, cache, packs=partition.spec.packs)
     _refuse_token(prepared.train.largest_token, partition)
@@ -153,7 +156,7 @@ class OwnMicroBatches:
     """Micro-batches of the caller's own, trained in the order in which they come; see ``StepData``.
 
     Args:
-        batches: all of them. A sequence is asked for each when it is trained; else they are read into memory.
+        batches: all of them; each is asked for when it is trained.
         epochs: how often all are trained.
         partition: the model without its parameters.
 
@@ -161,8 +164,8 @@ class OwnMicroBatches:
         DataError: there is none, one is no micro-batch, or one has a token that the model does not know.
     """
 
-    def __init__(self, batches: Iterable[MicroBatch], epochs: float, partition: PartitionedModel) -> None:
-        self._batches = batches if isinstance(batches, Sequence) else list(batches)
+    def __init__(self, batches: Sequence[MicroBatch], epochs: float, partition: PartitionedModel) -> None:
+        self._batches = batches
         self._epochs = epochs
         digest = hashlib.sha256()
         sizes: list[tuple[int, int]] = []
@@ -219,20 +222,18 @@ def _options(data: DataConfig, seed: int, rows: Path | None = None) -> DataOptio
     )
 
 
-def _first_of(own: OwnData) -> tuple[object, Iterable[object]]:
-    """The first row or micro-batch, and all of them."""
-    rows = own if isinstance(own, Sequence) else list(own)
-    if not rows:
+def _refuse_first(own: OwnSequence) -> None:
+    """Refuse what holds nothing, and what is neither rows nor micro-batches."""
+    if not len(own):
         raise DataError("data holds nothing: give rows ({'text': ...}) or micro-batches, one at least")
-    if not isinstance(rows[0], Mapping | MicroBatch):
+    if not isinstance(own[0], Mapping | MicroBatch):
         raise ConfigError(
-            f"data holds a {type(rows[0]).__name__}: give rows, each a mapping as in a line of a JSON lines file "
+            f"data holds a {type(own[0]).__name__}: give rows, each a mapping as in a line of a JSON lines file "
             "({'text': ...}, {'messages': [...]}), or MicroBatch objects"
         )
-    return rows[0], rows
 
 
-def _written(rows: Iterable[Mapping[str, Any]], cache: Path) -> Path:
+def _written(rows: Sequence[Mapping[str, Any]], cache: Path) -> Path:
     """The file with the rows, one a line, from which they are read like any other."""
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = rows_file(cache)

@@ -48,7 +48,8 @@ class Trainer:
         callbacks: told of the training, after the run's own entries; see ``Callback``.
         data: rows, each a mapping as in a line of a JSON lines file (``{"text": ...}``, ``{"messages": [...]}``), or
             ``MicroBatch`` objects, trained in their order, ``train.gradient_accumulation_steps`` a step. With it
-            ``data.train`` need not be given. A run is resumed with the same data. None = the files of ``data.train``.
+            ``data.train`` need not be given. A sequence is asked for each entry when it is needed, anything else is
+            read into a list. A run is resumed with the same data. None = the files of ``data.train``.
 
     Attributes:
         config: the configuration, as it was given.
@@ -81,7 +82,8 @@ class Trainer:
         self.config: RunConfig = config
         self._handed_in = device
         self._callbacks = tuple(callbacks)
-        self._data = data
+        # Asked for more than once: to plan, to train, to evaluate.
+        self._data = data if data is None or isinstance(data, Sequence) else list(data)
         self._generator: Generator | None = None
         self._asking = ExitStack()
         with self._device():

@@ -77,6 +77,7 @@ class PartitionedModel:
     Attributes:
         spec: as handed in.
         config: the meta model's own configuration.
+        dtype: of the hidden state, and of the parameters that the architecture does not keep in another.
         blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
         tied: alias -> full name of the parameter that it shares.
         embedding_parameters: what `record` needs, in model order.
@@ -92,6 +93,7 @@ class PartitionedModel:
             UnsupportedModelError: it cannot be built, or is not of the architecture that was probed.
         """
         self.spec = spec
+        self.dtype = dtype
         self._model = build_meta_model(config, dtype, spec.attn_implementation)
         self._loss_function = self._model.loss_function
         self._loss = Loss(self._loss_function, torch.device("cpu"))

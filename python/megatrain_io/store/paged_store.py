@@ -194,7 +194,7 @@ class PagedStore:
         for place in self.layout.tensors() if settings else ():
             chosen = settings(place) if settings else TensorSettings(0.0)
             tensors.append((place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale))
-        sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
+        sizes = _as_five_kinds(pool)
         self.residents = own = residents or Residents()
         stay = (
             self._units(own.records, unit),
@@ -303,7 +303,8 @@ class PagedStore:
 
         Between steps only: chunks read while a commit is under way could be of two generations.
         """
-        dtype = torch.float32 if plane != "weight" else dtype_of(self.layout)
+        state_format = self.layout.records[place.record].format
+        dtype = torch.float32 if plane != "weight" else dtype_of(state_format)
         width = dtype.itemsize
         if self._pipeline is not None:
             self._pipeline.wait_durable()
@@ -436,6 +437,22 @@ class PagedStore:
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
+
+
+def _as_five_kinds(pool: PoolSizes) -> dict[str, tuple[int, int]]:
+    weights, gradients = [
+        [*((kind.nbytes, kind.count) for kind in kinds), (0, 0), (0, 0)][:2]
+        for kinds in (pool.weights, pool.gradients)
+    ]
+    if pool.outgoing[0]:
+        weights[1] = pool.outgoing
+    return {
+        "chunk_slots": pool.chunk_slots,
+        "block_buffers": weights[0],
+        "outer_buffers": weights[1],
+        "block_gradients": gradients[0],
+        "outer_gradients": gradients[1],
+    }
 
 
 def verified(store: Store, progress: Callable[[int, int], None] | None) -> VerifyReport:

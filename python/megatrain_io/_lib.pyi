@@ -1,6 +1,6 @@
 """The extension module. Few modules of the package import it; ``mypy.stubtest`` keeps this stub true."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypedDict, final, overload
@@ -66,6 +66,12 @@ class _StoreInfo(TypedDict):
 class _StateFormat(TypedDict):
     planes: list[tuple[str, str, int]]
     step_nbytes: tuple[int, int]
+
+class _PoolArguments(TypedDict):
+    chunk_slots: tuple[int, int]
+    weights: Sequence[tuple[str | None, int, int]]
+    outgoing: tuple[int, int]
+    gradients: Sequence[tuple[str | None, int, int]]
 
 class _Work(TypedDict):
     read: int
@@ -208,7 +214,7 @@ class Pipeline:
     def __new__(
         cls,
         store: Store,
-        pool: Mapping[str, tuple[int, ...]],
+        pool: _PoolArguments,
         threads: int,
         kernel: str | None,
         tensors: Sequence[tuple[int, int, int, float, float]],

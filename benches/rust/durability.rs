@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use megatrain_io::io::Choice;
-use megatrain_io::memory::{self, Ledger, PoolSizes, Slot};
+use megatrain_io::memory::{self, BufferKind, Ledger, PoolSizes, Slot};
 use megatrain_io::optimizer::AdamW;
 use megatrain_io::pipeline::{
     After, CheckedSchedule, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents,
@@ -139,8 +139,8 @@ fn options(store: &Store) -> Options {
     let chunk = layout.chunks()[0].parameters;
     let pool = PoolSizes {
         chunk_slots: kind(chunk_slot_bytes(FORMAT, chunk), 4),
-        block_buffers: kind(layout.record_weight_bytes(0), 3),
-        block_gradients: kind(parameters * 4, 2),
+        weights: vec![BufferKind::of_all(layout.record_weight_bytes(0), 3)],
+        gradients: vec![BufferKind::of_all(parameters * 4, 2)],
         ..PoolSizes::default()
     };
     let settings = |(record, records): (usize, &std::ops::Range<usize>)| TensorSettings {

@@ -1,6 +1,6 @@
 """The extension module. Few modules of the package import it; ``mypy.stubtest`` keeps this stub true."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, final, overload
@@ -80,6 +80,12 @@ class _AdamWStep(Protocol):
     def eps(self) -> float: ...
     @property
     def step(self) -> int: ...
+
+class _PoolArguments(TypedDict):
+    chunk_slots: tuple[int, int]
+    weights: Sequence[tuple[str | None, int, int]]
+    outgoing: tuple[int, int]
+    gradients: Sequence[tuple[str | None, int, int]]
 
 class _Work(TypedDict):
     read: int
@@ -222,7 +228,7 @@ class Pipeline:
     def __new__(
         cls,
         store: Store,
-        pool: Mapping[str, tuple[int, ...]],
+        pool: _PoolArguments,
         threads: int,
         kernel: str | None,
         tensors: Sequence[tuple[int, int, int, float, float]],

@@ -27,6 +27,7 @@ from megatrain_io.paging.device.choose import best_device
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 from megatrain_io.paging.device.records import DeviceRecords
 from megatrain_io.paging.device.vram_budget import divide_vram
+from megatrain_io.paging.gradient import StopWeights
 from megatrain_io.paging.paged_model import PagedModel, clear_frames
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.open_store import open_store
@@ -80,21 +81,21 @@ def _pass(model: PagedModel, records: PagedStore | DeviceRecords, new: Tensor, c
     positions = torch.arange(start, start + new.shape[1]).unsqueeze(0)
     micro_batch = MicroBatch(input_ids=new, shift_labels=torch.full_like(new, -100), position_ids=positions)
     micro_batch = micro_batch.to(model.device.torch_device)
-    weights = records.weights(layout.embedding)
+    weights = StopWeights(records, layout.embedding)
     hidden, calls = partition.record(weights.tensors, micro_batch, cache=cache)
     weights.give_back()
     for block in range(layout.blocks):
-        weights = records.weights(layout.block(block))
+        weights = StopWeights(records, layout.block(block))
         hidden = partition.run_block(block, weights.tensors, hidden, calls[block])
         weights.give_back()
-    borrowed = [] if layout.head is None else [records.weights(layout.head)]
+    borrowed = [] if layout.head is None else [StopWeights(records, layout.head)]
     if partition.tied_parameters:
-        borrowed.append(records.weights(layout.embedding))
-    bound = {name: tensor for record in borrowed for name, tensor in record.tensors.items()}
+        borrowed.append(StopWeights(records, layout.embedding))
+    bound = {name: tensor for weights in borrowed for name, tensor in weights.tensors.items()}
     scores = partition.logits(bound, hidden[:, -1:])[:, -1].float()
     bound.clear()
-    for record in borrowed:
-        record.give_back()
+    for weights in borrowed:
+        weights.give_back()
     return scores
 
 

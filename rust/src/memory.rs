@@ -8,5 +8,5 @@ pub(crate) mod slot;
 
 pub use huge_pages::HugePages;
 pub use ledger::{Balance, Ledger};
-pub use pool::{Kind, PoolSizes};
+pub use pool::{BufferKind, Kind, PoolSizes};
 pub use slot::{Region, Slot, SlotList};

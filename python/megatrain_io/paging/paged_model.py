@@ -236,7 +236,7 @@ class PagedModel:
         if layout.is_frozen:
             raise MegatrainIoError("all weights of this store are frozen: there is nothing to update")
         self.partition.train()
-        self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, layout, micro_batches))
+        self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, micro_batches))
         policy = self._choose_policy(commits=commits)
         schedule = self._schedule(policy)
         with self._step(micro_batches, schedule, adamw, number, commits=commits) as step:
@@ -326,10 +326,10 @@ class PagedModel:
         layout = self.state.layout
         if not layout.is_frozen:
             raise MegatrainIoError(
-                "the weights of this store are trained: a step of it makes their gradients, too"
+                "weights of this store are trained: a step of it makes their gradients, too"
             )
         self.partition.train()
-        self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, layout, micro_batches))
+        self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, micro_batches))
         with self._step(
             micro_batches, self._schedule("immediate"), _NO_UPDATE, number, commits=False
         ) as step:
@@ -351,7 +351,7 @@ class PagedModel:
         # Nothing is computed: no device sees it.
         schedule = _Prepared(self._checked(flush_schedule(layout)), transfer_plan_of(()))
         with self._begun(schedule, _NO_UPDATE, commits=False), self.span("flush"):
-            for record in range(len(layout.records)):
+            for record in layout.trained:
                 if self._on_device is None:
                     self.state.weights(record).give_back()
                 else:

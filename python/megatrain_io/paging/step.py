@@ -21,10 +21,8 @@ from megatrain_io.errors import MegatrainIoError
 from megatrain_io.models.partition import BlockCall, PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
-from megatrain_io.paging.gradient import Gradient, leaves_of
+from megatrain_io.paging.gradient import Gradient, StopWeights, leaves_of
 from megatrain_io.paging.protocols import Activations, Records
-from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.paged_store import BorrowedRecord
 from megatrain_io.store.schedule import Phase
 
 __all__ = ["LOGITS_BYTES", "Step", "hidden_nbytes", "slice_tokens"]
@@ -44,12 +42,10 @@ def slice_tokens(partition: PartitionedModel, logits_bytes: int) -> int:
     return max(1, logits_bytes // (4 * partition.vocab_size))
 
 
-def hidden_nbytes(
-    partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch]
-) -> list[int]:
+def hidden_nbytes(partition: PartitionedModel, micro_batches: Sequence[MicroBatch]) -> list[int]:
     """Bytes of the hidden state [B, T, H] of each micro-batch."""
     width = partition.hidden_size
-    return [batch.input_ids.numel() * width * layout.weight_bytes for batch in micro_batches]
+    return [batch.input_ids.numel() * width * partition.dtype.itemsize for batch in micro_batches]
 
 
 def _no_span(_name: str) -> AbstractContextManager[None]:
@@ -115,14 +111,14 @@ class Step:
         self._run_seed = seed
         self._hidden: list[Tensor] = []
         self._calls: list[tuple[BlockCall, ...]] = []
-        self._last_block: BorrowedRecord | None = None
-        self._in_head: list[tuple[BorrowedRecord, Gradient | None]] = []
+        self._last_block: StopWeights | None = None
+        self._in_head: list[tuple[StopWeights, Gradient | None]] = []
         self._table_gradient: Gradient | None = None
 
     @_phase
     def embedding(self) -> None:
         """Compute the first hidden state [B, T, H] of every micro-batch, and the arguments of every block."""
-        weights = self._state.weights(self._layout.embedding)
+        weights = StopWeights(self._state, self._layout.embedding)
         with torch.no_grad():
             for index, micro_batch in self._each(self._micro_batches):
                 self._seed(index, Phase.EMBEDDING)
@@ -145,7 +141,7 @@ class Step:
                 for index in range(len(self._hidden)):
                     self._saved.put(block, index, self._hidden[index])
                 self._saved.finish(block)
-            weights = self._state.weights(self._layout.block(block))
+            weights = StopWeights(self._state, self._layout.block(block))
             with torch.no_grad():
                 for index, calls in self._each(self._calls):
                     self._seed(index, Phase.FORWARD, block)
@@ -161,16 +157,16 @@ class Step:
     def head(self, *, training: bool) -> Tensor:
         """The loss of the step, an fp32 scalar; with ``training`` also its gradients, by micro-batch and slice."""
         layout = self._layout
-        updates = training and not layout.is_frozen
-        own = None if layout.head is None else self._state.weights(layout.head)
-        table = self._state.weights(layout.embedding) if self._partition.tied_parameters else None
+        tied = self._partition.tied_parameters
+        own = None if layout.head is None else StopWeights(self._state, layout.head)
+        table = StopWeights(self._state, layout.embedding) if tied else None
         weights = [borrowed for borrowed in (own, table) if borrowed is not None]
-        gradients = []
-        if updates and own is not None and layout.head is not None:
-            gradients.append(Gradient(self._state, layout.head))
-        if updates and table is not None:
-            self._table_gradient = Gradient(self._state, layout.embedding, self._partition.tied_parameters)
-            gradients.append(self._table_gradient)
+        own_gradient: Gradient | None = None
+        if training and layout.head is not None and layout.trained_of(layout.head):
+            own_gradient = Gradient(self._state, layout.head)
+        if training and tied and layout.trained_of(layout.embedding):
+            self._table_gradient = Gradient(self._state, layout.embedding, tied)
+        gradients = [gradient for gradient in (own_gradient, self._table_gradient) if gradient is not None]
         total: Tensor | None = None
         with torch.set_grad_enabled(training):
             for index, _ in self._each(self._micro_batches):
@@ -180,7 +176,7 @@ class Step:
         if total is None:
             raise MegatrainIoError("a step needs at least one micro-batch")
         if own is not None:
-            self._in_head.append((own, gradients[0] if updates else None))
+            self._in_head.append((own, own_gradient))
         if table is not None:
             self._in_head.append((table, None))
         return total
@@ -203,9 +199,9 @@ class Step:
         weights = self._last_block
         self._last_block = None
         for block in self._each_block("backward", reversed(range(self._layout.blocks))):
-            record = self._layout.block(block)
-            weights = weights or self._state.weights(record)
-            gradient = None if self._layout.is_frozen else Gradient(self._state, record)
+            stop = self._layout.block(block)
+            weights = weights or StopWeights(self._state, stop)
+            gradient = Gradient(self._state, stop) if self._layout.trained_of(stop) else None
             for index, _ in self._each(self._micro_batches):
                 self._seed(index, Phase.FORWARD, block)
                 self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
@@ -222,14 +218,16 @@ class Step:
 
     @_phase
     def embedding_backward(self) -> None:
-        """Make and submit the embedding's gradient from those of the first hidden states."""
-        weights = self._state.weights(self._layout.embedding)
+        """Make and submit the embedding's gradient from those of the first hidden states, if it is trained."""
+        if not self._layout.trained_of(self._layout.embedding):
+            return
+        weights = StopWeights(self._state, self._layout.embedding)
         gradient = self._table_gradient or Gradient(self._state, self._layout.embedding)
         self._table_gradient = None
         for index, micro_batch in self._each(self._micro_batches):
             self._seed(index, Phase.EMBEDDING)
-            leaves = leaves_of(weights.tensors)
-            hidden = self._partition.record(leaves, micro_batch)[0]
+            leaves = leaves_of({name: weights.tensors[name] for name in gradient.names})
+            hidden = self._partition.record({**weights.tensors, **leaves}, micro_batch)[0]
             gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
             del leaves, hidden
         gradient.submit(weights)
@@ -247,7 +245,7 @@ class Step:
                 yield block
 
     def _head_slices(
-        self, index: int, weights: Sequence[BorrowedRecord], gradients: Sequence[Gradient], *, training: bool
+        self, index: int, weights: Sequence[StopWeights], gradients: Sequence[Gradient], *, training: bool
     ) -> Tensor:
         """Loss of one micro-batch; with ``training`` its hidden state gives way to the gradient with respect to it."""
         hidden, labels = self._hidden[index], self._micro_batches[index].shift_labels
@@ -272,7 +270,7 @@ class Step:
         self,
         hidden: Tensor,
         labels: Tensor,
-        weights: Sequence[BorrowedRecord],
+        weights: Sequence[StopWeights],
         gradients: Sequence[Gradient],
         *,
         training: bool,
@@ -301,7 +299,8 @@ class Step:
         # The gradient of a block's output has the shape and dtype of its input.
         saved = self._saved.get(block, index, like=self._hidden[index])
         hidden = saved.detach().requires_grad_()
-        leaves = {} if gradient is None else leaves_of(tensors)
+        names = () if gradient is None else gradient.names
+        leaves = leaves_of({name: tensors[name] for name in names})
         out = self._partition.run_block(block, {**tensors, **leaves}, hidden, self._calls[index][block])
         of_hidden, *of_leaves = torch.autograd.grad(
             out, [hidden, *leaves.values()], self._hidden[index], allow_unused=True

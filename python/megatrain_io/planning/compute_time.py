@@ -90,8 +90,7 @@ def measured_seconds(
             step.head(training=True)
             step.leave_head()
             step.backward()
-            if not layout.is_frozen:
-                step.embedding_backward()
+            step.embedding_backward()
             clock.next_round()
     blocks = range(fake_store.layout.blocks)
     per_block = {
@@ -102,9 +101,8 @@ def measured_seconds(
     for index in range(layout.blocks):
         seconds[Phase.FORWARD, layout.block(index)] = per_block["forward"]
         seconds[Phase.BACKWARD, layout.block(index)] = per_block["backward"]
-    owner = layout.embedding if layout.head is None else layout.head
-    seconds[Phase.HEAD, owner] = clock.median("head")
-    if not layout.is_frozen:
+    seconds[Phase.HEAD, layout.loss_stop] = clock.median("head")
+    if layout.trained_of(layout.embedding):
         seconds[Phase.EMBEDDING_BACKWARD, layout.embedding] = clock.median("embedding_backward")
     return seconds
 

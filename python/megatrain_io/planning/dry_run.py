@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -28,20 +27,25 @@ _ENOUGH_BLOCKS = 2
 
 def shortened(layout: ModelLayout) -> ModelLayout:
     """The layout with two blocks, if all blocks have the same shapes: a step needs no more at once with a hundred."""
-    blocks = [layout.records[layout.block(index)] for index in range(layout.blocks)]
-    shapes = {tuple(place.shape for place in block.tensors) for block in blocks}
+    stops = [tuple(layout.records[record] for record in stop) for stop in layout.stops]
+    embedding, blocks, head = stops[0], stops[1 : 1 + layout.blocks], stops[1 + layout.blocks :]
+    shapes = {
+        tuple((record.format, *(place.shape for place in record.tensors)) for record in block)
+        for block in blocks
+    }
     if len(blocks) <= _ENOUGH_BLOCKS or len(shapes) > 1:
         return layout
-    head = layout.records[1 + layout.blocks :]
-    return replace(
-        layout, records=(layout.records[0], *blocks[:_ENOUGH_BLOCKS], *head), blocks=_ENOUGH_BLOCKS
-    )
+    return layout.with_stops([embedding, *blocks[:_ENOUGH_BLOCKS], *head], _ENOUGH_BLOCKS)
 
 
 def fake_store_nbytes(layout: ModelLayout) -> int:
     """Bytes of a fake store's weights, and of its one gradient buffer."""
-    sizes = [sum(place.elements for place in record.tensors) for record in shortened(layout).records]
-    return layout.weight_bytes * sum(sizes) + 4 * max(sizes) * (not layout.is_frozen)
+    layout = shortened(layout)
+    sizes = [sum(place.elements for place in record.tensors) for record in layout.records]
+    weights = sum(
+        size * dtype_of(record.format).itemsize for size, record in zip(sizes, layout.records, strict=True)
+    )
+    return weights + 4 * max((sizes[record] for record in layout.trained), default=0)
 
 
 class _FakeRecord(BorrowedRecord):
@@ -65,13 +69,12 @@ class FakeStore:
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = shortened(layout)
-        self._dtype = dtype_of(layout)
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def weights(self, record: int) -> BorrowedRecord:
         """The weights of a record, made up once and kept; see ``Records.weights``."""
-        return self._made_up(record, self._dtype, is_gradient=False)
+        return self._made_up(record, dtype_of(self.layout.records[record].format), is_gradient=False)
 
     def gradient(self, record: int) -> BorrowedRecord:
         """Memory for the gradient of a record, the same for all; see ``Records.gradient``."""
@@ -156,8 +159,13 @@ class DryRun(FakeStore):
         again = self._again
         with FakeTensorMode(allow_non_fake_inputs=True), self._meter:
             yield
-        gradient = sum(place.elements for place in self.layout.records[0].tensors) * self._dtype.itemsize
-        self._least = self._meter.nbytes + (0 if self.layout.is_frozen else again + gradient)
+        records = [self.layout.records[number] for number in self.layout.trained_of(self.layout.embedding)]
+        gradient = sum(
+            place.elements * dtype_of(record.format).itemsize
+            for record in records
+            for place in record.tensors
+        )
+        self._least = self._meter.nbytes + (again + gradient if records else 0)
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
         """Keep a copy of the input of a block, which is not counted."""

@@ -5,12 +5,12 @@ Chowdhery et al., arXiv:2204.02311, appendix B): a pass forward once, a pass bac
 block once more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.planning.timeline import StageKey
-from megatrain_io.store.layout import ModelLayout, Record
+from megatrain_io.store.layout import ModelLayout, TensorPlace
 from megatrain_io.store.schedule import Phase
 
 __all__ = ["Work", "work_of"]
@@ -58,28 +58,27 @@ def work_of(
     flops: dict[StageKey, float] = {}
     active = 0
     for index in range(layout.blocks):
-        record = layout.block(index)
-        used = _active(layout.records[record], config)
+        stop = layout.block(index)
+        used = _active(layout.tensors_of(stop), config)
         active += used
         # Scores and their weighted sum: two products of all heads' width for each pair.
         forward = 2.0 * used * tokens + 4.0 * width * pairs
-        flops[Phase.FORWARD, record] = forward
-        flops[Phase.BACKWARD, record] = 3.0 * forward
-    outer = [record for record in (layout.embedding, layout.head) if record is not None]
-    active += sum(place.elements for record in outer for place in layout.records[record].tensors)
+        flops[Phase.FORWARD, stop] = forward
+        flops[Phase.BACKWARD, stop] = 3.0 * forward
+    outer = [stop for stop in (layout.embedding, layout.head) if stop is not None]
+    active += sum(place.elements for stop in outer for place in layout.tensors_of(stop))
     head = config.vocab_size * config.hidden_size
-    owner = layout.embedding if layout.head is None else layout.head
-    flops[Phase.HEAD, owner] = 3.0 * 2.0 * head * tokens
+    flops[Phase.HEAD, layout.loss_stop] = 3.0 * 2.0 * head * tokens
     return Work(flops, active, tokens)
 
 
-def _active(record: Record, config: object) -> int:
+def _active(tensors: Iterable[TensorPlace], config: object) -> int:
     """Parameters of a block that a token meets: of routed experts the share that a token is routed to."""
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     experts = experts or getattr(config, "n_routed_experts", None)
     used = getattr(config, "num_experts_per_tok", None)
     total = 0.0
-    for place in record.tensors:
+    for place in tensors:
         share = 1.0
         if experts and used and ".experts." in place.name and "shared" not in place.name:
             share = used / experts

@@ -34,7 +34,7 @@ def step_needs(
         micro_batches: of the step.
         tables: bytes of RAM that the open store takes for its tables.
     """
-    per_block = activation_nbytes(hidden_nbytes(partition, layout, micro_batches))
+    per_block = activation_nbytes(hidden_nbytes(partition, micro_batches))
     compute = dry_run(partition, layout, micro_batches, slice_tokens=slice_tokens(partition, LOGITS_BYTES))
     return StepNeeds(
         tables=tables,
@@ -109,8 +109,8 @@ def gathered_nbytes(
     slices = sum(-(-length // max(1, tokens // rows)) for rows, length in shapes)
     moved = 0
     for number, record in enumerate(layout.records):
-        for place in record.tensors:
-            count = slices if number == layout.head else len(shapes)
+        for place in record.tensors if record.is_trained else ():
+            count = slices if layout.stop_of[number] == layout.head else len(shapes)
             if place.name in partition.tied_parameters:
                 count += slices
             moved += 4 * place.elements * (2 * count - 1)

@@ -188,7 +188,7 @@ def divide_ram(
             break
         chosen, taken, pool = residents, nbytes, slimmer
     sums = [mapped_nbytes(pool), mapped_nbytes(pool, taken[0]), mapped_nbytes(pool, *taken)]
-    spills = defers and len(chosen.gradients) < len(layout.records)
+    spills = defers and len(chosen.gradients) < len(layout.trained)
     return RamPlan(
         ram=ram,
         needs=needs,
@@ -209,11 +209,14 @@ def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
     compute does not wait for the drive to take it.
     """
     block_buffers, chunk_slots, gradients = _CHUNK_POOLS[0]
-    blocks = [layout.chunks_of(layout.block(index)) for index in range(layout.blocks)]
+    blocks = [
+        sum(len(layout.chunks_of(record)) for record in layout.trained_of(layout.block(index)))
+        for index in range(layout.blocks)
+    ]
     per_chunk = max(
         layout.weight_extent_bytes(chunk) + layout.gradient_extent_bytes(chunk) for chunk in layout.chunks
     )
-    behind = min(gradients + max(map(len, blocks)), ram // _BEHIND_SHARE // per_chunk)
+    behind = min(gradients + max(blocks), ram // _BEHIND_SHARE // per_chunk)
     return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > gradients else [*_CHUNK_POOLS]
 
 

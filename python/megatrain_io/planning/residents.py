@@ -36,9 +36,9 @@ def gradient_nbytes(residents: Residents, layout: ModelLayout) -> int:
 
 
 def choose_gradients(layout: ModelLayout, nbytes: int) -> frozenset[int]:
-    """The records whose gradients wait in ``nbytes`` of RAM, spread evenly over the model."""
+    """The trained records whose gradients wait in ``nbytes`` of RAM, spread evenly over the model."""
     chosen, left = set(), nbytes
-    for record in _spread(len(layout.records)):
+    for record in filter(layout.trained.__contains__, _spread(len(layout.records))):
         needed = layout.record_gradient_bytes(record)
         if needed <= left:
             chosen.add(record)

@@ -99,7 +99,7 @@ def simulate(  # noqa: PLR0913 - each with a meaning of its own
         compute: seconds of each stage, all micro-batches, when nothing else runs.
         rates: of the machine.
         residents: what stays in RAM.
-        inputs: bytes of activation checkpoints that go to the drive and come back, by record.
+        inputs: bytes of activation checkpoints that go to the drive and come back, by stop.
         behind: chunks of gradients that RAM holds between pool and update or drive, where the pool is a device's.
 
     Raises:
@@ -139,11 +139,9 @@ class _Simulation:
         self._timeline, self._layout, self._rates, self._behind = timeline, layout, rates, behind
         self._queues: dict[str, deque[_Job]] = {name: deque() for name in _SERVERS}
         self._free = {
-            "block": pool.block_buffers[1],
-            "outer": pool.outer_buffers[1],
             "slots": pool.chunk_slots[1],
-            "block gradient": pool.block_gradients[1],
-            "outer gradient": pool.outer_gradients[1],
+            **{f"weights {number}": kind.count for number, kind in enumerate(pool.weights)},
+            **{f"gradients {number}": kind.count for number, kind in enumerate(pool.gradients)},
         }
         self._out: set[tuple[str, int]] = set()
         """Buffers of residents that are not in their place."""
@@ -224,7 +222,7 @@ class _Simulation:
         for load in stage.loads:
             if not load.is_ready:
                 return self._load_cause(load)
-        if stage.phase is Phase.BACKWARD and stage.inputs and stage.record not in self._read_inputs:
+        if stage.phase is Phase.BACKWARD and stage.inputs and stage.stop not in self._read_inputs:
             return "read"
         busy = (cause for name, cause in _CAUSES.items() if self._queues[name])
         return next(busy, "write")
@@ -402,7 +400,7 @@ class _Simulation:
         stage = self._stages[0]
         if not all(load.is_ready for load in stage.loads):
             return
-        if stage.phase is Phase.BACKWARD and stage.inputs and stage.record not in self._read_inputs:
+        if stage.phase is Phase.BACKWARD and stage.inputs and stage.stop not in self._read_inputs:
             return
         for record in stage.gradients:
             key = ("gradient", record)
@@ -421,20 +419,20 @@ class _Simulation:
             self._write(stage.inputs, lambda: None)
         following = self._stages[0] if self._stages else None
         if following is not None and following.phase is Phase.BACKWARD and following.inputs:
-            record = following.record
-            self._read(following.inputs, 1, lambda: self._read_inputs.add(record))
+            stop = following.stop
+            self._read(following.inputs, 1, lambda: self._read_inputs.add(stop))
 
     def _computed(self, stage: Stage) -> None:
         if stage.phase is Phase.BACKWARD:
-            self._read_inputs.discard(stage.record)
+            self._read_inputs.discard(stage.stop)
         # A tied table's gradient is carried on to the end of the step.
         submitted = [
             record
             for record in stage.gradients
-            if stage.phase is not Phase.HEAD or record != self._layout.embedding
+            if stage.phase is not Phase.HEAD or record in stage.updates or record in stage.defers
         ]
-        for load in stage.loads:
-            if load.record not in submitted and not stage.holds:
+        for load in stage.leaves:
+            if load.record not in submitted:
                 self._give(load.kind, load.record)
         for record in submitted:
             self._out.discard(("gradient", record))

@@ -1,17 +1,17 @@
 """One step of a job: its schedule, the bytes that it moves, the seconds that it takes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import ceil, inf
 
 from megatrain_io.paging.activations import activation_plan
-from megatrain_io.paging.device.pool import VramPlan
+from megatrain_io.paging.device.pool import DeviceKind, VramPlan
 from megatrain_io.planning.flops import Work, work_of
 from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.plan import StepTime
 from megatrain_io.planning.ram_budget import RamPlan
 from megatrain_io.planning.simulator import Rates, simulate
 from megatrain_io.planning.timeline import StageKey
-from megatrain_io.store.pool import PoolSizes
+from megatrain_io.store.pool import BufferKind, PoolSizes
 from megatrain_io.store.schedule import ChunkOp, Phase, UpdatePolicy, build_schedule, flush_schedule, traffic
 from megatrain_io.store.state_format import SPECS
 
@@ -90,7 +90,7 @@ def _commits(job: TrainingJob) -> tuple[float, float]:
 
 
 def activations_moved(job: TrainingJob, memory: RamPlan) -> dict[int, float]:
-    """Bytes of activation checkpoints that a step writes to the drive and reads back, by record of the block."""
+    """Bytes of activation checkpoints that a step writes to the drive and reads back, by stop of the block."""
     needs = memory.needs
     # Those of the last blocks stay where they are computed, if that has memory of its own.
     blocks = needs.activations // max(1, needs.activations_per_block)
@@ -168,7 +168,7 @@ def step_time(
         _rates(job),
         residents=memory.residents,
         inputs=activations_moved(job, memory),
-        behind=0 if vram is None else memory.pool.block_gradients[1] - memory.needs.gathered,
+        behind=0 if vram is None else memory.pool.gradients[0].count - memory.needs.gathered,
     )
     # The step that commits, the one that it passes the commit on to, and those in between.
     weights = {2: 1.0} if every == 1 else {2: 1 / every, 3: 1 / every, 1: 1 - 2 / every}
@@ -192,37 +192,56 @@ def step_time(
 
 def _pool_on_device(job: TrainingJob, memory: RamPlan, vram: VramPlan) -> PoolSizes:
     """The pool that the simulation plays with where a GPU computes: the device's buffers, and RAM's chunk slots."""
+    layout = job.layout
+    others = [layout.embedding] if layout.head is None else [layout.embedding, layout.head]
 
-    def outer(kinds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-        sizes = [size for kind, size in kinds.items() if kind not in {"block", "any"}]
-        return max((nbytes for nbytes, _ in sizes), default=0), sum(count for _, count in sizes)
+    def kinds_of(
+        buffers: Mapping[DeviceKind, tuple[int, int]], nbytes_of: Callable[[int], int]
+    ) -> Iterator[BufferKind]:
+        for state_format in dict.fromkeys(record.format for record in layout.records):
+            own = {kind.stop: size for kind, size in buffers.items() if kind.format == state_format}
+            for_all, block = own.pop("any", (0, 0)), own.pop("block", (0, 0))
+            needed = [
+                nbytes_of(record)
+                for stop in others
+                for record in layout.stops[stop]
+                if layout.records[record].format == state_format
+            ]
+            # Smaller records than a block have buffers of their own there, and none in the simulation.
+            smaller = 0 if block == (0, 0) else sum(size <= block[0] for size in needed)
+            yield BufferKind(state_format, *for_all)
+            yield BufferKind(state_format, block[0], block[1] + smaller)
+            sizes = own.values()
+            yield BufferKind(
+                state_format,
+                max((nbytes for nbytes, _ in sizes), default=0),
+                sum(count for _, count in sizes),
+            )
 
-    def block(kinds: Mapping[str, tuple[int, int]], needed: list[int]) -> tuple[int, int]:
-        if "any" in kinds:
-            return kinds["any"]
-        nbytes, count = kinds["block"]
-        # Smaller records than a block have buffers of their own there, and none in the simulation.
-        return nbytes, count + sum(size <= nbytes for size in needed)
-
-    layout, pool, gradients = job.layout, vram.pool, vram.pool.gradients
-    if pool.gathers:
-        # RAM has room for one of a record, and for a tied table's beside it.
-        largest = max(map(layout.record_gradient_bytes, range(len(layout.records))))
-        gradients = {"any": (largest, 1 + bool(job.partition.tied_parameters))}
-    others = [record for record in (layout.embedding, layout.head) if record is not None]
+    gradients = vram.pool.gradients
+    if vram.pool.gathers:
+        # RAM has room for those of a stop, and for a tied table's beside them.
+        count = 1 + bool(job.partition.tied_parameters)
+        sizes: dict[DeviceKind, tuple[int, int]] = {}
+        for record in layout.trained:
+            kind, nbytes = (
+                DeviceKind("any", layout.records[record].format),
+                layout.record_gradient_bytes(record),
+            )
+            sizes[kind] = max(sizes.get(kind, (0, 0)), (nbytes, count))
+        gradients = sizes
     return PoolSizes(
         memory.pool.chunk_slots,
-        block(pool.weights, [layout.record_weight_bytes(record) for record in others]),
-        outer(pool.weights),
-        block(gradients, [layout.record_gradient_bytes(record) for record in others]),
-        outer(gradients),
+        weights=tuple(kinds_of(vram.pool.weights, layout.record_weight_bytes)),
+        gradients=tuple(kinds_of(gradients, layout.record_gradient_bytes)),
     )
 
 
 def _rates(job: TrainingJob) -> Rates:
     """The machine's rates; those that are not known are taken as infinite."""
     hardware, scratch = job.hardware, job.layout.durability == "scratch"
-    written = SPECS[job.layout.format].written_bytes
+    trained = (job.layout.records[record].format for record in job.layout.trained)
+    written = max((SPECS[state_format].written_bytes for state_format in trained), default=0)
     return Rates(
         read=hardware.read or inf,
         write=hardware.write or inf,

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.pool import PoolSizes
+from megatrain_io.store.pool import PoolSizes, kind_for
 from megatrain_io.store.schedule import ChunkOp, Phase, Residents
 
 __all__ = ["Load", "Stage", "StageKey", "Timeline", "Update"]
 
 StageKey = tuple[Phase, int]
-"""A part of a step that computes: its phase, and the record that it computes with."""
+"""A part of a step that computes: its phase, and the stop of the layout whose records it computes with."""
 
 # Chunks are put together until a record has no more parts than this, and fewer in a model of many: what is lost is
 # less than a part's time.
@@ -62,15 +62,16 @@ class Stage:
 
     step: int
     phase: Phase
-    record: int
+    stop: int
     seconds: float
     loads: list[Load] = field(default_factory=list)
+    leaves: list[Load] = field(default_factory=list)
+    """Loads whose weights are done with here, if they are not submitted."""
     gradients: list[int] = field(default_factory=list)
     """Records whose gradient is made here: a buffer for each is needed first."""
     updates: list[int] = field(default_factory=list)
     defers: dict[int, float] = field(default_factory=dict)
     """Records whose gradient is deferred, and the bytes of it that go to the drive."""
-    holds: bool = False
     inputs: float = 0.0
 
 
@@ -79,7 +80,7 @@ class Timeline:
 
     Attributes:
         stages: of compute, in order.
-        loads: of weights, in order, by kind of buffer: ``block``, ``outer``, ``resident``.
+        loads: of weights, in order, by kind of buffer; see ``kind_of``.
         updates: of parts of records, in order.
         commits: whether each step commits, by its number.
         left: updates of each step that are still to be written, by its number.
@@ -89,7 +90,8 @@ class Timeline:
     def __init__(self, layout: ModelLayout, pool: PoolSizes, residents: Residents) -> None:
         self._layout, self._pool, self._residents = layout, pool, residents
         self.stages: deque[Stage] = deque()
-        self.loads: dict[str, deque[Load]] = {"block": deque(), "outer": deque(), "resident": deque()}
+        kinds = [*(f"weights {number}" for number in range(len(pool.weights))), "resident"]
+        self.loads: dict[str, deque[Load]] = {kind: deque() for kind in kinds}
         self.updates: deque[Update] = deque()
         self.commits: dict[int, bool] = {}
         self.left: dict[int, int] = {}
@@ -110,7 +112,7 @@ class Timeline:
         Args:
             schedule: its chunk operations.
             compute: seconds of each of its stages, all micro-batches.
-            inputs: bytes of activation checkpoints that move to the drive and back, by record of the block.
+            inputs: bytes of activation checkpoints that move to the drive and back, by stop of the block.
             commits: whether it is committed at its end.
         """
         number = self.count
@@ -119,17 +121,15 @@ class Timeline:
         self.count += 1
         stages: dict[StageKey, Stage] = {}
         for (kind, record, phase), run in groupby(schedule, lambda op: (op.kind, op.chunk.record, op.phase)):
-            owner = record
-            if phase is Phase.HEAD:
-                owner = record if self._layout.head is None else self._layout.head
-            stage = stages.get((phase, owner))
+            stop = self._layout.loss_stop if phase is Phase.HEAD else self._layout.stop_of[record]
+            stage = stages.get((phase, stop))
             if stage is None:
-                stage = stages[phase, owner] = Stage(
+                stage = stages[phase, stop] = Stage(
                     step=number,
                     phase=phase,
-                    record=owner,
-                    seconds=compute.get((phase, owner), 0.0),
-                    inputs=inputs.get(owner, 0.0),
+                    stop=stop,
+                    seconds=compute.get((phase, stop), 0.0),
+                    inputs=inputs.get(stop, 0.0),
                 )
                 self.stages.append(stage)
             self._add_run(stage, kind, record, list(run), commits=commits)
@@ -198,14 +198,22 @@ class Timeline:
 
     def _finish(self, stages: Mapping[StageKey, Stage]) -> None:
         """Set which stage makes which gradient, and which keeps its weights from the forward to the backward pass."""
-        last = self._layout.block(self._layout.blocks - 1)
+        layout = self._layout
+        last = layout.block(layout.blocks - 1)
         trains = any(stage.updates or stage.defers for stage in stages.values())
-        for (phase, record), stage in stages.items():
-            if phase is Phase.FORWARD and record == last and trains:
-                stage.holds = True
+        for (phase, stop), stage in stages.items():
+            # The last block's weights stay for the backward pass, or to where the loss is computed if nothing of it is
+            # trained: its backward pass has no operation of its own then.
+            later = stages.get((Phase.BACKWARD, last)) or stages.get((Phase.HEAD, layout.loss_stop))
+            holds = phase is Phase.FORWARD and stop == last and trains
+            (later if holds and later is not None else stage).leaves += stage.loads
             stage.gradients = list(dict.fromkeys([*stage.updates, *stage.defers]))
-            if phase is Phase.HEAD and trains and len(stage.loads) > (self._layout.head is not None):
-                stage.gradients.append(self._layout.embedding)
+            is_tied = phase is Phase.HEAD and any(
+                layout.stop_of[load.record] == layout.embedding for load in stage.loads
+            )
+            if is_tied and trains:
+                of_table = layout.trained_of(layout.embedding)
+                stage.gradients += [record for record in of_table if record not in stage.gradients]
 
     def _weight_bytes(self, part: Sequence[ChunkOp]) -> float:
         """Bytes read for the weights of some chunks; 0 where they stay in RAM."""
@@ -214,18 +222,18 @@ class Timeline:
         return sum(self._layout.weight_extent_bytes(op.chunk) for op in part)
 
     def kind_of(self, record: int) -> str:
-        """Kind of the buffer that the weights of a record are in: ``block``, ``outer`` or ``resident``."""
+        """Kind of the buffer that the weights of a record are in: ``weights`` and its number, or ``resident``."""
         if record in self._residents.records:
             return "resident"
-        is_outer = self._layout.record_weight_bytes(record) > self._pool.block_buffers[0]
-        return "outer" if is_outer else "block"
+        state_format, nbytes = self._layout.records[record].format, self._layout.record_weight_bytes(record)
+        return f"weights {kind_for(self._pool.weights, state_format, nbytes)}"
 
     def gradient_kind(self, record: int) -> str:
-        """Kind of the buffer that the gradient of a record is in."""
+        """Kind of the buffer that a record's gradient is in: ``gradients`` and its number, or ``resident gradient``."""
         if record in self._residents.gradients:
             return "resident gradient"
-        is_outer = self._layout.record_gradient_bytes(record) > self._pool.block_gradients[0]
-        return "outer gradient" if is_outer else "block gradient"
+        state_format, nbytes = self._layout.records[record].format, self._layout.record_gradient_bytes(record)
+        return f"gradients {kind_for(self._pool.gradients, state_format, nbytes)}"
 
     def parts_of(self, record: int) -> int:
         """Number of parts that a record is played in."""

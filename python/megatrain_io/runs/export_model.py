@@ -34,7 +34,7 @@ from megatrain_io.models.safetensors import (
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import NOTHING_LEFT, Progress
 from megatrain_io.runs.open_store import open_store
-from megatrain_io.store.dtypes import DTYPES, check_precision
+from megatrain_io.store.dtypes import DTYPES, check_precision, dtype_of
 from megatrain_io.store.layout import ModelLayout, Precision
 from megatrain_io.store.paged_store import Engine, PagedStore
 
@@ -101,7 +101,8 @@ def write_model_folder(
     """
     out, partial = _check(out, dtype, shard_bytes)
     with storage_errors(out, NOTHING_LEFT), ExitStack() as undo:
-        wanted: Precision = dtype or ("bf16" if state.layout.format == "bf16" else "fp32")
+        is_bf16 = any(record.format == "bf16" for record in state.layout.records)
+        wanted: Precision = dtype or ("bf16" if is_bf16 else "fp32")
         names = HubNames(folder.config(), DTYPES[wanted])
         plan, shards = _plan_export(state.layout, names, wanted, shard_bytes)
         companions = folder.companions()
@@ -165,12 +166,12 @@ def _write_parameters(
     files: ShardWriter, state: PagedStore, plan: NamePlan, dtype: Precision, progress: Progress | None
 ) -> None:
     plane = "master" if dtype == "fp32" else "weight"
-    is_fp32 = dtype == "fp32" or state.layout.format == "f32"
     for chunk in state.layout.chunks:
         data = bytearray(state.read_plane(chunk.index, plane))
-        values = torch.frombuffer(data, dtype=torch.float32 if is_fp32 else torch.bfloat16)
+        record = state.layout.records[chunk.record]
+        values = torch.frombuffer(data, dtype=torch.float32 if dtype == "fp32" else dtype_of(record.format))
         end = chunk.start + chunk.parameters
-        for place in state.layout.records[chunk.record].tensors:
+        for place in record.tensors:
             start, stop = max(chunk.start, place.offset), min(end, place.offset + place.elements)
             for piece in plan.parameters[place.name] if start < stop else ():
                 for at, source, count in piece.runs(start - place.offset, stop - place.offset):

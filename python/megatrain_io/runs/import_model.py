@@ -271,12 +271,15 @@ def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tupl
             values = read(place, start - place.offset, stop - place.offset)
             parts.append((start - chunk.start, stop - chunk.start, values))
     is_bf16 = all(values.dtype == torch.bfloat16 for _, _, values in parts)
-    dtype = dtype_of(layout) if layout.is_frozen else torch.bfloat16 if is_bf16 else torch.float32
+    record = layout.records[chunk.record]
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    if not record.is_trained:
+        dtype = dtype_of(record.format)
     out = torch.zeros(chunk.parameters, dtype=dtype)
     for start, stop, values in parts:
         out[start:stop] = values
-    name = "raw" if layout.is_frozen else "bfloat16" if is_bf16 else "float32"
-    return out.view(torch.uint8).numpy().tobytes(), name
+    name = "bfloat16" if is_bf16 else "float32"
+    return out.view(torch.uint8).numpy().tobytes(), name if record.is_trained else "raw"
 
 
 def _read(files: Checkpoint, pieces: Sequence[Piece], start: int, stop: int) -> Tensor:

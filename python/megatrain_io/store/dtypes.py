@@ -1,9 +1,9 @@
-"""Dtypes by precision: what computes, and what a store keeps for it."""
+"""Dtypes by precision and state format: what computes, and what a store keeps for it."""
 
 import torch
 
 from megatrain_io.errors import ConfigError
-from megatrain_io.store.layout import ModelLayout, Precision
+from megatrain_io.store.layout import Precision
 from megatrain_io.store.state_format import StateFormat
 
 __all__ = ["DTYPES", "FORMATS", "check_precision", "dtype_of"]
@@ -15,9 +15,9 @@ FORMATS: dict[Precision, StateFormat] = {"bf16": "bf16", "fp32": "f32"}
 """State format of the store's records for each precision."""
 
 
-def dtype_of(layout: ModelLayout) -> torch.dtype:
-    """The dtype in which the weights of a store compute."""
-    return torch.bfloat16 if layout.weight_bytes == torch.bfloat16.itemsize else torch.float32
+def dtype_of(state_format: StateFormat) -> torch.dtype:
+    """The dtype in which the weights of a record compute."""
+    return torch.bfloat16 if state_format in {"bf16", "raw16"} else torch.float32
 
 
 def check_precision(option: str, value: str) -> None:

@@ -1,15 +1,17 @@
 """The parameter space: which tensor lies in which record, at which offset, in which chunk. Pure.
 
-All parameters lie end to end, in the order in which a step meets them: embedding, decoder blocks, head,
-one record each. Offsets count parameters, not bytes, so they do not depend on the dtype. The same arithmetic
-lays the bytes out on disk (``rust/src/store/layout.rs``); a test holds the two together.
+All parameters lie end to end, in the order in which a step stops at them: embedding, decoder blocks, head. A
+stop has a record for each state format of its parameters, most often one. Offsets count parameters, not bytes, so
+they do not depend on the dtype. The same arithmetic lays the bytes out on disk (``rust/src/store/layout.rs``); a
+test holds the two together.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from itertools import accumulate, chain
+from typing import Any, Literal, TypeGuard, get_args
 
 from megatrain_io.errors import (
     FormatError,
@@ -70,24 +72,38 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Record:
-    """The tensors of one part of the model, end to end. ``parameters`` counts the padding between them, too."""
+    """The tensors of a stop that have one state format, end to end.
+
+    ``parameters`` counts the padding between them, too.
+    """
 
     name: str
+    format: StateFormat
     tensors: tuple[TensorPlace, ...]
     parameters: int
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a step updates it; what is frozen passes gradients on, and gets none."""
+        return SPECS[self.format].is_trained
 
 
 @dataclass(frozen=True)
 class ModelLayout:
     """The whole parameter space of one model.
 
-    Record 0 is the embedding, then one record for each decoder block, then the head if it has
-    parameters of its own.
+    Attributes:
+        chunk_parameters: parameters of a chunk.
+        records: in the order of the parameter space.
+        stops: numbers of the records of each stop, in the order in which a step loads them: of the embedding, of each
+            decoder block, of the head if it has parameters of its own. No two of a stop have the same format.
+        blocks: number of stops that are decoder blocks.
+        durability: of the store.
     """
 
-    format: StateFormat
     chunk_parameters: int
     records: tuple[Record, ...]
+    stops: tuple[tuple[int, ...], ...]
     blocks: int
     durability: Durability = "step"
 
@@ -96,30 +112,37 @@ class ModelLayout:
         cls,
         parts: Iterable[tuple[str, Iterable[tuple[str, tuple[int, ...]]]]],
         blocks: int,
-        state_format: StateFormat,
+        state_format: StateFormat | Callable[[str], StateFormat],
         chunk_parameters: int | None = None,
         durability: Durability = "step",
     ) -> "ModelLayout":
         """Lay parts of a model out, end to end.
 
         Args:
-            parts: name of each record, and its tensors as (name, shape): embeddings, blocks, head.
-            blocks: number of records that are decoder blocks.
-            state_format: of all records.
+            parts: name of each stop, and its tensors as (name, shape): embeddings, blocks, head.
+            blocks: number of stops that are decoder blocks.
+            state_format: of all tensors, or of each by its name. The tensors of a part that have one format make a
+                record; those records follow each other in the order of their first tensors.
             chunk_parameters: parameters of a chunk; None = by the size of the blocks.
             durability: of the store.
         """
-        records = []
-        for index, (name, tensors) in enumerate(parts):
-            offset = 0
-            places = []
-            for tensor, shape in tensors:
-                place = TensorPlace(tensor, tuple(shape), index, offset)
-                places.append(place)
-                offset = _round_up(offset + place.elements, _TENSOR_ALIGNMENT)
-            records.append(Record(name, tuple(places), offset))
-        chunk = chunk_parameters or default_chunk_parameters(records[1 : 1 + blocks])
-        return cls(state_format, chunk, tuple(records), blocks, durability)
+        records: list[Record] = []
+        stops = []
+        for part, tensors in parts:
+            by_format: dict[StateFormat, list[tuple[str, tuple[int, ...]]]] = {}
+            for name, shape in tensors:
+                wanted = state_format(name) if callable(state_format) else state_format
+                by_format.setdefault(wanted, []).append((name, shape))
+            if not by_format and not callable(state_format):
+                by_format[state_format] = []
+            first = len(records)
+            for own_format, own in by_format.items():
+                name = part if len(by_format) == 1 else f"{part} ({own_format})"
+                records.append(_record(name, own_format, len(records), own))
+            stops.append(tuple(range(first, len(records))))
+        of_blocks = (records[number] for stop in stops[1 : 1 + blocks] for number in stop)
+        chunk = chunk_parameters or default_chunk_parameters(of_blocks)
+        return cls(chunk, tuple(records), tuple(stops), blocks, durability)
 
     @classmethod
     def from_manifest(cls, text: str) -> "ModelLayout":
@@ -138,67 +161,106 @@ class ModelLayout:
         for entry in manifest["tensors"]:
             place = TensorPlace(entry["name"], tuple(entry["shape"]), entry["record"], entry["offset"])
             tensors[place.record].append(place)
+        unknown = {entry["format"] for entry in manifest["records"]}.difference(get_args(StateFormat))
+        if unknown:
+            raise FormatError(
+                f"the store's records have the format {min(unknown)}, and a model in training has one of "
+                f"{', '.join(get_args(StateFormat))}"
+            )
         records = tuple(
-            Record(entry["name"], tuple(places), entry["parameters"])
+            Record(entry["name"], entry["format"], tuple(places), entry["parameters"])
             for entry, places in zip(manifest["records"], tensors, strict=True)
         )
         model = manifest["model"]
         blocks = model.get("blocks") if isinstance(model, dict) else None
-        if type(blocks) is not int or not 0 <= blocks < len(records):
+        counts = model.get("stops", [1] * len(records)) if isinstance(model, dict) else None
+        if type(blocks) is not int or not 0 <= blocks < len(records) or not _are_counts(counts, len(records)):
             raise FormatError(
                 f"the store's manifest has {len(records)} records and says that {blocks!r} of them are blocks: it was "
                 "not made by an import of megatrain-io. Import the model again"
             )
-        formats = sorted({entry["format"] for entry in manifest["records"]})
-        if len(formats) > 1:
+        stops = _stops_of(counts)
+        if "stops" in model and len(stops) - blocks not in {1, 2}:
             raise FormatError(
-                f"the store's records have different formats ({', '.join(formats)}): this version trains all of a "
-                "model, or nothing"
+                f"the store's manifest has {len(stops)} stops and {blocks} blocks: embedding and head are two at most"
             )
-        state_format: StateFormat = formats[0]
-        return cls(state_format, manifest["chunk_parameters"], records, blocks, manifest["durability"])
+        for stop in stops:
+            formats = [records[number].format for number in stop]
+            if len(set(formats)) < len(formats):
+                raise FormatError(
+                    f"the records {', '.join(records[number].name for number in stop)} of one stop have the formats "
+                    f"{', '.join(formats)}: this version makes one record of each"
+                )
+        return cls(manifest["chunk_parameters"], records, stops, blocks, manifest["durability"])
 
     def manifest(self, model: dict[str, Any]) -> bytes:
         """The store's manifest; ``model`` is whatever describes the model, kept as it is."""
+        counts = list(map(len, self.stops))
+        # Where it is missing, as before there were several, each record is a stop.
+        several = {"stops": counts} if max(counts) > 1 else {}
         return json.dumps(
             {
                 "chunk_parameters": self.chunk_parameters,
                 "durability": self.durability,
                 "records": [
-                    {"name": record.name, "format": self.format, "parameters": record.parameters}
+                    {"name": record.name, "format": record.format, "parameters": record.parameters}
                     for record in self.records
                 ],
                 "tensors": [
                     {"name": t.name, "record": t.record, "offset": t.offset, "shape": list(t.shape)}
                     for t in self.tensors()
                 ],
-                "model": {**model, "blocks": self.blocks},
+                "model": {**model, "blocks": self.blocks, **several},
             }
         ).encode()
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of a weight in the compute dtype: 2 in bf16, 4 in fp32."""
-        return SPECS[self.format].weight_bytes
+    def with_stops(self, stops: Sequence[Sequence[Record]], blocks: int) -> "ModelLayout":
+        """The layout of some stops alone, of which ``blocks`` are decoder blocks; their records are numbered anew."""
+        numbers = _stops_of(map(len, stops))
+        return replace(self, records=tuple(chain(*stops)), stops=numbers, blocks=blocks)
 
     @property
     def is_frozen(self) -> bool:
         """Whether nothing is trained: a step then passes gradients on, and makes none of parameters."""
-        return not SPECS[self.format].is_trained
+        return not self.trained
+
+    @cached_property
+    def trained(self) -> tuple[int, ...]:
+        """The records that are trained, in order."""
+        return tuple(number for number, record in enumerate(self.records) if record.is_trained)
 
     @property
     def embedding(self) -> int:
-        """Record of the embeddings and whatever else comes before the blocks."""
+        """Stop of the embeddings and whatever else comes before the blocks."""
         return 0
 
     def block(self, index: int) -> int:
-        """Record of decoder block ``index``."""
+        """Stop of decoder block ``index``."""
         return 1 + index
 
     @property
     def head(self) -> int | None:
-        """Record of final norm and head; None when they have no parameters of their own."""
-        return 1 + self.blocks if len(self.records) > 1 + self.blocks else None
+        """Stop of final norm and head; None when they have no parameters of their own."""
+        return 1 + self.blocks if len(self.stops) > 1 + self.blocks else None
+
+    @property
+    def loss_stop(self) -> int:
+        """Stop at which the loss is computed: of the head, or where that has no parameters, of the embedding."""
+        return self.embedding if self.head is None else self.head
+
+    @cached_property
+    def stop_of(self) -> tuple[int, ...]:
+        """Stop of each record."""
+        return tuple(stop for stop, records in enumerate(self.stops) for _ in records)
+
+    def trained_of(self, stop: int) -> tuple[int, ...]:
+        """The records of a stop that are trained, in order."""
+        return tuple(number for number in self.stops[stop] if self.records[number].is_trained)
+
+    def tensors_of(self, stop: int) -> Iterator[TensorPlace]:
+        """All tensors of a stop, record after record."""
+        for number in self.stops[stop]:
+            yield from self.records[number].tensors
 
     def tensors(self) -> Iterator[TensorPlace]:
         """All tensors, in the order of the parameter space."""
@@ -233,11 +295,11 @@ class ModelLayout:
 
     def weight_extent_bytes(self, chunk: Chunk) -> int:
         """Bytes moved for the weights of a chunk, whole pages."""
-        return _round_up(chunk.parameters * SPECS[self.format].weight_bytes, PAGE_BYTES)
+        return _round_up(chunk.parameters * SPECS[self.records[chunk.record].format].weight_bytes, PAGE_BYTES)
 
     def update_extent_bytes(self, chunk: Chunk) -> int:
         """Bytes moved for what only the update of a chunk needs (moments, remainders), whole pages."""
-        return _round_up(chunk.parameters * SPECS[self.format].update_bytes, PAGE_BYTES)
+        return _round_up(chunk.parameters * SPECS[self.records[chunk.record].format].update_bytes, PAGE_BYTES)
 
     def record_weight_bytes(self, record: int) -> int:
         """Bytes that the weights of a record take in a block buffer."""
@@ -264,6 +326,34 @@ def default_chunk_parameters(blocks: Iterable[Record]) -> int:
     """Parameters of a chunk: 2 Mi, or a quarter of the largest block where that is less."""
     largest = max((record.parameters for record in blocks), default=CHUNK_PARAMETERS_MAX)
     return min(CHUNK_PARAMETERS_MAX, max(_CHUNK_STEP, _round_up(-(-largest // 4), _CHUNK_STEP)))
+
+
+def _record(
+    name: str, state_format: StateFormat, number: int, tensors: Iterable[tuple[str, tuple[int, ...]]]
+) -> Record:
+    """Lay the tensors of a record out, end to end."""
+    offset = 0
+    places = []
+    for tensor, shape in tensors:
+        place = TensorPlace(tensor, tuple(shape), number, offset)
+        places.append(place)
+        offset = _round_up(offset + place.elements, _TENSOR_ALIGNMENT)
+    return Record(name, state_format, tuple(places), offset)
+
+
+def _are_counts(counts: object, records: int) -> TypeGuard[list[int]]:
+    """Whether it says how many records each stop has, one at least, of ``records`` in all."""
+    return (
+        isinstance(counts, list)
+        and all(type(count) is int and count > 0 for count in counts)
+        and sum(counts) == records
+    )
+
+
+def _stops_of(counts: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+    """The numbers of the records of each stop."""
+    ends = list(accumulate(counts))
+    return tuple(tuple(range(start, end)) for start, end in zip([0, *ends], ends, strict=False))
 
 
 def _round_up(value: int, multiple: int) -> int:

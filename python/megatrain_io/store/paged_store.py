@@ -185,7 +185,7 @@ class PagedStore:
             residents: what stays in RAM from step to step, in memory of its own.
             gradient_files: where gradients wait for their norm that have no memory of their own, one for each
                 drive. They have no name afterwards.
-            settings: weight decay and learning-rate scale of each tensor; None reads only.
+            settings: weight decay and learning-rate scale of each trained tensor; None reads only.
             threads: for AdamW and checksums; 0 = one for each core.
             kernel: one of ``adamw_kernels()``; None = the fastest.
             unit: what a buffer holds. Of a chunk, ``take_chunk`` and so on take the place of ``weights``,
@@ -193,18 +193,34 @@ class PagedStore:
         """
         self._stop()
         tensors: list[tuple[int, int, int, float, float]] = []
-        for place in self.layout.tensors() if settings else ():
-            chosen = settings(place) if settings else TensorSettings(0.0)
-            tensors.append((place.record, place.offset, place.elements, chosen.weight_decay, chosen.lr_scale))
-        sizes = {name: tuple(kind) for name, kind in vars(pool).items()}
-        self.residents = own = residents or Residents()
+        for place in self.layout.tensors():
+            if settings is not None and self.layout.records[place.record].is_trained:
+                own = settings(place)
+                tensors.append((place.record, place.offset, place.elements, own.weight_decay, own.lr_scale))
+        weights, gradients = (
+            [(kind.format, kind.nbytes, kind.count) for kind in kinds]
+            for kinds in (pool.weights, pool.gradients)
+        )
+        self.residents = kept = residents or Residents()
         stay = (
-            self._units(own.records, unit),
-            sorted(own.chunks),
-            self._units(own.gradients, unit),
+            self._units(kept.records, unit),
+            sorted(kept.chunks),
+            self._units(kept.gradients, unit),
         )
         self._pipeline = _lib.Pipeline(
-            self._store, sizes, threads, kernel, tensors, stay, list(gradient_files), unit
+            self._store,
+            {
+                "chunk_slots": pool.chunk_slots,
+                "weights": weights,
+                "outgoing": pool.outgoing,
+                "gradients": gradients,
+            },
+            threads,
+            kernel,
+            tensors,
+            stay,
+            list(gradient_files),
+            unit,
         )
 
     def check(self, schedule: Sequence[ChunkOp], *, unit: Unit = "record") -> CheckedSchedule:
@@ -304,7 +320,8 @@ class PagedStore:
 
         Between steps only: chunks read while a commit is under way could be of two generations.
         """
-        dtype = torch.float32 if plane != "weight" else dtype_of(self.layout)
+        state_format = self.layout.records[place.record].format
+        dtype = torch.float32 if plane != "weight" else dtype_of(state_format)
         width = dtype.itemsize
         if self._pipeline is not None:
             self._pipeline.wait_durable()

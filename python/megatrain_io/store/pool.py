@@ -1,12 +1,14 @@
 """Sizes of the pool: buffers that transfers and gradients use, and the mapping that holds them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatrain_io.store.layout import PAGE_BYTES, ModelLayout
 from megatrain_io.store.schedule import Residents
+from megatrain_io.store.state_format import StateFormat
 
-__all__ = ["HUGE_PAGE_BYTES", "PoolSizes", "Unit", "mapped_nbytes", "pool_sizes"]
+__all__ = ["HUGE_PAGE_BYTES", "BufferKind", "PoolSizes", "Unit", "kind_for", "mapped_nbytes", "pool_sizes"]
 
 Unit = Literal["record", "chunk"]
 """What one buffer of the pool holds."""
@@ -16,27 +18,67 @@ _NOTHING = Residents()
 
 
 @dataclass(frozen=True)
-class PoolSizes:
-    """Sizes of a pool: ``(bytes, count)`` of each kind of slot.
+class BufferKind:
+    """Buffers of one size, for weights or gradients.
 
     Attributes:
-        chunk_slots: for chunks that are updated.
-        block_buffers: for the weights of blocks.
-        outer_buffers: for the weights of records that are larger than any block.
-        block_gradients: for the fp32 gradients of blocks.
-        outer_gradients: for the fp32 gradients of records that are larger than any block.
+        format: of the records that they are for; None = of all.
+        nbytes: of a buffer.
+        count: of buffers.
     """
 
-    chunk_slots: tuple[int, int]
-    block_buffers: tuple[int, int]
-    outer_buffers: tuple[int, int]
-    block_gradients: tuple[int, int]
-    outer_gradients: tuple[int, int]
+    format: StateFormat | None
+    nbytes: int
+    count: int
+
+    def holds(self, state_format: StateFormat, nbytes: int) -> bool:
+        """Whether ``nbytes`` of a record of that format have room in a buffer of this kind."""
+        return self.format in {None, state_format} and nbytes <= self.nbytes and self.count > 0
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """Sizes of a pool, in the order in which its memory is cut.
+
+    What is loaded gets a buffer of the first kind that holds it, and so does its gradient. By record each format has
+    two: for its records in blocks, and for those that are larger than any of these (embedding, head).
+
+    Attributes:
+        chunk_slots: ``(bytes, count)`` of the slots for chunks that are updated.
+        weights: for weights on their way to compute.
+        outgoing: by chunk, ``(bytes, count)`` of the buffers for weights that come back for their update.
+        gradients: for fp32 gradients.
+    """
+
+    chunk_slots: tuple[int, int] = (0, 0)
+    weights: tuple[BufferKind, ...] = ()
+    outgoing: tuple[int, int] = (0, 0)
+    gradients: tuple[BufferKind, ...] = ()
+
+    @property
+    def slots(self) -> list[tuple[int, int]]:
+        """``(bytes, count)`` of each kind of slot, in order."""
+        weights, gradients = (
+            [(kind.nbytes, kind.count) for kind in kinds] for kinds in (self.weights, self.gradients)
+        )
+        return [self.chunk_slots, *weights, self.outgoing, *gradients]
 
     @property
     def total_bytes(self) -> int:
         """Bytes of the whole pool."""
-        return sum(nbytes * count for nbytes, count in vars(self).values())
+        return sum(nbytes * count for nbytes, count in self.slots)
+
+
+def kind_for(kinds: Sequence[BufferKind], state_format: StateFormat, nbytes: int) -> int:
+    """Number of the kind, among ``kinds``, that ``nbytes`` of a record of that format get a buffer of: the first one.
+
+    Raises:
+        ValueError: none has room for them.
+    """
+    for number, kind in enumerate(kinds):
+        if kind.holds(state_format, nbytes):
+            return number
+    raise ValueError(f"a pool without a buffer for {nbytes} bytes of a record in {state_format}")
 
 
 def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
@@ -54,8 +96,9 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
 ) -> PoolSizes:
     """Size the pool for ``build_schedule``'s step.
 
-    Records larger than any block (embeddings, head) have buffers of their own kind: one is enough, because
-    the step needs them one after the other, except where a tied head holds embedding and head at once.
+    A stop has one record of each format, so what is said of one format holds for each by itself. Records larger than
+    any in a block (of embeddings, head) have buffers of their own kind: one is enough, because the step needs them one
+    after the other, except where a tied head holds embedding and head at once.
 
     Args:
         layout: the parameter space.
@@ -73,34 +116,14 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     """
     if block_buffers < (1 if unit == "chunk" else 2) or chunk_slots < 1 or block_gradients < 1:
         raise ValueError("a pool needs two block buffers, one chunk slot and one gradient buffer at least")
-    training = training and not layout.is_frozen
-    blocks = [layout.block(index) for index in range(layout.blocks)]
-    others = [record for record in range(len(layout.records)) if record not in blocks]
     paged = [record for record in range(len(layout.records)) if record not in residents.records]
-    block_bytes = max((layout.record_weight_bytes(block) for block in blocks if block in paged), default=0)
-    shared = [record for record in range(len(layout.records)) if record not in residents.gradients]
-    block_gradient = max(
-        (layout.record_gradient_bytes(block) for block in blocks if block in shared), default=0
-    )
-    outer = [
-        record for record in others if record in paged and layout.record_weight_bytes(record) > block_bytes
-    ]
-    in_blocks = len(paged) - len(outer)
-    outer_gradient = [
-        record
-        for record in others
-        if record in shared and layout.record_gradient_bytes(record) > block_gradient
-    ]
-    held = layout.embedding in outer
-    held_gradient = layout.embedding in outer_gradient or layout.embedding not in shared
-    # A tied head holds the embedding's weights beside the last block and the head, and its gradient
-    # from the head to the end of the step.
-    beside = int(tied_embeddings)
+    shared = [record for record in layout.trained if record not in residents.gradients]
     # Deferred gradients are applied on the weights' way to compute, so those are written from elsewhere.
     updated = [
         chunk
         for chunk in layout.chunks
-        if defers or chunk.record in paged or chunk.index not in residents.chunks
+        if layout.records[chunk.record].is_trained
+        and (defers or chunk.record in paged or chunk.index not in residents.chunks)
     ]
     slot = max(
         (
@@ -111,36 +134,74 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
         ),
         default=0,
     )
+    slots = (slot, min(chunk_slots, len(updated)) if training else 0)
     if unit == "chunk":
-        weights = max(
-            map(layout.weight_extent_bytes, (c for c in layout.chunks if c.record in paged)), default=0
+        weights = max((layout.weight_extent_bytes(c) for c in layout.chunks if c.record in paged), default=0)
+        returning = [record for record in layout.trained if record in paged]
+        gradient = max(
+            (layout.gradient_extent_bytes(c) for c in layout.chunks if c.record in shared), default=0
         )
-        gradients = max(
-            map(layout.gradient_extent_bytes, (c for c in layout.chunks if c.record in shared)), default=0
+        back = max(
+            (layout.weight_extent_bytes(chunk) for chunk in layout.chunks if chunk.record in returning),
+            default=0,
         )
+        gradients = block_gradients + gathered if gradient and training else 0
         return PoolSizes(
-            chunk_slots=(slot, min(chunk_slots, len(updated)) if training else 0),
-            block_buffers=(weights, block_buffers if weights else 0),
-            outer_buffers=(weights, block_gradients if weights and training else 0),
-            block_gradients=(gradients, block_gradients + gathered if gradients and training else 0),
-            outer_gradients=(0, 0),
+            slots,
+            (BufferKind(None, weights, block_buffers if weights else 0),),
+            (back, block_gradients if back and training else 0),
+            (BufferKind(None, gradient, gradients),),
         )
-    in_block_gradients = len(shared) - len(outer_gradient)
-    return PoolSizes(
-        chunk_slots=(slot, min(chunk_slots, len(updated)) if training else 0),
-        block_buffers=(block_bytes, min(block_buffers + (0 if held else beside), in_blocks)),
-        outer_buffers=(
-            max(map(layout.record_weight_bytes, outer), default=0),
-            min(len(outer), 1 + beside),
-        ),
-        block_gradients=(
-            block_gradient,
-            min(block_gradients + (0 if held_gradient else beside), in_block_gradients) * training,
-        ),
-        outer_gradients=(
-            max(map(layout.record_gradient_bytes, outer_gradient), default=0),
-            min(len(outer_gradient), 1 + beside) * training,
-        ),
+    # A tied head holds the embedding's weights beside the last block and the head, and its gradients from the head to
+    # the end of the step.
+    tables = layout.stops[layout.embedding] if tied_embeddings else ()
+    kinds = [
+        kind
+        for state_format in dict.fromkeys(record.format for record in layout.records)
+        for kind in _kinds_of(layout, state_format, paged, layout.record_weight_bytes, block_buffers, tables)
+    ]
+    gradient_kinds = [
+        kind if training else replace(kind, count=0)
+        for state_format in dict.fromkeys(layout.records[record].format for record in layout.trained)
+        for kind in _kinds_of(
+            layout,
+            state_format,
+            shared,
+            layout.record_gradient_bytes,
+            block_gradients,
+            [table for table in tables if table in shared],
+        )
+    ]
+    return PoolSizes(slots, tuple(kinds), (0, 0), tuple(gradient_kinds))
+
+
+def _kinds_of(
+    layout: ModelLayout,
+    state_format: StateFormat,
+    sharing: Iterable[int],
+    nbytes_of: Callable[[int], int],
+    count: int,
+    tables: Iterable[int],
+) -> tuple[BufferKind, BufferKind]:
+    """The two kinds of a format: ``count`` buffers for records of blocks, and those for larger ones.
+
+    Args:
+        layout: the parameter space.
+        state_format: of the records.
+        sharing: all records, of any format, that get their buffers from the pool.
+        nbytes_of: bytes of what a buffer holds, by record.
+        count: buffers for records of blocks.
+        tables: records of a tied embedding.
+    """
+    own = [record for record in sharing if layout.records[record].format == state_format]
+    blocks = range(layout.block(0), layout.block(layout.blocks))
+    largest = max((nbytes_of(record) for record in own if layout.stop_of[record] in blocks), default=0)
+    outer = [record for record in own if nbytes_of(record) > largest]
+    beside = [table for table in tables if layout.records[table].format == state_format]
+    in_blocks = count + sum(table not in outer for table in beside)
+    return (
+        BufferKind(state_format, largest, min(in_blocks, len(own) - len(outer))),
+        BufferKind(state_format, max(map(nbytes_of, outer), default=0), min(len(outer), 1 + len(beside))),
     )
 
 
@@ -150,7 +211,7 @@ def mapped_nbytes(pool: PoolSizes, *shares: int) -> int:
     Lists of large slots start at 2 MiB borders, and so does each share.
     """
     total = 0
-    for nbytes, count in vars(pool).values():
+    for nbytes, count in pool.slots:
         slot = _up(nbytes, PAGE_BYTES)
         if slot >= HUGE_PAGE_BYTES:
             total = _up(total, HUGE_PAGE_BYTES)

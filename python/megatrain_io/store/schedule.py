@@ -1,9 +1,11 @@
 """The schedule of a step: one pure function that training, plan, simulator and trace share.
 
 Cyclic and known before it starts, so nothing has to be guessed while it runs: the pipeline reads ahead in
-this order. A step meets, in order: embedding, blocks first to last, head, blocks last to first with
-their updates, embedding with its update. Updates that need the norm of all gradients ride on the first load
-of each record in the step after.
+this order. A step stops, in order, at: embedding, blocks first to last, head, blocks last to first with
+their updates, embedding with its update. At each stop it loads all records of the stop, one after the other in the
+order of the layout, and then updates those that are trained, in the same order. A tied head stops with its own
+records, then those of the embedding. Updates that need the norm of all gradients ride on the first load of each
+record in the step after.
 """
 
 from collections.abc import Iterator
@@ -39,7 +41,7 @@ _KINDS: dict[UpdatePolicy, tuple[Kind, ...]] = {
 
 
 class Phase(StrEnum):
-    """The phases of a step, in order: each names what compute does with the records that it meets."""
+    """The phases of a step, in order: each names what compute does at the stops that it meets."""
 
     EMBEDDING = "embedding"
     FORWARD = "forward"
@@ -123,47 +125,52 @@ def build_schedule(
         applies: whether the step before has deferred its gradients, and this one applies them.
         policy: what becomes of this step's.
 
-    The last block is still in its buffer when the backward pass begins: it is not loaded twice. Where all weights are
+    The last block is still in its buffers when the backward pass begins: it is not loaded twice. Where the embedding is
     frozen, the backward pass is over when the first block has passed its gradient on.
     """
-    operations = _forward(layout, "apply" if applies else "load", tied_embeddings=tied_embeddings)
+    operations = _forward(layout, applies=applies, tied_embeddings=tied_embeddings)
     backward = _backward(layout, policy) if training else ()
     return (*operations, *backward)
 
 
 def flush_schedule(layout: ModelLayout) -> tuple[ChunkOp, ...]:
-    """Apply the gradients that the last step has deferred, and compute nothing."""
-    return tuple(_forward(layout, "apply", tied_embeddings=False))
+    """Apply the gradients that the last step has deferred, and compute nothing: a load of each trained record."""
+    first_loads = _forward(layout, applies=True, tied_embeddings=False)
+    return tuple(operation for operation in first_loads if operation.kind == "apply")
 
 
-def _forward(layout: ModelLayout, first: Kind, *, tied_embeddings: bool) -> Iterator[ChunkOp]:
-    yield from _whole(layout, first, layout.embedding, Phase.EMBEDDING)
-    for index in range(layout.blocks):
-        yield from _whole(layout, first, layout.block(index), Phase.FORWARD)
-    if layout.head is not None:
-        yield from _whole(layout, first, layout.head, Phase.HEAD)
+def _forward(layout: ModelLayout, *, applies: bool, tied_embeddings: bool) -> Iterator[ChunkOp]:
+    phases = [Phase.EMBEDDING, *[Phase.FORWARD] * layout.blocks, Phase.HEAD]
+    for stop, phase in zip(layout.stops, phases, strict=False):
+        for record in stop:
+            first: Kind = "apply" if applies and layout.records[record].is_trained else "load"
+            yield from _whole(layout, first, record, phase)
     if tied_embeddings:
-        yield from _whole(layout, "load", layout.embedding, Phase.HEAD)
+        yield from _load(layout, layout.embedding, Phase.HEAD)
 
 
 def _backward(layout: ModelLayout, policy: UpdatePolicy) -> Iterator[ChunkOp]:
-    kinds = () if layout.is_frozen else _KINDS[policy]
-
-    def done(record: int, phase: Phase) -> Iterator[ChunkOp]:
-        for kind in kinds:
-            yield from _whole(layout, kind, record, phase)
-
     last = layout.blocks - 1
     if layout.head is not None:
-        yield from done(layout.head, Phase.HEAD)
+        yield from _update(layout, layout.head, Phase.HEAD, policy)
     for index in range(last, -1, -1):
         if index != last:
-            yield from _whole(layout, "load", layout.block(index), Phase.BACKWARD)
-        yield from done(layout.block(index), Phase.BACKWARD)
-    if layout.is_frozen:
-        return
-    yield from _whole(layout, "load", layout.embedding, Phase.EMBEDDING_BACKWARD)
-    yield from done(layout.embedding, Phase.EMBEDDING_BACKWARD)
+            yield from _load(layout, layout.block(index), Phase.BACKWARD)
+        yield from _update(layout, layout.block(index), Phase.BACKWARD, policy)
+    if layout.trained_of(layout.embedding):
+        yield from _load(layout, layout.embedding, Phase.EMBEDDING_BACKWARD)
+        yield from _update(layout, layout.embedding, Phase.EMBEDDING_BACKWARD, policy)
+
+
+def _load(layout: ModelLayout, stop: int, phase: Phase) -> Iterator[ChunkOp]:
+    for record in layout.stops[stop]:
+        yield from _whole(layout, "load", record, phase)
+
+
+def _update(layout: ModelLayout, stop: int, phase: Phase, policy: UpdatePolicy) -> Iterator[ChunkOp]:
+    for record in layout.trained_of(stop):
+        for kind in _KINDS[policy]:
+            yield from _whole(layout, kind, record, phase)
 
 
 def _whole(layout: ModelLayout, kind: Kind, record: int, phase: Phase) -> Iterator[ChunkOp]:

@@ -5,12 +5,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use megatrain_io::memory::{self, PoolSizes, Slot};
+use megatrain_io::memory::{self, BufferKind, PoolSizes, Slot};
 use megatrain_io::optimizer::{AdamW, Hyperparameters, Kernel};
 use megatrain_io::pipeline::{
     self, After, Cause, ChunkOp, GradientFiles, Kind, Options, Residents, TensorSettings,
 };
-use megatrain_io::{Dtype, Error, Unit};
+use megatrain_io::{Dtype, Error, StateFormat, Unit};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -66,7 +66,8 @@ pub(crate) struct Pipeline {
 
 #[pymethods]
 impl Pipeline {
-    /// `pool` maps each kind of slot to `(bytes, count)`; `tensors` lists
+    /// `pool` has `(bytes, count)` of `chunk_slots` and `outgoing`, and lists `(format, bytes, count)` of each kind
+    /// of buffer for `weights` and `gradients`, where format `None` is for records of all; `tensors` lists
     /// `(record, offset, elements, weight_decay, lr_scale)` of every trained tensor in order; `residents`
     /// lists the units whose weights stay in RAM, the chunks whose update planes do, and the units
     /// whose gradients have a buffer of their own; `gradient_files` is where other gradients wait that are deferred.
@@ -99,7 +100,7 @@ impl Pipeline {
             .collect();
         let (records, chunks, gradients) = residents;
         let residents = Residents { records, chunks, gradients };
-        let store = store.get()?;
+        let (store, pool) = (store.get()?, pool.sizes()?);
         let start = || {
             let gradient_files = if gradient_files.is_empty() {
                 GradientFiles::default()
@@ -107,7 +108,6 @@ impl Pipeline {
                 let units = store.units(unit);
                 GradientFiles::create(&gradient_files, units, &residents.gradients)?
             };
-            let pool = pool.sizes();
             let options =
                 Options { pool, threads, kernel, tensors, residents, gradient_files, unit };
             pipeline::Pipeline::start(store, &options)
@@ -268,31 +268,40 @@ impl Pipeline {
     }
 }
 
-/// `(bytes, count)` of each kind of slot.
+/// Format, bytes and count of a kind of buffer.
+type KindTuple = (Option<String>, usize, usize);
+
+/// Sizes of all kinds of slot.
 #[derive(Debug, FromPyObject)]
 pub(crate) struct PoolArguments {
     #[pyo3(item)]
     chunk_slots: (usize, usize),
     #[pyo3(item)]
-    block_buffers: (usize, usize),
+    weights: Vec<KindTuple>,
     #[pyo3(item)]
-    outer_buffers: (usize, usize),
+    outgoing: (usize, usize),
     #[pyo3(item)]
-    block_gradients: (usize, usize),
-    #[pyo3(item)]
-    outer_gradients: (usize, usize),
+    gradients: Vec<KindTuple>,
 }
 
 impl PoolArguments {
-    fn sizes(&self) -> PoolSizes {
+    fn sizes(&self) -> PyResult<PoolSizes> {
         let kind = |(bytes, count)| memory::Kind { bytes, count };
-        PoolSizes {
+        let buffers = |kinds: &[KindTuple]| {
+            kinds
+                .iter()
+                .map(|(format, bytes, count)| {
+                    let format = format.as_deref().map(format_of).transpose()?;
+                    Ok(BufferKind { format, slots: kind((*bytes, *count)) })
+                })
+                .collect::<PyResult<Vec<_>>>()
+        };
+        Ok(PoolSizes {
             chunk_slots: kind(self.chunk_slots),
-            block_buffers: kind(self.block_buffers),
-            outer_buffers: kind(self.outer_buffers),
-            block_gradients: kind(self.block_gradients),
-            outer_gradients: kind(self.outer_gradients),
-        }
+            weights: buffers(&self.weights)?,
+            outgoing: kind(self.outgoing),
+            gradients: buffers(&self.gradients)?,
+        })
     }
 }
 
@@ -359,6 +368,11 @@ fn unit_of(name: &str) -> PyResult<Unit> {
         let names = Unit::ALL.map(Unit::name).join(" or ");
         PyValueError::new_err(format!("unit {name:?}: {names}"))
     })
+}
+
+fn format_of(name: &str) -> PyResult<StateFormat> {
+    let named = StateFormat::ALL.into_iter().find(|format| format.spec().name == name);
+    named.ok_or_else(|| PyValueError::new_err(format!("no state format is called {name:?}")))
 }
 
 fn kernel_of(name: &str) -> PyResult<Kernel> {

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::memory::huge_pages::HugePages;
 use crate::memory::ledger::Ledger;
 use crate::memory::slot::{Region, Share, SlotList};
-use crate::units::PAGE_BYTES;
+use crate::units::{PAGE_BYTES, StateFormat};
 
 /// How many slots of one kind, and how large each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,42 +17,67 @@ pub struct Kind {
     pub count: usize,
 }
 
-/// The pool as a sum of named terms.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Buffers for weights or gradients, each for a whole record, or a whole chunk by chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BufferKind {
+    /// Format of the records that they are for; `None` is any.
+    pub format: Option<StateFormat>,
+    /// How many, and how large.
+    pub slots: Kind,
+}
+
+impl BufferKind {
+    /// Buffers for records of any format.
+    #[must_use]
+    pub fn of_all(bytes: usize, count: usize) -> Self {
+        Self { format: None, slots: Kind { bytes, count } }
+    }
+
+    /// Whether `bytes` of a record of `format` have room in one.
+    fn holds(&self, format: StateFormat, bytes: usize) -> bool {
+        let is_for_it = self.format.is_none_or(|own| own == format);
+        is_for_it && bytes <= self.slots.bytes && self.slots.count > 0
+    }
+}
+
+/// The pool as a sum of terms, in the order in which its region is cut.
+///
+/// What is loaded gets a buffer of the first kind that holds it, and so does its gradient: a large record of
+/// one format leaves the buffers of another alone, and a small one takes none that is too large for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PoolSizes {
     /// Slots for updating one chunk: its new weights, its update planes, and its gradient where that
     /// waits on the drive.
     pub chunk_slots: Kind,
-    /// Buffers for the weights of one decoder block.
-    pub block_buffers: Kind,
-    /// Buffers for the weights of a record larger than a block (embeddings, head).
-    pub outer_buffers: Kind,
-    /// Buffers for the fp32 gradients of one decoder block.
-    pub block_gradients: Kind,
-    /// Buffers for the fp32 gradients of a record larger than a block.
-    pub outer_gradients: Kind,
+    /// Buffers for weights on their way to compute.
+    pub weights: Vec<BufferKind>,
+    /// By chunk, buffers for weights that come back for their update.
+    pub outgoing: Kind,
+    /// Buffers for fp32 gradients.
+    pub gradients: Vec<BufferKind>,
 }
 
 impl PoolSizes {
     /// Bytes of the whole pool.
     #[must_use]
     pub fn total_bytes(&self) -> usize {
-        self.kinds().iter().map(|kind| rounded(kind.bytes) * kind.count).sum()
+        let kinds = self.transfers().chain(slots_of(&self.gradients));
+        kinds.map(|kind| rounded(kind.bytes) * kind.count).sum()
     }
 
-    fn kinds(&self) -> [Kind; 5] {
-        let [chunks, blocks, outer] = self.transfers();
-        let [block_gradients, outer_gradients] = self.gradients();
-        [chunks, blocks, outer, block_gradients, outer_gradients]
+    fn transfers(&self) -> impl Iterator<Item = Kind> {
+        [self.chunk_slots].into_iter().chain(slots_of(&self.weights)).chain([self.outgoing])
     }
+}
 
-    fn transfers(&self) -> [Kind; 3] {
-        [self.chunk_slots, self.block_buffers, self.outer_buffers]
-    }
+fn slots_of(kinds: &[BufferKind]) -> impl Iterator<Item = Kind> {
+    kinds.iter().map(|kind| kind.slots)
+}
 
-    fn gradients(&self) -> [Kind; 2] {
-        [self.block_gradients, self.outer_gradients]
-    }
+/// Which of `kinds` has the buffers for `bytes` of a record of `format`: the first that holds them.
+#[must_use]
+pub(crate) fn kind_for(kinds: &[BufferKind], format: StateFormat, bytes: usize) -> Option<usize> {
+    kinds.iter().position(|kind| kind.holds(format, bytes))
 }
 
 /// Bytes of what stays in RAM from step to step; 0 where it does not.
@@ -105,16 +130,16 @@ pub struct Pool {
     pub region: Arc<Region>,
     /// How much of it lay in huge pages when it was made.
     pub huge_pages: Option<HugePages>,
+    /// What it was made from.
+    pub sizes: PoolSizes,
     /// For updates.
     pub chunk_slots: SlotList,
-    /// For the weights of decoder blocks.
-    pub block_buffers: SlotList,
-    /// For the weights of larger records.
-    pub outer_buffers: SlotList,
-    /// For the gradients of decoder blocks.
-    pub block_gradients: SlotList,
-    /// For the gradients of larger records.
-    pub outer_gradients: SlotList,
+    /// For weights on their way to compute, by kind.
+    pub weights: Vec<SlotList>,
+    /// By chunk, for weights that come back.
+    pub outgoing: SlotList,
+    /// For gradients, by kind.
+    pub gradients: Vec<SlotList>,
     /// What stays in RAM from step to step.
     pub residents: ResidentSlots,
 }
@@ -126,9 +151,9 @@ impl Pool {
     /// # Errors
     /// `Io` when the system refuses the memory.
     pub fn allocate(sizes: &PoolSizes, residents: &ResidentSizes, ledger: &Ledger) -> Result<Self> {
-        let cut = |kind: &Kind| (rounded(kind.bytes), kind.count);
-        let transfers = sizes.transfers().each_ref().map(cut);
-        let gradients = sizes.gradients().each_ref().map(cut);
+        let cut = |kind: Kind| (rounded(kind.bytes), kind.count);
+        let transfers: Vec<_> = sizes.transfers().map(cut).collect();
+        let gradients: Vec<_> = slots_of(&sizes.gradients).map(cut).collect();
         let own = |bytes: &usize| (*bytes > 0).then(|| (rounded(*bytes), 1));
         let stay: Vec<_> =
             residents.weights.iter().chain(&residents.planes).filter_map(own).collect();
@@ -150,18 +175,22 @@ impl Pool {
             planes: own(&residents.planes, &mut stay),
             gradients: own(&residents.gradients, &mut deferred),
         };
-        let mut lists = lists.into_iter().flatten();
+        let gradients = lists.pop().unwrap_or_default();
+        let mut transfers = lists.pop().unwrap_or_default().into_iter();
         let mut next =
-            || lists.next().ok_or_else(|| crate::error::Error::invalid("five kinds of slot"));
+            || transfers.next().ok_or_else(|| crate::error::Error::invalid("a kind of slot"));
+        let chunk_slots = next()?;
+        let weights = sizes.weights.iter().map(|_| next()).collect::<Result<_>>()?;
+        let outgoing = next()?;
         let huge_pages = region.populate();
         Ok(Self {
             region,
             huge_pages,
-            chunk_slots: next()?,
-            block_buffers: next()?,
-            outer_buffers: next()?,
-            block_gradients: next()?,
-            outer_gradients: next()?,
+            sizes: sizes.clone(),
+            chunk_slots,
+            weights,
+            outgoing,
+            gradients,
             residents,
         })
     }

@@ -77,7 +77,7 @@ impl Executor {
             requests: Requests::new(),
             working: WorkingState::new(&cx.store, &cx.units),
             steps: Steps::default(),
-            loads: Loads::default(),
+            loads: Loads::new(options.pool.weights.len()),
             updates: Updates::new(cx.units.records().len()),
             deferred: DeferredGradients::new(&cx, &options.gradient_files, own_gradients),
             commits: Commits::default(),
@@ -359,7 +359,7 @@ impl Executor {
             let applies = kind == Kind::Apply;
             let is_first = chunk == cx.units.records()[unit].start;
             if is_first && matches!(kind, Kind::Load | Kind::Apply) {
-                loads.plan(cx, working, load, unit, applies);
+                loads.plan(cx, working, load, unit, applies)?;
                 load += 1;
             }
             if matches!(kind, Kind::Apply | Kind::Update) {

@@ -1,7 +1,7 @@
 //! What the memory of a pipeline must hold, and which list a unit's buffers come from.
 
 use crate::error::{Error, Result};
-use crate::memory::pool::{Pool, PoolSizes, ResidentSizes};
+use crate::memory::pool::{Pool, PoolSizes, ResidentSizes, kind_for};
 use crate::memory::slot::SlotList;
 use crate::pipeline::unit_name::{described, record_of};
 use crate::pipeline::update::TensorSettings;
@@ -66,13 +66,14 @@ pub fn chunk_slot_bytes(format: StateFormat, parameters: usize) -> usize {
         .sum()
 }
 
-/// Where a unit's weights are loaded into. By chunk, outer buffers are for weights on their way back.
-pub(super) fn weight_list<'a>(pool: &'a Pool, units: &Layout, unit: usize) -> &'a SlotList {
-    if let Some(own) = pool.residents.weights_of(unit) {
-        return own;
-    }
-    let fits = units.record_weight_bytes(unit) <= pool.block_buffers.slot_bytes();
-    if fits || units.unit() == Unit::Chunk { &pool.block_buffers } else { &pool.outer_buffers }
+/// Which kind of buffer a unit's weights are loaded into, if they have no memory of their own.
+pub(super) fn weights_kind(sizes: &PoolSizes, units: &Layout, unit: usize) -> Option<usize> {
+    kind_for(&sizes.weights, units.format(unit), units.record_weight_bytes(unit))
+}
+
+/// Which kind of buffer a unit's gradient is in, if it has no memory of its own.
+fn gradient_kind(sizes: &PoolSizes, units: &Layout, unit: usize) -> Option<usize> {
+    kind_for(&sizes.gradients, units.format(unit), gradient_bytes(units, unit))
 }
 
 pub(super) fn gradient_bytes(units: &Layout, unit: usize) -> usize {
@@ -84,16 +85,18 @@ pub(super) fn deferred_bytes(parameters: usize) -> usize {
     (parameters * size_of::<f32>()).next_multiple_of(crate::units::PAGE_BYTES)
 }
 
-pub(super) fn gradient_list<'a>(pool: &'a Pool, units: &Layout, unit: usize) -> &'a SlotList {
-    if let Some(own) = pool.residents.gradient_of(unit) {
-        return own;
-    }
-    let fits = gradient_bytes(units, unit) <= pool.block_gradients.slot_bytes();
-    if fits || units.unit() == Unit::Chunk { &pool.block_gradients } else { &pool.outer_gradients }
+/// Where the buffers for a unit's gradient come from; `None` where it gets none, as nothing of it is trained.
+pub(super) fn gradient_list<'a>(
+    pool: &'a Pool,
+    units: &Layout,
+    unit: usize,
+) -> Option<&'a SlotList> {
+    let own = pool.residents.gradient_of(unit);
+    own.or_else(|| pool.gradients.get(gradient_kind(&pool.sizes, units, unit)?))
 }
 
-/// Checks that the pool has a buffer for whatever a step may need. `spills` says whether gradients that
-/// have no buffer of their own wait on the drive when they are deferred.
+/// Checks that the pool has a buffer for whatever a step may need: a unit that gets none would wait for ever.
+/// `spills` says whether gradients that have no buffer of their own wait on the drive when they are deferred.
 pub(super) fn check_pool(
     store: &Store,
     units: &Layout,
@@ -104,23 +107,18 @@ pub(super) fn check_pool(
 ) -> Result {
     // New weights of a deferred gradient go to the drive from a chunk slot, whatever stays: compute has theirs.
     let defers = spills || residents.gradients.iter().any(|bytes| *bytes > 0);
-    let trains = sizes.block_gradients.count + sizes.outer_gradients.count > 0 || defers;
+    let trains = sizes.gradients.iter().any(|kind| kind.slots.count > 0) || defers;
     if trains && settings.is_empty() {
         return Err(Error::invalid(
             "a pool with gradient buffers needs the settings of the tensors to train",
         ));
     }
     let of_chunks = units.unit() == Unit::Chunk;
-    let room = |bytes: usize, kinds: [crate::memory::pool::Kind; 2]| {
-        // The second kind is for larger records.
-        let kinds = &kinds[..if of_chunks { 1 } else { 2 }];
-        kinds.iter().any(|kind| kind.count > 0 && bytes <= kind.bytes)
-    };
     for (unit, chunks) in units.records().iter().enumerate() {
         let name = || described(store, units, unit);
         let weights = units.record_weight_bytes(unit);
         let stays = residents.weights[unit] > 0;
-        if !stays && !room(weights, [sizes.block_buffers, sizes.outer_buffers]) {
+        if !stays && weights_kind(sizes, units, unit).is_none() {
             let name = name();
             return Err(Error::invalid(format!(
                 "the pool has no buffer for the {weights} bytes of weights of {name}"
@@ -129,7 +127,7 @@ pub(super) fn check_pool(
         if !store.manifest().records[record_of(store, units, unit)].format.is_trainable() {
             continue;
         }
-        let outgoing = sizes.outer_buffers;
+        let outgoing = sizes.outgoing;
         let has_outgoing = outgoing.count > 0 && outgoing.bytes >= weights;
         if of_chunks && trains && !stays && !has_outgoing {
             let name = name();
@@ -141,10 +139,7 @@ pub(super) fn check_pool(
         // A pool without gradient buffers reads only (generation).
         let reads_only = !trains;
         let has_own = residents.gradients[unit] > 0;
-        if !reads_only
-            && !has_own
-            && !room(gradient, [sizes.block_gradients, sizes.outer_gradients])
-        {
+        if !reads_only && !has_own && gradient_kind(sizes, units, unit).is_none() {
             let name = name();
             return Err(Error::invalid(format!(
                 "the pool has no buffer for the {gradient} bytes of gradients of {name}"

@@ -22,8 +22,6 @@ pub struct Options {
     pub residents: Residents,
     /// Where deferred gradients wait that have no buffer of their own; without, none of them can be deferred.
     pub gradient_files: GradientFiles,
-    /// What a buffer holds. Of chunks the pool has `block_buffers` for the weights, `block_gradients` for the
-    /// gradient, `outer_buffers` for weights that come back for their update, and no use for
-    /// `outer_gradients`. Schedules must be made for `Store::units` of this unit.
+    /// What a buffer holds. Schedules must be made for `Store::units` of this unit.
     pub unit: Unit,
 }

@@ -4,5 +4,6 @@ mod chunk_unit;
 mod crash_model;
 mod deferred;
 mod residents;
+mod stops;
 mod support;
 mod training;

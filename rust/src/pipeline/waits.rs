@@ -54,7 +54,11 @@ impl Pipeline {
     pub fn take_gradient(&self, unit: usize, timeout: Duration) -> Result<Option<Slot>> {
         self.store.check()?;
         self.check_unit(unit)?;
-        self.take_free(gradient_list(&self.pool, &self.units, unit), timeout)
+        let list = gradient_list(&self.pool, &self.units, unit).ok_or_else(|| {
+            let name = self.units.unit_name(unit);
+            Error::invalid(format!("the pool has no buffer for a gradient of {name}"))
+        })?;
+        self.take_free(list, timeout)
     }
 
     /// By chunk, a free buffer for the weights of `unit` that come back for their update (its content is
@@ -79,12 +83,12 @@ impl Pipeline {
             )));
         }
         let bytes = self.units.chunks()[unit].extent_bytes(Group::Weight);
-        if self.pool.outer_buffers.slot_bytes() < bytes {
+        if self.pool.outgoing.slot_bytes() < bytes {
             return Err(Error::invalid(format!(
                 "the pool has no buffer for weights of {name} to come back"
             )));
         }
-        let slot = self.take_free(&self.pool.outer_buffers, timeout)?;
+        let slot = self.take_free(&self.pool.outgoing, timeout)?;
         Ok(slot.map(|slot| slot.split_at(bytes).0))
     }
 

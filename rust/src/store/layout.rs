@@ -196,6 +196,12 @@ impl Layout {
         self.parameters[record]
     }
 
+    /// How the state of a record is stored.
+    #[must_use]
+    pub fn format(&self, record: usize) -> StateFormat {
+        self.chunks[self.records[record].start].format
+    }
+
     /// Bytes of a record's weights in a block buffer (the last chunk's extent is rounded up).
     #[must_use]
     pub fn record_weight_bytes(&self, record: usize) -> usize {

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use megatrain_io::memory::{self, Ledger, PoolSizes, Slot};
+use megatrain_io::memory::{self, BufferKind, Ledger, PoolSizes, Slot};
 use megatrain_io::optimizer::{self, AdamW, Kernel};
 use megatrain_io::pipeline::{CheckedSchedule, ChunkOp, Kind, TensorSettings, chunk_slot_bytes};
 use megatrain_io::store::{Content, Durability, Manifest, Record, Store, Tensor};
@@ -106,14 +106,9 @@ impl Shape {
         let parameters = if of_chunks { chunk } else { parameters };
         PoolSizes {
             chunk_slots: kind(slot.unwrap_or(0) + chunk * size_of::<f32>(), 4),
-            block_buffers: kind(parameters * 4, 3),
-            outer_buffers: if of_chunks {
-                kind(parameters * 4, 2)
-            } else {
-                memory::Kind::default()
-            },
-            block_gradients: kind(parameters * 4, 2),
-            outer_gradients: PoolSizes::default().outer_gradients,
+            weights: vec![BufferKind::of_all(parameters * 4, 3)],
+            outgoing: if of_chunks { kind(parameters * 4, 2) } else { memory::Kind::default() },
+            gradients: vec![BufferKind::of_all(parameters * 4, 2)],
         }
     }
 

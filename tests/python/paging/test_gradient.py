@@ -1,12 +1,11 @@
 """Gradients of a record: summed over micro-batches with the bits of a plain sum, and no copy of them in fp32."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatrain_io.paging.gradient import Gradient
+from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import BorrowedRecord
 
 SHAPES = [(), (0, 3), (7,), (3, 5), (2_500_000,), (1_500, 1_000), (2, 3, 700_000)]
@@ -15,9 +14,8 @@ SHAPES = [(), (0, 3), (7,), (3, 5), (2_500_000,), (1_500, 1_000), (2, 3, 700_000
 class State:
     """Lends one buffer."""
 
-    layout = SimpleNamespace(records=[SimpleNamespace(tensors=[SimpleNamespace(name="weight")])])
-
     def __init__(self, shape):
+        self.layout = ModelLayout.build([("embedding", [("weight", shape)])], 0, "f32")
         self.total = torch.full(shape, float("nan"))
 
     def gradient(self, _record):

@@ -308,22 +308,22 @@ def test_what_saves_vram_of_gradients_is_known_to_the_simulation(model, tmp_path
 
     roomy = planned("80GB")
     least = planned(roomy.vram_bytes)
-    assert list(least.vram.pool.gradients) == ["pieces"]
+    assert [kind.stop for kind in least.vram.pool.gradients] == ["pieces"]
     assert least.vram.total == roomy.vram_bytes
     assert "gradients 1 MiB (they gather in RAM)" in str(least.vram)
     assert "GB more a step over the bus, which the times leave out" in str(least)
     gathered = least.memory.needs.gathered
-    assert least.memory.pool.block_gradients[1] >= gathered + 4, (
+    assert least.memory.pool.gradients[0].count >= gathered + 4, (
         "a block's gradient has room in RAM beside them"
     )
     (pieces,) = least.vram.pool.gradients.values()
     largest = max(nbytes for nbytes, _ in roomy.vram.pool.gradients.values())
     # With room for a buffer for all records, and the weights of one block.
     one = planned(least.vram.total - pieces[0] * pieces[1] + largest)
-    assert list(one.vram.pool.gradients) == ["any"]
+    assert [kind.stop for kind in one.vram.pool.gradients] == ["any"]
     assert "over the bus" not in str(one)
     assert one.memory.needs.gathered == 0
-    assert one.memory.pool.block_gradients[1] > 4, "a block's gradient has room in RAM"
+    assert one.memory.pool.gradients[0].count > 4, "a block's gradient has room in RAM"
     assert least.vram.total < one.vram.total < roomy.vram.total
     assert min(least.time.seconds, one.time.seconds) >= roomy.time.seconds
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatrain_io.planning.residents import choose_residents, resident_nbytes
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.pool import pool_sizes
+from megatrain_io.store.pool import BufferKind, pool_sizes
 from megatrain_io.store.schedule import Residents, build_schedule, traffic
 
 EVERYTHING = 1 << 60
@@ -69,12 +69,12 @@ def test_the_pool_needs_no_buffer_for_what_stays():
     layout, schedule = model()
     everything = choose_residents(layout, schedule, EVERYTHING)
     sizes = pool_sizes(layout, tied_embeddings=False, training=True, residents=everything)
-    assert sizes.chunk_slots[1] == sizes.block_buffers[1] == sizes.outer_buffers[1] == 0
-    assert sizes.block_gradients[1] == 2
+    assert [sizes.chunk_slots[1], *(kind.count for kind in sizes.weights)] == [0, 0, 0]
+    assert sizes.gradients[0].count == 2
     weights = Residents(everything.records)
     sizes = pool_sizes(layout, tied_embeddings=False, training=True, residents=weights)
     assert sizes.chunk_slots[1] == 4
-    assert sizes.block_buffers[1] == 0
+    assert sizes.weights[0].count == 0
     one_left = Residents(everything.records - {3}, everything.chunks)
     sizes = pool_sizes(layout, tied_embeddings=False, training=True, residents=one_left)
-    assert sizes.block_buffers == (layout.record_weight_bytes(3), 1)
+    assert sizes.weights[0] == BufferKind("bf16", layout.record_weight_bytes(3), 1)

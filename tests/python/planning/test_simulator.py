@@ -74,14 +74,33 @@ def played(
 SPEED = Rates(read=2e9, write=1e9)
 
 
+def several_records(*, tied=False):
+    """Three records a stop, one of them frozen, one at the embedding; the last block trains nothing."""
+    names = [*(f"block {index}" for index in range(BLOCKS)), "head"]
+    tensors = {"weight": (512, 512), "base": (2048, 512), "oddment": (512,)}
+    parts = [("embedding", [("table weight", (2048, 512))])]
+    parts += [(part, [(f"{part} {name}", shape) for name, shape in tensors.items()]) for part in names]
+    trained = {"weight": "bf16", "base": "raw16", "oddment": "f32"}
+    frozen = {"weight": "raw32", "base": "raw16"}
+    of_last = [(f"last {name}", tensors[name]) for name in frozen]
+    parts[BLOCKS] = ("last block", of_last)
+
+    def format_of(name):
+        return (frozen if name.startswith("last") else trained)[name.split()[-1]]
+
+    del tied
+    return ModelLayout.build(parts, BLOCKS, format_of)
+
+
+@pytest.mark.parametrize("layout_of", [layout, several_records], ids=["one record", "several records"])
 @pytest.mark.parametrize("slots", [(3, 4, 2), (2, 1, 1)], ids=["large pool", "least pool"])
 @pytest.mark.parametrize("policy", ["immediate", "deferred", "speculative"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_byte_of_the_schedule_is_played_and_nothing_stands_still(
-    monkeypatch, tied, share, policy, slots
+    monkeypatch, tied, share, policy, slots, layout_of
 ):
-    place, plays, run = layout(tied=tied), [], _Simulation.run
+    place, plays, run = layout_of(tied=tied), [], _Simulation.run
     monkeypatch.setattr(
         _Simulation, "run", lambda play: (plays.append((play, dict(play._free))), run(play))[1]
     )

@@ -8,7 +8,7 @@ from torch.utils.dlpack import from_dlpack
 
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
-from megatrain_io.store.pool import PoolSizes, Unit
+from megatrain_io.store.pool import BufferKind, PoolSizes, Unit
 from megatrain_io.store.schedule import ChunkOp, Phase, Residents
 from paged import Case, all_planes, files, make_store
 
@@ -37,12 +37,13 @@ def start(state: PagedStore, *, unit: Unit, residents: Residents = RESIDENTS) ->
     weights = layout.weight_extent_bytes(chunk)
     slots = (weights + layout.update_extent_bytes(chunk), 2)
     if unit == "chunk":
-        pool = PoolSizes(slots, (weights, 1), (weights, 1), (CHUNK * 4, 1), (0, 0))
+        kinds = [(BufferKind(None, nbytes, 1),) for nbytes in (weights, 4 * CHUNK)]
+        pool = PoolSizes(slots, kinds[0], (weights, 1), kinds[1])
     else:
         block = max(map(layout.record_weight_bytes, records))
-        pool = PoolSizes(
-            slots, (block, 2), (0, 0), (max(map(layout.record_gradient_bytes, records)), 1), (0, 0)
-        )
+        gradient = max(map(layout.record_gradient_bytes, records))
+        weights, gradients = BufferKind(None, block, 2), BufferKind(None, gradient, 1)
+        pool = PoolSizes(slots, weights=(weights,), gradients=(gradients,))
     settings = lambda _: TensorSettings(0.01)  # noqa: E731
     state.start(pool, residents=residents, settings=settings, unit=unit)
 
@@ -123,7 +124,7 @@ def test_all_memory_of_the_pool_has_an_address(tmp_path: Path) -> None:
         assert 0 <= address < flat.numel()
         buffer.release()
         state.abort()
-        state.start(PoolSizes((0, 0), (1 << 20, 1), (0, 0), (0, 0), (0, 0)), unit="chunk")
+        state.start(PoolSizes(weights=(BufferKind(None, 1 << 20, 1),)), unit="chunk")
         del pipeline, memory
         # Mapped as long as somebody has its address.
         assert state.ledger.balances()["pool"][0] > 1 << 20

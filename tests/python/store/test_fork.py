@@ -12,7 +12,7 @@ import pytest
 from megatrain_io.store.inspect import owner_of
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import Ledger, PagedStore, StoreCreator
-from megatrain_io.store.pool import PoolSizes
+from megatrain_io.store.pool import BufferKind, PoolSizes
 
 pytestmark = pytest.mark.slow
 
@@ -24,11 +24,11 @@ PARENT = """
     import os, signal, sys
     from pathlib import Path
     from torch.utils.data import DataLoader, Dataset
-    from megatrain_io.store.pool import PoolSizes
+    from megatrain_io.store.pool import BufferKind, PoolSizes
     from megatrain_io.store.paged_store import PagedStore
 
     state = PagedStore(Path(sys.argv[1]), engine=sys.argv[2])
-    state.start(PoolSizes((4 << 20, 2), (4 << 20, 2), (0, 0), (0, 0), (0, 0)))
+    state.start(PoolSizes((4 << 20, 2), (BufferKind(None, 4 << 20, 2),)))
     maps = lambda: open("/proc/self/maps").read().splitlines()
     regions = {line.split()[0] for line in maps()}
 
@@ -99,7 +99,7 @@ def test_closing_gives_the_lock_back_at_once(store, engine):
     """Nothing of the engine keeps the file open, however soon the next one comes."""
     for _ in range(3):
         with PagedStore(store, engine=engine) as state:
-            state.start(PoolSizes((4 << 20, 2), (4 << 20, 2), (0, 0), (0, 0), (0, 0)))
+            state.start(PoolSizes((4 << 20, 2), (BufferKind(None, 4 << 20, 2),)))
             assert state.verify().damaged == ()
             assert owner_of(store) is not None
         assert owner_of(store) is None

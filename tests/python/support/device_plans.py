@@ -16,9 +16,8 @@ GATHERED = LEAST | {"block_gradients": None}
 def plan(case, *, vram=1 << 40, slots=None, chunk_parameters=None, **buffers):
     """A division by which the inputs of all but ``slots`` blocks go on to RAM, with other buffers if they are named."""
     partition = partitioned(case)
-    layout = ModelLayout.build(
-        model_parts(partition), len(partition.blocks), FORMATS[case.dtype], chunk_parameters
-    )
+    state_format = case.format_of or FORMATS[case.dtype]
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), state_format, chunk_parameters)
     per_block = per_block_nbytes(case)
     made = divide_vram(
         layout,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
@@ -26,6 +26,7 @@ from megatrain_io.runs.import_model import create_store
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 from megatrain_io.store.schedule import Residents
+from megatrain_io.store.state_format import StateFormat
 from reference.reference import Hyperparameters, Result, build, micro_batches, tiny_config
 from reference.reference import train as train_in_memory
 
@@ -55,6 +56,8 @@ class Case:
     """How often the rows of each micro-batch are repeated in it."""
     is_frozen: bool = False
     """The store has weights alone, and nothing of it is trained."""
+    format_of: Callable[[str], StateFormat] | None = None
+    """State format of each tensor by its name, where not all have that of ``dtype``."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -104,7 +107,7 @@ def make_store(
     drives: int = DRIVES,
 ) -> None:
     partition = partitioned(case)
-    state_format = (FROZEN if case.is_frozen else FORMATS)[case.dtype]
+    state_format = case.format_of or (FROZEN if case.is_frozen else FORMATS)[case.dtype]
     layout = ModelLayout.build(model_parts(partition), len(partition.blocks), state_format, chunk_parameters)
     source = dict(case.model.named_parameters())
     create_store(

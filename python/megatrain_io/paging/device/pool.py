@@ -1,13 +1,17 @@
 """Buffers on a device: their kinds, sizes and numbers."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.state_format import StateFormat
 from megatrain_io.text import whole_mib
 
 __all__ = [
     "CONTEXT_NBYTES",
+    "PIECES",
+    "DeviceKind",
     "DevicePool",
     "VramPlan",
     "device_pool",
@@ -25,6 +29,23 @@ _PIECES = 3
 _STEP = 2 << 20
 
 
+class DeviceKind(NamedTuple):
+    """What a buffer on a device is for.
+
+    Attributes:
+        stop: ``block``; ``embedding`` and ``head``, or ``outer`` for both; ``any`` for all of them; ``pieces`` of
+            gradients that gather in RAM.
+        format: of the records; None for pieces, which are of all.
+    """
+
+    stop: str
+    format: StateFormat | None
+
+
+PIECES = DeviceKind("pieces", None)
+"""The kind of the buffers that gradients pass through which gather in RAM."""
+
+
 @dataclass(frozen=True)
 class DevicePool:
     """Buffers on a device, as ``(bytes, count)`` by kind.
@@ -35,13 +56,13 @@ class DevicePool:
             ``pieces``); empty where nothing is trained.
     """
 
-    weights: Mapping[str, tuple[int, int]]
-    gradients: Mapping[str, tuple[int, int]]
+    weights: Mapping[DeviceKind, tuple[int, int]]
+    gradients: Mapping[DeviceKind, tuple[int, int]]
 
     @property
     def gathers(self) -> bool:
         """Whether gradients gather in RAM, as there is no room for one of a whole record."""
-        return "pieces" in self.gradients
+        return PIECES in self.gradients
 
     @property
     def nbytes(self) -> int:
@@ -99,23 +120,27 @@ def slot_nbytes(nbytes: int) -> int:
     return nbytes if nbytes < _STEP // 2 else -(-nbytes // _STEP) * _STEP
 
 
-def kind_of(layout: ModelLayout, record: int, kinds: Collection[str]) -> str:
+def kind_of(layout: ModelLayout, record: int, kinds: Iterable[DeviceKind]) -> DeviceKind:
     """The kind of buffer, among ``kinds``, that holds a record."""
-    for shared in ("any", "pieces"):
-        if shared in kinds:
-            return shared
-    if layout.embedding < record <= layout.blocks:
+    stop, own = _name_of(layout, layout.stop_of[record]), layout.records[record].format
+    fitting = {kind.stop: kind for kind in kinds if kind.format in {None, own}}
+    return next(fitting[name] for name in ("any", PIECES.stop, stop, "outer") if name in fitting)
+
+
+def _name_of(layout: ModelLayout, stop: int) -> str:
+    if layout.embedding < stop <= layout.blocks:
         return "block"
-    if "outer" in kinds:
-        return "outer"
-    return "embedding" if record == layout.embedding else "head"
+    return "embedding" if stop == layout.embedding else "head"
 
 
 def gathered_chunks(layout: ModelLayout, *, tied_embeddings: bool) -> int:
-    """Chunks of gradients that gather in RAM at once: those of a record, and those of a tied table besides."""
-    table = layout.embedding if tied_embeddings else None
-    others = [len(layout.chunks_of(record)) for record in range(len(layout.records)) if record != table]
-    return max(others) + (0 if table is None else len(layout.chunks_of(table)))
+    """Chunks of gradients that gather in RAM at once: those of a stop, and those of a tied table besides."""
+    chunks = [
+        sum(len(layout.chunks_of(record)) for record in layout.trained_of(stop))
+        for stop in range(len(layout.stops))
+    ]
+    table = chunks.pop(layout.embedding) if tied_embeddings else 0
+    return max(chunks) + table
 
 
 def device_pool(
@@ -135,34 +160,34 @@ def device_pool(
         training: False leaves out gradients, as frozen weights do.
         block_weights: buffers for weights of blocks: one to compute with, and one that is filled meanwhile.
         block_gradients: buffers for gradients of blocks: one to accumulate in, and one that leaves meanwhile; 0: one
-            buffer serves all records, and none accumulates before the last one has left; None: they gather in RAM, and
-            pass through in pieces.
+            buffer serves all records of a format, and none accumulates before the last one has left; None: they gather
+            in RAM, and pass through in pieces.
+
+    Of each kind there are as many for every format that a block, embedding or head has a record of.
     """
-    blocks = [layout.block(index) for index in range(layout.blocks)]
-    outer = {layout.embedding: "embedding"}
-    if layout.head is not None:
-        outer[layout.head] = "head"
+    names = [_name_of(layout, stop) for stop in range(len(layout.stops))]
     if not tied_embeddings:
-        outer = dict.fromkeys(outer, "outer")
-    names = {**dict.fromkeys(blocks, "block"), **outer}
+        names = [name if name == "block" else "outer" for name in names]
 
-    def sizes(nbytes_of: Mapping[int, int], count: int) -> dict[str, tuple[int, int]]:
-        return {
-            kind: (
-                slot_nbytes(max(nbytes for record, nbytes in nbytes_of.items() if names[record] == kind)),
-                count if kind == "block" else 1,
-            )
-            for kind in dict.fromkeys(names.values())
-        }
+    def sizes(
+        records: Iterable[int], nbytes_of: Callable[[int], int], count: int
+    ) -> dict[DeviceKind, tuple[int, int]]:
+        found: dict[DeviceKind, tuple[int, int]] = {}
+        for record in records:
+            kind = DeviceKind(names[layout.stop_of[record]], layout.records[record].format)
+            most = max(slot_nbytes(nbytes_of(record)), *found.get(kind, (0, 0))[:1])
+            found[kind] = (most, count if kind.stop == "block" else 1)
+        return found
 
-    weights = {record: layout.record_weight_bytes(record) for record in names}
-    gradients = {record: layout.record_gradient_bytes(record) for record in names}
-    of_weights = sizes(weights, min(block_weights, layout.blocks))
+    of_weights = sizes(
+        range(len(layout.records)), layout.record_weight_bytes, min(block_weights, layout.blocks)
+    )
     if not training or layout.is_frozen:
         return DevicePool(of_weights, {})
     if block_gradients is None:
-        chunk = max(chunk.parameters for chunk in layout.chunks)
-        return DevicePool(of_weights, {"pieces": (slot_nbytes(4 * chunk), _PIECES)})
+        chunk = max(chunk.parameters for record in layout.trained for chunk in layout.chunks_of(record))
+        return DevicePool(of_weights, {PIECES: (slot_nbytes(4 * chunk), _PIECES)})
     if block_gradients == 0:
-        return DevicePool(of_weights, {"any": (slot_nbytes(max(gradients.values())), 1)})
-    return DevicePool(of_weights, sizes(gradients, min(block_gradients, layout.blocks)))
+        names = ["any"] * len(names)
+    count = min(block_gradients, layout.blocks)
+    return DevicePool(of_weights, sizes(layout.trained, layout.record_gradient_bytes, count))

@@ -19,13 +19,16 @@ from megatrain_io.errors import MegatrainIoError
 from megatrain_io.paging.device.base import Device, Done, Event, Stream
 from megatrain_io.paging.device.events import DeviceEvents
 from megatrain_io.paging.device.host_gradients import HostGradient, HostGradients
-from megatrain_io.paging.device.pool import DevicePool, kind_of
+from megatrain_io.paging.device.pool import PIECES, DeviceKind, DevicePool, kind_of
 from megatrain_io.store.dtypes import dtype_of
 from megatrain_io.store.layout import Chunk, ModelLayout, Record
 from megatrain_io.store.paged_store import BorrowedRecord, Buffer, PagedStore, values_of
 from megatrain_io.store.schedule import ChunkOp
 
 __all__ = ["DeviceRecords", "TransferPlan", "transfer_plan_of"]
+
+_Free = dict[DeviceKind, deque[tuple[Tensor, Event]]]
+"""Free buffers by kind, each with its last use."""
 
 # How long to wait for a chunk before the other direction is looked after again, in seconds.
 _PATIENCE = 0.001
@@ -108,8 +111,8 @@ class DeviceRecords:
         self.layout: ModelLayout = state.layout
         self._state = state
         self._device = device
-        self._dtype = dtype_of(state.layout)
-        self._all: list[tuple[dict[str, deque[tuple[Tensor, Event]]], str, Tensor]] = []
+        self._dtypes = [dtype_of(record.format) for record in state.layout.records]
+        self._all: list[tuple[_Free, DeviceKind, Tensor]] = []
         self._weights = self._allocated(pool.weights, "weights")
         self._gradients = self._allocated(pool.gradients, "gradients")
         self._fetching: deque[_Load] = deque()
@@ -121,14 +124,12 @@ class DeviceRecords:
         """When copies and compute happened; compute is told by record."""
         self._sums: HostGradients | None = None
         if pool.gathers:
-            self._sums = HostGradients(state, device, self._gradients["pieces"], self.events, self.advance)
+            self._sums = HostGradients(state, device, self._gradients[PIECES], self.events, self.advance)
         self.also: list[Callable[[], bool]] = []
         """Called by ``advance``, to keep other copies going; each says whether it did anything."""
 
-    def _allocated(
-        self, kinds: Mapping[str, tuple[int, int]], account: str
-    ) -> dict[str, deque[tuple[Tensor, Event]]]:
-        free: dict[str, deque[tuple[Tensor, Event]]] = {}
+    def _allocated(self, kinds: Mapping[DeviceKind, tuple[int, int]], account: str) -> _Free:
+        free: _Free = {}
         for kind, (nbytes, count) in kinds.items():
             free[kind] = deque()
             for _ in range(count):
@@ -155,7 +156,7 @@ class DeviceRecords:
             )
         self._device.wait("compute", load.event, "weights have come")
         load.began = self.events.began("compute")
-        return _OnDevice(self, self._tensors(load.buffer, record, self._dtype), load, None)
+        return _OnDevice(self, self._tensors(load.buffer, record, self._dtypes[record]), load, None)
 
     def gradient(self, record: int) -> BorrowedRecord:
         """A buffer for the fp32 gradient of ``record``, content arbitrary; or what gathers it in RAM."""
@@ -230,14 +231,12 @@ class DeviceRecords:
             free[kind].append((buffer, Done()))
 
     def _computed(self, load: _Load, ended: Event) -> None:
-        # The last block's weights stay while the head's are used: each kind has a lane.
-        record = load.record
-        self.events.ended(
-            f"device, {self._kind(record, self._weights)}",
-            self.layout.records[record].name,
-            load.began,
-            ended,
-        )
+        # The last block's weights stay while the head's are used, as all of a stop do: each kind has a lane.
+        record, layout = load.record, self.layout
+        kind = self._kind(record, self._weights)
+        is_first = record == layout.stops[layout.stop_of[record]][0]
+        lane = f"device, {kind.stop}" if is_first else f"device, {kind.stop}, {kind.format}"
+        self.events.ended(lane, layout.records[record].name, load.began, ended)
 
     # ------------------------------------------------------------------------------------- keeping it going
 
@@ -291,7 +290,7 @@ class DeviceRecords:
         if load.buffer is None:
             raise MegatrainIoError("a load without a buffer: this is a bug")
         began = self.events.began("in")
-        self._device.copy_in(self._part(load.buffer, chunk, self._dtype), values_of(slot))
+        self._device.copy_in(self._part(load.buffer, chunk, self._dtypes[load.record]), values_of(slot))
         load.event = self._device.record("in")
         self.events.ended("copy in", "weights", began, load.event, chunk.index)
         load.moved += 1
@@ -340,7 +339,8 @@ class DeviceRecords:
                 weights = state.try_outgoing(chunk.index, patience)
                 if weights is None or leaving.load.buffer is None:
                     return False
-                device.copy_out(values_of(weights), self._part(leaving.load.buffer, chunk, self._dtype))
+                dtype = self._dtypes[leaving.record]
+                device.copy_out(values_of(weights), self._part(leaving.load.buffer, chunk, dtype))
         if isinstance(gradient, Tensor):
             device.copy_out(values_of(leaving.slot), self._part(gradient, chunk, torch.float32))
         left = device.record("out")
@@ -356,8 +356,8 @@ class DeviceRecords:
             self._weights[self._kind(load.record, self._weights)].append((load.buffer, used))
         load.buffer = None
 
-    def _kind(self, record: int, buffers: Mapping[str, object]) -> str:
-        return kind_of(self.layout, record, buffers.keys())
+    def _kind(self, record: int, buffers: Mapping[DeviceKind, object]) -> DeviceKind:
+        return kind_of(self.layout, record, buffers)
 
     def _part(self, buffer: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         start = chunk.start * dtype.itemsize

@@ -5,18 +5,15 @@ use std::ops::Range;
 
 use crossbeam_channel::Select;
 
+use crate::error::{Error, Result};
 use crate::memory::pool::Pool;
 use crate::memory::slot::{Slot, SlotList};
 use crate::pipeline::executor::context::Context;
 use crate::pipeline::executor::requests::{Requests, Work};
 use crate::pipeline::executor::working_state::WorkingState;
-use crate::pipeline::memory::weight_list;
+use crate::pipeline::memory::weights_kind;
 use crate::store::ReadPlan;
 use crate::units::{Group, Unit};
-
-/// Kinds of buffer that weights are loaded into: for blocks, for larger records, and the unit's own.
-const OUTER: usize = 1;
-const RESIDENT: usize = 2;
 
 /// By chunk, loads of residents that are looked at though they wait: there may be thousands. They are taken
 /// in order, so none waits for one behind it.
@@ -56,17 +53,25 @@ pub(super) enum LoadWait {
     Update(usize),
 }
 
-#[derive(Default)]
 pub(super) struct Loads {
-    /// By kind of buffer, in the schedule's order.
-    queues: [VecDeque<Load>; 3],
-    /// What the last round lacked: buffers of the first two kinds, and of units that have their own, which
-    /// is lent, or on its way to the drive.
-    lacks: [bool; RESIDENT],
+    /// By kind of buffer of the pool, in the schedule's order.
+    queues: Vec<VecDeque<Load>>,
+    /// Those of units that have a buffer of their own, in the schedule's order.
+    residents: VecDeque<Load>,
+    /// What the last round lacked: buffers of each kind, and those of units that have their own, which are
+    /// lent, or on their way to the drive.
+    lacks: Vec<bool>,
     lent: Vec<usize>,
 }
 
 impl Loads {
+    /// Loads into so many kinds of buffer.
+    pub(super) fn new(kinds: usize) -> Self {
+        let queues = (0..kinds).map(|_| VecDeque::new()).collect();
+        let (residents, lent) = (VecDeque::new(), Vec::new());
+        Self { queues, residents, lacks: vec![false; kinds], lent }
+    }
+
     /// Plans to load a unit.
     pub(super) fn plan(
         &mut self,
@@ -75,15 +80,17 @@ impl Loads {
         number: u64,
         unit: usize,
         applies: bool,
-    ) {
+    ) -> Result {
         let chunks = cx.units.records()[unit].clone();
-        let list = weight_list(&cx.pool, &cx.units, unit);
-        let kind = if cx.pool.residents.weights_of(unit).is_some() {
-            RESIDENT
-        } else {
-            OUTER * usize::from(!std::ptr::eq(list, &raw const cx.pool.block_buffers))
+        let queue = match weights_kind(&cx.pool.sizes, &cx.units, unit) {
+            _ if cx.pool.residents.weights_of(unit).is_some() => Some(&mut self.residents),
+            kind => kind.and_then(|kind| self.queues.get_mut(kind)),
         };
-        self.queues[kind].push_back(Load {
+        let Some(queue) = queue else {
+            let name = cx.units.unit_name(unit);
+            return Err(Error::invalid(format!("the pool has no buffer for weights of {name}")));
+        };
+        queue.push_back(Load {
             number,
             needs: chunks.clone().map(|chunk| working.scheduled(chunk)).collect(),
             started: 0,
@@ -93,6 +100,7 @@ impl Loads {
             chunks,
             applies,
         });
+        Ok(())
     }
 
     /// Starts reads, in order, as far as buffers and the drives allow, and returns what is here at once.
@@ -102,7 +110,7 @@ impl Loads {
         requests: &mut Requests,
         working: &WorkingState,
     ) -> Vec<Loaded> {
-        for kind in 0..RESIDENT {
+        for kind in 0..self.queues.len() {
             self.start_kind(cx, requests, working, kind);
         }
         self.start_residents(cx, requests, working)
@@ -120,8 +128,7 @@ impl Loads {
                 continue;
             }
             if load.unread.is_none() {
-                let list = [&cx.pool.block_buffers, &cx.pool.outer_buffers][kind];
-                let Some(buffer) = list.try_take() else {
+                let Some(buffer) = cx.pool.weights[kind].try_take() else {
                     self.lacks[kind] = true;
                     return;
                 };
@@ -146,7 +153,7 @@ impl Loads {
         let mut position = 0;
         let ahead = if cx.units.unit() == Unit::Chunk { RESIDENTS_AHEAD } else { usize::MAX };
         while position < ahead
-            && let Some(load) = self.queues[RESIDENT].get_mut(position)
+            && let Some(load) = self.residents.get_mut(position)
         {
             let unit = cx.unit_of(load.chunks.start);
             let is_written = load.first_unwritten(working).is_none();
@@ -163,7 +170,7 @@ impl Loads {
             };
             if working.residents.has_weights(unit) {
                 position -= 1;
-                if let Some(Load { number, applies, .. }) = self.queues[RESIDENT].remove(position) {
+                if let Some(Load { number, applies, .. }) = self.residents.remove(position) {
                     loaded.push(Loaded { number, unit, applies, weights: slot });
                 }
             } else {
@@ -186,7 +193,7 @@ impl Loads {
     ) -> Option<Loaded> {
         slot[plan.bytes..].fill(0);
         let is_it = |load: &Load| load.number == number;
-        let mut queues = self.queues.iter_mut();
+        let mut queues = self.all_mut();
         let (queue, position) =
             queues.find_map(|queue| queue.iter().position(is_it).map(|at| (queue, at)))?;
         let load = &mut queue[position];
@@ -203,18 +210,22 @@ impl Loads {
 
     /// Nobody takes weights of the pending step any more; what is applied on its way stays planned.
     pub(super) fn drop_what_nobody_takes(&mut self) {
-        for queue in &mut self.queues {
+        for queue in self.all_mut() {
             queue.retain(|load| load.applies || load.started > 0);
         }
     }
 
     pub(super) fn clear(&mut self) {
-        self.queues = Default::default();
+        self.all_mut().for_each(VecDeque::clear);
+    }
+
+    fn all_mut(&mut self) -> impl Iterator<Item = &mut VecDeque<Load>> {
+        self.queues.iter_mut().chain([&mut self.residents])
     }
 
     /// A new round begins: nothing is known to lack.
     pub(super) fn begin_round(&mut self) {
-        self.lacks = [false; RESIDENT];
+        self.lacks.fill(false);
         self.lent.clear();
     }
 
@@ -225,9 +236,8 @@ impl Loads {
 
     /// Waits, with all that `select` waits for, for the buffers that the last round lacked.
     pub(super) fn watch<'a>(&self, pool: &'a Pool, select: &mut Select<'a>) {
-        for (list, is_lacking) in [&pool.block_buffers, &pool.outer_buffers].iter().zip(self.lacks)
-        {
-            if is_lacking {
+        for (list, is_lacking) in pool.weights.iter().zip(&self.lacks) {
+            if *is_lacking {
                 select.recv(list.availability());
             }
         }
@@ -238,14 +248,14 @@ impl Loads {
 
     /// What the first load that is not complete waits for.
     pub(super) fn wait(&self, working: &WorkingState) -> LoadWait {
-        let fronts =
-            self.queues.iter().enumerate().filter_map(|(kind, queue)| Some((kind, queue.front()?)));
-        let Some((kind, load)) = fronts.min_by_key(|(_, load)| load.number) else {
+        let resident = self.residents.front().map(|load| (load, true));
+        let fronts = self.queues.iter().filter_map(|queue| Some((queue.front()?, false)));
+        let Some((load, stays)) = fronts.chain(resident).min_by_key(|(load, _)| load.number) else {
             return LoadWait::Read;
         };
         let has_buffer = load.started > 0 || load.unread.is_some();
         // Of what stays in RAM the buffer is free only when it was written.
-        let unwritten = load.first_unwritten(working).filter(|_| has_buffer || kind == RESIDENT);
+        let unwritten = load.first_unwritten(working).filter(|_| has_buffer || stays);
         match unwritten {
             Some(chunk) => LoadWait::Update(chunk),
             None if has_buffer => LoadWait::Read,

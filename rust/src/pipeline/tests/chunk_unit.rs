@@ -155,21 +155,20 @@ fn a_pool_without_a_buffer_for_what_comes_back_is_refused() {
     let setup = of_chunks();
     let store = open(&folder, &setup);
     let mut options = setup.options(&store);
-    let outgoing = std::mem::take(&mut options.pool.outer_buffers);
+    let outgoing = std::mem::take(&mut options.pool.outgoing);
     let start = |options: &Options| Pipeline::start(Arc::clone(&store), options).map(drop);
     let error = start(&options).expect_err("none").to_string();
     assert!(error.contains("chunk 0 of layer.0 come back"), "{error}");
     // They are for nothing else.
-    options.pool.outer_buffers = outgoing;
-    options.pool.outer_buffers.count = 2;
-    options.pool.block_buffers.count = 0;
+    options.pool.outgoing = outgoing;
+    let weights = std::mem::take(&mut options.pool.weights);
     assert!(
         start(&options).expect_err("none").to_string().contains("no buffer for the 16384 bytes")
     );
     // Where all weights stay, nothing comes back; what only reads updates nothing.
     let everything = Residents { records: (0..12).collect(), ..Residents::default() };
-    let pool = PoolSizes { outer_buffers: pool::Kind::default(), ..options.pool };
+    let pool = PoolSizes { outgoing: pool::Kind::default(), ..options.pool.clone() };
     start(&Options { pool, residents: everything, ..options.clone() }).expect("all stay");
-    let pool = PoolSizes { block_buffers: outgoing, ..PoolSizes::default() };
+    let pool = PoolSizes { weights, ..PoolSizes::default() };
     start(&Options { pool, tensors: vec![], ..options }).expect("reads only");
 }

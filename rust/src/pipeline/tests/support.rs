@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::error::Result;
 use crate::io::engine::choice::Choice;
 use crate::memory::ledger::Ledger;
-use crate::memory::pool::{self, PoolSizes};
+use crate::memory::pool::{self, BufferKind, PoolSizes};
 use crate::memory::slot::Slot;
 use crate::optimizer::adamw::AdamW;
 use crate::optimizer::kernel::Kernel;
@@ -161,18 +161,22 @@ impl Setup {
             let weights = (0..units.records().len()).map(|p| units.record_weight_bytes(p)).max();
             PoolSizes {
                 chunk_slots: slots,
-                block_buffers: kind(weights.expect("chunks"), self.slots.min(2)),
-                outer_buffers: kind(weights.expect("chunks"), self.slots.min(2)),
-                block_gradients: kind(chunk * 4, 1),
-                outer_gradients: kind(0, 0),
+                weights: vec![BufferKind::of_all(weights.expect("chunks"), self.slots.min(2))],
+                outgoing: kind(weights.expect("chunks"), self.slots.min(2)),
+                gradients: vec![BufferKind::of_all(chunk * 4, 1)],
             }
         } else {
             PoolSizes {
                 chunk_slots: slots,
-                block_buffers: kind(bytes(0), self.slots.min(2)),
-                outer_buffers: kind(bytes(1), 1),
-                block_gradients: kind(len(RECORDS[0]) * 4, 1),
-                outer_gradients: kind(len(RECORDS[1]) * 4, 1),
+                weights: vec![
+                    BufferKind::of_all(bytes(0), self.slots.min(2)),
+                    BufferKind::of_all(bytes(1), 1),
+                ],
+                outgoing: kind(0, 0),
+                gradients: vec![
+                    BufferKind::of_all(len(RECORDS[0]) * 4, 1),
+                    BufferKind::of_all(len(RECORDS[1]) * 4, 1),
+                ],
             }
         };
         let settings = |tensor: &crate::store::layout::Tensor| TensorSettings {

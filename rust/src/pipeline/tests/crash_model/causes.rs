@@ -8,7 +8,7 @@ use super::base::Base;
 use crate::io::engine::Engine;
 use crate::io::engine::faulty::Faulty;
 use crate::memory::ledger::Ledger;
-use crate::memory::pool::{Kind, PoolSizes};
+use crate::memory::pool::{BufferKind, Kind, PoolSizes};
 use crate::optimizer::kernel::Kernel;
 use crate::pipeline::executor::Executor;
 use crate::pipeline::stalls::{Cause, Causes};
@@ -46,8 +46,8 @@ impl Stand {
         let kind = |bytes, count| Kind { bytes, count };
         let pool = PoolSizes {
             chunk_slots: kind(chunk_slot_bytes(StateFormat::F32, 4096), chunk_slots),
-            block_buffers: kind(bytes, block_buffers),
-            block_gradients: kind(bytes, 2),
+            weights: vec![BufferKind::of_all(bytes, block_buffers)],
+            gradients: vec![BufferKind::of_all(bytes, 2)],
             ..PoolSizes::default()
         };
         let tensors = [0, 1].map(|record| TensorSettings {

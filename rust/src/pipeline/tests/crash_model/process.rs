@@ -53,12 +53,12 @@ impl Process {
     pub(super) fn train(&mut self, unit: usize, updates: bool) -> Result<bool> {
         let front = &self.front;
         let pool = front.pool();
-        let list = pool.residents.gradient_of(unit).unwrap_or(&pool.block_gradients);
+        let list = pool.residents.gradient_of(unit).unwrap_or(&pool.gradients[0]);
         let position = self.away.iter().position(|(fetched, _)| *fetched == unit);
         let position = position.expect("fetched");
         let goes = matches!(self.away[position].1, Away::There(_));
         // Both or none: a call is tried again from its beginning.
-        if list.free_count() == 0 || goes && updates && pool.outer_buffers.free_count() == 0 {
+        if list.free_count() == 0 || goes && updates && pool.outgoing.free_count() == 0 {
             return Ok(false);
         }
         let weights = match self.away.swap_remove(position).1 {

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::io::engine::Engine;
 use crate::io::engine::faulty::{self, Fault, Faulty};
 use crate::memory::ledger::Ledger;
-use crate::memory::pool::{self, PoolSizes};
+use crate::memory::pool::{self, BufferKind, PoolSizes};
 use crate::memory::slot::Slot;
 use crate::optimizer::kernel::Kernel;
 use crate::pipeline::GradientFiles;
@@ -212,10 +212,9 @@ impl<'a> Machine<'a> {
         let bytes = weights(if of_chunks { in_chunk as u64 } else { largest });
         let pool = PoolSizes {
             chunk_slots: kind(slot, if few == 1 { 1 } else { 3 }),
-            block_buffers: kind(bytes, few),
-            outer_buffers: if of_chunks { kind(bytes, few) } else { pool::Kind::default() },
-            block_gradients: kind(bytes, few),
-            outer_gradients: pool::Kind::default(),
+            weights: vec![BufferKind::of_all(bytes, few)],
+            outgoing: if of_chunks { kind(bytes, few) } else { pool::Kind::default() },
+            gradients: vec![BufferKind::of_all(bytes, few)],
         };
         let tensors = records
             .iter()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypedDict, final, overload
+from typing import Any, Literal, Protocol, TypedDict, final, overload
 
 __all__ = [
     "Buffer",
@@ -26,6 +26,7 @@ __all__ = [
     "inspect",
     "owner_of",
     "probe_uring",
+    "state_formats",
     "store_memory",
 ]
 
@@ -61,6 +62,24 @@ class _StoreInfo(TypedDict):
     is_clean: bool
     is_of_this_boot: bool
     is_direct: bool
+
+class _StateFormat(TypedDict):
+    planes: list[tuple[str, str, int]]
+    step_nbytes: tuple[int, int]
+
+class _AdamWStep(Protocol):
+    @property
+    def optimizer(self) -> Literal["adamw"]: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def step(self) -> int: ...
 
 class _Work(TypedDict):
     read: int
@@ -217,10 +236,8 @@ class Pipeline:
     def registration_refused(self) -> str | None: ...
     @property
     def huge_pages(self) -> tuple[int, int] | None: ...
-    def begin(
-        self, schedule: CheckedSchedule, adamw: tuple[float, float, float, float, int], commits: bool
-    ) -> None:
-        """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
+    def begin(self, schedule: CheckedSchedule, hyperparameters: _AdamWStep, commits: bool) -> None:
+        """Begin a step; ``optimizer`` names the optimizer that the hyperparameters are of."""
 
     @overload
     def take_weights(self, unit: int, patience: None = None) -> Buffer:
@@ -407,6 +424,13 @@ def inspect(paths: Sequence[str | PathLike[str]]) -> _StoreInfo:
 
 def probe_uring() -> str | None:
     """Why io_uring cannot be used here; None when it can."""
+
+def state_formats() -> dict[str, _StateFormat]:
+    """The formats of a record's state by name, in bytes of one parameter.
+
+    ``planes`` lists ``(name, dtype, nbytes)``, that of the weight first; ``step_nbytes`` is what a step of training
+    reads and what it writes, where nothing stays in RAM.
+    """
 
 def store_memory(manifest: bytes) -> int:
     """Bytes that a store with this manifest takes in RAM, once it is open.

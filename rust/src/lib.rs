@@ -16,4 +16,7 @@ pub mod tensors;
 mod units;
 
 pub use crate::error::{Error, Result};
-pub use crate::units::{CopyId, Group, Plane, StateFormat, Unit, to_usize};
+pub use crate::units::{
+    CopyId, Dtype, FormatSpec, Group, OptimizerFormat, Plane, PlaneSpec, StateFormat, Unit,
+    to_usize,
+};

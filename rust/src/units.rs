@@ -1,6 +1,10 @@
-//! Units that the whole crate shares: alignments, planes, state formats, copies.
+//! Units that the whole crate shares: alignments, state formats with their planes, copies.
 
-use serde::{Deserialize, Serialize};
+pub use crate::units::state_format::{
+    Dtype, FormatSpec, Group, OptimizerFormat, Plane, PlaneSpec, StateFormat,
+};
+
+mod state_format;
 
 /// Alignment of every file offset, transfer length and transfer address, in bytes.
 pub(crate) const PAGE_BYTES: usize = 4096;
@@ -52,124 +56,6 @@ impl Unit {
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|unit| unit.name() == name)
-    }
-}
-
-/// One kind of state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Plane {
-    /// What forward and backward compute with.
-    Weight,
-    /// Lower half of the fp32 master, as int16 (format `bf16` only).
-    Remainder,
-    /// First moment, f32.
-    ExpAvg,
-    /// Second moment, f32.
-    ExpAvgSq,
-}
-
-impl Plane {
-    /// The plane's name in messages and on disk.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Weight => "weight",
-            Self::Remainder => "remainder",
-            Self::ExpAvg => "exp_avg",
-            Self::ExpAvgSq => "exp_avg_sq",
-        }
-    }
-}
-
-/// How the state of a record's parameters is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StateFormat {
-    /// Trainable, computed in bf16: weight bf16, remainder int16, moments f32. 12 bytes a parameter.
-    Bf16,
-    /// Trainable, computed in fp32: weight f32, moments f32. 12 bytes a parameter.
-    F32,
-    /// Not trained: the weight alone, 1 byte an element.
-    Raw8,
-    /// Not trained: the weight alone, 2 bytes an element (bf16, fp16).
-    Raw16,
-    /// Not trained: the weight alone, 4 bytes an element.
-    Raw32,
-}
-
-impl StateFormat {
-    /// Bytes of one parameter's weight.
-    #[must_use]
-    pub fn weight_bytes(self) -> usize {
-        match self {
-            Self::Raw8 => 1,
-            Self::Bf16 | Self::Raw16 => 2,
-            Self::F32 | Self::Raw32 => 4,
-        }
-    }
-
-    /// The planes of the update group in the order in which they lie in its extent, each with its
-    /// bytes a parameter. Empty for a record that is not trained.
-    #[must_use]
-    pub fn update_planes(self) -> &'static [(Plane, usize)] {
-        match self {
-            Self::Bf16 => &[(Plane::Remainder, 2), (Plane::ExpAvg, 4), (Plane::ExpAvgSq, 4)],
-            Self::F32 => &[(Plane::ExpAvg, 4), (Plane::ExpAvgSq, 4)],
-            Self::Raw8 | Self::Raw16 | Self::Raw32 => &[],
-        }
-    }
-
-    /// The planes of one group, each with its bytes a parameter.
-    #[must_use]
-    pub fn planes(self, group: Group) -> Vec<(Plane, usize)> {
-        match group {
-            Group::Weight => vec![(Plane::Weight, self.weight_bytes())],
-            Group::Update => self.update_planes().to_vec(),
-        }
-    }
-
-    /// Bytes a parameter of one plane group.
-    #[must_use]
-    pub fn group_bytes(self, group: Group) -> usize {
-        self.planes(group).iter().map(|(_, bytes)| bytes).sum()
-    }
-
-    /// Whether the record is trained (has update planes and two copies on disk).
-    #[must_use]
-    pub fn is_trainable(self) -> bool {
-        !self.update_planes().is_empty()
-    }
-}
-
-/// What is moved together: the weight alone, or all that only the update needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Group {
-    /// The `weight` plane: read by forward and backward.
-    Weight,
-    /// `remainder`, `exp_avg`, `exp_avg_sq`: read by the update.
-    Update,
-}
-
-impl Group {
-    /// Both groups, in table order.
-    pub const ALL: [Self; 2] = [Self::Weight, Self::Update];
-
-    /// Position in tables and checksums; part of the file format.
-    #[must_use]
-    pub fn index(self) -> u8 {
-        match self {
-            Self::Weight => 0,
-            Self::Update => 1,
-        }
-    }
-
-    /// The group's name in messages.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Weight => "weight",
-            Self::Update => "update",
-        }
     }
 }
 

@@ -8,8 +8,6 @@ import torch
 from corpus import make_tokenizer, write
 from megatrain_io.errors import InterruptedRunError, UnsupportedModelError
 from megatrain_io.planning import memory_needs
-from megatrain_io.training import trainer
-from paged import DEVICE, new_device
 from reference.reference import build, tiny_config
 from runs import WORDS, configured, planes_of, start
 
@@ -33,15 +31,6 @@ def _no_profile(tmp_path_factory):
     """What this machine was measured to do is no matter of a test that does not ask for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _device():
-    """Whole runs compute on what the test profile names, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE != "cpu":
-            patch.setattr(trainer, "device_for", lambda _: new_device())
         yield
 
 

@@ -11,13 +11,12 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, UnsupportedModelError
 from megatrain_io.models.liger_loss import Loss
-from megatrain_io.models.meta_model import build_meta_model
 
 __all__ = ["CausalLM", "Inputs", "ModuleLM", "TransformersLM", "module_name", "replace_parameters"]
 
@@ -74,18 +73,12 @@ class CausalLM(Protocol):
 class TransformersLM:
     """A causal language model of transformers, which calls its own loss function."""
 
-    def __init__(
-        self, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
-    ) -> None:
-        """Build the meta model of ``config``.
-
-        Raises:
-            UnsupportedModelError: it cannot be built.
-        """
-        self._model = build_meta_model(config, dtype, attn_implementation)
-        self.module: nn.Module = self._model
-        self.config: PreTrainedConfig | None = self._model.config
-        self.name = str(config.model_type)
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Call ``model``, whose parameters are on meta, as ``meta_model`` builds it."""
+        self._model = model
+        self.module: nn.Module = model
+        self.config: PreTrainedConfig | None = model.config
+        self.name = str(model.config.model_type)
         self._loss_function = self._model.loss_function
         self._loss = Loss(self._loss_function, torch.device("cpu"))
         # As newer transformers call it; older ones say past_key_values.

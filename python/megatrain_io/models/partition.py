@@ -24,6 +24,7 @@ from megatrain_io.errors import (
     UnsupportedModelError,
 )
 from megatrain_io.models.causal_lm import CausalLM, Inputs, ModuleLM, TransformersLM
+from megatrain_io.models.meta_model import build_meta_model
 
 __all__ = ["BlockCall", "ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
 
@@ -101,7 +102,7 @@ class PartitionedModel:
         self._lm: CausalLM = (
             ModuleLM(model, dtype)
             if isinstance(model, nn.Module)
-            else TransformersLM(model, dtype, spec.attn_implementation)
+            else TransformersLM(build_meta_model(model, dtype, spec.attn_implementation))
         )
         self._model = self._lm.module
         self.frozen = frozenset(

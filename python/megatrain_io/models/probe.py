@@ -95,9 +95,9 @@ def _probe(
     one, two, packed = (random_tokens(vocabulary, *shape) for shape in ((2, 11), (1, 7), (1, 9)))
     packed = replace(packed, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
     _refuse_unless_causal(stock, two)
-    block_list = find_block_list(stock) if block_list is None else block_list
+    named = find_block_list(stock) if block_list is None else block_list
     loss_of = partial(_stock_loss, stock)
-    seen = observe(stock, one, block_list, loss_of)
+    seen = observe(stock, one, named, loss_of)
     if seen.unused:
         raise RefusedError(
             f"parameter {seen.unused[0]} takes no part in the loss of a text; use the configuration of the text "
@@ -106,7 +106,7 @@ def _probe(
     spec = PartitionSpec(
         model_type=stock.config.model_type,
         attn_implementation=attn_implementation,
-        block_list=block_list,
+        block_list=named,
         output_entries=seen.output_entries,
         embedding=seen.embedding,
         head=seen.head,

@@ -6,6 +6,7 @@ shrink, no marks on its blocks.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,7 +29,7 @@ from megatrain_io.models.proof import (
     refuse_unless_equal,
 )
 
-__all__ = ["SMALL_PARAMETERS_MAX", "module_lists", "probe_module"]
+__all__ = ["SMALL_PARAMETERS_MAX", "OwnModule", "module_lists", "probe_module"]
 
 SMALL_PARAMETERS_MAX = 1 << 25
 """Most parameters of a module that is passed through whole, to prove how it is partitioned."""
@@ -46,18 +47,26 @@ def module_lists(module: nn.Module) -> list[str]:
     return [name for name, each in module.named_modules() if isinstance(each, nn.ModuleList) and len(each)]
 
 
-def probe_module(
-    module: nn.Module, blocks: str, small: nn.Module | None = None
-) -> tuple[PartitionSpec, list[str]]:
-    """Find out how a module is partitioned, and prove it on a copy of a small instance, with noise on its weights.
+@dataclass(frozen=True)
+class OwnModule:
+    """A module that somebody wrote, and what its author says of it.
 
-    Random number generators are left as they were.
-
-    Args:
+    Attributes:
         module: to be trained; it is not changed.
         blocks: name of the module list of its blocks.
         small: a module of the same class with few and small blocks; None = ``module`` itself, if it has at most
             ``SMALL_PARAMETERS_MAX`` parameters; else there is no proof, and its shapes alone are looked at.
+    """
+
+    module: nn.Module
+    blocks: str
+    small: nn.Module | None = None
+
+
+def probe_module(own: OwnModule) -> tuple[PartitionSpec, list[str]]:
+    """Find out how a module is partitioned, and prove it on a copy of a small instance, with noise on its weights.
+
+    Random number generators are left as they were.
 
     Returns:
         How it is partitioned, and a sentence where that was not proved.
@@ -67,6 +76,7 @@ def probe_module(
             class, what went wrong, and what to do.
         ConfigError: it has no such list, or ``small`` is no instance of its class.
     """
+    module, blocks, small = own.module, own.blocks, own.small
     name = module_name(module)
     if small is not None and type(small) is not type(module):
         raise ConfigError(

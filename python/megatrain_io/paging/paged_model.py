@@ -104,7 +104,6 @@ class PagedModel:
             known and the next step applies them, or "speculative": it updates at once, and takes that back if the
             norm is too large.
             None = what promises to be faster. No bit depends on it.
-        trace: gets a span for each step, phase, block and micro-batch.
         device: what computes; None = the CPU.
         vram: how its memory is divided, if it has any; None = as much as overlaps best, and all activation checkpoints.
     """
@@ -119,7 +118,6 @@ class PagedModel:
         activations: ActivationBudget | None = None,
         max_grad_norm: float | None = None,
         policy: Literal["deferred", "speculative"] | None = None,
-        trace: Trace | None = None,
         device: Device | None = None,
         vram: VramPlan | None = None,
     ) -> None:
@@ -143,7 +141,7 @@ class PagedModel:
             self.saved = DeviceActivations(
                 saved, self.device, self._on_device, vram.activations if vram else None
             )
-        self._trace = trace
+        self._trace: Trace | None = None
         self.slice_tokens = slice_tokens(partition, logits_bytes)
         tied = self.tied_embeddings
         self.training_schedule = build_schedule(state.layout, tied_embeddings=tied, training=True)
@@ -439,6 +437,24 @@ class PagedModel:
             )
             self._schedules[key] = self._prepared(operations)
         return self._schedules[key]
+
+    def trace_into(self, trace: Trace) -> None:
+        """Note what runs when from now on, on the CPU, the drives and the device; ``flush_trace`` writes it.
+
+        Args:
+            trace: gets a span for each step, phase, block and micro-batch, too.
+        """
+        self._trace = trace
+        self.state.record_events()
+        self.record_device_events()
+
+    def flush_trace(self) -> None:
+        """Append what was noted since the last call to the trace, if there is one."""
+        if self._trace is None:
+            return
+        self._trace.extend(*self.state.take_events())
+        self._trace.extend(self.take_device_events(), 0)
+        self._trace.flush()
 
     def record_device_events(self) -> None:
         """Note when copies and compute happen on the device from now on, for ``take_device_events``."""

@@ -44,8 +44,8 @@ _SPARE_BYTES = 1 << 20
 
 
 def export_model(
-    run: RunFolder,
-    out: Path,
+    run: RunFolder | Path | str,
+    out: Path | str,
     *,
     dtype: Precision | None = None,
     shard_bytes: int = 5 * 10**9,
@@ -58,7 +58,7 @@ def export_model(
     tensors are those that ``save_pretrained`` writes; fused experts may lie in other shards than there.
 
     Args:
-        run: a run with a finished import; its store must not be in use.
+        run: folder of a run with a finished import; its store must not be in use.
         out: a folder that does not exist or is empty.
         dtype: "bf16" are the weights that were trained with, or fp32 ones rounded to nearest even; "fp32" are
             the masters. None = the run's own precision.
@@ -71,6 +71,7 @@ def export_model(
         NoSpaceError: the files do not fit.
         CorruptionError, StoreInUseError, FormatError, StorageError: the store cannot be read.
     """
+    run, out = RunFolder.of(run), Path(out)
     run.read()
     _check(out, dtype, shard_bytes)  # before a store is opened that may be in use
     with storage_errors(out.absolute(), NOTHING_LEFT), open_store(run, engine=engine) as state:

@@ -3,7 +3,8 @@
 import torch
 
 from megatrain_io.errors import ConfigError
-from megatrain_io.store.layout import ModelLayout, Precision, StateFormat
+from megatrain_io.store.layout import ModelLayout, Precision
+from megatrain_io.store.state_format import StateFormat
 
 __all__ = ["DTYPES", "FORMATS", "check_precision", "dtype_of"]
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from megatrain_io.errors import (
     FormatError,
 )
+from megatrain_io.store.state_format import SPECS, StateFormat
 
 __all__ = [
     "CHUNK_PARAMETERS_MAX",
@@ -23,7 +24,6 @@ __all__ = [
     "ModelLayout",
     "Precision",
     "Record",
-    "StateFormat",
     "TensorPlace",
     "default_chunk_parameters",
 ]
@@ -37,15 +37,7 @@ CHUNK_PARAMETERS_MAX = 2 << 20
 _CHUNK_STEP = 4096
 _TENSOR_ALIGNMENT = 128
 
-StateFormat = Literal["bf16", "f32", "raw16", "raw32"]
-"""``bf16``: weight bf16, remainder int16, moments f32. ``f32``: weight and moments f32. 12 bytes each.
-``raw16`` and ``raw32``: frozen, the weight alone, bf16 and f32.
-"""
-
 Durability = Literal["step", "scratch"]
-
-_WEIGHT_BYTES: dict[StateFormat, int] = {"bf16": 2, "f32": 4, "raw16": 2, "raw32": 4}
-_UPDATE_BYTES: dict[StateFormat, int] = {"bf16": 10, "f32": 8, "raw16": 0, "raw32": 0}
 
 
 @dataclass(frozen=True)
@@ -187,12 +179,12 @@ class ModelLayout:
     @property
     def weight_bytes(self) -> int:
         """Bytes of a weight in the compute dtype: 2 in bf16, 4 in fp32."""
-        return _WEIGHT_BYTES[self.format]
+        return SPECS[self.format].weight_bytes
 
     @property
     def is_frozen(self) -> bool:
         """Whether nothing is trained: a step then passes gradients on, and makes none of parameters."""
-        return _UPDATE_BYTES[self.format] == 0
+        return not SPECS[self.format].is_trained
 
     @property
     def embedding(self) -> int:
@@ -241,11 +233,11 @@ class ModelLayout:
 
     def weight_extent_bytes(self, chunk: Chunk) -> int:
         """Bytes moved for the weights of a chunk, whole pages."""
-        return _round_up(chunk.parameters * _WEIGHT_BYTES[self.format], PAGE_BYTES)
+        return _round_up(chunk.parameters * SPECS[self.format].weight_bytes, PAGE_BYTES)
 
     def update_extent_bytes(self, chunk: Chunk) -> int:
         """Bytes moved for what only the update of a chunk needs (moments, remainders), whole pages."""
-        return _round_up(chunk.parameters * _UPDATE_BYTES[self.format], PAGE_BYTES)
+        return _round_up(chunk.parameters * SPECS[self.format].update_bytes, PAGE_BYTES)
 
     def record_weight_bytes(self, record: int) -> int:
         """Bytes that the weights of a record take in a block buffer."""

@@ -15,7 +15,7 @@ from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.meta_model import parameters_on_meta
 from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
-from megatrain_io.models.probe_module import SMALL_PARAMETERS_MAX, module_lists, probe_module
+from megatrain_io.models.probe_module import SMALL_PARAMETERS_MAX, OwnModule, module_lists, probe_module
 from megatrain_io.runs.import_model import TensorReader, checked_weights
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision, TensorPlace
@@ -133,7 +133,7 @@ class ModelSource:
                 f"blocks is missing: the name of the module list that holds the blocks of {module_name(module)} (it "
                 f"has {lists})"
             )
-        spec, self.notes = probe_module(module, blocks, small)
+        spec, self.notes = probe_module(OwnModule(module, blocks, small))
         return PartitionedModel(module, DTYPES[self.precision], spec)
 
     def _refuse_other_names(self, module: nn.Module) -> None:

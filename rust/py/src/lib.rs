@@ -3,6 +3,7 @@
 //! `store.inspect`, `machine.extension` and `machine.measure` of the package import it.
 
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 #[cfg(bench_without_checksums)]
 compile_error!(
@@ -38,7 +39,7 @@ mod lib {
     #[pymodule_export]
     use crate::tensors::{RecordTensors, Transfer};
     #[pymodule_export]
-    use crate::{adamw_kernels, build_info, probe_uring, store_memory};
+    use crate::{adamw_kernels, build_info, probe_uring, state_formats, store_memory};
 }
 
 /// Version of the core, build profile (`release` or `debug`) and whether io_uring was compiled in.
@@ -52,6 +53,24 @@ fn build_info() -> (&'static str, &'static str, bool) {
 #[pyfunction]
 fn adamw_kernels() -> Vec<String> {
     megatrain_io::optimizer::Kernel::available().iter().map(ToString::to_string).collect()
+}
+
+/// The formats of a record's state by name: `planes` lists `(name, dtype, nbytes)`, that of the weight first;
+/// `step_nbytes` is what a step of training reads and what it writes, where nothing stays in RAM. Bytes are
+/// those of one parameter.
+#[pyfunction]
+fn state_formats(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    use megatrain_io::{Group, StateFormat};
+    let formats = PyDict::new(py);
+    for format in StateFormat::ALL {
+        let planes = Group::ALL.into_iter().flat_map(|group| format.planes(group));
+        let planes = planes.map(|plane| (plane.plane.name(), plane.dtype.name(), plane.bytes()));
+        let fields = PyDict::new(py);
+        fields.set_item("planes", planes.collect::<Vec<_>>())?;
+        fields.set_item("step_nbytes", format.spec().step_bytes())?;
+        formats.set_item(format.spec().name, fields)?;
+    }
+    Ok(formats)
 }
 
 /// Bytes that a store with this manifest takes in RAM, once it is open.

@@ -5,7 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use crate::store::manifest::{Content, Durability, Manifest, Record, Tensor};
-use crate::units::{CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, StateFormat, Unit, round_up};
+use crate::units::{
+    CopyId, Group, HUGE_PAGE_BYTES, PAGE_BYTES, PlaneSpec, StateFormat, Unit, round_up,
+};
 
 /// A fixed number of consecutive parameters of one record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +50,7 @@ impl Chunk {
     #[must_use]
     pub fn stored_bytes(&self, group: Group, planes: usize) -> usize {
         let bytes: usize =
-            self.format.planes(group).iter().take(planes).map(|(_, bytes)| bytes).sum();
+            self.format.planes(group).iter().take(planes).map(PlaneSpec::bytes).sum();
         (self.parameters * bytes).next_multiple_of(PAGE_BYTES)
     }
 
@@ -60,7 +62,7 @@ impl Chunk {
             let end = start + self.parameters * bytes;
             std::mem::replace(&mut start, end)..end
         };
-        self.format.planes(group).into_iter().map(|(_, bytes)| range(bytes)).collect()
+        self.format.planes(group).iter().map(|plane| range(plane.bytes())).collect()
     }
 }
 

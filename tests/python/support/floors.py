@@ -19,8 +19,8 @@ PYTHON_ROOMS: tuple[frozenset[str], ...] = (
     frozenset({"data", "machine"}),
     frozenset({"models", "store"}),
     frozenset({"paging", "runs"}),
-    frozenset({"planning"}),
-    frozenset({"generate", "training"}),
+    frozenset({"generate", "planning"}),
+    frozenset({"training"}),
     frozenset({"cli"}),
 )
 """Rooms of the package by floor, 0 first: a room imports from lower floors alone, and ``errors`` serves all."""
@@ -49,6 +49,7 @@ LIGHT = {
         "runs.status",
         "store.inspect",
         "store.layout",
+        "store.state_format",
     ),
 }
 """Rooms and modules that are imported without torch, by themselves or through others."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatrain_io.data.batch import MicroBatch, micro_batch_of, trained_tokens
 from megatrain_io.errors import ConfigError, DataError, FormatError, MegatrainIoError
-from megatrain_io.paging.paged_model import PagedModel as PagedPartition
+from megatrain_io.paging.paged_model import PagedPartition
 
 __all__ = ["MicroBatchLike", "OptimizerStep", "Progress", "micro_batches_of"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch, trained_tokens
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError, MegatrainIoError
 from megatrain_io.paging.device.base import Device
-from megatrain_io.paging.paged_model import PagedModel as PagedPartition
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.planning.memory_needs import activation_budget_of
 from megatrain_io.planning.ram_budget import StepNeeds
 from megatrain_io.runs.export_model import write_model_folder

@@ -71,7 +71,7 @@ def train(job: Figures, *, alone: Alone | None = None, commits: bool = True) -> 
 
     from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
-    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.paging.paged_model import PagedPartition
     from megatrain_io.planning.compute_time import measured_seconds
     from megatrain_io.planning.memory_needs import activation_budget_of, plan_ram, plan_vram, step_needs
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
@@ -94,7 +94,7 @@ def train(job: Figures, *, alone: Alone | None = None, commits: bool = True) -> 
         vram, left = plan_vram(partition, layout, needs, vram=job["vram"])
         plan = plan_ram(partition, layout, left, ram=job["ram"])
         inputs = activation_budget_of(plan, [path.with_name("inputs")])
-        model = PagedModel(partition, state, activations=inputs, device=device, vram=vram)
+        model = PagedPartition(partition, state, activations=inputs, device=device, vram=vram)
         reset_peak_rss()
         settings = None if is_frozen else lambda _place: TensorSettings(DECAY)
         state.start(plan.pool, residents=plan.residents, settings=settings, unit=model.unit)

@@ -76,7 +76,7 @@ def measure(job: Figures) -> Figures:
     from megatrain_io.machine.hardware import this_machine
     from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
-    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.paging.paged_model import PagedPartition
     from megatrain_io.planning.compute_time import calibrate
     from megatrain_io.planning.job import TrainingJob
     from megatrain_io.planning.memory_needs import activation_budget_of, step_needs
@@ -113,7 +113,7 @@ def measure(job: Figures) -> Figures:
         libraries = psutil.Process().memory_info().rss
         planned = make_plan(training, libraries=libraries, variants=False).require_fits()
         memory = planned.memory
-        model = PagedModel(
+        model = PagedPartition(
             partition,
             state,
             activations=activation_budget_of(memory, [store.with_name("inputs")]),

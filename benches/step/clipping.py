@@ -71,7 +71,7 @@ def train(job: Figures) -> Figures:
     from megatrain_io.data.batch import MicroBatch
     from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
-    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.paging.paged_model import PagedPartition
     from megatrain_io.planning.residents import choose_gradients
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
     from megatrain_io.store.schedule import Residents
@@ -83,7 +83,7 @@ def train(job: Figures) -> Figures:
         for ids in tokens_of(job)
     ]
     with PagedStore(store) as state:
-        model = PagedModel(
+        model = PagedPartition(
             partition,
             state,
             max_grad_norm=None if contender.limits is None else NEVER,

@@ -342,7 +342,7 @@ def ours(job: Job) -> Figures:
     from benches.step.bound import bytes_of_phases
     from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
-    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.paging.paged_model import PagedPartition
     from megatrain_io.planning.residents import choose_residents, resident_nbytes
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
@@ -350,7 +350,7 @@ def ours(job: Job) -> Figures:
     partition = PartitionedModel(config, torch.bfloat16, probe(config))
     batches = micro_batches(job)
     with PagedStore(store_of(job)) as state:
-        model = PagedModel(partition, state)
+        model = PagedPartition(partition, state)
         layout, schedule = state.layout, model.training_schedule
         state_nbytes = sum(map(layout.record_weight_bytes, range(len(layout.records))))
         state_nbytes += sum(map(layout.update_extent_bytes, layout.chunks))

@@ -78,7 +78,7 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
 
     from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
-    from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.paging.paged_model import PagedPartition
     from megatrain_io.planning.memory_needs import activation_budget_of, plan_ram, step_needs
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
@@ -89,7 +89,7 @@ def train(path: Path, size: str, micro_batches: int, steps: int, ram: int) -> Fi
     with PagedStore(path) as state:
         needs = step_needs(partition, state.layout, batches, state.ledger.total()[0])
         plan = plan_ram(partition, state.layout, needs, ram=ram)
-        model = PagedModel(
+        model = PagedPartition(
             partition, state, activations=activation_budget_of(plan, [path.with_name("inputs")])
         )
         state.start(plan.pool, residents=plan.residents, settings=lambda _place: TensorSettings(DECAY))

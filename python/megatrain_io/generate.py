@@ -28,7 +28,7 @@ from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 from megatrain_io.paging.device.records import DeviceRecords
 from megatrain_io.paging.device.vram_budget import divide_vram
 from megatrain_io.paging.gradient import StopWeights
-from megatrain_io.paging.paged_model import PagedModel, clear_frames
+from megatrain_io.paging.paged_model import PagedPartition, clear_frames
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.dtypes import DTYPES
@@ -41,7 +41,7 @@ __all__ = ["Generator", "next_tokens"]
 
 
 def next_tokens(
-    model: PagedModel, prompt: Tensor, pick: "Pick", stop: frozenset[int]
+    model: PagedPartition, prompt: Tensor, pick: "Pick", stop: frozenset[int]
 ) -> Yields[int, None, None]:
     """Yield the tokens that follow ``prompt``, int64 [1, T], until one of ``stop`` (not yielded).
 
@@ -74,7 +74,7 @@ def next_tokens(
         model.abort()
 
 
-def _pass(model: PagedModel, records: PagedStore | DeviceRecords, new: Tensor, cache: Cache) -> Tensor:
+def _pass(model: PagedPartition, records: PagedStore | DeviceRecords, new: Tensor, cache: Cache) -> Tensor:
     """Scores [1, V] of the token after ``new``, int64 [1, t]."""
     partition, layout = model.partition, model.state.layout
     start = cache.get_seq_length()
@@ -144,7 +144,7 @@ class Generator:
 
     def __init__(
         self,
-        model: PagedModel,
+        model: PagedPartition,
         tokenizer: PreTrainedTokenizerBase,
         stop: frozenset[int],
         *,
@@ -287,7 +287,7 @@ class Generator:
         return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -> PagedModel:
+def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -> PagedPartition:
     """A model that only passes forward; on the CPU, if the device has no room for a block."""
     if device.has_own_memory:
         with suppress(DoesNotFitError):
@@ -300,10 +300,10 @@ def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -
                 activations_per_block=0,
                 training=False,
             )
-            return PagedModel(partition, state, device=device, vram=vram)
+            return PagedPartition(partition, state, device=device, vram=vram)
         device.close()
         partition.to(torch.device("cpu"))
-    return PagedModel(partition, state)
+    return PagedPartition(partition, state)
 
 
 def _stop_tokens(folder: Path, config: AutoConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -50,26 +50,32 @@ def micro_batch_of(batch: MicroBatch | Mapping[str, Tensor] | Tensor) -> MicroBa
         DataError: it has another key, shape or dtype.
     """
     if isinstance(batch, MicroBatch):
+        _refuse_other_shapes(vars(batch))
         return batch
     given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     unknown = sorted(given.keys() - {"input_ids", "labels", "attention_mask", "position_ids"})
-    if unknown or "input_ids" not in given:
+    if unknown or given.get("input_ids") is None:
         raise DataError(
             f"a micro-batch has the keys {', '.join(sorted(given)) or '(none)'}: it must have input_ids, and may have "
             "labels, attention_mask and position_ids, nothing else"
         )
-    ids, mask = given["input_ids"], given.get("attention_mask")
-    for name, tensor in given.items():
-        if tensor.dim() != 2 or tensor.shape != ids.shape or tensor.is_floating_point():  # noqa: PLR2004 - [B, T]
-            raise DataError(
-                f"{name} of a micro-batch is {tensor.dtype} {list(tensor.shape)}: it must be int64 [B, T], with the "
-                "shape of input_ids"
-            )
-    labels = given.get("labels")
+    _refuse_other_shapes(given)
+    ids, labels, mask = given["input_ids"], given.get("labels"), given.get("attention_mask")
     if labels is None:
         labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORE_INDEX)
     shifted = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
     return MicroBatch(ids, shifted, given.get("position_ids"), mask)
+
+
+def _refuse_other_shapes(given: Mapping[str, Tensor | None]) -> None:
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    shape = tensors["input_ids"].shape
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or tensor.shape != shape or tensor.is_floating_point():  # noqa: PLR2004 - [B, T]
+            raise DataError(
+                f"{name} of a micro-batch is {tensor.dtype} {list(tensor.shape)}: it must be int64 [B, T], with the "
+                "shape of input_ids"
+            )
 
 
 def trained_tokens(micro_batches: Sequence[MicroBatch]) -> int:

@@ -33,7 +33,7 @@ from megatrain_io.store.paged_store import AdamWStep, CheckedSchedule, Engine, P
 from megatrain_io.store.pool import PoolSizes, Unit, pool_sizes
 from megatrain_io.store.schedule import ChunkOp, Residents, UpdatePolicy, build_schedule, flush_schedule
 
-__all__ = ["PagedModel", "StepLoss", "clear_frames"]
+__all__ = ["PagedPartition", "StepLoss", "clear_frames"]
 
 # Hyperparameters of a step that updates nothing with gradients of its own.
 _NO_UPDATE = AdamWStep(1, 0.0)
@@ -89,7 +89,7 @@ def clear_frames(error: BaseException | None) -> None:
             waiting += [found.__cause__, found.__context__]
 
 
-class PagedModel:
+class PagedPartition:
     """A partitioned model over a paged store: training steps and losses.
 
     Args:

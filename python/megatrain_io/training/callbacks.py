@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatrain_io.config.schema import RunConfig
-from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.paging.trace import Trace
 from megatrain_io.planning.plan import Plan
 from megatrain_io.runs.metrics import MetricsFile, StepReport
@@ -27,7 +27,7 @@ class Run(Protocol):
     config: RunConfig
     plan: Plan
     notes: Sequence[str]
-    model: PagedModel
+    model: PagedPartition
     max_steps: int
 
     @property

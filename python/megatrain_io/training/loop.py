@@ -17,7 +17,7 @@ from megatrain_io.errors import (
     WearLimitError,
 )
 from megatrain_io.machine.memory import peak_ram
-from megatrain_io.paging.paged_model import PagedModel, StepLoss
+from megatrain_io.paging.paged_model import PagedPartition, StepLoss
 from megatrain_io.runs.metrics import StepReport, TrainResult, last_report
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.paged_store import AdamWStep
@@ -38,7 +38,7 @@ _SKIPS_MAX = 3
 _EVAL_MICRO_BATCHES = 16
 
 
-def held_out_loss(model: PagedModel, data: StepData, accumulation: int) -> float | None:
+def held_out_loss(model: PagedPartition, data: StepData, accumulation: int) -> float | None:
     """Mean loss per trained token of what is held out; None where nothing is.
 
     Args:
@@ -360,7 +360,7 @@ class _Moved:
 class _Meter:
     """Counts what the steps of a model move, from lap to lap, so that no byte falls in between."""
 
-    def __init__(self, model: PagedModel) -> None:
+    def __init__(self, model: PagedPartition) -> None:
         self._model = model
         self._last = self.now()
 

@@ -3,141 +3,39 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from megatrain_io.config.values import Size
-from megatrain_io.data.batch import (
-    IGNORE_INDEX,
-    MicroBatch,
-    blank_micro_batch,
-    micro_batch_of,
-    trained_tokens,
-)
-from megatrain_io.errors import ConfigError, DataError, DoesNotFitError, FormatError, MegatrainIoError
-from megatrain_io.machine.memory import usable_ram
-from megatrain_io.models.partition import PartitionedModel
+from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch, trained_tokens
+from megatrain_io.errors import ConfigError, DataError, DoesNotFitError, MegatrainIoError
 from megatrain_io.paging.device.base import Device
-from megatrain_io.paging.device.choose import best_device
-from megatrain_io.paging.device.cpu import Cpu
-from megatrain_io.paging.device.cuda import Cuda
-from megatrain_io.paging.device.pool import VramPlan
-from megatrain_io.paging.paged_model import PagedModel as PagedPartition
-from megatrain_io.planning.memory_needs import (
-    activation_budget_of,
-    least_vram_for,
-    plan_ram,
-    plan_vram,
-    step_needs,
-)
-from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, least_ram
+from megatrain_io.paging.paged_model import PagedPartition
+from megatrain_io.planning.memory_needs import activation_budget_of
+from megatrain_io.planning.ram_budget import StepNeeds
 from megatrain_io.runs.export_model import write_model_folder
 from megatrain_io.runs.folder import activations_file, gradient_file
 from megatrain_io.runs.import_model import create_store
 from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision
-from megatrain_io.store.layout import ModelLayout, Precision, TensorPlace
-from megatrain_io.store.paged_store import AdamWStep, Ledger, PagedStore, TensorSettings, store_memory
-from megatrain_io.text import mib
+from megatrain_io.store.layout import ModelLayout, Precision
+from megatrain_io.store.paged_store import AdamWStep, Ledger, PagedStore, store_memory
 from megatrain_io.training.fingerprint import differences, fingerprint_of
 from megatrain_io.training.model_source import Model, ModelSource, Weights
+from megatrain_io.training.optimizer_step import MicroBatchLike, OptimizerStep, Progress, micro_batches_of
+from megatrain_io.training.own_settings import Settings, WeightDecay, device_of, paths_of, ram_of
+from megatrain_io.training.step_memory import StepSize
 
-__all__ = ["MicroBatchLike", "OptimizerStep", "PagedModel", "Plane"]
-
-MicroBatchLike = MicroBatch | Mapping[str, Tensor] | Tensor
-"""A micro-batch; or ``input_ids`` [B, T], alone or in a mapping with ``labels`` that are not shifted."""
+__all__ = ["PagedModel", "Plane"]
 
 Plane = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 
-WeightDecay = float | Callable[[str, tuple[int, ...]], float]
-"""Of matrices and embeddings, with none for vectors; or ``decay(name, shape)`` for each parameter."""
-
-_VERSION = 1
-_KIND = "megatrain_io.PagedModel"
-# The store keeps 256 KiB with a commit; the rest is for what is written here.
-_STATE_BYTES_MAX = 240 << 10
-_SHARE_OF_FREE_RAM = 0.5
 # Micro-batches that go through the blocks together when a loss is measured before any step was made.
 _EVALUATED_TOGETHER = 16
-
-
-class OptimizerStep:
-    """One optimizer step under way: ``forward`` and ``backward``, once each. ``PagedModel.step`` makes it.
-
-    Attributes:
-        number: of the step, from 1 on: AdamW's t.
-        loss: mean over the trained tokens of all micro-batches; None before ``forward``.
-        trained_tokens: number of tokens with a label; 0 before ``forward``.
-        grad_norm: norm over the gradients of all parameters, before clipping; None before ``backward``.
-        clip_coefficient: what all gradients are multiplied by (``max_grad_norm``); 1 where they are not clipped.
-        state: the caller's own bytes, committed with the step; those of the step before until they are set.
-    """
-
-    def __init__(
-        self, number: int, state: bytes, begin: Callable[[Sequence[MicroBatch]], PagedPartition]
-    ) -> None:
-        self.number = number
-        self.loss: float | None = None
-        self.trained_tokens = 0
-        self.grad_norm: float | None = None
-        self.clip_coefficient = 1.0
-        self._state = state
-        self._begin = begin
-        self._model: PagedPartition | None = None
-
-    @property
-    def state(self) -> bytes:
-        """The caller's own bytes, committed with the step."""
-        return self._state
-
-    @state.setter
-    def state(self, state: bytes) -> None:
-        self._state = _checked_state(state)
-
-    def forward(self, micro_batches: Sequence[MicroBatchLike] | MicroBatchLike) -> float:
-        """Pass all micro-batches of the step forward.
-
-        Args:
-            micro_batches: of the step, each [B, T] of its own shape; one alone stands for itself. In a mapping
-                ``labels`` are those of ``input_ids``, not shifted, as transformers models take them.
-
-        Returns:
-            The loss, exact as fp32: the sum over all trained tokens of the step divided by their number.
-
-        Raises:
-            TrainingDivergedError: it is not finite.
-            DataError: a micro-batch cannot be used, or no token of the step has a label.
-            DoesNotFitError: ``ram`` or the device's memory are too small for these micro-batches.
-            MegatrainIoError: it was called before.
-        """
-        if self._model is not None:
-            raise MegatrainIoError(
-                "forward was called before: it takes all micro-batches of the step at once"
-            )
-        batches = _micro_batches(micro_batches)
-        self.trained_tokens = trained_tokens(batches)
-        self._model = self._begin(batches)
-        self.loss = self._model.forward()
-        return self.loss
-
-    def backward(self) -> None:
-        """Make all gradients; the updates that they allow are made and written in the background.
-
-        Raises:
-            NotFiniteError: a gradient is not finite. The step is dropped.
-            MegatrainIoError: ``forward`` was not called, or this was called before.
-        """
-        if self._model is None or self.grad_norm is not None:
-            raise MegatrainIoError("backward comes after forward, once")
-        made = self._model.backward()
-        self.grad_norm, self.clip_coefficient = made.grad_norm, made.clip_coefficient
 
 
 class PagedModel:
@@ -208,7 +106,7 @@ class PagedModel:
         self,
         source: ModelSource,
         store: PagedStore,
-        how: "_How",
+        how: Settings,
         closing: ExitStack,
         needs: StepNeeds | None = None,
     ) -> None:
@@ -218,12 +116,12 @@ class PagedModel:
         self._how = how
         self._closing = closing
         self._tables = store.ledger.total()[0]
-        progress = _Progress.parse(store.blob)
+        progress = Progress.parse(store.blob)
         self._step_number, self._state, self._seed = progress.step, progress.state, progress.seed
         self._environment = fingerprint_of(how.device, source.partition) | how.describe()
         self._running: PagedPartition | None = None
         self._pins = closing.enter_context(ExitStack())
-        self._size: _StepSize | None = None
+        self._size: StepSize | None = None
         self._is_in_step = False
         self.ledger: Ledger = store.ledger
         self.notes: list[str] = [
@@ -288,7 +186,7 @@ class PagedModel:
             NoSpaceError, StorageError: the drive. Nothing is left behind.
         """
         check_precision("precision", precision)
-        paths = _paths(path)
+        paths = paths_of(path)
         for each in paths:
             if os.path.lexists(each):
                 raise ConfigError(f"{each} exists: open it with PagedModel.open, or choose another path")
@@ -297,15 +195,15 @@ class PagedModel:
             closing = ExitStack()
             undo.callback(_remove, written)
             undo.callback(closing.close)
-            how = _How(
+            how = Settings(
                 paths=paths,
-                device=_device_for(device, precision, vram, closing),
-                ram=_ram(ram),
+                device=device_of(device, precision, vram, closing),
+                ram=ram_of(ram),
                 weight_decay=weight_decay,
                 betas=betas,
                 eps=eps,
                 max_grad_norm=max_grad_norm,
-                largest=None if largest_step is None else _StepSize.of(_micro_batches(largest_step)),
+                largest=None if largest_step is None else StepSize.of(micro_batches_of(largest_step)),
             )
             source = ModelSource(model, precision, blocks, small)
             layout = ModelLayout.build(source.parts, len(source.partition.blocks), FORMATS[precision])
@@ -313,9 +211,11 @@ class PagedModel:
             needs: StepNeeds | None = None
             if how.largest is not None:  # before anything is written
                 needs = how.largest.needs(source.partition, layout, store_memory(layout.manifest(about)))
-                how.divide(source.partition, layout, needs, how.largest)
+                how.largest.divide(
+                    source.partition, layout, needs, ram=how.ram, device=how.device, defers=how.defers
+                )
             with source.reading(weights) as read:
-                create_store(paths, layout, read, model=about, blob=_Progress(0, seed, None, b"").encode())
+                create_store(paths, layout, read, model=about, blob=Progress(0, seed, None, b"").encode())
             written += paths
             store = closing.enter_context(PagedStore(*paths))
             made = cls(source, store, how, closing, needs)
@@ -362,22 +262,22 @@ class PagedModel:
             StoreInUseError, CorruptionError, StorageError: it cannot be opened, and is as it was.
             UnsupportedModelError, ModelFilesError, DoesNotFitError: as ``create``.
         """
-        paths = _paths(path)
+        paths = paths_of(path)
         with ExitStack() as undo:
             closing = ExitStack()
             undo.callback(closing.close)
             store = closing.enter_context(PagedStore(*paths))
-            _Progress.parse(store.blob)
+            Progress.parse(store.blob)
             precision: Precision = json.loads(store.manifest)["model"]["paged_model"]["precision"]
-            how = _How(
+            how = Settings(
                 paths=paths,
-                device=_device_for(device, precision, vram, closing),
-                ram=_ram(ram),
+                device=device_of(device, precision, vram, closing),
+                ram=ram_of(ram),
                 weight_decay=weight_decay,
                 betas=betas,
                 eps=eps,
                 max_grad_norm=max_grad_norm,
-                largest=None if largest_step is None else _StepSize.of(_micro_batches(largest_step)),
+                largest=None if largest_step is None else StepSize.of(micro_batches_of(largest_step)),
             )
             source = ModelSource(model, precision, blocks, small)
             _refuse_other_model(source, store.layout, paths[0])
@@ -421,7 +321,7 @@ class PagedModel:
         def begin(batches: Sequence[MicroBatch]) -> PagedPartition:
             nonlocal running
             self._check_tokens(batches)
-            ready = self._make_ready(_StepSize.of(batches))
+            ready = self._make_ready(StepSize.of(batches))
             under_way.enter_context(ready.training_step(batches, adamw, number=number, commits=True))
             running = ready
             return ready
@@ -432,7 +332,7 @@ class PagedModel:
             with under_way:
                 yield step
                 ended = _whole(step, running)
-                progress = _Progress(number, self._seed, self._environment, step.state)
+                progress = Progress(number, self._seed, self._environment, step.state)
                 ended.end_step(progress.encode())
         except BaseException:
             self._go_back()
@@ -453,9 +353,9 @@ class PagedModel:
             MegatrainIoError: a step is under way.
         """
         self._refuse_in_step("evaluate")
-        batches = [batch for batch in _micro_batches(micro_batches) if trained_tokens([batch])]
+        batches = [batch for batch in micro_batches_of(micro_batches) if trained_tokens([batch])]
         self._check_tokens(batches)
-        largest = _StepSize.of_largest(batches)
+        largest = StepSize.of_largest(batches)
         together = self._size or largest.times(min(len(batches), _EVALUATED_TOGETHER))
         running = self._make_ready(together.with_room_for(largest))
         parts = [running.evaluate(group) for group in self._groups(batches)]
@@ -565,7 +465,7 @@ class PagedModel:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _make_ready(self, size: "_StepSize", needs: StepNeeds | None = None) -> PagedPartition:
+    def _make_ready(self, size: StepSize, needs: StepNeeds | None = None) -> PagedPartition:
         """The model, ready for steps of ``size``; RAM is divided anew where it was divided for less.
 
         Args:
@@ -579,10 +479,12 @@ class PagedModel:
         if self._running is not None and how.device.has_own_memory:
             raise DoesNotFitError(
                 f"the memory of {how.device.name} was divided for {self._size}, and this needs room for {wanted}: "
-                "open the model with largest_step=(micro-batches, rows, tokens) of the largest one"
+                "open the model with largest_step=, the micro-batches of the largest one"
             )
         needs = needs or wanted.needs(partition, store.layout, self._tables)
-        ram, vram = how.divide(partition, store.layout, needs, wanted)
+        ram, vram = wanted.divide(
+            partition, store.layout, needs, ram=how.ram, device=how.device, defers=how.defers
+        )
         if self._running is not None:
             self._running.wait_durable()
         self._pins.close()
@@ -649,234 +551,12 @@ class PagedModel:
         if self._running is not None:
             with suppress(MegatrainIoError):  # the first error is the news
                 self._running.wait_durable()
-        progress = _Progress.parse(self._store.blob)
+        progress = Progress.parse(self._store.blob)
         self._step_number, self._state = progress.step, progress.state
 
     def _refuse_in_step(self, call: str) -> None:
         if self._is_in_step:
             raise MegatrainIoError(f"{call} was called while a step is under way: leave the step first")
-
-
-@dataclass(frozen=True)
-class _How:
-    """How a model is trained: the caller's settings.
-
-    Attributes:
-        paths: files of the store.
-        device: what computes.
-        ram: bytes of RAM that may be taken.
-        weight_decay: of matrices and embeddings, or of each parameter.
-        betas: AdamW's.
-        eps: AdamW's.
-        max_grad_norm: bound on the norm of all gradients; None = none.
-        largest: step for which memory is divided at once.
-    """
-
-    paths: tuple[Path, ...]
-    device: Device
-    ram: int
-    weight_decay: WeightDecay
-    betas: tuple[float, float]
-    eps: float
-    max_grad_norm: float | None
-    largest: "_StepSize | None"
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            ConfigError: one is out of its range.
-        """
-        decay = 0.0 if callable(self.weight_decay) else self.weight_decay
-        for name, value, is_right, range_ in (
-            ("weight_decay", decay, decay >= 0, "from 0 on"),
-            ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "from 0 on and below 1"),
-            ("eps", self.eps, self.eps > 0, "above 0"),
-            ("max_grad_norm", self.max_grad_norm, (self.max_grad_norm or 1.0) > 0, "above 0, or None"),
-        ):
-            if not is_right:
-                raise ConfigError(f"{name} is {value}: it must be {range_}")
-
-    def settings(self, place: TensorPlace) -> TensorSettings:
-        """Weight decay of a parameter."""
-        if callable(self.weight_decay):
-            return TensorSettings(self.weight_decay(place.name, place.shape))
-        return TensorSettings(self.weight_decay if len(place.shape) > 1 else 0.0)
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the bits of a step: plain JSON types."""
-        return {
-            "weight_decay": "a function" if callable(self.weight_decay) else self.weight_decay,
-            "betas": list(self.betas),
-            "eps": self.eps,
-            "max_grad_norm": self.max_grad_norm,
-        }
-
-    def divide(
-        self, partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, size: "_StepSize"
-    ) -> tuple[RamPlan, VramPlan | None]:
-        """Divide RAM and the device's memory for steps of ``size``.
-
-        Args:
-            partition: the model without its parameters.
-            layout: of its store.
-            needs: what such a step needs.
-            size: of a step, to tell.
-
-        Raises:
-            DoesNotFitError: one is too small; the message has the least that is enough.
-        """
-        defers, device = self.max_grad_norm is not None, self.device
-        vram: VramPlan | None = None
-        if device.has_own_memory:
-            try:
-                vram, needs = plan_vram(partition, layout, needs, vram=device.vram)
-            except DoesNotFitError as error:
-                least = least_vram_for(partition, layout, needs)
-                raise DoesNotFitError(
-                    f"{device.name} has {mib(device.vram)} for this, and a step of {size} needs {mib(least)} at least: "
-                    "make a step smaller, or use a GPU with more memory"
-                ) from error
-        try:
-            return plan_ram(partition, layout, needs, ram=self.ram, defers=defers), vram
-        except DoesNotFitError as error:
-            tied = bool(partition.tied_parameters)
-            least = least_ram(layout, needs, tied_embeddings=tied, defers=defers)
-            raise DoesNotFitError(
-                f"ram is {mib(self.ram)}, and a step of {size} needs {mib(least)} at least: give more, or make a step "
-                "smaller (fewer rows or tokens in a micro-batch, then fewer micro-batches)"
-            ) from error
-
-
-@dataclass(frozen=True)
-class _StepSize:
-    """What a step's memory depends on.
-
-    Attributes:
-        tokens: of all micro-batches together, padding included.
-        largest: tokens of the largest micro-batch.
-        length: tokens of the longest row.
-        has_positions: whether micro-batches have position ids.
-        has_mask: whether micro-batches have an attention mask.
-    """
-
-    tokens: int
-    largest: int
-    length: int
-    has_positions: bool
-    has_mask: bool
-
-    @classmethod
-    def of(cls, batches: Sequence[MicroBatch]) -> "_StepSize":
-        """Size of a step with these micro-batches."""
-        shapes = [batch.input_ids.shape for batch in batches]
-        return cls(
-            tokens=sum(map(math.prod, shapes)),
-            largest=max(map(math.prod, shapes)),
-            length=max(length for _, length in shapes),
-            has_positions=any(batch.position_ids is not None for batch in batches),
-            has_mask=any(batch.attention_mask is not None for batch in batches),
-        )
-
-    @classmethod
-    def of_largest(cls, batches: Sequence[MicroBatch]) -> "_StepSize":
-        """Size of a step with the largest of these micro-batches alone."""
-        size = cls.of(batches)
-        return replace(size, tokens=size.largest)
-
-    def times(self, count: int) -> "_StepSize":
-        """Size of so many steps in one."""
-        return replace(self, tokens=count * self.tokens)
-
-    def covers(self, other: "_StepSize") -> bool:
-        """Whether memory for this one is enough for the other."""
-        return self.with_room_for(other) == self
-
-    def with_room_for(self, other: "_StepSize") -> "_StepSize":
-        """A size that covers both."""
-        return _StepSize(*map(max, astuple(self), astuple(other)))
-
-    def needs(self, partition: PartitionedModel, layout: ModelLayout, tables: int) -> StepNeeds:
-        """What a step of this size needs, in bytes.
-
-        Args:
-            partition: the model without its parameters.
-            layout: of its store.
-            tables: bytes of RAM that the open store takes.
-        """
-        return step_needs(partition, layout, self._micro_batches(packs=partition.spec.packs), tables)
-
-    def _micro_batches(self, *, packs: bool) -> list[MicroBatch]:
-        """Micro-batches that take as much memory, all of them the same one.
-
-        Args:
-            packs: whether position ids that restart keep documents apart: then they do.
-        """
-        rows, length = -(-self.largest // self.length), self.length
-        batch = blank_micro_batch(rows, length, packed=packs and self.has_positions)
-        shape = batch.input_ids.shape
-        positions = batch.position_ids
-        if self.has_positions and positions is None:
-            positions = torch.arange(shape[1]).expand(shape)
-        mask = torch.ones_like(batch.input_ids) if self.has_mask else None
-        if mask is not None:
-            mask[0, -1] = 0
-        batch = MicroBatch(batch.input_ids, batch.shift_labels, positions, mask)
-        return [batch] * -(-self.tokens // shape.numel())
-
-    def __str__(self) -> str:
-        rows = -(-self.largest // self.length)
-        count = -(-self.tokens // (rows * self.length))
-        extras = [
-            *(["position ids"] if self.has_positions else []),
-            *(["an attention mask"] if self.has_mask else []),
-        ]
-        text = f"{count} micro-batches with {rows} rows of {self.length} tokens"
-        return f"{text} ({' and '.join(extras)})" if extras else text
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """What is committed with a step: how far it is, and the caller's own bytes.
-
-    Attributes:
-        step: steps made so far.
-        seed: of dropout.
-        environment: what may change the bits; None at step 0.
-        state: the caller's own bytes.
-    """
-
-    step: int
-    seed: int
-    environment: dict[str, Any] | None
-    state: bytes
-
-    @classmethod
-    def parse(cls, blob: bytes) -> "_Progress":
-        """Decode what was committed.
-
-        Raises:
-            FormatError: it is not of a PagedModel.
-        """
-        text, _, state = blob.partition(b"\n")
-        try:
-            header = json.loads(text)
-        except ValueError:
-            header = None
-        if not isinstance(header, dict) or header.get(_KIND) != _VERSION:
-            raise FormatError(
-                "this store was not made by PagedModel.create (or by another version of it). One of a training run is "
-                "trained by megatrain_io.train; its weights can be exported, and the folder trained here"
-            )
-        return cls(header["step"], header["seed"], header["environment"], state)
-
-    def encode(self) -> bytes:
-        """Encode it as the bytes that are committed with the store."""
-        header = {_KIND: _VERSION, "step": self.step, "seed": self.seed, "environment": self.environment}
-        return json.dumps(header).encode() + b"\n" + self.state
-
-
-# ---------------------------------------------------------------------------------------- arguments
 
 
 def _whole(step: OptimizerStep, running: PagedPartition | None) -> PagedPartition:
@@ -893,82 +573,9 @@ def _whole(step: OptimizerStep, running: PagedPartition | None) -> PagedPartitio
     return running
 
 
-def _micro_batches(given: Sequence[MicroBatchLike] | MicroBatchLike) -> list[MicroBatch]:
-    """Micro-batches; one alone stands for itself."""
-    several = [given] if isinstance(given, MicroBatch | Mapping | Tensor) else given
-    batches = [micro_batch_of(batch) for batch in several]
-    if not batches:
-        raise DataError("there is no micro-batch: a step needs at least one")
-    return batches
-
-
-def _paths(path: Path | str | Sequence[Path | str]) -> tuple[Path, ...]:
-    paths = (path,) if isinstance(path, Path | str) else path
-    if not paths:
-        raise ConfigError("path is empty: give the path of the file, or one for each drive")
-    return tuple(Path(each).expanduser() for each in paths)
-
-
 def _remove(paths: Sequence[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _size(name: str, value: int | str) -> int:
-    try:
-        nbytes: int = _SIZE.validate_python(value)
-    except ValidationError:
-        raise ConfigError(f"{name} is {value!r}: it must be a size, such as 4GiB") from None
-    return nbytes
-
-
-def _ram(value: int | str | None) -> int:
-    return int(usable_ram()[0] * _SHARE_OF_FREE_RAM) if value is None else _size("ram", value)
-
-
-def _device_for(
-    device: Device | Literal["cpu", "cuda"] | None,
-    precision: Precision,
-    vram: int | str | None,
-    closing: ExitStack,
-) -> Device:
-    """What computes; ``closing`` closes it, if it was not handed in.
-
-    Raises:
-        ConfigError: ``device`` is another word, or ``vram`` is given where no GPU is made here.
-        UnsupportedError: a GPU was asked for, and there is none, or none that computes in ``precision``.
-    """
-    if isinstance(device, str) and device not in {"cpu", "cuda"}:
-        raise ConfigError(f"device is {device!r}: it must be 'cpu', 'cuda', a device, or None")
-    chosen: Device
-    if device == "cpu":
-        chosen = Cpu()
-    elif device == "cuda" or (device is None and vram is not None):
-        chosen = Cuda(None if vram is None else _size("vram", vram))
-    elif device is None:
-        chosen = best_device(precision)
-    else:
-        chosen = device
-    if chosen is not device:
-        closing.callback(chosen.close)
-    if vram is not None and not isinstance(chosen, Cuda):
-        raise ConfigError("vram is given, and no GPU computes: leave it out")
-    if precision == "bf16" and not chosen.has_bf16:
-        raise ConfigError(f"{chosen.name} does not compute in bf16: create the model with precision='fp32'")
-    return chosen
-
-
-def _checked_state(state: bytes) -> bytes:
-    if not isinstance(state, bytes):
-        raise ConfigError(
-            f"state is {type(state).__name__}: it must be bytes, such as json.dumps(...).encode()"
-        )
-    if len(state) > _STATE_BYTES_MAX:
-        raise ConfigError(
-            f"state has {len(state):,} bytes: {_STATE_BYTES_MAX:,} are kept with a step; keep what is larger in files "
-            "of your own, and their names here"
-        )
-    return state
 
 
 def _refuse_other_model(source: ModelSource, layout: ModelLayout, path: Path) -> None:
@@ -989,6 +596,3 @@ def _refuse_other_model(source: ModelSource, layout: ModelLayout, path: Path) ->
                 f"{path} was made of another model: parameter {name} is {here} in the model, {there} in the file. Open "
                 "it with the module that it was made of"
             )
-
-
-_SIZE = TypeAdapter(Size)

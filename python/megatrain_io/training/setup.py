@@ -21,7 +21,7 @@ from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device
-from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.memory_needs import activation_budget_of
 from megatrain_io.planning.plan import Plan
@@ -66,7 +66,7 @@ class Setup:
     data: StepData
     max_steps: int
     digest: str
-    model: PagedModel
+    model: PagedPartition
     progress: TrainerState
     notes: list[str]
 
@@ -218,12 +218,14 @@ class _Run:
         )
 
     @contextmanager
-    def started(self, state: PagedStore, job: TrainingJob, plan: Plan) -> Iterator[tuple[PagedModel, bool]]:
+    def started(
+        self, state: PagedStore, job: TrainingJob, plan: Plan
+    ) -> Iterator[tuple[PagedPartition, bool]]:
         """The model with its pool and its pipeline, as planned; and whether the pool's memory is pinned."""
         memory, files = plan.memory, self._folder.store_paths()
         if memory is None:
             raise MegatrainIoError("the plan fits, and does not say how RAM is divided")
-        model = PagedModel(
+        model = PagedPartition(
             job.partition,
             state,
             seed=self._config.train.seed,

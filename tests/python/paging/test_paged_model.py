@@ -11,7 +11,7 @@ from transformers import GPT2Config
 import paged
 from megatrain_io.errors import BufferInUseError, MegatrainIoError
 from megatrain_io.models.probe import probe
-from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep, Ledger, PagedStore, StoreCreator, TensorSettings
 from paged import (
@@ -108,7 +108,7 @@ def test_another_seed_drops_others_and_the_recompute_drops_the_same(tmp_path, mo
     losses = []
     with PagedStore(*files(tmp_path / "store"), engine=ENGINE) as state:
         for seed in (0, 1):
-            model = PagedModel(partition, state, seed=seed)
+            model = PagedPartition(partition, state, seed=seed)
             state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.0))
             before = torch.get_rng_state()
             losses.append(model.train_step([to_micro_batch(DROPPING.steps[1][0])], AdamWStep(1, 0.0), None))
@@ -155,7 +155,7 @@ def test_slices_change_the_loss_by_rounding_only(tmp_path, tied):
     for name, tokens in {"whole": 1 << 20, "one": longest, "many": 3}.items():
         make_store(tmp_path / name, case, engine=ENGINE)
         with PagedStore(*files(tmp_path / name), engine=ENGINE) as state:
-            model = PagedModel(partitioned(case), state, logits_bytes=4 * 257 * tokens)
+            model = PagedPartition(partitioned(case), state, logits_bytes=4 * 257 * tokens)
             assert model.slice_tokens == tokens
             state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.0))
             evaluated = model.evaluate(batches)

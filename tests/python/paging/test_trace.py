@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from megatrain_io.cli.app import app
 from megatrain_io.errors import ConfigError, InterruptedRunError
-from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.paging.step import Step
 from megatrain_io.paging.trace import Trace
 from megatrain_io.store.paged_store import PagedStore
@@ -208,7 +208,7 @@ def test_the_command_writes_one(source, tmp_path):
 
 
 def test_a_model_without_a_trace_has_spans_that_do_nothing():
-    model = PagedModel.__new__(PagedModel)
+    model = PagedPartition.__new__(PagedPartition)
     model._trace = None
     with model.span("step 1") as nothing:
         assert nothing is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatrain_io.errors import ConfigError
-from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.planning.memory_needs import activation_budget_of, plan_ram, step_needs
 from megatrain_io.planning.ram_budget import StepNeeds, divide_ram, least_ram
 from megatrain_io.planning.residents import resident_nbytes
@@ -55,7 +55,7 @@ def test_the_ledger_stays_within_the_budget_and_uses_it(tmp_path, share, tied, c
         everything = (16 if clips else 12) * layout.parameters + needs.activations
         ram = int(least + share * everything)
         plan = plan_ram(partition, layout, needs, ram=ram, defers=clips)
-        model = PagedModel(
+        model = PagedPartition(
             partition,
             state,
             activations=activation_budget_of(plan, [tmp_path / "inputs"]),
@@ -105,7 +105,9 @@ def test_no_budget_changes_a_bit(tmp_path, expected, share, commit_every):
         least = least_ram(layout, needs, tied_embeddings=True)
         ram = int(least + share * (12 * layout.parameters + needs.activations))
         plan = plan_ram(partition, layout, needs, ram=ram)
-        model = PagedModel(partition, state, activations=activation_budget_of(plan, [tmp_path / "inputs"]))
+        model = PagedPartition(
+            partition, state, activations=activation_budget_of(plan, [tmp_path / "inputs"])
+        )
         decay = CASE.hyperparameters.weight_decay
         state.start(
             plan.pool,
@@ -145,7 +147,7 @@ def test_too_little_is_refused_with_the_smallest_that_would_do(tmp_path):
     case = Case(dtype=torch.bfloat16, counts=(1,), overrides=WIDE)
     make_store(tmp_path / "store", case)
     with PagedStore(*files(tmp_path / "store")) as state:
-        model = PagedModel(partitioned(case), state)
+        model = PagedPartition(partitioned(case), state)
         layout = model.state.layout
         needs = StepNeeds(MIB, compute=20 * MIB, activations=50 * MIB, activations_least=5 * MIB)
         least = least_ram(layout, needs, tied_embeddings=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megatrain_io.models.partition import PartitionedModel
-from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 from paged import Case, files, make_store, partitioned, to_micro_batch
 from reference.reference import micro_batches
@@ -38,7 +38,7 @@ def resident() -> dict[str, int]:
 
 def run(store: Path, partition: PartitionedModel, steps: list) -> PagedStore:
     with PagedStore(*files(store)) as state:
-        model = PagedModel(partition, state)
+        model = PagedPartition(partition, state)
         state.start(model.pool_sizes(training=True), settings=lambda _place: TensorSettings(0.1))
         for number, step in enumerate(steps, start=1):
             model.train_step(

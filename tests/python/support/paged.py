@@ -20,7 +20,7 @@ from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.pool import VramPlan
 from megatrain_io.paging.device.simulated import SimulatedDevice
-from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.planning.residents import choose_gradients, choose_residents, resident_nbytes
 from megatrain_io.runs.import_model import create_store
 from megatrain_io.store.layout import ModelLayout
@@ -136,12 +136,12 @@ def opened(
     kept_in_ram: float = 1.0,
     device: Device | None = None,
     vram: VramPlan | None = None,
-) -> Iterator[PagedModel]:
+) -> Iterator[PagedPartition]:
     """A model that is ready to train; of gradients that wait for their norm, a share does so in RAM."""
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
     with closing(device or new_device()) as chosen, PagedStore(*files(path, drives), engine=engine) as state:
         how = {"max_grad_norm": max_grad_norm, "policy": policy, "device": chosen, "vram": vram}
-        model = PagedModel(partitioned(case), state, activations=activations, **how)
+        model = PagedPartition(partitioned(case), state, activations=activations, **how)
         hyperparameters = case.hyperparameters
         residents = resident_part(model, resident_share)
         spills = max_grad_norm is not None and kept_in_ram < 1
@@ -170,7 +170,7 @@ def new_device() -> Device:
     return SimulatedDevice() if DEVICE == "simulated" else Cpu()
 
 
-def resident_part(model: PagedModel, share: float) -> Residents:
+def resident_part(model: PagedPartition, share: float) -> Residents:
     """What stays in RAM if that has room for ``share`` of the state."""
     layout = model.state.layout
     everything = choose_residents(layout, model.training_schedule, 1 << 60)
@@ -178,7 +178,7 @@ def resident_part(model: PagedModel, share: float) -> Residents:
     return choose_residents(layout, model.training_schedule, room)
 
 
-def kept_part(model: PagedModel, share: float) -> frozenset[int]:
+def kept_part(model: PagedPartition, share: float) -> frozenset[int]:
     """The records whose gradients wait in RAM if that has room for ``share`` of all."""
     layout = model.state.layout
     everything = sum(map(layout.record_gradient_bytes, range(len(layout.records))))
@@ -199,7 +199,7 @@ def progress_of(state: PagedStore) -> tuple[int, list[float]]:
     return text["step"], [float.fromhex(loss) for loss in text["losses"]]
 
 
-def train(model: PagedModel, case: Case, stop: int | None = None, commit_every: int = 1) -> list[float]:
+def train(model: PagedPartition, case: Case, stop: int | None = None, commit_every: int = 1) -> list[float]:
     """Go on from the last committed step to ``stop`` (all steps), which is committed; the losses of all steps."""
     hyperparameters, steps = case.hyperparameters, case.steps
     done, losses = progress_of(model.state)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.store.paged_store import PagedStore, TensorSettings
 from paged import Case, all_planes, files, partitioned, train
 
@@ -101,7 +101,7 @@ RESTRICTIONS: dict[str, Callable[[], None]] = {
 
 def trained(path: Path) -> dict[str, object]:
     with PagedStore(*files(path)) as state:
-        model = PagedModel(partitioned(CASE), state)
+        model = PagedPartition(partitioned(CASE), state)
         pool = dataclasses.replace(model.pool_sizes(training=True), chunk_slots=POOL_SLOTS)
         state.start(pool, settings=lambda _: TensorSettings(0.01))
         losses = train(model, CASE)

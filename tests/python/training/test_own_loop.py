@@ -409,6 +409,10 @@ def test_tokens_alone_train_all_of_them_and_padding_is_not_trained():
         ({"input_ids": torch.zeros((1, 4), dtype=torch.int64), "token_type_ids": None}, "token_type_ids"),
         (torch.zeros(1, 4), r"input_ids of a micro-batch is torch.float32 \[1, 4\]"),
         (torch.zeros(4, dtype=torch.int64), r"int64 \[B, T\]"),
+        (
+            mt.MicroBatch(torch.zeros((1, 4), dtype=torch.int64), torch.zeros((1, 3))),
+            "shift_labels of a micro-batch",
+        ),
         (torch.full((1, 4), VOCABULARY), f"a label is {VOCABULARY}, and the model has {VOCABULARY} scores"),
         (torch.full((1, 4), -1), "a token is -1"),
         (
@@ -680,6 +684,8 @@ def test_a_module_that_cannot_be_equal_is_refused_by_name(tmp_path, kind, reason
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"device": "cpu", "vram": "1GiB"}, "no GPU computes"),
         ({"betas": (0.9, 1.0)}, "betas is"),
+        ({"betas": (0.9,)}, "betas is"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
         ({"eps": 0.0}, "eps is 0.0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),

@@ -24,7 +24,7 @@ from megatrain_io.errors import (
     InterruptedRunError,
     TrainingDivergedError,
 )
-from megatrain_io.paging.paged_model import PagedModel
+from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.paging.step import Step
 from megatrain_io.runs.import_model import ModelImport
 from megatrain_io.runs.metrics import MetricsFile
@@ -135,7 +135,7 @@ def test_an_interrupt_of_the_import_leaves_nothing_to_resume(source, tmp_path, m
 def test_an_interrupt_before_the_first_step(source, whole, tmp_path, monkeypatch):
     config = configured(source, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(PagedModel, "evaluate", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(PagedPartition, "evaluate", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(InterruptedRunError, match="step 0 "):
             start(config)
     start(config)  # nothing was trained: this is not a resume

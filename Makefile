@@ -103,6 +103,7 @@ lint-once: setup
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
+	$(BIN)/python -m mypy tests/python/examples
 
 .PHONY: bench
 bench: setup ## benchmarks of the core

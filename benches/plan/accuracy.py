@@ -71,17 +71,16 @@ def measure(job: Figures) -> Figures:
     import psutil
     import torch
 
-    from megatrain_io.config.schema import RunConfig
     from megatrain_io.data.batch import MicroBatch
     from megatrain_io.machine.bench import Options, bench
     from megatrain_io.machine.hardware import this_machine
     from megatrain_io.models.partition import PartitionedModel
     from megatrain_io.models.probe import probe
     from megatrain_io.paging.paged_model import PagedModel
+    from megatrain_io.planning.compute_time import calibrate
     from megatrain_io.planning.job import TrainingJob
     from megatrain_io.planning.memory_needs import activation_budget_of, step_needs
     from megatrain_io.planning.planner import make_plan
-    from megatrain_io.planning.resolve import calibrate
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     setting, store = Setting(**job["setting"]), Path(job["store"])
@@ -92,28 +91,27 @@ def measure(job: Figures) -> Figures:
         MicroBatch(ids, torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous())
         for ids in tokens({"size": setting.size, "micro_batches": setting.micro_batches})
     ]
-    config = RunConfig(
-        model=store,
-        output_dir=store.parent,
-        data={"train": ["."], "max_length": TOKENS},
-        train={"gradient_accumulation_steps": setting.micro_batches, "max_grad_norm": setting.max_grad_norm},
-        memory={"commit_every": setting.commit_every},
-    )
     with PagedStore(store) as state:
         layout, tables = state.layout, state.ledger.total()[0]
         needs = step_needs(partition, layout, batches, tables)
         ram = least_for_overlap(partition, layout, needs) + int(setting.resident * layout.parameters)
-        job = TrainingJob(config, partition, layout, batches, tables, ram, is_made=True)
-        hardware = this_machine([store.parent], ram, "bf16", profile)
-        compute = calibrate(replace(job, micro_batches=batches[:1]), hardware)
+        training = TrainingJob(
+            hardware=this_machine([store.parent], ram, "bf16", profile),
+            precision="bf16",
+            partition=partition,
+            layout=layout,
+            micro_batch=batches[0],
+            accumulation=len(batches),
+            max_length=TOKENS,
+            ram=ram,
+            needs=needs,
+            max_grad_norm=setting.max_grad_norm,
+            commit_every=setting.commit_every,
+            is_made=True,
+        )
+        training = replace(training, seconds=calibrate(training))
         libraries = psutil.Process().memory_info().rss
-        planned = make_plan(
-            job,
-            hardware,
-            compute=compute and {stop: len(batches) * seconds for stop, seconds in compute.items()},
-            libraries=libraries,
-            variants=False,
-        ).require_fits()
+        planned = make_plan(training, libraries=libraries, variants=False).require_fits()
         memory = planned.memory
         model = PagedModel(
             partition,

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from megatrain_io.config.schema import RunConfig
 from megatrain_io.data.batch import blank_micro_batch
 from megatrain_io.machine.hardware import Hardware, load_hardware
 from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
 from megatrain_io.planning.flops import work_of
 from megatrain_io.planning.job import TrainingJob
+from megatrain_io.planning.memory_needs import step_needs
 from megatrain_io.planning.planner import make_plan
 from megatrain_io.planning.residents import choose_residents
 from megatrain_io.planning.simulator import Rates, simulate
@@ -126,15 +126,19 @@ def row(partition: PartitionedModel, layout: ModelLayout, machine: Hardware, tok
         residents=residents,
         inputs={layout.block(block): inputs / layout.blocks for block in blocks},
     )
-    config = RunConfig(
-        model="model",
-        output_dir=".",
-        data={"train": ["."], "max_length": LENGTH},
-        train={"gradient_accumulation_steps": len(batches)},
+    job = TrainingJob(
+        hardware=machine,
+        precision="bf16",
+        partition=partition,
+        layout=layout,
+        micro_batch=batches[0],
+        accumulation=len(batches),
+        max_length=LENGTH,
+        ram=machine.ram,
+        needs=step_needs(partition, layout, batches, 0),
+        vram=None if machine.device is None else machine.device.vram,
     )
-    vram = None if machine.device is None else machine.device.vram
-    job = TrainingJob(config, partition, layout, batches, 0, machine.ram, vram=vram)
-    expected = make_plan(job, machine, variants=False)
+    expected = make_plan(job, variants=False)
     formula_seconds = max(wanted[2] + spilled / machine.read + spilled / burst(machine), wanted[3])
     return Row(
         (wanted[0] + spilled, wanted[1] + spilled, formula_seconds, wanted[3]),

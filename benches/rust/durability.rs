@@ -181,14 +181,7 @@ fn schedule(store: &Store) -> Result<Arc<CheckedSchedule>> {
 
 /// A step with the gradient that happens to be in the buffer: zeros.
 fn train(pipeline: &Pipeline, schedule: &Arc<CheckedSchedule>, step: u64, commit: bool) -> Result {
-    let adamw = AdamW {
-        learning_rate: 1e-3,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        step,
-        gradient_scale: 1.0,
-    };
+    let adamw = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step };
     let records = pipeline.store().layout().records().len();
     pipeline.begin(Arc::clone(schedule), adamw, commit)?;
     for record in 0..records {

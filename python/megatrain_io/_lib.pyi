@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypedDict, final, overload
+from typing import Any, Literal, Protocol, TypedDict, final, overload
 
 __all__ = [
     "Buffer",
@@ -72,6 +72,20 @@ class _PoolArguments(TypedDict):
     weights: Sequence[tuple[str | None, int, int]]
     outgoing: tuple[int, int]
     gradients: Sequence[tuple[str | None, int, int]]
+
+class _AdamWStep(Protocol):
+    @property
+    def optimizer(self) -> Literal["adamw"]: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def step(self) -> int: ...
 
 class _Work(TypedDict):
     read: int
@@ -228,10 +242,8 @@ class Pipeline:
     def registration_refused(self) -> str | None: ...
     @property
     def huge_pages(self) -> tuple[int, int] | None: ...
-    def begin(
-        self, schedule: CheckedSchedule, adamw: tuple[float, float, float, float, int], commits: bool
-    ) -> None:
-        """Begin a step; ``adamw`` is ``(learning_rate, beta1, beta2, eps, step)``."""
+    def begin(self, schedule: CheckedSchedule, hyperparameters: _AdamWStep, commits: bool) -> None:
+        """Begin a step; ``optimizer`` names the optimizer that the hyperparameters are of."""
 
     @overload
     def take_weights(self, unit: int, patience: None = None) -> Buffer:

@@ -26,9 +26,9 @@ from megatrain_io.paging.device.base import Device, out_of_memory
 from megatrain_io.paging.device.choose import best_device
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES
 from megatrain_io.paging.device.records import DeviceRecords
+from megatrain_io.paging.device.vram_budget import divide_vram
 from megatrain_io.paging.gradient import StopWeights
 from megatrain_io.paging.paged_model import PagedModel, clear_frames
-from megatrain_io.planning.vram_budget import divide_vram
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.dtypes import DTYPES
@@ -142,8 +142,16 @@ class Pick:
 class Generator:
     """A trained (or imported) run that completes text and answers messages."""
 
-    def __init__(self, model: PagedModel, tokenizer: PreTrainedTokenizerBase, stop: frozenset[int]) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: frozenset[int],
+        *,
+        owns_device: bool = True,
+    ) -> None:
         self._model = model
+        self._owns_device = owns_device
         self._tokenizer = tokenizer
         self._stop = stop
         self._pins = ExitStack()
@@ -157,7 +165,8 @@ class Generator:
         Args:
             run_dir: folder of a run that was trained or imported.
             engine: I/O engine: ``auto``, ``uring`` or ``threads``.
-            device: what computes; None = a GPU if there is one with room for a block, else the CPU.
+            device: what computes, which the caller closes; None = a GPU if there is one with room for a block, else the
+                CPU.
 
         Raises:
             ConfigError: this is no run folder.
@@ -172,7 +181,8 @@ class Generator:
             partition = PartitionedModel(config, DTYPES[info.precision], probe(config))
             model = _on_device(partition, state, device or best_device(info.precision))
             state.start(model.pool_sizes(training=False), unit=model.unit)
-            return cls(model, tokenizer, _stop_tokens(run.model, config, tokenizer))
+            stop = _stop_tokens(run.model, config, tokenizer)
+            return cls(model, tokenizer, stop, owns_device=device is None)
         except BaseException:
             state.close()
             raise
@@ -247,10 +257,11 @@ class Generator:
         )
 
     def close(self) -> None:
-        """Close the store, and give back what the device holds; the generator cannot be used afterwards."""
+        """Close the store, and the device if it was not handed in; the generator cannot be used afterwards."""
         self._pins.close()
         self._model.state.close()
-        self._model.device.close()
+        if self._owns_device:
+            self._model.device.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,12 +1,16 @@
-"""Figures for a person, each with its unit."""
+"""Words and figures for a person."""
 
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.filesize import decimal
 
-__all__ = ["gib", "mib", "rows", "whole_mib"]
+__all__ = ["SECONDS_BETWEEN_LINES", "gib", "mib", "rows", "tell", "whole_mib"]
+
+SECONDS_BETWEEN_LINES = 5.0
+"""Where there is no terminal, progress is told so often."""
 
 _SMALL = 64 << 20
 
@@ -52,3 +56,8 @@ def _figure(name: str, value: Any) -> str:
 
 def _memory(nbytes: int) -> str:
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def tell(console: Console, text: str) -> None:
+    """Print text as it is: no markup, no colours for numbers, no line breaks added."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ use megatrain_io::pipeline::{After, GradientFiles, Kind, Options, Pipeline, Resi
 use megatrain_io::store::{OpenOptions, Store};
 use megatrain_io::{Error, Unit, to_usize};
 
-use training::{LARGE, Memory, SMALL, Shape, WIDE, adamw, gradient, schedule};
+use training::{LARGE, Memory, SMALL, Shape, WIDE, adamw, gradient, gradient_scale, schedule};
 
 #[path = "kill/training.rs"]
 mod training;
@@ -138,12 +138,8 @@ impl Life {
         for step in step_of(&store) + 1.. {
             let commit = (step % self.commit_every == 0).then(|| format!("step {step}"));
             let schedule = &schedules[usize::from(waiting)];
-            let mut with = adamw(step);
-            let scale = with.gradient_scale;
-            if self.policy != UpdatePolicy::Immediate {
-                with.gradient_scale = 1.0;
-            }
-            pipeline.begin(Arc::clone(schedule), with, commit.is_some())?;
+            let scale = gradient_scale(step);
+            pipeline.begin(Arc::clone(schedule), adamw(step), commit.is_some())?;
             for unit in (0..3).flat_map(units) {
                 drop(pipeline.take_weights(unit, LONG)?.expect("in time"));
                 say_acknowledged();
@@ -201,9 +197,13 @@ impl Life {
             let first =
                 if self.unit == Unit::Chunk { self.shape.start_of(unit - units.start) } else { 0 };
             let parameters = to_usize(pipeline.units().record_parameters(unit));
+            // Halving is exact: who updates at once may as well be given gradients that are clipped.
+            let is_at_once = self.policy == UpdatePolicy::Immediate;
+            let scale = if is_at_once { gradient_scale(step) } else { 1.0 };
             let mut buffer = pipeline.take_gradient(unit, LONG)?.expect("in time");
             for (index, bytes) in buffer.chunks_mut(4).take(parameters).enumerate() {
-                bytes.copy_from_slice(&gradient(step, record, first + index).to_le_bytes());
+                let value = scale * gradient(step, record, first + index);
+                bytes.copy_from_slice(&value.to_le_bytes());
             }
             pipeline.submit(unit, weights, buffer)?;
             say_acknowledged();

@@ -46,7 +46,7 @@ def plan_command(  # noqa: PLR0913 - an option each
 ) -> None:
     """Say what a run needs, how long it takes and how much it writes, before it begins. Weights need not be there."""
     with command(json_output=json_output, interrupted="Nothing was changed.") as result:
-        from megatrain_io.planning.resolve import plan
+        from megatrain_io.planning.planner import plan
 
         run_plan = plan(
             model,

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megatrain_io.training.reporters import SECONDS_BETWEEN_LINES, tell
+from megatrain_io.text import SECONDS_BETWEEN_LINES, tell
 
 __all__ = ["counting"]
 

@@ -1,6 +1,6 @@
 """The command that trains a run, or resumes it."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -61,19 +61,18 @@ def train_command(
         for note in notes:
             typer.echo(f"note: {note}", err=True)
 
-        from rich.console import Console
-
         from megatrain_io.paging.trace import Trace
         from megatrain_io.text import rows
-        from megatrain_io.training.reporters import reporter_for
+        from megatrain_io.training.callbacks import Callback, TraceCallback
+        from megatrain_io.training.reporters import reporter
         from megatrain_io.training.trainer import train
 
-        logging_steps = config.train.logging_steps
-        reporter = reporter_for(Console(stderr=True), quiet=json_output, logging_steps=logging_steps)
-        with nullcontext() if trace is None else Trace(trace) as tracer:
-            try:
-                trained = train(config, resume=resume, reporter=reporter, trace=tracer)
-            finally:
-                reporter.finished()
+        callbacks: list[Callback] = []
+        if not json_output:
+            callbacks.append(reporter(logging_steps=config.train.logging_steps))
+        with ExitStack() as open_:
+            if trace is not None:
+                callbacks.append(TraceCallback(open_.enter_context(Trace(trace))))
+            trained = train(config, resume=resume, callbacks=callbacks)
         result.values = {"run": config.output_dir, **asdict(trained)}
         result.text = "\n".join(rows(result.values))

@@ -4,6 +4,7 @@ Strict: all unknown keys, wrong types and values out of range are refused at onc
 """
 
 import difflib
+import logging
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,9 @@ from megatrain_io.config.aliases import ALIASES, ELSEWHERE
 from megatrain_io.config.schema import ROOT, SECTIONS, RunConfig
 from megatrain_io.errors import ConfigError
 
-__all__ = ["describe_keys", "load"]
+__all__ = ["describe_keys", "load", "load_config"]
+
+_LOG = logging.getLogger("megatrain_io")
 
 _KEYS: dict[str, list[str]] = {
     ROOT: [name for name in RunConfig.model_fields if name not in SECTIONS],
@@ -38,27 +41,50 @@ _TEXT_KEYS = {
 _EXPONENT = re.compile(r"([-+]?)(\d*)\.?(\d*)[eE]([-+]?)(\d+)")
 
 
+def load_config(
+    source: Path | str | Mapping[str, Any], settings: Sequence[str] | Mapping[str, Any] = ()
+) -> RunConfig:
+    """Read the configuration of a run; notes about what was understood otherwise than written go to the log.
+
+    Args:
+        source: a YAML file, or the same keys as a mapping: ``{"model": "./model", "train": {"max_steps": 20}}``.
+        settings: what wins over it: ``{"train.learning_rate": 2e-5}`` or ``["learning_rate=2e-5"]``.
+
+    Raises:
+        ConfigError: it names every problem.
+    """
+    config, notes = load(Path(source) if isinstance(source, str) else source, settings)
+    for note in notes:
+        _LOG.warning(note)
+    return config
+
+
 def load(
-    path: Path | None,
-    overrides: Sequence[str] = (),
+    source: Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     defaults: Mapping[tuple[str, str], Any] | None = None,
 ) -> tuple[RunConfig, list[str]]:
     """Read a configuration, and notes about what was understood otherwise than it was written.
 
     Args:
-        path: YAML file; None takes everything from ``overrides``.
+        source: YAML file, or its keys as a mapping; None takes everything from ``overrides``.
         overrides: ``key=value``, the key as a dotted path (``train.learning_rate``) or by its last part
-            where that is clear, the value as YAML. They win over the file.
+            where that is clear, the value as YAML; or a mapping from such keys to values. They win over the source.
         defaults: values for keys that must be given, by section and name, where the caller can do without them.
 
     Raises:
         ConfigError: it names every problem, with its line.
     """
-    reading = _Reading(path)
-    if path is not None:
-        reading.read_file(path)
-    for item in overrides:
-        reading.read_override(item)
+    reading = _Reading(source if isinstance(source, Path) else None)
+    if isinstance(source, Path):
+        reading.read_file(source)
+    elif source is not None:
+        reading.read_mapping(source)
+    if isinstance(overrides, Mapping):
+        reading.read_mapping(overrides)
+    else:
+        for item in overrides:
+            reading.read_override(item)
     reading.default(defaults or {})
     return reading.finish(), reading.notes
 
@@ -77,13 +103,15 @@ def describe_keys() -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    line: int = 0  # 0 is the command line
+    line: int = 0  # of the file; 0 is elsewhere
+    elsewhere: str = "on the command line"
 
     def __str__(self) -> str:
-        return f"line {self.line}" if self.line else "on the command line"
+        return f"line {self.line}" if self.line else self.elsewhere
 
 
 _COMMAND_LINE = _Place()
+_MAPPING = _Place(elsewhere="in the mapping")
 _AFTER_ALL_LINES = 2**31
 
 
@@ -155,20 +183,36 @@ class _Reading:
         except yaml.YAMLError as error:
             self._problem(written, f"the value is not YAML: {_yaml_problem(error)}")
             return
+        self._set(written, value, _COMMAND_LINE)
+
+    # -------------------------------------------------------------------------------------- the mapping
+
+    def read_mapping(self, mapping: Mapping[str, Any]) -> None:
+        """Read the keys of a mapping, nested by section or dotted."""
+        for key, value in mapping.items():
+            if key in SECTIONS and isinstance(value, Mapping):
+                for name, inner in value.items():
+                    self._set(f"{key}.{name}", inner, _MAPPING)
+            else:
+                self._set(str(key), value, _MAPPING)
+
+    def _set(self, written: str, value: Any, place: _Place) -> None:
+        """Set a key by its dotted path; it wins over what was read before."""
         section, name, *rest = self._section_of(written.split("."))
         if not name:
             also = [f"{other}.{section}" for other in SECTIONS if section in _KEYS[other]]
-            self._problem(written, "a section, not a key", hint=f"Did you mean {also[0]}?" if also else "")
+            hint = f"Did you mean {also[0]}?" if also else ""
+            self._problem(written, "a section, not a key", place, hint)
             return
         if rest and name != "fields" and name not in ELSEWHERE:
-            self._problem(written, "unknown key", hint=self._nearest(section, name))
+            self._problem(written, "unknown key", place, self._nearest(section, name))
             return
-        if (key := self._known(section, name, _COMMAND_LINE)) is None:
+        if (key := self._known(section, name, place)) is None:
             return
         if rest:
-            before = self._values.get(key, ({}, _COMMAND_LINE))[0]
+            before = self._values.get(key, ({}, place))[0]
             value = {**(before if isinstance(before, dict) else {}), ".".join(rest): value}
-        self._values[key] = (value if (number := _number(key, value)) is None else number, _COMMAND_LINE)
+        self._values[key] = (value if (number := _number(key, value)) is None else number, place)
 
     def _section_of(self, parts: list[str]) -> list[str]:
         """The parts of a dotted path, its section first; a name without one is looked for in all sections."""

@@ -137,6 +137,11 @@ class RunConfig(Section):
             )
         return self
 
+    def settled(self, *, precision: Literal["bf16", "fp32"], accumulation: int) -> "RunConfig":
+        """The same with what was settled in place of ``auto``: what a resumed run goes on with."""
+        found = {"precision": precision, "gradient_accumulation_steps": accumulation}
+        return self.model_copy(update={"train": self.train.model_copy(update=found)})
+
     def to_yaml(self) -> str:
         """All keys with their values, as YAML that ``load`` reads back to the same configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -31,6 +31,7 @@ _BYTES = TypeAdapter(ByteSize)
 
 
 def _text(value: Any) -> str:
+    value = str(value) if isinstance(value, Path) else value
     if not isinstance(value, str) or not value.strip():
         raise ValueError("must be a path, as text")
     try:
@@ -45,7 +46,7 @@ def _path(value: Any) -> Path:
 
 def _texts(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(item, str) for item in values):
+    if not values or not all(isinstance(item, str | Path) for item in values):
         raise ValueError("must be a path, or a list of paths")
     return [_text(item) for item in values]
 
@@ -53,7 +54,7 @@ def _texts(value: Any) -> list[str]:
 def _fraction_or_text(value: Any) -> float | str | None:
     if value is None or (isinstance(value, float) and 0 < value < 1):
         return value
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, Path) or (isinstance(value, str) and value.strip()):
         return _text(value)
     raise ValueError("must be a fraction between 0 and 1, or a path, or null")
 

@@ -1,12 +1,15 @@
 """Micro-batches: the tokens that go through a model at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["IGNORE_INDEX", "MicroBatch", "blank_micro_batch", "trained_tokens"]
+from megatrain_io.errors import DataError
+
+__all__ = ["IGNORE_INDEX", "MicroBatch", "blank_micro_batch", "micro_batch_of", "trained_tokens"]
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained."""
@@ -33,6 +36,40 @@ class MicroBatch:
         optional = (self.position_ids, self.attention_mask)
         moved = [None if each is None else each.to(device) for each in optional]
         return MicroBatch(self.input_ids.to(device), self.shift_labels.to(device), *moved)
+
+
+def micro_batch_of(batch: MicroBatch | Mapping[str, Tensor] | Tensor) -> MicroBatch:
+    """A micro-batch from what loops around transformers models have.
+
+    Args:
+        batch: a micro-batch, which is returned as it is; or ``input_ids`` int64 [B, T], alone or in a mapping with
+            ``labels`` (not shifted; -100 is not trained; where they are missing, all tokens but padding are trained),
+            ``attention_mask`` and ``position_ids``, [B, T] each.
+
+    Raises:
+        DataError: it has another key, shape or dtype.
+    """
+    if isinstance(batch, MicroBatch):
+        return batch
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    unknown = sorted(given.keys() - {"input_ids", "labels", "attention_mask", "position_ids"})
+    if unknown or "input_ids" not in given:
+        raise DataError(
+            f"a micro-batch has the keys {', '.join(sorted(given)) or '(none)'}: it must have input_ids, and may have "
+            "labels, attention_mask and position_ids, nothing else"
+        )
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    for name, tensor in given.items():
+        if tensor.dim() != 2 or tensor.shape != ids.shape or tensor.is_floating_point():  # noqa: PLR2004 - [B, T]
+            raise DataError(
+                f"{name} of a micro-batch is {tensor.dtype} {list(tensor.shape)}: it must be int64 [B, T], with the "
+                "shape of input_ids"
+            )
+    labels = given.get("labels")
+    if labels is None:
+        labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORE_INDEX)
+    shifted = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
+    return MicroBatch(ids, shifted, given.get("position_ids"), mask)
 
 
 def trained_tokens(micro_batches: Sequence[MicroBatch]) -> int:

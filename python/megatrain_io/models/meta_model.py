@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatrain_io.errors import UnsupportedModelError
 
-__all__ = ["build_meta_model", "find_block_list"]
+__all__ = ["build_meta_model", "find_block_list", "parameters_on_meta"]
 
 # What a constructor allocates from this size on is a parameter. Constructors make buffers with values, so
 # uninitialised memory is a parameter's much earlier; it would leave holes in the heap that the whole run fills.
@@ -51,7 +51,7 @@ def build_meta_model(
     config = copy.deepcopy(config)
     try:
         config.use_cache = config.get_text_config().use_cache = False
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
             )
@@ -98,7 +98,7 @@ def find_block_list(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Parameters lose their memory when they are registered; `torch.device("meta")` would take buffers too."""
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter | None:

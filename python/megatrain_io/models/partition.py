@@ -1,6 +1,6 @@
-"""A transformers causal language model, partitioned at its decoder blocks.
+"""A causal language model, partitioned at its decoder blocks.
 
-The blocks are taken out of the meta model and stubs put in their place. So the model's own `forward` still
+The blocks are taken out of the model and stubs put in their place. So the model's own `forward` still
 embeds the tokens, builds masks, positions and rotary tables, and computes final norm, head and loss, while
 the blocks are run by hand, one at a time. Parameters are bound for one call only; none is kept here.
 
@@ -10,20 +10,20 @@ Shapes: B sequences, T tokens, t <= T tokens of a slice, H hidden size, V vocabu
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import (
     UnsupportedModelError,
 )
-from megatrain_io.models.liger_loss import Loss
+from megatrain_io.models.causal_lm import CausalLM, Inputs, ModuleLM, TransformersLM
 from megatrain_io.models.meta_model import build_meta_model
 
 __all__ = ["BlockCall", "ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
@@ -48,7 +48,7 @@ class PartitionSpec:
     """How an architecture is partitioned, as `probe` found out; the same for every size of it.
 
     Attributes:
-        model_type: as in the configuration.
+        model_type: as in the configuration; the name of the class of a module that has none.
         attn_implementation: as the probe was told: "sdpa", "eager", or None for transformers' own choice.
         block_list: name of the module list that holds the decoder blocks.
         output_entries: None where blocks return the hidden state, else the length of their tuple.
@@ -76,8 +76,7 @@ class PartitionedModel:
 
     Attributes:
         spec: as handed in.
-        config: the meta model's own configuration.
-        dtype: of the hidden state, and of the parameters that the architecture does not keep in another.
+        dtype: of the hidden state, and of the parameters that the store does not keep in another.
         blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
         tied: alias -> full name of the parameter that it shares.
         embedding_parameters: what `record` needs, in model order.
@@ -86,21 +85,26 @@ class PartitionedModel:
         frozen: names of parameters that the architecture itself does not train.
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, spec: PartitionSpec) -> None:
-        """Build the meta model of `config` in `dtype` and partition it as `spec` says.
+    def __init__(self, model: PreTrainedConfig | nn.Module, dtype: torch.dtype, spec: PartitionSpec) -> None:
+        """Partition a model in `dtype` as `spec` says, without memory for its parameters.
+
+        Args:
+            model: the configuration of a transformers model, or a module with a `forward` of its own (`ModuleLM`),
+                which stays as it is.
+            dtype: that computes; of all parameters.
+            spec: how it is partitioned.
 
         Raises:
             UnsupportedModelError: it cannot be built, or is not of the architecture that was probed.
         """
         self.spec = spec
         self.dtype = dtype
-        self._model = build_meta_model(config, dtype, spec.attn_implementation)
-        self._loss_function = self._model.loss_function
-        self._loss = Loss(self._loss_function, torch.device("cpu"))
-        # As newer transformers call it; older ones say past_key_values.
-        takes_cache = "cache" in inspect.signature(self._model.forward).parameters
-        self._cache_name = "cache" if takes_cache else "past_key_values"
-        self.config: PreTrainedConfig = self._model.config
+        self._lm: CausalLM = (
+            ModuleLM(model, dtype)
+            if isinstance(model, nn.Module)
+            else TransformersLM(build_meta_model(model, dtype, spec.attn_implementation))
+        )
+        self._model = self._lm.module
         self.frozen = frozenset(
             name for name, parameter in self._model.named_parameters() if not parameter.requires_grad
         )
@@ -137,9 +141,30 @@ class PartitionedModel:
         for module in (self._model, *self.blocks):
             module.train(mode)
 
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's own configuration.
+
+        Raises:
+            UnsupportedModelError: it is no transformers model.
+        """
+        if self._lm.config is None:
+            raise self._refused("it is a module of your own, and has no transformers configuration")
+        return self._lm.config
+
+    @property
+    def hidden_size(self) -> int:
+        """Entries H of the hidden state of a token."""
+        return self._sizes[0]
+
+    @property
+    def vocab_size(self) -> int:
+        """Scores V of a token."""
+        return self._sizes[1]
+
     def to(self, device: torch.device) -> None:
         """Compute on ``device`` from now on: buffers (rotary tables) move, parameters have no memory here."""
-        self._loss = Loss(self._loss_function, device)
+        self._lm.to(device)
         for root in (self._model, *self.blocks):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
@@ -153,12 +178,12 @@ class PartitionedModel:
     @property
     def loss_notes(self) -> list[str]:
         """Sentences for the person on which function computes the loss."""
-        return self._loss.notes
+        return self._lm.loss_notes
 
     @property
     def liger_version(self) -> str | None:
         """Version of liger-kernel, if it computes the loss; else None."""
-        return self._loss.version
+        return self._lm.liger_version
 
     def new_cache(self) -> Cache:
         """An empty key-value cache for one generation: given to `record`, filled by `run_block`."""
@@ -199,17 +224,10 @@ class PartitionedModel:
                 raise _AllBlocksCalledError
             return hidden
 
-        optional: dict[str, object] = {
-            "position_ids": micro_batch.position_ids,
-            "attention_mask": micro_batch.attention_mask,
-            self._cache_name: cache,
-            "use_cache": None if cache is None else True,
-        }
-        inputs = {name: value for name, value in optional.items() if value is not None}
         needed = [name for name, _ in self.embedding_parameters]
         bound = self._placeholders | {name: parameters[name] for name in needed}
         try:
-            self._forward(note, bound, {"input_ids": micro_batch.input_ids, **inputs})
+            self._forward(note, bound, self._lm.inputs(micro_batch, cache))
         except _AllBlocksCalledError:
             return hiddens[0], tuple(calls)
         raise self._refused(f"its forward pass calls {len(calls)} of {len(self.blocks)} blocks")
@@ -253,23 +271,10 @@ class PartitionedModel:
         Returns:
             A scalar in float32. Added up over a step's slices it is the mean loss of a trained token.
         """
-        shift_labels = shift_labels.contiguous()  # a slice is not, and the loss function takes views
-        used = False
-
-        def loss_of_shifted(logits: Tensor, *args: object, **kwargs: object) -> Tensor:
-            nonlocal used
-            used = True
-            kwargs |= {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            return self._loss(logits, *args, **kwargs)
-
-        self._model.loss_function = loss_of_shifted
-        try:
-            output = self._run_head(parameters, hidden, {"labels": shift_labels})
-        finally:
-            self._model.loss_function = self._loss_function
-        if not used or output.loss is None:
-            raise self._refused("it does not compute its loss by transformers' loss_function")
-        return output.loss
+        # A slice is not contiguous, and the loss function takes views.
+        return self._lm.loss(
+            partial(self._run_head, parameters, hidden), shift_labels.contiguous(), num_items_in_batch
+        )
 
     def logits(self, parameters: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Scores of the next token [B, t, V] from what the last block returned, [B, t, H].
@@ -278,29 +283,51 @@ class PartitionedModel:
             parameters: those of the head and the borrowed ones.
             hidden: all tokens, or only those of interest.
         """
-        return cast("Tensor", self._run_head(parameters, hidden, {}).logits)
+        return self._lm.logits(self._run_head(parameters, hidden, {}))
 
     def _run_head(
         self, parameters: Mapping[str, Tensor], hidden: Tensor, inputs: Mapping[str, object]
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         needed = [*(name for name, _ in self.head_parameters), *self.tied_parameters]
         bound = self._placeholders | {name: parameters[name] for name in needed}
         # `forward` must embed something; the stubs drop whatever comes of it.
         input_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        return self._forward(lambda *_: hidden, bound, {"input_ids": input_ids, **inputs})
+        args, kwargs = self._lm.inputs(MicroBatch(input_ids, input_ids), None)
+        return self._forward(lambda *_: hidden, bound, (args, {**kwargs, **inputs}))
 
     def _forward(
         self,
         visit: Callable[[int, Tensor, BlockCall], Tensor],
         bound: dict[str, Tensor],
-        inputs: dict[str, object],
-    ) -> CausalLMOutputWithPast:
+        inputs: Inputs,
+    ) -> Any:
         """Run the model's own `forward`; in place of each block, `visit` gives the next hidden state."""
         self._visit = visit
         try:
-            return cast("CausalLMOutputWithPast", functional_call(self._model, bound, (), inputs))
+            return functional_call(self._model, bound, *inputs)
         finally:
             self._visit = _outside_a_run
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """Sizes H and V: by the configuration, or where there is none from the shapes of a pass without blocks."""
+        if self._lm.config is not None:
+            text_config = self._lm.config.get_text_config()
+            return text_config.hidden_size, text_config.vocab_size
+        tokens = torch.zeros((1, 2), dtype=torch.int64)
+        # Zeros take no memory until they are written to, and reading touches a few rows.
+        parts = (self.embedding_parameters, self.head_parameters)
+        zeros = {name: torch.zeros(shape, dtype=self.dtype) for part in parts for name, shape in part}
+        with torch.no_grad():
+            hidden, _ = self.record(zeros, MicroBatch(tokens, tokens))
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                logits = self.logits(zeros, hidden)
+        for what, tensor in (("the hidden state before the first block", hidden), ("the scores", logits)):
+            if tensor.shape[:2] != tokens.shape or tensor.dim() != 3:  # noqa: PLR2004 - [B, T, H]
+                raise self._refused(
+                    f"for tokens {list(tokens.shape)} {what} have the shape {list(tensor.shape)}: it must be [B, T, n]"
+                )
+        return hidden.shape[-1], logits.shape[-1]
 
     def _called(self, index: int, hidden_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         hidden = args[0] if args else kwargs.pop(hidden_name)

@@ -64,6 +64,19 @@ class StepLoss:
     clip_coefficient: float = 1.0
 
 
+@dataclass
+class _UnderWay:
+    """A training step between its begin and its end."""
+
+    step: Step
+    adamw: AdamWStep
+    number: int
+    policy: UpdatePolicy
+    commits: bool
+    loss: float = 0.0
+    result: StepLoss | None = None
+
+
 def clear_frames(error: BaseException | None) -> None:
     """Drop the locals of all frames that an error has left, and those that led to it."""
     cleared: set[int] = set()
@@ -91,7 +104,6 @@ class PagedModel:
             known and the next step applies them, or "speculative": it updates at once, and takes that back if the
             norm is too large.
             None = what promises to be faster. No bit depends on it.
-        trace: gets a span for each step, phase, block and micro-batch.
         device: what computes; None = the CPU.
         vram: how its memory is divided, if it has any; None = as much as overlaps best, and all activation checkpoints.
     """
@@ -106,7 +118,6 @@ class PagedModel:
         activations: ActivationBudget | None = None,
         max_grad_norm: float | None = None,
         policy: Literal["deferred", "speculative"] | None = None,
-        trace: Trace | None = None,
         device: Device | None = None,
         vram: VramPlan | None = None,
     ) -> None:
@@ -130,7 +141,7 @@ class PagedModel:
             self.saved = DeviceActivations(
                 saved, self.device, self._on_device, vram.activations if vram else None
             )
-        self._trace = trace
+        self._trace: Trace | None = None
         self.slice_tokens = slice_tokens(partition, logits_bytes)
         tied = self.tied_embeddings
         self.training_schedule = build_schedule(state.layout, tied_embeddings=tied, training=True)
@@ -141,6 +152,7 @@ class PagedModel:
         self._schedules: dict[tuple[bool, UpdatePolicy], _Prepared] = {}
         self._is_waiting = False
         self._was_committed = True
+        self._under_way: _UnderWay | None = None
         self._metered_size = (False, 0, 0)
         self.compute_nbytes = 0
         """Bytes of tensors that the largest step so far needed at once, wherever it computes."""
@@ -200,43 +212,99 @@ class PagedModel:
                 Nothing was begun.
             CorruptionError: an input came back from the drive with other bytes. Nothing of the step remains.
         """
+        number, commits = adamw.step if number is None else number, blob is not None
+        with self.training_step(micro_batches, adamw, number=number, commits=commits):
+            loss = self.forward()
+            self.backward()
+            return self.end_step(None if blob is None else blob(loss))
+
+    @contextmanager
+    def training_step(
+        self, micro_batches: Sequence[MicroBatch], adamw: AdamWStep, *, number: int, commits: bool
+    ) -> Iterator[None]:
+        """Begin an optimizer step for the context; in it ``forward``, ``backward`` and ``end_step``, once each.
+
+        An error inside goes back to the last commit. The arguments are those of ``train_step``.
+
+        Args:
+            micro_batches: each goes through the model as a whole; at least one token must be trained.
+            adamw: hyperparameters of the update.
+            number: of the step, from which random numbers follow.
+            commits: whether ``end_step`` will get a blob.
+        """
         layout = self.state.layout
         if layout.is_frozen:
             raise MegatrainIoError("all weights of this store are frozen: there is nothing to update")
         self.partition.train()
         self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, micro_batches))
-        number, commits = adamw.step if number is None else number, blob is not None
         policy = self._choose_policy(commits=commits)
         schedule = self._schedule(policy)
         with self._step(micro_batches, schedule, adamw, number, commits=commits) as step:
-            step.embedding()
-            step.forward(saving=True)
-            loss = step.head(training=True)
-            self._wait_for_compute()
-            if not loss.isfinite():
-                # Before anything is updated: nothing was written of this step.
-                raise TrainingDivergedError(
-                    f"the loss of step {number} is {loss.item()}. The step was dropped; the last committed step "
-                    f"stands. Lower the learning rate (it was {adamw.learning_rate:g}) or look at the data of this "
-                    "step"
-                )
+            self._under_way = _UnderWay(step, adamw, number, policy, commits)
             try:
-                step.leave_head()
-                step.backward()
-                step.embedding_backward()
-                if self._on_device is not None:
-                    self._on_device.finish()
-                norm = self.state.gradient_norm()
-            except NotFiniteError as error:
-                error.loss = loss.item()
-                raise
-            coefficient = 1.0 if self.max_grad_norm is None else clip_coefficient(norm, self.max_grad_norm)
-            stands = policy == "immediate" or (policy == "speculative" and coefficient == 1.0)
-            made = None if blob is None else blob(loss.item())
-            self.state.end(made, None if stands else coefficient)
-            self._is_waiting, self._was_committed = not stands, commits
+                yield
+            finally:
+                self._under_way = None
+
+    def forward(self) -> float:
+        """Compute the loss of the step that was begun; the head's gradients with it.
+
+        Raises:
+            TrainingDivergedError: it is not finite. Nothing was written of the step.
+        """
+        begun = self._begun_step()
+        begun.step.embedding()
+        begun.step.forward(saving=True)
+        loss = begun.step.head(training=True)
+        self._wait_for_compute()
+        begun.loss = loss.item()
+        if not loss.isfinite():
+            # Before anything is updated: nothing was written of this step.
+            raise TrainingDivergedError(
+                f"the loss of step {begun.number} is {begun.loss}. The step was dropped; the last committed step "
+                f"stands. Lower the learning rate (it was {begun.adamw.learning_rate:g}) or look at the data of this "
+                "step"
+            )
+        return begun.loss
+
+    def backward(self) -> StepLoss:
+        """Make all other gradients of the step, and hand them over for the update.
+
+        Raises:
+            NotFiniteError: a gradient is not finite.
+        """
+        begun = self._begun_step()
+        try:
+            begun.step.leave_head()
+            begun.step.backward()
+            begun.step.embedding_backward()
+            if self._on_device is not None:
+                self._on_device.finish()
+            norm = self.state.gradient_norm()
+        except NotFiniteError as error:
+            error.loss = begun.loss
+            raise
+        coefficient = 1.0 if self.max_grad_norm is None else clip_coefficient(norm, self.max_grad_norm)
+        begun.result = StepLoss(begun.loss, begun.step.num_items, norm, coefficient)
+        return begun.result
+
+    def end_step(self, blob: bytes | None) -> StepLoss:
+        """End the step after ``backward``; with a blob it is committed while the next one begins."""
+        begun = self._begun_step()
+        made = begun.result
+        if made is None:
+            raise MegatrainIoError("the step has no gradients yet: backward comes before its end")
+        coefficient = made.clip_coefficient
+        stands = begun.policy == "immediate" or (begun.policy == "speculative" and coefficient == 1.0)
+        self.state.end(blob, None if stands else coefficient)
+        self._is_waiting, self._was_committed = not stands, begun.commits
         self._speculation.learn(is_clipped=coefficient < 1.0)
-        return StepLoss(loss.item(), step.num_items, norm, coefficient)
+        return made
+
+    def _begun_step(self) -> "_UnderWay":
+        if self._under_way is None:
+            raise MegatrainIoError("no training step was begun")
+        return self._under_way
 
     def pass_gradients(
         self, micro_batches: Sequence[MicroBatch], *, number: int = 1
@@ -369,6 +437,24 @@ class PagedModel:
             )
             self._schedules[key] = self._prepared(operations)
         return self._schedules[key]
+
+    def trace_into(self, trace: Trace) -> None:
+        """Note what runs when from now on, on the CPU, the drives and the device; ``flush_trace`` writes it.
+
+        Args:
+            trace: gets a span for each step, phase, block and micro-batch, too.
+        """
+        self._trace = trace
+        self.state.record_events()
+        self.record_device_events()
+
+    def flush_trace(self) -> None:
+        """Append what was noted since the last call to the trace, if there is one."""
+        if self._trace is None:
+            return
+        self._trace.extend(*self.state.take_events())
+        self._trace.extend(self.take_device_events(), 0)
+        self._trace.flush()
 
     def record_device_events(self) -> None:
         """Note when copies and compute happen on the device from now on, for ``take_device_events``."""

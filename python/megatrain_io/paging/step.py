@@ -39,13 +39,12 @@ _R = TypeVar("_R")
 
 def slice_tokens(partition: PartitionedModel, logits_bytes: int) -> int:
     """Tokens whose fp32 logits take at most ``logits_bytes``; at least one."""
-    vocabulary: int = partition.config.get_text_config().vocab_size
-    return max(1, logits_bytes // (4 * vocabulary))
+    return max(1, logits_bytes // (4 * partition.vocab_size))
 
 
 def hidden_nbytes(partition: PartitionedModel, micro_batches: Sequence[MicroBatch]) -> list[int]:
     """Bytes of the hidden state [B, T, H] of each micro-batch."""
-    width = partition.config.get_text_config().hidden_size
+    width = partition.hidden_size
     return [batch.input_ids.numel() * width * partition.dtype.itemsize for batch in micro_batches]
 
 

@@ -6,19 +6,54 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatrain_io.data.batch import MicroBatch
+from megatrain_io.errors import MegatrainIoError
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.step import LOGITS_BYTES, Step, slice_tokens
-from megatrain_io.planning.dry_run import FakeStore
+from megatrain_io.planning.dry_run import FakeStore, fake_store_nbytes, shortened
+from megatrain_io.planning.flops import work_of
+from megatrain_io.planning.job import TrainingJob
 from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.schedule import Phase
 
-__all__ = ["measured_seconds"]
+__all__ = ["calibrate", "measured_seconds"]
+
+# A step of two blocks and the head that would take longer is not run for its time.
+_CALIBRATION_SECONDS = 2.0
 
 _ROUNDS, _ROUNDS_MAX = 3, 20
 _SECONDS = 2.0
+
+
+def calibrate(job: TrainingJob) -> dict[StageKey, float] | None:
+    """Measure the seconds of each stage of one micro-batch of the job on this machine.
+
+    None where the drive's rates are not known, so that there are no times anyway; where a GPU computes; or where
+    measuring would take too long or too much RAM.
+    """
+    partition, layout, batch = job.partition, job.layout, job.micro_batch
+    rate = job.hardware.flops_per_second
+    if job.hardware.read is None or rate is None or job.hardware.device is not None:
+        return None
+    needs = job.with_accumulation(1).needs
+    if fake_store_nbytes(layout) + needs.always + needs.activations > job.ram:
+        return None
+    rows, length = batch.input_ids.shape
+    work = work_of(partition, layout, [(rows, length)])
+    stages = [
+        (phase, layout.block(index))
+        for phase in (Phase.FORWARD, Phase.BACKWARD)
+        for index in range(shortened(layout).blocks)
+    ]
+    head = sum(flops for (phase, _), flops in work.flops.items() if phase is Phase.HEAD)
+    if (sum(work.flops.get(stage, 0.0) for stage in stages) + head) / rate > _CALIBRATION_SECONDS:
+        return None
+    try:
+        return measured_seconds(partition, layout, batch)
+    except MegatrainIoError:
+        return None  # made-up weights may leave a part of the model without a gradient
 
 
 def measured_seconds(

@@ -8,10 +8,10 @@ from megatrain_io.data.batch import MicroBatch
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.activations import ActivationBudget, activation_nbytes, least_activations
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES, VramPlan, gathered_chunks, slot_nbytes
+from megatrain_io.paging.device.vram_budget import divide_vram, least_vram
 from megatrain_io.paging.step import LOGITS_BYTES, hidden_nbytes, slice_tokens
 from megatrain_io.planning.dry_run import dry_run
 from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, divide_ram
-from megatrain_io.planning.vram_budget import divide_vram, least_vram
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.schedule import build_schedule
 

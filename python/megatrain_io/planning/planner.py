@@ -1,58 +1,200 @@
-"""Making a plan from a configuration and a machine: the schedule, how RAM and VRAM are divided, the simulator."""
+"""Making a plan: from a job, and from a model folder, settings and the name of a machine."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from megatrain_io.data.batch import MicroBatch
+import psutil
+
+from megatrain_io.config.parse import load
+from megatrain_io.config.schema import RunConfig
+from megatrain_io.data.batch import MicroBatch, blank_micro_batch
 from megatrain_io.errors import ConfigError, DoesNotFitError
-from megatrain_io.machine.hardware import Hardware
+from megatrain_io.machine.hardware import Hardware, load_hardware
+from megatrain_io.machine.memory import usable_ram
+from megatrain_io.models.hub_folder import ModelFolder
+from megatrain_io.models.partition import PartitionedModel
+from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.pool import VramPlan
-from megatrain_io.planning.flops import Work, work_of
+from megatrain_io.planning.division import divide_ram_of, divide_vram_of, fits_memory, has_ram, vram_nbytes
+from megatrain_io.planning.flops import Work
 from megatrain_io.planning.job import TrainingJob
-from megatrain_io.planning.memory_needs import (
-    gathered_nbytes,
-    least_vram_for,
-    plan_ram,
-    plan_vram,
-    step_needs,
-)
+from megatrain_io.planning.memory_needs import gathered_nbytes
 from megatrain_io.planning.plan import Plan, Prices, Problem, Variant, Wear
-from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, least_ram
+from megatrain_io.planning.ram_budget import RamPlan, StepNeeds
+from megatrain_io.planning.resolve import (
+    gpu_here,
+    hardware_here,
+    layout_of,
+    ram_of,
+    resolve,
+    resolve_precision,
+)
 from megatrain_io.planning.simulator import StandstillError
 from megatrain_io.planning.step_time import (
+    Schedules,
     activations_moved,
+    compute_of,
     hiding_tokens,
     phases_of,
     policy_of,
     step_time,
+    work_of_step,
     written_by_commit,
 )
 from megatrain_io.planning.timeline import StageKey
+from megatrain_io.runs.folder import RunFolder
+from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import ModelLayout
 
 if TYPE_CHECKING:
     from megatrain_io.store.schedule import UpdatePolicy
 
 
-__all__ = ["accumulation_that_hides_io", "make_plan"]
+__all__ = ["make_plan", "plan"]
 
 # Typical of consumer drives: full writes of the whole drive that it is rated for.
 _TYPICAL_DRIVE_WRITES = 600
 _LENGTH_LEAST = 32
-_ACCUMULATION_MAX = 1024
 _COMMIT_SELDOM = 10
 
 
-# ---------------------------------------------------------------------------------------------- the whole
+_NO_RATES = (
+    "no times: the drive of the store was not measured. Run megatrain-io bench DIR once, with a folder on it"
+)
+_NO_FLOPS = (
+    "no times: matrix products were not measured on this machine. Run megatrain-io bench without --no-matmul"
+)
+_NO_DESCRIBED_FLOPS = (
+    "no times: the described machine gives no rate for matrix products on its CPU: add cpu_tflops to it"
+)
+_GPU_NOTE = (
+    "times for a GPU follow from its rate and the drive's: copies between RAM and VRAM are assumed to overlap with "
+    "both, and compute to need as much memory for its tensors as on a CPU"
+)
 
 
-def make_plan(  # noqa: PLR0913 - each with a meaning of its own
-    job: TrainingJob,
-    hardware: Hardware,
+# ------------------------------------------------------------------------------------ from what a person has
+
+
+def plan(  # noqa: PLR0913 - each with a meaning of its own
+    model: Path | str,
+    config: Path | str | None = None,
     *,
-    compute: Mapping[StageKey, float] | None = None,
+    on: str | None = None,
+    tokens: float | None = None,
+    watts: float | None = None,
+    kilowatt_hour: float | None = None,
+    rented_hour: float | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+) -> Plan:
+    """Plan a run from ``config.json`` alone; weights and data need not be there.
+
+    Args:
+        model: folder with config.json.
+        config: YAML file of the run; None: the defaults.
+        on: name of a machine that is known, or a YAML file that describes one; None: this one.
+        tokens: tokens of the whole run, where ``train.max_steps`` is not given.
+        watts: power in W that the machine takes while it trains; None: the machine's own figure.
+        kilowatt_hour: price of a kWh of electricity.
+        rented_hour: price of an hour of a rented GPU, in the same currency.
+        settings: settings that win over the file: ``{"train.learning_rate": 2e-5}`` or ``["learning_rate=2e-5"]``.
+
+    Returns:
+        The plan. What does not fit is no error, but one of its ``problems``.
+
+    Raises:
+        MegatrainIoError: model or configuration cannot be used.
+    """
+    if isinstance(settings, Mapping):
+        settings = {"model": str(model), **settings}
+    else:
+        settings = [f"model={json.dumps(str(model))}", *settings]  # YAML, too
+    run_config, notes = load(
+        None if config is None else Path(config),
+        settings,
+        {("", "output_dir"): ".", ("data", "train"): ["."]},
+    )
+    if tokens is not None and not 1 <= tokens < inf:
+        raise ConfigError(f"tokens must be a number from 1 on, and are {tokens}")
+    described = None if on is None else load_hardware(on)
+    job, more = _job_without_data(run_config, described, tokens)
+    notes += more
+    hardware = job.hardware
+    if hardware.read is None:
+        notes.append(_NO_RATES)
+    elif job.seconds is None and hardware.flops_per_second is None:
+        notes.append(_NO_FLOPS if described is None else _NO_DESCRIBED_FLOPS)
+    if hardware.device is not None:
+        notes.append(_GPU_NOTE)
+    is_here = described is None
+    return make_plan(
+        job,
+        usable=usable_ram() if is_here and run_config.memory.ram is not None else None,
+        libraries=psutil.Process().memory_info().rss if is_here else 0,
+        prices=Prices(watts or hardware.watts, kilowatt_hour, rented_hour),
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _BlankData:
+    """Stands for data that need not be there: all rows are as long as may be."""
+
+    largest: MicroBatch
+    tokens: float | None
+    mean_share: float = 1.0
+    micro_batches: int | None = None
+
+    def steps(self, accumulation: int) -> int | None:
+        """Optimizer steps in which all tokens are trained."""
+        if self.tokens is None:
+            return None
+        return max(1, round(self.tokens / (accumulation * self.largest.input_ids.numel())))
+
+
+def _job_without_data(
+    config: RunConfig, described: Hardware | None, tokens: float | None
+) -> tuple[TrainingJob, list[str]]:
+    """The job of a configuration on this machine or a described one, and notes about it."""
+    train, memory = config.train, config.memory
+    run = RunFolder(Path(config.output_dir))
+    gpu = gpu_here(train.device) if described is None else described.device
+    gpu = None if train.device == "cpu" else gpu
+    precision, notes = resolve_precision(train.precision, config.model, run, gpu)
+    path = Path(config.model)
+    model_config = ModelFolder(path.parent if path.name == "config.json" else path).config()
+    partition = PartitionedModel(model_config, DTYPES[precision], probe(model_config))
+    if described is None:
+        stores = run.stores_in(memory.store_dir)
+        hardware = hardware_here(stores, ram_of(memory.ram), precision, gpu, for_plan=True)
+    else:
+        hardware = described.model_copy(update={"device": gpu})
+    packed = config.data.packing and partition.spec.packs
+    largest = blank_micro_batch(train.per_device_train_batch_size, config.data.max_length, packed=packed)
+    job = resolve(
+        config,
+        hardware=hardware,
+        precision=precision,
+        partition=partition,
+        layout=layout_of(partition, precision, memory.durability),
+        data=_BlankData(largest, tokens),
+        accumulation=train.gradient_accumulation_steps,
+        measures=described is None,
+    )
+    return job, notes
+
+
+# ---------------------------------------------------------------------------------------------- from a job
+
+
+def make_plan(
+    job: TrainingJob,
+    *,
     usable: tuple[int, str] | None = None,
     libraries: int = 0,
     prices: Prices = Prices(),  # noqa: B008 - it never changes
@@ -62,38 +204,30 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
     """Plan a run. What does not fit is no error, but a problem in the plan.
 
     Args:
-        job: the run to plan.
-        hardware: the machine; without rates of drive and compute there are no times.
-        compute: measured seconds of each stage of a step; None works them out from FLOPs.
+        job: the run to plan; without rates of drive and compute there are no times.
         usable: bytes of RAM that this process may use at all, and the limit that says so; None: not checked.
-        libraries: bytes that the process takes without training; if ``compute`` was measured, with what that left
-            in the heap for training to use again.
+        libraries: bytes that the process takes without training; if the job's times were measured, with what that
+            left in the heap for training to use again.
         prices: what costs are worked out from.
         variants: whether to say what single changes would do.
         notes: sentences for the person, which go into the plan.
     """
-    vram, needs, too_small = _needs(job, hardware)
-    memory, others = _problems(job, needs, hardware, usable)
+    vram, needs = divide_vram_of(job)
+    too_small = _vram_problems(job)
+    memory, others = _problems(job, needs, usable)
     problems = (*too_small, *others)
-    work = work_of(job.partition, job.layout, [_shape(batch) for batch in job.micro_batches])
-    seconds = _compute(work, hardware, compute)
-    plan = _empty(job, hardware, work, prices, problems, notes)
+    work = work_of_step(job)
+    seconds = compute_of(job, work)
+    plan = _empty(job, work, prices, problems, notes)
     if memory is None:
         return plan
     policy = policy_of(job)
-    phases = phases_of(job, memory, policy)
+    schedules = Schedules(job)
+    phases = phases_of(job, memory, policy, schedules)
     time = None
     if seconds is not None:
         try:
-            time = step_time(
-                job,
-                memory,
-                seconds,
-                hardware,
-                policy,
-                vram=vram,
-                is_measured=compute is not None,
-            )
+            time = step_time(job, memory, seconds, policy, schedules, vram=vram)
         except StandstillError as error:
             plan = replace(plan, notes=(*plan.notes, f"no times: {error}. This is a bug: please report it"))
     if vram is not None and vram.pool.gathers:
@@ -104,27 +238,28 @@ def make_plan(  # noqa: PLR0913 - each with a meaning of its own
         )
         plan = replace(plan, notes=(*plan.notes, gathers))
     written = sum(nbytes for _, nbytes in phases.values())
-    committing = written_by_commit(job, memory, policy)
-    limit = job.config.memory.max_tbw
+    committing = written_by_commit(job, memory, policy, schedules)
+    limit = job.max_tbw
     if limit is not None and committing > limit * 1e12:
         problem = Problem(f"a step may write {committing / 1e12:.3g} TB, and memory.max_tbw is {limit:g}")
         plan = replace(plan, problems=(*plan.problems, problem))
     elif limit is not None and job.steps is not None and job.steps * written > limit * 1e12:
         pause = f"the run will pause at memory.max_tbw after about {int(limit * 1e12 / written)} of {job.steps} steps"
         plan = replace(plan, notes=(*plan.notes, pause))
+    is_warm = job.seconds is not None
     return replace(
         plan,
         memory=memory,
         vram=None if too_small else vram,
         ledger_bytes=memory.total - memory.needs.heap,
-        process_bytes=process_nbytes(memory, libraries, is_warm=compute is not None) if libraries else None,
+        process_bytes=process_nbytes(memory, libraries, is_warm=is_warm) if libraries else None,
         scratch_bytes=round(scratch_nbytes(job, memory)),
         phases=phases,
         committing_bytes=committing,
         time=time,
-        tokens_to_hide_io=(None if seconds is None else hiding_tokens(job, phases, hardware, seconds)),
-        variants=_variants(job, vram, needs, hardware, seconds) if variants else (),
-        wear=None if job.steps is None else _wear(job.steps * written, hardware),
+        tokens_to_hide_io=None if seconds is None else hiding_tokens(job, phases, seconds),
+        variants=_variants(job, vram, needs, schedules, seconds) if variants else (),
+        wear=None if job.steps is None else _wear(job.steps * written, job.hardware),
     )
 
 
@@ -133,46 +268,27 @@ def process_nbytes(memory: RamPlan, libraries: int, *, is_warm: bool) -> int:
     return memory.total + libraries - (memory.needs.compute + memory.needs.heap) * is_warm
 
 
-def _shape(batch: MicroBatch) -> tuple[int, int]:
-    rows, length = batch.input_ids.shape
-    return rows, length
-
-
-def _compute(
-    work: Work, hardware: Hardware, measured: Mapping[StageKey, float] | None
-) -> Mapping[StageKey, float] | None:
-    if hardware.read is None or hardware.write is None:
-        return None
-    if measured is not None:
-        return measured
-    rate = hardware.flops_per_second
-    return None if rate is None else work.seconds(rate)
-
-
 def _empty(
     job: TrainingJob,
-    hardware: Hardware,
     work: Work,
     prices: Prices,
     problems: tuple[Problem, ...],
     notes: Sequence[str],
 ) -> Plan:
     """The plan with all that is known before RAM is divided."""
-    config = job.config
-    device = hardware.device
     return Plan(
         model=job.partition.spec.model_type,
         parameters=job.layout.parameters,
         active_parameters=work.active,
-        machine=hardware.name,
+        machine=job.hardware.name,
         settings={
-            "precision": config.train.precision,
-            "max_length": config.data.max_length,
-            "per_device_train_batch_size": config.train.per_device_train_batch_size,
-            "gradient_accumulation_steps": len(job.micro_batches),
-            "max_grad_norm": config.train.max_grad_norm,
-            "commit_every": config.memory.commit_every,
-            "durability": config.memory.durability,
+            "precision": job.precision,
+            "max_length": job.max_length,
+            "per_device_train_batch_size": len(job.micro_batch.input_ids),
+            "gradient_accumulation_steps": job.accumulation,
+            "max_grad_norm": job.max_grad_norm,
+            "commit_every": job.commit_every,
+            "durability": job.layout.durability,
         },
         tokens_per_step=job.tokens,
         steps=job.steps,
@@ -182,7 +298,7 @@ def _empty(
         process_bytes=None,
         store_bytes=store_nbytes(job.layout),
         scratch_bytes=0,
-        vram_bytes=None if device is None else vram_nbytes(job),
+        vram_bytes=None if job.vram is None else vram_nbytes(job),
         phases={},
         committing_bytes=0,
         updates_wait=policy_of(job) == "deferred",
@@ -216,12 +332,6 @@ def scratch_nbytes(job: TrainingJob, memory: RamPlan) -> float:
     return nbytes
 
 
-def vram_nbytes(job: TrainingJob) -> int:
-    """The least bytes of VRAM that a step of the job can be done in."""
-    partition, layout = job.partition, job.layout
-    return least_vram_for(partition, layout, step_needs(partition, layout, job.micro_batches, job.tables))
-
-
 def _wear(written: float, hardware: Hardware) -> Wear:
     rated = [drive.tbw for drive in hardware.drives if drive.tbw is not None]
     sizes = [drive.capacity for drive in hardware.drives if drive.capacity is not None]
@@ -236,88 +346,63 @@ def _wear(written: float, hardware: Hardware) -> Wear:
 # ----------------------------------------------------------------------------------------------- what fits
 
 
-def _needs(job: TrainingJob, hardware: Hardware) -> tuple[VramPlan | None, StepNeeds, tuple[Problem, ...]]:
-    """How VRAM is divided, if there is any; what RAM must hold then; and why the VRAM is too small, if it is."""
-    partition, layout = job.partition, job.layout
-    needs = step_needs(partition, layout, job.micro_batches, job.tables)
-    if hardware.device is None or job.vram is None:
-        return None, needs, ()
-    vram, least = job.vram, least_vram_for(partition, layout, needs)
-    if least <= vram:
-        return *plan_vram(partition, layout, needs, vram=vram), ()
-    asked = job.config.memory.vram
-    has = f"memory.vram is {_size(vram)}" if asked == vram else f"{hardware.device.name} has {_size(vram)}"
-    problem = Problem(
-        f"a step needs {-(-least // 2**20)} MiB of VRAM at least, and {has}",
-        _nearest_rows(job, hardware),
+def _vram_problems(job: TrainingJob) -> tuple[Problem, ...]:
+    """Why the VRAM is too small, if it is."""
+    if job.vram is None or job.hardware.device is None or (least := vram_nbytes(job)) <= job.vram:
+        return ()
+    has = (
+        f"memory.vram is {_size(job.vram)}"
+        if job.is_vram_asked
+        else f"{job.hardware.device.name} has {_size(job.vram)}"
     )
-    # As if it were just enough.
-    return *plan_vram(partition, layout, needs, vram=least), (problem,)
+    reason = f"a step needs {-(-least // 2**20)} MiB of VRAM at least, and {has}"
+    return (Problem(reason, _nearest_rows(job)),)
 
 
 def _problems(
-    job: TrainingJob, needs: StepNeeds, hardware: Hardware, usable: tuple[int, str] | None
+    job: TrainingJob, needs: StepNeeds, usable: tuple[int, str] | None
 ) -> tuple[RamPlan | None, tuple[Problem, ...]]:
     """How RAM is divided, if it can be, and why the run does not fit."""
     problems = []
     memory = None
     try:
-        memory = plan_ram(job.partition, job.layout, needs, ram=job.ram, defers=job.defers)
+        memory = divide_ram_of(job, needs)
     except DoesNotFitError as error:
-        problems.append(Problem(str(error).removesuffix("."), _nearest_rows(job, hardware)))
+        problems.append(Problem(str(error).removesuffix("."), _nearest_rows(job)))
     if usable is not None and memory is not None and memory.total > usable[0]:
         room = int(usable[0] * 0.9)
         problems.append(
             Problem(
                 f"memory.ram is {_size(job.ram)}, and {usable[1]} leaves {_size(usable[0])} to this process",
-                (f"memory.ram={room >> 10}KiB",) if _divides(job, needs, room) else (),
+                (f"memory.ram={room >> 10}KiB",) if has_ram(job, needs, room) else (),
             )
         )
-    problems += _drive_problems(job, memory, hardware)
+    problems += _drive_problems(job, memory)
     return memory, tuple(problems)
 
 
-def _divides(job: TrainingJob, needs: StepNeeds, ram: int) -> bool:
-    tied = bool(job.partition.tied_parameters)
-    return ram >= least_ram(job.layout, needs, tied_embeddings=tied, defers=job.defers)
-
-
-def _nearest_rows(job: TrainingJob, hardware: Hardware) -> tuple[str, ...]:
+def _nearest_rows(job: TrainingJob) -> tuple[str, ...]:
     """Settings with smaller micro-batches that fit, with as many tokens a step if possible; empty if none fit."""
-    train, data = job.config.train, job.config.data
+    rows = len(job.micro_batch.input_ids)
     for keeps_tokens in (True, False):
-        batch, length = train.per_device_train_batch_size, data.max_length
+        batch, length = rows, job.max_length
         while batch > 1 or length // 2 >= _LENGTH_LEAST:
             batch, length = (batch // 2, length) if batch > 1 else (batch, length // 2)
-            tokens = job.tokens if keeps_tokens else len(job.micro_batches) * batch * length
+            tokens = job.tokens if keeps_tokens else job.accumulation * batch * length
             smaller = job.with_rows(batch, length, tokens)
-            if not _fits_memory(smaller, hardware):
+            if not fits_memory(smaller):
                 continue
             changed = {
-                "train.per_device_train_batch_size": (batch, train.per_device_train_batch_size),
-                "data.max_length": (length, data.max_length),
-                "train.gradient_accumulation_steps": (
-                    len(smaller.micro_batches),
-                    len(job.micro_batches),
-                ),
+                "train.per_device_train_batch_size": (batch, rows),
+                "data.max_length": (length, job.max_length),
+                "train.gradient_accumulation_steps": (smaller.accumulation, job.accumulation),
             }
             return tuple(f"{key}={new}" for key, (new, old) in changed.items() if new != old)
     return ()
 
 
-def _fits_memory(job: TrainingJob, hardware: Hardware) -> bool:
-    """Whether RAM and VRAM are enough for a step of the job."""
-    partition, layout = job.partition, job.layout
-    needs = step_needs(partition, layout, job.micro_batches, job.tables)
-    if hardware.device is not None and job.vram is not None:
-        try:
-            needs = plan_vram(partition, layout, needs, vram=job.vram)[1]
-        except DoesNotFitError:
-            return False
-    return _divides(job, needs, job.ram)
-
-
-def _drive_problems(job: TrainingJob, memory: RamPlan | None, hardware: Hardware) -> list[Problem]:
+def _drive_problems(job: TrainingJob, memory: RamPlan | None) -> list[Problem]:
+    hardware = job.hardware
     problems = [Problem(drive.problem) for drive in hardware.drives if drive.problem is not None]
     scratch = 0.0 if memory is None else scratch_nbytes(job, memory)
     store = 0 if job.is_made else store_nbytes(job.layout)
@@ -341,77 +426,38 @@ def _variants(
     job: TrainingJob,
     vram: VramPlan | None,
     needs: StepNeeds,
-    hardware: Hardware,
+    schedules: Schedules,
     compute: Mapping[StageKey, float] | None,
 ) -> tuple[Variant, ...]:
     """What single changes of the settings or of the machine would do to a step; those that do not fit are left out."""
-    train, kept = job.config.train, job.config.memory
-    clipped = job.config.model_copy(update={"train": train.model_copy(update={"max_grad_norm": 1.0})})
-    seldom = job.config.model_copy(
-        update={"memory": kept.model_copy(update={"commit_every": _COMMIT_SELDOM})}
-    )
-    changed: list[tuple[str, TrainingJob, UpdatePolicy, Hardware]] = []
+    changed: list[tuple[str, TrainingJob, UpdatePolicy]] = []
     if job.defers:
-        changed.append(("every step clipped: updates wait", job, "deferred", hardware))
+        changed.append(("every step clipped: updates wait", job, "deferred"))
     else:
-        asks = replace(job, config=clipped)
-        changed.append(("max_grad_norm, never reached", asks, policy_of(asks), hardware))
-        changed.append(("max_grad_norm, always reached: updates wait", asks, "deferred", hardware))
-    if kept.commit_every < _COMMIT_SELDOM and job.layout.durability == "step":
-        less = replace(job, config=seldom)
-        changed.append((f"commit_every {_COMMIT_SELDOM}", less, policy_of(less), hardware))
-    more = replace(job, ram=2 * job.ram)
-    changed.append((f"{_size(2 * job.ram)} of RAM", more, policy_of(job), hardware))
-    second = hardware.model_copy(update={"drives": (*hardware.drives, hardware.drives[0])})
-    changed.append(("one more drive", job, policy_of(job), second))
+        clipped = replace(job, max_grad_norm=1.0)
+        changed.append(("max_grad_norm, never reached", clipped, policy_of(clipped)))
+        changed.append(("max_grad_norm, always reached: updates wait", clipped, "deferred"))
+    if job.commit_every < _COMMIT_SELDOM and job.layout.durability == "step":
+        seldom = replace(job, commit_every=_COMMIT_SELDOM)
+        changed.append((f"commit_every {_COMMIT_SELDOM}", seldom, policy_of(seldom)))
+    changed.append((f"{_size(2 * job.ram)} of RAM", replace(job, ram=2 * job.ram), policy_of(job)))
+    drives = (*job.hardware.drives, job.hardware.drives[0])
+    second = replace(job, hardware=job.hardware.model_copy(update={"drives": drives}))
+    changed.append(("one more drive", second, policy_of(job)))
     variants = []
-    for change, variant, policy, machine in changed:
+    for change, variant, policy in changed:
         try:
-            division = plan_ram(
-                variant.partition, variant.layout, needs, ram=variant.ram, defers=variant.defers
-            )
+            division = divide_ram_of(variant, needs)
         except DoesNotFitError:
             continue  # what a change needs more is not there
-        phases = phases_of(variant, division, policy)
+        phases = phases_of(variant, division, policy, schedules)
         seconds = None
         if compute is not None:
             with suppress(StandstillError):
-                seconds = step_time(variant, division, compute, machine, policy, vram=vram).seconds
+                seconds = step_time(variant, division, compute, policy, schedules, vram=vram).seconds
         read, written = (sum(nbytes) for nbytes in zip(*phases.values(), strict=True))
         variants.append(Variant(change, seconds, read, written))
     return tuple(variants)
-
-
-def accumulation_that_hides_io(
-    job: TrainingJob, hardware: Hardware, compute: Mapping[StageKey, float] | None
-) -> int:
-    """Micro-batches from which on computing takes longer than moving bytes, or as many as memory has room for.
-
-    Args:
-        job: with one micro-batch.
-        hardware: the machine.
-        compute: measured seconds of each stage of one micro-batch; None works them out from FLOPs.
-
-    Raises:
-        ConfigError: the machine's rates are not known.
-        DoesNotFitError: not even one micro-batch fits.
-    """
-    work = work_of(job.partition, job.layout, [_shape(batch) for batch in job.micro_batches])
-    compute = _compute(work, hardware, compute)
-    if compute is None:
-        raise ConfigError(
-            "train.gradient_accumulation_steps is auto, which is worked out from the rates of drive and CPU; one of "
-            "these is not known: run megatrain-io bench DIR on the drive of the store once, or give a number"
-        )
-    _, needs, _ = _needs(job, hardware)
-    memory = plan_ram(job.partition, job.layout, needs, ram=job.ram, defers=job.defers)
-    policy = policy_of(job)
-    phases = phases_of(job, memory, policy)
-    tokens = hiding_tokens(job, phases, hardware, compute)
-    count = min(_ACCUMULATION_MAX, max(1, -(-tokens // job.tokens)))
-    while count > 1 and not _fits_memory(job.with_accumulation(count), hardware):
-        count //= 2
-    return count
 
 
 def _size(nbytes: float) -> str:

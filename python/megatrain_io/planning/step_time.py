@@ -1,31 +1,29 @@
 """One step of a job: its schedule, the bytes that it moves, the seconds that it takes."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from math import ceil, inf
 
-from megatrain_io.machine.hardware import Hardware
 from megatrain_io.paging.activations import activation_plan
 from megatrain_io.paging.device.pool import DeviceKind, VramPlan
+from megatrain_io.planning.flops import Work, work_of
 from megatrain_io.planning.job import TrainingJob
-from megatrain_io.planning.memory_needs import activation_budget_of
 from megatrain_io.planning.plan import StepTime
 from megatrain_io.planning.ram_budget import RamPlan
 from megatrain_io.planning.simulator import Rates, simulate
 from megatrain_io.planning.timeline import StageKey
-from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.pool import BufferKind, PoolSizes
 from megatrain_io.store.schedule import ChunkOp, Phase, UpdatePolicy, build_schedule, flush_schedule, traffic
 from megatrain_io.store.state_format import SPECS
 
 __all__ = [
+    "Schedules",
     "activations_moved",
-    "forget_schedules",
+    "compute_of",
     "hiding_tokens",
     "phases_of",
     "policy_of",
-    "schedule_of",
     "step_time",
+    "work_of_step",
     "written_by_commit",
 ]
 
@@ -37,29 +35,45 @@ _HANDOFF = 0.9e-3
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def schedule_of(job: TrainingJob, policy: UpdatePolicy, *, applies: bool = False) -> tuple[ChunkOp, ...]:
-    """The schedule of a training step of the job, as training builds it.
+class Schedules:
+    """The schedules of a job's training steps, as training builds them; each is built once.
 
-    It is kept until ``forget_schedules``: those of large models take seconds to build.
+    Those of large models take seconds to build and much RAM to keep: whoever makes one drops it with the plan.
+
+    Args:
+        job: its layout and its tied embeddings decide them.
     """
-    return _schedule(job.layout, bool(job.partition.tied_parameters), policy, applies)
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._layout = job.layout
+        self._tied = bool(job.partition.tied_parameters)
+        self._built: dict[tuple[UpdatePolicy, bool], tuple[ChunkOp, ...]] = {}
+
+    def of(self, policy: UpdatePolicy, *, applies: bool = False) -> tuple[ChunkOp, ...]:
+        """The schedule of a step with this policy; ``applies`` where the step before has deferred its gradients."""
+        key = (policy, applies)
+        if key not in self._built:
+            self._built[key] = build_schedule(
+                self._layout, tied_embeddings=self._tied, training=True, applies=applies, policy=policy
+            )
+        return self._built[key]
 
 
-@lru_cache(maxsize=4)
-def _schedule(
-    layout: ModelLayout,
-    tied_embeddings: bool,  # noqa: FBT001 - of one caller
-    policy: UpdatePolicy,
-    applies: bool,  # noqa: FBT001
-) -> tuple[ChunkOp, ...]:
-    return build_schedule(
-        layout, tied_embeddings=tied_embeddings, training=True, applies=applies, policy=policy
-    )
+def work_of_step(job: TrainingJob) -> Work:
+    """The operations of a training step of the job."""
+    rows, length = job.micro_batch.input_ids.shape
+    return work_of(job.partition, job.layout, [(rows, length)] * job.accumulation)
 
 
-def forget_schedules() -> None:
-    """Give back the RAM of the schedules that ``schedule_of`` keeps."""
-    _schedule.cache_clear()
+def compute_of(job: TrainingJob, work: Work) -> Mapping[StageKey, float] | None:
+    """Seconds of each stage of a step, as measured, else by its operations; None where rates are not known."""
+    hardware = job.hardware
+    if hardware.read is None or hardware.write is None:
+        return None
+    if job.seconds is not None:
+        return {stage: job.accumulation * seconds for stage, seconds in job.seconds.items()}
+    rate = hardware.flops_per_second
+    return None if rate is None else work.seconds(rate)
 
 
 def policy_of(job: TrainingJob) -> UpdatePolicy:
@@ -71,26 +85,27 @@ def policy_of(job: TrainingJob) -> UpdatePolicy:
 
 def _commits(job: TrainingJob) -> tuple[float, float]:
     """Share of the steps that commit, and share of those that do not."""
-    if job.layout.durability == "scratch":
-        return 1.0, 0.0
-    every = job.config.memory.commit_every
+    every = job.steps_to_a_commit
     return 1 / every, 1 - 1 / every
 
 
 def activations_moved(job: TrainingJob, memory: RamPlan) -> dict[int, float]:
     """Bytes of activation checkpoints that a step writes to the drive and reads back, by stop of the block."""
-    budget, needs = activation_budget_of(memory, [job.config.output_dir / "inputs"]), memory.needs
+    needs = memory.needs
     # Those of the last blocks stay where they are computed, if that has memory of its own.
     blocks = needs.activations // max(1, needs.activations_per_block)
-    plan = activation_plan(blocks, needs.activations_per_block, budget.ram_bytes)
+    in_ram = memory.activations if memory.is_spilled else None
+    plan = activation_plan(blocks, needs.activations_per_block, in_ram)
     if not plan.on_drive:
         return {}
     return {job.layout.block(index): plan.moved_nbytes / plan.on_drive for index in range(plan.on_drive)}
 
 
-def phases_of(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy) -> dict[str, tuple[float, float]]:
+def phases_of(
+    job: TrainingJob, memory: RamPlan, policy: UpdatePolicy, schedules: Schedules
+) -> dict[str, tuple[float, float]]:
     """(Bytes read, bytes written) by phase of a step in the steady state, averaged between two commits."""
-    schedule = schedule_of(job, policy, applies=policy == "deferred")
+    schedule = schedules.of(policy, applies=policy == "deferred")
     layout, residents = job.layout, memory.residents
     shares = list(zip(_commits(job), (True, False), strict=True))
     phases = dict.fromkeys(map(str, Phase), (0.0, 0.0))
@@ -109,9 +124,9 @@ def phases_of(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy) -> dict[s
     return phases
 
 
-def written_by_commit(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy) -> int:
+def written_by_commit(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy, schedules: Schedules) -> int:
     """The most bytes that a step writes: one that commits, and that takes its speculative updates back."""
-    schedule = schedule_of(job, policy, applies=policy == "deferred")
+    schedule = schedules.of(policy, applies=policy == "deferred")
     _, written = traffic(schedule, job.layout, memory.residents)
     if job.defers:
         written += traffic(flush_schedule(job.layout), job.layout, memory.residents)[1]
@@ -122,11 +137,10 @@ def step_time(
     job: TrainingJob,
     memory: RamPlan,
     compute: Mapping[StageKey, float],
-    hardware: Hardware,
     policy: UpdatePolicy,
+    schedules: Schedules,
     *,
     vram: VramPlan | None = None,
-    is_measured: bool = False,
 ) -> StepTime:
     """Simulate a step in the steady state, averaged between two commits.
 
@@ -134,25 +148,24 @@ def step_time(
         job: the run.
         memory: how RAM is divided.
         compute: seconds of each stage of the step, all micro-batches.
-        hardware: the machine; rates that are not known are taken as infinite.
         policy: what the step does with its gradients.
+        schedules: of the job.
         vram: how the memory of a GPU is divided, if one computes.
-        is_measured: whether ``compute`` was measured.
 
     Raises:
         StandstillError: the simulator came to a standstill, which is a bug.
     """
     applies = policy == "deferred"
-    first = schedule_of(job, policy)
-    then = schedule_of(job, policy, applies=True) if applies else first
-    every = 1 if job.layout.durability == "scratch" else job.config.memory.commit_every
+    first = schedules.of(policy)
+    then = schedules.of(policy, applies=True) if applies else first
+    every = job.steps_to_a_commit
     pattern = [True] * 3 if every == 1 else [False, False, True, False]
     played = simulate(
         [(first if index == 0 else then, commits) for index, commits in enumerate(pattern)],
         job.layout,
         memory.pool if vram is None else _pool_on_device(job, memory, vram),
         compute,
-        _rates(job, hardware),
+        _rates(job),
         residents=memory.residents,
         inputs=activations_moved(job, memory),
         behind=0 if vram is None else memory.pool.gradients[0].count - memory.needs.gathered,
@@ -173,7 +186,7 @@ def step_time(
         phases=mean("phases"),
         waits=mean("waits"),
         compute=sum(compute.values()),
-        is_measured=is_measured,
+        is_measured=job.seconds is not None,
     )
 
 
@@ -224,8 +237,9 @@ def _pool_on_device(job: TrainingJob, memory: RamPlan, vram: VramPlan) -> PoolSi
     )
 
 
-def _rates(job: TrainingJob, hardware: Hardware) -> Rates:
-    scratch = job.layout.durability == "scratch"
+def _rates(job: TrainingJob) -> Rates:
+    """The machine's rates; those that are not known are taken as infinite."""
+    hardware, scratch = job.hardware, job.layout.durability == "scratch"
     trained = (job.layout.records[record].format for record in job.layout.trained)
     written = max((SPECS[state_format].written_bytes for state_format in trained), default=0)
     return Rates(
@@ -243,10 +257,10 @@ def _rates(job: TrainingJob, hardware: Hardware) -> Rates:
 def hiding_tokens(
     job: TrainingJob,
     phases: Mapping[str, tuple[float, float]],
-    hardware: Hardware,
     compute: Mapping[StageKey, float],
 ) -> int:
     """Tokens of a step from which on both halves of it compute for longer than they move bytes."""
+    hardware = job.hardware
     halves = ({Phase.EMBEDDING, Phase.FORWARD}, {Phase.HEAD, Phase.BACKWARD, Phase.EMBEDDING_BACKWARD})
     most = 0.0
     for half in halves:

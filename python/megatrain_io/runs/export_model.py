@@ -38,14 +38,14 @@ from megatrain_io.store.dtypes import DTYPES, check_precision, dtype_of
 from megatrain_io.store.layout import ModelLayout, Precision
 from megatrain_io.store.paged_store import Engine, PagedStore
 
-__all__ = ["export_model"]
+__all__ = ["export_model", "write_model_folder"]
 
 _SPARE_BYTES = 1 << 20
 
 
 def export_model(
-    run: RunFolder,
-    out: Path,
+    run: RunFolder | Path | str,
+    out: Path | str,
     *,
     dtype: Precision | None = None,
     shard_bytes: int = 5 * 10**9,
@@ -58,7 +58,7 @@ def export_model(
     tensors are those that ``save_pretrained`` writes; fused experts may lie in other shards than there.
 
     Args:
-        run: a run with a finished import; its store must not be in use.
+        run: folder of a run with a finished import; its store must not be in use.
         out: a folder that does not exist or is empty.
         dtype: "bf16" are the weights that were trained with, or fp32 ones rounded to nearest even; "fp32" are
             the masters. None = the run's own precision.
@@ -71,26 +71,42 @@ def export_model(
         NoSpaceError: the files do not fit.
         CorruptionError, StoreInUseError, FormatError, StorageError: the store cannot be read.
     """
+    run, out = RunFolder.of(run), Path(out)
     run.read()
-    if dtype is not None:
-        check_precision("dtype", dtype)
-    out = out.absolute()
-    partial = out.with_name(out.name + ".partial")
-    _refuse_occupied(out, partial)
-    if shard_bytes < 1:
-        raise ConfigError(f"shard_bytes is {shard_bytes}: give the bytes of one file, such as 5000000000")
-    with (
-        storage_errors(out, NOTHING_LEFT),
-        open_store(run, engine=engine) as state,
-        ExitStack() as undo,
-    ):
+    _check(out, dtype, shard_bytes)  # before a store is opened that may be in use
+    with storage_errors(out.absolute(), NOTHING_LEFT), open_store(run, engine=engine) as state:
+        write_model_folder(
+            state, ModelFolder(run.model), out, dtype=dtype, shard_bytes=shard_bytes, progress=progress
+        )
+
+
+def write_model_folder(
+    state: PagedStore,
+    folder: ModelFolder,
+    out: Path,
+    *,
+    dtype: Precision | None = None,
+    shard_bytes: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> None:
+    """Write the committed weights of an open store as a model folder; see ``export_model``.
+
+    Args:
+        state: the store, with no step under way.
+        folder: model folder that the store was made from: its configuration and tokenizer.
+        out: a folder that does not exist or is empty.
+        dtype: "bf16" or "fp32" (the masters); None = what computes.
+        shard_bytes: of tensors in one file.
+        progress: called after each chunk.
+    """
+    out, partial = _check(out, dtype, shard_bytes)
+    with storage_errors(out, NOTHING_LEFT), ExitStack() as undo:
         is_bf16 = any(record.format == "bf16" for record in state.layout.records)
         wanted: Precision = dtype or ("bf16" if is_bf16 else "fp32")
-        folder = ModelFolder(run.model)
         names = HubNames(folder.config(), DTYPES[wanted])
         plan, shards = _plan_export(state.layout, names, wanted, shard_bytes)
         companions = folder.companions()
-        _require_space(out, shards, [run.model / name for name in companions])
+        _require_space(out, shards, [folder.path / name for name in companions])
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         undo.callback(shutil.rmtree, partial, ignore_errors=True)
@@ -106,6 +122,22 @@ def export_model(
         partial.rename(out)
         undo.pop_all()
         sync_folder(out.parent)
+
+
+def _check(out: Path, dtype: Precision | None, shard_bytes: int) -> tuple[Path, Path]:
+    """The folder to write, and what it is called until it is complete.
+
+    Raises:
+        ConfigError: an argument is wrong, or something is in the way.
+    """
+    if dtype is not None:
+        check_precision("dtype", dtype)
+    out = out.absolute()
+    partial = out.with_name(out.name + ".partial")
+    _refuse_occupied(out, partial)
+    if shard_bytes < 1:
+        raise ConfigError(f"shard_bytes is {shard_bytes}: give the bytes of one file, such as 5000000000")
+    return out, partial
 
 
 def _plan_export(

@@ -62,6 +62,11 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.data = path / "data"
 
+    @classmethod
+    def of(cls, run: "RunFolder | Path | str") -> "RunFolder":
+        """The run folder that is meant by a path, or by itself."""
+        return run if isinstance(run, RunFolder) else cls(Path(run))
+
     @property
     def is_imported(self) -> bool:
         """Whether an import into this folder was finished."""

@@ -6,10 +6,11 @@ memory, whatever the size of the model or of its largest tensor.
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,7 +32,15 @@ from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
 from megatrain_io.store.layout import Chunk, Durability, ModelLayout, Precision, TensorPlace
 from megatrain_io.store.paged_store import Engine, Ledger, StoreCreator
 
-__all__ = ["NOTHING_LEFT", "Progress", "TensorReader", "create_store", "import_model"]
+__all__ = [
+    "NOTHING_LEFT",
+    "ModelImport",
+    "Progress",
+    "TensorReader",
+    "checked_weights",
+    "create_store",
+    "import_model",
+]
 
 TensorReader = Callable[[TensorPlace, int, int], Tensor]
 """``read(place, start, stop)``: elements start..stop of a tensor, flat, in the dtype of the source."""
@@ -80,16 +89,15 @@ def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning 
 
 
 def import_model(  # noqa: PLR0913 - as create_store
-    model_dir: Path,
-    run: RunFolder,
+    model_dir: Path | str,
+    run: RunFolder | Path | str,
     *,
-    precision: Precision,
+    precision: Precision = "bf16",
     stores: Sequence[Path] | None = None,
     chunk_parameters: int | None = None,
     durability: Durability = "step",
     engine: Engine = "auto",
     ledger: Ledger | None = None,
-    before: Callable[[PartitionedModel, ModelLayout], None] | None = None,
     progress: Progress | None = None,
 ) -> RunInfo:
     """Make the store of a run from a model folder of the Hugging Face hub.
@@ -107,8 +115,6 @@ def import_model(  # noqa: PLR0913 - as create_store
             only a store that was closed can be opened again.
         engine: I/O engine that writes.
         ledger: accounts of memory.
-        before: called when all files were checked, with the partitioned model and the layout of the store;
-            nothing was written by then, and an error that it raises ends the import.
         progress: called after each chunk.
 
     Raises:
@@ -117,60 +123,142 @@ def import_model(  # noqa: PLR0913 - as create_store
         UnsupportedModelError: the weights are quantised, or the model cannot be trained block by block.
         NoSpaceError, StorageError: the drive of the store or of the run folder.
     """
-    check_precision("precision", precision)
-    targets = [run.own_store] if stores is None else list(stores)
-    _refuse_what_is_in_the_way(run, targets)
-    folder = ModelFolder(model_dir)
-    with Checkpoint(folder.weight_files()) as files:
-        config = folder.config()
-        companions = folder.companions()
-        names = HubNames(config, DTYPES[precision])
-        plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
-        _check_values(files, names, plan, config.model_type)
-        partition = PartitionedModel(config, DTYPES[precision], probe(config))
-        parts, blocks = model_parts(partition), len(partition.blocks)
-        layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
-        with storage_errors(run.path, NOTHING_LEFT), ExitStack() as undo:
-            _make_folder(run.path, undo)
-            # Let go before the folder is removed again, and not with what a finished import keeps.
-            holding = ExitStack()
-            undo.callback(holding.close)
-            holding.enter_context(run.importing())
-            if before is not None:
-                before(partition, layout)
-            for target in targets:
-                _make_folder(target.parent, undo)
+    with ModelImport(
+        Path(model_dir),
+        RunFolder.of(run),
+        precision=precision,
+        stores=stores,
+        chunk_parameters=chunk_parameters,
+        durability=durability,
+    ) as checked:
+        return checked.write(engine=engine, ledger=ledger, progress=progress)
+
+
+class ModelImport:
+    """An import whose files were checked, and of which nothing is written yet; the arguments are ``import_model``'s.
+
+    Used as a context, which holds the run folder: other imports into it are refused. Without ``write``, or if that
+    fails, nothing is left behind.
+
+    Attributes:
+        partition: the model without its parameters.
+        layout: of the store that ``write`` makes.
+
+    Raises:
+        ConfigError, ModelFilesError, UnsupportedModelError: as ``import_model``.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        run: RunFolder,
+        *,
+        precision: Precision,
+        stores: Sequence[Path] | None = None,
+        chunk_parameters: int | None = None,
+        durability: Durability = "step",
+    ) -> None:
+        check_precision("precision", precision)
+        self._run, self._precision = run, precision
+        self._stores = [run.own_store] if stores is None else list(stores)
+        _refuse_what_is_in_the_way(run, self._stores)
+        self._folder = ModelFolder(model_dir)
+        self._undo, self._holding = ExitStack(), ExitStack()
+        with ExitStack() as failing:
+            opened = checked_weights(self._folder, precision)
+            self._names, self._read = failing.enter_context(opened)
+            config = self._folder.config()
+            self._companions = self._folder.companions()
+            self.partition = PartitionedModel(config, DTYPES[precision], probe(config))
+            parts, blocks = model_parts(self.partition), len(self.partition.blocks)
+            self.layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
+            self._closing = failing.pop_all()
+
+    def __enter__(self) -> Self:
+        try:
+            with storage_errors(self._run.path, NOTHING_LEFT):
+                _make_folder(self._run.path, self._undo)
+                # Let go before the folder is removed again, and not with what a finished import keeps.
+                self._undo.callback(self._holding.close)
+                self._holding.enter_context(self._run.importing())
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def write(
+        self, *, engine: Engine = "auto", ledger: Ledger | None = None, progress: Progress | None = None
+    ) -> RunInfo:
+        """Make the store, and then say so in ``run.json``.
+
+        Args:
+            engine: I/O engine that writes.
+            ledger: accounts of memory.
+            progress: called after each chunk.
+
+        Raises:
+            NoSpaceError, StorageError: the drive of the store or of the run folder.
+        """
+        run, undo = self._run, self._undo
+        with storage_errors(run.path, NOTHING_LEFT):
+            for store in self._stores:
+                _make_folder(store.parent, undo)
             partial = run.model.with_name(run.model.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
             undo.callback(shutil.rmtree, partial, ignore_errors=True)
             partial.mkdir()
-            folder.copy(["config.json", *companions], partial)
+            self._folder.copy(["config.json", *self._companions], partial)
             uuid = create_store(
-                targets,
-                layout,
-                lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop),
+                self._stores,
+                self.layout,
+                self._read,
                 model={
-                    "config": folder.raw_config,
-                    "architecture": names.architecture,
-                    "tied": partition.tied,
+                    "config": self._folder.raw_config,
+                    "architecture": self._names.architecture,
+                    "tied": self.partition.tied,
                 },
                 blob=TrainerState().encode(),
                 engine=engine,
                 ledger=ledger,
                 progress=progress,
             )
-            for target in targets:
-                undo.callback(target.unlink, missing_ok=True)
+            for store in self._stores:
+                undo.callback(store.unlink, missing_ok=True)
             partial.rename(run.model)
             undo.callback(shutil.rmtree, run.model, ignore_errors=True)
             sync_folder(run.path)
-            info = run.write(precision, targets, uuid, model_dir)
+            info = run.write(self._precision, self._stores, uuid, self._folder.path)
             undo.pop_all()
-            holding.close()
-    return info
+        return info
+
+    def _close(self) -> None:
+        self._undo.close()
+        self._holding.close()
+        self._closing.close()
 
 
 # ------------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def checked_weights(folder: ModelFolder, precision: Precision) -> Iterator[tuple[HubNames, TensorReader]]:
+    """Open the weight files of a model folder, check that they are the model's, and read its tensors from them.
+
+    Raises:
+        ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
+        UnsupportedModelError: the weights are quantised, or have a dtype that is not trained.
+    """
+    with Checkpoint(folder.weight_files()) as files:
+        config = folder.config()
+        names = HubNames(config, DTYPES[precision])
+        plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
+        _check_values(files, names, plan, config.model_type)
+        yield names, lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop)
 
 
 def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tuple[bytes, str]:

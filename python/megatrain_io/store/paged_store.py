@@ -13,7 +13,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class AdamWStep:
     ``step`` is AdamW's t, counted from 1.
     """
 
+    optimizer: ClassVar[Literal["adamw"]] = "adamw"
+    """Its name, by which the core knows what hyperparameters these are."""
     step: int
     learning_rate: float
     beta1: float = 0.9
@@ -226,16 +228,15 @@ class PagedStore:
         operations = [(operation.kind, operation.chunk.index) for operation in schedule]
         return _lib.CheckedSchedule(self._store, operations, unit)
 
-    def begin(self, schedule: CheckedSchedule, adamw: AdamWStep, *, commits: bool = False) -> None:
+    def begin(self, schedule: CheckedSchedule, hyperparameters: AdamWStep, *, commits: bool = False) -> None:
         """Begin a step: its reads start at once.
 
         Args:
             schedule: of the step.
-            adamw: hyperparameters of its updates.
+            hyperparameters: of its updates, and with them the optimizer.
             commits: whether ``end`` will get a blob: then what stays in RAM is written as it is updated.
         """
-        settings = (adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.eps, adamw.step)
-        self._running().begin(schedule, settings, commits)
+        self._running().begin(schedule, hyperparameters, commits)
 
     def weights(self, record: int) -> BorrowedRecord:
         """The weights of the schedule's next load, which must be of ``record``; waits for them."""

@@ -1,5 +1,7 @@
-"""What may change the bits of a step besides settings and data: versions, the processor, the device."""
+"""What decides the bits of a step besides model and data: settings; and versions, the processor, the device."""
 
+import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -7,11 +9,12 @@ from typing import Any
 
 import torch
 
+from megatrain_io.config.schema import TrainConfig
 from megatrain_io.machine.extension import adamw_kernels
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device
 
-__all__ = ["differences", "fingerprint_of"]
+__all__ = ["differences", "fingerprint_of", "settings_digest"]
 
 
 def fingerprint_of(device: Device, partition: PartitionedModel) -> dict[str, Any]:
@@ -40,3 +43,18 @@ def differences(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> lis
         for name, value in now.items()
         if was.get(name) != value
     ]
+
+
+def settings_digest(config: TrainConfig, max_steps: int) -> str:
+    """SHA-256 of all settings that decide the bits of a step, besides model and data.
+
+    Args:
+        config: with numbers in place of ``auto``.
+        max_steps: last step of the run.
+    """
+    reporting = {"device", "eval_steps", "logging_steps", "num_train_epochs"}
+    settings = config.model_dump(exclude=reporting)
+    settings["max_steps"] = max_steps
+    if settings["max_grad_norm"] is None:
+        del settings["max_grad_norm"]  # as in runs of versions that did not know it
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

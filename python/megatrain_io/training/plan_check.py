@@ -7,6 +7,7 @@ from typing import Any
 
 from megatrain_io.planning.plan import Plan
 from megatrain_io.runs.metrics import StepReport
+from megatrain_io.training.callbacks import Callback, Run
 
 __all__ = ["PlanCheck"]
 
@@ -17,7 +18,7 @@ _STEPS_MAX = 1024
 
 
 @dataclass
-class PlanCheck:
+class PlanCheck(Callback):
     """Collects the last steps of one start, to compare them with the plan.
 
     Attributes:
@@ -28,6 +29,10 @@ class PlanCheck:
     plan: Plan
     commit_every: int
     _steps: deque[StepReport] = field(default_factory=lambda: deque(maxlen=_STEPS_MAX))
+
+    def on_step(self, run: Run, report: StepReport) -> None:
+        """Add a step; when there are many, the oldest is forgotten."""
+        self.add(report)
 
     def add(self, report: StepReport) -> None:
         """Add a step; when there are many, the oldest is forgotten."""

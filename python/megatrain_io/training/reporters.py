@@ -5,9 +5,8 @@ Everything goes to the console that is handed in, which is standard error: stand
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
 
 from rich.console import Console, Group
 from rich.filesize import decimal
@@ -23,20 +22,16 @@ from rich.progress import (
 from rich.text import Text
 
 from megatrain_io.runs.metrics import StepReport
-from megatrain_io.text import gib
+from megatrain_io.text import SECONDS_BETWEEN_LINES, gib, tell
+from megatrain_io.training.callbacks import Callback, Run
 
 __all__ = [
-    "SECONDS_BETWEEN_LINES",
     "LineReporter",
     "LiveReporter",
-    "QuietReporter",
-    "Reporter",
     "facts",
-    "reporter_for",
-    "tell",
+    "reporter",
 ]
 
-SECONDS_BETWEEN_LINES = 5.0
 _STEPS_FOR_PACE = 20
 _A_DAY = 86400.0
 _SMALLEST_SHARE = 0.005
@@ -45,39 +40,7 @@ _MACHINE_FACTS = 5
 """Number of facts, the last ones, that are about the machine; the others are about the training."""
 
 
-class Reporter(Protocol):
-    """What training tells of its progress. Calls return at once."""
-
-    def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
-        """The run begins, or goes on after ``step``; each note is a sentence for the person."""
-
-    def step(self, report: StepReport) -> None:
-        """A step was done; ``eval_loss`` is set where the held-out loss was measured after it."""
-
-    def note(self, text: str) -> None:
-        """A sentence for the person, in the middle of the run."""
-
-    def finished(self) -> None:
-        """Nothing more will come, whether the run succeeded or not. May be called twice."""
-
-
-class QuietReporter:
-    """A reporter that shows nothing."""
-
-    def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
-        """Show nothing of the start of the run."""
-
-    def step(self, report: StepReport) -> None:
-        """Show nothing of the step."""
-
-    def note(self, text: str) -> None:
-        """Drop the sentence."""
-
-    def finished(self) -> None:
-        """Nothing was shown, so there is nothing to end."""
-
-
-class LineReporter:
+class LineReporter(Callback):
     """Prints a line every few seconds; always for the first and the last step, and where there was an evaluation."""
 
     def __init__(
@@ -95,11 +58,11 @@ class LineReporter:
         self._last: float | None = None
         self._pace = _Pace()
 
-    def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
+    def on_start(self, run: Run) -> None:
         """Print the notes, and at which step the run begins."""
-        _tell_start(self._console, step, max_steps, notes)
+        _tell_start(self._console, run)
 
-    def step(self, report: StepReport) -> None:
+    def on_step(self, run: Run, report: StepReport) -> None:
         """Print a line about the step, if one is due."""
         remaining = self._pace.remaining(report)
         now = self._clock()
@@ -114,15 +77,12 @@ class LineReporter:
             ]
             tell(self._console, "  ".join(parts))
 
-    def note(self, text: str) -> None:
-        """Print the sentence as a line of its own."""
-        tell(self._console, text)
-
-    def finished(self) -> None:
-        """Print nothing: the last step had its line."""
+    def on_skip(self, run: Run, step: int, reason: str) -> None:
+        """Print why a step is left out, as a line of its own."""
+        tell(self._console, _skipped(step, reason))
 
 
-class LiveReporter:
+class LiveReporter(Callback):
     """Shows a progress bar, time and the figures of the newest step, in place."""
 
     def __init__(self, console: Console, *, logging_steps: int = 1) -> None:
@@ -140,13 +100,13 @@ class LiveReporter:
         self._facts = Text("waiting for the first step")
         self._live = Live(Group(self._progress, self._facts), console=console, refresh_per_second=2)
 
-    def started(self, *, step: int, max_steps: int, notes: Sequence[str] = ()) -> None:
+    def on_start(self, run: Run) -> None:
         """Print the notes, and begin to show the progress bar."""
-        _tell_start(self._live.console, step, max_steps, notes)
-        self._progress.add_task("step", total=max_steps, completed=step)
+        _tell_start(self._live.console, run)
+        self._progress.add_task("step", total=run.max_steps, completed=run.step)
         self._live.start()
 
-    def step(self, report: StepReport) -> None:
+    def on_step(self, run: Run, report: StepReport) -> None:
         """Show a step; an evaluation stays on the screen as a line of its own."""
         for task in self._progress.task_ids:
             self._progress.update(task, completed=report.step, total=report.max_steps)
@@ -158,19 +118,23 @@ class LiveReporter:
         if report.eval_loss is not None:
             tell(self._live.console, f"step {report.step}: held-out loss {report.eval_loss:.4f}")
 
-    def note(self, text: str) -> None:
-        """Print the sentence as a line that stays on the screen."""
-        tell(self._live.console, text)
+    def on_skip(self, run: Run, step: int, reason: str) -> None:
+        """Print why a step is left out, as a line that stays on the screen."""
+        tell(self._live.console, _skipped(step, reason))
 
-    def finished(self) -> None:
+    def on_end(self, run: Run) -> None:
         """Stop the display; its last state stays on the screen."""
         self._live.stop()
 
 
-def reporter_for(console: Console, *, quiet: bool = False, logging_steps: int = 1) -> Reporter:
-    """The reporter for a console: live on a terminal, lines elsewhere, nothing where ``quiet``."""
-    if quiet:
-        return QuietReporter()
+def reporter(console: Console | None = None, *, logging_steps: int = 1) -> Callback:
+    """A callback that shows the progress of a run: live on a terminal, a line every few seconds elsewhere.
+
+    Args:
+        console: where it is shown; None = standard error.
+        logging_steps: figures are shown every so many steps.
+    """
+    console = console or Console(stderr=True)
     kind = LiveReporter if console.is_terminal else LineReporter
     return kind(console, logging_steps=logging_steps)
 
@@ -226,12 +190,12 @@ def _clock_time(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _tell_start(console: Console, step: int, max_steps: int, notes: Sequence[str]) -> None:
-    for note in notes:
+def _tell_start(console: Console, run: Run) -> None:
+    for note in run.notes:
         tell(console, f"note: {note}")
-    tell(console, f"resuming after step {step} of {max_steps}" if step else f"training for {max_steps} steps")
+    steps = run.max_steps
+    tell(console, f"resuming after step {run.step} of {steps}" if run.step else f"training for {steps} steps")
 
 
-def tell(console: Console, text: str) -> None:
-    """Print text as it is: no markup, no colours for numbers, no line breaks added."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _skipped(step: int, reason: str) -> str:
+    return f"step {step} is skipped: {reason}; nothing is updated by it"

@@ -1,205 +1,308 @@
-"""What a run starts from: the partitioned model, its data, and its plan. All that can be refused is refused here."""
+"""From a configuration to a run that is ready to train. All that can be refused is refused here, before the first step.
 
-from contextlib import suppress
+A model that was not imported yet is imported on the way: its files are checked first, then the data, then whether the
+run fits, and only then anything is written.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Literal
 
 import psutil
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megatrain_io.config.parse import load
 from megatrain_io.config.schema import RunConfig
-from megatrain_io.data.prepare import DataOptions, TrainingData, prepare
-from megatrain_io.errors import ConfigError, MegatrainIoError
-from megatrain_io.files import replace_file
-from megatrain_io.machine.hardware import Gpu, Hardware, this_machine
+from megatrain_io.errors import ConfigError, InterruptedRunError, MegatrainIoError
+from megatrain_io.files import replace_file, storage_errors
 from megatrain_io.machine.memory import usable_ram
-from megatrain_io.machine.profile import Profile, default_path
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device
+from megatrain_io.paging.paged_model import PagedModel
 from megatrain_io.planning.job import TrainingJob
+from megatrain_io.planning.memory_needs import activation_budget_of
 from megatrain_io.planning.plan import Plan
-from megatrain_io.planning.planner import accumulation_that_hides_io, make_plan
-from megatrain_io.planning.resolve import calibrate, layout_of, precision_of, ram_of
-from megatrain_io.planning.step_time import forget_schedules
-from megatrain_io.planning.timeline import StageKey
-from megatrain_io.runs.folder import RunFolder
+from megatrain_io.planning.planner import make_plan
+from megatrain_io.planning.resolve import gpu_of, hardware_here, ram_of, resolve, resolve_precision
+from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
+from megatrain_io.runs.import_model import ModelImport
+from megatrain_io.runs.open_store import open_store
+from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.dtypes import DTYPES
-from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.paged_store import store_memory
+from megatrain_io.store.layout import ModelLayout, TensorPlace
+from megatrain_io.store.paged_store import PagedStore, TensorSettings
+from megatrain_io.training.fingerprint import differences, fingerprint_of, settings_digest
+from megatrain_io.training.step_data import OwnData, StepData, step_data
 
-__all__ = ["Start"]
+__all__ = ["Setup", "planned", "ready"]
+
+_SAFE = "the last committed step is safe: go on with --resume"
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run starts from: the partitioned model and its data.
+class Setup:
+    """A run that is ready to train: its store is open, its memory taken.
 
     Attributes:
-        config: of the run, with a number in place of ``auto``.
-        partition: the model without its parameters.
-        tokenizer: the model's.
-        data: rows of tokens, and the order in which they are trained.
+        config: of the run, with what was settled in place of ``auto``.
+        folder: of the run.
+        job: what was settled.
+        plan: of the run on this machine.
+        data: what it trains on.
         max_steps: last step of the run.
-        accumulation: micro-batches of a step.
-        device: what computes.
+        digest: of all settings that decide the bits.
+        model: ready for steps; its store is ``model.state``.
+        progress: how far the run was when its store was opened.
+        notes: sentences to tell at the start.
     """
 
     config: RunConfig
-    partition: PartitionedModel
-    tokenizer: PreTrainedTokenizerBase
-    data: TrainingData
+    folder: RunFolder
+    job: TrainingJob
+    plan: Plan
+    data: StepData
     max_steps: int
-    accumulation: int
-    device: Device
+    digest: str
+    model: PagedModel
+    progress: TrainerState
+    notes: list[str]
 
-    @classmethod
-    def prepare(
-        cls,
-        config: RunConfig,
-        run: RunFolder,
-        model: Path,
-        device: Device,
-        partition: PartitionedModel | None = None,
-    ) -> "Start":
-        """Read configuration and tokenizer of ``model``, and tokenise the data into ``run``.
 
-        Args:
-            config: of the run.
-            run: its folder.
-            model: folder of the model.
-            device: what computes.
-            partition: the same model without its parameters, if it was partitioned before.
+def planned(config: RunConfig, folder: RunFolder, device: Device, own: OwnData | None) -> Plan:
+    """The plan of a run, without importing its model: its files are checked, and its data are tokenised.
 
-        Raises:
-            MegatrainIoError: model, data or configuration cannot be used.
-        """
-        if partition is None:
-            model_config: PreTrainedConfig = ModelFolder(model).config()
-            partition = PartitionedModel(model_config, DTYPES[precision_of(config)], probe(model_config))
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        data = prepare(_data_options(config), tokenizer, run.data, packs=partition.spec.packs)
-        largest, vocabulary = data.train.largest_token, partition.config.get_text_config().vocab_size
-        if largest >= vocabulary:
-            raise ConfigError(
-                f"the tokenizer makes token {largest}, and the model's vocabulary has {vocabulary}: tokenizer and "
-                "model do not belong together"
+    Raises:
+        MegatrainIoError: model, data or configuration cannot be used.
+    """
+    run = _Run(config, folder, device, own)
+    with ExitStack() as open_:
+        if folder.is_imported:
+            run.refuse_other_model()
+            state = open_.enter_context(open_store(folder, engine=config.memory.io_backend))
+            job, _ = run.job(run.partition(), state.layout)
+            plan = run.plan(job.of_store(state.ledger.total()[0]))
+        else:
+            checked = open_.enter_context(run.checked_import())
+            plan = run.plan(run.job(checked.partition, checked.layout)[0])
+    return replace(plan, notes=(*run.notes, *plan.notes))
+
+
+@contextmanager
+def ready(
+    config: RunConfig, folder: RunFolder, device: Device, own: OwnData | None, *, resume: bool | None
+) -> Iterator[Setup]:
+    """Make a run ready to train, importing its model first if that was not done.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        device: what computes.
+        own: data of the caller's own, if there are any.
+        resume: go on with a run that has begun; False refuses one, None does not train, and asks for nothing.
+
+    Raises:
+        MegatrainIoError: model, data or configuration cannot be used, or the run does not fit.
+        InterruptedRunError: Ctrl-C during the import.
+    """
+    run = _Run(config, folder, device, own)
+    with ExitStack() as open_:
+        made, first = None, []
+        if not folder.is_imported:
+            if resume:
+                raise ConfigError(f"{folder.path} has no run to resume: leave --resume out to start one")
+            made = run.import_model()
+            first.append(f"imported {config.model} into {folder.store_paths()[0]}")
+        run.refuse_other_model()
+        open_.enter_context(storage_errors(folder.path, _SAFE))
+        state = open_.enter_context(open_store(folder, engine=config.memory.io_backend))
+        progress = TrainerState.parse(state.blob)
+        run.refuse_other_state(state, progress, resume=resume)
+        job, data = made or run.job(run.partition(), state.layout)
+        max_steps = job.steps
+        if max_steps is None:
+            raise MegatrainIoError("the number of steps is not known, and was not asked for")
+        config = config.settled(precision=job.precision, accumulation=job.accumulation)
+        digest = settings_digest(config.train, max_steps)
+        if resume is not None and progress.step > 0:
+            _check_resume(folder, progress, data, digest, max_steps)
+        data.keep_chat_template(folder.model)
+        job = job.of_store(state.ledger.total()[0])
+        plan = run.plan(job).require_fits()
+        model, is_pinned = open_.enter_context(run.started(state, job, plan))
+        if not is_pinned:
+            first.append(
+                f"copies to and from {device.name} go through a small staging buffer, because its driver "
+                "refused to pin the pool's memory"
             )
-        accumulation = config.train.gradient_accumulation_steps
-        if accumulation == "auto":
-            accumulation = _chosen_before(run) or _choose(config, run, partition, data, device)
-        train = config.train.model_copy(update={"gradient_accumulation_steps": accumulation})
-        config = config.model_copy(update={"train": train})
-        rows_per_step = train.per_device_train_batch_size * accumulation
-        steps = train.max_steps or data.order.steps(train.num_train_epochs, rows_per_step)
-        return cls(config, partition, tokenizer, data, steps, accumulation, device)
+        now = fingerprint_of(device, job.partition)
+        notes = [*first, *run.notes, *state.notes, *job.partition.loss_notes]
+        notes += [*differences(progress.environment, now), *plan.summary(), data.summary]
+        if resume is not None:
+            replace_file(folder.config, config.to_yaml())
+        yield Setup(config, folder, job, plan, data, max_steps, digest, model, progress, notes)
 
-    def plan(self, run: RunFolder, layout: ModelLayout, tables: int, *, is_made: bool) -> Plan:
-        """Plan the run on this machine.
 
-        Args:
-            run: its folder.
-            layout: of the store.
-            tables: bytes of RAM that the store takes when it is open.
-            is_made: whether the store is there already; if not, no times are measured.
-        """
-        job = replace(
-            _job(self.config, self.partition, layout, tables, self.data, self.device),
-            steps=self.max_steps,
-            is_made=is_made,
+class _Run:
+    """What was asked for, on the way to a run that is ready."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, device: Device, own: OwnData | None) -> None:
+        self._config, self._folder, self._device, self._own = config, folder, device, own
+        self._gpu = gpu_of(device)
+        asked = config.train.precision
+        self._precision, self.notes = resolve_precision(asked, config.model, folder, self._gpu)
+
+    def partition(self) -> PartitionedModel:
+        """The imported model without its parameters."""
+        model_config = ModelFolder(self._folder.model).config()
+        return PartitionedModel(model_config, DTYPES[self._precision], probe(model_config))
+
+    def checked_import(self) -> ModelImport:
+        """The import of the model, whose files are sound."""
+        return ModelImport(
+            Path(self._config.model),
+            self._folder,
+            precision=self._precision,
+            stores=self._folder.stores_in(self._config.memory.store_dir),
+            durability=self._config.memory.durability,
         )
-        hardware = _hardware(self.config, run, job.ram, self.device)
-        compute = _seconds_of(job, hardware, self.data) if is_made else None
-        libraries = psutil.Process().memory_info().rss
-        count = self.accumulation
-        plan = make_plan(
-            job.with_accumulation(count),
-            hardware,
-            compute=compute and {stage: count * seconds for stage, seconds in compute.items()},
-            usable=None if self.config.memory.ram is None else usable_ram(),
-            libraries=libraries,
+
+    def import_model(self) -> tuple[TrainingJob, StepData]:
+        """Import the model, once data and plan say that it can be trained; returns the job and its data."""
+        try:
+            with self.checked_import() as checked:
+                # Before the import, which may take long: data that cannot be read, RAM that is not enough.
+                job, data = self.job(checked.partition, checked.layout)
+                self.plan(job).require_fits()
+                checked.write(engine=self._config.memory.io_backend)
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                "interrupted while the model was imported: nothing was left behind. Start again, without --resume"
+            ) from None
+        return job, data
+
+    def job(self, partition: PartitionedModel, layout: ModelLayout) -> tuple[TrainingJob, StepData]:
+        """The job, and its data, which are tokenised if that was not done."""
+        config, folder = self._config, self._folder
+        accumulation = self._accumulation()
+        data = step_data(
+            config.data,
+            config.train,
+            model=folder.model if folder.is_imported else config.model,
+            cache=folder.data,
+            partition=partition,
+            own=self._own,
+        )
+        stores = folder.store_paths() if folder.is_imported else folder.stores_in(config.memory.store_dir)
+        ram = ram_of(config.memory.ram)
+        job = resolve(
+            config,
+            hardware=hardware_here(stores, ram, self._precision, self._gpu, for_plan=False),
+            precision=self._precision,
+            partition=partition,
+            layout=layout,
+            data=data,
+            accumulation=accumulation,
+        )
+        return job, data
+
+    def plan(self, job: TrainingJob) -> Plan:
+        """The plan of the job on this machine."""
+        return make_plan(
+            job,
+            usable=None if self._config.memory.ram is None else usable_ram(),
+            libraries=psutil.Process().memory_info().rss,
             variants=False,
         )
-        forget_schedules()
-        return plan
 
-    def keep_chat_template(self, model: Path) -> None:
-        """Write the tokenizer to ``model``, with the chat template of the data, if one was chosen."""
-        if self.data.chat_template is None:
-            return
-        self.tokenizer.chat_template = self.data.chat_template
-        with TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
-            for file in sorted(Path(folder).iterdir()):
-                replace_file(model / file.name, file.read_bytes())
+    @contextmanager
+    def started(self, state: PagedStore, job: TrainingJob, plan: Plan) -> Iterator[tuple[PagedModel, bool]]:
+        """The model with its pool and its pipeline, as planned; and whether the pool's memory is pinned."""
+        memory, files = plan.memory, self._folder.store_paths()
+        if memory is None:
+            raise MegatrainIoError("the plan fits, and does not say how RAM is divided")
+        model = PagedModel(
+            job.partition,
+            state,
+            seed=self._config.train.seed,
+            activations=activation_budget_of(memory, [*map(activations_file, files)]),
+            max_grad_norm=job.max_grad_norm,
+            device=self._device,
+            vram=plan.vram,
+        )
+        with ExitStack() as open_:
+            failing = open_.enter_context(ExitStack())
+            failing.callback(model.close)
+            state.start(
+                memory.pool,
+                residents=memory.residents,
+                gradient_files=[*map(gradient_file, files)] if memory.spills_gradients else (),
+                settings=lambda place: _settings(place, self._config.train.weight_decay),
+                threads=self._config.memory.threads,
+                unit=model.unit,
+            )
+            is_pinned = open_.enter_context(self._device.pin(state.pool_memory()))
+            # What is on its way to the device ends before its memory is given back.
+            open_.push(failing.pop_all())
+            yield model, is_pinned
+
+    def refuse_other_model(self) -> None:
+        """Refuse a run that was imported from another model, or with another precision."""
+        recorded, path = self._folder.read(), self._folder.path
+        if recorded.source != str(self._config.model.resolve()):
+            raise ConfigError(
+                f"model is {self._config.model}, and {path} was imported from {recorded.source}: set it to that, or "
+                "choose a new output_dir"
+            )
+        if recorded.precision != self._precision:
+            raise ConfigError(
+                f"train.precision is {self._precision}, and {path} was imported with {recorded.precision}: "
+                "set it to that, or choose a new output_dir"
+            )
+
+    def refuse_other_state(self, state: PagedStore, progress: TrainerState, *, resume: bool | None) -> None:
+        """Refuse a store that was made otherwise, and a run that has begun where none is to be resumed."""
+        stored, asked = state.layout.durability, self._config.memory.durability
+        if stored != asked:
+            raise ConfigError(
+                f"memory.durability is {asked}, and the store of {self._folder.path} was made with {stored}: set it "
+                "to that, or choose a new output_dir"
+            )
+        if resume is False and progress.step > 0:
+            raise ConfigError(
+                f"{self._folder.path} has a run at step {progress.step}: go on with --resume, or choose a new "
+                "output_dir"
+            )
+
+    def _accumulation(self) -> int | Literal["auto"]:
+        """What was asked for; where ``auto`` came to a number when the run began, that: it decides the bits."""
+        asked, written = self._config.train.gradient_accumulation_steps, self._folder.config
+        if asked != "auto" or not self._folder.is_imported or not written.exists():
+            return asked
+        return load(written)[0].train.gradient_accumulation_steps
 
 
-def _job(
-    config: RunConfig,
-    partition: PartitionedModel,
-    layout: ModelLayout,
-    tables: int,
-    data: TrainingData,
-    device: Device,
-) -> TrainingJob:
-    """The run as a job whose step has one micro-batch, the largest of the data."""
-    batch = data.train.largest_micro_batch(config.train.per_device_train_batch_size)
-    vram = device.vram if device.has_own_memory else None
-    return TrainingJob(config, partition, layout, [batch], tables, ram_of(config), vram=vram)
+def _settings(place: TensorPlace, weight_decay: float) -> TensorSettings:
+    """Matrices and embeddings decay, norms and biases do not: the usual recipe."""
+    return TensorSettings(weight_decay if len(place.shape) > 1 else 0.0)
 
 
-def _hardware(config: RunConfig, run: RunFolder, ram: int, device: Device) -> Hardware:
-    stores = run.store_paths() if run.is_imported else run.stores_in(config.memory.store_dir)
-    profile = None
-    with suppress(MegatrainIoError):  # no profile, or none that can be read, is no reason not to train
-        profile = Profile.read(default_path())
-    gpu = None
-    if device.has_own_memory:
-        gpu = Gpu(name=device.name, vram=device.vram, has_bf16=device.has_bf16)
-    return this_machine([store.parent for store in stores], ram, precision_of(config), profile, gpu=gpu)
-
-
-def _seconds_of(job: TrainingJob, hardware: Hardware, data: TrainingData) -> dict[StageKey, float] | None:
-    """Seconds of the stages of one micro-batch of rows of mean length; ``job`` has the longest."""
-    compute = calibrate(job, hardware)
-    if compute is None:
-        return None
-    share = data.train.tokens / (len(data.train) * max(1, data.train.longest_row))
-    return {stage: share * seconds for stage, seconds in compute.items()}
-
-
-def _chosen_before(run: RunFolder) -> int | None:
-    """What ``auto`` came to when the run began, if it has: it decides the bits, so it stays."""
-    if not run.is_imported or not run.config.exists():
-        return None
-    count = load(run.config)[0].train.gradient_accumulation_steps
-    return None if count == "auto" else count
-
-
-def _choose(
-    config: RunConfig, run: RunFolder, partition: PartitionedModel, data: TrainingData, device: Device
-) -> int:
-    """As many micro-batches as hide the drive behind computing, and no more than there are rows."""
-    layout = layout_of(config, partition)
-    job = _job(config, partition, layout, store_memory(layout.manifest({})), data, device)
-    hardware = _hardware(config, run, job.ram, device)
-    count = accumulation_that_hides_io(job, hardware, _seconds_of(job, hardware, data))
-    return min(count, max(1, len(data.train) // config.train.per_device_train_batch_size))
-
-
-def _data_options(config: RunConfig) -> DataOptions:
-    data = config.data
-    return DataOptions(
-        train=tuple(Path(path) for path in data.train),
-        eval=Path(data.eval) if isinstance(data.eval, str) else data.eval,
-        format=None if data.format == "auto" else data.format,
-        fields=data.fields or {},
-        max_length=data.max_length,
-        packing=data.packing,
-        assistant_only_loss=data.assistant_only_loss,
-        chat_template=data.chat_template,
-        seed=config.train.seed,
-    )
+def _check_resume(
+    folder: RunFolder, progress: TrainerState, data: StepData, digest: str, max_steps: int
+) -> None:
+    """Refuse to go on with other data or settings, or where nothing is left to train."""
+    if progress.data != data.sha256:
+        raise ConfigError(
+            f"the run stands at step {progress.step} with other data, or other options of data (fingerprint "
+            f"{progress.data[:8]}, now {data.sha256[:8]}): resume with the same, or choose a new "
+            "output_dir"
+        )
+    if progress.settings != digest:
+        raise ConfigError(
+            f"the run stands at step {progress.step} with other settings of train: compare with "
+            f"{folder.config}, resume with the same, or choose a new output_dir"
+        )
+    if progress.step >= max_steps:
+        raise ConfigError(f"the run has done all its {max_steps} steps: there is nothing left to train")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from megatrain_io.errors import WearLimitError
+from megatrain_io.runs.metrics import StepReport
+from megatrain_io.training.callbacks import Callback, Run
 
 __all__ = ["WearLimit"]
 
@@ -12,7 +14,7 @@ _NEAR_STEPS = 4
 
 
 @dataclass(frozen=True)
-class WearLimit:
+class WearLimit(Callback):
     """The limit on what a run may write to its drives (``memory.max_tbw``).
 
     Attributes:
@@ -22,6 +24,25 @@ class WearLimit:
 
     committing_bytes: int
     max_tbw: float | None
+
+    def on_start(self, run: Run) -> None:
+        """Refuse the first step, if it could write more than the run may."""
+        self._look(run)
+
+    def on_step(self, run: Run, report: StepReport) -> None:
+        """Pause before the next step, if it could write more than the run may."""
+        self._look(run)
+
+    def on_skip(self, run: Run, step: int, reason: str) -> None:
+        """Pause before the step that comes next, likewise."""
+        self._look(run)
+
+    def _look(self, run: Run) -> None:
+        if run.step >= run.max_steps or not self.is_near(run.written_bytes):
+            return
+        run.commit_next()
+        run.wait_durable()
+        self.check(run.written_bytes, run.step)
 
     def at_most(self, measured: int, *, is_durable: bool) -> int:
         """Bytes that the run has written at most: what was measured, and what a step may still have on its way."""

@@ -7,9 +7,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use megatrain_io::Error;
 use megatrain_io::memory::{Region, Slot};
 use megatrain_io::tensors::Allocation;
+use megatrain_io::{Dtype, Error};
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -20,29 +20,15 @@ use crate::store::Ledger;
 const CAPSULE_NAME: &CStr = c"dltensor";
 const CPU: i32 = 1;
 
-/// Element types of exported tensors: `(code, bits)` of DLPack.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Element {
-    Bf16,
-    F32,
-    U8,
-    U16,
-    U32,
-}
-
-impl Element {
-    fn code_and_bits(self) -> (u8, u8) {
-        match self {
-            Self::Bf16 => (4, 16),
-            Self::F32 => (2, 32),
-            Self::U8 => (1, 8),
-            Self::U16 => (1, 16),
-            Self::U32 => (1, 32),
-        }
-    }
-
-    fn bytes(self) -> usize {
-        usize::from(self.code_and_bits().1 / 8)
+/// DLPack's code and bits of an element.
+fn code_and_bits(dtype: Dtype) -> (u8, u8) {
+    match dtype {
+        Dtype::Bf16 => (4, 16),
+        Dtype::F32 => (2, 32),
+        Dtype::I16 => (0, 16),
+        Dtype::U8 => (1, 8),
+        Dtype::U16 => (1, 16),
+        Dtype::U32 => (1, 32),
     }
 }
 
@@ -100,32 +86,32 @@ struct Export {
 #[derive(Debug)]
 pub(crate) struct Buffer {
     cell: Arc<Cell>,
-    element: Element,
+    dtype: Dtype,
     elements: usize,
     what: String,
 }
 
 impl Buffer {
-    pub(crate) fn new(slot: Slot, element: Element, elements: usize, what: String) -> Self {
-        debug_assert!(elements * element.bytes() <= slot.len());
-        Self::over(Memory::Slot(Mutex::new(Some(slot))), element, elements, what)
+    pub(crate) fn new(slot: Slot, dtype: Dtype, elements: usize, what: String) -> Self {
+        debug_assert!(elements * dtype.bytes() <= slot.len());
+        Self::over(Memory::Slot(Mutex::new(Some(slot))), dtype, elements, what)
     }
 
     /// The first `nbytes` of memory for tensors.
     pub(crate) fn of_allocation(allocation: Arc<Allocation>, nbytes: usize) -> Self {
         debug_assert!(nbytes <= allocation.asked());
-        Self::over(Memory::Allocation(allocation), Element::U8, nbytes, "memory of a store".into())
+        Self::over(Memory::Allocation(allocation), Dtype::U8, nbytes, "memory of a store".into())
     }
 
     /// All of a pool's memory. What is exported keeps it mapped.
     pub(crate) fn of_region(region: Arc<Region>) -> Self {
         let nbytes = region.bytes();
-        Self::over(Memory::Region(region), Element::U8, nbytes, "memory of the pool".into())
+        Self::over(Memory::Region(region), Dtype::U8, nbytes, "memory of the pool".into())
     }
 
-    fn over(memory: Memory, element: Element, elements: usize, what: String) -> Self {
+    fn over(memory: Memory, dtype: Dtype, elements: usize, what: String) -> Self {
         let cell = Arc::new(Cell { memory, exports: AtomicUsize::new(0) });
-        Self { cell, element, elements, what }
+        Self { cell, dtype, elements, what }
     }
 
     /// The slot, if no tensor is alive over it.
@@ -203,7 +189,7 @@ impl Buffer {
                 self.what
             )));
         };
-        let (code, bits) = self.element.code_and_bits();
+        let (code, bits) = code_and_bits(self.dtype);
         let elements =
             i64::try_from(self.elements).map_err(|e| PyBufferError::new_err(e.to_string()))?;
         let mut export = Box::new(Export {
@@ -250,7 +236,7 @@ impl Buffer {
 #[pyfunction]
 pub(crate) fn allocate(nbytes: usize, ledger: &Ledger, account: &str) -> PyResult<Buffer> {
     let slot = Slot::standalone(nbytes, &ledger.inner, account).map_err(raise)?;
-    Ok(Buffer::new(slot, Element::U8, nbytes, account.to_owned()))
+    Ok(Buffer::new(slot, Dtype::U8, nbytes, account.to_owned()))
 }
 
 /// DLPack's deleter: the last tensor over this export is gone. May run without the interpreter.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use megatrain_io::Error;
 use megatrain_io::io::{Engine, start};
 use megatrain_io::measure::{self, Figure, Form, Limit, Traffic, Transfers};
-use megatrain_io::optimizer::{AdamW, Kernel, Span, update_f32};
+use megatrain_io::optimizer::{AdamW, Kernel};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -180,29 +180,19 @@ pub(crate) fn adamw_step<'py>(
     adamw: (f64, f64, f64, f64, u64),
     weight_decay: f64,
 ) -> PyResult<[Bound<'py, PyBytes>; 3]> {
-    let [weight, gradient, mut exp_avg, mut exp_avg_sq] =
+    let [mut weight, gradient, mut exp_avg, mut exp_avg_sq] =
         [weight, gradient, &moments.0, &moments.1].map(floats);
     let len = weight.len();
     if [&gradient, &exp_avg, &exp_avg_sq].iter().any(|plane| plane.len() != len) {
         return Err(PyValueError::new_err("the planes differ in length"));
     }
     let (learning_rate, beta1, beta2, eps, step) = adamw;
-    let scalars = AdamW { learning_rate, beta1, beta2, eps, step, gradient_scale: 1.0 }
-        .scalars(1.0, weight_decay);
-    let mut out = vec![0.0; len];
+    let adamw = AdamW { learning_rate, beta1, beta2, eps, step };
     py.detach(|| {
-        let (kernel, spans) = (Kernel::detect(), [Span { start: 0, len, scalars }]);
-        update_f32(
-            kernel,
-            &spans,
-            Some(&weight),
-            &mut out,
-            &gradient,
-            &mut exp_avg,
-            &mut exp_avg_sq,
-        );
+        let planes = [&mut weight, &mut exp_avg, &mut exp_avg_sq].map(Vec::as_mut_slice);
+        adamw.update_tensor(Kernel::detect(), 1.0, weight_decay, &gradient, planes);
     });
-    Ok([out, exp_avg, exp_avg_sq].map(|plane| {
+    Ok([weight, exp_avg, exp_avg_sq].map(|plane| {
         let bytes: Vec<u8> = plane.iter().flat_map(|value| value.to_le_bytes()).collect();
         PyBytes::new(py, &bytes)
     }))

@@ -6,15 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use megatrain_io::memory::{self, BufferKind, PoolSizes, Slot};
-use megatrain_io::optimizer::{AdamW, Kernel};
+use megatrain_io::optimizer::{AdamW, Hyperparameters, Kernel};
 use megatrain_io::pipeline::{
     self, After, Cause, ChunkOp, GradientFiles, Kind, Options, Residents, TensorSettings,
 };
-use megatrain_io::{Error, StateFormat, Unit};
+use megatrain_io::{Dtype, Error, StateFormat, Unit};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::dlpack::{Buffer, Element};
+use crate::dlpack::Buffer;
 use crate::error::raise;
 use crate::store::Store;
 
@@ -128,17 +128,16 @@ impl Pipeline {
         Ok(self.get()?.huge_pages().map(|found| (found.huge, found.bytes)))
     }
 
-    /// Begins a step: its reads start at once. `adamw` is `(learning_rate, beta1, beta2, eps, step)`,
-    /// the step counted from 1; `commits` says whether `end` will get a blob.
+    /// Begins a step: its reads start at once. `hyperparameters` has the `optimizer`'s name and what that
+    /// one needs; `commits` says whether `end` will get a blob.
     fn begin(
         &self,
         schedule: &CheckedSchedule,
-        adamw: (f64, f64, f64, f64, u64),
+        hyperparameters: &Bound<'_, PyAny>,
         commits: bool,
     ) -> PyResult<()> {
-        let (learning_rate, beta1, beta2, eps, step) = adamw;
-        let adamw = AdamW { learning_rate, beta1, beta2, eps, step, gradient_scale: 1.0 };
-        self.get()?.begin(Arc::clone(&schedule.inner), adamw, commits).map_err(raise)
+        let hyperparameters = hyperparameters_of(hyperparameters)?;
+        self.get()?.begin(Arc::clone(&schedule.inner), hyperparameters, commits).map_err(raise)
     }
 
     /// The weights of the schedule's next load, which must be of `unit`. Waits for them, `patience`
@@ -168,7 +167,7 @@ impl Pipeline {
         let Some(slot) = slot else { return Ok(None) };
         let elements = elements_of(&pipeline, unit)?;
         let what = format!("gradient of {}", pipeline.describe(unit).map_err(raise)?);
-        Ok(Some(Buffer::new(slot, Element::F32, elements, what)))
+        Ok(Some(Buffer::new(slot, Dtype::F32, elements, what)))
     }
 
     /// By chunk, a free buffer for the weights of `unit` that come back for their update; its content is
@@ -306,6 +305,27 @@ impl PoolArguments {
     }
 }
 
+/// What an `AdamWStep` has.
+#[derive(Debug, FromPyObject)]
+struct AdamWArguments {
+    learning_rate: f64,
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    /// Counted from 1.
+    step: u64,
+}
+
+fn hyperparameters_of(step: &Bound<'_, PyAny>) -> PyResult<Hyperparameters> {
+    match step.getattr("optimizer")?.extract::<String>()?.as_str() {
+        "adamw" => {
+            let AdamWArguments { learning_rate, beta1, beta2, eps, step } = step.extract()?;
+            Ok(Hyperparameters::AdamW(AdamW { learning_rate, beta1, beta2, eps, step }))
+        }
+        other => Err(PyValueError::new_err(format!("optimizer {other:?}: adamw"))),
+    }
+}
+
 /// Waits without the interpreter lock, looking at signals in between.
 pub(crate) fn wait<T: Send>(
     py: Python<'_>,
@@ -333,15 +353,9 @@ fn wait_at_most<T: Send>(
 
 fn weights_buffer(pipeline: &pipeline::Pipeline, unit: usize, slot: Slot) -> PyResult<Buffer> {
     let units = pipeline.units();
-    let element = match units.chunks()[units.records()[unit].start].format() {
-        StateFormat::Bf16 => Element::Bf16,
-        StateFormat::F32 => Element::F32,
-        StateFormat::Raw8 => Element::U8,
-        StateFormat::Raw16 => Element::U16,
-        StateFormat::Raw32 => Element::U32,
-    };
+    let dtype = units.chunks()[units.records()[unit].start].format().weight_dtype();
     let what = format!("weights of {}", pipeline.describe(unit).map_err(raise)?);
-    Ok(Buffer::new(slot, element, elements_of(pipeline, unit)?, what))
+    Ok(Buffer::new(slot, dtype, elements_of(pipeline, unit)?, what))
 }
 
 fn elements_of(pipeline: &pipeline::Pipeline, unit: usize) -> PyResult<usize> {

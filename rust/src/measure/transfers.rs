@@ -11,10 +11,11 @@ use crate::measure::scratch::{PERIOD_BYTES, ScratchFile};
 use crate::measure::{Clocks, Figure};
 use crate::memory::ledger::Ledger;
 use crate::memory::slot::SlotList;
+use crate::units::{Group, StateFormat};
 
 /// Extents of a chunk of 2 Mi parameters in bf16: its weights, and all that only the update needs.
-const WEIGHT_BYTES: u64 = 4 << 20;
-const UPDATE_BYTES: u64 = 20 << 20;
+const WEIGHT_BYTES: u64 = (StateFormat::Bf16.group_bytes(Group::Weight) as u64) << 21;
+const UPDATE_BYTES: u64 = (StateFormat::Bf16.group_bytes(Group::Update) as u64) << 21;
 /// Both copies of such a chunk: what one cycle of [`Traffic::Training`] takes of the file.
 pub const TRAINING_CYCLE_BYTES: u64 = 2 * (WEIGHT_BYTES + UPDATE_BYTES);
 

@@ -8,13 +8,14 @@ use crate::error::{Error, Result};
 use crate::measure::{Clocks, Figure};
 use crate::memory::ledger::Ledger;
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::{AdamW, Kernel, Span, update_f32, update_split};
+use crate::optimizer::adamw::AdamW;
+use crate::optimizer::hyperparameters::Hyperparameters;
+use crate::optimizer::kernel::Kernel;
+use crate::optimizer::update::{Span, State, update};
 use crate::store::checksum::{self, Binding};
-use crate::units::Group;
+use crate::units::{Group, PlaneSpec, StateFormat};
 
-/// Bytes that an AdamW step reads and writes for each parameter, in either format.
-const READ_PER_PARAMETER: u64 = 16;
-const WRITTEN_PER_PARAMETER: u64 = 12;
+const ADAMW: AdamW = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 10 };
 
 /// Something to run again and again, with its memory.
 pub struct Workload {
@@ -87,63 +88,40 @@ impl Workload {
         Ok(Self { read: bytes as u64, written: 0, work: Box::new(work) })
     }
 
-    /// AdamW with f32 weights, which it replaces, or writes elsewhere as it does for a chunk that is paged.
+    /// AdamW over state of a format, whose weights it replaces, or writes elsewhere as it does for a chunk that
+    /// is paged.
     ///
     /// # Errors
-    /// `Io` when memory is refused.
-    pub fn adamw_f32(kernel: Kernel, parameters: usize, in_place: bool) -> Result<Self> {
-        let bytes = 4 * parameters;
+    /// `Io` when memory is refused; `Invalid` for a format that AdamW does not update.
+    pub fn adamw(
+        format: StateFormat,
+        kernel: Kernel,
+        parameters: usize,
+        in_place: bool,
+    ) -> Result<Self> {
+        let widths = move |group: Group| format.planes(group).iter().map(PlaneSpec::bytes);
+        let bytes = parameters * format.weight_bytes();
         let weight = if in_place { None } else { Some(filled(bytes)?) };
-        let (gradient, mut out) = (filled(bytes)?, filled(bytes)?);
-        let (mut exp_avg, mut exp_avg_sq) = (filled(bytes)?, filled(bytes)?);
-        let spans = [span(parameters)];
+        let (gradient, mut out) = (filled(size_of::<f32>() * parameters)?, filled(bytes)?);
+        let planes = widths(Group::Update).map(|width| filled(width * parameters));
+        let mut planes = planes.collect::<Result<Vec<_>>>()?;
+        let span = Span { start: 0, len: parameters, lr_scale: 1.0, weight_decay: 0.01 };
+        let optimizer = Hyperparameters::AdamW(ADAMW).over(format, parameters, 1.0, &[span])?;
         let work = move || {
-            update_f32(
-                kernel,
-                &spans,
-                weight.as_ref().map(|weight| bytemuck::cast_slice(&weight[..bytes])),
-                bytemuck::cast_slice_mut(&mut out[..bytes]),
-                bytemuck::cast_slice(&gradient[..bytes]),
-                bytemuck::cast_slice_mut(&mut exp_avg[..bytes]),
-                bytemuck::cast_slice_mut(&mut exp_avg_sq[..bytes]),
+            let lens = widths(Group::Update).map(|width| width * parameters);
+            let state = State::new(
+                format,
+                weight.as_ref().map(|weight| &weight[..bytes]),
+                &mut out[..bytes],
+                bytemuck::cast_slice(&gradient[..size_of::<f32>() * parameters]),
+                planes.iter_mut().zip(lens).map(|(plane, len)| &mut plane[..len]).collect(),
             );
+            update(kernel, &*optimizer, state);
         };
-        Ok(Self::of_adamw(parameters, work))
-    }
-
-    /// AdamW with split weights (bf16 and the remainder of an f32 master), in place or not.
-    ///
-    /// # Errors
-    /// `Io` when memory is refused.
-    pub fn adamw_split(kernel: Kernel, parameters: usize, in_place: bool) -> Result<Self> {
-        let (half, bytes) = (2 * parameters, 4 * parameters);
-        let weight = if in_place { None } else { Some(filled(half)?) };
-        let gradient = filled(bytes)?;
-        let (mut out, mut remainder) = (filled(half)?, filled(half)?);
-        let (mut exp_avg, mut exp_avg_sq) = (filled(bytes)?, filled(bytes)?);
-        let spans = [span(parameters)];
-        let work = move || {
-            update_split(
-                kernel,
-                &spans,
-                weight.as_ref().map(|weight| bytemuck::cast_slice(&weight[..half])),
-                bytemuck::cast_slice_mut(&mut out[..half]),
-                bytemuck::cast_slice_mut(&mut remainder[..half]),
-                bytemuck::cast_slice(&gradient[..bytes]),
-                bytemuck::cast_slice_mut(&mut exp_avg[..bytes]),
-                bytemuck::cast_slice_mut(&mut exp_avg_sq[..bytes]),
-            );
-        };
-        Ok(Self::of_adamw(parameters, work))
-    }
-
-    fn of_adamw(parameters: usize, work: impl FnMut() + Send + 'static) -> Self {
-        let count = parameters as u64;
-        Self {
-            read: READ_PER_PARAMETER * count,
-            written: WRITTEN_PER_PARAMETER * count,
-            work: Box::new(work),
-        }
+        let written: usize = Group::ALL.into_iter().map(|group| format.group_bytes(group)).sum();
+        let read = size_of::<f32>() + written;
+        let [read, written] = [read, written].map(|bytes| (bytes * parameters) as u64);
+        Ok(Self { read, written, work: Box::new(work) })
     }
 
     /// By name: `copy`, `update`, `checksum`, `adamw f32` and `adamw split`, each of the two also with
@@ -163,10 +141,10 @@ impl Workload {
             "copy" => Self::memory_copy(4 * parameters),
             "update" => Self::memory_update(4 * parameters),
             "checksum" => Self::checksum(4 * parameters),
-            "adamw f32" => Self::adamw_f32(found, parameters, false),
-            "adamw split" => Self::adamw_split(found, parameters, false),
-            "adamw f32 in place" => Self::adamw_f32(found, parameters, true),
-            "adamw split in place" => Self::adamw_split(found, parameters, true),
+            "adamw f32" => Self::adamw(StateFormat::F32, found, parameters, false),
+            "adamw split" => Self::adamw(StateFormat::Bf16, found, parameters, false),
+            "adamw f32 in place" => Self::adamw(StateFormat::F32, found, parameters, true),
+            "adamw split in place" => Self::adamw(StateFormat::Bf16, found, parameters, true),
             _ => Err(Error::invalid(format!("no workload is called {name:?}"))),
         }
     }
@@ -177,16 +155,4 @@ fn filled(bytes: usize) -> Result<Slot> {
     let mut slot = Slot::standalone(bytes, &Ledger::new(), "bench")?;
     bytemuck::cast_slice_mut::<u8, f32>(&mut slot).fill(0.1);
     Ok(slot)
-}
-
-fn span(parameters: usize) -> Span {
-    let adamw = AdamW {
-        learning_rate: 1e-3,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        step: 10,
-        gradient_scale: 1.0,
-    };
-    Span { start: 0, len: parameters, scalars: adamw.scalars(1.0, 0.01) }
 }

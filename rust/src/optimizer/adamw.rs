@@ -21,9 +21,11 @@
 //! v = fma(v, f32(beta2), (f32(1 - beta2) * g) * g)
 //! ```
 //!
-//! Weights are f32, or the bf16 and int16 halves of an f32 master ([`split`]). Moments and
-//! gradients are f32. All slices of one call are the same parameters of one chunk, in order, one
-//! element a parameter; they may be of any alignment.
+//! Weights are f32, or the bf16 and int16 halves of an f32 master ([`split`]): the two formats that it updates,
+//! [`OnF32`] and [`OnSplit`]. Moments and gradients are f32.
+//!
+//! A weight that becomes NaN is stored as the one NaN `0x7FC0_0000` where it is split: [`split`] would round the
+//! NaN of a GPU, `0x7FFF_FFFF`, to a bf16 of -0, and the forward pass would not see it.
 //!
 //! The scalar code is the specification. The other kernels are the same code compiled for more of
 //! the CPU: the compiler turns the loops `step_f32` and `step_split` into vectors, and since it
@@ -32,22 +34,14 @@
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::ops::Range;
+use bytemuck::cast_slice_mut;
 
-use rayon::prelude::*;
-
-pub(crate) use crate::optimizer::kernel::Kernel;
-pub use crate::optimizer::scalar::Scalars;
-use crate::optimizer::scalar::{step_f32, step_split};
-
-/// Parameters that one task updates: few enough to keep all cores busy to the end of a chunk, so
-/// many (0.7 MB) that handing a task out costs nothing beside it.
-const TILE: usize = 32 << 10;
-/// Parameters whose old weights are kept aside at once when they are updated in place: they stay in the
-/// first-level cache.
-const COPIED: usize = 1024;
-/// Elements of PyTorch's vector: what of a tensor does not fill one is its tail.
-const LANES: usize = 8;
+use crate::optimizer::kernel::Kernel;
+use crate::optimizer::scalar::{Scalars, step_f32, step_split};
+#[cfg(doc)]
+use crate::optimizer::split::split;
+use crate::optimizer::update::{self, ChunkUpdate, Optimizer, Span, State, Update};
+use crate::units::StateFormat;
 
 /// The step's hyperparameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -62,21 +56,18 @@ pub struct AdamW {
     pub eps: f64,
     /// AdamW's `t`, counted from 1.
     pub step: u64,
-    /// What the gradient is multiplied by before anything else: 1, or less when it is clipped.
-    pub gradient_scale: f32,
 }
 
 impl AdamW {
-    /// What the kernels need for tensors with this factor on the learning rate (1 for most) and
-    /// this weight decay (0 for norms and biases, as a rule).
-    #[must_use]
-    pub fn scalars(&self, lr_scale: f64, weight_decay: f64) -> Scalars {
+    /// What the kernels need for tensors with the span's factor on the learning rate (1 for most) and its weight
+    /// decay (0 for norms and biases, as a rule), whose gradients are multiplied by `gradient_scale`.
+    fn scalars(&self, gradient_scale: f32, span: &Span) -> Scalars {
         // PyTorch counts steps in f32, which stands still at 2^24.
         let step = f64::from(u32::try_from(self.step).unwrap_or(u32::MAX).min(1 << 24));
-        let learning_rate = self.learning_rate * lr_scale;
+        let learning_rate = self.learning_rate * span.lr_scale;
         Scalars {
-            gradient_scale: self.gradient_scale,
-            decay: round((-learning_rate).mul_add(weight_decay, 1.0)),
+            gradient_scale,
+            decay: round((-learning_rate).mul_add(span.weight_decay, 1.0)),
             exp_avg_weight: round(1.0 - self.beta1),
             beta2: round(self.beta2),
             exp_avg_sq_weight: round(1.0 - self.beta2),
@@ -85,6 +76,47 @@ impl AdamW {
             eps: round(self.eps),
         }
     }
+
+    /// The update of a chunk in one of its formats; `None` for another.
+    pub(super) fn over(
+        &self,
+        format: StateFormat,
+        parameters: usize,
+        gradient_scale: f32,
+        spans: &[Span],
+    ) -> Option<Box<dyn Update>> {
+        let scalars = |span: &Span| self.scalars(gradient_scale, span);
+        match format {
+            OnF32::FORMAT => {
+                Some(Box::new(ChunkUpdate::<OnF32, 2>::new(spans, parameters, scalars)))
+            }
+            OnSplit::FORMAT => {
+                Some(Box::new(ChunkUpdate::<OnSplit, 3>::new(spans, parameters, scalars)))
+            }
+            _ => None,
+        }
+    }
+
+    /// One step of one tensor in memory, on the current rayon pool: the bits that training gives it, for who
+    /// compares. `planes` are its f32 weights, `exp_avg` and `exp_avg_sq`.
+    ///
+    /// # Panics
+    /// If the slices differ in length.
+    pub fn update_tensor(
+        &self,
+        kernel: Kernel,
+        gradient_scale: f32,
+        weight_decay: f64,
+        gradient: &[f32],
+        planes: [&mut [f32]; 3],
+    ) {
+        let span = Span { start: 0, len: gradient.len(), lr_scale: 1.0, weight_decay };
+        let scalars = |span: &Span| self.scalars(gradient_scale, span);
+        let update = ChunkUpdate::<OnF32, 2>::new(&[span], gradient.len(), scalars);
+        let [weight, exp_avg, exp_avg_sq] = planes.map(cast_slice_mut);
+        let state = State::new(StateFormat::F32, None, weight, gradient, vec![exp_avg, exp_avg_sq]);
+        update::update(kernel, &update, state);
+    }
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is what it is for")]
@@ -92,235 +124,51 @@ fn round(value: f64) -> f32 {
     value as f32
 }
 
-/// Consecutive parameters of one tensor that lie in one chunk, and what they share.
-///
-/// A tensor may be cut into spans at multiples of 8 parameters from its start only (chunk borders
-/// are): a span that is no multiple of 8 long is taken to end where its tensor ends.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Span {
-    /// First parameter, counted from the start of the chunk.
-    pub start: usize,
-    /// Number of parameters.
-    pub len: usize,
-    /// The tensor's scalars.
-    pub scalars: Scalars,
-}
+/// AdamW over weights that are f32.
+struct OnF32;
 
-impl Span {
-    fn end(&self) -> usize {
-        self.start + self.len
-    }
+impl Optimizer<2> for OnF32 {
+    const FORMAT: StateFormat = StateFormat::F32;
+    type Weight = f32;
+    type Scalars = Scalars;
 
-    fn tail_start(&self) -> usize {
-        self.end() - self.len % LANES
-    }
-}
-
-/// One step of a chunk whose weights are f32, on the current rayon pool.
-///
-/// `weight` is read and `weight_out` written; without the first, the second is updated in place, which
-/// saves memory traffic and gives the same bits. Outside every span `weight_out` becomes `weight`, the
-/// moments stay, and the gradient is not looked at. The result does not depend on the number of threads.
-///
-/// # Panics
-/// If the slices differ in length, or the spans overlap, are out of order or out of bounds.
-#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
-pub fn update_f32(
-    kernel: Kernel,
-    spans: &[Span],
-    weight: Option<&[f32]>,
-    weight_out: &mut [f32],
-    gradient: &[f32],
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
-) {
-    let len = weight_out.len();
-    let old = weight.map_or(len, <[f32]>::len);
-    check(len, spans, [old, gradient.len(), exp_avg.len(), exp_avg_sq.len()]);
-    (
-        weight_out.par_chunks_mut(TILE),
-        gradient.par_chunks(TILE),
-        exp_avg.par_chunks_mut(TILE),
-        exp_avg_sq.par_chunks_mut(TILE),
-    )
-        .into_par_iter()
-        .enumerate()
-        .for_each(|(tile, (weight_out, gradient, exp_avg, exp_avg_sq))| {
-            let start = tile * TILE;
-            let weight = weight.map(|weight| &weight[start..start + weight_out.len()]);
-            tile_f32(kernel, spans, start, weight, weight_out, gradient, exp_avg, exp_avg_sq);
-        });
-}
-
-/// The part of a chunk that starts at its parameter `start`, on this thread; what [`update_f32`] checks
-/// was checked.
-#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
-pub(crate) fn tile_f32(
-    kernel: Kernel,
-    spans: &[Span],
-    start: usize,
-    weight: Option<&[f32]>,
-    weight_out: &mut [f32],
-    gradient: &[f32],
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
-) {
-    let mut old = [0.0; COPIED];
-    for (range, part) in pieces(spans, start, weight_out.len(), weight.is_none()) {
-        let out = &mut weight_out[range.clone()];
-        let weight = match weight {
-            Some(weight) => &weight[range.clone()],
-            None => {
-                old[..out.len()].copy_from_slice(out);
-                &old[..out.len()]
-            }
-        };
-        let (g, m) = (&gradient[range.clone()], &mut exp_avg[range.clone()]);
-        let v = &mut exp_avg_sq[range];
-        match part {
-            Part::Gap => out.copy_from_slice(weight),
-            Part::Body(scalars) => kernel.step_f32(scalars, weight, out, g, m, v),
-            Part::Tail(scalars) => step_f32::<true>(scalars, weight, out, g, m, v),
+    fn step(
+        kernel: Option<Kernel>,
+        scalars: &Scalars,
+        weight: &[f32],
+        weight_out: &mut [f32],
+        gradient: &[f32],
+        [exp_avg, exp_avg_sq]: [&mut [u8]; 2],
+    ) {
+        let (m, v) = (cast_slice_mut(exp_avg), cast_slice_mut(exp_avg_sq));
+        match kernel {
+            Some(kernel) => kernel.step_f32(scalars, weight, weight_out, gradient, m, v),
+            None => step_f32::<true>(scalars, weight, weight_out, gradient, m, v),
         }
     }
 }
 
-/// One step of a chunk whose weights are split (see [`split`]): as [`update_f32`], and outside
-/// every span the remainder stays too.
-///
-/// A weight that becomes NaN is stored as the one NaN `0x7FC0_0000`: [`split`] would round the
-/// NaN of a GPU, `0x7FFF_FFFF`, to a bf16 of -0, and the forward pass would not see it.
-///
-/// # Panics
-/// As [`update_f32`].
-#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
-pub fn update_split(
-    kernel: Kernel,
-    spans: &[Span],
-    weight: Option<&[u16]>,
-    weight_out: &mut [u16],
-    remainder: &mut [i16],
-    gradient: &[f32],
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
-) {
-    let len = weight_out.len();
-    let old = weight.map_or(len, <[u16]>::len);
-    check(len, spans, [old, remainder.len(), gradient.len(), exp_avg.len(), exp_avg_sq.len()]);
-    (
-        weight_out.par_chunks_mut(TILE),
-        remainder.par_chunks_mut(TILE),
-        gradient.par_chunks(TILE),
-        exp_avg.par_chunks_mut(TILE),
-        exp_avg_sq.par_chunks_mut(TILE),
-    )
-        .into_par_iter()
-        .enumerate()
-        .for_each(|(tile, (weight_out, remainder, gradient, exp_avg, exp_avg_sq))| {
-            let start = tile * TILE;
-            tile_split(
-                kernel,
-                spans,
-                start,
-                weight.map(|weight| &weight[start..start + weight_out.len()]),
-                weight_out,
-                remainder,
-                gradient,
-                exp_avg,
-                exp_avg_sq,
-            );
-        });
-}
+/// AdamW over split weights.
+struct OnSplit;
 
-/// As [`tile_f32`], for split weights.
-#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
-pub(crate) fn tile_split(
-    kernel: Kernel,
-    spans: &[Span],
-    start: usize,
-    weight: Option<&[u16]>,
-    weight_out: &mut [u16],
-    remainder: &mut [i16],
-    gradient: &[f32],
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
-) {
-    let mut old = [0; COPIED];
-    for (range, part) in pieces(spans, start, weight_out.len(), weight.is_none()) {
-        let out = &mut weight_out[range.clone()];
-        let weight = match weight {
-            Some(weight) => &weight[range.clone()],
-            None => {
-                old[..out.len()].copy_from_slice(out);
-                &old[..out.len()]
-            }
-        };
-        let (low, g) = (&mut remainder[range.clone()], &gradient[range.clone()]);
-        let (m, v) = (&mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
-        match part {
-            Part::Gap => out.copy_from_slice(weight),
-            Part::Body(scalars) => kernel.step_split(scalars, weight, out, low, g, m, v),
-            Part::Tail(scalars) => step_split::<true>(scalars, weight, out, low, g, m, v),
+impl Optimizer<3> for OnSplit {
+    const FORMAT: StateFormat = StateFormat::Bf16;
+    type Weight = u16;
+    type Scalars = Scalars;
+
+    fn step(
+        kernel: Option<Kernel>,
+        scalars: &Scalars,
+        weight: &[u16],
+        weight_out: &mut [u16],
+        gradient: &[f32],
+        [remainder, exp_avg, exp_avg_sq]: [&mut [u8]; 3],
+    ) {
+        let low = cast_slice_mut(remainder);
+        let (m, v) = (cast_slice_mut(exp_avg), cast_slice_mut(exp_avg_sq));
+        match kernel {
+            Some(kernel) => kernel.step_split(scalars, weight, weight_out, low, gradient, m, v),
+            None => step_split::<true>(scalars, weight, weight_out, low, gradient, m, v),
         }
     }
-}
-
-/// The checks of the safe entrances.
-pub(crate) fn check<const N: usize>(len: usize, spans: &[Span], lens: [usize; N]) {
-    assert!(lens.iter().all(|other| *other == len), "lengths differ: {lens:?}, weight {len}");
-    let mut free = 0;
-    for span in spans {
-        assert!(span.start >= free, "spans overlap or are out of order at {}", span.start);
-        assert!(span.start <= len && span.len <= len - span.start, "a span ends behind the chunk");
-        free = span.end();
-    }
-}
-
-/// What is to be done with a run of parameters.
-#[derive(Clone, Copy)]
-enum Part<'a> {
-    /// They belong to no tensor.
-    Gap,
-    Body(&'a Scalars),
-    /// The end of a tensor, behind PyTorch's last whole vector.
-    Tail(&'a Scalars),
-}
-
-/// The parts of the `len` parameters from `start` on, as ranges that count from `start`. They
-/// cover everything; some are empty.
-fn parts(
-    spans: &[Span],
-    start: usize,
-    len: usize,
-) -> impl Iterator<Item = (Range<usize>, Part<'_>)> {
-    let first = spans.partition_point(|span| span.end() <= start);
-    let mut done = 0;
-    spans
-        .iter()
-        .skip(first)
-        .take_while(move |span| span.start < start + len)
-        .flat_map(|span| {
-            let (body, tail) = (Part::Body(&span.scalars), Part::Tail(&span.scalars));
-            [(span.start, Part::Gap), (span.tail_start(), body), (span.end(), tail)]
-        })
-        .chain([(start + len, Part::Gap)])
-        .map(move |(until, part)| {
-            let from = done;
-            done = until.saturating_sub(start).clamp(from, len);
-            (from..done, part)
-        })
-}
-
-/// As [`parts`], and no range longer than [`COPIED`] where the old weights are copied.
-fn pieces(
-    spans: &[Span],
-    start: usize,
-    len: usize,
-    is_in_place: bool,
-) -> impl Iterator<Item = (Range<usize>, Part<'_>)> {
-    let longest = if is_in_place { COPIED } else { len.max(1) };
-    parts(spans, start, len).flat_map(move |(range, part)| {
-        let end = range.end;
-        range.step_by(longest).map(move |from| (from..(from + longest).min(end), part))
-    })
 }

@@ -8,7 +8,7 @@ pub(super) const LANES: usize = 16;
 
 /// The scalars of one step for one tensor, worked out by [`AdamW::scalars`](crate::optimizer::adamw::AdamW::scalars).
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scalars {
+pub(crate) struct Scalars {
     pub(super) gradient_scale: f32,
     pub(super) decay: f32,
     pub(super) exp_avg_weight: f32,

@@ -6,7 +6,7 @@ use crossbeam_channel::Sender;
 
 use crate::error::Result;
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::AdamW;
+use crate::optimizer::hyperparameters::Hyperparameters;
 use crate::pipeline::schedule::CheckedSchedule;
 
 /// What becomes of the gradients that a step has deferred.
@@ -22,7 +22,7 @@ pub enum After {
 pub(super) enum Command {
     Begin {
         schedule: Arc<CheckedSchedule>,
-        adamw: AdamW,
+        hyperparameters: Hyperparameters,
         commits: bool,
         first_load: u64,
         number: u64,

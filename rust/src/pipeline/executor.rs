@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::io::engine::Completion;
 use crate::memory::pool::Pool;
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::AdamW;
+use crate::optimizer::hyperparameters::Hyperparameters;
 use crate::pipeline::command::{After, Command};
 use crate::pipeline::executor::commits::Commits;
 use crate::pipeline::executor::context::Context;
@@ -317,8 +317,8 @@ impl Executor {
             }
             // After a failure callers get its error; what they still send is dropped here.
             _ if self.failed || self.is_refused => {}
-            Command::Begin { schedule, adamw, commits, first_load, number } => {
-                let begun = self.begin(schedule, adamw, commits, first_load, number);
+            Command::Begin { schedule, hyperparameters, commits, first_load, number } => {
+                let begun = self.begin(schedule, hyperparameters, commits, first_load, number);
                 self.fail_on(begun);
             }
             Command::Submit { unit, weights, gradient } => {
@@ -337,7 +337,7 @@ impl Executor {
     fn begin(
         &mut self,
         schedule: Arc<CheckedSchedule>,
-        adamw: AdamW,
+        hyperparameters: Hyperparameters,
         commits: bool,
         first_load: u64,
         number: u64,
@@ -366,7 +366,7 @@ impl Executor {
                 updates.plan(working, if applies { before } else { number }, chunk, applies);
             }
         }
-        steps.begin(number, schedule, adamw, commits);
+        steps.begin(number, schedule, hyperparameters, commits);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::memory::huge_pages::HugePages;
 use crate::memory::pool::Pool;
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::AdamW;
+use crate::optimizer::hyperparameters::Hyperparameters;
 use crate::pipeline::command::{After, Command};
 use crate::pipeline::events::Events;
 use crate::pipeline::executor::Executor;
@@ -113,7 +113,13 @@ impl Pipeline {
     /// `Invalid` when loads of the last step were not taken, when the step does not apply exactly the
     /// gradients that wait, or when it would have to take its updates back and could not: they go beside
     /// the state before it only if that is committed. The pipeline's failure.
-    pub fn begin(&self, schedule: Arc<CheckedSchedule>, adamw: AdamW, commits: bool) -> Result {
+    pub fn begin(
+        &self,
+        schedule: Arc<CheckedSchedule>,
+        hyperparameters: impl Into<Hyperparameters>,
+        commits: bool,
+    ) -> Result {
+        let hyperparameters = hyperparameters.into();
         self.store.check()?;
         if !schedule.is_for(&self.units) {
             let is_other = schedule.layout().unit() != self.units.unit();
@@ -166,7 +172,7 @@ impl Pipeline {
         state.commits = commits;
         let number = state.newest;
         drop(state);
-        self.send(Command::Begin { schedule, adamw, commits, first_load, number })
+        self.send(Command::Begin { schedule, hyperparameters, commits, first_load, number })
     }
 
     /// Ends the step. With a trainer blob it is committed as soon as its last write has completed,

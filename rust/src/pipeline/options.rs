@@ -1,7 +1,7 @@
 //! How a pipeline is set up.
 
 use crate::memory::pool::PoolSizes;
-use crate::optimizer::adamw::Kernel;
+use crate::optimizer::kernel::Kernel;
 use crate::pipeline::gradient_files::GradientFiles;
 use crate::pipeline::memory::Residents;
 use crate::pipeline::update::TensorSettings;

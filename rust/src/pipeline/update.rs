@@ -1,17 +1,18 @@
-//! Updating one chunk: which tensors lie in it, AdamW over its planes, checksums of what it wrote.
+//! Updating one chunk: which tensors lie in it, the optimizer over its planes, checksums of what it wrote.
 
 use std::ops::Range;
 
-use bytemuck::{cast_slice, cast_slice_mut};
+use bytemuck::cast_slice;
 use rayon::current_num_threads;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::{self, AdamW, Kernel, Span};
+use crate::optimizer::kernel::Kernel;
+use crate::optimizer::update::{PLANES_MAX, Span, State, Update};
 use crate::store::checksum::{self, Binding, Running, UNIT_BYTES};
 use crate::store::layout::{Chunk, Layout, Manifest};
-use crate::units::{Group, StateFormat, to_usize};
+use crate::units::{Group, PlaneSpec, to_usize};
 
 /// What one tensor's update differs in.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -81,9 +82,9 @@ impl Settings {
         self.by_record[first.record].iter().filter_map(place).collect()
     }
 
-    /// The runs of one chunk that share scalars; padding between tensors is in none. The chunk is one of
-    /// the layout of whole records.
-    pub(super) fn spans(&self, adamw: &AdamW, chunk: &Chunk) -> Vec<Span> {
+    /// Where the tensors lie in one chunk; padding between them is in no span. The chunk is one of the layout
+    /// of whole records.
+    pub(super) fn spans(&self, chunk: &Chunk) -> Vec<Span> {
         let end = chunk.start + chunk.parameters as u64;
         self.by_record[chunk.record]
             .iter()
@@ -94,7 +95,8 @@ impl Settings {
                 Span {
                     start: to_usize(start - chunk.start),
                     len: to_usize(stop - start),
-                    scalars: adamw.scalars(t.lr_scale, t.weight_decay),
+                    lr_scale: t.lr_scale,
+                    weight_decay: t.weight_decay,
                 }
             })
             .collect()
@@ -121,15 +123,16 @@ pub(super) enum Weights<'a> {
 #[expect(clippy::too_many_arguments, reason = "one for each part of a chunk")]
 pub(super) fn update_chunk(
     kernel: Kernel,
-    spans: &[Span],
+    update: &dyn Update,
     chunk: &Chunk,
     weights: Weights<'_>,
     gradient: &[u8],
     planes: &mut Slot,
     bindings: [Option<&Binding>; 2],
 ) -> [Vec<u32>; 2] {
+    let format = chunk.format();
     let ranges = chunk.plane_ranges(Group::Update);
-    let content = chunk.parameters * chunk.format().weight_bytes();
+    let content = chunk.parameters * format.weight_bytes();
     let (old, out) = match weights {
         Weights::Apart(old, out) => (Some(&old[..content]), out),
         Weights::InPlace(out) => (None, out),
@@ -138,116 +141,49 @@ pub(super) fn update_chunk(
     out[content..].fill(0);
     let end = ranges.last().map_or(0, |range| range.end);
     planes[end..].fill(0);
-    let gradient: &[f32] = cast_slice(gradient);
+    let mut rest = &mut planes[..end];
+    let cut = ranges.iter().filter_map(|range| rest.split_off_mut(..range.len())).collect();
+    let mut state = State::new(format, old, &mut out[..content], cast_slice(gradient), cut);
     // Where each plane is made of whole checksum units, they are made while the bytes are in the cache;
     // not where that would leave a core without work.
-    let unit = UNIT_BYTES / if chunk.format() == StateFormat::Bf16 { 2 } else { 4 };
+    let widths: Vec<usize> =
+        Group::ALL.iter().flat_map(|group| format.planes(*group)).map(PlaneSpec::bytes).collect();
+    let unit = UNIT_BYTES / widths.iter().min().copied().unwrap_or(1);
     let in_one_pass = bindings.iter().any(Option::is_some)
         && chunk.parameters.is_multiple_of(unit)
         && chunk.parameters / unit >= current_num_threads();
     let (run, on_the_way) = if in_one_pass { (unit, bindings) } else { (TASK, [None; 2]) };
-    let sum = |group: usize, unit: usize| on_the_way[group].map(|b| Running::new(b, unit));
-    let units = |plane: usize| ranges[plane].start / UNIT_BYTES;
-    let (weight_out, planes_out) = (&mut out[..content], &mut planes[..end]);
-    let sums = match chunk.format() {
-        StateFormat::Bf16 => {
-            let (low, moments) = planes_out.split_at_mut(ranges[0].len());
-            let (m, v) = moments.split_at_mut(ranges[1].len());
-            let low: &mut [i16] = cast_slice_mut(low);
-            let (m, v): (&mut [f32], &mut [f32]) = (cast_slice_mut(m), cast_slice_mut(v));
-            let old: Option<&[u16]> = old.map(cast_slice);
-            let out: &mut [u16] = cast_slice_mut(weight_out);
-            let lens = [out.len(), low.len(), gradient.len(), m.len(), v.len()];
-            let len = old.map_or(out.len(), <[u16]>::len);
-            adamw::check(len, spans, lens);
-            let runs = (
-                out.par_chunks_mut(run),
-                low.par_chunks_mut(run),
-                gradient.par_chunks(run),
-                m.par_chunks_mut(run),
-                v.par_chunks_mut(run),
-            );
-            let sums: Vec<_> = runs
-                .into_par_iter()
-                .enumerate()
-                .map(|(index, (out, low, g, m, v))| {
-                    let mut sums = [
-                        sum(0, index),
-                        sum(1, units(0) + index),
-                        sum(1, units(1) + 2 * index),
-                        sum(1, units(2) + 2 * index),
-                    ];
-                    for start in (0..out.len()).step_by(TILE) {
-                        let p = start..(start + TILE).min(out.len());
-                        let at = index * run + start;
-                        let (out, low) = (&mut out[p.clone()], &mut low[p.clone()]);
-                        let (g, m, v) = (&g[p.clone()], &mut m[p.clone()], &mut v[p]);
-                        let w = old.map(|old| &old[at..at + out.len()]);
-                        adamw::tile_split(kernel, spans, at, w, out, low, g, m, v);
-                        add(
-                            &mut sums,
-                            [cast_slice(out), cast_slice(low), cast_slice(m), cast_slice(v)],
-                        );
-                    }
-                    sums.map(finished)
-                })
-                .collect();
-            by_group(&sums)
-        }
-        StateFormat::F32 => {
-            let (m, v) = planes_out.split_at_mut(ranges[0].len());
-            let (m, v): (&mut [f32], &mut [f32]) = (cast_slice_mut(m), cast_slice_mut(v));
-            let old: Option<&[f32]> = old.map(cast_slice);
-            let out: &mut [f32] = cast_slice_mut(weight_out);
-            let lens = [out.len(), gradient.len(), m.len(), v.len()];
-            let len = old.map_or(out.len(), <[f32]>::len);
-            adamw::check(len, spans, lens);
-            let runs = (
-                out.par_chunks_mut(run),
-                gradient.par_chunks(run),
-                m.par_chunks_mut(run),
-                v.par_chunks_mut(run),
-            );
-            let sums: Vec<_> = runs
-                .into_par_iter()
-                .enumerate()
-                .map(|(index, (out, g, m, v))| {
-                    let mut sums =
-                        [sum(0, index), sum(1, units(0) + index), sum(1, units(1) + index)];
-                    for start in (0..out.len()).step_by(TILE) {
-                        let p = start..(start + TILE).min(out.len());
-                        let at = index * run + start;
-                        let (out, g) = (&mut out[p.clone()], &g[p.clone()]);
-                        let (m, v) = (&mut m[p.clone()], &mut v[p]);
-                        let w = old.map(|old| &old[at..at + out.len()]);
-                        adamw::tile_f32(kernel, spans, at, w, out, g, m, v);
-                        add(&mut sums, [cast_slice(out), cast_slice(m), cast_slice(v)]);
-                    }
-                    sums.map(finished)
-                })
-                .collect();
-            by_group(&sums)
-        }
-        StateFormat::Raw8 | StateFormat::Raw16 | StateFormat::Raw32 => [vec![], vec![]],
+    // The sum of a plane's part in a run, which begins at a whole unit.
+    let starts = std::iter::once(0).chain(ranges.iter().map(|range| range.start));
+    let places: Vec<(usize, usize)> = starts.zip(widths).collect();
+    let sum = |plane: usize, index: usize| {
+        let &(start, width) = places.get(plane)?;
+        let unit = (start + index * run * width) / UNIT_BYTES;
+        on_the_way[usize::from(plane > 0)].map(|binding| Running::new(binding, unit))
     };
+    let runs: Vec<_> = state.cut(run).collect();
+    let sums: Vec<_> = runs
+        .into_par_iter()
+        .enumerate()
+        .map(|(index, mut run)| {
+            let mut sums: [_; 1 + PLANES_MAX] = std::array::from_fn(|plane| sum(plane, index));
+            for mut tile in run.cut(TILE) {
+                update.tile(kernel, &mut tile);
+                for (sum, bytes) in sums.iter_mut().zip(tile.written()) {
+                    if let Some(sum) = sum {
+                        sum.update(bytes);
+                    }
+                }
+            }
+            sums.map(|sum| sum.map_or(vec![], Running::finish))
+        })
+        .collect();
     if in_one_pass {
-        return sums;
+        return by_group(&sums);
     }
     let separately =
         |group: usize, bytes: &[u8]| bindings[group].map_or(vec![], |b| checksum::sums(b, bytes));
     [separately(0, out), separately(1, planes)]
-}
-
-fn add<const N: usize>(sums: &mut [Option<Running>; N], planes: [&[u8]; N]) {
-    for (sum, bytes) in sums.iter_mut().zip(planes) {
-        if let Some(sum) = sum {
-            sum.update(bytes);
-        }
-    }
-}
-
-fn finished(sum: Option<Running>) -> Vec<u32> {
-    sum.map_or(vec![], Running::finish)
 }
 
 /// Sums of runs, each by plane, as sums of the two groups: the weights, and all other planes.

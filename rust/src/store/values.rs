@@ -7,7 +7,7 @@ use crate::memory::slot::Slot;
 use crate::optimizer::split::{join, split};
 use crate::store::create::StoreCreator;
 use crate::store::state::Store;
-use crate::units::{Group, StateFormat};
+use crate::units::{Dtype, Group, Plane, StateFormat};
 
 #[cfg(test)]
 mod tests;
@@ -61,8 +61,8 @@ impl StoreCreator {
         slot.fill(0);
         let weights = place.parameters * place.format().weight_bytes();
         let mut remainders: Vec<u8> = Vec::new();
-        match (place.format(), of) {
-            (StateFormat::Bf16, ValueType::F32) => {
+        match (place.format().weight_dtype(), of) {
+            (Dtype::Bf16, ValueType::F32) => {
                 let halves = slot[..weights].chunks_exact_mut(2);
                 for (value, weight) in values.chunks_exact(4).zip(halves) {
                     let master = f32::from_le_bytes(value.try_into().unwrap_or_default());
@@ -71,16 +71,17 @@ impl StoreCreator {
                     remainders.extend(lower.to_le_bytes());
                 }
             }
-            (StateFormat::F32, ValueType::Bf16) => {
+            (Dtype::F32, ValueType::Bf16) => {
                 let singles = slot[..weights].chunks_exact_mut(4);
                 for (value, weight) in values.chunks_exact(2).zip(singles) {
                     weight[2..].copy_from_slice(value);
                 }
             }
             _ if weights == values.len() => slot[..weights].copy_from_slice(values),
-            (format, of) => {
+            _ => {
+                let format = place.format().spec().name;
                 return Err(Error::invalid(format!(
-                    "{of:?} values for a record of format {format:?}"
+                    "{of:?} values for a record of format {format}"
                 )));
             }
         }
@@ -111,25 +112,29 @@ impl Store {
             self.read_group(&table, chunk, group, slot)
         };
         let weight_bytes = place.parameters * place.format().weight_bytes();
-        match (plane, place.format()) {
-            ("weight", _) | ("master", StateFormat::F32) => {
+        let place_of = |name: &str| {
+            let specs = place.format().planes(Group::Update);
+            let index = specs.iter().position(|spec| spec.plane.name() == name);
+            let range =
+                index.and_then(|index| place.plane_ranges(Group::Update).get(index).cloned());
+            range.ok_or_else(|| Error::invalid(format!("chunk {chunk} has no plane {plane:?}")))
+        };
+        match (plane, place.format().weight_dtype()) {
+            ("weight", _) | ("master", Dtype::F32) => {
                 Ok(read(Group::Weight)?[..weight_bytes].to_vec())
             }
-            ("master", StateFormat::Bf16) => {
+            ("master", Dtype::Bf16) => {
+                let remainder = place_of(Plane::Remainder.name())?;
                 let (weights, planes) = (read(Group::Weight)?, read(Group::Update)?);
-                let halves = weights[..weight_bytes].chunks_exact(2).zip(planes.chunks_exact(2));
+                let remainders = planes[remainder].chunks_exact(2);
+                let halves = weights[..weight_bytes].chunks_exact(2).zip(remainders);
                 let half = |bytes: &[u8]| u16::from_le_bytes(bytes.try_into().unwrap_or_default());
                 Ok(halves
                     .flat_map(|(w, r)| join(half(w), half(r).cast_signed()).to_le_bytes())
                     .collect())
             }
-            (plane, format) => {
-                let planes = format.planes(Group::Update);
-                let index = planes.iter().position(|spec| spec.plane.name() == plane);
-                let range = index.and_then(|i| place.plane_ranges(Group::Update).get(i).cloned());
-                let range = range.ok_or_else(|| {
-                    Error::invalid(format!("chunk {chunk} has no plane {plane:?}"))
-                })?;
+            _ => {
+                let range = place_of(plane)?;
                 Ok(read(Group::Update)?[range].to_vec())
             }
         }

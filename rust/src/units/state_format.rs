@@ -52,7 +52,8 @@ impl Dtype {
 pub enum Plane {
     /// What forward and backward compute with.
     Weight,
-    /// Lower half of the fp32 master whose upper half the weight is.
+    /// Lower half of the fp32 master whose upper half the weight is; the first of the update's planes, so that an
+    /// import need write no other.
     Remainder,
     /// First moment.
     ExpAvg,

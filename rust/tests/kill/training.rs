@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use megatrain_io::memory::{self, BufferKind, Ledger, PoolSizes, Slot};
-use megatrain_io::optimizer::{self, AdamW, Kernel, Span};
+use megatrain_io::optimizer::{self, AdamW, Kernel};
 use megatrain_io::pipeline::{CheckedSchedule, ChunkOp, Kind, TensorSettings, chunk_slot_bytes};
 use megatrain_io::store::{Content, Durability, Manifest, Record, Store, Tensor};
 use megatrain_io::{Group, StateFormat, Unit, to_usize};
@@ -125,10 +125,13 @@ impl Shape {
     }
 }
 
-/// Every second step is clipped.
 pub(crate) fn adamw(step: u64) -> AdamW {
-    let gradient_scale = if step.is_multiple_of(2) { 0.5 } else { 1.0 };
-    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step, gradient_scale }
+    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step }
+}
+
+/// Every second step is clipped.
+pub(crate) fn gradient_scale(step: u64) -> f32 {
+    if step.is_multiple_of(2) { 0.5 } else { 1.0 }
 }
 
 /// A pure function of the step: whoever trains a step again trains it alike.
@@ -162,20 +165,13 @@ impl Memory {
     pub(crate) fn train_to(&mut self, step: u64) {
         while self.step < step {
             self.step += 1;
-            let scalars = adamw(self.step).scalars(1.0, WEIGHT_DECAY);
+            let (adamw, scale) = (adamw(self.step), gradient_scale(self.step));
             for (index, record) in self.records.iter_mut().enumerate() {
-                let old = record.weight.clone();
+                let InMemory { weight, exp_avg, exp_avg_sq } = record;
                 let gradients: Vec<f32> =
-                    (0..old.len()).map(|i| gradient(self.step, index, i)).collect();
-                optimizer::update_f32(
-                    Kernel::detect(),
-                    &[Span { start: 0, len: old.len(), scalars }],
-                    Some(&old),
-                    &mut record.weight,
-                    &gradients,
-                    &mut record.exp_avg,
-                    &mut record.exp_avg_sq,
-                );
+                    (0..weight.len()).map(|i| gradient(self.step, index, i)).collect();
+                let planes = [weight, exp_avg, exp_avg_sq].map(Vec::as_mut_slice);
+                adamw.update_tensor(Kernel::detect(), scale, WEIGHT_DECAY, &gradients, planes);
             }
         }
     }

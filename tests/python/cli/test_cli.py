@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -174,13 +174,14 @@ class Result:
     ledger: dict[str, tuple[int, int]] | None = None
 
 
-def fake_train(_config, *, resume, reporter, trace=None):
+def fake_train(_config, *, resume, callbacks):
     """Two steps, with a library that prints where it should not."""
-    assert trace is None
-    reporter.started(step=0, max_steps=2, notes=["a note"])
-    for step in (1, 2):
-        report = StepReport(step, 2, 2.5, 1e-5, 8, 8, 1.0, 1, 1, 0.0, 1, 1, 1)
-        reporter.step(report)
+    run = SimpleNamespace(step=0, max_steps=2, notes=["a note"])
+    for callback in callbacks:
+        callback.on_start(run)
+        for step in (1, 2):
+            report = StepReport(step, 2, 2.5, 1e-5, 8, 8, 1.0, 1, 1, 0.0, 1, 1, 1)
+            callback.on_step(run, report)
     sys.stdout.write("chatter\n")
     return Result(loss=float("nan") if resume else 2.5, ledger={"pool": (2**20, 2**21)})
 

@@ -41,7 +41,7 @@ def results_of_all_losses(cross_entropy=None):
         for name, dtype in DTYPES.items():
             stock, partition = stock_of(family, dtype), partition_of(family, dtype)
             if cross_entropy is not None:
-                partition._loss = module.partial(module.liger_loss, cross_entropy)
+                partition._lm._loss = module.partial(module.liger_loss, cross_entropy)
             generator = torch.Generator().manual_seed(0)
             hidden = torch.randn(2, 11, 32, generator=generator).to(dtype).requires_grad_()
             labels = shifted_labels(tokens(2, 11, seed=1)[1])
@@ -168,11 +168,11 @@ def test_a_cpu_never_imports_it_and_a_device_gets_it_with_the_model():
     assert partition.loss_notes == []
     assert liger_version(CPU) is None
     partition.to(torch.device("meta"))
-    assert partition._loss._device.type == "meta"
+    assert partition._lm._loss._device.type == "meta"
     assert partition.loss_notes == []
     # Nothing is imported before it is asked for: generating computes no loss.
-    partition._loss = Loss(partition._loss_function, CUDA)
-    assert "_chosen" not in vars(partition._loss)
+    partition._lm._loss = Loss(partition._lm._loss_function, CUDA)
+    assert "_chosen" not in vars(partition._lm._loss)
     assert len(partition.loss_notes) == 1
 
 

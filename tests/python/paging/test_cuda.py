@@ -11,13 +11,12 @@ import torch
 from test_device import check
 
 from device_plans import GATHERED, LEAST, plan
-from megatrain_io.config.schema import DataConfig, MemoryConfig, RunConfig, TrainConfig
 from megatrain_io.errors import ConfigError, UnsupportedError
 from megatrain_io.paging.device import cuda
 from megatrain_io.paging.device.choose import best_device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.cuda import Cuda
-from megatrain_io.planning.resolve import device_for, gpu_here
+from megatrain_io.planning.resolve import gpu_here, resolve_device
 from paged import Case
 
 MIB = 1 << 20
@@ -236,18 +235,12 @@ class Torch:
         return torch.empty(*size, **how)
 
 
-def config(vram=None, **train):
-    data = DataConfig(train=["data.jsonl"])
-    memory = MemoryConfig(vram=vram)
-    return RunConfig(model=".", output_dir=".", data=data, train=TrainConfig(**train), memory=memory)
-
-
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_bf16_that_is_emulated_is_none(gpu, monkeypatch, has_bf16):
     supported = lambda including_emulation: including_emulation or has_bf16  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert not gpu.has_bf16
-    assert device_for(config()).has_bf16 == has_bf16
+    assert resolve_device("auto", None).has_bf16 == has_bf16
     assert gpu_here("auto").has_bf16 == has_bf16
     assert best_device("fp32").name == "GPU"
     assert best_device("bf16").name == ("GPU" if has_bf16 else "cpu")
@@ -255,11 +248,11 @@ def test_bf16_that_is_emulated_is_none(gpu, monkeypatch, has_bf16):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_cpu_computes_or_it_is_said():
-    assert isinstance(device_for(config()), Cpu)
+    assert isinstance(resolve_device("auto", None), Cpu)
     with pytest.raises(UnsupportedError, match="torch finds no CUDA device here"):
-        device_for(config(device="cuda"))
+        resolve_device("cuda", None)
     with pytest.raises(UnsupportedError, match="torch finds no CUDA device here"):
         gpu_here("cuda")  # as plan asks
     for name in ("auto", "cpu"):
         with pytest.raises(ConfigError, match=r"memory\.vram is set, and the CPU computes"):
-            device_for(config(vram=1 << 30, device=name))
+            resolve_device(name, 1 << 30)

@@ -17,10 +17,10 @@ from megatrain_io.paging.activations import ActivationBudget, SavedActivations
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.records import DeviceRecords
 from megatrain_io.paging.device.simulated import OrderError, SimulatedDevice
+from megatrain_io.paging.device.vram_budget import divide_vram, least_vram
 from megatrain_io.paging.step import Step
 from megatrain_io.planning import memory_needs
 from megatrain_io.planning.memory_needs import gathered_nbytes
-from megatrain_io.planning.vram_budget import divide_vram, least_vram
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep
 from paged import (

@@ -13,9 +13,8 @@ from megatrain_io.paging.step import Step
 from megatrain_io.paging.trace import Trace
 from megatrain_io.store.paged_store import PagedStore
 from megatrain_io.store.schedule import build_schedule
-from megatrain_io.training.reporters import QuietReporter
-from megatrain_io.training.trainer import train
-from runs import configured
+from megatrain_io.training.callbacks import TraceCallback
+from runs import configured, start
 
 STEPS = 2
 MICRO_BATCHES = 2
@@ -25,7 +24,7 @@ BLOCKS = 2
 def traced(source, folder, **changes):
     config = configured(source, folder / "run", max_steps=STEPS, **changes)
     with Trace(folder / "trace.json") as trace:
-        train(config, resume=False, reporter=QuietReporter(), trace=trace)
+        start(config, callbacks=[TraceCallback(trace)])
     return config
 
 
@@ -75,7 +74,7 @@ def lanes(source, folder):
     config = configured(source, folder / "run", max_steps=STEPS)
     config = config.model_copy(update={"data": config.data.model_copy(update={"eval": None})})
     with Trace(folder / "trace.json") as trace:
-        train(config, resume=False, reporter=QuietReporter(), trace=trace)
+        start(config, callbacks=[TraceCallback(trace)])
     return lanes_of(folder / "trace.json")
 
 
@@ -174,7 +173,7 @@ def test_without_a_trace_nothing_is_recorded(source, tmp_path, monkeypatch):
     close = PagedStore.close
     monkeypatch.setattr(PagedStore, "close", lambda state: (taken.append(state.take_events()), close(state)))
     monkeypatch.setattr(Trace, "add", lambda *_: pytest.fail("an event"))
-    train(configured(source, tmp_path / "run", max_steps=1), resume=False, reporter=QuietReporter())
+    start(configured(source, tmp_path / "run", max_steps=1))
     assert taken == [([], 0)]
 
 

@@ -18,7 +18,7 @@ from megatrain_io.machine.hardware import Hardware, known_machines, load_hardwar
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.machine.profile import default_path
 from megatrain_io.machine.smart import parse_smart
-from megatrain_io.planning import resolve
+from megatrain_io.planning import planner, resolve
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.training import setup
 from paged import DEVICE
@@ -247,7 +247,7 @@ def test_too_little_ram_is_refused_with_both_numbers_and_the_nearest_that_fits_i
 
 def test_a_container_that_leaves_less_is_refused(source, model, tmp_path, monkeypatch):
     limit = (3 * MIB, "the cgroup limit")
-    for module in (resolve, setup):
+    for module in (planner, resolve, setup):
         monkeypatch.setattr(module, "usable_ram", lambda: limit)
     asks = {"memory.ram": "8MiB", "output_dir": str(tmp_path)}
     found = mt.plan(model, settings=SMALL | asks)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from megatrain_io.models.partition import model_parts
 from megatrain_io.paging.activations import activation_nbytes
 from megatrain_io.paging.device.pool import device_pool
-from megatrain_io.planning.vram_budget import divide_vram
+from megatrain_io.paging.device.vram_budget import divide_vram
 from megatrain_io.store.layout import ModelLayout
 from paged import FORMATS, partitioned
 

@@ -19,8 +19,8 @@ PYTHON_ROOMS: tuple[frozenset[str], ...] = (
     frozenset({"data", "machine"}),
     frozenset({"models", "store"}),
     frozenset({"paging", "runs"}),
-    frozenset({"planning"}),
-    frozenset({"generate", "training"}),
+    frozenset({"generate", "planning"}),
+    frozenset({"training"}),
     frozenset({"cli"}),
 )
 """Rooms of the package by floor, 0 first: a room imports from lower floors alone, and ``errors`` serves all."""

@@ -1,13 +1,14 @@
 """Small runs through the training loop, for tests of what becomes of them."""
 
 import json
+from contextlib import closing, nullcontext
 
 from megatrain_io.config.schema import RunConfig
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.open_store import open_store
-from megatrain_io.training.reporters import QuietReporter
+from megatrain_io.training.callbacks import Callback
 from megatrain_io.training.trainer import train
-from paged import all_planes, differing
+from paged import all_planes, differing, new_device
 
 ENGINE = "threads"  # stopping a ring takes a second; how bytes move is tested elsewhere
 STEPS = 5
@@ -35,7 +36,7 @@ def configured(source, run, *, data="train.jsonl", memory=None, **changes):
     )  # fmt: skip
 
 
-class Reporter(QuietReporter):
+class Reporter(Callback):
     """Remembers, and presses Ctrl-C after a step."""
 
     def __init__(self, stop=None):
@@ -44,21 +45,23 @@ class Reporter(QuietReporter):
         self.reports = []
         self.notes = []
 
-    def started(self, *, step, max_steps, notes=()):
-        self.starts.append((step, max_steps, list(notes)))
+    def on_start(self, run):
+        self.starts.append((run.step, run.max_steps, list(run.notes)))
 
-    def note(self, text):
-        self.notes.append(text)
+    def on_skip(self, run, step, reason):
+        self.notes.append(f"step {step} is skipped: {reason}; nothing is updated by it")
 
-    def step(self, report):
+    def on_step(self, run, report):
         self.reports.append(report)
         if report.step == self.stop:
             raise KeyboardInterrupt
 
 
-def start(config, *, resume=False, stop=None):
+def start(config, *, resume=False, stop=None, device=None, callbacks=()):
+    """Train on ``device``, or on what the test profile names; the result, and what was told."""
     reporter = Reporter(stop)
-    return train(config, resume=resume, reporter=reporter), reporter
+    with nullcontext(device) if device is not None else closing(new_device()) as chosen:
+        return train(config, resume=resume, callbacks=[reporter, *callbacks], device=chosen), reporter
 
 
 def metrics_of(run):

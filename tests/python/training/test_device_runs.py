@@ -18,8 +18,7 @@ from megatrain_io.paging.trace import Trace
 from megatrain_io.planning.compute_time import measured_seconds
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.training import trainer
-from megatrain_io.training.trainer import train
+from megatrain_io.training.callbacks import TraceCallback
 from paged import DEVICE, Case, partitioned, to_micro_batch
 from runs import ENGINE, Reporter, check_equals, configured, metrics_of, start
 
@@ -31,15 +30,10 @@ pytestmark = [
 MIB = 1 << 20
 
 
-@pytest.fixture
-def on(monkeypatch):
-    """Runs from here on compute on this device."""
-
-    def chosen(device):
-        monkeypatch.setattr(trainer, "device_for", lambda _: device)
-        return device
-
-    return chosen
+def without_bf16():
+    device = SimulatedDevice(3)
+    device.has_bf16 = False
+    return device
 
 
 def vram_note(reporter):
@@ -47,9 +41,10 @@ def vram_note(reporter):
     return [int(number) for number in re.match(r"VRAM: (\d+) MiB of (\d+) MiB", note).groups()]
 
 
-def test_a_run_keeps_within_the_vram_that_it_was_given(source, whole, tmp_path, on):
-    roomy = on(SimulatedDevice(1))
-    _, reporter = start(configured(source, tmp_path / "roomy", memory={"ram": "1500KiB"}))
+def test_a_run_keeps_within_the_vram_that_it_was_given(source, whole, tmp_path):
+    roomy = SimulatedDevice(1)
+    config = configured(source, tmp_path / "roomy", memory={"ram": "1500KiB"})
+    _, reporter = start(config, device=roomy)
     check_equals(tmp_path / "roomy", whole)
     assert vram_note(reporter)[0] - CONTEXT_NBYTES // MIB < 20 + 64
     assert {account for account, nbytes in roomy.accounts.nbytes.items() if nbytes} == {
@@ -57,32 +52,31 @@ def test_a_run_keeps_within_the_vram_that_it_was_given(source, whole, tmp_path, 
         "gradients",
         "activations",
     }
-    too_small = on(SimulatedDevice(1, nbytes=CONTEXT_NBYTES))
+    too_small = SimulatedDevice(1, nbytes=CONTEXT_NBYTES)
     with pytest.raises(
         DoesNotFitError, match=r"at least, and simulated accelerator has 600.0 MiB"
     ) as refused:
-        start(configured(source, tmp_path / "refused"))
+        start(configured(source, tmp_path / "refused"), device=too_small)
     assert not too_small.accounts.nbytes
     least = int(re.search(r"a step needs (\d+) MiB of VRAM at least", str(refused.value))[1]) * MIB
-    less = on(SimulatedDevice(1, nbytes=least - 2 * MIB))
+    less = SimulatedDevice(1, nbytes=least - 2 * MIB)
     with pytest.raises(DoesNotFitError, match="VRAM"):
-        start(configured(source, tmp_path / "refused"))
+        start(configured(source, tmp_path / "refused"), device=less)
     assert not less.accounts.nbytes
     for commit_every in (1, 2):
-        small = on(SimulatedDevice(1, nbytes=least))
+        small = SimulatedDevice(1, nbytes=least)
         run = tmp_path / f"least, {commit_every}"
         memory = {"ram": "1500KiB", "commit_every": commit_every}
         # Waited for by an evaluation, a step is counted to its end.
-        result, _ = start(configured(source, run, memory=memory, eval_steps=1))
+        result, _ = start(configured(source, run, memory=memory, eval_steps=1), device=small)
         check_equals(run, whole)
         assert 0 < small.accounts.peak_nbytes <= least - CONTEXT_NBYTES
         assert result.plan["ledger_bytes"]["ratio"] == pytest.approx(1, abs=0.02)
         assert result.plan["read_bytes_per_step"]["ratio"] == 1
 
 
-def test_a_run_goes_on_on_another_device(source, whole, stopped, on):
-    on(SimulatedDevice(2))
-    _, reporter = start(configured(source, stopped), resume=True)
+def test_a_run_goes_on_on_another_device(source, whole, stopped):
+    _, reporter = start(configured(source, stopped), resume=True, device=SimulatedDevice(2))
     check_equals(stopped, whole)
     assert any(
         "device was cpu and is simulated accelerator" in note
@@ -91,34 +85,30 @@ def test_a_run_goes_on_on_another_device(source, whole, stopped, on):
     )
 
 
-def test_a_gpu_without_bf16_trains_in_fp32_and_the_run_goes_on_so(source, tmp_path, on):
-    on(SimulatedDevice(3)).has_bf16 = False
+def test_a_gpu_without_bf16_trains_in_fp32_and_the_run_goes_on_so(source, tmp_path):
     config = configured(source, tmp_path / "run", memory={"ram": "4MiB"})
     asked = config.train.model_copy(update={"precision": "bf16"})
     with pytest.raises(ConfigError, match="simulated accelerator does not compute in bf16"):
-        start(config.model_copy(update={"train": asked}))
+        start(config.model_copy(update={"train": asked}), device=without_bf16())
     assert not config.output_dir.exists(), "nothing was imported"
-    on(SimulatedDevice(3)).has_bf16 = False  # a start closes its device
-    started = Reporter(stop=2)
+    started = Reporter()
     with pytest.raises(InterruptedRunError, match="step 2 "):
-        train(config, resume=False, reporter=started)
+        start(config, stop=2, device=without_bf16(), callbacks=[started])
     said = "train.precision is fp32, because simulated accelerator does not compute in bf16"
     assert sum(note.startswith(said) for note in started.starts[0][2]) == 1
     run = RunFolder(config.output_dir)
     assert run.read().precision == load(run.config)[0].train.precision == "fp32"
     for device in (SimulatedDevice(3), Cpu()):
-        on(device)
         going_on = Reporter(stop=3)
         with pytest.raises(InterruptedRunError) if device.has_own_memory else nullcontext():
-            train(config, resume=True, reporter=going_on)
+            start(config, resume=True, device=device, callbacks=[going_on])
         assert not any("does not compute in bf16" in note for note in going_on.starts[0][2])
     assert load(run.config)[0].train.precision == "fp32"
 
 
-def test_a_run_in_bf16_is_refused_by_a_gpu_without_it(source, stopped, on):
-    on(SimulatedDevice(3)).has_bf16 = False
+def test_a_run_in_bf16_is_refused_by_a_gpu_without_it(source, stopped):
     with pytest.raises(ConfigError, match=r"does not compute in bf16: .*an imported run keeps its precision"):
-        start(configured(source, stopped), resume=True)
+        start(configured(source, stopped), resume=True, device=without_bf16())
 
 
 def test_computing_alone_can_be_timed_on_a_device():
@@ -130,11 +120,12 @@ def test_computing_alone_can_be_timed_on_a_device():
     assert all(each > 0 for each in seconds.values())
 
 
-def test_a_trace_has_the_device_in_it(source, tmp_path, on):
-    on(SimulatedDevice(2))
+def test_a_trace_has_the_device_in_it(source, tmp_path):
     path = tmp_path / "trace.json"
     with Trace(path) as trace:
-        train(configured(source, tmp_path / "run"), resume=False, reporter=Reporter(), trace=trace)
+        start(
+            configured(source, tmp_path / "run"), device=SimulatedDevice(2), callbacks=[TraceCallback(trace)]
+        )
     text = path.read_text()
     assert all(f'"{lane}"' in text for lane in ("copy in", "copy out", "device, block"))
     assert metrics_of(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.console import Console
 from megatrain_io.cli.progress import counting
 from megatrain_io.runs.metrics import StepReport
 from megatrain_io.text import gib
-from megatrain_io.training.reporters import LineReporter, LiveReporter, QuietReporter, facts, reporter_for
+from megatrain_io.training.reporters import LineReporter, LiveReporter, facts, reporter
 
 REPORT = StepReport(
     step=1,
@@ -26,6 +27,13 @@ REPORT = StepReport(
     ledger_bytes=2**30,
     written_bytes_total=1_200_000_000_000,
 )
+
+
+def begun(step, max_steps, notes=()):
+    return SimpleNamespace(step=step, max_steps=max_steps, notes=notes)
+
+
+RUN = begun(0, 10)
 
 
 @pytest.fixture
@@ -66,10 +74,10 @@ def test_a_step_that_took_no_time_and_a_loss_that_is_no_number():
 
 
 def test_a_line_is_one_line_however_narrow_the_console(console):
-    reporter = LineReporter(console)
-    reporter.started(step=0, max_steps=10, notes=["I/O engine: [bold]threads"])
-    reporter.step(REPORT)
-    reporter.finished()
+    shown = LineReporter(console)
+    shown.on_start(begun(0, 10, ["I/O engine: [bold]threads"]))
+    shown.on_step(RUN, REPORT)
+    shown.on_end(RUN)
     assert lines(console) == [
         "note: I/O engine: [bold]threads",
         "training for 10 steps",
@@ -80,37 +88,37 @@ def test_a_line_is_one_line_however_narrow_the_console(console):
 def test_lines_come_now_and_then(console):
     """The clock moves by two seconds a step, five must pass; step 3 has an evaluation."""
     times = iter(range(0, 100, 2))
-    reporter = LineReporter(console, clock=lambda: next(times))
-    reporter.started(step=0, max_steps=10)
+    shown = LineReporter(console, clock=lambda: next(times))
+    shown.on_start(begun(0, 10))
     for step in range(1, 11):
-        reporter.step(replace(REPORT, step=step, eval_loss=2.0 if step == 3 else None))
+        shown.on_step(RUN, replace(REPORT, step=step, eval_loss=2.0 if step == 3 else None))
     told = [int(line.split()[1].split("/")[0]) for line in lines(console)[1:]]
     assert told == [1, 3, 6, 9, 10]
 
 
 def test_lines_respect_logging_steps(console):
     times = iter(range(0, 1000, 10))
-    reporter = LineReporter(console, logging_steps=4, clock=lambda: next(times))
+    shown = LineReporter(console, logging_steps=4, clock=lambda: next(times))
     for step in range(1, 11):
-        reporter.step(replace(REPORT, step=step))
+        shown.on_step(RUN, replace(REPORT, step=step))
     assert [int(line.split()[1].split("/")[0]) for line in lines(console)] == [1, 4, 8, 10]
 
 
 def test_a_resumed_run_says_so_and_its_time_is_that_of_its_newest_steps(console):
-    reporter = LineReporter(console)
-    reporter.started(step=7, max_steps=10)
-    reporter.step(replace(REPORT, step=8, seconds=100.0))
+    shown = LineReporter(console)
+    shown.on_start(begun(7, 10))
+    shown.on_step(RUN, replace(REPORT, step=8, seconds=100.0))
     assert lines(console)[0] == "resuming after step 7 of 10"
     assert lines(console)[1].endswith("ETA 0:03:20")
 
 
 def test_a_terminal_shows_progress_in_place(terminal):
-    reporter = LiveReporter(terminal)
-    reporter.started(step=2, max_steps=4)
-    reporter.step(replace(REPORT, step=3, max_steps=4, eval_loss=2.25))
-    reporter.step(replace(REPORT, step=4, max_steps=4))
-    reporter.finished()
-    reporter.finished()
+    shown = LiveReporter(terminal)
+    shown.on_start(begun(2, 4))
+    shown.on_step(RUN, replace(REPORT, step=3, max_steps=4, eval_loss=2.25))
+    shown.on_step(RUN, replace(REPORT, step=4, max_steps=4))
+    shown.on_end(RUN)
+    shown.on_end(RUN)
     text = terminal.file.getvalue()
     assert "resuming after step 2 of 4" in text
     assert "step 3: held-out loss 2.2500" in text
@@ -119,21 +127,16 @@ def test_a_terminal_shows_progress_in_place(terminal):
 
 
 def test_a_live_display_that_never_started_can_be_finished(terminal):
-    LiveReporter(terminal).finished()
+    LiveReporter(terminal).on_end(RUN)
     assert terminal.file.getvalue() == ""
 
 
 def test_the_reporter_fits_the_console(console, terminal):
-    assert isinstance(reporter_for(console), LineReporter)
-    assert isinstance(reporter_for(terminal), LiveReporter)
-    assert isinstance(reporter_for(terminal, quiet=True), QuietReporter)
+    assert isinstance(reporter(console), LineReporter)
+    assert isinstance(reporter(terminal), LiveReporter)
 
 
 def test_quiet_is_quiet(console):
-    reporter = reporter_for(console, quiet=True)
-    reporter.started(step=0, max_steps=1, notes=["x"])
-    reporter.step(REPORT)
-    reporter.finished()
     with counting("import", console, quiet=True) as progress:
         progress(1, 1)
     assert lines(console) == []

@@ -26,6 +26,7 @@ from megatrain_io.errors import (
 )
 from megatrain_io.paging.paged_model import PagedModel
 from megatrain_io.paging.step import Step
+from megatrain_io.runs.import_model import ModelImport
 from megatrain_io.runs.metrics import MetricsFile
 from megatrain_io.training.lr_schedule import learning_rate_at
 from paged import DEVICE, differing
@@ -126,7 +127,7 @@ def test_an_interrupt_in_the_middle_of_a_step(source, whole, tmp_path, monkeypat
 
 
 def test_an_interrupt_of_the_import_leaves_nothing_to_resume(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatrain_io.training.trainer.import_model", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(ModelImport, "write", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(InterruptedRunError, match="without --resume"):
         start(configured(source, tmp_path / "run"))
 

@@ -2,17 +2,15 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
-use super::*;
-use crate::optimizer::split::*;
+use bytemuck::cast_slice;
 
-pub(crate) const ADAMW: AdamW = AdamW {
-    learning_rate: 1e-3,
-    beta1: 0.9,
-    beta2: 0.999,
-    eps: 1e-8,
-    step: 3,
-    gradient_scale: 1.0,
-};
+use super::*;
+use crate::optimizer::hyperparameters::Hyperparameters;
+use crate::optimizer::split::*;
+use crate::optimizer::update::TASK;
+
+pub(crate) const ADAMW: AdamW =
+    AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 3 };
 
 /// [`split`], element by element.
 fn split_slice(master: &[f32], weight: &mut [u16], remainder: &mut [i16]) {
@@ -30,6 +28,25 @@ fn join_slice(weight: &[u16], remainder: &[i16], master: &mut [f32]) {
     for ((master, weight), remainder) in master.iter_mut().zip(weight).zip(remainder) {
         *master = join(*weight, *remainder);
     }
+}
+
+fn span(start: usize, len: usize, weight_decay: f64) -> Span {
+    Span { start, len, lr_scale: 1.0, weight_decay }
+}
+
+/// One step of a chunk of either format, its weights in place or not.
+fn update_in<W: bytemuck::Pod>(
+    format: StateFormat,
+    (kernel, adamw, spans): (Kernel, AdamW, &[Span]),
+    weight: Option<&[W]>,
+    weight_out: &mut [W],
+    gradient: &[f32],
+    planes: Vec<&mut [u8]>,
+) {
+    let hyperparameters = Hyperparameters::AdamW(adamw);
+    let update = hyperparameters.over(format, gradient.len(), 1.0, spans).expect("trained");
+    let (weight, out) = (weight.map(cast_slice), cast_slice_mut(weight_out));
+    update::update(kernel, &*update, State::new(format, weight, out, gradient, planes));
 }
 
 /// One chunk in both formats: f32 weights, and the same split.
@@ -60,39 +77,44 @@ impl Chunk {
         Self::new(plane(1, 0.1), plane(2, 1e-2), plane(3, 1e-3), exp_avg_sq)
     }
 
-    fn update(&mut self, kernel: Kernel, spans: &[Span]) {
+    fn update(&mut self, kernel: Kernel, adamw: AdamW, spans: &[Span]) {
         let [(m, v), (split_m, split_v)] = &mut self.moments;
-        let (mut own, g) = (self.weight.clone(), &self.gradient);
-        let (mut own_m, mut own_v) = (m.clone(), v.clone());
-        update_f32(kernel, spans, None, &mut own, g, &mut own_m, &mut own_v);
+        let (with, g) = ((kernel, adamw, spans), &self.gradient);
+        let (mut own, mut own_m, mut own_v) = (self.weight.clone(), m.clone(), v.clone());
+        let planes = vec![cast_slice_mut(&mut own_m), cast_slice_mut(&mut own_v)];
+        update_in(StateFormat::F32, with, None, &mut own, g, planes);
         let mut weight_out = vec![f32::NAN; self.weight.len()];
-        update_f32(kernel, spans, Some(&self.weight), &mut weight_out, g, m, v);
+        let planes = vec![cast_slice_mut(m), cast_slice_mut(v)];
+        update_in(StateFormat::F32, with, Some(&self.weight), &mut weight_out, g, planes);
         self.weight = weight_out;
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         let in_place = [&own, &own_m, &own_v].map(|values| bits(values));
         assert!(in_place == [&self.weight, m, v].map(|values| bits(values)), "in place");
 
-        let (weight, remainder) = &mut self.halves;
+        let (weight, low) = &mut self.halves;
         let mut weight_out = vec![0xFFFF; weight.len()];
-        let (mut own, mut own_low) = (weight.clone(), remainder.clone());
+        let (mut own, mut own_low) = (weight.clone(), low.clone());
         let (mut own_m, mut own_v) = (split_m.clone(), split_v.clone());
-        update_split(kernel, spans, None, &mut own, &mut own_low, g, &mut own_m, &mut own_v);
-        let old = Some(weight.as_slice());
-        update_split(kernel, spans, old, &mut weight_out, remainder, g, split_m, split_v);
+        let moments = (cast_slice_mut(&mut own_m), cast_slice_mut(&mut own_v));
+        let planes = vec![cast_slice_mut(&mut own_low), moments.0, moments.1];
+        update_in(StateFormat::Bf16, with, None, &mut own, g, planes);
+        let planes = vec![cast_slice_mut(low), cast_slice_mut(split_m), cast_slice_mut(split_v)];
+        update_in(StateFormat::Bf16, with, Some(weight), &mut weight_out, g, planes);
         *weight = weight_out;
-        assert!(own == *weight && own_low == *remainder, "in place");
+        assert!(own == *weight && own_low == *low, "in place");
         assert!(bits(&own_m) == bits(split_m) && bits(&own_v) == bits(split_v), "in place");
     }
 
     /// The specification, one element after the other.
-    fn update_plainly(&mut self, spans: &[Span]) {
-        for Span { start, len, scalars } in spans {
-            for i in *start..start + len {
+    fn update_plainly(&mut self, adamw: AdamW, spans: &[Span]) {
+        for span in spans {
+            let (Span { start, len, .. }, scalars) = (*span, adamw.scalars(1.0, span));
+            for i in start..start + len {
                 let (p, g) = (self.weight[i], self.gradient[i]);
                 let (m, v) = (self.moments[0].0[i], self.moments[0].1[i]);
                 let tail = i >= start + len / 8 * 8;
                 let step = if tail { Scalars::step::<true> } else { Scalars::step::<false> };
-                let (p, m, v) = step(scalars, p, g, m, v);
+                let (p, m, v) = step(&scalars, p, g, m, v);
                 (self.weight[i], self.moments[0].0[i], self.moments[0].1[i]) = (p, m, v);
             }
         }
@@ -129,15 +151,14 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn any_scalars()(
+    fn any_adamw()(
         learning_rate in 0.0..1.0,
         beta1 in prop_oneof![Just(0.0), Just(0.5), 0.0..1.0],
         beta2 in 0.0..1.0,
         eps in prop_oneof![Just(0.0), 0.0..1e-3],
         step in prop_oneof![1_u64..100, any::<u64>()],
-        weight_decay in prop_oneof![Just(0.0), 0.0..1.0],
-    ) -> Scalars {
-        AdamW { learning_rate, beta1, beta2, eps, step, gradient_scale: 1.0 }.scalars(1.0, weight_decay)
+    ) -> AdamW {
+        AdamW { learning_rate, beta1, beta2, eps, step }
     }
 }
 
@@ -145,18 +166,19 @@ proptest! {
     #[test]
     fn kernels_agree_with_the_specification(
         chunk in any_chunk(),
-        scalars in any_scalars(),
+        adamw in any_adamw(),
+        weight_decay in prop_oneof![Just(0.0), 0.0..1.0],
         cuts: [Index; 2],
     ) {
         let mut cuts = cuts.map(|cut| cut.index(chunk.weight.len() + 1));
         cuts.sort_unstable();
         let [start, end] = cuts;
-        let spans = [Span { start, len: end - start, scalars }];
+        let spans = [span(start, end - start, weight_decay)];
         let mut expected = chunk.clone();
-        expected.update_plainly(&spans);
+        expected.update_plainly(adamw, &spans);
         for kernel in Kernel::available() {
             let mut found = chunk.clone();
-            found.update(kernel, &spans);
+            found.update(kernel, adamw, &spans);
             prop_assert_eq!(found.bits(), expected.bits(), "{}", kernel);
         }
     }
@@ -208,7 +230,7 @@ const PYTORCH: [(AdamW, f64, [[u32; 11]; 3]); 2] = [
         ],
     ),
     (
-        AdamW { learning_rate: 2e-3, beta1: 0.3, beta2: 0.95, eps: 1e-6, step: 0, gradient_scale: 1.0 },
+        AdamW { learning_rate: 2e-3, beta1: 0.3, beta2: 0.95, eps: 1e-6, step: 0 },
         0.0,
         [
             [
@@ -239,9 +261,9 @@ fn equals_pytorch() {
         for kernel in Kernel::available() {
             let mut chunk = fresh.clone();
             for t in 1..=3 {
-                let scalars = AdamW { step: t.into(), ..adamw }.scalars(1.0, weight_decay);
                 chunk.gradient = gradient(t);
-                chunk.update(kernel, &[Span { start: 0, len: 11, scalars }]);
+                let adamw = AdamW { step: t.into(), ..adamw };
+                chunk.update(kernel, adamw, &[span(0, 11, weight_decay)]);
             }
             let moments = [exp_avg, exp_avg_sq];
             let expected = [moments, moments, [weight; 2]].concat().concat();
@@ -252,9 +274,8 @@ fn equals_pytorch() {
 
 #[test]
 fn gaps_stay_and_their_gradient_is_not_looked_at() {
-    let scalars = ADAMW.scalars(1.0, 0.1);
     let spans = [(3, 10), (13, 0), (13, 16), (40, 24)];
-    let spans = spans.map(|(start, len)| Span { start, len, scalars });
+    let spans = spans.map(|(start, len)| span(start, len, 0.1));
     let mut before = Chunk::hashed(70);
     let outside: Vec<usize> =
         (0..70).filter(|i| spans.iter().all(|s| !(s.start..s.end()).contains(i))).collect();
@@ -264,7 +285,7 @@ fn gaps_stay_and_their_gradient_is_not_looked_at() {
     }
     for kernel in Kernel::available() {
         let mut after = before.clone();
-        after.update(kernel, &spans);
+        after.update(kernel, ADAMW, &spans);
         for (plane, (after, before)) in
             after.bits().chunks(70).zip(before.bits().chunks(70)).enumerate()
         {
@@ -278,22 +299,20 @@ fn gaps_stay_and_their_gradient_is_not_looked_at() {
 
 #[test]
 fn result_depends_neither_on_tiles_nor_on_threads() {
-    let len = 2 * TILE + 1000;
-    let one = ADAMW.scalars(1.0, 0.1);
-    let two = ADAMW.scalars(0.5, 0.0);
+    let len = 2 * TASK + 1000;
     let spans = [
-        Span { start: 5, len: TILE - 7, scalars: one },
-        Span { start: TILE - 1, len: TILE + 3, scalars: two },
-        Span { start: 2 * TILE + 2, len: 901, scalars: one },
+        span(5, TASK - 7, 0.1),
+        Span { lr_scale: 0.5, ..span(TASK - 1, TASK + 3, 0.0) },
+        span(2 * TASK + 2, 901, 0.1),
     ];
     let chunk = Chunk::hashed(u32::try_from(len).unwrap());
     let mut expected = chunk.clone();
-    expected.update_plainly(&spans);
+    expected.update_plainly(ADAMW, &spans);
     for threads in [1, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         for kernel in Kernel::available() {
             let mut found = chunk.clone();
-            pool.install(|| found.update(kernel, &spans));
+            pool.install(|| found.update(kernel, ADAMW, &spans));
             assert!(found.bits() == expected.bits(), "{kernel}, {threads} threads");
         }
     }
@@ -301,25 +320,28 @@ fn result_depends_neither_on_tiles_nor_on_threads() {
 
 #[test]
 fn scalars_at_the_edges() {
-    assert_eq!(ADAMW.scalars(1.0, 0.0).decay.to_bits(), 1.0_f32.to_bits());
-    let rounded_once = AdamW { learning_rate: 0.972_694_307_565_689_1, ..ADAMW }.scalars(1.0, 1.3);
+    let scalars = |adamw: AdamW, weight_decay| adamw.scalars(1.0, &span(0, 1, weight_decay));
+    assert_eq!(scalars(ADAMW, 0.0).decay.to_bits(), 1.0_f32.to_bits());
+    let large = AdamW { learning_rate: 0.972_694_307_565_689_1, ..ADAMW };
+    let rounded_once = scalars(large, 1.3);
     assert_eq!(rounded_once.decay.to_bits(), 0xBE87_6CE3);
     let halved = AdamW { learning_rate: 5e-4, ..ADAMW };
-    assert_eq!(ADAMW.scalars(0.5, 0.1), halved.scalars(1.0, 0.1));
+    let half = Span { lr_scale: 0.5, ..span(0, 1, 0.1) };
+    assert_eq!(ADAMW.scalars(1.0, &half), scalars(halved, 0.1));
     let last = AdamW { step: 1 << 24, beta1: 1.0 - 1e-7, ..ADAMW };
     let later = AdamW { step: u64::MAX, ..last };
-    assert_eq!(last.scalars(1.0, 0.1), later.scalars(1.0, 0.1));
+    assert_eq!(scalars(last, 0.1), scalars(later, 0.1));
     let before = AdamW { step: 1 << 23, ..last };
-    assert_ne!(last.scalars(1.0, 0.1), before.scalars(1.0, 0.1));
+    assert_ne!(scalars(last, 0.1), scalars(before, 0.1));
 }
 
 #[test]
 fn a_weight_that_becomes_nan_shows_in_its_upper_half() {
-    let spans = [Span { start: 0, len: 9, scalars: ADAMW.scalars(1.0, 0.1) }];
+    let spans = [span(0, 9, 0.1)];
     for kernel in Kernel::available() {
         let mut chunk = Chunk::hashed(9);
         chunk.gradient.fill(f32::from_bits(0x7FFF_FFFF));
-        chunk.update(kernel, &spans);
+        chunk.update(kernel, ADAMW, &spans);
         assert_eq!(chunk.halves, (vec![0x7FC0; 9], vec![0; 9]));
     }
 }
@@ -333,21 +355,19 @@ fn kernels_have_names() {
 #[test]
 #[should_panic(expected = "lengths differ")]
 fn lengths_must_agree() {
-    let (mut out, mut m, mut v) = ([0.0; 8], [0.0; 8], [0.0; 7]);
-    update_f32(Kernel::Scalar, &[], Some(&[0.0; 8]), &mut out, &[0.0; 8], &mut m, &mut v);
+    let (mut weight, mut m, mut v) = ([0.0; 8], [0.0; 8], [0.0; 7]);
+    let planes: [&mut [f32]; 3] = [&mut weight, &mut m, &mut v];
+    ADAMW.update_tensor(Kernel::Scalar, 1.0, 0.0, &[0.0; 8], planes);
 }
 
 #[test]
 #[should_panic(expected = "overlap")]
 fn spans_must_not_overlap() {
-    let scalars = ADAMW.scalars(1.0, 0.0);
-    let spans = [Span { start: 0, len: 9, scalars }, Span { start: 8, len: 8, scalars }];
-    Chunk::hashed(32).update(Kernel::Scalar, &spans);
+    Chunk::hashed(32).update(Kernel::Scalar, ADAMW, &[span(0, 9, 0.0), span(8, 8, 0.0)]);
 }
 
 #[test]
 #[should_panic(expected = "behind the chunk")]
 fn spans_must_lie_in_the_chunk() {
-    let spans = [Span { start: 8, len: usize::MAX, scalars: ADAMW.scalars(1.0, 0.0) }];
-    Chunk::hashed(32).update(Kernel::Scalar, &spans);
+    Chunk::hashed(32).update(Kernel::Scalar, ADAMW, &[span(8, usize::MAX, 0.0)]);
 }

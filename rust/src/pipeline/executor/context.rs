@@ -8,7 +8,7 @@ use rayon::ThreadPool;
 use crate::error::{Error, Result};
 use crate::memory::pool::Pool;
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::Kernel;
+use crate::optimizer::kernel::Kernel;
 use crate::optimizer::norm::squares_of_runs;
 use crate::pipeline::events::Lane;
 use crate::pipeline::events::Recorder;

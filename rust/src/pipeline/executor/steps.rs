@@ -5,14 +5,16 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::optimizer::adamw::AdamW;
+use crate::optimizer::hyperparameters::Hyperparameters;
 use crate::pipeline::command::After;
 use crate::pipeline::schedule::{self, CheckedSchedule};
 use crate::store::layout::Layout;
 
 pub(super) struct Step {
     number: u64,
-    adamw: AdamW,
+    hyperparameters: Hyperparameters,
+    /// What its gradients are multiplied by before anything else: 1, or less where they were clipped.
+    gradient_scale: f32,
     updates_left: usize,
     /// Units whose gradient has not been submitted.
     expected: BTreeSet<usize>,
@@ -40,8 +42,12 @@ impl Step {
         self.number
     }
 
-    pub(super) fn adamw(&self) -> &AdamW {
-        &self.adamw
+    pub(super) fn hyperparameters(&self) -> &Hyperparameters {
+        &self.hyperparameters
+    }
+
+    pub(super) fn gradient_scale(&self) -> f32 {
+        self.gradient_scale
     }
 
     pub(super) fn commits(&self) -> bool {
@@ -70,12 +76,13 @@ impl Steps {
         &mut self,
         number: u64,
         schedule: Arc<CheckedSchedule>,
-        adamw: AdamW,
+        hyperparameters: Hyperparameters,
         commits: bool,
     ) {
         self.queue.push_back(Step {
             number,
-            adamw,
+            hyperparameters,
+            gradient_scale: 1.0,
             updates_left: schedule.updates(),
             expected: schedule.updated().union(schedule.deferred()).copied().collect(),
             schedule,
@@ -121,7 +128,7 @@ impl Steps {
         step.finished = true;
         step.commit = commit;
         let After::Applied(scale) = after else { return Ok(false) };
-        step.adamw.gradient_scale = scale;
+        step.gradient_scale = scale;
         step.deferred = Deferred::Waiting;
         if step.schedule.updated().is_empty() {
             step.updates_left = schedule::chunks(units, step.schedule.deferred());

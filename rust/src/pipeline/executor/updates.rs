@@ -450,7 +450,9 @@ fn compute(
     let missing = || Error::invalid("an update without its buffers");
     let chunk = update.chunk;
     let place = &cx.units.chunks()[chunk];
-    let spans = cx.settings.spans(step.adamw(), &cx.store.layout().chunks()[chunk]);
+    let spans = cx.settings.spans(&cx.store.layout().chunks()[chunk]);
+    let (format, scale) = (place.format(), step.gradient_scale());
+    let optimizer = step.hyperparameters().over(format, place.parameters, scale, &spans)?;
     let mut planes = update.planes.take().ok_or_else(missing)?;
     let mut weight_out = update.weight_out.take();
     let part = std::mem::replace(&mut update.gradient, Gradient::OfUnit);
@@ -471,7 +473,7 @@ fn compute(
             Some(out) => Weights::Apart(&weights, out),
             None => Weights::InPlace(&mut weights),
         };
-        update_chunk(cx.kernel, &spans, place, weights, gradient, &mut planes, bindings)
+        update_chunk(cx.kernel, &*optimizer, place, weights, gradient, &mut planes, bindings)
     });
     let new_weights = if update.applies {
         // Compute has its own: what is in flight belongs to the engine.

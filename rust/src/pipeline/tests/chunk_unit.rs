@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::memory::ledger::Ledger;
 use crate::memory::pool::{self, PoolSizes};
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::Kernel;
+use crate::optimizer::kernel::Kernel;
 use crate::optimizer::norm;
 use crate::pipeline::{Options, Pipeline, Residents};
 use crate::store::layout::tests::manifest;

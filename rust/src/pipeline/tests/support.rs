@@ -8,8 +8,9 @@ use crate::io::engine::choice::Choice;
 use crate::memory::ledger::Ledger;
 use crate::memory::pool::{self, BufferKind, PoolSizes};
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::{AdamW, Kernel};
-use crate::optimizer::{adamw, split};
+use crate::optimizer::adamw::AdamW;
+use crate::optimizer::kernel::Kernel;
+use crate::optimizer::split;
 use crate::pipeline::{
     After, CheckedSchedule, ChunkOp, GradientFiles, Kind, Options, Pipeline, Residents,
     TensorSettings, chunk_slot_bytes,
@@ -21,7 +22,7 @@ use crate::units::{Group, PAGE_BYTES, StateFormat, Unit};
 pub(super) const LONG: Duration = Duration::from_secs(60);
 
 pub(super) fn adamw(step: u64) -> AdamW {
-    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step, gradient_scale: 1.0 }
+    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step }
 }
 
 /// Records of a small model: block, larger record, block with a short last chunk.
@@ -55,21 +56,9 @@ impl InMemory {
         for (record, &parameters) in RECORDS.iter().enumerate() {
             let gradient: Vec<f32> =
                 (0..len(parameters)).map(|i| gradient(step, record, i)).collect();
-            let span = adamw::Span {
-                start: 0,
-                len: gradient.len(),
-                scalars: AdamW { gradient_scale, ..adamw(step) }.scalars(1.0, 0.01),
-            };
-            let old = self.weight[record].clone();
-            adamw::update_f32(
-                Kernel::Scalar,
-                &[span],
-                Some(&old),
-                &mut self.weight[record],
-                &gradient,
-                &mut self.exp_avg[record],
-                &mut self.exp_avg_sq[record],
-            );
+            let Self { weight, exp_avg, exp_avg_sq } = self;
+            let planes = [weight, exp_avg, exp_avg_sq].map(|plane| &mut *plane[record]);
+            adamw(step).update_tensor(Kernel::Scalar, gradient_scale, 0.01, &gradient, planes);
         }
     }
 }

@@ -1,11 +1,10 @@
 use super::*;
 use crate::memory::ledger::Ledger;
-use crate::optimizer::adamw::Scalars;
+use crate::optimizer::adamw::tests::ADAMW;
+use crate::optimizer::hyperparameters::Hyperparameters;
+use crate::optimizer::update::update;
 use crate::store::layout::tests::manifest;
-
-fn scalars(weight_decay: f64) -> Scalars {
-    crate::optimizer::adamw::tests::ADAMW.scalars(1.0, weight_decay)
-}
+use crate::units::StateFormat;
 
 fn slot(bytes: usize, seed: usize) -> Slot {
     let mut slot = Slot::standalone(bytes.max(1), &Ledger::new(), "test").expect("memory");
@@ -17,7 +16,7 @@ fn slot(bytes: usize, seed: usize) -> Slot {
     slot
 }
 
-/// Bits and sums are those of `update_split` or `update_f32` and of `checksum::sums`.
+/// Bits and sums are those of the optimizer's update alone and of `checksum::sums`.
 #[test]
 fn one_pass_gives_the_bits_and_the_sums_of_two() {
     let store = [9; 16];
@@ -34,65 +33,44 @@ fn one_pass_gives_the_bits_and_the_sums_of_two() {
     ] {
         // A gap in between, and a tensor whose end fills no vector.
         let spans = [
-            Span { start: 0, len: 8003, scalars: scalars(0.01) },
-            Span { start: 8064, len: parameters - 8064 - 128, scalars: scalars(0.0) },
+            Span { start: 0, len: 8003, lr_scale: 1.0, weight_decay: 0.01 },
+            Span { start: 8064, len: parameters - 8064 - 128, lr_scale: 1.0, weight_decay: 0.0 },
         ];
+        let optimizer = Hyperparameters::AdamW(ADAMW).over(format, parameters, 1.0, &spans);
+        let optimizer = optimizer.expect("a trained format");
         let manifest = manifest(parameters as u64, &[(format, parameters as u64)]);
         let chunk = Layout::new(&manifest).expect("a layout").chunks()[0];
         let weights = slot(parameters * format.weight_bytes(), 1);
         let gradient = slot(parameters * 4, 2);
         let bytes = Group::ALL.map(|group| chunk.extent_bytes(group));
         let (mut out, mut planes) = (slot(bytes[0], 3), slot(bytes[1], 4));
-        let update = |weights: Weights<'_>, planes: &mut Slot, stays: bool| {
+        let one_pass = |weights: Weights<'_>, planes: &mut Slot, stays: bool| {
             let bindings = [&bindings[0], &bindings[1]].map(|b| (!stays).then_some(b));
             let kernel = Kernel::detect();
             one.install(|| {
-                update_chunk(kernel, &spans, &chunk, weights, &gradient, planes, bindings)
+                update_chunk(kernel, &*optimizer, &chunk, weights, &gradient, planes, bindings)
             })
         };
-        let sums = update(Weights::Apart(&weights, &mut out), &mut planes, false);
+        let sums = one_pass(Weights::Apart(&weights, &mut out), &mut planes, false);
         // In place, with checksums and without.
         for stays in [false, true] {
             let (mut own, mut own_planes) = (slot(bytes[0], 1), slot(bytes[1], 4));
-            let own_sums = update(Weights::InPlace(&mut own), &mut own_planes, stays);
+            let own_sums = one_pass(Weights::InPlace(&mut own), &mut own_planes, stays);
             assert!(own[..] == out[..] && own_planes[..] == planes[..], "{format:?} {parameters}");
             assert_eq!(own_sums, if stays { [vec![], vec![]] } else { sums.clone() });
         }
         let (mut expected_out, mut expected) = (slot(bytes[0], 3), slot(bytes[1], 4));
-        plain(format, parameters, &spans, &weights, &gradient, &mut expected_out, &mut expected);
+        let (weights, content) = (&weights[..], parameters * format.weight_bytes());
+        let (mut rest, ranges) = (&mut expected[..], chunk.plane_ranges(Group::Update));
+        let cut = ranges.iter().filter_map(|range| rest.split_off_mut(..range.len())).collect();
+        let (old, new) = (Some(&weights[..content]), &mut expected_out[..content]);
+        let state = State::new(format, old, new, cast_slice(&gradient[..4 * parameters]), cut);
+        update(Kernel::detect(), &*optimizer, state);
         assert!(
             out[..] == expected_out[..] && planes[..] == expected[..],
             "{format:?} {parameters}"
         );
         assert_eq!(sums[0], checksum::sums(&bindings[0], &expected_out));
         assert_eq!(sums[1], checksum::sums(&bindings[1], &expected));
-    }
-}
-
-#[expect(clippy::too_many_arguments, reason = "one slice a plane")]
-fn plain(
-    format: StateFormat,
-    parameters: usize,
-    spans: &[Span],
-    weights: &[u8],
-    gradient: &[u8],
-    out: &mut [u8],
-    planes: &mut [u8],
-) {
-    let (kernel, gradient) = (Kernel::detect(), &cast_slice(gradient)[..parameters]);
-    let content = parameters * format.weight_bytes();
-    let (weights, out) = (&weights[..content], &mut out[..content]);
-    if format == StateFormat::Bf16 {
-        let (low, moments) = planes.split_at_mut(parameters * 2);
-        let (m, v) = moments.split_at_mut(parameters * 4);
-        let (low, m) = (cast_slice_mut(low), cast_slice_mut(m));
-        let v = cast_slice_mut(&mut v[..parameters * 4]);
-        let (weights, out) = (cast_slice(weights), cast_slice_mut(out));
-        adamw::update_split(kernel, spans, Some(weights), out, low, gradient, m, v);
-    } else {
-        let (m, v) = planes.split_at_mut(parameters * 4);
-        let (m, v) = (cast_slice_mut(m), cast_slice_mut(&mut v[..parameters * 4]));
-        let (weights, out) = (cast_slice(weights), cast_slice_mut(out));
-        adamw::update_f32(kernel, spans, Some(weights), out, gradient, m, v);
     }
 }

@@ -9,5 +9,8 @@ fn a_row_has_the_name_that_files_have_and_the_bytes_that_lie_in_them() {
         assert_eq!(format.spec().name, name);
         assert_eq!(Group::ALL.map(|group| format.group_bytes(group)), [weight, update], "{name}");
         assert_eq!(format.is_trainable(), update > 0, "{name}");
+        let remainder =
+            format.planes(Group::Update).iter().position(|p| p.plane == Plane::Remainder);
+        assert_eq!(remainder, (format == StateFormat::Bf16).then_some(0), "{name}");
     }
 }

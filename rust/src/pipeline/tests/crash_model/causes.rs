@@ -9,7 +9,7 @@ use crate::io::engine::Engine;
 use crate::io::engine::faulty::Faulty;
 use crate::memory::ledger::Ledger;
 use crate::memory::pool::{BufferKind, Kind, PoolSizes};
-use crate::optimizer::adamw::Kernel;
+use crate::optimizer::kernel::Kernel;
 use crate::pipeline::executor::Executor;
 use crate::pipeline::stalls::{Cause, Causes};
 use crate::pipeline::{

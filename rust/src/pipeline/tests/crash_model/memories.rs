@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::memory::ledger::Ledger;
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::{self, AdamW, Kernel};
+use crate::optimizer::adamw::AdamW;
+use crate::optimizer::kernel::Kernel;
 use crate::store::StoreCreator;
 use crate::units::Group;
 
@@ -13,7 +14,7 @@ pub(super) fn len(parameters: u64) -> usize {
 }
 
 pub(super) fn adamw(step: u64) -> AdamW {
-    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step, gradient_scale: 1.0 }
+    AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step }
 }
 
 pub(super) fn value(step: u64, record: usize, index: usize) -> f32 {
@@ -56,17 +57,9 @@ impl Memories {
             let record = Arc::make_mut(&mut state[index]);
             let n = record.weight.len();
             let gradient: Vec<f32> = (0..n).map(|i| value(step, index, i)).collect();
-            let scalars = AdamW { gradient_scale, ..adamw(step) }.scalars(1.0, 0.01);
-            let old = record.weight.clone();
-            adamw::update_f32(
-                Kernel::Scalar,
-                &[adamw::Span { start: 0, len: n, scalars }],
-                Some(&old),
-                &mut record.weight,
-                &gradient,
-                &mut record.exp_avg,
-                &mut record.exp_avg_sq,
-            );
+            let Record { weight, exp_avg, exp_avg_sq } = record;
+            let planes = [weight, exp_avg, exp_avg_sq].map(Vec::as_mut_slice);
+            adamw(step).update_tensor(Kernel::Scalar, gradient_scale, 0.01, &gradient, planes);
         }
         self.after.push(state);
     }

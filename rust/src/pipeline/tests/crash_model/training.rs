@@ -15,7 +15,7 @@ use crate::io::engine::faulty::{self, Fault, Faulty};
 use crate::memory::ledger::Ledger;
 use crate::memory::pool::{self, BufferKind, PoolSizes};
 use crate::memory::slot::Slot;
-use crate::optimizer::adamw::Kernel;
+use crate::optimizer::kernel::Kernel;
 use crate::pipeline::GradientFiles;
 use crate::pipeline::command::Command;
 use crate::pipeline::{Options, Pipeline, Residents, TensorSettings, chunk_slot_bytes};

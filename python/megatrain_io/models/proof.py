@@ -1,0 +1,268 @@
+"""The proof that a model can be partitioned: how it calls its blocks, and that block by block equals in memory.
+
+The model in memory is called with a micro-batch as a whole; the partitioned one in parts. All losses and gradients
+must agree to the bit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain_io.models.partition import BlockCall, PartitionedModel
+
+__all__ = [
+    "CannotBePartitionedError",
+    "InMemoryLoss",
+    "Observation",
+    "RefusedError",
+    "are_alike",
+    "noisy",
+    "observe",
+    "random_tokens",
+    "refuse_unless_equal",
+]
+
+InMemoryLoss = Callable[[MicroBatch, int], Tensor]
+"""``loss(micro_batch, num_items)``: of the model in memory, the sum of the token losses divided by ``num_items``."""
+
+# Relative change of a score: rounding makes less of a token out of sight, a token in sight makes more.
+_IN_SIGHT = 1e-4
+
+
+class RefusedError(Exception):
+    """Says why a model is refused; who catches it puts its name in front."""
+
+
+class CannotBePartitionedError(RefusedError):
+    """Says why its blocks cannot run one by one; who catches it says what to do besides."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """How a model calls its blocks.
+
+    Attributes:
+        output_entries: None where blocks return the hidden state, else the length of their tuple.
+        embedding: names of the parameters that the first hidden state depends on.
+        head: names of the parameters that the loss depends on behind the last block.
+        unused: names of the parameters outside the blocks that the loss does not depend on.
+    """
+
+    output_entries: int | None
+    embedding: frozenset[str]
+    head: frozenset[str]
+    unused: tuple[str, ...]
+
+
+def random_tokens(vocabulary: int, batch: int, tokens: int) -> MicroBatch:
+    """A text [batch, tokens] of tokens below ``vocabulary``; those of the first third are not trained."""
+    text = torch.randint(1, vocabulary, (batch, tokens))
+    shift_labels = torch.cat([text[:, 1:], torch.full((batch, 1), IGNORE_INDEX)], dim=1)
+    shift_labels[:, : tokens // 3] = IGNORE_INDEX
+    return MicroBatch(text, shift_labels)
+
+
+def noisy(parameter: Tensor) -> Tensor:
+    """A parameter with noise: initial weights hide mistakes (biases of zero, norms of one, attention that is even)."""
+    return parameter.add(torch.randn_like(parameter), alpha=0.05)
+
+
+def are_alike(some: Tensor, others: Tensor) -> bool:
+    """Whether scores differ by no more than rounding."""
+    return bool((some - others).abs().max() < _IN_SIGHT * some.abs().max())
+
+
+def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of: InMemoryLoss) -> Observation:
+    """Watch a model in memory call its blocks.
+
+    Args:
+        stock: the model.
+        micro_batch: that it is called with.
+        block_list: name of the module list of its blocks.
+        loss_of: its loss.
+
+    Raises:
+        RefusedError: it has no such list, or its blocks cannot be run one by one.
+    """
+    try:
+        blocks = list(cast("nn.ModuleList", stock.get_submodule(block_list)))
+    except (AttributeError, TypeError):
+        raise RefusedError(f"it has no module list {block_list}; see named_modules() of the model") from None
+    resident = {
+        name: parameter
+        for name, parameter in stock.named_parameters()
+        if not name.startswith(f"{block_list}.")
+    }
+    frozen = [parameter for parameter in resident.values() if not parameter.requires_grad]
+    witness = _Witness(len(blocks))
+    with ExitStack() as undo:
+        for parameter in frozen:
+            parameter.requires_grad_()
+            undo.callback(parameter.requires_grad_, False)
+        for index, block in enumerate(blocks):
+            before, after = partial(witness.before, index), partial(witness.after, index)
+            undo.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(block.register_forward_hook(after).remove)
+        loss = loss_of(micro_batch, 1)
+        if witness.called != list(range(len(blocks))):
+            raise CannotBePartitionedError(
+                f"its forward pass calls the blocks of {block_list} in the order {witness.called}"
+            )
+        if _gradients(loss, witness.first_hidden, retain_graph=True)[0] is not None:
+            raise CannotBePartitionedError("what enters its first block is used behind the last one, too")
+        embedding, head = _used(witness.first_hidden, resident), _used([loss], resident)
+    if len(witness.output_entries) != 1:
+        raise CannotBePartitionedError(
+            "its blocks return now a tensor, now a tuple, or tuples of two lengths"
+        )
+    return Observation(
+        output_entries=witness.output_entries.pop(),
+        embedding=embedding,
+        head=head,
+        unused=tuple(name for name in resident if name not in embedding | head),
+    )
+
+
+@dataclass
+class _Witness:
+    """Hooks that note how blocks are called, and cut the graph behind the last one."""
+
+    count: int
+    called: list[int] = field(default_factory=list)
+    first_hidden: list[Tensor] = field(default_factory=list)
+    output_entries: set[int | None] = field(default_factory=set)
+
+    def before(self, index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, *others = tree_leaves((args, kwargs))
+        if not self.called:
+            self.first_hidden.append(hidden)
+        self.called.append(index)
+        if any(isinstance(other, Tensor) and other.requires_grad for other in others):
+            raise CannotBePartitionedError(
+                "its blocks take inputs besides the hidden state that carry gradient, which would be lost"
+            )
+
+    def after(self, index: int, _block: nn.Module, _args: object, output: Any) -> object:
+        is_tuple = isinstance(output, tuple | list)
+        self.output_entries.add(len(output) if is_tuple else None)
+        if index < self.count - 1:
+            return output
+        return (output[0].detach(), *output[1:]) if is_tuple else output.detach()
+
+
+def _used(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> frozenset[str]:
+    """Names of the parameters that the outputs depend on."""
+    ones = [torch.ones_like(output) for output in outputs]
+    gradients = _gradients(outputs, list(parameters.values()), ones)
+    return frozenset(
+        name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None
+    )
+
+
+def _gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Any = None,
+    *,
+    retain_graph: bool | None = None,
+) -> tuple[Tensor | None, ...]:
+    """What `torch.autograd.grad` returns, with None for inputs that are not used, which it does not declare."""
+    return torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=retain_graph, allow_unused=True)
+
+
+def refuse_unless_equal(
+    stock: nn.Module,
+    partition: PartitionedModel,
+    micro_batches: Sequence[MicroBatch],
+    loss_of: InMemoryLoss,
+) -> None:
+    """Compare losses and gradients of a model in memory and block by block.
+
+    Args:
+        stock: the model in memory.
+        partition: the same without its parameters.
+        micro_batches: of one step.
+        loss_of: the loss of the model in memory.
+
+    Raises:
+        RefusedError: a bit differs.
+    """
+    trained = {
+        name: parameter for name, parameter in stock.named_parameters() if name not in partition.frozen
+    }
+    items = sum(int((micro_batch.shift_labels != IGNORE_INDEX).sum()) for micro_batch in micro_batches)
+    leaves = {name: parameter.detach() for name, parameter in stock.named_parameters()}
+    for name in trained:
+        leaves[name].requires_grad_()
+    passes = _layer_major(partition, leaves, micro_batches, items)
+    for micro_batch, own in zip(micro_batches, passes, strict=True):
+        loss = loss_of(micro_batch, items)
+        if not torch.equal(own.loss, loss):
+            raise CannotBePartitionedError(f"block by block its loss is {own.loss}, not {loss} as in memory")
+        gradients = _gradients(loss, list(trained.values()))
+        for name, gradient in zip(trained, gradients, strict=True):
+            if gradient is None:
+                raise RefusedError(
+                    f"no gradient reaches parameter {name}, so it cannot be trained; freeze or drop it"
+                )
+            if name not in own.gradients or not torch.equal(own.gradients[name], gradient):
+                raise CannotBePartitionedError(f"block by block the gradient of {name} is not as in memory")
+
+
+@dataclass
+class _Pass:
+    """One micro-batch on its way: gradients are not summed over micro-batches, so orders do not matter."""
+
+    calls: tuple[BlockCall, ...]
+    hiddens: list[Tensor]
+    loss: Tensor = field(init=False)
+    grad_hidden: Tensor | None = field(init=False)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, names: Sequence[str], gradients: Sequence[Tensor | None]) -> None:
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                before = self.gradients.get(name)
+                self.gradients[name] = gradient if before is None else before + gradient
+
+
+def _layer_major(
+    partition: PartitionedModel, leaves: Mapping[str, Tensor], micro_batches: Sequence[MicroBatch], items: int
+) -> list[_Pass]:
+    """Forward and backward through the partitioned model, all micro-batches through one block before the next."""
+    passes = []
+    with torch.no_grad():
+        for micro_batch in micro_batches:
+            hidden, calls = partition.record(leaves, micro_batch)
+            passes.append(_Pass(calls, [hidden]))
+        for index in range(len(partition.blocks)):
+            for each in passes:
+                each.hiddens.append(partition.run_block(index, leaves, each.hiddens[-1], each.calls[index]))
+    names = [name for name, _ in partition.head_parameters] + list(partition.tied_parameters)
+    names = [name for name in names if leaves[name].requires_grad]
+    for each, micro_batch in zip(passes, micro_batches, strict=True):
+        hidden = each.hiddens.pop().requires_grad_()
+        loss = partition.loss(leaves, hidden, micro_batch.shift_labels, items)
+        each.grad_hidden, *gradients = _gradients(loss, [hidden, *(leaves[name] for name in names)])
+        each.loss = loss.detach()
+        each.add(names, gradients)
+    for index in reversed(range(len(partition.blocks))):
+        names = [name for name, _ in partition.block_parameters(index) if leaves[name].requires_grad]
+        for each in passes:
+            hidden = each.hiddens.pop().requires_grad_()
+            output = partition.run_block(index, leaves, hidden, each.calls[index])
+            inputs = [hidden, *(leaves[name] for name in names)]
+            each.grad_hidden, *gradients = _gradients(output, inputs, each.grad_hidden)
+            each.add(names, gradients)
+    names = [name for name, _ in partition.embedding_parameters if leaves[name].requires_grad]
+    for each, micro_batch in zip(passes, micro_batches, strict=True):
+        hidden, _ = partition.record(leaves, micro_batch)
+        each.add(names, _gradients(hidden, [leaves[name] for name in names], each.grad_hidden))
+    return passes

@@ -1,0 +1,381 @@
+"""The training loop, in the order in which things happen: train, evaluate, log. A commit rides along with its step."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import psutil
+
+from megatrain_io.data.batch import MicroBatch, trained_tokens
+from megatrain_io.errors import (
+    InterruptedRunError,
+    NotFiniteError,
+    TrainingDivergedError,
+    WearLimitError,
+)
+from megatrain_io.machine.memory import peak_ram
+from megatrain_io.paging.paged_model import PagedModel, StepLoss
+from megatrain_io.runs.metrics import StepReport, TrainResult, last_report
+from megatrain_io.runs.state import TrainerState
+from megatrain_io.store.paged_store import AdamWStep
+from megatrain_io.training.callbacks import Callback, Callbacks, MetricsCallback
+from megatrain_io.training.fingerprint import fingerprint_of
+from megatrain_io.training.interrupt import after_the_step
+from megatrain_io.training.lr_schedule import learning_rate_at
+from megatrain_io.training.plan_check import PlanCheck
+from megatrain_io.training.setup import Setup
+from megatrain_io.training.step_data import StepData
+from megatrain_io.training.wear import WearLimit
+
+__all__ = ["TrainingRun", "held_out_loss"]
+
+# Steps in a row whose gradients are not finite: then no later one will be.
+_SKIPS_MAX = 3
+# Micro-batches that go through the blocks together when the held-out loss is measured.
+_EVAL_MICRO_BATCHES = 16
+
+
+def held_out_loss(model: PagedModel, data: StepData, accumulation: int) -> float | None:
+    """Mean loss per trained token of what is held out; None where nothing is.
+
+    Args:
+        model: that measures it.
+        data: of the run.
+        accumulation: micro-batches of a step: a device's memory was divided for so many.
+    """
+    together = min(_EVAL_MICRO_BATCHES, accumulation) if model.device.has_own_memory else _EVAL_MICRO_BATCHES
+    total, tokens = 0.0, 0
+    waiting = data.held_out()
+    while group := list(islice(waiting, together)):
+        part = model.evaluate(group)
+        total += part.loss * part.trained_tokens
+        tokens += part.trained_tokens
+    return total / tokens if tokens else None
+
+
+class TrainingRun:
+    """A run while it is trained; it is what callbacks see as ``callbacks.Run``.
+
+    Args:
+        setup: the run, ready to train.
+        callbacks: those of the caller.
+
+    Attributes:
+        config: of the run, with a value in place of each ``auto``.
+        plan: of the run on this machine.
+        notes: sentences about how it starts.
+        model: whose steps it makes.
+        max_steps: last step of the run.
+        progress: how far it is.
+    """
+
+    def __init__(self, setup: Setup, callbacks: Sequence[Callback]) -> None:
+        self.config = setup.config
+        self.plan = setup.plan
+        self.notes: Sequence[str] = setup.notes
+        self.model = setup.model
+        self.max_steps = setup.max_steps
+        self.progress = setup.progress
+        self._accumulation = setup.job.accumulation
+        self._data = setup.data
+        self._state = setup.model.state
+        self._process = psutil.Process()
+        self._meter = _Meter(setup.model)
+        # Steps that were lost have been written all the same.
+        last = last_report(setup.folder.metrics)
+        self._written_before = max(self.progress.written_bytes, last.written_bytes_total if last else 0)
+        # Bytes read and written by the training steps of this start, and the number of these steps.
+        self._trained = [0, 0]
+        self._steps = 0
+        self._eval_loss: float | None = None
+        # Loss of each step that is left out, because its gradients are not finite.
+        self._skips: dict[int, float] = {}
+        self._under_way = 0
+        self._commits_next = False
+        self._is_committed = True
+        self._is_stopped = False
+        self._is_scratch = self._state.layout.durability == "scratch"
+        self._digest = setup.digest
+        self._plan_check = PlanCheck(self.plan, setup.job.steps_to_a_commit)
+        self._wear_limit = WearLimit(self.plan.committing_bytes, setup.job.max_tbw)
+        # The limit comes last: when it ends the run, all others know of the step.
+        self._callbacks = Callbacks(
+            [MetricsCallback(setup.folder.metrics), self._plan_check, *callbacks, self._wear_limit]
+        )
+
+    @property
+    def step(self) -> int:
+        """The last step that was trained; 0 before the first."""
+        return self.progress.step
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes written to the drives in all starts of the run so far."""
+        return self._written_before + self._meter.now().written
+
+    def commit_next(self) -> None:
+        """Let the next step be committed, whatever ``memory.commit_every`` says."""
+        self._commits_next = True
+
+    def stop(self) -> None:
+        """End the training with the next committed step, which is this one if it was committed."""
+        self._is_stopped = True
+
+    def wait_durable(self) -> None:
+        """Wait until all finished steps are durable, if they were to be committed."""
+        self.model.wait_durable()
+
+    # ------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> TrainResult:
+        """Train all steps that are left, and wait until the last one is durable.
+
+        Raises:
+            InterruptedRunError: Ctrl-C; the run can be resumed.
+            WearLimitError: one more step could write more than ``memory.max_tbw``; the run can be resumed.
+            MegatrainIoError: one of its kinds, as its message says.
+        """
+        started = time.monotonic()
+        try:
+            self._loop()
+        except BaseException as error:
+            try:
+                told = self._ended_by(error)
+            finally:
+                # That error is the news, not what a callback then says.
+                with suppress(Exception):
+                    self._callbacks.on_end(self)
+            if told is error:
+                raise
+            raise told from None
+        self._callbacks.on_end(self)
+        return self._result(time.monotonic() - started)
+
+    def _loop(self) -> None:
+        self._callbacks.on_start(self)
+        if self.step == 0:
+            self.progress.eval_loss_before = self._evaluate()
+        self._meter.lap()
+        while self.step < self.max_steps and not (self._is_stopped and self._is_committed):
+            number, began = self.step + 1, time.monotonic()
+            micro_batches = self._data.step(number, self._accumulation)
+            try:
+                loss, learning_rate = self._train(number, micro_batches)
+            except NotFiniteError as error:
+                self._will_skip(error)
+                self._meter.lap()
+                continue
+            evaluates = self._is_evaluated(number)
+            if evaluates:
+                # What is still to be written belongs to this step, not to the evaluation.
+                self.wait_durable()
+            moved, seconds = self._meter.lap(), time.monotonic() - began
+            eval_loss = self._evaluate() if evaluates else None
+            report = self._report(loss, learning_rate, micro_batches, moved, seconds, eval_loss)
+            if evaluates:
+                self._meter.lap()
+            self._callbacks.on_step(self, report)
+        self.wait_durable()
+        if self.step < self.max_steps:
+            self._callbacks.on_pause(self, "a callback has stopped it")
+
+    def _train(self, step: int, micro_batches: Sequence[MicroBatch]) -> tuple[StepLoss, float]:
+        """Train one step, or leave it out; returns its loss and its learning rate."""
+        config = self.config.train
+        if step in self._skips:
+            self.progress.skipped_steps += 1
+            loss = StepLoss(self._skips[step], trained_tokens(micro_batches))
+            self.model.skip(self._blob_of(step)(loss.loss))
+            self._is_committed, self._commits_next = True, False
+            self.progress.step, self.progress.loss = step, loss.loss
+            return loss, 0.0
+        # A step that is skipped counts for neither AdamW's t nor the learning rate, as in stock loops.
+        number = step - self.progress.skipped_steps
+        adamw = AdamWStep(
+            number,
+            learning_rate_at(config, number, self.max_steps),
+            config.adam_beta1,
+            config.adam_beta2,
+            config.adam_epsilon,
+        )
+        commits = self._is_due(step)
+        blob = self._blob_of(step) if commits else None
+        self._under_way = step
+        with after_the_step() if self._is_scratch else nullcontext():
+            loss = self.model.train_step(micro_batches, adamw, blob, number=step)
+        self._is_committed, self._commits_next = commits, False
+        self.progress.step, self.progress.loss = step, loss.loss
+        self._steps += 1
+        return loss, adamw.learning_rate
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a step is committed. A scratch store's commits cost nothing: they reach the drive when it closes."""
+        return (
+            self._is_scratch
+            or step % self.config.memory.commit_every == 0
+            or step == self.max_steps
+            or step + 1 in self._skips
+            or self._commits_next
+            or self._is_stopped
+        )
+
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether the held-out loss is measured after a step."""
+        every = self.config.train.eval_steps
+        return step == self.max_steps or (every is not None and step % every == 0)
+
+    def _evaluate(self) -> float | None:
+        """Measure the held-out loss; None where nothing is held out."""
+        loss = held_out_loss(self.model, self._data, self._accumulation)
+        if loss is not None:
+            self._eval_loss = loss
+            self._callbacks.on_evaluate(self, loss)
+        return loss
+
+    # ------------------------------------------------------------------------------- what ends or interrupts it
+
+    def _will_skip(self, error: NotFiniteError) -> None:
+        """Go back to the last commit; from there on the step whose gradients are not finite is left out."""
+        if getattr(error, "__notes__", None):
+            raise error  # there is no commit to go back to: a note says so
+        step, eval_loss_before = self._under_way, self.progress.eval_loss_before
+        self.progress = TrainerState.parse(self._state.blob)
+        self.progress.eval_loss_before = eval_loss_before
+        self._skips[step] = error.loss or 0.0
+        if all(earlier in self._skips for earlier in range(step - _SKIPS_MAX + 1, step + 1)):
+            raise TrainingDivergedError(
+                f"{error} in step {step}, and no gradient was in the {_SKIPS_MAX - 1} steps before it. They were "
+                "skipped; the last committed step stands. Lower the learning rate, set train.max_grad_norm, or look "
+                "at the data"
+            ) from error
+        self._callbacks.on_skip(self, step, str(error))
+
+    def _ended_by(self, error: BaseException) -> BaseException:
+        """What to tell of the error that ended the loop, after what can be kept was kept."""
+        if isinstance(error, KeyboardInterrupt):
+            # A finished step is committed first, if it was to be; steps since the last commit are lost.
+            self.wait_durable()
+            step = TrainerState.parse(self._state.blob).step
+            told: BaseException = InterruptedRunError(
+                f"interrupted; step {step} is the last one that was committed, and it is kept. Go on with --resume"
+            )
+        elif isinstance(error, WearLimitError):
+            if self._steps:
+                # How much was written is known to the byte now, and must be when the run goes on.
+                self.model.skip(self._blob_of(self.step, is_durable=True)(self.progress.loss or 0.0))
+                self.wait_durable()
+            told = error
+        else:
+            return error
+        if self._is_scratch:
+            self._state.close()  # the step is kept only if this succeeds: its error is the one to tell
+        with suppress(Exception):
+            self._callbacks.on_pause(self, str(told))
+        return told
+
+    # ------------------------------------------------------------------------------------------ what is told
+
+    def _blob_of(self, step: int, *, is_durable: bool = False) -> Callable[[float], bytes]:
+        """Makes the trainer's state after a step from the step's loss."""
+
+        def encode(loss: float) -> bytes:
+            fields: dict[str, Any] = asdict(self.progress) | {
+                "step": step,
+                "loss": loss,
+                "settings": self._digest,
+                "data": self._data.sha256,
+                "written_bytes": self._wear_limit.at_most(self.written_bytes, is_durable=is_durable),
+                "environment": fingerprint_of(self.model.device, self.model.partition),
+            }
+            return TrainerState(**fields).encode()
+
+        return encode
+
+    def _report(
+        self,
+        loss: StepLoss,
+        learning_rate: float,
+        micro_batches: Sequence[MicroBatch],
+        moved: "_Moved",
+        seconds: float,
+        eval_loss: float | None,
+    ) -> StepReport:
+        self._trained[0] += moved.read
+        self._trained[1] += moved.written
+        return StepReport(
+            step=self.step,
+            max_steps=self.max_steps,
+            loss=loss.loss,
+            learning_rate=learning_rate,
+            tokens=sum(batch.input_ids.numel() for batch in micro_batches),
+            trained_tokens=trained_tokens(micro_batches),
+            seconds=seconds,
+            read_bytes=moved.read,
+            written_bytes=moved.written,
+            stalled_seconds=sum(moved.stalled.values()),
+            ram_bytes=self._process.memory_info().rss,
+            ledger_bytes=self._state.ledger.total()[0],
+            written_bytes_total=self._written_before + moved.written_so_far,
+            eval_loss=eval_loss,
+            stalled=dict(moved.stalled),
+            grad_norm=loss.grad_norm,
+            clip_coefficient=loss.clip_coefficient,
+            skipped_steps=self.progress.skipped_steps,
+        )
+
+    def _result(self, seconds: float) -> TrainResult:
+        """Losses, time, traffic and memory of this start, which took ``seconds``."""
+        parameters = self._state.layout.parameters
+        peak = peak_ram()
+        per_step = [count / self._steps / parameters if self._steps else None for count in self._trained]
+        return TrainResult(
+            steps=self.step,
+            loss=self.progress.loss,
+            eval_loss_before=self.progress.eval_loss_before,
+            eval_loss=self._eval_loss,
+            seconds=seconds,
+            parameters=parameters,
+            read_bytes_per_parameter_and_step=per_step[0],
+            written_bytes_per_parameter_and_step=per_step[1],
+            written_bytes_total=self.written_bytes,
+            peak_ram_bytes=peak,
+            ledger=self._state.ledger.balances(),
+            plan=self._plan_check.compared(self._state.ledger.total()[1], peak),
+        )
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Bytes moved, and seconds that compute waited by cause, since the lap before; and all that was written so far."""
+
+    read: int
+    written: int
+    stalled: Mapping[str, float]
+    written_so_far: int = 0
+
+
+class _Meter:
+    """Counts what the steps of a model move, from lap to lap, so that no byte falls in between."""
+
+    def __init__(self, model: PagedModel) -> None:
+        self._model = model
+        self._last = self.now()
+
+    def now(self) -> _Moved:
+        """All that was moved by this start so far."""
+        timings, saved = self._model.state.timings().items(), self._model.saved
+        stalled = {name.removeprefix("stall_"): value for name, value in timings if name.startswith("stall_")}
+        stalled["inputs"] = saved.stalled_seconds
+        moved = zip(self._model.state.io_bytes(), saved.io_bytes(), strict=True)
+        read, written = (state + inputs for state, inputs in moved)
+        return _Moved(read, written, stalled)
+
+    def lap(self) -> _Moved:
+        """What was moved since the last call."""
+        now, before = self.now(), self._last
+        self._last = now
+        stalled = {cause: now.stalled[cause] - before.stalled[cause] for cause in now.stalled}
+        return _Moved(now.read - before.read, now.written - before.written, stalled, now.written)

@@ -1,0 +1,994 @@
+"""A model that passes through RAM block by block, for people who have a training loop of their own."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from megatrain_io.config.values import Size
+from megatrain_io.data.batch import (
+    IGNORE_INDEX,
+    MicroBatch,
+    blank_micro_batch,
+    micro_batch_of,
+    trained_tokens,
+)
+from megatrain_io.errors import ConfigError, DataError, DoesNotFitError, FormatError, MegatrainIoError
+from megatrain_io.machine.memory import usable_ram
+from megatrain_io.models.partition import PartitionedModel
+from megatrain_io.paging.device.base import Device
+from megatrain_io.paging.device.choose import best_device
+from megatrain_io.paging.device.cpu import Cpu
+from megatrain_io.paging.device.cuda import Cuda
+from megatrain_io.paging.device.pool import VramPlan
+from megatrain_io.paging.paged_model import PagedModel as PagedPartition
+from megatrain_io.planning.memory_needs import (
+    activation_budget_of,
+    least_vram_for,
+    plan_ram,
+    plan_vram,
+    step_needs,
+)
+from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, least_ram
+from megatrain_io.runs.export_model import write_model_folder
+from megatrain_io.runs.folder import activations_file, gradient_file
+from megatrain_io.runs.import_model import create_store
+from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision
+from megatrain_io.store.layout import ModelLayout, Precision, TensorPlace
+from megatrain_io.store.paged_store import AdamWStep, Ledger, PagedStore, TensorSettings, store_memory
+from megatrain_io.text import mib
+from megatrain_io.training.fingerprint import differences, fingerprint_of
+from megatrain_io.training.model_source import Model, ModelSource, Weights
+
+__all__ = ["MicroBatchLike", "OptimizerStep", "PagedModel", "Plane"]
+
+MicroBatchLike = MicroBatch | Mapping[str, Tensor] | Tensor
+"""A micro-batch; or ``input_ids`` [B, T], alone or in a mapping with ``labels`` that are not shifted."""
+
+Plane = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
+
+WeightDecay = float | Callable[[str, tuple[int, ...]], float]
+"""Of matrices and embeddings, with none for vectors; or ``decay(name, shape)`` for each parameter."""
+
+_VERSION = 1
+_KIND = "megatrain_io.PagedModel"
+# The store keeps 256 KiB with a commit; the rest is for what is written here.
+_STATE_BYTES_MAX = 240 << 10
+_SHARE_OF_FREE_RAM = 0.5
+# Micro-batches that go through the blocks together when a loss is measured before any step was made.
+_EVALUATED_TOGETHER = 16
+
+
+class OptimizerStep:
+    """One optimizer step under way: ``forward`` and ``backward``, once each. ``PagedModel.step`` makes it.
+
+    Attributes:
+        number: of the step, from 1 on: AdamW's t.
+        loss: mean over the trained tokens of all micro-batches; None before ``forward``.
+        trained_tokens: number of tokens with a label; 0 before ``forward``.
+        grad_norm: norm over the gradients of all parameters, before clipping; None before ``backward``.
+        clip_coefficient: what all gradients are multiplied by (``max_grad_norm``); 1 where they are not clipped.
+        state: the caller's own bytes, committed with the step; those of the step before until they are set.
+    """
+
+    def __init__(
+        self, number: int, state: bytes, begin: Callable[[Sequence[MicroBatch]], PagedPartition]
+    ) -> None:
+        self.number = number
+        self.loss: float | None = None
+        self.trained_tokens = 0
+        self.grad_norm: float | None = None
+        self.clip_coefficient = 1.0
+        self._state = state
+        self._begin = begin
+        self._model: PagedPartition | None = None
+
+    @property
+    def state(self) -> bytes:
+        """The caller's own bytes, committed with the step."""
+        return self._state
+
+    @state.setter
+    def state(self, state: bytes) -> None:
+        self._state = _checked_state(state)
+
+    def forward(self, micro_batches: Sequence[MicroBatchLike] | MicroBatchLike) -> float:
+        """Pass all micro-batches of the step forward.
+
+        Args:
+            micro_batches: of the step, each [B, T] of its own shape; one alone stands for itself. In a mapping
+                ``labels`` are those of ``input_ids``, not shifted, as transformers models take them.
+
+        Returns:
+            The loss, exact as fp32: the sum over all trained tokens of the step divided by their number.
+
+        Raises:
+            TrainingDivergedError: it is not finite.
+            DataError: a micro-batch cannot be used, or no token of the step has a label.
+            DoesNotFitError: ``ram`` or the device's memory are too small for these micro-batches.
+            MegatrainIoError: it was called before.
+        """
+        if self._model is not None:
+            raise MegatrainIoError(
+                "forward was called before: it takes all micro-batches of the step at once"
+            )
+        batches = _micro_batches(micro_batches)
+        self.trained_tokens = trained_tokens(batches)
+        self._model = self._begin(batches)
+        self.loss = self._model.forward()
+        return self.loss
+
+    def backward(self) -> None:
+        """Make all gradients; the updates that they allow are made and written in the background.
+
+        Raises:
+            NotFiniteError: a gradient is not finite. The step is dropped.
+            MegatrainIoError: ``forward`` was not called, or this was called before.
+        """
+        if self._model is None or self.grad_norm is not None:
+            raise MegatrainIoError("backward comes after forward, once")
+        made = self._model.backward()
+        self.grad_norm, self.clip_coefficient = made.grad_norm, made.clip_coefficient
+
+
+class PagedModel:
+    """A causal language model in training whose weights and AdamW state lie in a file and pass through RAM.
+
+    For a training loop of one's own: this is what ``megatrain_io.train`` is built on, without its configuration,
+    data and run folder. ::
+
+        model = mt.PagedModel.create(Decoder(), "model.mtio", blocks="layers", precision="bf16", ram="4GiB")
+        for micro_batches in my_batches:
+            with model.step(learning_rate=3e-4) as step:  # one optimizer step, all or nothing
+                loss = step.forward(micro_batches)        # all micro-batches of the step
+                step.backward()
+                step.state = b"..."                       # the caller's own bytes, committed with it
+        model.close()
+
+    and later, also after a crash::
+
+        model = mt.PagedModel.open(Decoder(), "model.mtio", blocks="layers", ram="4GiB")
+        model.step_number, model.state                    # of the last committed step
+
+    **A step.** ``forward`` takes all micro-batches of the step and returns the mean loss of their trained tokens. A
+    micro-batch is ``input_ids``, int64 [B, T]; or a mapping of ``input_ids``, ``labels`` (as transformers has them: not
+    shifted, -100 is not trained), ``attention_mask`` and ``position_ids``, [B, T] each; or a ``MicroBatch``, whose
+    labels are shifted. ``backward`` makes the gradients; then ``step.grad_norm`` is known. Each block is read once for
+    the whole step in either direction, however many micro-batches it has. The loss is known before anything is
+    updated: leave the step by an error, and it is dropped.
+
+    **Which models.** A transformers causal language model: the path of a folder as the hub has them, or an instance.
+    Or a module of any class whose ``forward(input_ids)`` returns scores [B, T, V], or an object with them as
+    ``.logits``, and which calls the members of one ``nn.ModuleList`` once each, in order. A block takes the hidden
+    state [B, T, H] first and returns the next one, alone or as the first of a tuple; what it takes besides (masks,
+    rotary tables) carries no gradient. Behind the last block each position stands by itself. All parameters are
+    trained; embedding and head may share theirs. Buffers keep their values and dtype. A module that is handed in is
+    only read. To train one that does not fit in RAM, hand in a function that makes it (``lambda: Decoder(config)``; it
+    is called without memory for parameters), and ``weights``.
+
+    **What is promised.**
+
+    * *Bits.* Where the CPU computes, losses, weights and both moments are those of the same model in memory, with as
+      many torch threads: gradients by autograd in the dtype that computes, summed over micro-batches in fp32 in their
+      order, then ``torch.optim.AdamW(fused=True)`` on fp32 masters. In bf16 a weight is its master rounded to nearest,
+      ties away from zero. When a model is opened this is proved for it: a small copy passes through in both ways, and
+      every loss and gradient must agree. A module that is too large for that, without ``small``, is not proved, and
+      ``notes`` says so. Two things differ from a pass in memory: dropout draws its numbers from ``seed``, step,
+      micro-batch and block; and a micro-batch whose fp32 scores take more than 128 MiB passes the head in slices.
+    * *Steps are transactions.* A step is committed as a whole, with the caller's ``state``, or leaves nothing. Its end
+      is written while the next step begins: after ``kill -9`` or a power cut the file stands at the last step that was
+      left or at the one before; with ``max_grad_norm`` one earlier, as gradients wait for their norm. ``wait_durable``
+      and ``close`` wait until the last step is on the drive.
+    * *Resuming* gives the bits of a run that was never stopped, on the same machine with the same versions and
+      settings; ``notes`` says what changed.
+    * *RAM.* Tables, buffers, activations and compute stay within ``ram``; Python, torch's code and the caller's own
+      tensors come on top. It is divided for the largest step so far, or for ``largest_step``; a larger one divides it
+      anew. Where shapes depend on data (some mixtures of experts) what compute takes comes on top; ``notes`` says so.
+
+    **What is not.** Other optimizers, frozen parameters and adapters, buffers that change, losses of one's own, several
+    GPUs, several threads at once, use after a fork.
+
+    Made by ``create`` or ``open``, not directly. Leaving its ``with`` closes it.
+
+    Attributes:
+        notes: sentences for the person: what was not proved, what may be slower, what changed since the last start.
+        ledger: bytes of RAM by account, now and at their peak.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        store: PagedStore,
+        how: "_How",
+        closing: ExitStack,
+        needs: StepNeeds | None = None,
+    ) -> None:
+        source.release()
+        self._source = source
+        self._store = store
+        self._how = how
+        self._closing = closing
+        self._tables = store.ledger.total()[0]
+        progress = _Progress.parse(store.blob)
+        self._step_number, self._state, self._seed = progress.step, progress.state, progress.seed
+        self._environment = fingerprint_of(how.device, source.partition) | how.describe()
+        self._running: PagedPartition | None = None
+        self._pins = closing.enter_context(ExitStack())
+        self._size: _StepSize | None = None
+        self._is_in_step = False
+        self.ledger: Ledger = store.ledger
+        self.notes: list[str] = [
+            *source.notes,
+            *store.notes,
+            *source.partition.loss_notes,
+            *differences(progress.environment, self._environment),
+        ]
+        if how.largest is not None:
+            self._make_ready(how.largest, needs)
+
+    @classmethod
+    def create(  # noqa: PLR0913 - each with a meaning of its own
+        cls,
+        model: Model,
+        path: Path | str | Sequence[Path | str],
+        *,
+        blocks: str | None = None,
+        weights: Weights | None = None,
+        small: nn.Module | None = None,
+        precision: Precision = "bf16",
+        ram: int | str | None = None,
+        device: Device | Literal["cpu", "cuda"] | None = None,
+        vram: int | str | None = None,
+        weight_decay: WeightDecay = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_grad_norm: float | None = None,
+        largest_step: Sequence[MicroBatchLike] | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Make the file of a model at step 0, and open it.
+
+        Args:
+            model: a module, a function that makes one, or the path of a model folder (safetensors).
+            path: of the file, which must not exist; several, one on each drive, are one store. It takes 24 bytes a
+                parameter.
+            blocks: name of the module list that holds the blocks, such as ``"layers"``; transformers models need none.
+            weights: ``weights(name, shape)`` makes the first values of a parameter (bf16, fp16 or fp32), one at a
+                time in the order of the model. None = those of the module or folder.
+            small: an instance of the module's class with few and small blocks, to prove on; None = the module itself,
+                if it has at most 33,554,432 parameters.
+            precision: that computes: ``"bf16"``, with fp32 masters, or ``"fp32"``.
+            ram: bytes, or text such as ``"4GiB"``; None = half of what is free.
+            device: what computes: ``"cpu"``, ``"cuda"``, or a device; None = the GPU if there is one that computes in
+                ``precision``, else the CPU. A device that is handed in is not closed.
+            vram: bytes of a GPU's memory; None = what is free.
+            weight_decay: of parameters with two dimensions or more; others have none. Or ``decay(name, shape)``.
+            betas: AdamW's.
+            eps: AdamW's.
+            max_grad_norm: gradients with a larger norm over all parameters are scaled down to it; None = never.
+            largest_step: micro-batches for which memory is divided at once, such as
+                ``[torch.zeros(2, 4096, dtype=torch.int64)] * 8``; their values do not matter. None = for the steps as
+                they come. Give it where a GPU computes: its memory is divided once.
+            seed: of dropout; kept in the file.
+
+        Raises:
+            ConfigError: an argument is wrong or missing, or ``path`` exists.
+            UnsupportedModelError: the model cannot be trained block by block; the message says why.
+            ModelFilesError: the folder is incomplete or damaged.
+            DoesNotFitError: ``largest_step`` does not fit ``ram`` or the device.
+            NoSpaceError, StorageError: the drive. Nothing is left behind.
+        """
+        check_precision("precision", precision)
+        paths = _paths(path)
+        for each in paths:
+            if os.path.lexists(each):
+                raise ConfigError(f"{each} exists: open it with PagedModel.open, or choose another path")
+        written: list[Path] = []
+        with ExitStack() as undo:
+            closing = ExitStack()
+            undo.callback(_remove, written)
+            undo.callback(closing.close)
+            how = _How(
+                paths=paths,
+                device=_device_for(device, precision, vram, closing),
+                ram=_ram(ram),
+                weight_decay=weight_decay,
+                betas=betas,
+                eps=eps,
+                max_grad_norm=max_grad_norm,
+                largest=None if largest_step is None else _StepSize.of(_micro_batches(largest_step)),
+            )
+            source = ModelSource(model, precision, blocks, small)
+            layout = ModelLayout.build(source.parts, len(source.partition.blocks), FORMATS[precision])
+            about = source.describe()
+            needs: StepNeeds | None = None
+            if how.largest is not None:  # before anything is written
+                needs = how.largest.needs(source.partition, layout, store_memory(layout.manifest(about)))
+                how.divide(source.partition, layout, needs, how.largest)
+            with source.reading(weights) as read:
+                create_store(paths, layout, read, model=about, blob=_Progress(0, seed, None, b"").encode())
+            written += paths
+            store = closing.enter_context(PagedStore(*paths))
+            made = cls(source, store, how, closing, needs)
+            undo.pop_all()
+        return made
+
+    @classmethod
+    def open(  # noqa: PLR0913 - as create
+        cls,
+        model: Model,
+        path: Path | str | Sequence[Path | str],
+        *,
+        blocks: str | None = None,
+        small: nn.Module | None = None,
+        ram: int | str | None = None,
+        device: Device | Literal["cpu", "cuda"] | None = None,
+        vram: int | str | None = None,
+        weight_decay: WeightDecay = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_grad_norm: float | None = None,
+        largest_step: Sequence[MicroBatchLike] | None = None,
+    ) -> Self:
+        """Open the file of a model at its last committed step.
+
+        Args:
+            model: as at ``create``; of a module only the code is used, not its weights.
+            path: of the file or files.
+            blocks: as at ``create``, and so the others. Precision and seed are those of the file; what differs from
+                the settings of the last step is named in ``notes``.
+            small: an instance of the module's class with few and small blocks, to prove on.
+            ram: bytes, or text such as ``"4GiB"``; None = half of what is free.
+            device: what computes: ``"cpu"``, ``"cuda"``, or a device; None = the GPU if there is one, else the CPU.
+            vram: bytes of a GPU's memory; None = what is free.
+            weight_decay: of parameters with two dimensions or more, or ``decay(name, shape)``.
+            betas: AdamW's.
+            eps: AdamW's.
+            max_grad_norm: gradients with a larger norm over all parameters are scaled down to it; None = never.
+            largest_step: micro-batches for which memory is divided at once; None = for the steps as they come.
+
+        Raises:
+            ConfigError: an argument is wrong or missing, or the file is of a model with other parameters.
+            FormatError: the file was not made by ``create``.
+            StoreInUseError, CorruptionError, StorageError: it cannot be opened, and is as it was.
+            UnsupportedModelError, ModelFilesError, DoesNotFitError: as ``create``.
+        """
+        paths = _paths(path)
+        with ExitStack() as undo:
+            closing = ExitStack()
+            undo.callback(closing.close)
+            store = closing.enter_context(PagedStore(*paths))
+            _Progress.parse(store.blob)
+            precision: Precision = json.loads(store.manifest)["model"]["paged_model"]["precision"]
+            how = _How(
+                paths=paths,
+                device=_device_for(device, precision, vram, closing),
+                ram=_ram(ram),
+                weight_decay=weight_decay,
+                betas=betas,
+                eps=eps,
+                max_grad_norm=max_grad_norm,
+                largest=None if largest_step is None else _StepSize.of(_micro_batches(largest_step)),
+            )
+            source = ModelSource(model, precision, blocks, small)
+            _refuse_other_model(source, store.layout, paths[0])
+            opened = cls(source, store, how, closing)
+            undo.pop_all()
+        return opened
+
+    @property
+    def step_number(self) -> int:
+        """Number of steps made so far; after an error, of those that are in the file."""
+        return self._step_number
+
+    @property
+    def state(self) -> bytes:
+        """The caller's own bytes that were given to that step; empty at step 0."""
+        return self._state
+
+    @contextmanager
+    def step(self, learning_rate: float) -> Iterator[OptimizerStep]:
+        """Make one optimizer step in the context, as a transaction.
+
+        Leaving it ends the step: it is committed, with ``step.state``, while the next one begins. Leaving it by an
+        error drops the step, and the error goes on; the loop may go on, too, from where ``step_number`` and ``state``
+        say that the model stands: where it stood before, but for failures of the drive.
+
+        Args:
+            learning_rate: of this step. It is needed now: updates begin while the gradients of earlier blocks are made.
+
+        Raises:
+            ConfigError: the learning rate is negative or not finite.
+            MegatrainIoError: another step is under way, or this one was left without ``forward`` and ``backward``.
+        """
+        self._refuse_in_step("step")
+        if not (math.isfinite(learning_rate) and learning_rate >= 0):
+            raise ConfigError(f"learning_rate is {learning_rate}: it must be a number from 0 on")
+        number = self._step_number + 1
+        adamw = AdamWStep(number, learning_rate, *self._how.betas, self._how.eps)
+        running: PagedPartition | None = None
+        under_way = ExitStack()
+
+        def begin(batches: Sequence[MicroBatch]) -> PagedPartition:
+            nonlocal running
+            self._check_tokens(batches)
+            ready = self._make_ready(_StepSize.of(batches))
+            under_way.enter_context(ready.training_step(batches, adamw, number=number, commits=True))
+            running = ready
+            return ready
+
+        step = OptimizerStep(number, self._state, begin)
+        self._is_in_step = True
+        try:
+            with under_way:
+                yield step
+                ended = _whole(step, running)
+                progress = _Progress(number, self._seed, self._environment, step.state)
+                ended.end_step(progress.encode())
+        except BaseException:
+            self._go_back()
+            raise
+        finally:
+            self._is_in_step = False
+        self._step_number, self._state = number, step.state
+
+    def evaluate(self, micro_batches: Sequence[MicroBatchLike] | MicroBatchLike) -> float:
+        """Measure the mean loss per trained token, without dropout; nothing is updated.
+
+        Args:
+            micro_batches: as ``OptimizerStep.forward`` takes them; any number. As many tokens as the largest step has
+                go through the blocks together.
+
+        Raises:
+            DataError, DoesNotFitError: as ``OptimizerStep.forward``.
+            MegatrainIoError: a step is under way.
+        """
+        self._refuse_in_step("evaluate")
+        batches = [batch for batch in _micro_batches(micro_batches) if trained_tokens([batch])]
+        self._check_tokens(batches)
+        largest = _StepSize.of_largest(batches)
+        together = self._size or largest.times(min(len(batches), _EVALUATED_TOGETHER))
+        running = self._make_ready(together.with_room_for(largest))
+        parts = [running.evaluate(group) for group in self._groups(batches)]
+        if len(parts) == 1:
+            return parts[0].loss
+        tokens = sum(part.trained_tokens for part in parts)
+        return sum(part.loss * part.trained_tokens for part in parts) / tokens
+
+    def read(self, name: str, plane: Plane = "weight") -> Tensor:
+        """Read one tensor of the last step that was made, in RAM of its own.
+
+        Args:
+            name: of the parameter, as in ``named_parameters()`` of the model.
+            plane: ``"weight"`` in the compute dtype; ``"master"``, ``"exp_avg"`` or ``"exp_avg_sq"`` in fp32.
+
+        Raises:
+            ConfigError: there is no such parameter or plane.
+            MegatrainIoError: a step is under way.
+            CorruptionError, StorageError: it cannot be read.
+        """
+        self._refuse_in_step("read")
+        place = next((place for place in self._store.layout.tensors() if place.name == name), None)
+        if place is None:
+            raise ConfigError(f"the model has no parameter {name!r}: see named_parameters() of the module")
+        if plane not in get_args(Plane):
+            raise ConfigError(f"plane is {plane!r}: it must be one of {', '.join(get_args(Plane))}")
+        self.wait_durable()
+        return self._store.read_tensor(place, plane)
+
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name and weights of each parameter of the last step that was made, read one at a time.
+
+        Args:
+            dtype: float32 are the masters; None is the compute dtype.
+
+        Yields:
+            ``(name, tensor)`` in the order of the model; parameters that are shared come once.
+
+        Raises:
+            ConfigError: another dtype is asked for.
+            MegatrainIoError: a step is under way.
+            CorruptionError, StorageError: it cannot be read.
+        """
+        compute = DTYPES[self._source.precision]
+        if dtype not in (None, torch.float32, compute):
+            raise ConfigError(f"dtype is {dtype}: it must be {compute}, torch.float32 or None")
+        plane: Plane = "weight" if dtype in (None, compute) else "master"
+        for place in self._store.layout.tensors():
+            yield place.name, self.read(place.name, plane)
+
+    def save(self, out: Path | str, *, dtype: Precision | None = None) -> None:
+        """Write the last step that was made as a model folder that stock transformers loads.
+
+        Args:
+            out: a folder that does not exist or is empty.
+            dtype: ``"bf16"``, or ``"fp32"``: the masters; None = the precision that computes.
+
+        Raises:
+            ConfigError: the model was not made from a model folder (``weights`` gives its tensors), or something is in
+                the way at ``out``.
+            MegatrainIoError: a step is under way.
+            NoSpaceError, StorageError, CorruptionError: as ``read``, and of the drive that is written to.
+        """
+        self._refuse_in_step("save")
+        if self._source.folder is None:
+            raise ConfigError(
+                "save writes the files of a model folder, and this model was made from a module: write what weights() "
+                "yields in a form of your own, such as safetensors"
+            )
+        self.wait_durable()
+        write_model_folder(self._store, self._source.folder, Path(out), dtype=dtype)
+
+    def wait_durable(self) -> None:
+        """Wait until the last step that was made is on the drive, so that it survives a power cut.
+
+        Raises:
+            StorageError, StoreFailedError: it could not be made durable.
+        """
+        self._refuse_in_step("wait_durable")
+        if self._running is not None:
+            self._running.wait_durable()
+
+    def close(self) -> None:
+        """Wait until the last step is durable, and give everything back. A closed model cannot be used.
+
+        Raises:
+            StorageError, StoreFailedError: it could not be made durable.
+        """
+        self._refuse_in_step("close")
+        try:
+            self.wait_durable()
+        finally:
+            self._closing.close()
+            self._running = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        with suppress(MegatrainIoError):  # the first error is the news
+            self.close()
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _make_ready(self, size: "_StepSize", needs: StepNeeds | None = None) -> PagedPartition:
+        """The model, ready for steps of ``size``; RAM is divided anew where it was divided for less.
+
+        Args:
+            size: of a step.
+            needs: what it needs, if that is known and this is the first time.
+        """
+        if self._running is not None and self._size is not None and self._size.covers(size):
+            return self._running
+        wanted = size if self._size is None else self._size.with_room_for(size)
+        how, store, partition = self._how, self._store, self._source.partition
+        if self._running is not None and how.device.has_own_memory:
+            raise DoesNotFitError(
+                f"the memory of {how.device.name} was divided for {self._size}, and this needs room for {wanted}: "
+                "open the model with largest_step=(micro-batches, rows, tokens) of the largest one"
+            )
+        needs = needs or wanted.needs(partition, store.layout, self._tables)
+        ram, vram = how.divide(partition, store.layout, needs, wanted)
+        if self._running is not None:
+            self._running.wait_durable()
+        self._pins.close()
+        self._running = None
+        running = PagedPartition(
+            partition,
+            store,
+            seed=self._seed,
+            activations=activation_budget_of(ram, [*map(activations_file, how.paths)]),
+            max_grad_norm=how.max_grad_norm,
+            device=how.device,
+            vram=vram,
+        )
+        self._pins.callback(running.close)
+        store.start(
+            ram.pool,
+            residents=ram.residents,
+            gradient_files=[*map(gradient_file, how.paths)] if ram.spills_gradients else (),
+            settings=how.settings,
+            unit=running.unit,
+        )
+        notes = []
+        if not self._pins.enter_context(how.device.pin(store.pool_memory())):
+            notes.append(f"copies to and from {how.device.name} go through a small staging buffer")
+        if not ram.needs.is_known:
+            notes.append("what compute takes is not known before a step is made: it comes on top of ram")
+        self.notes += [note for note in notes if note not in self.notes]
+        self._running, self._size = running, wanted
+        return running
+
+    def _groups(self, batches: Sequence[MicroBatch]) -> Iterator[list[MicroBatch]]:
+        """Micro-batches that go through the blocks together, so that RAM is enough for them."""
+        room = 0 if self._size is None else self._size.tokens
+        group: list[MicroBatch] = []
+        for batch in batches:
+            if group and sum(each.input_ids.numel() for each in [*group, batch]) > room:
+                yield group
+                group = []
+            group.append(batch)
+        yield group
+
+    def _check_tokens(self, batches: Sequence[MicroBatch]) -> None:
+        """Refuse what an embedding or a loss would fail on; on a GPU that would end the process.
+
+        Raises:
+            DataError: a token or label is not in the vocabulary, or none has a label.
+        """
+        if trained_tokens(batches) == 0:
+            raise DataError("no token has a label: there is nothing to train or measure")
+        vocabulary = self._source.partition.vocab_size
+        for batch in batches:
+            labels = batch.shift_labels[batch.shift_labels != IGNORE_INDEX]
+            for what, tokens in (("token", batch.input_ids), ("label", labels)):
+                least, most = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
+                # A table may have more rows than there are scores.
+                if least < 0 or (most >= vocabulary and (what == "label" or not self._source.is_own_module)):
+                    raise DataError(
+                        f"a {what} is {least if least < 0 else most}, and the model has {vocabulary} scores: tokens "
+                        f"and labels are from 0 to {vocabulary - 1}, {IGNORE_INDEX} is a label that is not trained"
+                    )
+
+    def _go_back(self) -> None:
+        """After an error: where the store stands."""
+        if self._running is not None:
+            with suppress(MegatrainIoError):  # the first error is the news
+                self._running.wait_durable()
+        progress = _Progress.parse(self._store.blob)
+        self._step_number, self._state = progress.step, progress.state
+
+    def _refuse_in_step(self, call: str) -> None:
+        if self._is_in_step:
+            raise MegatrainIoError(f"{call} was called while a step is under way: leave the step first")
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a model is trained: the caller's settings.
+
+    Attributes:
+        paths: files of the store.
+        device: what computes.
+        ram: bytes of RAM that may be taken.
+        weight_decay: of matrices and embeddings, or of each parameter.
+        betas: AdamW's.
+        eps: AdamW's.
+        max_grad_norm: bound on the norm of all gradients; None = none.
+        largest: step for which memory is divided at once.
+    """
+
+    paths: tuple[Path, ...]
+    device: Device
+    ram: int
+    weight_decay: WeightDecay
+    betas: tuple[float, float]
+    eps: float
+    max_grad_norm: float | None
+    largest: "_StepSize | None"
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: one is out of its range.
+        """
+        decay = 0.0 if callable(self.weight_decay) else self.weight_decay
+        for name, value, is_right, range_ in (
+            ("weight_decay", decay, decay >= 0, "from 0 on"),
+            ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "from 0 on and below 1"),
+            ("eps", self.eps, self.eps > 0, "above 0"),
+            ("max_grad_norm", self.max_grad_norm, (self.max_grad_norm or 1.0) > 0, "above 0, or None"),
+        ):
+            if not is_right:
+                raise ConfigError(f"{name} is {value}: it must be {range_}")
+
+    def settings(self, place: TensorPlace) -> TensorSettings:
+        """Weight decay of a parameter."""
+        if callable(self.weight_decay):
+            return TensorSettings(self.weight_decay(place.name, place.shape))
+        return TensorSettings(self.weight_decay if len(place.shape) > 1 else 0.0)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the bits of a step: plain JSON types."""
+        return {
+            "weight_decay": "a function" if callable(self.weight_decay) else self.weight_decay,
+            "betas": list(self.betas),
+            "eps": self.eps,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+    def divide(
+        self, partition: PartitionedModel, layout: ModelLayout, needs: StepNeeds, size: "_StepSize"
+    ) -> tuple[RamPlan, VramPlan | None]:
+        """Divide RAM and the device's memory for steps of ``size``.
+
+        Args:
+            partition: the model without its parameters.
+            layout: of its store.
+            needs: what such a step needs.
+            size: of a step, to tell.
+
+        Raises:
+            DoesNotFitError: one is too small; the message has the least that is enough.
+        """
+        defers, device = self.max_grad_norm is not None, self.device
+        vram: VramPlan | None = None
+        if device.has_own_memory:
+            try:
+                vram, needs = plan_vram(partition, layout, needs, vram=device.vram)
+            except DoesNotFitError as error:
+                least = least_vram_for(partition, layout, needs)
+                raise DoesNotFitError(
+                    f"{device.name} has {mib(device.vram)} for this, and a step of {size} needs {mib(least)} at least: "
+                    "make a step smaller, or use a GPU with more memory"
+                ) from error
+        try:
+            return plan_ram(partition, layout, needs, ram=self.ram, defers=defers), vram
+        except DoesNotFitError as error:
+            tied = bool(partition.tied_parameters)
+            least = least_ram(layout, needs, tied_embeddings=tied, defers=defers)
+            raise DoesNotFitError(
+                f"ram is {mib(self.ram)}, and a step of {size} needs {mib(least)} at least: give more, or make a step "
+                "smaller (fewer rows or tokens in a micro-batch, then fewer micro-batches)"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _StepSize:
+    """What a step's memory depends on.
+
+    Attributes:
+        tokens: of all micro-batches together, padding included.
+        largest: tokens of the largest micro-batch.
+        length: tokens of the longest row.
+        has_positions: whether micro-batches have position ids.
+        has_mask: whether micro-batches have an attention mask.
+    """
+
+    tokens: int
+    largest: int
+    length: int
+    has_positions: bool
+    has_mask: bool
+
+    @classmethod
+    def of(cls, batches: Sequence[MicroBatch]) -> "_StepSize":
+        """Size of a step with these micro-batches."""
+        shapes = [batch.input_ids.shape for batch in batches]
+        return cls(
+            tokens=sum(map(math.prod, shapes)),
+            largest=max(map(math.prod, shapes)),
+            length=max(length for _, length in shapes),
+            has_positions=any(batch.position_ids is not None for batch in batches),
+            has_mask=any(batch.attention_mask is not None for batch in batches),
+        )
+
+    @classmethod
+    def of_largest(cls, batches: Sequence[MicroBatch]) -> "_StepSize":
+        """Size of a step with the largest of these micro-batches alone."""
+        size = cls.of(batches)
+        return replace(size, tokens=size.largest)
+
+    def times(self, count: int) -> "_StepSize":
+        """Size of so many steps in one."""
+        return replace(self, tokens=count * self.tokens)
+
+    def covers(self, other: "_StepSize") -> bool:
+        """Whether memory for this one is enough for the other."""
+        return self.with_room_for(other) == self
+
+    def with_room_for(self, other: "_StepSize") -> "_StepSize":
+        """A size that covers both."""
+        return _StepSize(*map(max, astuple(self), astuple(other)))
+
+    def needs(self, partition: PartitionedModel, layout: ModelLayout, tables: int) -> StepNeeds:
+        """What a step of this size needs, in bytes.
+
+        Args:
+            partition: the model without its parameters.
+            layout: of its store.
+            tables: bytes of RAM that the open store takes.
+        """
+        return step_needs(partition, layout, self._micro_batches(packs=partition.spec.packs), tables)
+
+    def _micro_batches(self, *, packs: bool) -> list[MicroBatch]:
+        """Micro-batches that take as much memory, all of them the same one.
+
+        Args:
+            packs: whether position ids that restart keep documents apart: then they do.
+        """
+        rows, length = -(-self.largest // self.length), self.length
+        batch = blank_micro_batch(rows, length, packed=packs and self.has_positions)
+        shape = batch.input_ids.shape
+        positions = batch.position_ids
+        if self.has_positions and positions is None:
+            positions = torch.arange(shape[1]).expand(shape)
+        mask = torch.ones_like(batch.input_ids) if self.has_mask else None
+        if mask is not None:
+            mask[0, -1] = 0
+        batch = MicroBatch(batch.input_ids, batch.shift_labels, positions, mask)
+        return [batch] * -(-self.tokens // shape.numel())
+
+    def __str__(self) -> str:
+        rows = -(-self.largest // self.length)
+        count = -(-self.tokens // (rows * self.length))
+        extras = [
+            *(["position ids"] if self.has_positions else []),
+            *(["an attention mask"] if self.has_mask else []),
+        ]
+        text = f"{count} micro-batches with {rows} rows of {self.length} tokens"
+        return f"{text} ({' and '.join(extras)})" if extras else text
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What is committed with a step: how far it is, and the caller's own bytes.
+
+    Attributes:
+        step: steps made so far.
+        seed: of dropout.
+        environment: what may change the bits; None at step 0.
+        state: the caller's own bytes.
+    """
+
+    step: int
+    seed: int
+    environment: dict[str, Any] | None
+    state: bytes
+
+    @classmethod
+    def parse(cls, blob: bytes) -> "_Progress":
+        """Decode what was committed.
+
+        Raises:
+            FormatError: it is not of a PagedModel.
+        """
+        text, _, state = blob.partition(b"\n")
+        try:
+            header = json.loads(text)
+        except ValueError:
+            header = None
+        if not isinstance(header, dict) or header.get(_KIND) != _VERSION:
+            raise FormatError(
+                "this store was not made by PagedModel.create (or by another version of it). One of a training run is "
+                "trained by megatrain_io.train; its weights can be exported, and the folder trained here"
+            )
+        return cls(header["step"], header["seed"], header["environment"], state)
+
+    def encode(self) -> bytes:
+        """Encode it as the bytes that are committed with the store."""
+        header = {_KIND: _VERSION, "step": self.step, "seed": self.seed, "environment": self.environment}
+        return json.dumps(header).encode() + b"\n" + self.state
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def _whole(step: OptimizerStep, running: PagedPartition | None) -> PagedPartition:
+    """What runs a step that is left.
+
+    Raises:
+        MegatrainIoError: a part of it is missing.
+    """
+    if running is None or step.grad_norm is None:
+        raise MegatrainIoError(
+            f"step {step.number} was left without {'forward' if running is None else 'backward'}: it was dropped. To "
+            "drop one on purpose, leave it by an error of your own"
+        )
+    return running
+
+
+def _micro_batches(given: Sequence[MicroBatchLike] | MicroBatchLike) -> list[MicroBatch]:
+    """Micro-batches; one alone stands for itself."""
+    several = [given] if isinstance(given, MicroBatch | Mapping | Tensor) else given
+    batches = [micro_batch_of(batch) for batch in several]
+    if not batches:
+        raise DataError("there is no micro-batch: a step needs at least one")
+    return batches
+
+
+def _paths(path: Path | str | Sequence[Path | str]) -> tuple[Path, ...]:
+    paths = (path,) if isinstance(path, Path | str) else path
+    if not paths:
+        raise ConfigError("path is empty: give the path of the file, or one for each drive")
+    return tuple(Path(each).expanduser() for each in paths)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _size(name: str, value: int | str) -> int:
+    try:
+        nbytes: int = _SIZE.validate_python(value)
+    except ValidationError:
+        raise ConfigError(f"{name} is {value!r}: it must be a size, such as 4GiB") from None
+    return nbytes
+
+
+def _ram(value: int | str | None) -> int:
+    return int(usable_ram()[0] * _SHARE_OF_FREE_RAM) if value is None else _size("ram", value)
+
+
+def _device_for(
+    device: Device | Literal["cpu", "cuda"] | None,
+    precision: Precision,
+    vram: int | str | None,
+    closing: ExitStack,
+) -> Device:
+    """What computes; ``closing`` closes it, if it was not handed in.
+
+    Raises:
+        ConfigError: ``device`` is another word, or ``vram`` is given where no GPU is made here.
+        UnsupportedError: a GPU was asked for, and there is none, or none that computes in ``precision``.
+    """
+    if isinstance(device, str) and device not in {"cpu", "cuda"}:
+        raise ConfigError(f"device is {device!r}: it must be 'cpu', 'cuda', a device, or None")
+    chosen: Device
+    if device == "cpu":
+        chosen = Cpu()
+    elif device == "cuda" or (device is None and vram is not None):
+        chosen = Cuda(None if vram is None else _size("vram", vram))
+    elif device is None:
+        chosen = best_device(precision)
+    else:
+        chosen = device
+    if chosen is not device:
+        closing.callback(chosen.close)
+    if vram is not None and not isinstance(chosen, Cuda):
+        raise ConfigError("vram is given, and no GPU computes: leave it out")
+    if precision == "bf16" and not chosen.has_bf16:
+        raise ConfigError(f"{chosen.name} does not compute in bf16: create the model with precision='fp32'")
+    return chosen
+
+
+def _checked_state(state: bytes) -> bytes:
+    if not isinstance(state, bytes):
+        raise ConfigError(
+            f"state is {type(state).__name__}: it must be bytes, such as json.dumps(...).encode()"
+        )
+    if len(state) > _STATE_BYTES_MAX:
+        raise ConfigError(
+            f"state has {len(state):,} bytes: {_STATE_BYTES_MAX:,} are kept with a step; keep what is larger in files "
+            "of your own, and their names here"
+        )
+    return state
+
+
+def _refuse_other_model(source: ModelSource, layout: ModelLayout, path: Path) -> None:
+    """Refuse a model whose parameters are not those of a store.
+
+    Raises:
+        ConfigError: the message names the first one that differs.
+    """
+    stored = {place.name: place.shape for place in layout.tensors()}
+    expected = {name: shape for _, tensors in source.parts for name, shape in tensors}
+    for name in [*expected, *stored]:
+        if stored.get(name) != expected.get(name):
+            here, there = (
+                "missing" if shape is None else str(list(shape))
+                for shape in (expected.get(name), stored.get(name))
+            )
+            raise ConfigError(
+                f"{path} was made of another model: parameter {name} is {here} in the model, {there} in the file. Open "
+                "it with the module that it was made of"
+            )
+
+
+_SIZE = TypeAdapter(Size)

@@ -76,7 +76,7 @@ class PartitionedModel:
 
     Attributes:
         spec: as handed in.
-        dtype: of the hidden state, and of the parameters that the architecture does not keep in another.
+        dtype: of the hidden state, and of the parameters that the store does not keep in another.
         blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
         tied: alias -> full name of the parameter that it shares.
         embedding_parameters: what `record` needs, in model order.

@@ -11,9 +11,10 @@ from megatrain_io.errors import DoesNotFitError
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.pool import VramPlan
-from megatrain_io.planning.memory_needs import least_vram_for, plan_ram, plan_vram, step_needs
-from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, least_ram
+from megatrain_io.planning.memory_needs import least_vram_for, plan_vram, step_needs
+from megatrain_io.planning.ram_budget import RamPlan, StepNeeds, divide_ram, least_ram
 from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.schedule import build_schedule
 from megatrain_io.text import mib
 
 __all__ = ["StepSize"]
@@ -110,10 +111,11 @@ class StepSize:
                     f"{device.name} has {mib(device.vram)} for this, and a step of {self} needs {mib(least)} at least: "
                     "make a step smaller, or use a GPU with more memory"
                 ) from error
+        tied = bool(partition.tied_parameters)
+        schedule = build_schedule(layout, tied_embeddings=tied, training=True)
         try:
-            return plan_ram(partition, layout, needs, ram=ram, defers=defers), vram
+            return divide_ram(layout, schedule, needs, tied_embeddings=tied, ram=ram, defers=defers), vram
         except DoesNotFitError as error:
-            tied = bool(partition.tied_parameters)
             least = least_ram(layout, needs, tied_embeddings=tied, defers=defers)
             raise DoesNotFitError(
                 f"ram is {mib(ram)}, and a step of {self} needs {mib(least)} at least: give more, or make a step "

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from megatrain_io.errors import MegatrainIoError
 from megatrain_io.paging.device.host_gradients import HostGradient
 from megatrain_io.paging.protocols import Records
+from megatrain_io.paging.ranks import Ranks
 
 __all__ = ["Gradient", "StopWeights", "leaves_of"]
 
@@ -48,15 +49,19 @@ class Gradient:
         expected: those of them that get theirs first.
     """
 
-    def __init__(self, state: Records, stop: int, expected: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, state: Records, ranks: Ranks, stop: int, expected: Sequence[str] | None = None
+    ) -> None:
         """Borrow memory for the gradients, record after record.
 
         Args:
             state: where it comes from, and they are submitted to.
+            ranks: over which they are summed.
             stop: whose gradients they are.
             expected: names of the tensors that get gradients first; None = all of the stop's.
         """
         self._state = state
+        self._ranks = ranks
         layout = state.layout
         self._borrowed = {record: state.gradient(record) for record in layout.trained_of(stop)}
         self._record_of = {
@@ -96,6 +101,7 @@ class Gradient:
         weights.tensors = {}
         for record, borrowed in weights.records.items():
             if record in self._borrowed:
+                self._ranks.sum_gradient(record, self._borrowed[record])
                 self._state.submit(record, borrowed, self._borrowed[record])
             else:
                 borrowed.give_back()

@@ -26,6 +26,7 @@ from megatrain_io.paging.device.base import Device, out_of_memory
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.pool import VramPlan, device_pool, gathered_chunks
 from megatrain_io.paging.device.records import DeviceRecords, TransferPlan, transfer_plan_of
+from megatrain_io.paging.ranks import OneRank, Ranks
 from megatrain_io.paging.step import LOGITS_BYTES, Step, hidden_nbytes, slice_tokens
 from megatrain_io.paging.tensor_meter import TensorMeter
 from megatrain_io.paging.trace import Trace
@@ -106,6 +107,7 @@ class PagedPartition:
             None = what promises to be faster. No bit depends on it.
         device: what computes; None = the CPU.
         vram: how its memory is divided, if it has any; None = as much as overlaps best, and all activation checkpoints.
+        ranks: processes that train the model together; None = this one alone.
     """
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
@@ -120,7 +122,9 @@ class PagedPartition:
         policy: Literal["deferred", "speculative"] | None = None,
         device: Device | None = None,
         vram: VramPlan | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or OneRank()
         self.partition = partition
         self.state = state
         self.seed = seed
@@ -236,6 +240,7 @@ class PagedPartition:
         if layout.is_frozen:
             raise MegatrainIoError("all weights of this store are frozen: there is nothing to update")
         self.partition.train()
+        micro_batches = self.ranks.share(micro_batches)
         self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, micro_batches))
         policy = self._choose_policy(commits=commits)
         schedule = self._schedule(policy)
@@ -280,7 +285,7 @@ class PagedPartition:
             begun.step.embedding_backward()
             if self._on_device is not None:
                 self._on_device.finish()
-            norm = self.state.gradient_norm()
+            norm = self.ranks.norm(self.state.gradient_norm())
         except NotFiniteError as error:
             error.loss = begun.loss
             raise
@@ -329,6 +334,7 @@ class PagedPartition:
                 "weights of this store are trained: a step of it makes their gradients, too"
             )
         self.partition.train()
+        micro_batches = self.ranks.share(micro_batches)
         self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, micro_batches))
         with self._step(
             micro_batches, self._schedule("immediate"), _NO_UPDATE, number, commits=False
@@ -373,6 +379,7 @@ class PagedPartition:
         """Measure the loss alone, without dropout; nothing is written but an update that waits."""
         self.flush()
         self.partition.train(False)
+        micro_batches = self.ranks.share(micro_batches)
         with self._step(micro_batches, self._forward, _NO_UPDATE, 1, commits=False) as step:
             step.embedding()
             step.forward(saving=False)
@@ -493,6 +500,7 @@ class PagedPartition:
             seed=self.seed,
             span=self.span,
             device=self.device,
+            ranks=self.ranks,
         )
         trains = schedule is not self._forward
         name = f"step {number}" if trains else "evaluation"

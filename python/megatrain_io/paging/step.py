@@ -23,6 +23,7 @@ from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.gradient import Gradient, StopWeights, leaves_of
 from megatrain_io.paging.protocols import Activations, Records
+from megatrain_io.paging.ranks import OneRank, Ranks
 from megatrain_io.store.schedule import Phase
 
 __all__ = ["LOGITS_BYTES", "Step", "hidden_nbytes", "slice_tokens"]
@@ -78,6 +79,7 @@ class Step:
         slice_tokens: tokens whose logits exist at once.
         span: traces what is done inside it, by name.
         device: what computes.
+        ranks: over which tokens, loss and gradients are summed; None = this process alone.
     """
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
@@ -92,8 +94,10 @@ class Step:
         seed: int = 0,
         span: Callable[[str], AbstractContextManager[None]] = _no_span,
         device: Device | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.num_items = trained_tokens(micro_batches)
+        self._ranks = ranks or OneRank()
+        self.num_items = self._ranks.sum_tokens(trained_tokens(micro_batches))
         if self.num_items == 0:
             raise MegatrainIoError("no token of this step has a label: there is nothing to train or measure")
         # Where a number is multiplied by its inverse, a tensor is divided by, as in stock loops.
@@ -163,9 +167,9 @@ class Step:
         weights = [borrowed for borrowed in (own, table) if borrowed is not None]
         own_gradient: Gradient | None = None
         if training and layout.head is not None and layout.trained_of(layout.head):
-            own_gradient = Gradient(self._state, layout.head)
+            own_gradient = Gradient(self._state, self._ranks, layout.head)
         if training and tied and layout.trained_of(layout.embedding):
-            self._table_gradient = Gradient(self._state, layout.embedding, tied)
+            self._table_gradient = Gradient(self._state, self._ranks, layout.embedding, tied)
         gradients = [gradient for gradient in (own_gradient, self._table_gradient) if gradient is not None]
         total: Tensor | None = None
         with torch.set_grad_enabled(training):
@@ -179,7 +183,7 @@ class Step:
             self._in_head.append((own, own_gradient))
         if table is not None:
             self._in_head.append((table, None))
-        return total
+        return self._ranks.sum_loss(total)
 
     def leave_head(self) -> None:
         """Submit the gradient of the head, and give back the weights that it borrowed."""
@@ -201,7 +205,7 @@ class Step:
         for block in self._each_block("backward", reversed(range(self._layout.blocks))):
             stop = self._layout.block(block)
             weights = weights or StopWeights(self._state, stop)
-            gradient = Gradient(self._state, stop) if self._layout.trained_of(stop) else None
+            gradient = Gradient(self._state, self._ranks, stop) if self._layout.trained_of(stop) else None
             for index, _ in self._each(self._micro_batches):
                 self._seed(index, Phase.FORWARD, block)
                 self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
@@ -222,7 +226,7 @@ class Step:
         if not self._layout.trained_of(self._layout.embedding):
             return
         weights = StopWeights(self._state, self._layout.embedding)
-        gradient = self._table_gradient or Gradient(self._state, self._layout.embedding)
+        gradient = self._table_gradient or Gradient(self._state, self._ranks, self._layout.embedding)
         self._table_gradient = None
         for index, micro_batch in self._each(self._micro_batches):
             self._seed(index, Phase.EMBEDDING)

@@ -26,6 +26,7 @@ from megatrain_io.models.hub_names import HubNames, NamePlan, Piece
 from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
 from megatrain_io.models.safetensors import TORCH_DTYPES, Checkpoint
+from megatrain_io.models.weights import WeightReader
 from megatrain_io.runs.folder import RunFolder, RunInfo
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
@@ -253,7 +254,8 @@ def checked_weights(folder: ModelFolder, precision: Precision) -> Iterator[tuple
         ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
         UnsupportedModelError: the weights are quantised, or have a dtype that is not trained.
     """
-    with Checkpoint(folder.weight_files()) as files:
+    with Checkpoint(folder.weight_files()) as opened:
+        files: WeightReader = opened
         config = folder.config()
         names = HubNames(config, DTYPES[precision])
         plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
@@ -282,7 +284,7 @@ def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tupl
     return out.view(torch.uint8).numpy().tobytes(), name if record.is_trained else "raw"
 
 
-def _read(files: Checkpoint, pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
+def _read(files: WeightReader, pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
     """Elements ``start``..``stop`` of a tensor of the model, flat, from all pieces that hold some of them."""
     parts = []
     for piece in pieces:
@@ -299,7 +301,7 @@ def _read(files: Checkpoint, pieces: Sequence[Piece], start: int, stop: int) -> 
     return out
 
 
-def _check_values(files: Checkpoint, names: HubNames, plan: NamePlan, model_type: str) -> None:
+def _check_values(files: WeightReader, names: HubNames, plan: NamePlan, model_type: str) -> None:
     """Refuse what can be wrong although names and shapes are right: dtypes, and values of tied weights and buffers."""
     strange = [
         f"{piece.name} is {files.entries[piece.name].dtype}"
@@ -326,7 +328,7 @@ def _check_values(files: Checkpoint, names: HubNames, plan: NamePlan, model_type
             )
 
 
-def _holds(files: Checkpoint, name: str, expected: Tensor) -> bool:
+def _holds(files: WeightReader, name: str, expected: Tensor) -> bool:
     """Whether a tensor of the files, cast to the dtype of ``expected``, has the same values."""
     entry = files.entries[name]
     if entry.dtype not in TORCH_DTYPES or entry.elements == 0:
@@ -335,7 +337,7 @@ def _holds(files: Checkpoint, name: str, expected: Tensor) -> bool:
     return torch.equal(values.view(entry.shape).to(expected.dtype), expected)
 
 
-def _are_equal(files: Checkpoint, one: Sequence[Piece], other: Sequence[Piece]) -> bool:
+def _are_equal(files: WeightReader, one: Sequence[Piece], other: Sequence[Piece]) -> bool:
     elements = torch.Size(one[0].shape).numel()
     for start in range(0, elements, _COMPARED_AT_ONCE):
         stop = min(start + _COMPARED_AT_ONCE, elements)

@@ -5,6 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatrain_io.paging.gradient import Gradient
+from megatrain_io.paging.ranks import OneRank
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import BorrowedRecord
 
@@ -33,7 +34,7 @@ def test_pieces_have_the_bits_of_the_whole(shape, dtype):
         # As the gradient of a matrix that is used transposed.
         natives[1] = natives[1].mT.contiguous().mT
     state = State(shape)
-    gradient = Gradient(state, 0)
+    gradient = Gradient(state, OneRank(), 0)
     for native in natives:
         gradient.add(["weight"], [native])
     expected = natives[0].float() + natives[1].float() + natives[2].float()
@@ -42,7 +43,7 @@ def test_pieces_have_the_bits_of_the_whole(shape, dtype):
 
 @pytest.mark.parametrize("shape", [(3_000_000,), (3_000, 1_000)], ids=str)
 def test_a_sum_makes_no_copy_of_the_gradient(shape):
-    gradient, native = Gradient(State(shape), 0), torch.ones(shape, dtype=torch.bfloat16)
+    gradient, native = Gradient(State(shape), OneRank(), 0), torch.ones(shape, dtype=torch.bfloat16)
     gradient.add(["weight"], [native])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as made:
         gradient.add(["weight"], [native])

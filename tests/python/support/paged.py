@@ -21,6 +21,7 @@ from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.pool import VramPlan
 from megatrain_io.paging.device.simulated import SimulatedDevice
 from megatrain_io.paging.paged_model import PagedPartition
+from megatrain_io.paging.ranks import Ranks
 from megatrain_io.planning.residents import choose_gradients, choose_residents, resident_nbytes
 from megatrain_io.runs.import_model import create_store
 from megatrain_io.store.layout import ModelLayout
@@ -136,11 +137,18 @@ def opened(
     kept_in_ram: float = 1.0,
     device: Device | None = None,
     vram: VramPlan | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[PagedPartition]:
     """A model that is ready to train; of gradients that wait for their norm, a share does so in RAM."""
     sizes = {"block_buffers": 2, "chunk_slots": 1, "block_gradients": 1} if small_pool else {}
     with closing(device or new_device()) as chosen, PagedStore(*files(path, drives), engine=engine) as state:
-        how = {"max_grad_norm": max_grad_norm, "policy": policy, "device": chosen, "vram": vram}
+        how = {
+            "max_grad_norm": max_grad_norm,
+            "policy": policy,
+            "device": chosen,
+            "vram": vram,
+            "ranks": ranks,
+        }
         model = PagedPartition(partitioned(case), state, activations=activations, **how)
         hyperparameters = case.hyperparameters
         residents = resident_part(model, resident_share)

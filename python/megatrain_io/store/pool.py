@@ -107,8 +107,8 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
         residents: they have memory of their own, which is not counted here.
         defers: whether gradients wait for their norm, on the drive where they have no buffer of their own.
         unit: what a buffer holds. Chunks, on their way to compute with memory of its own and back, have as many
-            buffers as are said for blocks; those for larger records are then for weights that come back to be updated.
-        block_buffers: one to compute with and the others to read ahead; at least two, because the last
+            buffers as are said for blocks, of any format, and as many to come back in as there are for gradients.
+        block_buffers: one of each format to compute with and the others to read ahead; at least two, because the last
             block waits in its buffer while the head runs.
         chunk_slots: updates in flight.
         block_gradients: one to accumulate in and the others for updates behind.

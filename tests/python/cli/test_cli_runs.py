@@ -448,8 +448,8 @@ def test_a_store_that_is_removed_while_it_is_waited_for_is_not_trained(run):
 def test_verify_names_everything_about_a_flipped_byte(run, group):
     """Found by itself: the byte is one of a plane of chunk 1 of the last block's record, which is looked up here."""
     with PagedStore(run.own_store, engine=ENGINE) as state:
-        record = state.layout.records[state.layout.block(1)]
-        chunk = state.layout.chunks_of(state.layout.block(1))[1]
+        (number,) = state.layout.stops[state.layout.block(1)]
+        record, chunk = state.layout.records[number], state.layout.chunks_of(number)[1]
         plane = state.read_plane(chunk.index, {"weight": "weight", "update": "exp_avg"}[group])
     content = run.own_store.read_bytes()
     places = [found.start() for found in re.finditer(re.escape(plane), content)]

@@ -97,7 +97,9 @@ def test_weights_are_read_once_or_twice_and_nothing_else(tmp_path):
     model, read = check(case, tmp_path / "store")
     layout = model.state.layout
     # Embeddings, last block and head once, the other blocks twice.
-    once = [layout.embedding, layout.block(layout.blocks - 1), layout.head]
+    once = [
+        layout.stops[stop][0] for stop in (layout.embedding, layout.block(layout.blocks - 1), layout.head)
+    ]
     sizes = map(layout.record_weight_bytes, range(len(layout.records)))
     assert read == sum(nbytes * (1 if record in once else 2) for record, nbytes in enumerate(sizes))
 

@@ -49,7 +49,7 @@ def test_bytes_per_parameter_and_step(tmp_path, dtype, tied, micro_batches):
         read, written = measured(model, case)
         layout = model.state.layout
         parameters = layout.parameters
-        shared = layout.records[layout.embedding].parameters if tied else 0
+        shared = layout.records[layout.stops[layout.embedding][0]].parameters if tied else 0
         predicted_read, predicted_written = traffic(model.training_schedule, layout)
 
     read_limit = {torch.bfloat16: 14, torch.float32: 16}[dtype] * parameters

@@ -107,6 +107,26 @@ impl Drives {
         self.iter().all(|file| file.is_direct())
     }
 
+    /// The life of kernel and mounts: equal ones mean that what the kernel had taken is not lost, as neither it
+    /// nor a mount of these files went away in between. The first half is the kernel's alone; zero where it tells none.
+    ///
+    /// A file system that turned read-only has taken writes that it never made: only its next mount knows.
+    #[must_use]
+    pub(crate) fn life(&self) -> [u8; 16] {
+        let mut life = file::boot_id();
+        if life == [0; 16] {
+            return life;
+        }
+        let mut mounts = 0_u64;
+        for (drive, file) in (0_u32..).zip(&self.files) {
+            mounts ^= file::mount_number(file.file()).unwrap_or(0).rotate_left(4 * drive);
+        }
+        for (byte, mixed) in life[8..].iter_mut().zip(mounts.to_le_bytes()) {
+            *byte ^= mixed;
+        }
+        life
+    }
+
     /// Gives the files their final names, the main one last: without it the others are no store.
     ///
     /// # Errors

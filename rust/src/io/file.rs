@@ -327,6 +327,16 @@ pub(crate) fn boot_id() -> [u8; 16] {
     id
 }
 
+/// Number of the mount that a file is reached through, never given twice between two boots
+/// (`STATX_MNT_ID_UNIQUE`); `None` before Linux 6.8.
+#[must_use]
+pub(crate) fn mount_number(file: &File) -> Option<u64> {
+    use rustix::fs::{AtFlags, StatxFlags, statx};
+    const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+    let found = statx(file, "", AtFlags::EMPTY_PATH, UNIQUE).ok()?;
+    (found.stx_mask & UNIQUE.bits() != 0).then_some(found.stx_mnt_id)
+}
+
 /// 16 random bytes from the kernel, shaped as a version 4 UUID.
 ///
 /// # Errors

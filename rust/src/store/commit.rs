@@ -135,7 +135,7 @@ impl Store {
             uuid: self.header.uuid,
             generation,
             incarnation: self.incarnation,
-            boot_id: self.boot_id,
+            life: self.life,
             table_crc,
             blob_bytes: blob.len() as u64,
             blob_crc,

@@ -77,8 +77,8 @@ impl StoreCreator {
             places.push((partial, header.file_bytes));
         }
         let drives = Drives::create(&places)?;
-        let (header, boot_id) = (headers[0].clone(), file::boot_id());
-        let opened = Opened { drives, engine, engine_note, header, manifest, layout, boot_id };
+        let (header, life) = (headers[0].clone(), drives.life());
+        let opened = Opened { drives, engine, engine_note, header, manifest, layout, life };
         let made = Self::fill(opened, &headers, &text, ledger);
         let (store, working) = made.inspect_err(|_| remove_partial(paths))?;
         Ok(Self { store: Some(store), working, paths: paths.into() })

@@ -34,8 +34,8 @@ pub(super) struct Opened {
     pub(super) header: Header,
     pub(super) manifest: Manifest,
     pub(super) layout: Layout,
-    /// The kernel's id of this boot.
-    pub(super) boot_id: [u8; 16],
+    /// The life of kernel and mounts, by `Drives::life`.
+    pub(super) life: [u8; 16],
 }
 
 /// How to open a store.
@@ -68,7 +68,8 @@ impl Store {
             engine = Arc::new(Faulty::over(engine, plan));
         }
         drives.iter().try_for_each(|file| file::sync_directory(file.path()))?;
-        open_on(drives, engine, note, file::boot_id(), ledger)
+        let life = drives.life();
+        open_on(drives, engine, note, life, ledger)
     }
 
     /// Opens the store in files that this process has locked, over an engine that runs.
@@ -76,10 +77,10 @@ impl Store {
     pub(crate) fn open_on(
         drives: &Drives,
         engine: Arc<dyn Engine>,
-        boot_id: [u8; 16],
+        life: [u8; 16],
         ledger: &Ledger,
     ) -> Result<Self> {
-        open_on(drives.clone(), engine, None, boot_id, ledger)
+        open_on(drives.clone(), engine, None, life, ledger)
     }
 
     /// Bytes in the ledger of a store with this layout, once it is open.
@@ -95,7 +96,7 @@ fn open_on(
     drives: Drives,
     engine: Arc<dyn Engine>,
     engine_note: Option<String>,
-    boot_id: [u8; 16],
+    life: [u8; 16],
     ledger: &Ledger,
 ) -> Result<Store> {
     // What a crashed process wrote may sit in a volatile cache: readable now, gone after the next
@@ -103,7 +104,7 @@ fn open_on(
     for file in drives.iter() {
         engine::perform(&*engine, Operation::Sync, file, 0, None).1?;
     }
-    choose(read_files(drives, engine, engine_note, boot_id)?, ledger)
+    choose(read_files(drives, engine, engine_note, life)?, ledger)
 }
 
 /// Headers and manifest, which must be those of one store and of these files.
@@ -111,7 +112,7 @@ fn read_files(
     drives: Drives,
     engine: Arc<dyn Engine>,
     engine_note: Option<String>,
-    boot_id: [u8; 16],
+    life: [u8; 16],
 ) -> Result<Opened> {
     let headers: Vec<Header> =
         drives.iter().map(|file| read_header(&*engine, file)).collect::<Result<_>>()?;
@@ -129,7 +130,7 @@ fn read_files(
         }
     }
     let (manifest, layout) = read_manifest(&*engine, &drives, &headers)?;
-    Ok(Opened { drives, engine, engine_note, header, manifest, layout, boot_id })
+    Ok(Opened { drives, engine, engine_note, header, manifest, layout, life })
 }
 
 /// Whether a file is the `place.0`-th of the `place.1` files that were given for the store of `main`.
@@ -188,8 +189,9 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     // A marker of a newer generation: both places of its superblock are gone.
     let lost = marker.as_ref().and_then(|page| marked_generation(page, &opened.header.uuid));
     let lost = lost.filter(|generation| *generation > newest.generation);
-    // After a mere kill the kernel still had every completed write, and the sync above made it durable.
-    let same_boot = committed.superblock.boot_id == opened.boot_id && opened.boot_id != [0; 16];
+    // After a mere kill the kernel still had every completed write, and the sync above made it durable. A file system
+    // that had turned read-only took writes and never made them: after its next mount this is another life.
+    let same_life = committed.superblock.life == opened.life && opened.life != [0; 16];
     if opened.manifest.durability == Durability::Scratch && !(is_newest && is_clean) {
         return Err(Error::format(
             path,
@@ -198,7 +200,7 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
         ));
     }
     let mut store = assemble(opened, Some(committed), ledger)?;
-    if lost.is_some() || !(is_newest && (is_clean || same_boot)) {
+    if lost.is_some() || !(is_newest && (is_clean || same_life)) {
         side = verify_or_fall_back(&mut store, side, whole.next())?;
     }
     // Never the side that was chosen: it is zeroed before the first write.
@@ -253,7 +255,7 @@ pub(super) fn assemble(
     committed: Option<Committed>,
     ledger: &Ledger,
 ) -> Result<Store> {
-    let Opened { drives, engine, engine_note, header, manifest, layout, boot_id } = opened;
+    let Opened { drives, engine, engine_note, header, manifest, layout, life } = opened;
     let incarnation = u64::from_le_bytes(file::random_uuid()?[..8].try_into().unwrap_or_default());
     let committed = committed.unwrap_or_else(|| Committed {
         generation: 0,
@@ -263,7 +265,7 @@ pub(super) fn assemble(
             uuid: header.uuid,
             generation: 0,
             incarnation,
-            boot_id,
+            life,
             table_crc: 0,
             blob_bytes: 0,
             blob_crc: 0,
@@ -292,7 +294,7 @@ pub(super) fn assemble(
         rejected: Mutex::new(None),
         fell_back_from: None,
         incarnation,
-        boot_id,
+        life,
         process: std::process::id(),
         verified: None,
         chunk_units: OnceLock::new(),

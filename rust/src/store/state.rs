@@ -53,7 +53,7 @@ pub struct Store {
     /// The generation that opening had to give up, if so.
     pub(super) fell_back_from: Option<u64>,
     pub(super) incarnation: u64,
-    pub(super) boot_id: [u8; 16],
+    pub(super) life: [u8; 16],
     pub(super) process: u32,
     pub(super) verified: Option<Report>,
     pub(super) _tables: LedgerEntry,

@@ -17,7 +17,7 @@ pub(super) struct Superblock {
     /// Random number of the open that wrote it.
     pub(super) incarnation: u64,
     /// Boot of the kernel under which it was written.
-    pub(super) boot_id: [u8; 16],
+    pub(super) life: [u8; 16],
     pub(super) table_crc: u64,
     pub(super) blob_bytes: u64,
     pub(super) blob_crc: u64,
@@ -30,7 +30,7 @@ impl Superblock {
         page.bytes(&self.uuid);
         page.u64(self.generation);
         page.u64(self.incarnation);
-        page.bytes(&self.boot_id);
+        page.bytes(&self.life);
         for value in [self.table_crc, self.blob_bytes, self.blob_crc, self.manifest_crc] {
             page.u64(value);
         }
@@ -47,7 +47,7 @@ impl Superblock {
             uuid: fields.array(),
             generation: fields.u64(),
             incarnation: fields.u64(),
-            boot_id: fields.array(),
+            life: fields.array(),
             table_crc: fields.u64(),
             blob_bytes: fields.u64(),
             blob_crc: fields.u64(),

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -31,7 +32,7 @@ from filesystems import (
     shut_down,
 )
 from megatrain_io.cli.app import app
-from megatrain_io.errors import NoSpaceError, StoreFailedError
+from megatrain_io.errors import FormatError, NoSpaceError, StoreFailedError
 from megatrain_io.paging.step import Step
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.metrics import MetricsFile
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.slow
 ENGINE = "threads"  # of what only looks: stopping a ring takes a second; what fails and is cut runs on `auto`
 IMAGE_BYTES = 320 * MIB  # XFS takes no less than 300 MiB; the files are sparse
 CUTS = 6
+HAS_MOUNT_NUMBERS = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 8)
 CASE = paced_case(Case, 2 * CUTS + 2)
 
 
@@ -319,6 +321,32 @@ def test_a_file_system_that_turns_read_only(kind, place, tmp_path, source, whole
         volume.unmount()
         volume.mount(options)
         check_resumed(source, run, whole, failure.acknowledged)
+
+
+@pytest.mark.skipif(not HAS_MOUNT_NUMBERS, reason="before Linux 6.8 no mount can be told from the next one")
+@pytest.mark.parametrize("volume", ["ext4"], indirect=True)
+def test_a_state_of_an_earlier_mount_is_verified_before_it_is_believed(volume):
+    """A file system that turned read-only took writes and never made them; its superblock had landed all the same.
+
+    Within one boot that was believed, as after a kill: the store opened with damaged extents. Now a state is believed
+    only on the mount where it was written.
+    """
+    store, case = volume.folder / "store", Case(counts=(1,) * 3)
+    make_store(store, case, drives=1)
+    with opened(store, case, drives=1) as model:
+        train(model, case)
+        for name in ("killed", "mounted again"):  # as a kill would leave them, but for what is written over now
+            damaged = store.with_name(name)
+            shutil.copy(store, damaged)
+            with damaged.open("r+b") as file:
+                file.seek(damaged.stat().st_size // 2)
+                file.write(b"\xff" * (damaged.stat().st_size // 2))
+    with PagedStore(store.with_name("killed"), engine=ENGINE) as state:
+        assert state.verify().damaged, "the kernel was there all the time: it is not read through"
+    volume.unmount()
+    volume.mount()
+    with pytest.raises(FormatError, match="generation 4 fails"):
+        PagedStore(store.with_name("mounted again"), engine=ENGINE)
 
 
 # ------------------------------------------------------------------------------------------ power cuts

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::io::drives::Drives;
 use crate::io::engine::choice::{self, Choice};
-use crate::io::file;
 use crate::store::header::{CLEAN_MARKER_OFFSET, SUPERBLOCK_OFFSETS};
 use crate::store::layout::Manifest;
 use crate::store::recovery::{Opened, read, read_files, read_state, read_superblock};
@@ -44,8 +43,8 @@ impl Store {
     pub fn inspect(paths: &[PathBuf]) -> Result<StoreInfo> {
         let drives = Drives::open_unlocked(paths)?;
         let (engine, engine_note) = choice::start(Choice::Threads, drives.count())?;
-        let boot_id = file::boot_id();
-        let opened = read_files(drives, engine, engine_note, boot_id)?;
+        let life = drives.life();
+        let opened = read_files(drives, engine, engine_note, life)?;
         let mut found = None;
         for _ in 0..LOOKS {
             found = newest(&opened)?;
@@ -64,7 +63,8 @@ impl Store {
             manifest: opened.manifest,
             generation: newest.generation,
             is_clean: marker.is_some_and(|marker| newest.superblock.is_vouched_for_by(&marker)),
-            is_of_this_boot: newest.superblock.boot_id == boot_id && boot_id != [0; 16],
+            // The first half is the kernel's alone.
+            is_of_this_boot: newest.superblock.life[..8] == life[..8] && life != [0; 16],
             is_direct: opened.drives.are_direct(),
             blob: newest.blob,
         })

@@ -5,7 +5,7 @@ fn superblock() -> Superblock {
         uuid: [1; 16],
         generation: 41,
         incarnation: 7,
-        boot_id: [2; 16],
+        life: [2; 16],
         table_crc: 3,
         blob_bytes: 4,
         blob_crc: 5,

@@ -244,6 +244,7 @@ class TrainingRun:
         step, eval_loss_before = self._under_way, self.progress.eval_loss_before
         self.progress = TrainerState.parse(self._state.blob)
         self.progress.eval_loss_before = eval_loss_before
+        self._is_committed = True
         self._skips[step] = error.loss or 0.0
         if all(earlier in self._skips for earlier in range(step - _SKIPS_MAX + 1, step + 1)):
             raise TrainingDivergedError(

@@ -82,6 +82,11 @@ class Trainer:
         self.config: RunConfig = config
         self._handed_in = device
         self._callbacks = tuple(callbacks)
+        for callback in self._callbacks:
+            if not isinstance(callback, Callback):
+                raise ConfigError(
+                    f"callbacks holds {callback!r}: give objects of classes that are derived from megatrain_io.Callback"
+                )
         # Asked for more than once: to plan, to train, to evaluate.
         self._data = data if data is None or isinstance(data, Sequence) else list(data)
         self._generator: Generator | None = None

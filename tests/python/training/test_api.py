@@ -221,6 +221,14 @@ def test_an_error_of_a_callback_ends_the_run_and_all_are_told(source, whole, tmp
     check_equals(tmp_path / "run", whole)
 
 
+def test_what_is_no_callback_is_refused_at_once(source, tmp_path):
+    for wrong in (Told, print):
+        with pytest.raises(
+            ConfigError, match=r"callbacks holds .*: give objects of classes that are derived"
+        ):
+            mt.Trainer(configured(source, tmp_path / "run"), callbacks=[wrong])
+
+
 def test_a_plan_imports_nothing_and_is_the_plan_of_the_run(source, tmp_path):
     config = configured(source, tmp_path / "run", memory={"ram": "8MiB"})
     with mt.Trainer(config) as trainer:

@@ -28,7 +28,8 @@ def poison(monkeypatch, poisoned, block=1):
     def wrong(step, at, index, tensors, gradient):
         out = backward(step, at, index, tensors, gradient)
         if step._number in poisoned and at == block:
-            next(iter(gradient._borrowed.tensors.values())).view(-1)[0] = math.inf
+            (record,) = gradient._borrowed.values()
+            next(iter(record.tensors.values())).view(-1)[0] = math.inf
         return out
 
     monkeypatch.setattr(Step, "_block_backward", wrong)

@@ -27,7 +27,7 @@ from megatrain_io.store.paged_store import AdamWStep, Ledger, PagedStore, store_
 from megatrain_io.training.fingerprint import differences, fingerprint_of
 from megatrain_io.training.model_source import Model, ModelSource, Weights
 from megatrain_io.training.optimizer_step import MicroBatchLike, OptimizerStep, Progress, micro_batches_of
-from megatrain_io.training.own_settings import Settings, WeightDecay, device_of, paths_of, ram_of
+from megatrain_io.training.own_settings import Settings, WeightDecay, device_of, paths_of, ram_asked
 from megatrain_io.training.step_memory import StepSize
 
 __all__ = ["PagedModel", "Plane"]
@@ -198,7 +198,7 @@ class PagedModel:
             how = Settings(
                 paths=paths,
                 device=device_of(device, precision, vram, closing),
-                ram=ram_of(ram),
+                ram=ram_asked(ram),
                 weight_decay=weight_decay,
                 betas=betas,
                 eps=eps,
@@ -272,7 +272,7 @@ class PagedModel:
             how = Settings(
                 paths=paths,
                 device=device_of(device, precision, vram, closing),
-                ram=ram_of(ram),
+                ram=ram_asked(ram),
                 weight_decay=weight_decay,
                 betas=betas,
                 eps=eps,

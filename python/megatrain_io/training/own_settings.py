@@ -11,21 +11,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatrain_io.config.values import Size
 from megatrain_io.errors import ConfigError
-from megatrain_io.machine.memory import usable_ram
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.choose import best_device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.cuda import Cuda
+from megatrain_io.planning.resolve import ram_of
 from megatrain_io.store.layout import Precision, TensorPlace
 from megatrain_io.store.paged_store import TensorSettings
 from megatrain_io.training.step_memory import StepSize
 
-__all__ = ["Settings", "WeightDecay", "device_of", "paths_of", "ram_of"]
+__all__ = ["Settings", "WeightDecay", "device_of", "paths_of", "ram_asked"]
 
 WeightDecay = float | Callable[[str, tuple[int, ...]], float]
 """Of matrices and embeddings, with none for vectors; or ``decay(name, shape)`` for each parameter."""
 
-_SHARE_OF_FREE_RAM = 0.5
 _SIZE = TypeAdapter(Size)
 
 
@@ -116,13 +115,13 @@ def _size(name: str, value: int | str) -> int:
     return nbytes
 
 
-def ram_of(value: int | str | None) -> int:
-    """Bytes of RAM that may be taken; None is half of what is free.
+def ram_asked(value: int | str | None) -> int:
+    """Bytes of RAM that may be taken; None is what ``memory.ram`` takes by default.
 
     Raises:
         ConfigError: it is no size.
     """
-    return int(usable_ram()[0] * _SHARE_OF_FREE_RAM) if value is None else _size("ram", value)
+    return ram_of(None if value is None else _size("ram", value))
 
 
 def device_of(

@@ -335,7 +335,10 @@ def test_a_state_of_an_earlier_mount_is_verified_before_it_is_believed(volume):
     make_store(store, case, drives=1)
     with opened(store, case, drives=1) as model:
         train(model, case)
-        for name in ("killed", "mounted again"):  # as a kill would leave them, but for what is written over now
+        for name in (
+            "killed",
+            "mounted again",
+        ):  # as a kill would leave them, but for what is written over now
             damaged = store.with_name(name)
             shutil.copy(store, damaged)
             with damaged.open("r+b") as file:

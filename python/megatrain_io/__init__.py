@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatrain_io.config.schema import RunConfig
     from megatrain_io.data.batch import MicroBatch
     from megatrain_io.generate import Generator
+    from megatrain_io.paging.device.base import Device
     from megatrain_io.planning.plan import Plan
     from megatrain_io.planning.planner import plan
     from megatrain_io.runs.export_model import export_model
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Callback",
+    "Device",
     "Generator",
     "MicroBatch",
     "PagedModel",
@@ -48,6 +50,7 @@ __all__ = [
 
 _HOMES = {
     "Callback": "training.callbacks",
+    "Device": "paging.device.base",
     "Generator": "generate",
     "MicroBatch": "data.batch",
     "PagedModel": "training.own_loop",
@@ -80,4 +83,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names, also those that were not asked for yet."""
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

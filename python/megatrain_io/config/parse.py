@@ -75,6 +75,12 @@ def load(
     Raises:
         ConfigError: it names every problem, with its line.
     """
+    if not isinstance(source, Path | Mapping | None):
+        raise ConfigError(
+            f"the configuration is a {type(source).__name__}: give a YAML file, or its keys as a mapping"
+        )
+    if isinstance(overrides, str):
+        overrides = [overrides]
     reading = _Reading(source if isinstance(source, Path) else None)
     if isinstance(source, Path):
         reading.read_file(source)
@@ -189,12 +195,15 @@ class _Reading:
 
     def read_mapping(self, mapping: Mapping[str, Any]) -> None:
         """Read the keys of a mapping, nested by section or dotted."""
+        before = self._values
+        self._values = {}
         for key, value in mapping.items():
-            if key in SECTIONS and isinstance(value, Mapping):
-                for name, inner in value.items():
+            if key in SECTIONS and (value is None or isinstance(value, Mapping)):
+                for name, inner in (value or {}).items():
                     self._set(f"{key}.{name}", inner, _MAPPING)
             else:
                 self._set(str(key), value, _MAPPING)
+        self._values = before | self._values
 
     def _set(self, written: str, value: Any, place: _Place) -> None:
         """Set a key by its dotted path; it wins over what was read before."""
@@ -209,6 +218,8 @@ class _Reading:
             return
         if (key := self._known(section, name, place)) is None:
             return
+        if not rest and place == _MAPPING and key in self._values:
+            self._problem(_dotted(*key), "given twice; keep one", place)
         if rest:
             before = self._values.get(key, ({}, place))[0]
             value = {**(before if isinstance(before, dict) else {}), ".".join(rest): value}

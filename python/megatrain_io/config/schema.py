@@ -137,10 +137,19 @@ class RunConfig(Section):
             )
         return self
 
-    def settled(self, *, precision: Literal["bf16", "fp32"], accumulation: int) -> "RunConfig":
-        """The same with what was settled in place of ``auto``: what a resumed run goes on with."""
+    def settled(
+        self, *, precision: Literal["bf16", "fp32"], accumulation: int, files: list[str] | None
+    ) -> "RunConfig":
+        """The same with what was settled in place of ``auto``: what a resumed run goes on with.
+
+        Args:
+            precision: compute dtype.
+            accumulation: micro-batches of a step.
+            files: data of the caller's own, in place of ``data.train``; None = as it is.
+        """
         found = {"precision": precision, "gradient_accumulation_steps": accumulation}
-        return self.model_copy(update={"train": self.train.model_copy(update=found)})
+        data = self.data if files is None else self.data.model_copy(update={"train": files})
+        return self.model_copy(update={"train": self.train.model_copy(update=found), "data": data})
 
     def to_yaml(self) -> str:
         """All keys with their values, as YAML that ``load`` reads back to the same configuration."""

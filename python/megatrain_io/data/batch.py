@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,14 @@ from torch.nn.functional import pad
 
 from megatrain_io.errors import DataError
 
-__all__ = ["IGNORE_INDEX", "MicroBatch", "blank_micro_batch", "micro_batch_of", "trained_tokens"]
+__all__ = [
+    "IGNORE_INDEX",
+    "MicroBatch",
+    "blank_micro_batch",
+    "micro_batch_of",
+    "refuse_tokens",
+    "trained_tokens",
+]
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained."""
@@ -52,6 +60,11 @@ def micro_batch_of(batch: MicroBatch | Mapping[str, Tensor] | Tensor) -> MicroBa
     if isinstance(batch, MicroBatch):
         _refuse_other_shapes(vars(batch))
         return batch
+    if not isinstance(batch, Tensor | Mapping):
+        raise DataError(
+            f"a micro-batch is a {type(batch).__name__}: give a MicroBatch, input_ids as a tensor [B, T], or a mapping "
+            "with input_ids"
+        )
     given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     unknown = sorted(given.keys() - {"input_ids", "labels", "attention_mask", "position_ids"})
     if unknown or given.get("input_ids") is None:
@@ -67,14 +80,45 @@ def micro_batch_of(batch: MicroBatch | Mapping[str, Tensor] | Tensor) -> MicroBa
     return MicroBatch(ids, shifted, given.get("position_ids"), mask)
 
 
-def _refuse_other_shapes(given: Mapping[str, Tensor | None]) -> None:
+def _refuse_other_shapes(given: Mapping[str, Any]) -> None:
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DataError(
+                f"{name} of a micro-batch is a {type(tensor).__name__}: it must be a tensor, int64 [B, T]"
+            )
     shape = tensors["input_ids"].shape
     for name, tensor in tensors.items():
-        if tensor.dim() != 2 or tensor.shape != shape or tensor.is_floating_point():  # noqa: PLR2004 - [B, T]
+        # A mask may be of truth values, as tokenizers and models have them.
+        is_right = tensor.dtype == torch.int64 or (name == "attention_mask" and tensor.dtype == torch.bool)
+        if tensor.dim() != 2 or tensor.shape != shape or not is_right or tensor.numel() == 0:  # noqa: PLR2004 - [B, T]
             raise DataError(
                 f"{name} of a micro-batch is {tensor.dtype} {list(tensor.shape)}: it must be int64 [B, T], with the "
-                "shape of input_ids"
+                "shape of input_ids, and one token at least"
+            )
+
+
+def refuse_tokens(batch: MicroBatch, vocabulary: int, *, bounds_inputs: bool = True) -> None:
+    """Refuse tokens that an embedding or a loss would fail on; on a GPU that would end the process.
+
+    Args:
+        batch: a micro-batch with sound shapes.
+        vocabulary: number of scores that the model has for a token.
+        bounds_inputs: whether tokens must be below it, too; a table may have more rows than there are scores.
+
+    Raises:
+        DataError: a token or a label is negative, or not in the vocabulary; or a position is negative.
+    """
+    labels = batch.shift_labels[batch.shift_labels != IGNORE_INDEX]
+    for what, tokens in (("token", batch.input_ids), ("label", labels), ("position", batch.position_ids)):
+        if tokens is None or not tokens.numel():
+            continue
+        least, most = int(tokens.min()), int(tokens.max())
+        is_bounded = what == "label" or (what == "token" and bounds_inputs)
+        if least < 0 or (is_bounded and most >= vocabulary):
+            raise DataError(
+                f"a {what} is {least if least < 0 else most}, and the model has {vocabulary} scores: tokens and labels "
+                f"are from 0 to {vocabulary - 1}, and a label of {IGNORE_INDEX} is not trained"
             )
 
 

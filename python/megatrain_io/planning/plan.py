@@ -7,7 +7,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from megatrain_io.errors import DoesNotFitError
-from megatrain_io.paging.device.pool import VramPlan
+from megatrain_io.paging.device.pool import DeviceKind, VramPlan
 from megatrain_io.planning.ram_budget import RamPlan
 
 __all__ = ["Plan", "Prices", "Problem", "StepTime", "Variant", "Wear"]
@@ -212,7 +212,9 @@ class Plan:
         """All figures of the plan as plain types that JSON has."""
         figures = asdict(replace(self, memory=None, vram=None))
         if self.vram is not None:
-            figures["vram"] = asdict(self.vram) | {"total": self.vram.total}
+            pool = self.vram.pool
+            buffers = {"weights": _by_name(pool.weights), "gradients": _by_name(pool.gradients)}
+            figures["vram"] = asdict(self.vram) | {"pool": buffers, "total": self.vram.total}
         if self.memory is not None:
             memory = self.memory
             figures["memory"] = {
@@ -353,3 +355,12 @@ def _hours(hours: float) -> str:
     if hours < minutes:
         return f"{60 * hours:,.1f} minutes"
     return f"{hours:,.1f} hours" if hours < days else f"{hours / 24:,.1f} days"
+
+
+def _by_name(kinds: Mapping[DeviceKind, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Kinds of buffers by what they are for, with the format where there are several for the same."""
+    stops = [kind.stop for kind in kinds]
+    return {
+        kind.stop if stops.count(kind.stop) == 1 else f"{kind.stop} {kind.format}": size
+        for kind, size in kinds.items()
+    }

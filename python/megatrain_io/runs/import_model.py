@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ _TRAINABLE = ("BF16", "F16", "F32")
 
 NOTHING_LEFT = "nothing was left behind"
 _COMPARED_AT_ONCE = 1 << 20
+_CHUNK_STEP = 4096
 
 
 def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning of its own
@@ -94,7 +95,7 @@ def import_model(  # noqa: PLR0913 - as create_store
     run: RunFolder | Path | str,
     *,
     precision: Precision = "bf16",
-    stores: Sequence[Path] | None = None,
+    stores: Path | str | Sequence[Path | str] | None = None,
     chunk_parameters: int | None = None,
     durability: Durability = "step",
     engine: Engine = "auto",
@@ -110,10 +111,10 @@ def import_model(  # noqa: PLR0913 - as create_store
         model_dir: folder with config.json and weights in safetensors (bf16, fp16 or fp32).
         run: where the run lives; its folder is made if need be.
         precision: compute dtype. bf16 keeps fp32 masters, whatever the source.
-        stores: paths of the store's files, one for each drive; None = store.mtio in the run folder.
+        stores: path of the store's file, or a list of them, one for each drive; None = store.mtio in the run folder.
         chunk_parameters: parameters of a chunk; None = by the model's size.
-        durability: step = 24 bytes a parameter on the drive, each step survives a crash; scratch = 12, and
-            only a store that was closed can be opened again.
+        durability: step = two copies on the drive, each step survives a crash; scratch = one, and only a store that
+            was closed can be opened again.
         engine: I/O engine that writes.
         ledger: accounts of memory.
         progress: called after each chunk.
@@ -124,11 +125,20 @@ def import_model(  # noqa: PLR0913 - as create_store
         UnsupportedModelError: the weights are quantised, or the model cannot be trained block by block.
         NoSpaceError, StorageError: the drive of the store or of the run folder.
     """
+    for name, value, allowed in (
+        ("durability", durability, get_args(Durability)),
+        ("engine", engine, get_args(Engine)),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
+    if chunk_parameters is not None and (chunk_parameters < _CHUNK_STEP or chunk_parameters % _CHUNK_STEP):
+        raise ConfigError(f"chunk_parameters is {chunk_parameters}: it must be a multiple of {_CHUNK_STEP}")
+    files = [stores] if isinstance(stores, Path | str) else stores
     with ModelImport(
         Path(model_dir),
         RunFolder.of(run),
         precision=precision,
-        stores=stores,
+        stores=None if files is None else [Path(file) for file in files],
         chunk_parameters=chunk_parameters,
         durability=durability,
     ) as checked:
@@ -344,9 +354,6 @@ def _are_equal(files: WeightReader, one: Sequence[Piece], other: Sequence[Piece]
         if not torch.equal(_read(files, one, start, stop).float(), _read(files, other, start, stop).float()):
             return False
     return True
-
-
-# ------------------------------------------------------------------------------------------- writing
 
 
 # ------------------------------------------------------------------------------------------- folders

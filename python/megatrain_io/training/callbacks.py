@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatrain_io.config.schema import RunConfig
+from megatrain_io.files import storage_errors
 from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.paging.trace import Trace
 from megatrain_io.planning.plan import Plan
@@ -51,9 +52,9 @@ class Run(Protocol):
 class Callback:
     """What is told of a run while it is trained: a base class whose methods do nothing.
 
-    They are called in the thread that trains, which waits for them, in the order of the list: the run's own entries
-    first (the wear limit, the metrics file, the comparison with the plan), then those that the caller has handed over.
-    An error that one raises ends the training; the last committed step stands, and ``on_end`` is called for all.
+    They are called in the thread that trains, which waits for them, in the order of the list: the metrics file and the
+    comparison with the plan, then those that the caller has handed over, and the wear limit last. An error that one
+    raises ends the training as it is; the last committed step stands, and ``on_end`` is called for all.
     """
 
     def on_start(self, run: Run) -> None:
@@ -123,30 +124,36 @@ class MetricsCallback(Callback):
 
     Args:
         path: of the file; lines of steps that an earlier start has lost are removed from it.
+        safe: what is left where the file cannot be written, as a sentence.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, safe: str) -> None:
         self._path = path
+        self._safe = safe
         self._file: MetricsFile | None = None
 
     def on_start(self, run: Run) -> None:
         """Open the file."""
-        self._file = MetricsFile(self._path, run.step)
+        with storage_errors(self._path, self._safe):
+            self._file = MetricsFile(self._path, run.step)
 
     def on_step(self, run: Run, report: StepReport) -> None:
         """Append a line, durably."""
         if self._file is not None:
-            self._file.append(report)
+            with storage_errors(self._path, self._safe):
+                self._file.append(report)
 
     def on_skip(self, run: Run, step: int, reason: str) -> None:
         """Remove the lines of steps that will be trained again."""
         if self._file is not None:
-            self._file.go_back(run.step)
+            with storage_errors(self._path, self._safe):
+                self._file.go_back(run.step)
 
     def on_end(self, run: Run) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with storage_errors(self._path, self._safe):
+                self._file.close()
 
 
 class TraceCallback(Callback):

@@ -26,7 +26,7 @@ from megatrain_io.training.fingerprint import fingerprint_of
 from megatrain_io.training.interrupt import after_the_step
 from megatrain_io.training.lr_schedule import learning_rate_at
 from megatrain_io.training.plan_check import PlanCheck
-from megatrain_io.training.setup import Setup
+from megatrain_io.training.setup import SAFE, Setup
 from megatrain_io.training.step_data import StepData
 from megatrain_io.training.wear import WearLimit
 
@@ -62,6 +62,7 @@ class TrainingRun:
     Args:
         setup: the run, ready to train.
         callbacks: those of the caller.
+        started: when this start began, in seconds of ``time.monotonic``.
 
     Attributes:
         config: of the run, with a value in place of each ``auto``.
@@ -72,7 +73,8 @@ class TrainingRun:
         progress: how far it is.
     """
 
-    def __init__(self, setup: Setup, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, setup: Setup, callbacks: Sequence[Callback], started: float) -> None:
+        self._started = started
         self.config = setup.config
         self.plan = setup.plan
         self.notes: Sequence[str] = setup.notes
@@ -103,7 +105,7 @@ class TrainingRun:
         self._wear_limit = WearLimit(self.plan.committing_bytes, setup.job.max_tbw)
         # The limit comes last: when it ends the run, all others know of the step.
         self._callbacks = Callbacks(
-            [MetricsCallback(setup.folder.metrics), self._plan_check, *callbacks, self._wear_limit]
+            [MetricsCallback(setup.folder.metrics, SAFE), self._plan_check, *callbacks, self._wear_limit]
         )
 
     @property
@@ -138,7 +140,6 @@ class TrainingRun:
             WearLimitError: one more step could write more than ``memory.max_tbw``; the run can be resumed.
             MegatrainIoError: one of its kinds, as its message says.
         """
-        started = time.monotonic()
         try:
             self._loop()
         except BaseException as error:
@@ -152,7 +153,7 @@ class TrainingRun:
                 raise
             raise told from None
         self._callbacks.on_end(self)
-        return self._result(time.monotonic() - started)
+        return self._result(time.monotonic() - self._started)
 
     def _loop(self) -> None:
         self._callbacks.on_start(self)

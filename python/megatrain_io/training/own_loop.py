@@ -12,7 +12,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch, trained_tokens
+from megatrain_io.data.batch import MicroBatch, refuse_tokens, trained_tokens
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError, MegatrainIoError
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.paged_model import PagedPartition
@@ -534,17 +534,9 @@ class PagedModel:
         """
         if trained_tokens(batches) == 0:
             raise DataError("no token has a label: there is nothing to train or measure")
-        vocabulary = self._source.partition.vocab_size
+        partition, bounds_inputs = self._source.partition, not self._source.is_own_module
         for batch in batches:
-            labels = batch.shift_labels[batch.shift_labels != IGNORE_INDEX]
-            for what, tokens in (("token", batch.input_ids), ("label", labels)):
-                least, most = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
-                # A table may have more rows than there are scores.
-                if least < 0 or (most >= vocabulary and (what == "label" or not self._source.is_own_module)):
-                    raise DataError(
-                        f"a {what} is {least if least < 0 else most}, and the model has {vocabulary} scores: tokens "
-                        f"and labels are from 0 to {vocabulary - 1}, {IGNORE_INDEX} is a label that is not trained"
-                    )
+            refuse_tokens(batch, partition.vocab_size, bounds_inputs=bounds_inputs)
 
     def _go_back(self) -> None:
         """After an error: where the store stands."""

@@ -60,6 +60,7 @@ class LineReporter(Callback):
 
     def on_start(self, run: Run) -> None:
         """Print the notes, and at which step the run begins."""
+        self._last, self._pace = None, _Pace()
         _tell_start(self._console, run)
 
     def on_step(self, run: Run, report: StepReport) -> None:
@@ -103,6 +104,8 @@ class LiveReporter(Callback):
     def on_start(self, run: Run) -> None:
         """Print the notes, and begin to show the progress bar."""
         _tell_start(self._live.console, run)
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)  # of an earlier start
         self._progress.add_task("step", total=run.max_steps, completed=run.step)
         self._live.start()
 

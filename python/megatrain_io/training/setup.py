@@ -37,9 +37,10 @@ from megatrain_io.store.paged_store import PagedStore, TensorSettings
 from megatrain_io.training.fingerprint import differences, fingerprint_of, settings_digest
 from megatrain_io.training.step_data import OwnSequence, StepData, step_data
 
-__all__ = ["Setup", "planned", "ready"]
+__all__ = ["SAFE", "Setup", "planned", "ready"]
 
-_SAFE = "the last committed step is safe: go on with --resume"
+SAFE = "the last committed step is safe: go on with --resume"
+"""What is left of a run whose files cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -116,22 +117,26 @@ def ready(
             made = run.import_model()
             first.append(f"imported {config.model} into {folder.store_paths()[0]}")
         run.refuse_other_model()
-        open_.enter_context(storage_errors(folder.path, _SAFE))
-        state = open_.enter_context(open_store(folder, engine=config.memory.io_backend))
-        progress = TrainerState.parse(state.blob)
-        run.refuse_other_state(state, progress, resume=resume)
+        with storage_errors(folder.path, SAFE):
+            state = open_.enter_context(open_store(folder, engine=config.memory.io_backend))
+            progress = TrainerState.parse(state.blob)
+            run.refuse_other_state(state, progress, resume=resume)
         job, data = made or run.job(run.partition(), state.layout)
         max_steps = job.steps
         if max_steps is None:
             raise MegatrainIoError("the number of steps is not known, and was not asked for")
-        config = config.settled(precision=job.precision, accumulation=job.accumulation)
+        config = config.settled(precision=job.precision, accumulation=job.accumulation, files=data.files)
         digest = settings_digest(config.train, max_steps)
         if resume is not None and progress.step > 0:
             _check_resume(folder, progress, data, digest, max_steps)
-        data.keep_chat_template(folder.model)
         job = job.of_store(state.ledger.total()[0])
         plan = run.plan(job).require_fits()
-        model, is_pinned = open_.enter_context(run.started(state, job, plan))
+        with storage_errors(folder.path, SAFE):
+            if resume is not None:
+                data.keep_chat_template(folder.model)
+            model, is_pinned = open_.enter_context(run.started(state, job, plan))
+            if resume is not None:
+                replace_file(folder.config, config.to_yaml())
         if not is_pinned:
             first.append(
                 f"copies to and from {device.name} go through a small staging buffer, because its driver "
@@ -140,8 +145,7 @@ def ready(
         now = fingerprint_of(device, job.partition)
         notes = [*first, *run.notes, *state.notes, *job.partition.loss_notes]
         notes += [*differences(progress.environment, now), *plan.summary(), data.summary]
-        if resume is not None:
-            replace_file(folder.config, config.to_yaml())
+        # Outside: errors of callbacks and data are the caller's own.
         yield Setup(config, folder, job, plan, data, max_steps, digest, model, progress, notes)
 
 
@@ -156,7 +160,8 @@ class _Run:
 
     def partition(self) -> PartitionedModel:
         """The imported model without its parameters."""
-        model_config = ModelFolder(self._folder.model).config()
+        with storage_errors(self._folder.path, SAFE):
+            model_config = ModelFolder(self._folder.model).config()
         return PartitionedModel(model_config, DTYPES[self._precision], probe(model_config))
 
     def checked_import(self) -> ModelImport:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, cast
@@ -11,24 +13,70 @@ from typing import Any, Protocol, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatrain_io.config.schema import DataConfig, TrainConfig
-from megatrain_io.data.batch import MicroBatch, blank_micro_batch
+from megatrain_io.data.batch import (
+    MicroBatch,
+    blank_micro_batch,
+    micro_batch_of,
+    refuse_tokens,
+    trained_tokens,
+)
 from megatrain_io.data.prepare import DataOptions, TrainingData, prepare
 from megatrain_io.errors import ConfigError, DataError
-from megatrain_io.files import replace_file
+from megatrain_io.files import replace_file, storage_errors, sync_folder
 from megatrain_io.models.partition import PartitionedModel
 
-__all__ = ["FileData", "OwnData", "OwnMicroBatches", "OwnSequence", "StepData", "rows_file", "step_data"]
+__all__ = ["FileData", "OwnData", "OwnMicroBatches", "OwnSequence", "StepData", "sequence_of", "step_data"]
 
-OwnData = Iterable[Mapping[str, Any] | MicroBatch]
-"""Rows as in the lines of a JSON lines file, or micro-batches."""
+Row = Mapping[str, Any] | MicroBatch
+"""A row as in a line of a JSON lines file, or a micro-batch."""
 
-OwnSequence = Sequence[Mapping[str, Any] | MicroBatch]
+
+class Numbered(Protocol):
+    """Data that have a length and give their entries by number, such as the datasets of torch."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+OwnData = Iterable[Row] | Numbered
+"""Data of the caller's own: rows or micro-batches."""
+
+OwnSequence = Sequence[Row]
 """The same, to be gone through more than once."""
 
+_HANDED_OVER = "(micro-batches that were handed to megatrain_io.Trainer: hand them over again)"
 
-def rows_file(cache: Path) -> Path:
-    """Where rows of the caller's own are written: in the folder for the tokens."""
-    return cache / "rows.jsonl"
+
+def sequence_of(data: OwnData) -> OwnSequence:
+    """Data that can be gone through more than once: as they are, if their entries have numbers; else a list of them.
+
+    Raises:
+        ConfigError: these are no data.
+    """
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        return data
+    is_numbered = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if isinstance(data, Mapping | str | bytes | Path) or not (is_numbered or isinstance(data, Iterable)):
+        raise ConfigError(
+            f"data is a {type(data).__name__}: give rows, each a mapping as in a line of a JSON lines file, or "
+            "MicroBatch objects; files are named by data.train of the configuration"
+        )
+    return _Numbered(data) if is_numbered else list(cast("Iterable[Row]", data))
+
+
+class _Numbered(Sequence[Row]):
+    """Data with numbers, as a sequence."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self._data):
+            raise IndexError(index)
+        return self._data[index]
 
 
 class StepData(Protocol):
@@ -40,6 +88,7 @@ class StepData(Protocol):
         micro_batches: number of micro-batches in the data.
         sha256: over all that is trained: a run goes on only with the same.
         summary: what the data are, in sentences for a person.
+        files: what ``data.train`` is for a run that goes on with them; None = as it was given.
     """
 
     largest: MicroBatch
@@ -47,6 +96,7 @@ class StepData(Protocol):
     micro_batches: int | None
     sha256: str
     summary: str
+    files: list[str] | None
 
     def steps(self, accumulation: int) -> int | None:
         """Optimizer steps of ``train.num_train_epochs``, with so many micro-batches each."""
@@ -83,7 +133,7 @@ def step_data(
     Raises:
         DataError, ConfigError, StorageError: they cannot be used.
     """
-    options = _options(data, train.seed)
+    options, files = _options(data, train.seed), None
     if own is not None:
         _refuse_first(own)
         if isinstance(own[0], MicroBatch):
@@ -93,11 +143,13 @@ def step_data(
                     "remove it, or hand over rows"
                 )
             return OwnMicroBatches(cast("Sequence[MicroBatch]", own), train.num_train_epochs, partition)
-        options = _options(data, train.seed, _written(cast("Sequence[Mapping[str, Any]]", own), cache))
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        written = _written(cast("Sequence[Mapping[str, Any]]", own), cache)
+        options, files = _options(data, train.seed, written), [str(written)]
+    with storage_errors(model, "nothing was touched"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
     prepared = prepare(options, tokenizer, cache, packs=partition.spec.packs)
     _refuse_token(prepared.train.largest_token, partition)
-    return FileData(prepared, tokenizer, train.per_device_train_batch_size, train.num_train_epochs)
+    return FileData(prepared, tokenizer, train.per_device_train_batch_size, train.num_train_epochs, files)
 
 
 class FileData:
@@ -108,10 +160,16 @@ class FileData:
         tokenizer: the model's.
         rows: rows of a micro-batch.
         epochs: how often all rows are trained.
+        files: where rows of the caller's own were written.
     """
 
     def __init__(
-        self, data: TrainingData, tokenizer: PreTrainedTokenizerBase, rows: int, epochs: float
+        self,
+        data: TrainingData,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int,
+        epochs: float,
+        files: list[str] | None = None,
     ) -> None:
         self._data = data
         self._tokenizer = tokenizer
@@ -123,6 +181,7 @@ class FileData:
         self.micro_batches: int | None = len(train) // rows
         self.sha256 = train.sha256
         self.summary = str(data.summary)
+        self.files = files
 
     def steps(self, accumulation: int) -> int | None:
         """Optimizer steps after which all rows were trained as often as asked for."""
@@ -161,7 +220,7 @@ class OwnMicroBatches:
         partition: the model without its parameters.
 
     Raises:
-        DataError: there is none, one is no micro-batch, or one has a token that the model does not know.
+        DataError: there is none, one is no micro-batch, has a token that the model does not know, or no label.
     """
 
     def __init__(self, batches: Sequence[MicroBatch], epochs: float, partition: PartitionedModel) -> None:
@@ -171,21 +230,22 @@ class OwnMicroBatches:
         sizes: list[tuple[int, int]] = []
         packed = False
         for number, batch in enumerate(self._batches):
-            _refuse_shape(batch, number)
-            _refuse_token(int(batch.input_ids.max()), partition)
+            _check(batch, number, partition.vocab_size)
             rows, length = batch.input_ids.shape
             sizes.append((rows, length))
             packed = packed or batch.position_ids is not None
             for name, tensor in vars(batch).items():
                 if tensor is not None:
                     digest.update(f"{name} {tuple(tensor.shape)}".encode())
-                    digest.update(tensor.contiguous().numpy().tobytes())
+                    digest.update(tensor.cpu().contiguous().numpy().tobytes())
         if not sizes:
             raise DataError("the data have no micro-batch: there is nothing to train")
         rows, length = max(sizes, key=lambda size: size[0] * size[1])
         self.largest = blank_micro_batch(rows, length, packed=packed)
         self.mean_share = sum(r * t for r, t in sizes) / (len(sizes) * rows * length)
         self.micro_batches: int | None = len(sizes)
+        # Nothing that the command line could go on with, and this name says so.
+        self.files: list[str] | None = [_HANDED_OVER]
         self.sha256 = digest.hexdigest()
         self.summary = (
             f"data: {len(sizes)} micro-batches of the caller's own, {rows} x {length} tokens at most"
@@ -234,28 +294,50 @@ def _refuse_first(own: OwnSequence) -> None:
 
 
 def _written(rows: Sequence[Mapping[str, Any]], cache: Path) -> Path:
-    """The file with the rows, one a line, from which they are read like any other."""
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = rows_file(cache)
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows, start=1):
-            try:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            except (TypeError, ValueError) as error:
-                raise DataError(f"row {number} of data cannot be written as JSON: {error}") from error
-    partial.replace(path)
+    """The file with the rows, one a line, from which they are read like any other; it is named by its content."""
+    with storage_errors(cache, "nothing of the run was touched"):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    partial = cache / f"rows.{os.getpid()}.tmp"
+    safe = "nothing of the run was touched"
+    with ExitStack() as undo:
+        undo.callback(partial.unlink, missing_ok=True)
+        with storage_errors(cache, safe):
+            file = undo.enter_context(partial.open("wb"))
+        for number in range(len(rows)):
+            line = _line(rows[number], number)
+            digest.update(line)
+            with storage_errors(cache, safe):
+                file.write(line)
+        with storage_errors(cache, safe):
+            file.flush()
+            os.fsync(file.fileno())
+            path = cache / f"rows-{digest.hexdigest()[:16]}.jsonl"
+            partial.replace(path)
+            sync_folder(cache)
     return path
 
 
-def _refuse_shape(batch: object, number: int) -> None:
+def _line(row: object, number: int) -> bytes:
+    if not isinstance(row, Mapping):
+        raise DataError(f"row {number} of data is a {type(row).__name__}, and the first is a mapping")
+    try:
+        return (json.dumps(dict(row), ensure_ascii=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"row {number} of data cannot be written as JSON: {error}") from error
+
+
+def _check(batch: object, number: int, vocabulary: int) -> None:
+    """Refuse a micro-batch that the model could not be trained on."""
     if not isinstance(batch, MicroBatch):
         raise DataError(f"entry {number} of data is a {type(batch).__name__}, and the first is a MicroBatch")
-    ids, labels = batch.input_ids, batch.shift_labels
-    if ids.dim() != 2 or labels.shape != ids.shape or ids.numel() == 0:  # noqa: PLR2004 - [B, T]
+    try:
+        refuse_tokens(micro_batch_of(batch), vocabulary)
+    except DataError as error:
+        raise DataError(f"micro-batch {number} of data: {error}") from None
+    if trained_tokens([batch]) == 0:
         raise DataError(
-            f"micro-batch {number} has input_ids {list(ids.shape)} and shift_labels {list(labels.shape)}: both must "
-            "be [B, T], with one token at least"
+            f"micro-batch {number} of data has no label: there is nothing to train in it, leave it out"
         )
 
 

@@ -1,5 +1,6 @@
 """Training from Python: a run from its configuration to exported weights."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatrain_io.runs.metrics import TrainResult
 from megatrain_io.training.callbacks import Callback
 from megatrain_io.training.loop import TrainingRun, held_out_loss
 from megatrain_io.training.setup import planned, ready
-from megatrain_io.training.step_data import OwnData, rows_file
+from megatrain_io.training.step_data import OwnData, sequence_of
 
 __all__ = ["Trainer", "train"]
 
@@ -30,8 +31,9 @@ class Trainer:
     Every step is durable before the next one writes anything, so an end at any moment loses one step at most
     (``memory.commit_every`` steps; one more with ``train.max_grad_norm``); with ``memory.durability`` scratch it loses
     the run. Random numbers and the order of the data follow from seed and step alone: a resumed run has the bits of one
-    that was never stopped. The store is open only while a method runs, so between two calls the command line may look
-    at the run, too. One call at a time.
+    that was never stopped. The store is open only while a method runs (after ``generate`` until the next one, or
+    ``close``), so between two calls the command line may look at the run, too. One call at a time in a process. What an error
+    message calls ``--resume`` is ``train(resume=True)`` here.
 
     ::
 
@@ -45,11 +47,12 @@ class Trainer:
         config: a YAML file, its keys as a mapping (``{"model": "./model", "train": {"max_steps": 20}}``), or what
             ``load_config`` returned. All keys: ``megatrain-io train --keys``.
         device: what computes, which the caller closes; None = what ``train.device`` says.
-        callbacks: told of the training, after the run's own entries; see ``Callback``.
+        callbacks: told of the training, after metrics file and plan check, before the wear limit; see ``Callback``.
         data: rows, each a mapping as in a line of a JSON lines file (``{"text": ...}``, ``{"messages": [...]}``), or
             ``MicroBatch`` objects, trained in their order, ``train.gradient_accumulation_steps`` a step. With it
-            ``data.train`` need not be given. A sequence is asked for each entry when it is needed, anything else is
-            read into a list. A run is resumed with the same data. None = the files of ``data.train``.
+            ``data.train`` need not be given. What has a length and gives its entries by number is asked for each when
+            it is needed, anything else is read into a list. A run is resumed with the same data; rows are kept in the
+            run folder, so that the command line can go on with it, too. None = the files of ``data.train``.
 
     Attributes:
         config: the configuration, as it was given.
@@ -71,24 +74,16 @@ class Trainer:
         self._notes: list[str] = []
         if not isinstance(config, RunConfig):
             source = Path(config) if isinstance(config, str) else config
-            config, self._notes = load(
-                source, defaults={("data", "train"): ["."]} if data is not None else None
-            )
+            without_files = {("data", "train"): ["."]} if data is not None else None
+            config, self._notes = load(source, defaults=without_files)
+        _refuse_no_device(device)
+        _refuse_no_callbacks(callbacks)
         self.folder = RunFolder(Path(config.output_dir))
-        if data is not None:
-            # Where rows of the caller's own lie: so the command line can go on with the run, too.
-            files = config.data.model_copy(update={"train": [str(rows_file(self.folder.data))]})
-            config = config.model_copy(update={"data": files})
         self.config: RunConfig = config
         self._handed_in = device
         self._callbacks = tuple(callbacks)
-        for callback in self._callbacks:
-            if not isinstance(callback, Callback):
-                raise ConfigError(
-                    f"callbacks holds {callback!r}: give objects of classes that are derived from megatrain_io.Callback"
-                )
         # Asked for more than once: to plan, to train, to evaluate.
-        self._data = data if data is None or isinstance(data, Sequence) else list(data)
+        self._data = None if data is None else sequence_of(data)
         self._generator: Generator | None = None
         self._asking = ExitStack()
         with self._device():
@@ -121,13 +116,14 @@ class Trainer:
             WearLimitError: one more step could write more than ``memory.max_tbw``; the run can be resumed.
             MegatrainIoError: one of its kinds, as its message says.
         """
+        started = time.monotonic()
         self._close_generator()
         with (
             self._device() as device,
             ready(self.config, self.folder, device, self._data, resume=resume) as setup,
         ):
             setup.notes[:0] = self._notes
-            return TrainingRun(setup, self._callbacks).train()
+            return TrainingRun(setup, self._callbacks, started).train()
 
     def evaluate(self) -> float:
         """Mean loss per trained token of what ``data.eval`` holds out, with the newest committed weights.
@@ -222,6 +218,23 @@ class Trainer:
     def _close_generator(self) -> None:
         self._generator = None
         self._asking.close()
+
+
+def _refuse_no_device(device: object) -> None:
+    if device is not None and not (hasattr(device, "torch_device") and hasattr(device, "has_own_memory")):
+        raise ConfigError(
+            f"device is {device!r}: give a megatrain_io.Device, or leave it out and set train.device (cpu or cuda)"
+        )
+
+
+def _refuse_no_callbacks(callbacks: object) -> None:
+    if not isinstance(callbacks, Sequence):
+        raise ConfigError(f"callbacks is {callbacks!r}: give a list of callbacks, which may be empty")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                f"callbacks holds {callback!r}: give objects of classes that are derived from megatrain_io.Callback"
+            )
 
 
 def train(

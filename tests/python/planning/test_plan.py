@@ -287,6 +287,13 @@ def test_too_small_a_drive_is_refused_and_scratch_may_do(source, model, tmp_path
     assert not RunFolder(tmp_path / "run").own_store.exists()
 
 
+def test_a_plan_for_a_gpu_is_json_with_buffers_by_name(model, tmp_path):
+    found = mt.plan(model, on=machine(tmp_path, ram="8GiB", device=gpu("80GB")), settings=SMALL)
+    vram = json.loads(json.dumps(found.as_dict()))["vram"]
+    assert set(vram["pool"]["weights"]) <= {"block", "embedding", "head", "outer", "any"}
+    assert sum(nbytes * count for nbytes, count in vram["pool"]["weights"].values()) > 0
+
+
 @pytest.mark.slow
 def test_too_little_vram_is_refused(model, tmp_path):
     settings = {"data.max_length": 4096, "train.per_device_train_batch_size": 8}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ class Told(Callback):
 
     def on_end(self, run):
         self.events.append(("end", run.step, None))
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, run, report):
+        if run.step == self.step:
+            run.stop()
 
 
 def by_command(config, *arguments):
@@ -305,12 +315,7 @@ def test_micro_batches_of_ones_own_are_trained_in_their_order_and_resumed(source
     ]
     again = settings | {"output_dir": str(tmp_path / "again")}
 
-    class Stop(Callback):
-        def on_step(self, run, report):
-            if run.step == 2:
-                run.stop()
-
-    assert mt.train(again, data=iter(batches), callbacks=[Stop()]).steps == 2
+    assert mt.train(again, data=iter(batches), callbacks=[StopAt(2)]).steps == 2
     with pytest.raises(ConfigError, match="with other data"):
         mt.train(again, data=batches[::-1], resume=True)
     mt.train(again, data=batches, resume=True)
@@ -323,12 +328,7 @@ def test_rows_of_ones_own_need_no_file_and_the_command_line_goes_on_with_them(so
     settings = config.model_dump(mode="json")
     del settings["data"]["train"]
 
-    class Stop(Callback):
-        def on_step(self, run, report):
-            if run.step == 2:
-                run.stop()
-
-    assert mt.train(settings, data=rows, callbacks=[Stop()]).steps == 2
+    assert mt.train(settings, data=rows, callbacks=[StopAt(2)]).steps == 2
     by_command(mt.load_config(tmp_path / "run" / "config.yaml"), "--resume")
     check_equals(tmp_path / "run", whole)
 
@@ -338,21 +338,103 @@ def test_rows_of_ones_own_need_no_file_and_the_command_line_goes_on_with_them(so
     [
         ([], DataError, "data holds nothing"),
         ([7], ConfigError, "data holds a int"),
-        ([{"text": {1, 2}}], DataError, "row 1 of data cannot be written as JSON"),
+        ([{"text": {1, 2}}], DataError, "row 0 of data cannot be written as JSON"),
+        ([{"text": "x"}, ["x"]], DataError, "row 1 of data is a list, and the first is a mapping"),
         ([*own_micro_batches(1), {"text": "x"}], DataError, "entry 1 of data is a dict"),
         (
             [replace(own_micro_batches(1)[0], shift_labels=torch.zeros(2, 3, dtype=torch.int64))],
             DataError,
-            r"micro-batch 0 has input_ids \[2, 12\] and shift_labels \[2, 3\]",
+            r"micro-batch 0 of data: shift_labels of a micro-batch is torch\.int64 \[2, 3\]: it must be int64",
         ),
-        ([replace(own_micro_batches(1)[0], input_ids=torch.full((2, 12), 4000))], ConfigError, "token 4000"),
+        (
+            [replace(own_micro_batches(1)[0], input_ids=torch.full((2, 12), 4000))],
+            DataError,
+            "a token is 4000",
+        ),
+        ([replace(own_micro_batches(1)[0], input_ids=torch.full((2, 12), -1))], DataError, "a token is -1"),
+        (
+            [replace(own_micro_batches(1)[0], shift_labels=torch.full((2, 12), 4000))],
+            DataError,
+            "a label is 4000",
+        ),
+        (
+            [replace(own_micro_batches(1)[0], shift_labels=torch.full((2, 12), -100))],
+            DataError,
+            "has no label",
+        ),
+        ([replace(own_micro_batches(1)[0], input_ids=torch.ones(2, 12))], DataError, r"float32 \[2, 12\]"),
+        (
+            [replace(own_micro_batches(1)[0], position_ids=torch.ones(2, 3))],
+            DataError,
+            r"position_ids .* \[2, 3\]",
+        ),
+        (
+            [replace(own_micro_batches(1)[0], input_ids=[[1, 2]])],
+            DataError,
+            "input_ids of a micro-batch is a list",
+        ),
+        ("text", ConfigError, "data is a str"),
+        (7, ConfigError, "data is a int"),
     ],
-    ids=["none", "a number", "a set", "a mixture", "shapes", "a token that is not there"],
+    ids=str,
 )
 def test_data_that_cannot_be_trained_are_refused_before_the_import(source, tmp_path, data, error, message):
     with pytest.raises(error, match=message):
         mt.train(without_data(configured(source, tmp_path / "run")), data=data)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_refused_call_leaves_the_rows_of_the_run_alone(source, whole, tmp_path):
+    """Once they were written over by what was then refused: the run could not be resumed from its own folder."""
+    rows = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()]
+    settings = configured(source, tmp_path / "run").model_dump(mode="json")
+    mt.train(settings, data=rows, callbacks=[StopAt(2)])
+    others = [{"text": "something else " * 3}] * 9
+    with pytest.raises(ConfigError, match="with other data"):
+        mt.train(settings, data=others, resume=True)
+    mt.Trainer(settings, data=others).plan()
+    by_command(mt.load_config(tmp_path / "run" / "config.yaml"), "--resume")
+    check_equals(tmp_path / "run", whole)
+
+
+class Numbered:
+    """As the datasets of torch are: no sequence by its class."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def test_data_need_be_no_sequence_and_rows_no_dict(source, whole, tmp_path):
+    rows = [MappingProxyType(json.loads(line)) for line in (source / "train.jsonl").read_text().splitlines()]
+    settings = configured(source, tmp_path / "run").model_dump(mode="json")
+    mt.train(settings, data=Numbered(rows))
+    check_equals(tmp_path / "run", whole)
+
+
+def test_an_error_of_the_callers_own_passes_as_it_is(source, tmp_path):
+    """They were taken for errors of the run's drive, with advice about its permissions."""
+
+    class Lost(Callback):
+        def on_step(self, run, report):
+            raise ConnectionError("my tracker is down")
+
+    with pytest.raises(ConnectionError, match="my tracker is down"):
+        mt.train(configured(source, tmp_path / "run"), callbacks=[Lost()])
+
+
+def test_evaluating_with_another_template_does_not_change_the_run(source, stopped):
+    config = configured(source, stopped)
+    data = config.data.model_copy(update={"chat_template": "chatml"})
+    before = {path.name: path.read_bytes() for path in (stopped / "model").iterdir()}
+    with mt.Trainer(config.model_copy(update={"data": data})) as trainer:
+        trainer.evaluate()
+    assert {path.name: path.read_bytes() for path in (stopped / "model").iterdir()} == before
 
 
 def test_what_is_held_out_needs_rows(source, tmp_path):

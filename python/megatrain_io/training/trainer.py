@@ -32,8 +32,8 @@ class Trainer:
     (``memory.commit_every`` steps; one more with ``train.max_grad_norm``); with ``memory.durability`` scratch it loses
     the run. Random numbers and the order of the data follow from seed and step alone: a resumed run has the bits of one
     that was never stopped. The store is open only while a method runs (after ``generate`` until the next one, or
-    ``close``), so between two calls the command line may look at the run, too. One call at a time in a process. What an error
-    message calls ``--resume`` is ``train(resume=True)`` here.
+    ``close``), so between two calls the command line may look at the run, too. One call at a time in a process. What
+    an error message calls ``--resume`` is ``train(resume=True)`` here.
 
     ::
 

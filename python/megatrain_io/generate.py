@@ -1,7 +1,7 @@
 """Generating text from a paged model: every token reads all weights once, and only a few blocks are in RAM."""
 
 from collections.abc import Generator as Yields
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from megatrain_io.arguments import SEED_MAX, is_number, number, whole_number
+from megatrain_io.config.values import INT_MAX
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
 from megatrain_io.models.partition import PartitionedModel
@@ -115,19 +117,19 @@ class Pick:
     def __init__(
         self, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0
     ) -> None:
-        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-            raise ConfigError(
-                f"temperature {temperature}, top_p {top_p}, top_k {top_k}: must be >= 0, in (0, 1], and >= 0"
-            )
+        temperature = number("temperature", temperature)
+        if not (is_number(top_p) and 0 < top_p <= 1):
+            raise ConfigError(f"top_p is {top_p!r}: it must be a number above 0, at most 1")
+        top_k = whole_number("top_k", top_k, 0, INT_MAX)
         self._greedy = temperature == 0
-        self._random = torch.Generator().manual_seed(seed)
+        self._random = torch.Generator().manual_seed(whole_number("seed", seed, 0, SEED_MAX))
         self._warpers = LogitsProcessorList()
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(temperature))
             if top_k:
                 self._warpers.append(TopKLogitsWarper(top_k))
             if top_p < 1:
-                self._warpers.append(TopPLogitsWarper(top_p))
+                self._warpers.append(TopPLogitsWarper(float(top_p)))
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> int:
         """The token after ``tokens`` [1, T] by ``scores`` [1, V]."""
@@ -210,17 +212,19 @@ class Generator:
             What follows the prompt, without the prompt itself.
 
         Raises:
-            ConfigError: an argument is out of its range, or the tokenizer does not belong to the model.
+            ConfigError: an argument is of another kind or out of its range, or the tokenizer does not belong to the
+                model.
             DataError: the prompt is empty.
         """
+        pick = Pick(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        if not isinstance(prompt, str):
+            raise ConfigError(f"prompt is {prompt!r}: it must be text (chat answers messages)")
         ids = self._tokenizer(prompt, return_tensors="pt").input_ids
-        return self._run(
-            ids, max_new_tokens, Pick(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        )
+        return self._run(ids, max_new_tokens, pick)
 
     def chat(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[Mapping[str, str]],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -230,7 +234,7 @@ class Generator:
         """Answer a conversation, rendered by the model's chat template.
 
         Args:
-            messages: turns, each with ``role`` and ``content``.
+            messages: turns, one at least, each with ``role`` and ``content``, both text.
             max_new_tokens: most tokens to generate.
             temperature: 0 takes the likeliest token.
             top_p: sample from the likeliest tokens that together have this probability; 1 = all.
@@ -241,20 +245,25 @@ class Generator:
             The assistant's answer.
 
         Raises:
-            ConfigError: an argument is out of its range, or the model has no chat template.
+            ConfigError: an argument is of another kind or out of its range, or the model has no chat template.
+            DataError: the chat template refuses the messages.
         """
+        pick = Pick(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         if self._tokenizer.chat_template is None:
             raise ConfigError(
                 "this model has no chat template: ask for a completion, or train on messages first"
             )
-        encoded: Any = self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return self._run(
-            encoded["input_ids"],
-            max_new_tokens,
-            Pick(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
-        )
+        _refuse_wrong_messages(messages)
+        try:
+            encoded: Any = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        except Exception as error:  # whatever a template raises, or does wrong
+            raise DataError(f"the chat template refuses the messages: {error}") from error
+        return self._run(encoded["input_ids"], max_new_tokens, pick)
 
     def close(self) -> None:
         """Close the store, and the device if it was not handed in; the generator cannot be used afterwards."""
@@ -272,10 +281,9 @@ class Generator:
         self.close()
 
     def _run(self, ids: Tensor, max_new_tokens: int, pick: Pick) -> str:
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1, INT_MAX)
         if ids.numel() == 0:
             raise DataError("the prompt is empty: give it at least one token")
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}: must be at least 1")
         largest, vocabulary = int(ids.max()), self._model.partition.config.get_text_config().vocab_size
         if largest >= vocabulary:
             raise ConfigError(
@@ -285,6 +293,25 @@ class Generator:
         with closing(next_tokens(self._model, ids, pick, self._stop)) as following:
             tokens = list(islice(following, max_new_tokens))
         return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _refuse_wrong_messages(messages: Any) -> None:
+    """Refuse what is no conversation.
+
+    Raises:
+        ConfigError: the message says which turn is wrong.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ConfigError(
+            f"messages is {messages!r}: it must be a list of turns, one at least (complete continues text)"
+        )
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise ConfigError(
+                f"messages[{index}] is {message!r}: it must be a mapping with role and content, both text"
+            )
 
 
 def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -> PagedPartition:

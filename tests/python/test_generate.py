@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -197,10 +198,56 @@ def test_what_cannot_be_answered_is_refused(generator):
         {"top_p": 1.5},
         {"top_k": -1},
         {"max_new_tokens": 0},
+        {"temperature": "a"},
+        {"temperature": float("nan")},
+        {"top_p": None},
+        {"top_k": 1.5},
+        {"max_new_tokens": 2.5},
+        {"seed": "x"},
+        {"seed": 2**70},
+        {"seed": -1},
+        {"prompt": []},
+        {"prompt": ["a"]},
+        {"prompt": None},
     ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            generator.complete(PROMPT, **wrong)
+            generator.complete(**{"prompt": PROMPT} | wrong)
     generator.complete(PROMPT, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], r"messages is \[\]"),
+        (None, "messages is None"),
+        ("Hi", "messages is 'Hi'"),
+        ({"role": "user", "content": "Hi"}, "messages is {"),
+        (["a"], r"messages\[0\] is 'a'"),
+        ([*TURNS[:1], {"role": "user"}], r"messages\[1\] is {'role': 'user'}"),
+        ([{"role": "user", "content": None}], r"messages\[0\] is .*both text"),
+    ],
+    ids=str,
+)
+def test_what_is_no_conversation_is_refused(generator, messages, reason):
+    with pytest.raises(ConfigError, match=reason):
+        generator.chat(messages)
+
+
+def test_messages_that_the_template_refuses_are_an_error_of_the_messages(generator, monkeypatch):
+    monkeypatch.setattr(
+        generator._tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}"
+    )
+    with pytest.raises(DataError, match="the chat template refuses the messages: roles must alternate"):
+        generator.chat(TURNS[:1])
+
+
+def test_numbers_of_any_kind_sample_alike(generator):
+    """Transformers' own sampling takes no whole number for a temperature."""
+    texts = {
+        generator.complete(PROMPT, 4, temperature, 0.9, top_k)
+        for temperature, top_k in ((2.0, 5), (2, np.int64(5)), (np.float32(2), 5))
+    }
+    assert len(texts) == 1
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):

@@ -15,7 +15,7 @@ PACKAGE = "megatrain_io"
 ROOT_MODULE = {"python": "__init__", "rust": "lib"}
 
 PYTHON_ROOMS: tuple[frozenset[str], ...] = (
-    frozenset({"config", "errors", "files", "text"}),
+    frozenset({"arguments", "config", "errors", "files", "text"}),
     frozenset({"data", "machine"}),
     frozenset({"models", "store"}),
     frozenset({"paging", "runs"}),
@@ -40,7 +40,7 @@ HEAVY = {"numpy", "torch", "transformers"}
 """What takes seconds to import."""
 TORCH = {"torch", "transformers"}
 LIGHT = {
-    *("__init__", "__main__", "cli", "config", "data", "errors", "files", "machine", "text"),
+    *("__init__", "__main__", "arguments", "cli", "config", "data", "errors", "files", "machine", "text"),
     *(
         "runs.cleanup",
         "runs.folder",

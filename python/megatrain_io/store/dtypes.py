@@ -26,5 +26,5 @@ def check_precision(option: str, value: str) -> None:
     Raises:
         ConfigError: the message names ``option`` and what it may be.
     """
-    if value not in DTYPES:
+    if value not in tuple(DTYPES):
         raise ConfigError(f"{option} is {value!r}: it must be one of {', '.join(DTYPES)}")

@@ -67,6 +67,11 @@ class ModelSource:
             self.folder = ModelFolder(Path(model))
             self.partition = self._of_config(self.folder.config(), None, blocks, small)
         else:
+            if not callable(model):
+                raise ConfigError(
+                    f"model is a {type(model).__name__}: it must be a module, a function that makes one, or the path "
+                    "of a model folder"
+                )
             if not isinstance(model, nn.Module):
                 model, small = _without_memory(model, small)
             self._module = model
@@ -105,6 +110,10 @@ class ModelSource:
             return
         own: dict[str, Tensor] = {} if self._module is None else dict(self._module.named_parameters())
         missing = [name for name, parameter in own.items() if parameter.is_meta]
+        if weights is not None and not callable(weights):
+            raise ConfigError(
+                f"weights is a {type(weights).__name__}: it must be a function (name, shape) -> tensor"
+            )
         if weights is None and missing:
             raise ConfigError(
                 f"parameter {missing[0]} has no values (it is on meta): give weights=, a function (name, shape) -> "
@@ -163,7 +172,12 @@ class _Given:
     def __call__(self, place: TensorPlace, start: int, stop: int) -> Tensor:
         if self._last is None or self._last[0] != place.name:
             self._last = None  # before the next one is made
-            values = self._weights(place.name, place.shape)
+            values: Any = self._weights(place.name, place.shape)
+            if not isinstance(values, Tensor):
+                raise ConfigError(
+                    f"weights gave a {type(values).__name__} for {place.name}: it must be a tensor, bf16, fp16 or fp32 "
+                    f"{list(place.shape)}"
+                )
             if tuple(values.shape) != place.shape or values.dtype not in _TRAINABLE or values.is_meta:
                 raise ConfigError(
                     f"weights gave {values.dtype} {list(values.shape)} on {values.device} for {place.name}: it must be "

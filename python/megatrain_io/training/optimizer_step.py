@@ -1,7 +1,7 @@
 """An optimizer step in the hands of a loop of one's own, and what is committed with it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,9 @@ def micro_batches_of(given: Sequence[MicroBatchLike] | MicroBatchLike) -> list[M
     Raises:
         DataError: there is none, or one cannot be used.
     """
-    several = [given] if isinstance(given, MicroBatch | Mapping | Tensor) else given
+    several: Any = [given] if isinstance(given, MicroBatch | Mapping | Tensor) else given
+    if not isinstance(several, Iterable):
+        raise DataError(f"micro-batches are {several!r}: give a list of them, or one")
     batches = [micro_batch_of(batch) for batch in several]
     if not batches:
         raise DataError("there is no micro-batch: a step needs at least one")

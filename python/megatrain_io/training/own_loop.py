@@ -1,7 +1,6 @@
 """A model that passes through RAM block by block, for people who have a training loop of their own."""
 
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,7 +26,16 @@ from megatrain_io.store.paged_store import AdamWStep, Ledger, PagedStore, store_
 from megatrain_io.training.fingerprint import differences, fingerprint_of
 from megatrain_io.training.model_source import Model, ModelSource, Weights
 from megatrain_io.training.optimizer_step import MicroBatchLike, OptimizerStep, Progress, micro_batches_of
-from megatrain_io.training.own_settings import Settings, WeightDecay, device_of, paths_of, ram_asked
+from megatrain_io.training.own_settings import (
+    Settings,
+    WeightDecay,
+    checked_learning_rate,
+    checked_seed,
+    device_of,
+    paths_of,
+    ram_asked,
+    refuse_missing,
+)
 from megatrain_io.training.step_memory import StepSize
 
 __all__ = ["PagedModel", "Plane"]
@@ -144,7 +152,7 @@ class PagedModel:
         small: nn.Module | None = None,
         precision: Precision = "bf16",
         ram: int | str | None = None,
-        device: Device | Literal["cpu", "cuda"] | None = None,
+        device: Device | torch.device | Literal["cpu", "cuda"] | None = None,
         vram: int | str | None = None,
         weight_decay: WeightDecay = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -166,8 +174,8 @@ class PagedModel:
                 if it has at most 33,554,432 parameters.
             precision: that computes: ``"bf16"``, with fp32 masters, or ``"fp32"``.
             ram: bytes, or text such as ``"4GiB"``; None = half of what is free.
-            device: what computes: ``"cpu"``, ``"cuda"``, or a device; None = the GPU if there is one that computes in
-                ``precision``, else the CPU. A device that is handed in is not closed.
+            device: what computes: ``"cpu"``, ``"cuda"``, as text or as torch has them, or a device; None = the GPU if
+                there is one that computes in ``precision``, else the CPU. A device that is handed in is not closed.
             vram: bytes of a GPU's memory; None = what is free.
             weight_decay: of parameters with two dimensions or more; others have none. Or ``decay(name, shape)``.
             betas: AdamW's.
@@ -176,7 +184,7 @@ class PagedModel:
             largest_step: micro-batches for which memory is divided at once, such as
                 ``[torch.zeros(2, 4096, dtype=torch.int64)] * 8``; their values do not matter. None = for the steps as
                 they come. Give it where a GPU computes: its memory is divided once.
-            seed: of dropout; kept in the file.
+            seed: of dropout, from 0 to 2^63 - 1; kept in the file.
 
         Raises:
             ConfigError: an argument is wrong or missing, or ``path`` exists.
@@ -186,10 +194,13 @@ class PagedModel:
             NoSpaceError, StorageError: the drive. Nothing is left behind.
         """
         check_precision("precision", precision)
+        seed = checked_seed(seed)
         paths = paths_of(path)
         for each in paths:
             if os.path.lexists(each):
                 raise ConfigError(f"{each} exists: open it with PagedModel.open, or choose another path")
+            if not os.path.lexists(each.parent):
+                raise ConfigError(f"{each.parent} does not exist: make that folder, or choose another path")
         written: list[Path] = []
         with ExitStack() as undo:
             closing = ExitStack()
@@ -207,6 +218,7 @@ class PagedModel:
             )
             source = ModelSource(model, precision, blocks, small)
             layout = ModelLayout.build(source.parts, len(source.partition.blocks), FORMATS[precision])
+            how.refuse_wrong_decay(layout.tensors())
             about = source.describe()
             needs: StepNeeds | None = None
             if how.largest is not None:  # before anything is written
@@ -231,7 +243,7 @@ class PagedModel:
         blocks: str | None = None,
         small: nn.Module | None = None,
         ram: int | str | None = None,
-        device: Device | Literal["cpu", "cuda"] | None = None,
+        device: Device | torch.device | Literal["cpu", "cuda"] | None = None,
         vram: int | str | None = None,
         weight_decay: WeightDecay = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -257,12 +269,14 @@ class PagedModel:
             largest_step: micro-batches for which memory is divided at once; None = for the steps as they come.
 
         Raises:
-            ConfigError: an argument is wrong or missing, or the file is of a model with other parameters.
+            ConfigError: an argument is wrong or missing, there is no such file, or it is of a model with other
+                parameters.
             FormatError: the file was not made by ``create``.
             StoreInUseError, CorruptionError, StorageError: it cannot be opened, and is as it was.
             UnsupportedModelError, ModelFilesError, DoesNotFitError: as ``create``.
         """
         paths = paths_of(path)
+        refuse_missing(paths)
         with ExitStack() as undo:
             closing = ExitStack()
             undo.callback(closing.close)
@@ -281,6 +295,7 @@ class PagedModel:
             )
             source = ModelSource(model, precision, blocks, small)
             _refuse_other_model(source, store.layout, paths[0])
+            how.refuse_wrong_decay(store.layout.tensors())
             opened = cls(source, store, how, closing)
             undo.pop_all()
         return opened
@@ -307,12 +322,11 @@ class PagedModel:
             learning_rate: of this step. It is needed now: updates begin while the gradients of earlier blocks are made.
 
         Raises:
-            ConfigError: the learning rate is negative or not finite.
+            ConfigError: the learning rate is no number, negative or not finite.
             MegatrainIoError: another step is under way, or this one was left without ``forward`` and ``backward``.
         """
         self._refuse_in_step("step")
-        if not (math.isfinite(learning_rate) and learning_rate >= 0):
-            raise ConfigError(f"learning_rate is {learning_rate}: it must be a number from 0 on")
+        learning_rate = checked_learning_rate(learning_rate)
         number = self._step_number + 1
         adamw = AdamWStep(number, learning_rate, *self._how.betas, self._how.eps)
         running: PagedPartition | None = None
@@ -401,7 +415,8 @@ class PagedModel:
         """
         compute = DTYPES[self._source.precision]
         if dtype not in (None, torch.float32, compute):
-            raise ConfigError(f"dtype is {dtype}: it must be {compute}, torch.float32 or None")
+            dtypes = ", ".join(dict.fromkeys([str(compute), "torch.float32"]))
+            raise ConfigError(f"dtype is {dtype}: it must be {dtypes} or None")
         plane: Plane = "weight" if dtype in (None, compute) else "master"
         for place in self._store.layout.tensors():
             yield place.name, self.read(place.name, plane)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +27,13 @@ from megatrain_io.errors import (
     DoesNotFitError,
     FormatError,
     MegatrainIoError,
+    UnsupportedError,
     UnsupportedModelError,
 )
 from megatrain_io.models import probe_module
+from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.training import own_loop
+from megatrain_io.training.own_settings import device_of
 from paged import DEVICE, Case, differing, expected_planes, files, in_memory, make_store, new_device
 from reference.reference import Hyperparameters, micro_batches, train
 
@@ -386,6 +389,8 @@ def test_losses_are_measured_in_groups_as_in_memory(tmp_path):
     with torch.no_grad():
         losses = [stock(**batch, num_items_in_batch=1).loss.item() for batch in batches]
     with created(tmp_path / "store", precision="fp32") as model:
+        with pytest.raises(ConfigError, match=r"it must be torch\.float32 or None"):
+            next(model.weights(BF16))
         assert model.evaluate(batches[:1]) == pytest.approx(losses[0] / tokens[0], rel=1e-6)
         assert len([*model._groups([micro_batch_of(batch) for batch in batches])]) > 1
         assert model.evaluate(batches) == pytest.approx(sum(losses) / sum(tokens), rel=1e-6)
@@ -425,6 +430,11 @@ def test_micro_batches_that_cannot_be_used_are_refused(opened_once, batch, reaso
     with pytest.raises(DataError, match=reason), opened_once.step(1e-3) as step:
         step.forward([batch])
     assert opened_once.step_number == 0
+
+
+def test_what_is_no_list_of_micro_batches_is_refused(opened_once):
+    with pytest.raises(DataError, match="micro-batches are None: give a list"):
+        opened_once.evaluate(None)
 
 
 @pytest.fixture(scope="module")
@@ -680,11 +690,30 @@ def test_a_module_that_cannot_be_equal_is_refused_by_name(tmp_path, kind, reason
         ({"blocks": None}, r"blocks is missing.*'layers'"),
         ({"blocks": "blocks"}, r"no module list 'blocks' .* it has layers"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
+        ({"precision": ["bf16"]}, r"precision is \['bf16'\]"),
         ({"ram": "much"}, "ram is 'much'"),
         ({"device": "tpu"}, "device is 'tpu'"),
+        ({"device": torch.device("meta")}, "device is meta"),
+        ({"device": 3}, "device is 3"),
+        *(({"seed": seed}, "seed is .*a whole number from 0") for seed in ("a", None, -1, 1.5, 2**63, True)),
         ({"device": "cpu", "vram": "1GiB"}, "no GPU computes"),
         ({"betas": (0.9, 1.0)}, "betas is"),
         ({"betas": (0.9,)}, "betas is"),
+        ({"betas": (0.9, None)}, "betas is"),
+        ({"betas": "ab"}, "betas is 'ab'"),
+        ({"betas": 0.9}, "betas is 0.9"),
+        ({"eps": float("inf")}, "eps is inf"),
+        ({"eps": "x"}, "eps is 'x'"),
+        ({"max_grad_norm": "x"}, "max_grad_norm is 'x'"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
+        ({"weight_decay": "x"}, "weight_decay is 'x'"),
+        *(
+            (
+                {"weight_decay": lambda *_, given=given: given},
+                r"weight_decay of tokens\.weight \[101, 48\], by the",
+            )
+            for given in (-1.0, float("nan"), None, "x")
+        ),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
         ({"eps": 0.0}, "eps is 0.0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
@@ -693,6 +722,9 @@ def test_a_module_that_cannot_be_equal_is_refused_by_name(tmp_path, kind, reason
         ({"model": lambda: 3}, "made a int"),
         ({"model": lambda: Decoder()}, "has no values"),  # noqa: PLW0108 - a function, not the class
         ({"weights": lambda *_: torch.zeros(3)}, r"weights gave torch\.float32 \[3\]"),
+        ({"weights": lambda *_: None}, r"weights gave a NoneType for tokens\.weight"),
+        ({"weights": {}}, "weights is a dict: it must be a function"),
+        ({"model": 3, "blocks": None}, "model is a int"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -718,7 +750,36 @@ def test_a_file_is_not_made_over_another_nor_opened_with_another_model(tmp_path)
         mt.PagedModel.open(case.model, files(tmp_path / "run"), **options())
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("nope", "nope does not exist: make it with PagedModel.create"), (".", "is a folder"), (3, "is 3")],
+)
+def test_a_path_without_a_file_is_refused(tmp_path, path, reason):
+    path = tmp_path / path if isinstance(path, str) else path
+    with pytest.raises(ConfigError, match=reason):
+        mt.PagedModel.open(made(), path, blocks="layers", **options())
+
+
+def test_a_file_is_made_only_in_a_folder_that_exists(tmp_path):
+    with pytest.raises(ConfigError, match="nope does not exist: make that folder"):
+        mt.PagedModel.create(made(), tmp_path / "nope" / "store", blocks="layers", **options())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_may_be_torchs_and_one_that_is_missing_is_called_by_the_argument(monkeypatch):
+    with ExitStack() as closing:
+        assert isinstance(device_of(torch.device("cpu"), "bf16", None, closing), Cpu)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        for device, vram, reason in (
+            ("cuda", None, "^device is 'cuda', and torch finds no"),
+            (torch.device("cuda", 0), None, "^device is 'cuda', and torch finds no"),
+            (None, "1GiB", "^vram is given, and torch finds no"),
+        ):
+            with pytest.raises(UnsupportedError, match=reason):
+                device_of(device, "bf16", vram, closing)
+
+
 def test_a_learning_rate_that_is_none_is_refused(opened_once):
-    for rate in (-1.0, float("nan"), float("inf")):
+    for rate in (-1.0, float("nan"), float("inf"), "x", None):
         with pytest.raises(ConfigError, match="learning_rate is"), opened_once.step(rate):
             pass

@@ -49,8 +49,8 @@ _EVALUATED_TOGETHER = 16
 class PagedModel:
     """A causal language model in training whose weights and AdamW state lie in a file and pass through RAM.
 
-    For a training loop of one's own: this is what ``megatrain_io.train`` is built on, without its configuration,
-    data and run folder. ::
+    For a training loop of one's own: the engine is that of ``megatrain_io.train``, without configuration, data and run
+    folder. ::
 
         model = mt.PagedModel.create(Decoder(), "model.mtio", blocks="layers", precision="bf16", ram="4GiB")
         for micro_batches in my_batches:
@@ -165,8 +165,8 @@ class PagedModel:
 
         Args:
             model: a module, a function that makes one, or the path of a model folder (safetensors).
-            path: of the file, which must not exist; several, one on each drive, are one store. It takes 24 bytes a
-                parameter.
+            path: of the file, which must not exist; several, one on each drive, are one store. It has room for two
+                copies of weights and AdamW state, as a step is written beside the one before.
             blocks: name of the module list that holds the blocks, such as ``"layers"``; transformers models need none.
             weights: ``weights(name, shape)`` makes the first values of a parameter (bf16, fp16 or fp32), one at a
                 time in the order of the model. None = those of the module or folder.

@@ -72,7 +72,7 @@ quick: lint-once ## what every commit must pass, in 3 minutes: lints, types, and
 
 .PHONY: soak
 soak: setup ## the crash model, 200,000 random crashes (RUNS=n for another number); 1,000 orders of copies to a device
-	MEGATRAIN_SOAK_SEEDS=1000 $(BIN)/python -m pytest tests/python/paging/test_device.py -k no_delay
+	MEGATRAIN_SOAK_SEEDS=1000 $(BIN)/python -m pytest tests/python/paging/test_device.py tests/python/paging/test_several_records.py -k "no_delay or on_a_device"
 	MEGATRAIN_SOAK_RUNS=$(or $(RUNS),200000) cargo test --release --package $(CORE) --lib -- --nocapture crash_model::random
 
 # What `cargo fuzz` would pass; the stable compiler takes it, so nothing has to be installed.

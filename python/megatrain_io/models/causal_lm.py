@@ -70,7 +70,29 @@ class CausalLM(Protocol):
         """Version of liger-kernel, if it computes the loss; else None."""
 
 
-class TransformersLM:
+class _WithLoss:
+    """The loss function of a model, where it computes."""
+
+    def __init__(self, own: Callable[..., Any]) -> None:
+        self._own_loss = own
+        self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> None:
+        """See ``CausalLM.to``."""
+        self._loss = Loss(self._own_loss, device)
+
+    @property
+    def loss_notes(self) -> list[str]:
+        """See ``CausalLM.loss_notes``."""
+        return self._loss.notes
+
+    @property
+    def liger_version(self) -> str | None:
+        """See ``CausalLM.liger_version``."""
+        return self._loss.version
+
+
+class TransformersLM(_WithLoss):
     """A causal language model of transformers, which calls its own loss function."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -79,8 +101,7 @@ class TransformersLM:
         self.module: nn.Module = model
         self.config: PreTrainedConfig | None = model.config
         self.name = str(model.config.model_type)
-        self._loss_function = self._model.loss_function
-        self._loss = Loss(self._loss_function, torch.device("cpu"))
+        super().__init__(model.loss_function)
         # As newer transformers call it; older ones say past_key_values.
         takes_cache = "cache" in inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if takes_cache else "past_key_values"
@@ -112,7 +133,7 @@ class TransformersLM:
         try:
             output = run({"labels": shift_labels})
         finally:
-            self._model.loss_function = self._loss_function
+            self._model.loss_function = self._own_loss
         if not used or output.loss is None:
             raise UnsupportedModelError(
                 f"{self.name}: it does not compute its loss by transformers' loss_function"
@@ -123,22 +144,8 @@ class TransformersLM:
         """See ``CausalLM.logits``."""
         return cast("Tensor", output.logits)
 
-    def to(self, device: torch.device) -> None:
-        """See ``CausalLM.to``."""
-        self._loss = Loss(self._loss_function, device)
 
-    @property
-    def loss_notes(self) -> list[str]:
-        """See ``CausalLM.loss_notes``."""
-        return self._loss.notes
-
-    @property
-    def liger_version(self) -> str | None:
-        """See ``CausalLM.liger_version``."""
-        return self._loss.version
-
-
-class ModuleLM:
+class ModuleLM(_WithLoss):
     """A module of any class: ``forward`` takes int64 tokens [B, T] first, and returns scores [B, T, V].
 
     Or an object that has the scores as ``logits``.
@@ -165,7 +172,7 @@ class ModuleLM:
             for name, buffer in each.named_buffers(recurse=False):
                 setattr(each, name, buffer.cpu())
         self.config: PreTrainedConfig | None = None
-        self._loss = Loss(ForCausalLMLoss, torch.device("cpu"))
+        super().__init__(ForCausalLMLoss)
         taken = inspect.signature(module.forward).parameters.values()
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
         names = {parameter.name for parameter in taken}
@@ -212,20 +219,6 @@ class ModuleLM:
                 "that has them as .logits"
             )
         return logits
-
-    def to(self, device: torch.device) -> None:
-        """See ``CausalLM.to``."""
-        self._loss = Loss(ForCausalLMLoss, device)
-
-    @property
-    def loss_notes(self) -> list[str]:
-        """See ``CausalLM.loss_notes``."""
-        return self._loss.notes
-
-    @property
-    def liger_version(self) -> str | None:
-        """See ``CausalLM.liger_version``."""
-        return self._loss.version
 
     def _refuse_tensors(self, module: nn.Module) -> None:
         lazy = [

@@ -171,7 +171,7 @@ def test_a_cpu_never_imports_it_and_a_device_gets_it_with_the_model():
     assert partition._lm._loss._device.type == "meta"
     assert partition.loss_notes == []
     # Nothing is imported before it is asked for: generating computes no loss.
-    partition._lm._loss = Loss(partition._lm._loss_function, CUDA)
+    partition._lm._loss = Loss(partition._lm._own_loss, CUDA)
     assert "_chosen" not in vars(partition._lm._loss)
     assert len(partition.loss_notes) == 1
 

@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, Cache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -18,10 +18,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from megatrain_io.arguments import SEED_MAX, is_number, number, whole_number
-from megatrain_io.config.values import INT_MAX
+from megatrain_io.arguments import is_number, number, whole_number
+from megatrain_io.config.values import INT_MAX, SEED_MAX
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
+from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device, out_of_memory
@@ -34,6 +35,7 @@ from megatrain_io.paging.paged_model import PagedPartition, clear_frames
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.dtypes import DTYPES
+from megatrain_io.store.layout import Precision
 from megatrain_io.store.paged_store import Engine, PagedStore
 
 # Bytes of a device for compute: tensors of a block on a prompt, keys and values.
@@ -178,10 +180,10 @@ class Generator:
         info = run.read()
         state = open_store(run, engine=engine)
         try:
-            config = AutoConfig.from_pretrained(run.model, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(run.model, local_files_only=True)
+            folder = ModelFolder(run.model)
+            config, tokenizer = folder.config(), folder.tokenizer()
             partition = PartitionedModel(config, DTYPES[info.precision], probe(config))
-            model = _on_device(partition, state, device or best_device(info.precision))
+            model = _on_device(partition, state, device, info.precision)
             state.start(model.pool_sizes(training=False), unit=model.unit)
             stop = _stop_tokens(run.model, config, tokenizer)
             return cls(model, tokenizer, stop, owns_device=device is None)
@@ -314,8 +316,11 @@ def _refuse_wrong_messages(messages: Any) -> None:
             )
 
 
-def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -> PagedPartition:
+def _on_device(
+    partition: PartitionedModel, state: PagedStore, handed_in: Device | None, precision: Precision
+) -> PagedPartition:
     """A model that only passes forward; on the CPU, if the device has no room for a block."""
+    device = handed_in or best_device(precision)
     if device.has_own_memory:
         with suppress(DoesNotFitError):
             vram = divide_vram(
@@ -328,12 +333,15 @@ def _on_device(partition: PartitionedModel, state: PagedStore, device: Device) -
                 training=False,
             )
             return PagedPartition(partition, state, device=device, vram=vram)
-        device.close()
+        if device is not handed_in:
+            device.close()
         partition.to(torch.device("cpu"))
     return PagedPartition(partition, state)
 
 
-def _stop_tokens(folder: Path, config: AutoConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _stop_tokens(
+    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
     """The model's own end-of-text tokens; a tokenizer's may be wrong (converted models)."""
     named = getattr(config, "eos_token_id", None)
     if (folder / "generation_config.json").exists():

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatrain_io.config.values import (
     INT_MAX,
+    SEED_MAX,
     Count,
     CountOrAuto,
     Folders,
@@ -83,7 +84,7 @@ class TrainConfig(Section):
     """bf16, fp32, or auto: as imported, else bf16, or fp32 on a GPU without it; masters and moments are fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """what computes: cpu, cuda, or auto: a GPU where there is one"""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=0, le=SEED_MAX)] = 42
     """of the order of the data and of dropout"""
     eval_steps: Count | None = None
     """measure the held-out loss every so many steps, and at the end"""

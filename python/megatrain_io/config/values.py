@@ -14,7 +14,9 @@ from pydantic import (
 )
 
 __all__ = [
+    "FP32_SMALLEST",
     "INT_MAX",
+    "SEED_MAX",
     "Count",
     "CountOrAuto",
     "Folders",
@@ -27,6 +29,9 @@ __all__ = [
 ]
 
 INT_MAX = 2**31 - 1
+SEED_MAX = 2**63 - 1
+FP32_SMALLEST = 1.2e-38
+"""The smallest normal number, rounded up."""
 _BYTES = TypeAdapter(ByteSize)
 
 
@@ -65,8 +70,8 @@ def _whole(value: Any) -> Any:
 
 
 def _not_zero_in_fp32(value: float) -> float:
-    if value < 1.2e-38:  # noqa: PLR2004 - the smallest normal number, rounded up
-        raise ValueError("must be at least 1.2e-38, the smallest normal number of fp32")
+    if value < FP32_SMALLEST:
+        raise ValueError(f"must be at least {FP32_SMALLEST}, the smallest normal number of fp32")
     return value
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megatrain_io.errors import ModelFilesError, UnsupportedModelError
 
@@ -129,6 +129,26 @@ class ModelFolder:
         config._attn_implementation = None  # noqa: SLF001
         config._experts_implementation = None  # noqa: SLF001
         return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, by transformers' own classes.
+
+        Raises:
+            ModelFilesError: there is none, or its files are damaged.
+            UnsupportedModelError: it would run code that comes with the model.
+        """
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+        except OSError as cause:
+            raise ModelFilesError(f"{self.path}: {cause}") from cause
+        except Exception as cause:
+            reason = str(cause).partition("\n")[0]
+            raise UnsupportedModelError(
+                f"{self.path}: its tokenizer cannot be used: {reason}. Code that comes with a model is not run"
+            ) from cause
+        return tokenizer
 
     def companions(self) -> list[str]:
         """Names of the tokeniser's and other files that go with the model.

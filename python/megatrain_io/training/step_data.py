@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatrain_io.config.schema import DataConfig, TrainConfig
 from megatrain_io.data.batch import (
@@ -23,6 +23,7 @@ from megatrain_io.data.batch import (
 from megatrain_io.data.prepare import DataOptions, TrainingData, prepare
 from megatrain_io.errors import ConfigError, DataError
 from megatrain_io.files import replace_file, storage_errors, sync_folder
+from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.partition import PartitionedModel
 
 __all__ = ["FileData", "OwnData", "OwnMicroBatches", "OwnSequence", "StepData", "sequence_of", "step_data"]
@@ -145,8 +146,7 @@ def step_data(
             return OwnMicroBatches(cast("Sequence[MicroBatch]", own), train.num_train_epochs, partition)
         written = _written(cast("Sequence[Mapping[str, Any]]", own), cache)
         options, files = _options(data, train.seed, written), [str(written)]
-    with storage_errors(model, "nothing was touched"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = ModelFolder(model).tokenizer()
     prepared = prepare(options, tokenizer, cache, packs=partition.spec.packs)
     _refuse_token(prepared.train.largest_token, partition)
     return FileData(prepared, tokenizer, train.per_device_train_batch_size, train.num_train_epochs, files)
@@ -342,7 +342,7 @@ def _check(batch: object, number: int, vocabulary: int) -> None:
 
 
 def _refuse_token(largest: int, partition: PartitionedModel) -> None:
-    vocabulary = partition.config.get_text_config().vocab_size
+    vocabulary = partition.vocab_size
     if largest >= vocabulary:
         raise ConfigError(
             f"the tokenizer makes token {largest}, and the model's vocabulary has {vocabulary}: tokenizer and "

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pydoc
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,11 +19,11 @@ from typer.testing import CliRunner
 import megatrain_io as mt
 from megatrain_io.cli.app import app
 from megatrain_io.data.batch import MicroBatch
-from megatrain_io.errors import ConfigError, DataError
+from megatrain_io.errors import ConfigError, DataError, UnsupportedModelError
 from megatrain_io.paging.device.simulated import SimulatedDevice
 from megatrain_io.training.callbacks import Callback
 from paged import differing
-from runs import STEPS, check_equals, configured, figures, metrics_of, planes_of, start
+from runs import STEPS, blob_of, check_equals, configured, figures, metrics_of, planes_of, start
 
 README = Path(__file__).parents[3] / "README.md"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "trainer.py"
@@ -214,6 +215,22 @@ def test_a_callback_stops_a_run_at_a_commit_and_it_goes_on_with_the_same_bits(so
         check_equals(run, whole)
 
 
+def test_a_callback_lets_the_next_step_be_committed(source, whole, tmp_path):
+    class Asks(Callback):
+        def on_step(self, run, report):
+            if run.step == 1:
+                run.commit_next()
+            if run.step == 3:
+                raise KeyError(report.step)
+
+    config = configured(source, tmp_path / "run", memory={"commit_every": 4})
+    with pytest.raises(KeyError, match="3"):
+        start(config, callbacks=[Asks()])
+    assert blob_of(tmp_path / "run")["step"] == 2, "neither the first nor the third"
+    start(config, resume=True)
+    check_equals(tmp_path / "run", whole)
+
+
 def test_an_error_of_a_callback_ends_the_run_and_all_are_told(source, whole, tmp_path):
     class Broken(Callback):
         def on_step(self, run, report):
@@ -274,14 +291,51 @@ def test_nothing_to_evaluate_is_said(source, tmp_path):
         trainer.evaluate()
 
 
+class Lent(SimulatedDevice):
+    """A device that belongs to the caller, and knows how often it was closed."""
+
+    closed = 0
+
+    def close(self):
+        self.closed += 1
+        super().close()
+
+
 def test_a_device_that_is_handed_in_stays_open(source, whole, tmp_path):
-    device = SimulatedDevice(1)
+    device = Lent(1)
     with mt.Trainer(configured(source, tmp_path / "run"), device=device) as trainer:
         trainer.train()
+        assert device.closed == 0
         assert trainer.generate("the quick", max_new_tokens=4)
-    device.record("compute").wait()
+    assert device.closed == 0
     device.close()
     check_equals(tmp_path / "run", whole)
+
+
+def test_a_device_without_room_for_a_block_stays_open_while_the_cpu_answers(stopped):
+    """It was closed, although the caller had handed it in."""
+    device = Lent(1, nbytes=1)
+    with mt.Generator.open(stopped, device=device) as generator:
+        assert generator.complete("the quick", max_new_tokens=4)
+    assert device.closed == 0
+    device.close()
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_brings_code_is_refused_and_the_code_is_not_run(source, tmp_path, monkeypatch):
+    """Where nobody says no, transformers asks on the terminal whether to run it: nobody is asked."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    model = Path(shutil.copytree(source / "model", tmp_path / "model"))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    path = model / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    path.write_text(json.dumps(settings))
+    config = configured(source, tmp_path / "run").model_copy(update={"model": model})
+    with pytest.raises(UnsupportedModelError, match="Code that comes with a model is not run"):
+        mt.train(config)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------ own data

@@ -5,11 +5,8 @@ from typing import Any
 
 from megatrain_io.errors import ConfigError
 
-__all__ = ["FP32_SMALLEST", "SEED_MAX", "is_number", "number", "whole_number"]
+__all__ = ["is_number", "number", "whole_number"]
 
-SEED_MAX = 2**63 - 1
-FP32_SMALLEST = 1.2e-38
-"""The smallest normal number, rounded up."""
 _FP32_MAX = 3.4028234663852886e38
 
 

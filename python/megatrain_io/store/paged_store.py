@@ -97,6 +97,11 @@ class TensorSettings:
     weight_decay: float
     lr_scale: float = 1.0
 
+    @classmethod
+    def usual(cls, place: TensorPlace, weight_decay: float) -> Self:
+        """The usual recipe: matrices and embeddings decay, norms and biases do not."""
+        return cls(weight_decay if len(place.shape) > 1 else 0.0)
+
 
 class BorrowedRecord:
     """Tensors over one record's buffer; ``tensors`` is empty once it was given back.

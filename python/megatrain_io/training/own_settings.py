@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from megatrain_io.arguments import FP32_SMALLEST, SEED_MAX, is_number, number, whole_number
-from megatrain_io.config.values import Size
+from megatrain_io.arguments import is_number, number, whole_number
+from megatrain_io.config.values import FP32_SMALLEST, SEED_MAX, Size
 from megatrain_io.errors import ConfigError, UnsupportedError
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.choose import best_device
@@ -98,7 +98,7 @@ class Settings:
         if callable(self.weight_decay):
             name = f"weight_decay of {place.name} {list(place.shape)}, by the function given,"
             return TensorSettings(number(name, self.weight_decay(place.name, place.shape)))
-        return TensorSettings(self.weight_decay if len(place.shape) > 1 else 0.0)
+        return TensorSettings.usual(place, self.weight_decay)
 
     def refuse_wrong_decay(self, places: Iterable[TensorPlace]) -> None:
         """Ask for the weight decay of each parameter, before anything is made with it.

@@ -32,7 +32,7 @@ from megatrain_io.runs.import_model import ModelImport
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.dtypes import DTYPES
-from megatrain_io.store.layout import ModelLayout, TensorPlace
+from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import PagedStore, TensorSettings
 from megatrain_io.training.fingerprint import differences, fingerprint_of, settings_digest
 from megatrain_io.training.step_data import OwnSequence, StepData, step_data
@@ -78,7 +78,7 @@ def planned(config: RunConfig, folder: RunFolder, device: Device, own: OwnSequen
     Raises:
         MegatrainIoError: model, data or configuration cannot be used.
     """
-    run = _Run(config, folder, device, own)
+    run = _Request(config, folder, device, own)
     with ExitStack() as open_:
         if folder.is_imported:
             run.refuse_other_model()
@@ -108,7 +108,7 @@ def ready(
         MegatrainIoError: model, data or configuration cannot be used, or the run does not fit.
         InterruptedRunError: Ctrl-C during the import.
     """
-    run = _Run(config, folder, device, own)
+    run = _Request(config, folder, device, own)
     with ExitStack() as open_:
         made, first = None, []
         if not folder.is_imported:
@@ -149,7 +149,7 @@ def ready(
         yield Setup(config, folder, job, plan, data, max_steps, digest, model, progress, notes)
 
 
-class _Run:
+class _Request:
     """What was asked for, on the way to a run that is ready."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, device: Device, own: OwnSequence | None) -> None:
@@ -246,7 +246,7 @@ class _Run:
                 memory.pool,
                 residents=memory.residents,
                 gradient_files=[*map(gradient_file, files)] if memory.spills_gradients else (),
-                settings=lambda place: _settings(place, self._config.train.weight_decay),
+                settings=lambda place: TensorSettings.usual(place, self._config.train.weight_decay),
                 threads=self._config.memory.threads,
                 unit=model.unit,
             )
@@ -289,11 +289,6 @@ class _Run:
         if asked != "auto" or not self._folder.is_imported or not written.exists():
             return asked
         return load(written)[0].train.gradient_accumulation_steps
-
-
-def _settings(place: TensorPlace, weight_decay: float) -> TensorSettings:
-    """Matrices and embeddings decay, norms and biases do not: the usual recipe."""
-    return TensorSettings(weight_decay if len(place.shape) > 1 else 0.0)
 
 
 def _check_resume(

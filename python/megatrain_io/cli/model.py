@@ -17,11 +17,12 @@ def import_command(
     run: Run,
     *,
     precision: Annotated[
-        Literal["bf16", "fp32"],
+        Literal["auto", "bf16", "fp32"],
         typer.Option(
-            help="Compute dtype; master weights are fp32 either way. A GPU without bf16 (RTX 20, T4) needs fp32."
+            help="Compute dtype: bf16, fp32, or auto, what computes fastest here; master weights are fp32 either way. "
+            "A GPU without bf16 (RTX 20, T4) needs fp32."
         ),
-    ] = "bf16",
+    ] = "auto",
     store_dir: Annotated[
         list[Path] | None,
         typer.Option(

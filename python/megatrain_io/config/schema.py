@@ -81,7 +81,7 @@ class TrainConfig(Section):
     max_grad_norm: Fp32Positive | None = None
     """largest norm of all gradients together, exact; an update then waits for the next step; null: no limit"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16, fp32, or auto: as imported, else bf16, or fp32 on a GPU without it; masters and moments are fp32"""
+    """bf16, fp32, or auto: as imported, else what computes fastest here; masters and moments are fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """what computes: cpu, cuda, or auto: a GPU where there is one"""
     seed: Annotated[int, Field(ge=0, le=SEED_MAX)] = 42

@@ -440,7 +440,7 @@ def render(profile: Profile) -> str:
         ),
     ]
     if matmul is not None:
-        figures = f"{matmul.bf16:.0f} GFLOP/s in bf16, {matmul.fp32:.0f} in fp32"
+        figures = f"{matmul.bf16:.3g} GFLOP/s in bf16, {matmul.fp32:.3g} in fp32"
         rows.append(("matmul", f"{figures} ({matmul.size} x {matmul.size}, {matmul.device})"))
     return "\n".join(f"{name:<14} {text}" for name, text in rows)
 

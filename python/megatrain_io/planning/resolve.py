@@ -1,5 +1,6 @@
 """What "auto" means, settled once: device, precision, RAM, VRAM, micro-batches of a step, steps of the run."""
 
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, MegatrainIoError
 from megatrain_io.machine.hardware import Gpu, Hardware, this_machine
 from megatrain_io.machine.memory import usable_ram
+from megatrain_io.machine.precision import fastest_on_cpu
 from megatrain_io.machine.profile import Profile, default_path
 from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.paging.device.base import Device
@@ -50,6 +52,11 @@ __all__ = [
 # The rest is for the libraries, the page cache and other programs.
 _SHARE_OF_FREE_RAM = 0.5
 _ACCUMULATION_MAX = 1024
+_FP32, _BF16 = SPECS[FORMATS["fp32"]], SPECS[FORMATS["bf16"]]
+_PRICE_OF_FP32 = (
+    f"{_FP32.read_bytes} bytes are read and {_FP32.written_bytes} written for each parameter and step, instead of "
+    f"{_BF16.read_bytes} and {_BF16.written_bytes}"
+)
 
 
 class DataShape(Protocol):
@@ -247,15 +254,20 @@ def _vram_of(asked: int | None, gpu: Gpu | None) -> int | None:
 
 
 def resolve_precision(
-    asked: Precision | Literal["auto"], model: Path, run: RunFolder, gpu: Gpu | None
+    asked: Precision | Literal["auto"],
+    model: Path,
+    run: RunFolder,
+    gpu: Gpu | None,
+    on_cpu: Callable[[], Precision] = fastest_on_cpu,
 ) -> tuple[Precision, list[str]]:
-    """The precision of a run: what was asked for; for ``auto`` that of an imported run, else bf16 where there is any.
+    """The precision of a run: what was asked for; for ``auto`` that of an imported run, else what computes fastest.
 
     Args:
         asked: ``train.precision``.
         model: folder of the model, or its config.json.
         run: its folder, which need not be there.
         gpu: what computes, if it is not the CPU.
+        on_cpu: finds out what the CPU computes fastest in, where it computes.
 
     Returns:
         The precision, and notes about it.
@@ -269,14 +281,17 @@ def resolve_precision(
         precision = run.read().precision
     elif precision == "auto" and without_bf16 is not None:
         precision = "fp32"
-        fp32, bf16 = SPECS[FORMATS["fp32"]], SPECS[FORMATS["bf16"]]
         notes.append(
-            f"train.precision is fp32, because {without_bf16} does not compute in bf16: {fp32.read_bytes} bytes are "
-            f"read and {fp32.written_bytes} written for each parameter and step, instead of {bf16.read_bytes} and "
-            f"{bf16.written_bytes}, and matrix products are slower"
+            f"train.precision is fp32, because {without_bf16} does not compute in bf16: {_PRICE_OF_FP32}, and matrix "
+            "products are slower"
         )
     elif precision == "auto":
-        precision = "bf16"
+        precision = "bf16" if gpu is not None else on_cpu()
+        notes.append(
+            f"train.precision is fp32, because this processor computes faster in it than in bf16: {_PRICE_OF_FP32}"
+            if precision == "fp32"
+            else f"train.precision is bf16, in which {'this processor' if gpu is None else gpu.name} computes fastest"
+        )
     if precision == "bf16" and without_bf16 is not None:
         raise ConfigError(
             f"{without_bf16} does not compute in bf16: set train.precision=fp32 (an imported run keeps its precision: "

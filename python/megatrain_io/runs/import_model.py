@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from megatrain_io.errors import (
     UnsupportedModelError,
 )
 from megatrain_io.files import storage_errors, sync_folder
+from megatrain_io.machine.precision import fastest_here
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan, Piece
 from megatrain_io.models.partition import PartitionedModel, model_parts
@@ -94,7 +95,7 @@ def import_model(  # noqa: PLR0913 - as create_store
     model_dir: Path | str,
     run: RunFolder | Path | str,
     *,
-    precision: Precision = "bf16",
+    precision: Precision | Literal["auto"] = "auto",
     stores: Path | str | Sequence[Path | str] | None = None,
     chunk_parameters: int | None = None,
     durability: Durability = "step",
@@ -110,7 +111,7 @@ def import_model(  # noqa: PLR0913 - as create_store
     Args:
         model_dir: folder with config.json and weights in safetensors (bf16, fp16 or fp32).
         run: where the run lives; its folder is made if need be.
-        precision: compute dtype. bf16 keeps fp32 masters, whatever the source.
+        precision: compute dtype; auto: what computes fastest here. bf16 keeps fp32 masters, whatever the source.
         stores: path of the store's file, or a list of them, one for each drive; None = store.mtio in the run folder.
         chunk_parameters: parameters of a chunk; None = by the model's size.
         durability: step = two copies on the drive, each step survives a crash; scratch = one, and only a store that
@@ -137,7 +138,7 @@ def import_model(  # noqa: PLR0913 - as create_store
     with ModelImport(
         Path(model_dir),
         RunFolder.of(run),
-        precision=precision,
+        precision=fastest_here() if precision == "auto" else precision,
         stores=None if files is None else [Path(file) for file in files],
         chunk_parameters=chunk_parameters,
         durability=durability,

@@ -150,7 +150,7 @@ class PagedModel:
         blocks: str | None = None,
         weights: Weights | None = None,
         small: nn.Module | None = None,
-        precision: Precision = "bf16",
+        precision: Precision | Literal["auto"] = "auto",
         ram: int | str | None = None,
         device: Device | torch.device | Literal["cpu", "cuda"] | None = None,
         vram: int | str | None = None,
@@ -172,7 +172,8 @@ class PagedModel:
                 time in the order of the model. None = those of the module or folder.
             small: an instance of the module's class with few and small blocks, to prove on; None = the module itself,
                 if it has at most 33,554,432 parameters.
-            precision: that computes: ``"bf16"``, with fp32 masters, or ``"fp32"``.
+            precision: that computes: ``"bf16"``, with fp32 masters, ``"fp32"``, or ``"auto"``, in which ``device``
+                computes fastest.
             ram: bytes, or text such as ``"4GiB"``; None = half of what is free.
             device: what computes: ``"cpu"``, ``"cuda"``, as text or as torch has them, or a device; None = the GPU if
                 there is one that computes in ``precision``, else the CPU. A device that is handed in is not closed.
@@ -193,7 +194,8 @@ class PagedModel:
             DoesNotFitError: ``largest_step`` does not fit ``ram`` or the device.
             NoSpaceError, StorageError: the drive. Nothing is left behind.
         """
-        check_precision("precision", precision)
+        if precision != "auto":
+            check_precision("precision", precision)
         seed = checked_seed(seed)
         paths = paths_of(path)
         for each in paths:
@@ -206,9 +208,10 @@ class PagedModel:
             closing = ExitStack()
             undo.callback(_remove, written)
             undo.callback(closing.close)
+            computes, precision = device_of(device, precision, vram, closing)
             how = Settings(
                 paths=paths,
-                device=device_of(device, precision, vram, closing),
+                device=computes,
                 ram=ram_asked(ram),
                 weight_decay=weight_decay,
                 betas=betas,
@@ -283,9 +286,10 @@ class PagedModel:
             store = closing.enter_context(PagedStore(*paths))
             Progress.parse(store.blob)
             precision: Precision = json.loads(store.manifest)["model"]["paged_model"]["precision"]
+            computes, precision = device_of(device, precision, vram, closing)
             how = Settings(
                 paths=paths,
-                device=device_of(device, precision, vram, closing),
+                device=computes,
                 ram=ram_asked(ram),
                 weight_decay=weight_decay,
                 betas=betas,

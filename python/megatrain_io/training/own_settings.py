@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatrain_io.arguments import is_number, number, whole_number
 from megatrain_io.config.values import FP32_SMALLEST, SEED_MAX, Size
 from megatrain_io.errors import ConfigError, UnsupportedError
+from megatrain_io.machine.precision import fastest_on_cpu
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.choose import best_device
 from megatrain_io.paging.device.cpu import Cpu
@@ -189,11 +190,11 @@ def ram_asked(value: int | str | None) -> int:
 
 def device_of(
     device: Device | torch.device | Literal["cpu", "cuda"] | None,
-    precision: Precision,
+    precision: Precision | Literal["auto"],
     vram: int | str | None,
     closing: ExitStack,
-) -> Device:
-    """What computes; ``closing`` closes it, if it was not handed in.
+) -> tuple[Device, Precision]:
+    """What computes, and in which precision; ``closing`` closes the device, if it was not handed in.
 
     Raises:
         ConfigError: ``device`` is something else, or ``vram`` is given where no GPU is made here.
@@ -220,7 +221,10 @@ def device_of(
         raise ConfigError("vram is given, and no GPU computes: leave it out")
     if precision == "bf16" and not chosen.has_bf16:
         raise ConfigError(f"{chosen.name} does not compute in bf16: create the model with precision='fp32'")
-    return chosen
+    if precision == "auto":
+        has_own = chosen.has_own_memory
+        precision = fastest_on_cpu() if not has_own else "bf16" if chosen.has_bf16 else "fp32"
+    return chosen, precision
 
 
 def _word_or_device(

@@ -266,7 +266,7 @@ def test_a_file_is_made_only_in_a_folder_that_exists(tmp_path):
 
 def test_a_device_may_be_torchs_and_one_that_is_missing_is_called_by_the_argument(monkeypatch):
     with ExitStack() as closing:
-        assert isinstance(device_of(torch.device("cpu"), "bf16", None, closing), Cpu)
+        assert isinstance(device_of(torch.device("cpu"), "bf16", None, closing)[0], Cpu)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         for device, vram, reason in (
             ("cuda", None, "^device is 'cuda', and torch finds no"),

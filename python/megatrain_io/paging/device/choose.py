@@ -10,7 +10,7 @@ __all__ = ["best_device"]
 
 
 def best_device(precision: str) -> Device:
-    """The GPU, if torch finds one that computes in ``precision``; else the CPU."""
+    """The GPU, if torch finds one that computes in ``precision`` (``auto``: in any); else the CPU."""
     if torch.cuda.is_available():
         gpu = Cuda()
         if precision != "bf16" or gpu.has_bf16:

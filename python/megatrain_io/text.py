@@ -1,18 +1,32 @@
 """Words and figures for a person."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
 
-__all__ = ["SECONDS_BETWEEN_LINES", "gib", "mib", "rows", "tell", "whole_mib"]
+__all__ = ["SECONDS_BETWEEN_LINES", "gib", "mib", "rows", "tell", "visible", "whole_mib"]
 
 SECONDS_BETWEEN_LINES = 5.0
 """Where there is no terminal, progress is told so often."""
 
 _SMALL = 64 << 20
+
+# Control characters, what turns the direction of writing, line breaks of Unicode, and halves of pairs. Of line
+# breaks only those stay that a message of ours has: the next line is indented.
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]|\n(?!  )")
+
+
+def visible(text: str) -> str:
+    """Text as a terminal may be given it: what would steer the terminal, or begin a line, is shown by its number."""
+    return _HIDDEN.sub(_number_of, text)
+
+
+def _number_of(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
 def mib(nbytes: int) -> str:
@@ -51,7 +65,7 @@ def _figure(name: str, value: Any) -> str:
         return _memory(value)
     if "bytes" in name and isinstance(value, int):
         return decimal(value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else visible(str(value))
 
 
 def _memory(nbytes: int) -> str:
@@ -59,5 +73,5 @@ def _memory(nbytes: int) -> str:
 
 
 def tell(console: Console, text: str) -> None:
-    """Print text as it is: no markup, no colours for numbers, no line breaks added."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print text as it is: no markup, no colours for numbers, no line breaks added; control characters are shown."""
+    console.print(visible(text), markup=False, highlight=False, soft_wrap=True)

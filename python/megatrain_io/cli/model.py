@@ -8,6 +8,7 @@ import typer
 
 from megatrain_io.cli.options import JsonOutput, Model, Run
 from megatrain_io.cli.result import command
+from megatrain_io.text import visible
 
 __all__ = ["export_command", "generate_command", "import_command"]
 
@@ -55,7 +56,9 @@ def import_command(
                 progress=progress,
             )
         result.values = {"run": run, **asdict(info)}
-        result.text = f"imported {model} into {run}: {info.precision}, store {', '.join(info.stores)}"
+        result.text = visible(
+            f"imported {model} into {run}: {info.precision}, store {', '.join(info.stores)}"
+        )
 
 
 def generate_command(  # noqa: PLR0913 - an option each
@@ -113,4 +116,4 @@ def export_command(
         with result.counting("export") as progress:
             export_model(RunFolder(run), out, dtype=dtype, progress=progress)
         result.values = {"run": run, "out": out, "dtype": dtype}
-        result.text = f"exported {run} to {out}"
+        result.text = visible(f"exported {run} to {out}")

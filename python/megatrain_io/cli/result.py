@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from megatrain_io.errors import InterruptedRunError, MegatrainIoError
+from megatrain_io.text import visible
 
 __all__ = ["CommandResult", "command"]
 
@@ -41,7 +42,7 @@ class CommandResult:
 
     def fail(self, message: str, kind: str, exit_code: int) -> None:
         """Print an error on standard error, and make it the result, in place of what was there."""
-        typer.echo(f"megatrain-io: {message}", err=True)
+        typer.echo(f"megatrain-io: {visible(message)}", err=True)
         self.exit_code = exit_code
         self.text = ""
         self.values = {"error": {"kind": kind, "message": message, "exit_code": exit_code}}
@@ -72,7 +73,10 @@ def command(*, json_output: bool, interrupted: str) -> Iterator[CommandResult]:
     if json_output:
         typer.echo(json.dumps(_plain(result.values), allow_nan=False))
     elif result.text:
-        typer.echo(result.text)
+        # A line of a result may hold anything that a model says; what a pipe takes is left as it is.
+        is_shown = sys.stdout.isatty()
+        for line in result.text.split("\n"):
+            sys.stdout.write(f"{visible(line) if is_shown else line}\n")
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

@@ -9,6 +9,7 @@ import typer
 
 from megatrain_io.cli.result import command
 from megatrain_io.errors import ConfigError, CorruptionError, StorageError
+from megatrain_io.text import visible
 
 if TYPE_CHECKING:
     from megatrain_io.runs.cleanup import Leftover, Leftovers
@@ -91,7 +92,9 @@ def clean_command(
 
         leftovers = Leftovers(RunFolder(run), store_dirs=store_dir or None, cache=cache, store=store)
         result.values = {"run": run, "removed": [], "bytes": 0}
-        result.text = f"{run}: nothing to remove" if not leftovers.found else "Nothing was removed."
+        result.text = (
+            f"{visible(str(run))}: nothing to remove" if not leftovers.found else "Nothing was removed."
+        )
         if leftovers.found and (yes or _agrees(leftovers)):
             removed = [asdict(leftover) for leftover in leftovers.remove()]
             result.values |= {"removed": removed, "bytes": leftovers.nbytes}
@@ -101,8 +104,8 @@ def clean_command(
 
 def _damage_line(damage: "DamagedExtent") -> str:
     if damage.expected is None:
-        return damage.message  # it could not be read: there is nothing to compare
-    return (
+        return visible(damage.message)  # it could not be read: there is nothing to compare
+    return visible(
         f"record {damage.record}, chunk {damage.chunk}, {damage.group} group, at {damage.path}+{damage.offset}: "
         f"checksum {damage.expected} expected, {damage.found} found; tensors {', '.join(damage.tensors)}"
     )
@@ -136,7 +139,7 @@ def _can_ask() -> bool:
 
 
 def _leftover_line(leftover: "Leftover") -> str:
-    return f"  {_size(leftover.nbytes):>9}  {leftover.path}: {leftover.what}"
+    return f"  {_size(leftover.nbytes):>9}  {visible(f'{leftover.path}: {leftover.what}')}"
 
 
 def _size(nbytes: int) -> str:

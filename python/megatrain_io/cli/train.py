@@ -56,13 +56,13 @@ def train_command(
     sentence = "The last committed step is safe: go on with the same command and --resume."
     with command(json_output=json_output, interrupted=sentence) as result:
         from megatrain_io.config.parse import load
+        from megatrain_io.text import rows, visible
 
         config, notes = load(config_file, overrides or [])
         for note in notes:
-            typer.echo(f"note: {note}", err=True)
+            typer.echo(f"note: {visible(note)}", err=True)
 
         from megatrain_io.paging.trace import Trace
-        from megatrain_io.text import rows
         from megatrain_io.training.callbacks import Callback, TraceCallback
         from megatrain_io.training.reporters import reporter
         from megatrain_io.training.trainer import train

@@ -15,6 +15,7 @@ from megatrain_io.runs.metrics import last_report
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.inspect import Owner, StoreInfo, owner_of, store_info
 from megatrain_io.store.layout import Durability, ModelLayout
+from megatrain_io.text import visible
 
 __all__ = ["RunStatus", "examine", "render"]
 
@@ -128,7 +129,7 @@ def examine(run: RunFolder) -> RunStatus:
 
 def render(status: RunStatus) -> str:
     """The status as text for a person, a line for each fact."""
-    return "\n".join(f"{name:<10} {value}" for name, value in _lines(status))
+    return "\n".join(f"{name:<10} {visible(value)}" for name, value in _lines(status))
 
 
 def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:

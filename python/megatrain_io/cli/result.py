@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from megatrain_io.errors import InterruptedRunError, MegatrainIoError
+from megatrain_io.errors import DoesNotFitError, InterruptedRunError, MegatrainIoError, StorageError
 from megatrain_io.text import visible
 
 __all__ = ["CommandResult", "command"]
@@ -68,6 +68,10 @@ def command(*, json_output: bool, interrupted: str) -> Iterator[CommandResult]:
         if is_bug:
             message = f"{message}. This is a bug in megatrain-io: please report it"
         result.fail(message, type(error).__name__, error.exit_code)
+    except BrokenPipeError:
+        raise
+    except (OSError, MemoryError) as error:
+        result.fail(*_of_the_system(error))
     except KeyboardInterrupt:
         result.fail(f"interrupted. {interrupted}", "KeyboardInterrupt", InterruptedRunError.exit_code)
     if json_output:
@@ -79,6 +83,18 @@ def command(*, json_output: bool, interrupted: str) -> Iterator[CommandResult]:
             sys.stdout.write(f"{visible(line) if is_shown else line}\n")
     if result.exit_code:
         raise typer.Exit(result.exit_code)
+
+
+def _of_the_system(error: OSError | MemoryError) -> tuple[str, str, int]:
+    """What is said of an error of the system's for which nothing nearer had a sentence; its kind and its exit code."""
+    if isinstance(error, MemoryError):
+        advice = "there is not enough memory for this. End other programs, or give it a smaller model or file"
+        return advice, DoesNotFitError.__name__, DoesNotFitError.exit_code
+    place = f"{error.filename}: " if error.filename else ""
+    advice = (
+        f"{place}{error.strerror or error}. Look at the path and its permissions, and at the system's log"
+    )
+    return advice, StorageError.__name__, StorageError.exit_code
 
 
 def _plain(value: Any) -> Any:

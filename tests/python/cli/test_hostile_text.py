@@ -139,6 +139,37 @@ def test_no_text_from_outside_steers_a_terminal(case, model, source, tmp_path):
     assert RAW.search(shown) is None, shown
 
 
+NAME = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            ["status", NAME],
+            ["verify", NAME],
+            ["clean", NAME],
+            ["export", NAME, "out"],
+            ["export", "/dev/null", "out"],
+        ),
+        *(
+            ["generate", NAME, "-p", "hi"],
+            ["import", NAME, "run"],
+            ["import", "/dev/null", "run"],
+            ["plan", NAME],
+        ),
+        *(["plan", "/dev/zero"], ["plan", ".", "--on", NAME], ["bench", NAME], ["doctor", NAME]),
+        *(["train", "--config", NAME], ["train", "--trace", NAME, "model=m", "output_dir=o", "data.train=t"]),
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_no_file_has_is_one_sentence(words, tmp_path, monkeypatch):
+    """A name of 300 bytes ended in a traceback of ``lstat``."""
+    monkeypatch.chdir(tmp_path)
+    assert refused(*words).count("\n") == 1
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_what_a_terminal_may_be_given():
     assert visible("a\tb \u00e4\u4e2d\U0001f600\n  indented") == "a\tb \u00e4\u4e2d\U0001f600\n  indented"
     assert visible("\x1b[2J\x9b\r\u202e\ud800\nline") == "\\x1b[2J\\x9b\\r\\u202e\\ud800\\nline"

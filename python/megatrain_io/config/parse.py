@@ -38,6 +38,10 @@ _TEXT_KEYS = {
     "fields",
     "data.train",
 }
+_NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+"""What PyYAML raises: the others for dates and numbers that are none, wrong tags, and what is nested too deeply."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
 _EXPONENT = re.compile(r"([-+]?)(\d*)\.?(\d*)[eE]([-+]?)(\d+)")
 
 
@@ -138,15 +142,14 @@ class _Reading:
         try:
             loader = yaml.SafeLoader(path.read_bytes())
             root = loader.get_single_node()
-            if isinstance(root, yaml.MappingNode):
-                for section, name, node, place in self._nodes(root):
-                    self._take_node(loader, section, name, node, place)
-            elif root is not None:
-                raise ConfigError(f"{path}: must hold keys and values, such as `model: ./Qwen3-8B`")
-        except yaml.YAMLError as error:
+        except _NOT_YAML as error:
             raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from error
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        if not isinstance(root, yaml.MappingNode | None):
+            raise ConfigError(f"{path}: must hold keys and values, such as `model: ./Qwen3-8B`")
+        for section, name, node, place in () if root is None else self._nodes(root):
+            self._take_node(loader, section, name, node, place)
 
     def _nodes(self, root: yaml.MappingNode) -> Iterator[tuple[str, str, yaml.Node, _Place]]:
         for section, node, place in _pairs(root):
@@ -166,7 +169,11 @@ class _Reading:
         if key in self._values:
             self._problem(label, f"given twice, also in {self._values[key][1]}; keep one", place)
             return
-        value = loader.construct_object(node, deep=True)
+        try:
+            value = loader.construct_object(node, deep=True)
+        except _NOT_YAML as error:  # a day that no month has, a number without digits
+            self._problem(label, f"the value is not YAML: {_yaml_problem(error)}", place)
+            return
         number = _number(key, value)
         if number is not None:
             self.notes.append(
@@ -186,7 +193,7 @@ class _Reading:
             return
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except _NOT_YAML as error:
             self._problem(written, f"the value is not YAML: {_yaml_problem(error)}")
             return
         self._set(written, value, _COMMAND_LINE)
@@ -344,10 +351,15 @@ def _point_and_sign(text: str) -> str:
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return value if isinstance(value, str) and value.isidentifier() else reprlib.repr(value)
+    is_short_word = isinstance(value, str) and value.isidentifier() and len(value) <= _SHORT.maxstring
+    return value if is_short_word else _SHORT.repr(value)
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, AttributeError):
+        return "it is not what its tag says"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"

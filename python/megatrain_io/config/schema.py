@@ -6,6 +6,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatrain_io.config.values import (
+    EPSILON_MAX,
     INT_MAX,
     SEED_MAX,
     Count,
@@ -16,6 +17,7 @@ from megatrain_io.config.values import (
     LocalPath,
     Paths,
     Size,
+    TemplateText,
     WholeCount,
 )
 
@@ -49,7 +51,7 @@ class DataConfig(Section):
     """put several examples into one sequence, without letting them see each other"""
     assistant_only_loss: bool = True
     """train on answers, not on prompts"""
-    chat_template: str | None = None
+    chat_template: TemplateText | None = None
     """name, file or text of a chat template, where the model has none"""
 
 
@@ -76,7 +78,7 @@ class TrainConfig(Section):
     """decay of the first moment"""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """decay of the second moment"""
-    adam_epsilon: Fp32Positive = 1e-8
+    adam_epsilon: Annotated[Fp32Positive, Field(le=EPSILON_MAX)] = 1e-8
     """added to the denominator"""
     max_grad_norm: Fp32Positive | None = None
     """largest norm of all gradients together, exact; an update then waits for the next step; null: no limit"""

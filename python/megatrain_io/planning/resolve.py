@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
+import psutil
 import torch
 
 from megatrain_io.config.schema import RunConfig
 from megatrain_io.data.batch import MicroBatch
-from megatrain_io.errors import ConfigError, MegatrainIoError
+from megatrain_io.errors import ConfigError, DoesNotFitError, MegatrainIoError
 from megatrain_io.machine.hardware import Gpu, Hardware, this_machine
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.machine.precision import fastest_on_cpu
@@ -36,6 +37,7 @@ from megatrain_io.store.dtypes import FORMATS
 from megatrain_io.store.layout import ModelLayout, Precision
 from megatrain_io.store.paged_store import store_memory
 from megatrain_io.store.state_format import SPECS
+from megatrain_io.text import gib
 
 __all__ = [
     "DataShape",
@@ -235,9 +237,21 @@ def hardware_here(
     return this_machine(folders, ram, precision, profile, gpu=gpu, asks_drives=for_plan)
 
 
-def ram_of(asked: int | None) -> int:
-    """Bytes of RAM that training may take: ``memory.ram``, or half of what is free."""
-    return int(usable_ram()[0] * _SHARE_OF_FREE_RAM) if asked is None else asked
+def ram_of(asked: int | None, key: str = "memory.ram") -> int:
+    """Bytes of RAM that training may take: what was asked for, or half of what is free.
+
+    Raises:
+        DoesNotFitError: this machine has less than that; the message calls it ``key``.
+    """
+    if asked is None:
+        return int(usable_ram()[0] * _SHARE_OF_FREE_RAM)
+    total = psutil.virtual_memory().total
+    if asked > total:
+        raise DoesNotFitError(
+            f"{key} is {gib(asked)}, and this machine has {gib(total)}: set it to less, or leave it out to take half "
+            "of what is free"
+        )
+    return asked
 
 
 def _vram_of(asked: int | None, gpu: Gpu | None) -> int | None:

@@ -184,8 +184,9 @@ def ram_asked(value: int | str | None) -> int:
 
     Raises:
         ConfigError: it is no size.
+        DoesNotFitError: this machine has less.
     """
-    return ram_of(None if value is None else _size("ram", value))
+    return ram_of(None if value is None else _size("ram", value), "ram")
 
 
 def device_of(

@@ -155,6 +155,7 @@ class _Request:
     def __init__(self, config: RunConfig, folder: RunFolder, device: Device, own: OwnSequence | None) -> None:
         self._config, self._folder, self._device, self._own = config, folder, device, own
         self._gpu = gpu_of(device)
+        self._ram = ram_of(config.memory.ram)
         asked = config.train.precision
         self._precision, self.notes = resolve_precision(asked, config.model, folder, self._gpu)
 
@@ -201,10 +202,9 @@ class _Request:
             own=self._own,
         )
         stores = folder.store_paths() if folder.is_imported else folder.stores_in(config.memory.store_dir)
-        ram = ram_of(config.memory.ram)
         job = resolve(
             config,
-            hardware=hardware_here(stores, ram, self._precision, self._gpu, for_plan=False),
+            hardware=hardware_here(stores, self._ram, self._precision, self._gpu, for_plan=False),
             precision=self._precision,
             partition=partition,
             layout=layout,

@@ -42,6 +42,10 @@ def problems(path, *overrides):
     return str(caught.value).splitlines()
 
 
+TEMPLATE = "must be a name, a file or the text of a chat template, or null for the model's own"
+LONG = "must be a path, of 4095 bytes at most with names of 255 bytes at most: here one has"
+
+
 def problem(*overrides):
     """The one problem with these overrides on top of a sound minimum."""
     (line,) = problems(None, *MINIMAL, *overrides)
@@ -118,7 +122,15 @@ def test_fields_can_be_given_one_by_one(write):
 
 def test_home_is_understood(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    config, _ = load(None, ["model=~/m", "output_dir=o", "data.train=~/a", "memory.store_dir=~/mt"])
+    asked = [
+        "model=~/m",
+        "output_dir=o",
+        "data.train=~/a",
+        "memory.store_dir=~/mt",
+        "chat_template=~/t.jinja",
+    ]
+    config, _ = load(None, asked)
+    assert config.data.chat_template == "/home/ada/t.jinja"
     assert config.model == Path("/home/ada/m")
     assert config.data.train == ["/home/ada/a"]
     assert config.memory.store_dir == (Path("/home/ada/mt"),)
@@ -299,6 +311,24 @@ def test_sections_of_other_tools_too(write):
         ("memory.store_dir=3", "must be a path, as text, and is 3"),
         ("memory.store_dir=[]", "must be a path, or a list of paths, and is []"),
         ("data.fields={a: 2}", "must be a valid string, and is {'a': 2}"),
+        ("ram=1e-5", "must be a size, such as 4GiB, and is '1e-5'"),  # was taken for 1 EB
+        ("ram=5", "must be a size with its unit, such as 4GiB: without one it is bytes, and is 5"),
+        ("vram='16'", "must be a size with its unit, such as 4GiB: without one it is bytes, and is '16'"),
+        ("ram=1e3GiB", "must be a size, such as 4GiB, and is '1e3GiB'"),
+        ("ram=99999999999TiB", "must be a size, such as 4GiB, and is '99999999999TiB'"),
+        ("adam_epsilon=0.5", "must be less than or equal to 0.01, and is 0.5"),
+        ("chat_template=''", f"{TEMPLATE}, and is ''"),
+        ("chat_template=7", f"{TEMPLATE}, and is 7"),
+        (
+            'data.train="a\\0b"',
+            "must be a path: it has a NUL character, which no file name has, and is 'a\\x00b'",
+        ),
+        (
+            'model="a\\uD800"',
+            "must be a path: it has half of a pair of characters, which no file name has, and is 'a\\ud800'",
+        ),
+        (f"output_dir={'a' * 300}", f"{LONG} 300, and is 'aaaaaaaaaaaa...aaaaaaaaaaaaa'"),
+        (f"store_dir=[x, {'b' * 300}/y]", f"{LONG} 300, and is ['x', 'bbbbbbbbbbbb...bbbbbbbbbbb/y']"),
     ],
 )
 def test_values(override, must):
@@ -345,12 +375,43 @@ def test_a_key_given_twice(write):
 )
 def test_files_that_are_no_configuration(write, text, message):
     path = write(text)
-    line = problems(path)[0]
-    assert line == f"{path}: {message}" if message else line.startswith(f"{path}: not YAML: ")
+    lines = problems(path)
+    assert lines == [f"{path}: {message}"] if message else sum("not YAML: " in line for line in lines) == 1
 
 
 def test_an_empty_file_lacks_what_is_required(write):
     assert len(problems(write(""))) == 4
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("2024-13-45", "month must be in 1..12"),
+        ("0b_", "invalid literal for int"),
+        ("9" * 5000, "Exceeds the limit"),
+        ("[" * 3000, "it is nested too deeply"),
+        ("{a: " * 3000, "it is nested too deeply"),
+        ("!!timestamp x", "it is not what its tag says"),
+        ("!!float x", "could not convert"),
+        ("!!binary x", "failed to decode base64"),
+        ("!!python/name:os.system", "could not determine a constructor"),
+    ],
+)
+def test_what_pyyaml_stumbles_over_is_one_sentence(write, written, problem):
+    """They ended in tracebacks of datetime, of int and of the parser."""
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load(None, [*MINIMAL, f"learning_rate={written}"])
+    assert "learning_rate: the value is not YAML: " in str(caught.value)
+    (line,) = problems(
+        write(f"model: m\noutput_dir: o\ndata: {{train: a}}\ntrain:\n  learning_rate: {written}\n")
+    )
+    assert "not YAML: " in line
+    assert problem in line
+
+
+def test_a_bomb_of_aliases_is_refused_without_being_unfolded(write):
+    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))
+    assert len("".join(problems(write(f"a0: &a0 [lol]\n{levels}\nmodel: *a29\n")))) < 10_000
 
 
 def test_files_that_are_not_there(tmp_path):

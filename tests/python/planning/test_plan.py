@@ -5,6 +5,7 @@ import re
 import subprocess
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from transformers import Qwen3MoeConfig
 from typer.testing import CliRunner
@@ -219,6 +220,18 @@ def nearest_fits(model, on, problem, **settings):
 
 
 @pytest.mark.slow
+def test_more_ram_than_the_machine_has_is_refused_by_plan_and_train(source, tmp_path):
+    """500GiB on a machine with 24 were taken without a word: a unit that was mistaken for another one."""
+    total = psutil.virtual_memory().total
+    settings = {"memory.ram": 2 * total, "output_dir": str(tmp_path / "run")}
+    sentence = rf"memory.ram is {2 * total / 2**30:.1f} GiB, and this machine has {total / 2**30:.1f} GiB: "
+    with pytest.raises(DoesNotFitError, match=sentence):
+        mt.plan(source / "model", settings=settings)
+    with pytest.raises(DoesNotFitError, match=sentence):
+        train(configured(source, tmp_path / "run", memory={"ram": 2 * total}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_little_ram_is_refused_with_both_numbers_and_the_nearest_that_fits_is_trained(source, tmp_path):
     settings = {"data.max_length": 128, "train.per_device_train_batch_size": 4, "memory.ram": "1700KiB"}
     on = machine(tmp_path)

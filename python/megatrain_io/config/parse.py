@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from megatrain_io.config.aliases import ALIASES, ELSEWHERE
 from megatrain_io.config.schema import ROOT, SECTIONS, RunConfig
+from megatrain_io.config.yaml_text import NOT_YAML, yaml_problem
 from megatrain_io.errors import ConfigError
 
 __all__ = ["describe_keys", "load", "load_config"]
@@ -38,8 +39,6 @@ _TEXT_KEYS = {
     "fields",
     "data.train",
 }
-_NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
-"""What PyYAML raises: the others for dates and numbers that are none, wrong tags, and what is nested too deeply."""
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _EXPONENT = re.compile(r"([-+]?)(\d*)\.?(\d*)[eE]([-+]?)(\d+)")
@@ -142,8 +141,8 @@ class _Reading:
         try:
             loader = yaml.SafeLoader(path.read_bytes())
             root = loader.get_single_node()
-        except _NOT_YAML as error:
-            raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from error
+        except NOT_YAML as error:
+            raise ConfigError(f"{path}: not YAML: {yaml_problem(error)}") from error
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
         if not isinstance(root, yaml.MappingNode | None):
@@ -171,8 +170,8 @@ class _Reading:
             return
         try:
             value = loader.construct_object(node, deep=True)
-        except _NOT_YAML as error:  # a day that no month has, a number without digits
-            self._problem(label, f"the value is not YAML: {_yaml_problem(error)}", place)
+        except NOT_YAML as error:  # a day that no month has, a number without digits
+            self._problem(label, f"the value is not YAML: {yaml_problem(error)}", place)
             return
         number = _number(key, value)
         if number is not None:
@@ -193,8 +192,8 @@ class _Reading:
             return
         try:
             value = yaml.safe_load(text)
-        except _NOT_YAML as error:
-            self._problem(written, f"the value is not YAML: {_yaml_problem(error)}")
+        except NOT_YAML as error:
+            self._problem(written, f"the value is not YAML: {yaml_problem(error)}")
             return
         self._set(written, value, _COMMAND_LINE)
 
@@ -353,14 +352,3 @@ def _shown(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     is_short_word = isinstance(value, str) and value.isidentifier() and len(value) <= _SHORT.maxstring
     return value if is_short_word else _SHORT.repr(value)
-
-
-def _yaml_problem(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    if isinstance(error, AttributeError):
-        return "it is not what its tag says"
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
-    return " ".join(str(error).split())

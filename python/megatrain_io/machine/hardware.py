@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatrain_io.config.values import Size
+from megatrain_io.config.yaml_text import NOT_YAML, yaml_problem
 from megatrain_io.errors import ConfigError
 from megatrain_io.machine.drive import examine_drive, is_network, read_mounts
 from megatrain_io.machine.extension import state_formats
@@ -226,9 +227,11 @@ def load_hardware(machine: str) -> Hardware:
                 f"with megatrain-io: {', '.join(known)}"
             ) from error
     try:
-        return Hardware.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+        content = yaml.safe_load(text)
+    except NOT_YAML as error:
+        raise ConfigError(f"{source}: not YAML: {yaml_problem(error)}") from error
+    try:
+        return Hardware.model_validate(content)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}"

@@ -3,9 +3,9 @@
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatrain_io.errors import ConfigError, StorageError
 
@@ -22,8 +22,12 @@ __all__ = [
 ]
 
 
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Rate(_Model):
@@ -37,15 +41,15 @@ class Rate(_Model):
         nbytes: moved in all windows.
     """
 
-    gb_per_s: float
-    least: float
-    most: float
-    cpu_s_per_gb: float
-    nbytes: int
+    gb_per_s: Positive
+    least: NotNegative
+    most: Positive
+    cpu_s_per_gb: NotNegative
+    nbytes: Annotated[int, Field(ge=0)]
 
 
 class FlushProfile(_Model):
-    """Seconds until writes are on stable storage.
+    """NotNegative until writes are on stable storage.
 
     Attributes:
         count: number of flushes of each kind.
@@ -56,10 +60,10 @@ class FlushProfile(_Model):
     """
 
     count: int
-    sync_median: float
-    sync_p99: float
-    durable_write_median: float
-    durable_write_p99: float
+    sync_median: NotNegative
+    sync_p99: NotNegative
+    durable_write_median: NotNegative
+    durable_write_p99: NotNegative
 
 
 class Sustained(_Model):
@@ -74,11 +78,11 @@ class Sustained(_Model):
         ended: why it stopped: ``steady`` after a knee, or at the limit of ``size`` or ``time``.
     """
 
-    before_gb_per_s: float
-    after_gb_per_s: float
+    before_gb_per_s: Positive
+    after_gb_per_s: Positive
     knee_bytes: int | None
     nbytes: int
-    seconds: float
+    seconds: NotNegative
     ended: Literal["steady", "size", "time"]
 
 
@@ -120,8 +124,8 @@ class CpuProfile(_Model):
 
     memory_copy: Rate
     checksum: Rate
-    adamw_f32: float
-    adamw_split: float
+    adamw_f32: Positive
+    adamw_split: Positive
     kernel: str
 
 
@@ -129,8 +133,8 @@ class MatmulProfile(_Model):
     """Square matrix products [size, size], in GFLOP/s by dtype."""
 
     device: str
-    bf16: float
-    fp32: float
+    bf16: Positive
+    fp32: Positive
     size: int
 
 

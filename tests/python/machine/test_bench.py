@@ -167,6 +167,16 @@ def test_what_is_no_profile_is_refused_before_anything_is_measured(text, tmp_pat
     assert entries(tmp_path) == ["profile.json"]
 
 
+@pytest.mark.parametrize("rate", [0, -1, float("inf"), float("nan"), None, "fast"])
+def test_a_profile_with_a_rate_that_none_has_is_refused(rate, measured, tmp_path):
+    """Infinite pace of AdamW ended in a traceback of the plan."""
+    profile, path = json.loads(measured[0].read_text()), tmp_path / "profile.json"
+    profile["cpu"]["adamw_split"] = rate
+    path.write_text(json.dumps(profile))
+    with pytest.raises(ConfigError, match=r"is no profile that this version reads .* megatrain-io bench"):
+        Profile.read(path)
+
+
 def test_a_profile_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file" / "profile.json", tmp_path):

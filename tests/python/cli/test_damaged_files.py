@@ -27,7 +27,7 @@ from runs import ENGINE, WORDS, planes_of, start
 
 GROUP = 10
 """Damages of a test: more would hide which of them hangs."""
-DAMAGES = int(os.environ.get("MEGATRAIN_SOAK_DAMAGES", "80"))
+DAMAGES = int(os.environ.get("MEGATRAIN_SOAK_DAMAGES", "40"))
 PROCESSES = int(os.environ.get("MEGATRAIN_SOAK_DAMAGED_PROCESSES", "1"))
 RESUME = ["train", "--config", "run.yaml", "--resume"]
 FRESH = ["train", "--config", "fresh.yaml"]

@@ -17,6 +17,7 @@ from megatrain_io.machine import hardware
 from megatrain_io.machine.bench import Options, bench
 from megatrain_io.machine.hardware import Hardware, known_machines, load_hardware
 from megatrain_io.machine.memory import usable_ram
+from megatrain_io.machine.precision import fastest_on_cpu
 from megatrain_io.machine.profile import default_path
 from megatrain_io.machine.smart import parse_smart
 from megatrain_io.planning import planner, resolve
@@ -70,7 +71,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="megatrain-io")
 
 
-SMALL = {"data.max_length": 64, "train.gradient_accumulation_steps": 2}
+SMALL = {"data.max_length": 64, "train.gradient_accumulation_steps": 2, "train.precision": "bf16"}
 KEPT = 1e-3
 """A norm that every step's is larger than: no update is made before it is known."""
 
@@ -354,15 +355,17 @@ def gpu(vram, **more):
 
 def test_a_gpu_without_bf16_is_planned_in_fp32_and_it_is_said(model, tmp_path):
     on = machine(tmp_path, ram="8GiB", device=gpu("8GB", has_bf16=False))
-    found = mt.plan(model, on=on, settings=SMALL)
+    settings = SMALL | {"train.precision": "auto"}
+    found = mt.plan(model, on=on, settings=settings)
     assert found.settings["precision"] == "fp32"
     assert "because a small one does not compute in bf16: 16 bytes are read and 12 written" in str(found)
     with pytest.raises(ConfigError, match="a small one does not compute in bf16"):
         mt.plan(model, on=on, settings=SMALL | {"train.precision": "bf16"})
-    with_it = mt.plan(model, on=machine(tmp_path, ram="8GiB", device=gpu("8GB")), settings=SMALL)
-    on_cpu = mt.plan(model, on=on, settings=SMALL | {"train.device": "cpu"})
+    with_it = mt.plan(model, on=machine(tmp_path, ram="8GiB", device=gpu("8GB")), settings=settings)
+    on_cpu = mt.plan(model, on=on, settings=settings | {"train.device": "cpu"})
+    assert with_it.settings["precision"] == "bf16"
+    assert on_cpu.settings["precision"] == fastest_on_cpu()
     for other in (with_it, on_cpu):
-        assert other.settings["precision"] == "bf16"
         assert "does not compute in bf16" not in str(other)
     assert found.vram_bytes > with_it.vram_bytes
 

@@ -84,6 +84,7 @@ def created(path, model=None, **more):
     model = made() if model is None else model
     if not isinstance(model, str | Path | mt.PagedModel) and "blocks" not in more:
         more["blocks"] = "layers"
+    more.setdefault("precision", "bf16")  # whatever computes fastest here
     with mt.PagedModel.create(model, files(path), **options(**more)) as paged:
         yield paged
 

@@ -23,6 +23,7 @@ def configured(source, run, *, data="train.jsonl", memory=None, **changes):
         "learning_rate": 3e-3,
         "warmup_steps": 1,
         "weight_decay": 0.1,
+        "precision": "bf16",  # whatever computes fastest here
     }
     return RunConfig(
         model=source / "model",

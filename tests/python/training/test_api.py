@@ -104,7 +104,7 @@ def test_the_example_has_the_bits_of_the_command_line(example, source, tmp_path,
         "what is evaluated afterwards is what training has measured"
     )
     assert re.search(r"^the quick brown -> ", out, re.MULTILINE)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "trained", dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "trained", dtype="auto")
     weights = {
         name: tensor for (name, plane), tensor in planes_of(tmp_path / "run").items() if plane == "weight"
     }

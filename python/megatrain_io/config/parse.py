@@ -19,6 +19,7 @@ from megatrain_io.config.aliases import ALIASES, ELSEWHERE
 from megatrain_io.config.schema import ROOT, SECTIONS, RunConfig
 from megatrain_io.config.yaml_text import NOT_YAML, yaml_problem
 from megatrain_io.errors import ConfigError
+from megatrain_io.files import SETTINGS_BYTES_MAX, read_file
 
 __all__ = ["describe_keys", "load", "load_config"]
 
@@ -139,7 +140,7 @@ class _Reading:
     def read_file(self, path: Path) -> None:
         """Read the keys of a YAML file."""
         try:
-            loader = yaml.SafeLoader(path.read_bytes())
+            loader = yaml.SafeLoader(read_file(path, SETTINGS_BYTES_MAX))
             root = loader.get_single_node()
         except NOT_YAML as error:
             raise ConfigError(f"{path}: not YAML: {yaml_problem(error)}") from error

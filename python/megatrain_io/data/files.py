@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatrain_io.errors import DataError
+from megatrain_io.files import open_file
 
 __all__ = ["Row", "SourceFile", "find_files", "json_name", "read_passages", "read_rows"]
 
@@ -134,7 +135,7 @@ def _refuse_columnar(path: Path) -> None:
 def _source_file(path: Path, name: str, unknown_as: Kind | None) -> SourceFile:
     kind = _KINDS.get(path.suffix.lower(), unknown_as or "text")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(len(_LFS_POINTER))
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -153,7 +154,7 @@ def _source_file(path: Path, name: str, unknown_as: Kind | None) -> SourceFile:
 def _lines(file: SourceFile) -> Iterator[tuple[int, str, int]]:
     """Yield (number, text with its line end, bytes read so far) of each line."""
     bytes_read = 0
-    with file.path.open("rb") as stream:
+    with open_file(file.path) as stream:
         for number, raw in enumerate(stream, 1):
             bytes_read += len(raw)
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw

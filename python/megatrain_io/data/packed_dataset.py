@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch, blank_micro_batch
 from megatrain_io.data.packing import STARTS, TRAINED, Shard
 from megatrain_io.errors import DataError
+from megatrain_io.files import open_file
 
 __all__ = ["EpochOrder", "PackedDataset"]
 
@@ -158,7 +159,7 @@ class PackedDataset:
 
     def _read(self, offset: int, size: int) -> bytes:
         try:
-            with self._path.open("rb") as file:
+            with open_file(self._path) as file:
                 file.seek(offset)
                 return zstandard.ZstdDecompressor().decompress(file.read(size))
         except (OSError, zstandard.ZstdError) as error:

@@ -28,6 +28,7 @@ from megatrain_io.data.packed_dataset import EpochOrder, PackedDataset
 from megatrain_io.data.packing import RowWriter, Shard
 from megatrain_io.data.tokenize import Encoder, Encoding, marked, read_chat_template, tokenizer_digest
 from megatrain_io.errors import ConfigError, DataError, StorageError
+from megatrain_io.files import make_folder, new_file, read_file, replace_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ __all__ = ["DataOptions", "DataSummary", "FileSummary", "TrainingData", "prepare
 _CACHE_VERSION = 1
 _INDEX = "index.json"
 _SHARD = "{}.tokens"
+_INDEX_BYTES_MAX = 256 << 20
 # Documents that are tokenised together: as many, or of as many bytes.
 _BATCH_DOCUMENTS = 256
 _BATCH_BYTES = 1 << 20
@@ -207,8 +209,9 @@ class _Preparation:
                 self._build(fingerprint, progress)
             except OSError as error:
                 raise StorageError(
-                    f"The tokens cannot be written to {self._cache_dir}: {error.strerror or error}. Nothing else was "
-                    f"touched. Make room there or choose another folder, then start again."
+                    f"The tokens cannot be written to {error.filename or self._cache_dir}: "
+                    f"{error.strerror or error}. Nothing else was touched. Make room there or choose another folder, "
+                    f"then start again."
                 ) from error
             data = self._load(fingerprint)
             if data is None:
@@ -238,7 +241,7 @@ class _Preparation:
     def _load(self, fingerprint: str) -> TrainingData | None:
         """The training data that the cache holds; None where it holds others, damaged ones or nothing."""
         try:
-            text = (self._cache_dir / _INDEX).read_text(encoding="utf-8")
+            text = read_file(self._cache_dir / _INDEX, _INDEX_BYTES_MAX).decode()
             checksum, _, body = text.partition("\n")
             if checksum != hashlib.sha256(body.encode()).hexdigest():
                 return None
@@ -271,16 +274,17 @@ class _Preparation:
         return PackedDataset(self._cache_dir / _SHARD.format(name), Shard(**shard), pad)
 
     def _build(self, fingerprint: str, progress: Callable[[int, int], None]) -> None:
-        self._cache_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self._cache_dir)
         # While there is no index, what else lies there is nothing.
-        (self._cache_dir / _INDEX).unlink(missing_ok=True)
+        train, eval_ = (self._cache_dir / _SHARD.format(name) for name in ("train", "eval"))
+        for path in (self._cache_dir / _INDEX, train, eval_):
+            path.unlink(missing_ok=True)
         held_out = self._options.eval is not None
-        with (self._cache_dir / _SHARD.format("train")).open("wb") as train_file:
+        with new_file(train) as train_file:
             if held_out:
-                with (self._cache_dir / _SHARD.format("eval")).open("wb") as eval_file:
+                with new_file(eval_) as eval_file:
                     shards, counts = self._tokenise(progress, train_file, eval_file)
             else:
-                (self._cache_dir / _SHARD.format("eval")).unlink(missing_ok=True)
                 shards, counts = self._tokenise(progress, train_file, None)
         index = {
             "fingerprint": fingerprint,
@@ -288,9 +292,8 @@ class _Preparation:
             "summary": asdict(self._summary(shards, counts)),
         }
         body = json.dumps(index, indent=1) + "\n"
-        fresh = self._cache_dir / "index.tmp"
-        fresh.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}", encoding="utf-8")
-        fresh.replace(self._cache_dir / _INDEX)
+        checksum = hashlib.sha256(body.encode()).hexdigest()
+        replace_file(self._cache_dir / _INDEX, f"{checksum}\n{body}")
 
     # ------------------------------------------------------------------------------------------ building
 

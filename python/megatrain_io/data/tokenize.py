@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from megatrain_io.data.formats import Completion, Conversation, Document, Instruction, Text
 from megatrain_io.errors import DataError
+from megatrain_io.files import SETTINGS_BYTES_MAX, read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -325,7 +326,7 @@ def read_chat_template(choice: str | None) -> str | None:
     if choice is None or choice in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[choice] if choice else None
     try:
-        return Path(choice).read_text(encoding="utf-8")
+        return read_file(Path(choice), SETTINGS_BYTES_MAX).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"data.chat_template: {choice!r} is neither {', '.join(CHAT_TEMPLATES)} nor a text file that can be "

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatrain_io.config.values import Size
 from megatrain_io.config.yaml_text import NOT_YAML, yaml_problem
 from megatrain_io.errors import ConfigError
+from megatrain_io.files import SETTINGS_BYTES_MAX, read_file
 from megatrain_io.machine.drive import examine_drive, is_network, read_mounts
 from megatrain_io.machine.extension import state_formats
 from megatrain_io.machine.profile import DriveProfile, Profile
@@ -220,7 +221,7 @@ def load_hardware(machine: str) -> Hardware:
     else:
         source = machine
         try:
-            text = Path(machine).read_text(encoding="utf-8")
+            text = read_file(Path(machine), SETTINGS_BYTES_MAX).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{machine} is no file with a machine that can be read ({error}), and none of those that come "

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatrain_io.errors import ConfigError, StorageError
+from megatrain_io.files import SETTINGS_BYTES_MAX, make_folder, read_file, replace_file
 
 __all__ = [
     "CpuProfile",
@@ -180,7 +181,7 @@ class Profile(_Model):
             StorageError: it cannot be read.
         """
         try:
-            return Profile.model_validate_json(path.read_text(encoding="utf-8"))
+            return Profile.model_validate_json(read_file(path, SETTINGS_BYTES_MAX))
         except FileNotFoundError:
             return None
         except (ValidationError, UnicodeDecodeError) as error:
@@ -199,7 +200,7 @@ class Profile(_Model):
             StorageError: it cannot.
         """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error.strerror}") from error
         if path.is_dir() or not os.access(path.parent, os.W_OK):
@@ -211,15 +212,11 @@ class Profile(_Model):
         Raises:
             StorageError: it cannot be written.
         """
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            part.replace(path)
+            make_folder(path.parent)
+            replace_file(path, self.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error.strerror}") from error
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def default_path() -> Path:

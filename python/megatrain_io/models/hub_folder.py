@@ -15,14 +15,15 @@ from typing import Any, NoReturn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megatrain_io.errors import ModelFilesError, UnsupportedModelError
+from megatrain_io.files import UnfitFileError, new_file, open_file, read_file
 
-__all__ = ["ModelFolder"]
+__all__ = ["COMPANIONS", "ModelFolder"]
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
-_COMPANIONS = (
+COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -156,10 +157,10 @@ class ModelFolder:
         Raises:
             ModelFilesError: one is a Git-LFS pointer or leads out of the folder.
         """
-        names = [name for name in _COMPANIONS if os.path.lexists(self.path / name)]
+        names = [name for name in COMPANIONS if os.path.lexists(self.path / name)]
         for name in names:
             path = self._inside(name)
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 if file.read(len(_GIT_LFS)) == _GIT_LFS:
                     raise ModelFilesError(
                         f"{self.path / name} is a Git-LFS pointer ({path.stat().st_size} bytes) in place of the file "
@@ -170,7 +171,7 @@ class ModelFolder:
     def copy(self, names: Sequence[str], folder: Path) -> None:
         """Copy files of this folder into another one, durably."""
         for name in names:
-            with self._inside(name).open("rb") as source, (folder / name).open("xb") as copy:
+            with open_file(self._inside(name)) as source, new_file(folder / name) as copy:
                 shutil.copyfileobj(source, copy)
                 copy.flush()
                 os.fsync(copy.fileno())
@@ -200,14 +201,11 @@ class ModelFolder:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self._inside(name)
-        size = path.stat().st_size
-        if size > _JSON_BYTES_MAX:
-            raise ModelFilesError(
-                f"{self.path / name} has {size:,} bytes, at most {_JSON_BYTES_MAX:,} are read"
-            )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_file(path, _JSON_BYTES_MAX).decode()
             content = json.loads(text, parse_constant=lambda constant: {"__float__": constant})
+        except UnfitFileError as error:
+            raise ModelFilesError(f"{self.path / name} cannot be read: {error.strerror}") from error
         except (OSError, ValueError, RecursionError) as error:
             raise ModelFilesError(f"{self.path / name} cannot be read: {error}. Fetch it again") from error
         if not isinstance(content, dict):

@@ -19,6 +19,7 @@ import torch
 from megatrain_io.errors import (
     ModelFilesError,
 )
+from megatrain_io.files import new_file
 
 __all__ = [
     "FILE_DTYPES",
@@ -93,7 +94,7 @@ class SafetensorsFile:
         """
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             self._refuse(f"cannot be opened: {error.strerror}", error)
         try:
@@ -323,7 +324,8 @@ class ShardWriter:
             self._close()
 
     def _create(self, path: Path, shard: ShardPlan) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with new_file(path) as file:
+            descriptor = os.dup(file.fileno())
         self._descriptors.append(descriptor)
         os.posix_fallocate(descriptor, 0, shard.file_bytes)
         _write_at(descriptor, shard.header, 0)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatrain_io.errors import ConfigError
-from megatrain_io.files import storage_errors
+from megatrain_io.files import new_file, storage_errors
 
 __all__ = ["Trace"]
 
@@ -32,7 +32,7 @@ class Trace:
         """
         self._path = path
         try:
-            self._file = path.open("xb", buffering=0)
+            self._file = new_file(path, buffering=0)
         except FileExistsError as error:
             raise ConfigError(f"--trace {path} exists: choose a new file, or remove it first") from error
         except FileNotFoundError as error:

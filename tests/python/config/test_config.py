@@ -418,7 +418,7 @@ def test_files_that_are_not_there(tmp_path):
     assert problems(tmp_path / "no.yaml") == [
         f"{tmp_path}/no.yaml: cannot be read: No such file or directory"
     ]
-    assert problems(tmp_path) == [f"{tmp_path}: cannot be read: Is a directory"]
+    assert problems(tmp_path) == [f"{tmp_path}: cannot be read: it is a folder, and a regular file is needed"]
 
 
 def test_a_section_that_is_a_value(write):

@@ -1,5 +1,6 @@
 """Generating text from a paged model: every token reads all weights once, and only a few blocks are in RAM."""
 
+import logging
 from collections.abc import Generator as Yields
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -33,6 +34,7 @@ from megatrain_io.paging.device.vram_budget import divide_vram
 from megatrain_io.paging.gradient import StopWeights
 from megatrain_io.paging.paged_model import PagedPartition, clear_frames
 from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.model_files import mended_model
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision
@@ -40,6 +42,7 @@ from megatrain_io.store.paged_store import Engine, PagedStore
 
 # Bytes of a device for compute: tensors of a block on a prompt, keys and values.
 _COMPUTE_NBYTES = 512 << 20
+_LOG = logging.getLogger("megatrain_io")
 
 __all__ = ["Generator", "next_tokens"]
 
@@ -180,6 +183,8 @@ class Generator:
         info = run.read()
         state = open_store(run, engine=engine)
         try:
+            for note in mended_model(run):
+                _LOG.warning("note: %s", note)
             folder = ModelFolder(run.model)
             config, tokenizer = folder.config(), folder.tokenizer()
             partition = PartitionedModel(config, DTYPES[info.precision], probe(config))

@@ -102,6 +102,11 @@ def test_the_extension_is_imported_by_few(package: dict[str, str]) -> None:
     nothing_wrong(floors.side_doors(package))
 
 
+def test_files_are_opened_in_one_place(package: dict[str, str]) -> None:
+    """A pipe as configuration hung for good; metrics could be read by everybody."""
+    nothing_wrong(floors.unguarded_opens(package))
+
+
 def test_what_must_answer_at_once_imports_nothing_heavy(package: dict[str, str]) -> None:
     nothing_wrong(floors.heavy_imports(package))
 
@@ -289,6 +294,12 @@ def test_torch_behind_a_light_module_is_caught() -> None:
             ("runs.status", "runs.status -> runs.folder -> models.probe -> torch"),
         )
     ]
+
+
+def test_a_file_that_is_opened_past_its_room_is_caught() -> None:
+    source = "open(x)\nPath(x).read_text()\nwith x.open('wb'): pass\nos.open(x, 0)\nGenerator.open(x)\nopen_file(x)"
+    found = floors.unguarded_opens({"runs.metrics": source, "files": source})
+    assert [line.partition(":")[0] for line in found] == [f"runs.metrics, line {n}" for n in (1, 2, 3, 4)]
 
 
 def test_a_room_that_brings_its_modules_along_is_caught() -> None:

@@ -7,14 +7,15 @@ None.
 import errno
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 
-from megatrain_io.errors import MegatrainIoError
+from megatrain_io.errors import MegatrainIoError, StorageError, UnsupportedError
+from megatrain_io.files import read_file
 
 __all__ = [
     "Mount",
@@ -30,6 +31,7 @@ __all__ = [
     "read_mounts",
     "read_text",
     "spins",
+    "store_drive_notes",
 ]
 
 _NETWORK = {
@@ -46,7 +48,25 @@ _NETWORK = {
     "smbfs",
     "virtiofs",
 }
-_IN_RAM = {"tmpfs", "ramfs"}
+# Of the kernel's own texts, such as the list of mounts.
+_TEXT_BYTES_MAX = 64 << 20
+_IN_RAM = {"devtmpfs", "ramfs", "tmpfs"}
+# File systems of the kernel, in which nobody keeps files.
+_KERNEL = {
+    *(
+        "autofs",
+        "binfmt_misc",
+        "bpf",
+        "cgroup",
+        "cgroup2",
+        "configfs",
+        "debugfs",
+        "devpts",
+        "efivarfs",
+        "fusectl",
+    ),
+    *("hugetlbfs", "mqueue", "nsfs", "proc", "pstore", "securityfs", "selinuxfs", "sysfs", "tracefs"),
+}
 
 
 @dataclass(frozen=True)
@@ -129,10 +149,14 @@ def drive_warnings(mount: Mount, *, rotational: bool | None, usb: bool) -> list[
     elif is_network(kind):
         found.append(f"{point} is a network or shared file system ({kind}). Put the store on a local drive")
     elif kind in _IN_RAM:
-        found.append(f"{point} is {kind}: that is RAM, and gone after a restart. Put the store on a drive")
+        found.append(
+            f"{point} is {kind}: that is RAM, no step survives a power cut or a restart, and what lies there takes RAM "
+            "that training needs. Put the store on a drive"
+        )
     elif kind == "overlay":
         found.append(
-            f"{point} is the container's own layer (overlay). Mount a folder of a local drive as a volume"
+            f"{point} is the container's own layer (overlay), which goes with the container. Mount a folder of a "
+            "local drive as a volume"
         )
     elif kind.startswith("fuse"):
         found.append(
@@ -191,7 +215,7 @@ def read_mounts() -> list[Mount]:
 def read_text(path: Path | str) -> str | None:
     """The text of a file, or None when it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        return read_file(Path(path), _TEXT_BYTES_MAX).decode(errors="replace")
     except OSError:
         return None
 
@@ -214,8 +238,7 @@ def examine_drive(folder: Path, mounts: list[Mount]) -> dict[str, Any]:
         return {**found, "file_system": None, "warnings": []}
     device = _block_device(mount)
     model = read_text(device / "device/model") if device else None
-    rotational = spins(read_text(device / "queue/rotational"), device, model) if device else None
-    usb = device is not None and any(part.startswith("usb") for part in device.parts)
+    rotational, usb = _kind_of(device, model)
     return {
         **found,
         "file_system": mount.kind,
@@ -229,6 +252,56 @@ def examine_drive(folder: Path, mounts: list[Mount]) -> dict[str, Any]:
         "queue": None if device is None else parse_queue(lambda name: read_text(device / "queue" / name)),
         "warnings": drive_warnings(mount, rotational=rotational, usb=usb),
     }
+
+
+def store_drive_notes(paths: Sequence[Path], mounts: list[Mount] | None = None) -> list[str]:
+    """What speaks against files of a run at these paths, one sentence for each drive and reason.
+
+    Args:
+        paths: of files or folders that need not be there.
+        mounts: of this process; None = as they are now.
+
+    Raises:
+        UnsupportedError: one would lie on another machine, or where nobody keeps files.
+        StorageError: one would lie where nothing can be written.
+    """
+    mounts = read_mounts() if mounts is None else mounts
+    notes: dict[str, None] = {}
+    for path in paths:
+        there = path.expanduser().resolve()
+        there = next(one for one in (there, *there.parents) if one.exists())
+        mount = mount_of(there, mounts)
+        if mount is None:
+            continue
+        if mount.kind in _KERNEL:
+            raise UnsupportedError(
+                f"{path} would lie on {mount.point} ({mount.kind}), where the kernel shows itself and no files are "
+                "kept. Choose a folder on a local drive"
+            )
+        if is_network(mount.kind):
+            raise UnsupportedError(
+                f"{path} would lie on {mount.point}, a network or shared file system ({mount.kind}): a flush there "
+                "promises nothing. Choose a folder on a local drive"
+            )
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            raise StorageError(
+                f"{path} would lie on {mount.point} ({mount.kind}), which is mounted read-only. Mount it for writing, "
+                "or choose another folder"
+            )
+        notes |= dict.fromkeys(_warnings(mount))
+    return list(notes)
+
+
+def _warnings(mount: Mount) -> list[str]:
+    device = _block_device(mount)
+    rotational, usb = _kind_of(device, read_text(device / "device/model") if device else None)
+    return drive_warnings(mount, rotational=rotational, usb=usb)
+
+
+def _kind_of(device: Path | None, model: str | None) -> tuple[bool | None, bool]:
+    """Whether a drive spins, and whether it is attached by USB."""
+    rotational = spins(read_text(device / "queue/rotational"), device, model) if device else None
+    return rotational, device is not None and any(part.startswith("usb") for part in device.parts)
 
 
 def _dio_alignment(folder: Path) -> dict[str, int] | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError, StorageError
 from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
+from megatrain_io.runs.provenance import described, found_in
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.inspect import HeldFile, held, store_info
 
@@ -173,11 +174,13 @@ class Leftovers:
     def _unfinished(self) -> Iterator[Leftover]:
         run = self.run
         model = _beside(run.model, _PARTIAL)
-        if model.is_dir() and not model.is_symlink():
+        # Of an import that was finished, it gets its name with the next start.
+        is_needed = run.is_imported and not os.path.lexists(run.model)
+        if model.is_dir() and not model.is_symlink() and not is_needed:
             yield _leftover(model, "model files of an import that was killed")
         for path in (
             *(_beside(path, ".tmp") for path in (run.info_file, run.config, run.metrics)),
-            run.data / "index.tmp",
+            *(run.data / name for name in ("index.json.tmp", "index.tmp")),
         ):
             if _is_file(path):
                 yield _leftover(path, "a file that was not written to its end")
@@ -193,8 +196,7 @@ class Leftovers:
             if not self._store:
                 return False
             raise FormatError(
-                f"{path} cannot be told to be the store of {run.path}, so it is not removed: {error}. If you know "
-                "that it is, remove it yourself"
+                f"{path} cannot be told to be the store of {run.path}, so it is not removed: {error}"
             ) from error
         if run.is_imported and state.uuid != run.read().store_uuid:
             raise FormatError(
@@ -205,12 +207,16 @@ class Leftovers:
         if not self._store:
             # An import that was killed at its very end. Elsewhere a store of this name may be another run's.
             return path == run.own_store and state.generation == 1
-        if not run.is_imported and state.generation > 1:
+        if not run.is_imported and (state.generation > 1 or self._is_of_another()):
             raise FormatError(
-                f"{path} was trained (generation {state.generation}), and {run.path} has no run.json that names it: it "
-                "may be another run's and is not removed. If you know that it is not, remove it yourself"
+                f"{path} is not removed: {described(self._store_paths)}, and {run.path} has no run.json that names it"
             )
         return True
+
+    def _is_of_another(self) -> bool:
+        """Whether a store names another run as its own."""
+        found = found_in(self._store_paths)
+        return found is not None and found[0].run != str(self.run.path.resolve())
 
 
 def _leftover(path: Path, what: str) -> Leftover:

@@ -5,6 +5,7 @@ whatever the size of the model.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from megatrain_io.errors import (
     ModelFilesError,
     NoSpaceError,
 )
-from megatrain_io.files import storage_errors, sync_folder
+from megatrain_io.files import make_folder, new_file, storage_errors, sync_folder
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.safetensors import (
@@ -33,6 +34,7 @@ from megatrain_io.models.safetensors import (
 )
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import NOTHING_LEFT, Progress
+from megatrain_io.runs.model_files import mended_model
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.dtypes import DTYPES, check_precision, dtype_of
 from megatrain_io.store.layout import ModelLayout, Precision
@@ -40,6 +42,7 @@ from megatrain_io.store.paged_store import Engine, PagedStore
 
 __all__ = ["export_model", "write_model_folder"]
 
+_LOG = logging.getLogger("megatrain_io")
 _SPARE_BYTES = 1 << 20
 
 
@@ -75,6 +78,8 @@ def export_model(
     run.read()
     _check(out, dtype, shard_bytes)  # before a store is opened that may be in use
     with storage_errors(out.absolute(), NOTHING_LEFT), open_store(run, engine=engine) as state:
+        for note in mended_model(run):
+            _LOG.warning("note: %s", note)
         write_model_folder(
             state, ModelFolder(run.model), out, dtype=dtype, shard_bytes=shard_bytes, progress=progress
         )
@@ -107,8 +112,7 @@ def write_model_folder(
         plan, shards = _plan_export(state.layout, names, wanted, shard_bytes)
         companions = folder.companions()
         _require_space(out, shards, [folder.path / name for name in companions])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        make_folder(partial)
         undo.callback(shutil.rmtree, partial, ignore_errors=True)
         with ShardWriter(partial, shards) as written:
             _write_buffers(written, names, plan)
@@ -208,8 +212,8 @@ def _config_for_export(config: Mapping[str, Any], architecture: str, dtype: torc
 
 
 def _write_text(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
+    with new_file(path) as file:
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -2,7 +2,7 @@
 
 ::
 
-    RUN/run.json        version, precision, places and UUID of the store
+    RUN/run.json        version, precision, places and UUID of the store, hashes of the files of RUN/model
     RUN/model/          config.json, tokenizer and chat template, as imported
     RUN/store.mtio      the store (elsewhere with memory.store_dir)
     RUN/config.yaml     the configuration of the last start
@@ -12,9 +12,10 @@
 
 import fcntl
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,8 @@ from megatrain_io.errors import (
     ConfigError,
     StoreInUseError,
 )
-from megatrain_io.files import replace_file
+from megatrain_io.files import SETTINGS_BYTES_MAX, append_file, new_file, read_file, replace_file
+from megatrain_io.runs.provenance import found_in
 from megatrain_io.store.layout import Precision
 
 __all__ = ["RunFolder", "RunInfo", "activations_file", "gradient_file"]
@@ -41,6 +43,8 @@ class RunInfo:
         stores: paths of the store's files, one for each drive; relative ones are meant from the run folder.
         store_uuid: UUID of the store that was made for this run.
         source: the model folder it was imported from, for the record.
+        files: for each file of RUN/model the SHA-256 that it may have, in hexadecimal; none in runs of versions that
+            did not write it down.
     """
 
     version: str
@@ -48,6 +52,7 @@ class RunInfo:
     stores: Annotated[list[str], Field(min_length=1)]
     store_uuid: str
     source: str
+    files: dict[str, list[str]] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -69,8 +74,8 @@ class RunFolder:
 
     @property
     def is_imported(self) -> bool:
-        """Whether an import into this folder was finished."""
-        return self.info_file.exists()
+        """Whether an import into this folder was finished: the store says so, too, where ``run.json`` is lost."""
+        return os.path.lexists(self.info_file) or self._of_store([self.own_store]) is not None
 
     def stores_in(self, folders: Sequence[Path] | None) -> list[Path]:
         """The files of a store, one for each drive.
@@ -86,7 +91,14 @@ class RunFolder:
             folder.expanduser() / f"{name}.{ending}" for folder, ending in zip(folders, endings, strict=True)
         ]
 
-    def write(self, precision: Precision, stores: Sequence[Path], store_uuid: str, source: Path) -> RunInfo:
+    def write(
+        self,
+        precision: Precision,
+        stores: Sequence[Path],
+        store_uuid: str,
+        source: Path,
+        files: Mapping[str, str] | None = None,
+    ) -> RunInfo:
         """Write ``run.json``, durably: from then on the import is finished.
 
         Args:
@@ -94,21 +106,70 @@ class RunFolder:
             stores: the files of the store, one for each drive.
             store_uuid: UUID of the store.
             source: the model folder that was imported.
+            files: SHA-256 of each file of the model.
         """
-        here = self.path.resolve()
-        resolved = [store.resolve() for store in stores]
         info = RunInfo(
             version=version("megatrain-io"),
             precision=precision,
-            stores=[
-                str(store.relative_to(here) if store.is_relative_to(here) else store) for store in resolved
-            ],
+            stores=self._as_recorded(stores),
             store_uuid=store_uuid,
             source=str(source.resolve()),
+            files={name: [digest] for name, digest in (files or {}).items()},
         )
         # Else the steps that follow are durable, and a power cut may take what says which store they are in.
-        replace_file(self.info_file, json.dumps(asdict(info), indent=2) + "\n")
+        self.save(info)
         return info
+
+    def save(self, info: RunInfo) -> None:
+        """Write ``run.json`` anew, durably."""
+        replace_file(self.info_file, json.dumps(asdict(info), indent=2) + "\n")
+
+    def bind(self, files: Mapping[str, str]) -> None:
+        """Let files of the model have other content from now on, beside what they may have already; durably.
+
+        Args:
+            files: SHA-256 of each.
+        """
+        info = self.read()
+        bound = info.files | {name: sorted({*info.files.get(name, []), new}) for name, new in files.items()}
+        if info.files and bound != info.files:
+            self.save(replace(info, files=bound))
+
+    def mend(self, stores: Sequence[Path]) -> list[str]:
+        """Make ``run.json`` anew where it is lost or damaged and the store says what was in it.
+
+        Args:
+            stores: where the store's files are, should the run folder not hold them.
+
+        Returns:
+            A sentence for the person; none where there was nothing to mend.
+        """
+        lost = "is damaged" if os.path.lexists(self.info_file) else "is not there"
+        if lost == "is damaged" and self._read() is not None:
+            return []
+        info = self._of_store([self.own_store]) or self._of_store(stores)
+        if info is None:
+            return []
+        self.save(info)
+        return [f"{self.info_file} {lost}: it was made anew from the store"]
+
+    def _as_recorded(self, stores: Sequence[Path]) -> list[str]:
+        here = self.path.resolve()
+        resolved = [store.resolve() for store in stores]
+        return [str(store.relative_to(here) if store.is_relative_to(here) else store) for store in resolved]
+
+    def _of_store(self, stores: Sequence[Path]) -> RunInfo | None:
+        """What ``run.json`` of this run would say, by a store in these files; None where there is none of this run."""
+        found = found_in(stores)
+        if found is None:
+            return None
+        made, store = found
+        is_here = list(stores) == [self.own_store]
+        if not is_here and made.run != str(self.path.resolve()):
+            return None
+        files = {name: [digest] for name, digest in made.files.items()}
+        recorded = self._as_recorded(stores)
+        return RunInfo(made.version, made.precision, recorded, store.uuid, made.source, files)
 
     @contextmanager
     def importing(self) -> Iterator[None]:
@@ -118,7 +179,9 @@ class RunFolder:
             StoreInUseError: another process does so now.
         """
         lock = self.path / "import.lock"
-        with lock.open("wb") as file:
+        with suppress(FileExistsError):
+            new_file(lock).close()
+        with append_file(lock) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -142,18 +205,41 @@ class RunFolder:
                 f"{self.path} is not a run folder: it has no run.json. Give the output_dir of a training run, "
                 f"or import a model first: megatrain-io import MODEL {self.path}"
             )
+        info = self._read() or self._of_store([self.own_store])
+        if info is None:
+            raise ConfigError(
+                f"{self.info_file} is damaged ({self._damage()}); the store itself is not touched. Put a copy of it in "
+                "its place; where the store lies in a memory.store_dir, megatrain-io train --config FILE --resume "
+                "with that key makes it anew from the store"
+            )
+        return info
+
+    def _read(self) -> RunInfo | None:
+        """What ``run.json`` holds; None where it is damaged."""
         try:
-            return TypeAdapter(RunInfo).validate_json(self.info_file.read_bytes(), strict=True)
+            return _parsed(self.info_file)
+        except (ValidationError, OSError):
+            return None
+
+    def _damage(self) -> str:
+        """What is wrong with ``run.json``; nothing where it is whole."""
+        try:
+            _parsed(self.info_file)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"])) or "the whole"
-            raise ConfigError(
-                f"{self.info_file} is damaged ({place}: {first['msg']}); the store itself is not touched"
-            ) from error
+            return f"{place}: {first['msg']}"
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def store_paths(self) -> list[Path]:
         """Paths of the store's files, one for each drive."""
         return [self.path / store for store in self.read().stores]
+
+
+def _parsed(path: Path) -> RunInfo:
+    return TypeAdapter(RunInfo).validate_json(read_file(path, SETTINGS_BYTES_MAX), strict=True)
 
 
 def activations_file(store: Path) -> Path:

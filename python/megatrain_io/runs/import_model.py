@@ -4,10 +4,12 @@ Each chunk's parameters are read from wherever the files hold them, and the chun
 memory, whatever the size of the model or of its largest tensor.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -20,7 +22,8 @@ from megatrain_io.errors import (
     ModelFilesError,
     UnsupportedModelError,
 )
-from megatrain_io.files import storage_errors, sync_folder
+from megatrain_io.files import make_folder, storage_errors, sync_folder
+from megatrain_io.machine.drive import store_drive_notes
 from megatrain_io.machine.precision import fastest_here
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan, Piece
@@ -29,6 +32,8 @@ from megatrain_io.models.probe import probe
 from megatrain_io.models.safetensors import TORCH_DTYPES, Checkpoint
 from megatrain_io.models.weights import WeightReader
 from megatrain_io.runs.folder import RunFolder, RunInfo
+from megatrain_io.runs.model_files import digests_of
+from megatrain_io.runs.provenance import Provenance, described
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
 from megatrain_io.store.layout import Chunk, Durability, ModelLayout, Precision, TensorPlace
@@ -50,6 +55,7 @@ TensorReader = Callable[[TensorPlace, int, int], Tensor]
 Progress = Callable[[int, int], None]
 """``progress(done, total)``: chunks done, and chunks in all."""
 
+_LOG = logging.getLogger("megatrain_io")
 _TRAINABLE = ("BF16", "F16", "F32")
 
 NOTHING_LEFT = "nothing was left behind"
@@ -143,6 +149,8 @@ def import_model(  # noqa: PLR0913 - as create_store
         chunk_parameters=chunk_parameters,
         durability=durability,
     ) as checked:
+        for note in checked.notes:
+            _LOG.warning("note: %s", note)
         return checked.write(engine=engine, ledger=ledger, progress=progress)
 
 
@@ -155,6 +163,7 @@ class ModelImport:
     Attributes:
         partition: the model without its parameters.
         layout: of the store that ``write`` makes.
+        notes: what speaks against the drives of the store, a sentence each.
 
     Raises:
         ConfigError, ModelFilesError, UnsupportedModelError: as ``import_model``.
@@ -173,7 +182,9 @@ class ModelImport:
         check_precision("precision", precision)
         self._run, self._precision = run, precision
         self._stores = [run.own_store] if stores is None else list(stores)
+        run.mend(self._stores)
         _refuse_what_is_in_the_way(run, self._stores)
+        self.notes = store_drive_notes([*self._stores, run.path])
         self._folder = ModelFolder(model_dir)
         self._undo, self._holding = ExitStack(), ExitStack()
         with ExitStack() as failing:
@@ -223,8 +234,19 @@ class ModelImport:
             partial = run.model.with_name(run.model.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
             undo.callback(shutil.rmtree, partial, ignore_errors=True)
-            partial.mkdir()
+            make_folder(partial)
             self._folder.copy(["config.json", *self._companions], partial)
+            sync_folder(partial)
+            sync_folder(run.path)
+            # The store has its name last: with it the import is finished, and all that belongs to it is on the drive.
+            files = digests_of(partial)
+            made = Provenance(
+                version("megatrain-io"),
+                self._precision,
+                str(self._folder.path.resolve()),
+                str(run.path.resolve()),
+                files,
+            )
             uuid = create_store(
                 self._stores,
                 self.layout,
@@ -233,6 +255,7 @@ class ModelImport:
                     "config": self._folder.raw_config,
                     "architecture": self._names.architecture,
                     "tied": self.partition.tied,
+                    **made.as_entry(),
                 },
                 blob=TrainerState().encode(),
                 engine=engine,
@@ -241,10 +264,10 @@ class ModelImport:
             )
             for store in self._stores:
                 undo.callback(store.unlink, missing_ok=True)
+            info = run.write(self._precision, self._stores, uuid, self._folder.path, files)
+            undo.callback(run.info_file.unlink, missing_ok=True)
             partial.rename(run.model)
-            undo.callback(shutil.rmtree, run.model, ignore_errors=True)
             sync_folder(run.path)
-            info = run.write(self._precision, self._stores, uuid, self._folder.path)
             undo.pop_all()
         return info
 
@@ -366,20 +389,24 @@ def _refuse_what_is_in_the_way(run: RunFolder, stores: Sequence[Path]) -> None:
             f"{run.path} already holds a model, imported from {run.read().source}. Train or export that one, or "
             "choose another folder"
         )
-    for path in (*stores, run.model):
-        if os.path.lexists(path):
-            raise ConfigError(
-                f"{path} is in the way: {run.path} has no run.json, so this is not of a finished import. Remove it "
-                "if an import was interrupted there, or choose another folder"
-            )
+    there = [path for path in stores if os.path.lexists(path)]
+    if there:
+        raise ConfigError(
+            f"{there[0]} is in the way: {described(stores)}, and {run.path} has no run.json that names it. Nothing was "
+            "changed. Give output_dir another name, which the files of a store have, too, or choose another "
+            "memory.store_dir"
+        )
+    if os.path.lexists(run.model):
+        raise ConfigError(
+            f"{run.model} is in the way: the model's files go there, and {run.path} has no run.json, so it is not of "
+            "an import. Nothing was changed. Choose another output_dir"
+        )
 
 
 def _make_folder(path: Path, undo: ExitStack) -> None:
     """Make a folder that only its owner may enter, and those above it; ``undo`` removes those that are new."""
-    for folder in reversed([path, *path.parents]):
-        if not folder.exists():
-            folder.mkdir(0o700)
-            undo.callback(_remove_if_empty, folder)
+    for folder in make_folder(path):
+        undo.callback(_remove_if_empty, folder)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -2,18 +2,24 @@
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, BinaryIO, Self
 
-from megatrain_io.files import replace_file
+from pydantic import Field, TypeAdapter, ValidationError
+
+from megatrain_io.files import append_file, new_file, open_file, sync_folder
+from megatrain_io.runs.state import TrainerState
 
 __all__ = ["MetricsFile", "StepReport", "TrainResult", "last_report"]
 
 _TAIL_BYTES = 1 << 16
 """Bytes at the end of the file, some hundred lines: the last whole one is among them."""
+_LINE_BYTES_MAX = 1 << 16
+"""Of a line: what is longer is none of ours."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class StepReport:
             ``inputs`` (of blocks, on the drive).
     """
 
-    step: int
+    step: Annotated[int, Field(ge=1)]
     max_steps: int
     loss: float
     learning_rate: float
@@ -99,53 +105,107 @@ class TrainResult:
 def last_report(path: Path) -> StepReport | None:
     """The newest whole line of a metrics file, also while it is written; None where there is none."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().splitlines()
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read(_TAIL_BYTES).splitlines()
     except OSError:
         return None
-    for line in reversed(lines):
-        try:
-            return StepReport(**json.loads(line))
-        except (ValueError, TypeError):
-            continue  # cut short by a crash, or not yet written to its end
-    return None
+    # Passed over: what a crash cut short, what is not yet written to its end, what was damaged or made anew.
+    return next((report for line in reversed(lines) if (report := _report_of(line)) is not None), None)
+
+
+def _report_of(line: bytes) -> StepReport | None:
+    """The figures of a line; None where it has not all of them."""
+    try:
+        return _REPORT.validate_json(line, strict=True)
+    except ValidationError:
+        return None
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line, be it of another version or made anew; None where it is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int and step > 0 else None
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, in pieces where they are too long to be ours."""
+    while line := file.readline(_LINE_BYTES_MAX):
+        yield line
 
 
 class MetricsFile:
     """Metrics as JSON lines, one for each step, in step order without repeats.
 
-    A line is durable when ``append`` returns. A step becomes durable by itself: a power cut between the two
-    may take the line of the last committed step, no other.
+    A line is durable when ``append`` returns, so before anything of the next step is. A step becomes durable by itself:
+    a power cut between the two may take the line of the last committed step, no other. That one is made anew, with
+    what the store knows of it.
+
+    Args:
+        path: of the file.
+        committed: the trainer's state as it was committed; lines of later steps, which an earlier start lost, are
+            removed.
+
+    Attributes:
+        notes: sentences about what was damaged, and what became of it.
     """
 
-    def __init__(self, path: Path, committed_step: int) -> None:
-        """Open for appending; lines of steps after ``committed_step``, which an earlier start lost, are removed."""
+    def __init__(self, path: Path, committed: TrainerState) -> None:
         self._path = path
-        self._open(committed_step)
+        self.notes: list[str] = []
+        self._open(committed)
 
-    def go_back(self, committed_step: int) -> None:
-        """Remove the lines of steps after ``committed_step``: they will be trained again."""
+    def go_back(self, committed: TrainerState) -> None:
+        """Remove the lines of steps after the committed one: they will be trained again."""
         self._file.close()
-        self._open(committed_step)
+        self._open(committed)
 
-    def _open(self, committed_step: int) -> None:
-        kept, path = [], self._path
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    step = json.loads(line)["step"]
-                except (ValueError, KeyError, TypeError):
-                    break  # a line that a crash cut short; what follows it is not in order
-                if step > committed_step:
-                    break
-                kept.append(line)
-        replace_file(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+    def _open(self, committed: TrainerState) -> None:
+        fresh = self._path.with_name(self._path.name + ".tmp")
+        fresh.unlink(missing_ok=True)  # of a process that was killed
+        with new_file(fresh) as copy:
+            self._keep(copy, committed)
+            copy.flush()
+            os.fsync(copy.fileno())
+        fresh.replace(self._path)
+        sync_folder(self._path.parent)
+        self._file = append_file(self._path)
+
+    def _keep(self, copy: BinaryIO, committed: TrainerState) -> None:
+        """Copy the lines of steps up to the committed one, and add its own where that is missing."""
+        last, damaged = 0, []
+        for number, line in enumerate(self._old_lines(), 1):
+            step = _step_of(line)
+            if step is None:
+                if line.endswith(b"\n"):  # else a crash cut it short
+                    damaged.append(number)
+            elif last < step <= committed.step:
+                copy.write(line.rstrip(b"\n") + b"\n")
+                last = step
+        if damaged:
+            lines = f"line {damaged[0]} was" if len(damaged) == 1 else f"{len(damaged)} lines were"
+            self.notes.append(f"{self._path}: {lines} damaged and left out; the store has lost nothing by it")
+        if last < committed.step:
+            self.notes.append(
+                f"{self._path}: the line of step {committed.step} was missing, and was made anew with what the store "
+                "knows of the step"
+            )
+            copy.write(_made_anew(committed))
+
+    def _old_lines(self) -> Iterator[bytes]:
+        try:
+            with open_file(self._path) as file:
+                yield from _lines(file)
+        except FileNotFoundError:
+            return
 
     def append(self, report: StepReport) -> None:
         """Write the line of one step; it is durable when this returns."""
-        self._file.write(json.dumps(asdict(report)) + "\n")
+        self._file.write(json.dumps(asdict(report)).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -165,3 +225,18 @@ class MetricsFile:
         # After an error that one is the news, not what the drive then says to the flush.
         with suppress(OSError) if error is not None else nullcontext():
             self.close()
+
+
+def _made_anew(committed: TrainerState) -> bytes:
+    """The line of a step whose own was lost: what the store knows, and null for what it does not."""
+    nothing = dict.fromkeys(StepReport.__dataclass_fields__)
+    known = {
+        "step": committed.step,
+        "loss": committed.loss,
+        "written_bytes_total": committed.written_bytes,
+        "skipped_steps": committed.skipped_steps,
+    }
+    return json.dumps({**nothing, **known, "made_anew": True}).encode() + b"\n"
+
+
+_REPORT = TypeAdapter(StepReport)

@@ -9,7 +9,8 @@ from typing import Literal
 from rich.filesize import decimal
 
 from megatrain_io.errors import FormatError, MegatrainIoError
-from megatrain_io.machine.drive import mount_of, parse_mountinfo
+from megatrain_io.files import read_file
+from megatrain_io.machine.drive import mount_of, read_mounts
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.metrics import last_report
 from megatrain_io.runs.state import TrainerState
@@ -27,6 +28,7 @@ _LAST_STOPS: dict[LastStop, str] = {
     "system down": "not clean, and the machine was started since: the next start verifies all of the store first",
 }
 _TERABYTE = 1e12
+_CONFIG_BYTES_MAX = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -161,18 +163,14 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
 
 def _architecture(run: RunFolder) -> str | None:
     try:
-        config = json.loads((run.model / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_file(run.model / "config.json", _CONFIG_BYTES_MAX))
         return str((config.get("architectures") or [config["model_type"]])[0])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def _file_system(path: Path) -> str | None:
-    try:
-        mounts = parse_mountinfo(Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return None
-    mount = mount_of(path.resolve(), mounts)
+    mount = mount_of(path.resolve(), read_mounts())
     return None if mount is None else mount.kind
 
 

@@ -10,6 +10,7 @@ from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.paging.trace import Trace
 from megatrain_io.planning.plan import Plan
 from megatrain_io.runs.metrics import MetricsFile, StepReport
+from megatrain_io.runs.state import TrainerState
 
 __all__ = ["Callback", "Callbacks", "MetricsCallback", "Run", "TraceCallback"]
 
@@ -23,6 +24,7 @@ class Run(Protocol):
         notes: sentences about how it starts.
         model: whose steps it makes; callbacks may measure with it (``evaluate``), and change nothing.
         max_steps: its last step.
+        progress: how far it is, as the next commit has it.
     """
 
     config: RunConfig
@@ -30,6 +32,7 @@ class Run(Protocol):
     notes: Sequence[str]
     model: PagedPartition
     max_steps: int
+    progress: TrainerState
 
     @property
     def step(self) -> int:
@@ -135,7 +138,8 @@ class MetricsCallback(Callback):
     def on_start(self, run: Run) -> None:
         """Open the file."""
         with storage_errors(self._path, self._safe):
-            self._file = MetricsFile(self._path, run.step)
+            self._file = MetricsFile(self._path, run.progress)
+        run.notes = [*run.notes, *self._file.notes]
 
     def on_step(self, run: Run, report: StepReport) -> None:
         """Append a line, durably."""
@@ -147,7 +151,7 @@ class MetricsCallback(Callback):
         """Remove the lines of steps that will be trained again."""
         if self._file is not None:
             with storage_errors(self._path, self._safe):
-                self._file.go_back(run.step)
+                self._file.go_back(run.progress)
 
     def on_end(self, run: Run) -> None:
         """Close the file."""

@@ -29,6 +29,7 @@ from megatrain_io.planning.planner import make_plan
 from megatrain_io.planning.resolve import gpu_of, hardware_here, ram_of, resolve, resolve_precision
 from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
 from megatrain_io.runs.import_model import ModelImport
+from megatrain_io.runs.model_files import mended_model, write_model_files
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.dtypes import DTYPES
@@ -133,7 +134,7 @@ def ready(
         plan = run.plan(job).require_fits()
         with storage_errors(folder.path, SAFE):
             if resume is not None:
-                data.keep_chat_template(folder.model)
+                write_model_files(folder, data.tokenizer_files())
             model, is_pinned = open_.enter_context(run.started(state, job, plan))
             if resume is not None:
                 replace_file(folder.config, config.to_yaml())
@@ -157,7 +158,9 @@ class _Request:
         self._gpu = gpu_of(device)
         self._ram = ram_of(config.memory.ram)
         asked = config.train.precision
-        self._precision, self.notes = resolve_precision(asked, config.model, folder, self._gpu)
+        self.notes = self._mended()
+        self._precision, notes = resolve_precision(asked, config.model, folder, self._gpu)
+        self.notes += notes
 
     def partition(self) -> PartitionedModel:
         """The imported model without its parameters."""
@@ -282,6 +285,13 @@ class _Request:
                 f"{self._folder.path} has a run at step {progress.step}: go on with --resume, or choose a new "
                 "output_dir"
             )
+
+    def _mended(self) -> list[str]:
+        """Make anew what a power cut or an accident took of the run's files, and refuse what was changed."""
+        folder = self._folder
+        with storage_errors(folder.path, SAFE):
+            notes = folder.mend(folder.stores_in(self._config.memory.store_dir))
+            return notes + (mended_model(folder) if folder.is_imported else [])
 
     def _accumulation(self) -> int | Literal["auto"]:
         """What was asked for; where ``auto`` came to a number when the run began, that: it decides the bits."""

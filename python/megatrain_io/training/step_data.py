@@ -22,7 +22,7 @@ from megatrain_io.data.batch import (
 )
 from megatrain_io.data.prepare import DataOptions, TrainingData, prepare
 from megatrain_io.errors import ConfigError, DataError
-from megatrain_io.files import replace_file, storage_errors, sync_folder
+from megatrain_io.files import make_folder, new_file, read_file, storage_errors, sync_folder
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.partition import PartitionedModel
 
@@ -45,6 +45,7 @@ OwnData = Iterable[Row] | Numbered
 OwnSequence = Sequence[Row]
 """The same, to be gone through more than once."""
 
+_TOKENIZER_BYTES_MAX = 1 << 30
 _HANDED_OVER = "(micro-batches that were handed to megatrain_io.Trainer: hand them over again)"
 
 
@@ -108,8 +109,8 @@ class StepData(Protocol):
     def held_out(self) -> Iterator[MicroBatch]:
         """Micro-batches of what is held out; none where nothing is."""
 
-    def keep_chat_template(self, model: Path) -> None:
-        """Write the tokenizer to ``model``, with the chat template of the data, if one was chosen."""
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Files of the tokenizer with the chat template of the data, by name; none where none was chosen."""
 
 
 def step_data(
@@ -200,15 +201,15 @@ class FileData:
             for start in range(0, len(rows), self._rows):
                 yield rows.micro_batch(range(start, min(start + self._rows, len(rows))))
 
-    def keep_chat_template(self, model: Path) -> None:
-        """Write the tokenizer to ``model``, with the chat template of the data, if one was chosen."""
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Files of the tokenizer with the chat template of the data, by name; none where none was chosen."""
         if self._data.chat_template is None:
-            return
+            return {}
         self._tokenizer.chat_template = self._data.chat_template
         with TemporaryDirectory() as folder:
             self._tokenizer.save_pretrained(folder)
-            for file in sorted(Path(folder).iterdir()):
-                replace_file(model / file.name, file.read_bytes())
+            files = sorted(file for file in Path(folder).iterdir() if file.is_file())
+            return {file.name: read_file(file, _TOKENIZER_BYTES_MAX) for file in files}
 
 
 class OwnMicroBatches:
@@ -264,8 +265,9 @@ class OwnMicroBatches:
         """None: nothing is held out of these."""
         return iter(())
 
-    def keep_chat_template(self, model: Path) -> None:
-        """Write nothing: micro-batches come without a tokenizer."""
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """None: micro-batches come without a tokenizer."""
+        return {}
 
 
 def _options(data: DataConfig, seed: int, rows: Path | None = None) -> DataOptions:
@@ -296,14 +298,15 @@ def _refuse_first(own: OwnSequence) -> None:
 def _written(rows: Sequence[Mapping[str, Any]], cache: Path) -> Path:
     """The file with the rows, one a line, from which they are read like any other; it is named by its content."""
     with storage_errors(cache, "nothing of the run was touched"):
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(cache)
     digest = hashlib.sha256()
     partial = cache / f"rows.{os.getpid()}.tmp"
     safe = "nothing of the run was touched"
     with ExitStack() as undo:
         undo.callback(partial.unlink, missing_ok=True)
         with storage_errors(cache, safe):
-            file = undo.enter_context(partial.open("wb"))
+            partial.unlink(missing_ok=True)
+            file = undo.enter_context(new_file(partial))
         for number in range(len(rows)):
             line = _line(rows[number], number)
             digest.update(line)

@@ -22,6 +22,7 @@ from megatrain_io.errors import FormatError, StoreInUseError
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.metrics import MetricsFile, StepReport
 from megatrain_io.runs.open_store import open_store
+from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.inspect import held, owner_of
 from megatrain_io.store.paged_store import PagedStore
 from paged import AdamWStep, Case, make_store, opened, to_micro_batch, train
@@ -56,7 +57,7 @@ def made(tmp_path_factory):
         uuid = model.state.uuid
     run.write("bf16", [run.own_store], uuid, Path("/models/tiny"))
     run.config.write_text("train: {max_steps: 3}\n", encoding="utf-8")
-    metrics = MetricsFile(run.metrics, 0)
+    metrics = MetricsFile(run.metrics, TrainerState())
     for step in (1, 2):
         metrics.append(StepReport(step, 3, 2.5, 1e-5, 8, 8, 1.0, 1, 1, 0.0, 1, 1, 1))
     metrics.close()
@@ -390,7 +391,7 @@ def test_clean_leaves_the_store_of_a_namesake_alone(run, tmp_path):
     assert call("clean", namesake, "--store-dir", drive, "--yes").exit_code == 2
     result = call("clean", namesake, "--store-dir", drive, "--store", "--yes")
     assert result.exit_code == 4
-    assert "was trained (generation 3)" in result.stderr
+    assert "it is the store of a run that it does not name, at step 2" in result.stderr
     assert (drive / "run.mtio").exists()
     result = call("clean", run.path, "--store", "--yes")  # as if the drive were not mounted
     assert result.exit_code == 2

@@ -37,6 +37,7 @@ from megatrain_io.paging.step import Step
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.metrics import MetricsFile
 from megatrain_io.runs.open_store import open_store
+from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.paged_store import PagedStore
 from paged import Case, all_planes, differing, files, make_store, opened, progress_of, train
 from reference.reference import build, tiny_config
@@ -255,7 +256,7 @@ def check_resumed(source, run, whole, acknowledged):
 def test_what_a_failing_drive_says_to_the_metrics_does_not_hide_what_came_first(tmp_path, monkeypatch):
     """Closing `metrics.jsonl` on the way out hid the store's error: a traceback instead of its exit code."""
     failing = Mock(close=Mock(side_effect=OSError(errno.EIO, "Input/output error")))
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", TrainerState())
     metrics.close()
     monkeypatch.setattr(metrics, "_file", failing)
     with pytest.raises(StoreFailedError, match="first"), metrics:

@@ -23,7 +23,14 @@ PYTHON_ROOMS: tuple[frozenset[str], ...] = (
     frozenset({"training"}),
     frozenset({"cli"}),
 )
-"""Rooms of the package by floor, 0 first: a room imports from lower floors alone, and ``errors`` serves all."""
+"""Rooms of the package by floor, 0 first: a room imports from lower floors alone; ``SERVE_ALL`` serve all."""
+SERVE_ALL = {"errors", "files"}
+OPENERS = {"open": None, "read_bytes": 0, "read_text": None, "write_bytes": 1, "write_text": None}
+"""Methods that open a file without a look at it, or with the rights that the umask leaves; number of arguments."""
+OPENED_CLASSES = {"Generator", "PagedModel", "TensorStore"}
+"""Classes of ours with an ``open`` of their own."""
+OPENS_FILES = {"files", "machine.hardware", "machine.drive", "models.safetensors"}
+"""Modules that call the system's ``open`` themselves, or read what came with the package."""
 DOORS = {"__init__", "__main__"}
 """Nobody inside goes through them."""
 RUST_FLOORS: dict[str, int] = {
@@ -230,7 +237,7 @@ def wrong_imports(graph: Graph) -> list[str]:
                 )
             elif target in DOORS or there is None:
                 problems.append(f"{importer} imports {target}: nobody inside goes through the door")
-            elif importer in DOORS or room_of(importer) == room_of(target) or room_of(target) == "errors":
+            elif importer in DOORS or room_of(importer) == room_of(target) or room_of(target) in SERVE_ALL:
                 continue
             elif here is None or there >= here:
                 relation = "is above it" if here is None or there > here else "is on the same floor"
@@ -284,6 +291,25 @@ def undeclared(sources: Mapping[str, str]) -> list[str]:
             f"{module}: {name} is in __all__, and not defined there" for name in sorted(declared - defined)
         ]
     return problems
+
+
+def unguarded_opens(sources: Mapping[str, str]) -> list[str]:
+    """Calls that open a file past `files`: a pipe may hang them, and others may read what they write."""
+    found = []
+    for module, source in sorted(sources.items()):
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        for node in sorted(calls, key=lambda call: call.lineno):
+            if module in OPENS_FILES:
+                continue
+            call = node.func
+            name = getattr(call, "attr", getattr(call, "id", ""))
+            owner = getattr(getattr(call, "value", None), "id", "")
+            is_method = isinstance(call, ast.Attribute) and owner not in OPENED_CLASSES and name in OPENERS
+            if name == getattr(call, "id", "") == "open" or (
+                is_method and OPENERS[name] in {None, len(node.args)}
+            ):
+                found.append(f"{module}, line {node.lineno}: {name} opens a file; the functions of files do")
+    return found
 
 
 def side_doors(sources: Mapping[str, str]) -> list[str]:

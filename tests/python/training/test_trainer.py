@@ -28,6 +28,7 @@ from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.paging.step import Step
 from megatrain_io.runs.import_model import ModelImport
 from megatrain_io.runs.metrics import MetricsFile
+from megatrain_io.runs.state import TrainerState
 from megatrain_io.training.lr_schedule import learning_rate_at
 from paged import DEVICE, differing
 from runs import (
@@ -191,7 +192,7 @@ def test_a_killed_run_goes_on_from_the_command_line(source, whole, tmp_path):
 def test_metrics_end_at_the_committed_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    MetricsFile(path, 2).close()
+    MetricsFile(path, TrainerState(step=2)).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

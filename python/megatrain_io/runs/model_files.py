@@ -1,0 +1,199 @@
+"""The files of RUN/model: those of the import, or refused by name; what is missing is copied again from the source."""
+
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatrain_io.errors import ModelFilesError
+from megatrain_io.files import open_file, read_file, replace_file, storage_errors, sync_folder
+from megatrain_io.models.hub_folder import COMPANIONS
+from megatrain_io.runs.folder import RunFolder
+from megatrain_io.store.inspect import store_info
+
+__all__ = ["digests_of", "mended_model", "write_model_files"]
+
+_CONFIG = "config.json"
+# What a person may change: none of it decides the bits of a step, but for the template, which the data are bound to.
+_FREE = {"generation_config.json", "chat_template.jinja", "chat_template.json", "NOTICE"}
+_BYTES_MAX = 1 << 30
+_SAFE = "the store is not touched"
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of configuration, tokenizer and whatever else belongs to a model in a folder, by name."""
+    names = [name for name in (_CONFIG, *COMPANIONS) if (folder / name).exists()]
+    return {name: _digest(folder / name) for name in names}
+
+
+def write_model_files(run: RunFolder, contents: Mapping[str, bytes]) -> None:
+    """Give files of RUN/model another content, durably; a crash in between leaves files that the run knows."""
+    changed = {
+        name: content
+        for name, content in contents.items()
+        if not (run.model / name).exists() or read_file(run.model / name, _BYTES_MAX) != content
+    }
+    run.bind({name: hashlib.sha256(content).hexdigest() for name, content in changed.items()})
+    for name, content in changed.items():
+        replace_file(run.model / name, content)
+
+
+def mended_model(run: RunFolder) -> list[str]:
+    """Compare the files of RUN/model with those of the import, and bring back what is missing.
+
+    Returns:
+        A sentence for each that was brought back, or changed where that is allowed.
+
+    Raises:
+        ModelFilesError: one that decides bits was changed, is missing, or was not there at the import.
+        StorageError: one cannot be read.
+    """
+    with storage_errors(run.model, _SAFE):
+        _finish_rename(run)
+        info = run.read()
+        if not info.files:
+            return _compared_with_store(run)
+        return [note for name, known in info.files.items() for note in _compared(run, name, known)] + [
+            _refuse_new(run, name)
+            for name in COMPANIONS
+            if _decides(name) and name not in info.files and (run.model / name).exists()
+        ]
+
+
+def _finish_rename(run: RunFolder) -> None:
+    """Give the model's folder its name, where a power cut came between that and the store."""
+    partial = run.model.with_name(run.model.name + ".partial")
+    if not run.model.exists() and partial.is_dir():
+        partial.rename(run.model)
+        sync_folder(run.path)
+
+
+def _compared(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
+    path = run.model / name
+    if not path.exists():
+        yield from _brought_back(run, name, known)
+        return
+    if _digest(path) in known:
+        return
+    if name == _CONFIG:
+        _refuse_other_config(run, known)
+    elif _decides(name):
+        raise ModelFilesError(f"{path} is not the one of the import. {_cure(run, name, known)}; {_SAFE}")
+    elif name.endswith(".json") and not _is_object(path):
+        raise ModelFilesError(
+            f"{path} is damaged: it holds no JSON object. {_cure(run, name, known)}, or remove it to do without; "
+            f"{_SAFE}"
+        )
+    else:
+        yield f"{path} is not the one of the import: it is used as it is now"
+
+
+def _brought_back(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
+    """Copy a missing file from the source, where that still has it."""
+    path, original = run.model / name, _original(run, name, known)
+    if original is not None:
+        run.model.mkdir(0o700, exist_ok=True)
+        replace_file(path, read_file(original, _BYTES_MAX))
+        yield f"{path} was missing: it was copied again from {original.parent}"
+    elif _decides(name):
+        raise ModelFilesError(f"{path} is missing. {_cure(run, name, known)}; {_SAFE}")
+
+
+def _refuse_new(run: RunFolder, name: str) -> str:
+    raise ModelFilesError(
+        f"{run.model / name} was not there at the import, and the tokenizer would read it: move it out of "
+        f"{run.model}; {_SAFE}"
+    )
+
+
+def _compared_with_store(run: RunFolder) -> list[str]:
+    """Runs of versions that wrote down no hash: the store has the configuration."""
+    if not (run.model / _CONFIG).exists():
+        raise ModelFilesError(f"{run.model / _CONFIG} is missing. {_cure(run, _CONFIG, ())}; {_SAFE}")
+    _refuse_other_config(run, ())
+    return []
+
+
+def _refuse_other_config(run: RunFolder, known: Sequence[str]) -> None:
+    """Refuse a configuration that says something else than the one of the import, with what is different."""
+    path = run.model / _CONFIG
+    imported = json.loads(store_info(*run.store_paths()).manifest)["model"].get("config")
+    if imported is None:  # of a store that another tool of ours made
+        return
+    found = _json_of(path)
+    differences = "it cannot be read" if found is None else ", ".join(_differences(imported, found)[:3])
+    if differences:
+        raise ModelFilesError(
+            f"{path} is not the one of the import: {differences}. {_cure(run, _CONFIG, known)}; {_SAFE}"
+        )
+
+
+def _differences(imported: Any, found: Any, place: str = "") -> list[str]:
+    """What is different, in words; numbers that the store's own JSON rounds in their last digit are not."""
+    if isinstance(imported, dict) and isinstance(found, dict):
+        return [
+            difference
+            for key in dict.fromkeys([*imported, *found])
+            for difference in _differences(
+                imported.get(key), found.get(key), f"{place}.{key}" if place else str(key)
+            )
+        ]
+    if isinstance(imported, list) and isinstance(found, list) and len(imported) == len(found):
+        pairs = enumerate(zip(imported, found, strict=True))
+        return [one for index, (a, b) in pairs for one in _differences(a, b, f"{place}[{index}]")]
+    if (
+        isinstance(imported, float)
+        and isinstance(found, float)
+        and math.isclose(imported, found, rel_tol=4e-16)
+    ):
+        return []
+    if type(imported) is type(found) and imported == found:
+        return []
+    return [f"{place or 'all of it'} is {_short(found)}, and was {_short(imported)}"]
+
+
+def _cure(run: RunFolder, name: str, known: Sequence[str]) -> str:
+    """What brings a file back, as a sentence without its full stop."""
+    original, path = _original(run, name, known), run.model / name
+    if original is not None:
+        return f"Put it back: cp {shlex.quote(str(original))} {shlex.quote(str(path.resolve()))}"
+    return f"Put the {name} of the import back (the model came from {run.read().source})"
+
+
+def _original(run: RunFolder, name: str, known: Sequence[str]) -> Path | None:
+    """The file in the model folder that was imported, if it is still what it was."""
+    path = Path(run.read().source) / name
+    try:
+        return path if _digest(path) in known else None
+    except OSError:
+        return None
+
+
+def _decides(name: str) -> bool:
+    return name not in _FREE and not name.startswith("LICENSE")
+
+
+def _digest(path: Path) -> str:
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_object(path: Path) -> bool:
+    return isinstance(_json_of(path), dict)
+
+
+def _json_of(path: Path) -> Any:
+    try:
+        # Numbers that JSON does not have are written in the store as transformers marks them.
+        constants: Callable[[str], Any] = lambda constant: {"__float__": constant}  # noqa: E731
+        return json.loads(read_file(path, _BYTES_MAX), parse_constant=constants)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."  # noqa: PLR2004 - of a line

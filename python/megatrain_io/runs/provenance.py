@@ -1,0 +1,69 @@
+"""What a store says of the import that made it: from it a lost ``run.json`` is made anew. No torch."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatrain_io.errors import MegatrainIoError
+from megatrain_io.runs.state import TrainerState
+from megatrain_io.store.inspect import StoreInfo, store_info
+from megatrain_io.store.layout import Precision
+
+__all__ = ["Provenance", "described", "found_in"]
+
+_KEY = "import"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The import of a store, as its manifest has it.
+
+    Attributes:
+        version: of megatrain-io.
+        precision: compute dtype.
+        source: the model folder.
+        run: the run folder, at that time.
+        files: SHA-256 of each file of RUN/model, in hexadecimal.
+    """
+
+    version: str
+    precision: Precision
+    source: str
+    run: str
+    files: dict[str, str]
+
+    def as_entry(self) -> dict[str, Any]:
+        """The entry for the model part of a manifest."""
+        return {_KEY: asdict(self)}
+
+
+_ADAPTER = TypeAdapter(Provenance)
+
+
+def found_in(stores: Sequence[Path]) -> tuple[Provenance, StoreInfo] | None:
+    """What the store in these files says of its import, and of itself; None where there is none that does."""
+    try:
+        info = store_info(*stores)
+        entry = json.loads(info.manifest)["model"][_KEY]
+        return _ADAPTER.validate_json(json.dumps(entry), strict=True), info
+    except (MegatrainIoError, ValidationError, KeyError, TypeError):
+        return None
+
+
+def described(stores: Sequence[Path]) -> str:
+    """Whose store it is that lies in these files, and at which step, as a part of a sentence."""
+    try:
+        info = store_info(*stores)
+    except MegatrainIoError as error:
+        return f"it cannot be told whose it is ({error})"
+    try:
+        step = f"step {TrainerState.parse(info.blob).step}"
+    except MegatrainIoError:
+        step = f"generation {info.generation}"
+    found = found_in(stores)
+    whose = "of a run that it does not name" if found is None else f"of the run {found[0].run}"
+    return f"it is the store {whose}, at {step}"

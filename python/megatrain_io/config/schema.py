@@ -1,6 +1,8 @@
 """The keys of a run's configuration: their types, defaults and meanings. No torch."""
 
-from typing import Annotated, Literal, Self
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -143,7 +145,7 @@ class RunConfig(Section):
     def settled(
         self, *, precision: Literal["bf16", "fp32"], accumulation: int, files: list[str] | None
     ) -> "RunConfig":
-        """The same with what was settled in place of ``auto``: what a resumed run goes on with.
+        """The same with what was settled in place of ``auto``, and absolute paths: what a resumed run goes on with.
 
         Args:
             precision: compute dtype.
@@ -151,12 +153,37 @@ class RunConfig(Section):
             files: data of the caller's own, in place of ``data.train``; None = as it is.
         """
         found = {"precision": precision, "gradient_accumulation_steps": accumulation}
-        data = self.data if files is None else self.data.model_copy(update={"train": files})
-        return self.model_copy(update={"train": self.train.model_copy(update=found), "data": data})
+        paths = _absolute(self)
+        if files is not None:
+            paths["data"] = paths["data"].model_copy(update={"train": files})
+        return self.model_copy(update={**paths, "train": self.train.model_copy(update=found)})
 
     def to_yaml(self) -> str:
         """All keys with their values, as YAML that ``load`` reads back to the same configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _absolute(config: RunConfig) -> dict[str, Any]:
+    """The parts of a configuration that hold paths, with paths that mean the same from any folder."""
+    data, dirs = config.data, config.memory.store_dir
+    template = data.chat_template
+    is_file = template is not None and "{" not in template and Path(template).expanduser().is_file()
+    own = {
+        "train": [_absolute_path(path) for path in data.train],
+        "eval": _absolute_path(data.eval) if isinstance(data.eval, str) else data.eval,
+        "chat_template": _absolute_path(template) if template is not None and is_file else template,
+    }
+    store_dir = None if dirs is None else tuple(Path(_absolute_path(folder)) for folder in dirs)
+    return {
+        "model": Path(_absolute_path(config.model)),
+        "output_dir": Path(_absolute_path(config.output_dir)),
+        "data": data.model_copy(update=own),
+        "memory": config.memory.model_copy(update={"store_dir": store_dir}),
+    }
+
+
+def _absolute_path(path: Path | str) -> str:
+    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - a link stays a link
 
 
 ROOT = ""

@@ -149,8 +149,6 @@ def import_model(  # noqa: PLR0913 - as create_store
         chunk_parameters=chunk_parameters,
         durability=durability,
     ) as checked:
-        for note in checked.notes:
-            _LOG.warning("note: %s", note)
         return checked.write(engine=engine, ledger=ledger, progress=progress)
 
 
@@ -182,6 +180,8 @@ class ModelImport:
         check_precision("precision", precision)
         self._run, self._precision = run, precision
         self._stores = [run.own_store] if stores is None else list(stores)
+        for path in (model_dir, run.path, *self._stores):
+            _refuse_no_text(path)
         run.mend(self._stores)
         _refuse_what_is_in_the_way(run, self._stores)
         self.notes = store_drive_notes([*self._stores, run.path])
@@ -228,6 +228,8 @@ class ModelImport:
             NoSpaceError, StorageError: the drive of the store or of the run folder.
         """
         run, undo = self._run, self._undo
+        for note in self.notes:
+            _LOG.warning("note: %s", note)
         with storage_errors(run.path, NOTHING_LEFT):
             for store in self._stores:
                 _make_folder(store.parent, undo)
@@ -401,6 +403,17 @@ def _refuse_what_is_in_the_way(run: RunFolder, stores: Sequence[Path]) -> None:
             f"{run.model} is in the way: the model's files go there, and {run.path} has no run.json, so it is not of "
             "an import. Nothing was changed. Choose another output_dir"
         )
+
+
+def _refuse_no_text(path: Path) -> None:
+    """Refuse a path that cannot be written down as text."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{path.absolute()} has a name with bytes that are no UTF-8, which neither the files of a run nor the "
+            "libraries that read models can take: rename it"
+        ) from error
 
 
 def _make_folder(path: Path, undo: ExitStack) -> None:

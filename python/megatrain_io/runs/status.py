@@ -1,6 +1,7 @@
 """How a run stands, from its files alone: also while it is in use, without waiting for it. No torch."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Literal
 
 from rich.filesize import decimal
 
-from megatrain_io.errors import FormatError, MegatrainIoError
+from megatrain_io.config.parse import load
+from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError
 from megatrain_io.files import read_file
 from megatrain_io.machine.drive import mount_of, read_mounts
 from megatrain_io.runs.folder import RunFolder
@@ -188,7 +190,22 @@ def _next(status: RunStatus, run: RunFolder) -> str:
             return "let it go on, or stop it with Ctrl-C and wait for its end: a kill loses everything"
         return "let it go on, or stop it with Ctrl-C: the last committed step is safe"
     if not status.step:
-        return f"megatrain-io train --config {run.config if run.config.exists() else 'FILE'}"
+        return _train_command(run)
     if status.max_steps is None or status.step < status.max_steps:
-        return f"megatrain-io train --config {run.config} --resume"
-    return f"done: megatrain-io generate {run.path} --prompt TEXT, or megatrain-io export {run.path} OUT"
+        return f"{_train_command(run)} --resume"
+    path = shlex.quote(str(run.path.absolute()))
+    return f"done: megatrain-io generate {path} --prompt TEXT, or megatrain-io export {path} OUT"
+
+
+def _train_command(run: RunFolder) -> str:
+    """The command that goes on with a run, from whatever folder it is typed in."""
+    here, file = run.path.absolute(), run.config.absolute()
+    try:
+        config, _ = load(file)
+    except ConfigError:
+        # Of a run that was only imported, or damaged.
+        return f"megatrain-io train --config FILE output_dir={shlex.quote(str(here))}"
+    moved = config.output_dir.absolute().resolve() != here.resolve()
+    return f"megatrain-io train --config {shlex.quote(str(file))}" + (
+        f" output_dir={shlex.quote(str(here))}" if moved else ""
+    )

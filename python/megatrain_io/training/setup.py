@@ -88,6 +88,7 @@ def planned(config: RunConfig, folder: RunFolder, device: Device, own: OwnSequen
             plan = run.plan(job.of_store(state.ledger.total()[0]))
         else:
             checked = open_.enter_context(run.checked_import())
+            run.notes += checked.notes
             plan = run.plan(run.job(checked.partition, checked.layout)[0])
     return replace(plan, notes=(*run.notes, *plan.notes))
 
@@ -114,7 +115,11 @@ def ready(
         made, first = None, []
         if not folder.is_imported:
             if resume:
-                raise ConfigError(f"{folder.path} has no run to resume: leave --resume out to start one")
+                raise ConfigError(
+                    f"{folder.path.absolute()} has no run to resume. Relative paths of a configuration are meant from "
+                    f"the current directory, {Path.cwd()}: go to the folder where the run was started, or leave "
+                    "--resume out to start one here"
+                )
             made = run.import_model()
             first.append(f"imported {config.model} into {folder.store_paths()[0]}")
         run.refuse_other_model()

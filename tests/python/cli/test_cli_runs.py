@@ -56,7 +56,7 @@ def made(tmp_path_factory):
         train(model, CASE, stop=2)
         uuid = model.state.uuid
     run.write("bf16", [run.own_store], uuid, Path("/models/tiny"))
-    run.config.write_text("train: {max_steps: 3}\n", encoding="utf-8")
+    run.config.write_text(f"{{model: /m, output_dir: {run.path}, data: {{train: [/t]}}}}\n", encoding="utf-8")
     metrics = MetricsFile(run.metrics, TrainerState())
     for step in (1, 2):
         metrics.append(StepReport(step, 3, 2.5, 1e-5, 8, 8, 1.0, 1, 1, 0.0, 1, 1, 1))
@@ -178,7 +178,9 @@ def test_status_of_a_run_that_can_go_on(run):
     assert lines["committed"] == "step 2 of 3 (generation 3)"
     assert lines["in_use"] == "no"
     assert lines["last"] == "stop  clean"
-    assert lines["next"] == f"megatrain-io train --config {run.config} --resume"
+    assert lines["next"] == f"megatrain-io train --config {run.config} output_dir={run.path} --resume", (
+        "moved"
+    )
     assert files_of(run.path) == before, "looking changes nothing"
 
     found = json.loads(call("status", run.path, "--json").stdout)

@@ -1,12 +1,15 @@
 """The doctor: parsers on texts of machines that are not here, and one examination of the one that is."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatrain_io.errors import StorageError, UnsupportedError
 from megatrain_io.machine import cpu, doctor, drive, memory
 
 MOUNTINFO = r"""
@@ -71,6 +74,42 @@ def warning_for(kind, point="/x", *, rotational=False, usb=False):
 )
 def test_file_systems_that_are_no_place_for_a_store(kind, point, part):
     assert part in warning_for(kind, point)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("tmpfs", "that is RAM, no step survives a power cut"),
+        ("ramfs", "that is RAM, no step survives a power cut"),
+        ("devtmpfs", "that is RAM, no step survives a power cut"),
+        ("overlay", "goes with the container"),
+        ("fuse.ntfs-3g", "user space"),
+    ],
+)
+def test_a_doubtful_place_for_a_store_is_told_before_the_import(tmp_path, kind, part):
+    """It was silent, or said that 0.0 MiB were free."""
+    mounts = [
+        drive.Mount("0:1", "/", "/", "ext4", "source", ()),
+        drive.Mount("0:2", "/", str(tmp_path), kind, kind, ()),
+    ]
+    (note,) = drive.store_drive_notes([tmp_path / "new" / "store.mtio", tmp_path], mounts)
+    assert part in note
+    assert drive.store_drive_notes([tmp_path], mounts[:1]) == []
+    assert drive.store_drive_notes([tmp_path], []) == []
+
+
+@pytest.mark.parametrize("kind", ["proc", "sysfs", "cgroup2", "nfs4", "cifs", "fuse.sshfs", "virtiofs"])
+def test_a_place_that_keeps_no_files_of_ours_is_refused(tmp_path, kind):
+    mounts = [drive.Mount("0:2", "/", str(tmp_path), kind, kind, ())]
+    with pytest.raises(UnsupportedError, match=rf"store would lie on {tmp_path}.*{kind}.*a local drive"):
+        drive.store_drive_notes([tmp_path / "store"], mounts)
+
+
+def test_a_place_that_is_mounted_read_only_is_refused(tmp_path, monkeypatch):
+    mounts = [drive.Mount("0:2", "/", str(tmp_path), "ext4", "/dev/x", ())]
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(StorageError, match=r"mounted read-only\. Mount it for writing"):
+        drive.store_drive_notes([tmp_path / "store"], mounts)
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "zfs"])

@@ -1,6 +1,7 @@
 """The files of a run: bound to it, made anew from the store where they are lost, and refused by name where changed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatrain_io.cli.app import app
+from megatrain_io.machine.drive import mount_of, read_mounts
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.metrics import MetricsFile, last_report
 from megatrain_io.runs.state import TrainerState
@@ -303,3 +305,30 @@ def test_paths_of_a_run_are_kept_where_they_do_not_depend_on_the_folder(stopped)
     info = json.loads((stopped / "run.json").read_text())
     assert Path(info["source"]).is_absolute()
     assert info["stores"] == ["store.mtio"], "relative to the run, which may be moved"
+
+
+@pytest.mark.parametrize("where", ["/proc/megatrain", "/sys/megatrain"])
+def test_a_store_in_the_kernels_own_file_systems_is_refused_before_anything_is_written(
+    source, tmp_path, where
+):
+    line = told(call("import", source / "model", tmp_path / "run", "--store-dir", where), 4)
+    assert f"{where}/run.mtio would lie on " in line
+    assert "Choose a folder on a local drive" in line
+    assert not (tmp_path / "run").exists()
+    assert "would lie on" in told(call("import", source / "model", f"{where}/run"), 4)
+
+
+def test_a_store_in_ram_is_told_before_the_import(source, tmp_path, caplog):
+    folder = Path("/dev/shm")  # noqa: S108 - the point
+    if not (folder.is_dir() and os.access(folder, os.W_OK) and drive_kind(folder) == "tmpfs"):
+        pytest.skip("there is no tmpfs at /dev/shm here")
+    store = folder / f"megatrain-test-{os.getpid()}"
+    try:
+        assert call("import", source / "model", tmp_path / "run", "--store-dir", store).exit_code == 0
+        assert "that is RAM, no step survives a power cut" in "\n".join(caplog.messages)
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+
+
+def drive_kind(folder):
+    return mount_of(folder.resolve(), read_mounts()).kind

@@ -204,3 +204,11 @@ def test_a_run_folder_made_by_hand_keeps_its_rights_and_its_files_are_private(so
     assert mode(tmp_path / "run") == 0o755
     files_ = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {mode(path) for path in files_} == {0o600}
+
+
+def test_a_run_folder_that_everybody_may_write_to_is_told(source, tmp_path):
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run").chmod(0o777)
+    _, reporter = start(configured(source, tmp_path / "a run", max_steps=1))
+    (note,) = [note for note in reporter.starts[0][2] if "chmod" in note]
+    assert note.endswith(f"chmod o-w '{tmp_path / 'a run'}' ends that")

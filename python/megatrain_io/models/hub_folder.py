@@ -45,6 +45,12 @@ COMPANIONS = (
 )
 """Files that belong to a model besides configuration and weights: of tokenisers, and terms of use."""
 
+_SMALL_JSON = {
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.json",
+}
+"""Of these the libraries that read them expect a JSON object, and have no sentence for anything else."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _GIT_LFS = b"version https://git-lfs"
 _JSON_BYTES_MAX = 64 << 20
@@ -155,7 +161,7 @@ class ModelFolder:
         """Names of the tokeniser's and other files that go with the model.
 
         Raises:
-            ModelFilesError: one is a Git-LFS pointer or leads out of the folder.
+            ModelFilesError: one is a Git-LFS pointer, leads out of the folder, or holds no JSON object where it should.
         """
         names = [name for name in COMPANIONS if os.path.lexists(self.path / name)]
         for name in names:
@@ -166,6 +172,8 @@ class ModelFolder:
                         f"{self.path / name} is a Git-LFS pointer ({path.stat().st_size} bytes) in place of the file "
                         "itself: run `git lfs pull` in its folder, or download the file"
                     )
+            if name in _SMALL_JSON:
+                self._read_json(name)
         return names
 
     def copy(self, names: Sequence[str], folder: Path) -> None:

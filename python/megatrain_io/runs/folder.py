@@ -13,6 +13,8 @@
 import fcntl
 import json
 import os
+import shlex
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -152,6 +154,15 @@ class RunFolder:
             return []
         self.save(info)
         return [f"{self.info_file} {lost}: it was made anew from the store"]
+
+    def doubts(self) -> list[str]:
+        """What the rights of the folder allow that nobody will want, as sentences."""
+        with suppress(FileNotFoundError):
+            mode = self.path.stat().st_mode
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                here = shlex.quote(str(self.path.absolute()))
+                return [f"everybody may replace the files of {self.path}: chmod o-w {here} ends that"]
+        return []
 
     def _as_recorded(self, stores: Sequence[Path]) -> list[str]:
         here = self.path.resolve()

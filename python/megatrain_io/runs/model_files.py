@@ -12,6 +12,7 @@ from megatrain_io.errors import ModelFilesError
 from megatrain_io.files import open_file, read_file, replace_file, storage_errors, sync_folder
 from megatrain_io.models.hub_folder import COMPANIONS
 from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.provenance import found_in
 from megatrain_io.store.inspect import store_info
 
 __all__ = ["digests_of", "mended_model", "write_model_files"]
@@ -76,7 +77,8 @@ def _compared(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
     if not path.exists():
         yield from _brought_back(run, name, known)
         return
-    if _digest(path) in known:
+    digest = _digest(path)
+    if digest in known or digest == _known_to_store(run).get(name):
         return
     if name == _CONFIG:
         _refuse_other_config(run, known)
@@ -89,6 +91,12 @@ def _compared(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
         )
     else:
         yield f"{path} is not the one of the import: it is used as it is now"
+
+
+def _known_to_store(run: RunFolder) -> dict[str, str]:
+    """The hashes that the store has of the import, should ``run.json`` be the one that was damaged."""
+    found = found_in(run.store_paths())
+    return {} if found is None else found[0].files
 
 
 def _brought_back(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:

@@ -295,7 +295,7 @@ class _Request:
         """Make anew what a power cut or an accident took of the run's files, and refuse what was changed."""
         folder = self._folder
         with storage_errors(folder.path, SAFE):
-            notes = folder.mend(folder.stores_in(self._config.memory.store_dir))
+            notes = folder.mend(folder.stores_in(self._config.memory.store_dir)) + folder.doubts()
             return notes + (mended_model(folder) if folder.is_imported else [])
 
     def _accumulation(self) -> int | Literal["auto"]:

@@ -203,3 +203,14 @@ def test_code_named_by_a_configuration_is_not_looked_for(source):
     config = ModelFolder(source).config()
     assert config._attn_implementation is None
     assert config._experts_implementation is None
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b""])
+def test_a_small_file_that_holds_no_object_is_refused_by_name(source, name, content):
+    """The library that read it ended with a traceback, in generate, long after the import."""
+    (source / name).write_bytes(content)
+    with pytest.raises(ModelFilesError, match=rf"{name}.*[Ff]etch it again"):
+        ModelFolder(source).companions()

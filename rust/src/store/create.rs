@@ -206,7 +206,7 @@ fn check_names(paths: &[PathBuf]) -> Result {
         if path.exists() {
             return Err(Error::format(
                 path,
-                "there is already a file of this name; choose another place or remove it",
+                "there is already a file of this name, perhaps a store that somebody trains; choose another place, or move it away",
             ));
         }
     }

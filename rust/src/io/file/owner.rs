@@ -1,7 +1,7 @@
 //! Who holds a file: a hint that lies beside it, for messages only. The lock is the truth.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,8 @@ impl Owner {
     #[must_use]
     pub fn of(path: &Path) -> Self {
         let mut text = String::new();
-        let read = File::open(hint_path(path))
+        let read = not_waiting(OpenOptions::new().read(true))
+            .open(hint_path(path))
             .and_then(|file| file.take(HINT_BYTES_MAX).read_to_string(&mut text));
         read.ok().and_then(|_| Self::parse(&text)).unwrap_or_default()
     }
@@ -47,8 +48,7 @@ impl Owner {
         let hint = format!("{owner}\n{} {start}\n", namespace().unwrap_or_default());
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true).mode(0o600);
-        options.custom_flags(libc::O_NOFOLLOW);
-        options.open(hint_path(path))?.write_all(hint.as_bytes())
+        not_waiting(&mut options).open(hint_path(path))?.write_all(hint.as_bytes())
     }
 
     /// Takes the hint away.
@@ -91,6 +91,11 @@ impl fmt::Display for Owner {
             Some(process) => write!(f, "process {process} ({command}) since {since}"),
         }
     }
+}
+
+/// Neither follows a link nor waits for the other end of a pipe that somebody put there.
+fn not_waiting(options: &mut OpenOptions) -> &mut OpenOptions {
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
 }
 
 /// Where the hint about `path` lies.

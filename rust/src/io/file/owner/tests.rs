@@ -55,3 +55,14 @@ fn whatever_else_lies_there_is_another_process() {
     fs::remove_file(hint_path(&path)).expect("removed");
     assert_eq!(Owner::of(&path), Owner::default());
 }
+
+#[test]
+fn a_pipe_in_the_place_of_a_hint_is_not_waited_for() {
+    // Every command that opens the store hung there, for good.
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let status = std::process::Command::new("mkfifo").arg(hint_path(&path)).status();
+    assert!(status.expect("started").success());
+    assert_eq!(Owner::of(&path), Owner::default());
+    Owner::leave(&path).expect_err("nobody reads it");
+}

@@ -71,7 +71,7 @@ quick: lint-once ## what every commit must pass, in 3 minutes: lints, types, and
 	$(PYTEST) -m 'not slow'
 
 .PHONY: soak
-soak: setup ## what takes two hours: 200,000 random crashes (RUNS=n), 1,000 orders of copies to a device, 2,000 damaged files, 210 power cuts
+soak: setup ## what takes an hour and more: 200,000 random crashes (RUNS=n), 1,000 orders of copies to a device, 2,000 damaged files, 210 power cuts
 	MEGATRAIN_SOAK_SEEDS=1000 $(BIN)/python -m pytest tests/python/paging/test_device.py tests/python/paging/test_several_records.py -k "no_delay or on_a_device"
 	MEGATRAIN_SOAK_DAMAGES=2000 MEGATRAIN_SOAK_DAMAGED_PROCESSES=40 $(BIN)/python -m pytest tests/python/cli/test_damaged_files.py
 	MEGATRAIN_SOAK_IMAGES=70 $(BIN)/python -m pytest tests/python/runs/test_power_cuts.py

@@ -119,7 +119,13 @@ class Recording:
         A write that a flush covers is there. Of the later ones all are there, or none, or any sectors of any of them.
         """
         records, chance = self.records(), random.Random(seed)
-        moments = sorted(chance.randrange(1, len(records) + 1) for _ in range(count))
+        # Half of them where something has just become durable, and what belongs to it perhaps not: a sweep over these.
+        flushes = [number for number, record in enumerate(records, 1) if record.kind == _FLUSH]
+        first, step = chance.random(), len(flushes) / max(1, count // 2)
+        moments = [flushes[int((first + number) * step)] for number in range(count // 2)]
+        moments = sorted(
+            [*moments, *(chance.randrange(1, len(records) + 1) for _ in range(count - len(moments)))]
+        )
         durable, done, pending, marks = folder / "durable", 0, [], []
         told("cp", "--sparse=always", self.before, durable)
         for number, moment in enumerate(moments):

@@ -1,15 +1,19 @@
 """A step without a store: on made-up weights to measure its time, or on shapes alone to count its memory."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatrain_io.data.batch import MicroBatch
+from megatrain_io.errors import MegatrainIoError
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.step import Step
 from megatrain_io.paging.tensor_meter import TensorMeter
@@ -17,10 +21,10 @@ from megatrain_io.store.dtypes import dtype_of
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import BorrowedRecord
 
-__all__ = ["CANNOT_DRY_RUN", "DryRun", "FakeStore", "dry_run", "fake_store_nbytes", "shortened"]
+__all__ = ["DryRun", "FakeStore", "dry_run", "fake_store_nbytes", "shortened"]
 
-CANNOT_DRY_RUN = (DataDependentOutputException, GuardOnDataDependentSymNode, NotImplementedError)
-"""What a model raises whose shapes depend on its data, such as a mixture of experts that looks at its routing."""
+# Asked in this order where the shape function of an operator refuses the dtype that computes.
+_OTHER_DTYPES = (torch.bfloat16, torch.float32)
 
 _ENOUGH_BLOCKS = 2
 
@@ -120,6 +124,53 @@ class FakeStore:
         """Keep the inputs until the next step puts others; see ``Activations.release``."""
 
 
+class _AnyDtype(TorchDispatchMode):
+    """Shapes of operators whose shape function knows fewer dtypes than their kernel does.
+
+    That of ``_grouped_mm``, by which mixtures of experts compute, takes bf16 alone, its kernel fp32 as well.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation; what it refuses in one dtype is asked in another, and has the first one's bytes."""
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            floats = {each.dtype for each in inputs if each.is_floating_point()}
+            for other in _OTHER_DTYPES if len(floats) == 1 else ():
+                with suppress(RuntimeError):
+                    result = func(*_as(other, args), **_as(other, kwargs))
+                    return _as(next(iter(floats)), result)
+            raise
+
+
+def _as(dtype: torch.dtype, values: Any) -> Any:
+    """The same values with tensors of numbers in ``dtype``; what is in them is lost."""
+    return tree_map_only(
+        Tensor,
+        lambda each: torch.empty_like(each, dtype=dtype) if each.is_floating_point() else each,
+        values,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's own report of a shape function that refuses: it is asked otherwise, or the run given up."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 class DryRun(FakeStore):
     """A fake store whose tensors have shapes and no memory, and that counts what a step allocates."""
 
@@ -157,7 +208,8 @@ class DryRun(FakeStore):
     def blocks(self) -> Iterator[None]:
         """Count what is allocated inside, on shapes alone. What the embedding's backward pass takes is added."""
         again = self._again
-        with FakeTensorMode(allow_non_fake_inputs=True), self._meter:
+        any_dtype = _AnyDtype()  # type: ignore[no-untyped-call]  # torch has no types here
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), any_dtype, self._meter:
             yield
         records = [self.layout.records[number] for number in self.layout.trained_of(self.layout.embedding)]
         gradient = sum(
@@ -202,7 +254,8 @@ def dry_run(
         slice_tokens: tokens whose logits exist at once.
 
     Returns:
-        None where shapes inside the model depend on its data, so that only a real step can tell.
+        None where the model does not run on shapes alone (they depend on its data, as in some mixtures of experts, or
+        an operator has no shapes without data), so that only a real step can tell.
     """
     count = len(micro_batches)
     if count <= _COUNTED or any(batch is not micro_batches[0] for batch in micro_batches):
@@ -229,7 +282,9 @@ def _dry_run(
             step.head(training=True)
             step.leave_head()
             step.backward()
-    except CANNOT_DRY_RUN:
+    except MegatrainIoError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever a model's code does on shapes without data
         return None
     finally:
         torch.set_rng_state(random_state)

@@ -1,13 +1,15 @@
 """A step on shapes alone says what a real one allocates."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import GPT2Config, MixtralConfig
 
 import paged
 from megatrain_io.data.batch import blank_micro_batch
+from megatrain_io.errors import ConfigError
 from megatrain_io.models.partition import model_parts
 from megatrain_io.models.probe import probe
 from megatrain_io.planning.dry_run import dry_run, shortened
@@ -99,6 +101,52 @@ def test_the_gradient_of_a_large_embedding_is_counted(tmp_path, monkeypatch):
     assert measured > 4 * 64 * 3072
     # Rather too much: of the backward pass no more is known than that it makes the embedding once more.
     assert measured <= expected <= 1.05 * measured
+
+
+class _Experts(Case):
+    """A mixture of experts, whose products have no shape function for fp32."""
+
+    @property
+    def config(self):
+        return MixtralConfig(
+            vocab_size=257, hidden_size=64, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_a_mixture_of_experts_is_counted_in_every_precision(tmp_path, monkeypatch, dtype, capfd):
+    case = _Experts(dtype=dtype, counts=(2,))
+    monkeypatch.setattr(paged, "facts_of", lambda *_: probe(case.config))
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case) as model:
+        expected = counted(model, [to_micro_batch(batch) for batch in case.steps[0]])
+        train(model, case)
+        measured = model.compute_nbytes
+    assert expected == pytest.approx(measured, rel=0.02)
+    assert capfd.readouterr().err == "", "torch reports what was asked otherwise"
+
+
+def test_a_model_that_cannot_run_on_shapes_is_not_counted_and_an_error_of_ours_passes(monkeypatch):
+    partition = partitioned(Case(overrides=SIZES))
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), "f32")
+    batch = blank_micro_batch(2, 24, packed=True)
+    for error, passes in (
+        (ValueError("data"), False),
+        (RuntimeError("shape"), False),
+        (ConfigError("a"), True),
+    ):
+        monkeypatch.setattr(partition, "run_block", Raises(error))
+        with pytest.raises(ConfigError) if passes else nullcontext():
+            assert dry_run(partition, layout, [batch], slice_tokens=16) is None
+
+
+class Raises:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *_):
+        raise self.error
 
 
 def packed(batch):

@@ -77,6 +77,11 @@ soak: setup ## what takes an hour and more: 200,000 random crashes (RUNS=n), 1,0
 	MEGATRAIN_SOAK_IMAGES=70 $(BIN)/python -m pytest tests/python/runs/test_power_cuts.py
 	MEGATRAIN_SOAK_RUNS=$(or $(RUNS),200000) cargo test --release --package $(CORE) --lib -- --nocapture crash_model::random
 
+# FAMILIES=all drives every causal language model that transformers has, which takes an hour.
+.PHONY: families
+families: setup ## every model family of the tests through import, train, export and generate, in both precisions
+	MEGATRAIN_FAMILIES=$(or $(FAMILIES),tests) $(BIN)/python -m pytest tests/python/cli/test_families.py -q
+
 # What `cargo fuzz` would pass; the stable compiler takes it, so nothing has to be installed.
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \

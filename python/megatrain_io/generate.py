@@ -52,7 +52,8 @@ def next_tokens(
 ) -> Yields[int, None, None]:
     """Yield the tokens that follow ``prompt``, int64 [1, T], until one of ``stop`` (not yielded).
 
-    Keys and values are kept in a cache, so each token goes through the model once.
+    Keys and values, or states, are kept in a cache, so each token goes through the model once; where the architecture
+    takes no such cache, the whole text goes through it for each.
     """
     model.partition.train(False)
     cache = model.partition.new_cache()
@@ -62,7 +63,7 @@ def next_tokens(
         tokens, new = prompt, prompt
         while True:
             with torch.no_grad(), model.device.computing():
-                scores = _pass(model, records, new, cache)
+                scores = _pass(model, records, tokens if cache is None else new, cache, tokens.shape[1])
             model.end_forward()
             token = pick(tokens, scores.cpu())
             if token in stop:
@@ -81,11 +82,12 @@ def next_tokens(
         model.abort()
 
 
-def _pass(model: PagedPartition, records: PagedStore | DeviceRecords, new: Tensor, cache: Cache) -> Tensor:
-    """Scores [1, V] of the token after ``new``, int64 [1, t]."""
+def _pass(
+    model: PagedPartition, records: PagedStore | DeviceRecords, new: Tensor, cache: Cache | None, end: int
+) -> Tensor:
+    """Scores [1, V] of the token after ``new``, int64 [1, t], the last ones of a text of ``end`` tokens."""
     partition, layout = model.partition, model.state.layout
-    start = cache.get_seq_length()
-    positions = torch.arange(start, start + new.shape[1]).unsqueeze(0)
+    positions = torch.arange(end - new.shape[1], end).unsqueeze(0)
     micro_batch = MicroBatch(input_ids=new, shift_labels=torch.full_like(new, -100), position_ids=positions)
     micro_batch = micro_batch.to(model.device.torch_device)
     weights = StopWeights(records, layout.embedding)

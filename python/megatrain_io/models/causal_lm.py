@@ -26,6 +26,8 @@ Inputs = tuple[tuple[Tensor, ...], dict[str, object]]
 _TRAINABLE = (torch.bfloat16, torch.float16, torch.float32)
 # Inputs that a model may do without, and then takes no such argument.
 _OPTIONAL_INPUTS = ("position_ids", "attention_mask")
+# As newer transformers call it, as older ones did for state spaces, and for all others.
+_CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 
 
 class CausalLM(Protocol):
@@ -102,9 +104,8 @@ class TransformersLM(_WithLoss):
         self.config: PreTrainedConfig | None = model.config
         self.name = str(model.config.model_type)
         super().__init__(model.loss_function)
-        # As newer transformers call it; older ones say past_key_values.
-        takes_cache = "cache" in inspect.signature(self._model.forward).parameters
-        self._cache_name = "cache" if takes_cache else "past_key_values"
+        taken = inspect.signature(self._model.forward).parameters
+        self._cache_name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[-1])
 
     def inputs(self, micro_batch: MicroBatch, cache: Cache | None) -> Inputs:
         """Keyword arguments, those left out that are None; see ``CausalLM.inputs``."""

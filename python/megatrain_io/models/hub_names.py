@@ -244,6 +244,8 @@ class HubNames:
                     parts = [[_concatenate([tensor for part in parts for tensor in part], step.dim)]]
                 else:
                     self._refuse_rule(target, type(step).__name__)
+        except UnsupportedModelError:
+            raise
         except ValueError as cause:
             self._refuse_files([f"the parts of {target} do not fit together: {cause}"])
         return parts[0][0]

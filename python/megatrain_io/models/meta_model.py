@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatrain_io.errors import UnsupportedModelError
 
-__all__ = ["build_meta_model", "find_block_list", "parameters_on_meta"]
+__all__ = ["build_meta_model", "find_block_list", "module_lists", "parameters_on_meta"]
 
 # What a constructor allocates from this size on is a parameter. Constructors make buffers with values, so
 # uninitialised memory is a parameter's much earlier; it would leave holes in the heap that the whole run fills.
@@ -64,7 +64,7 @@ def build_meta_model(
         if parameter.dtype != dtype:
             raise UnsupportedModelError(
                 f"{config.model_type}: the architecture keeps {name} in {parameter.dtype} where all "
-                f"parameters must be {dtype}; train it in {parameter.dtype}"
+                f"parameters must be {dtype}; train it with train.precision=fp32 (import: --precision fp32)"
             )
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
@@ -74,23 +74,34 @@ def build_meta_model(
     return model
 
 
+def module_lists(module: nn.Module) -> dict[str, nn.ModuleList]:
+    """The module lists of a module that have something in them, by name."""
+    return {
+        name: each
+        for name, each in module.named_modules()
+        if isinstance(each, nn.ModuleList) and len(each) > 0
+    }
+
+
 def find_block_list(model: PreTrainedModel) -> str:
     """Name the module list of decoder blocks: the text model's longest that holds checkpointing layers only.
 
     Raises:
         UnsupportedModelError: there is none.
     """
-    lists: dict[str, nn.ModuleList] = {
+    lists = {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and all(isinstance(member, GradientCheckpointingLayer) for member in module)
+        for name, module in module_lists(model).items()
+        if all(isinstance(member, GradientCheckpointingLayer) for member in module)
     }
     if not lists:
+        there = ", ".join(
+            f"{name} ({len(each)} of {type(each[0]).__name__})" for name, each in module_lists(model).items()
+        )
         raise UnsupportedModelError(
-            f"{model.config.model_type}: no list of decoder blocks is marked (as GradientCheckpointingLayer) "
-            f"in this architecture; name the module list by hand with block_list="
+            f"{model.config.model_type}: no list of decoder blocks is marked (as GradientCheckpointingLayer) in this "
+            f"architecture; name it by model_options.block_list=NAME (import: --block-list NAME): it has "
+            f"{there or 'no module list at all'}"
         )
     text_model = set(model.get_decoder().modules())
     of_text_model = [name for name, module in lists.items() if module in text_model]

@@ -7,8 +7,10 @@ the blocks are run by hand, one at a time. Parameters are bound for one call onl
 Shapes: B sequences, T tokens, t <= T tokens of a slice, H hidden size, V vocabulary size.
 """
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -25,6 +27,7 @@ from megatrain_io.errors import (
 )
 from megatrain_io.models.causal_lm import CausalLM, Inputs, ModuleLM, TransformersLM
 from megatrain_io.models.meta_model import build_meta_model
+from megatrain_io.models.preserved import preserved
 
 __all__ = ["BlockCall", "ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
 
@@ -32,15 +35,20 @@ ParameterShape = tuple[str, tuple[int, ...]]
 """Full name as in `named_parameters()` of the stock model, and shape."""
 
 
+_ABSENT = object()
+
+
 @dataclass(frozen=True, eq=False)
 class BlockCall:
     """What the model's `forward` hands to one block besides the hidden state.
 
-    Masks, rotary tables and the cache are shared between the calls of one recording.
+    Masks, rotary tables and the cache are shared between the calls of one recording. ``generates`` says that there is
+    a cache: then what blocks keep from call to call belongs to the text that is generated.
     """
 
     args: tuple[object, ...]
     kwargs: dict[str, object]
+    generates: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,9 @@ class PartitionSpec:
         embedding: names of the parameters that the first hidden state depends on.
         head: names of the parameters that the loss depends on behind the last block.
         packs: whether position ids that restart keep the documents of a row apart.
+        caches: whether text is generated with transformers' own key-value cache, as stock ``generate`` does.
+        kept: attributes of blocks, by dotted path, in which they keep tensors from call to call.
+        widens: whether blocks return the hidden state in fp32 where bf16 computes.
     """
 
     model_type: str
@@ -64,6 +75,9 @@ class PartitionSpec:
     embedding: frozenset[str]
     head: frozenset[str]
     packs: bool
+    caches: bool = True
+    kept: frozenset[str] = frozenset()
+    widens: bool = False
 
 
 class PartitionedModel:
@@ -76,7 +90,7 @@ class PartitionedModel:
 
     Attributes:
         spec: as handed in.
-        dtype: of the hidden state, and of the parameters that the store does not keep in another.
+        dtype: of what enters the first block, and of the parameters that the store does not keep in another.
         blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
         tied: alias -> full name of the parameter that it shares.
         embedding_parameters: what `record` needs, in model order.
@@ -115,6 +129,8 @@ class PartitionedModel:
             {f"{spec.block_list}.{index}.{name}": name for name, _ in block.named_parameters()}
             for index, block in enumerate(self.blocks)
         ]
+        self._attributes = [list(_attributes(block, spec.kept)) for block in self.blocks]
+        self._generates = False
         resident = [(name, tuple(p.shape)) for name, p in self._model.named_parameters()]
         for name, _ in resident:
             if name not in spec.embedding | spec.head:
@@ -153,6 +169,11 @@ class PartitionedModel:
         return self._lm.config
 
     @property
+    def hidden_dtype(self) -> torch.dtype:
+        """The widest dtype of the hidden state; what enters the first block may have a narrower one."""
+        return torch.float32 if self.spec.widens else self.dtype
+
+    @property
     def hidden_size(self) -> int:
         """Entries H of the hidden state of a token."""
         return self._sizes[0]
@@ -175,6 +196,10 @@ class PartitionedModel:
             for name, each in self._placeholders.items()
         }
 
+    def preserved(self) -> AbstractContextManager[None]:
+        """Run something that is no step of the training: buffers, attributes, mode and generators are given back."""
+        return preserved((self._model, *self.blocks))
+
     @property
     def loss_notes(self) -> list[str]:
         """Sentences for the person on which function computes the loss."""
@@ -185,9 +210,12 @@ class PartitionedModel:
         """Version of liger-kernel, if it computes the loss; else None."""
         return self._lm.liger_version
 
-    def new_cache(self) -> Cache:
-        """An empty key-value cache for one generation: given to `record`, filled by `run_block`."""
-        return DynamicCache(config=self.config)
+    def new_cache(self) -> Cache | None:
+        """An empty key-value cache for one generation: given to `record`, filled by `run_block`.
+
+        None where the architecture takes none of transformers' caches: then each pass gets all tokens.
+        """
+        return DynamicCache(config=self.config.get_text_config()) if self.spec.caches else None
 
     def record(
         self,
@@ -226,6 +254,7 @@ class PartitionedModel:
 
         needed = [name for name, _ in self.embedding_parameters]
         bound = self._placeholders | {name: parameters[name] for name in needed}
+        self._generates = cache is not None
         try:
             self._forward(note, bound, self._lm.inputs(micro_batch, cache))
         except _AllBlocksCalledError:
@@ -247,7 +276,16 @@ class PartitionedModel:
             The next hidden state, [B, T, H].
         """
         bound = {name: parameters[full] for full, name in self._block_names[index].items()}
-        output = functional_call(self.blocks[index], bound, (hidden, *call.args), call.kwargs)
+        # What one block puts into a container of the call is no input of another one, which runs by itself.
+        kwargs = {name: _own(value) for name, value in call.kwargs.items()}
+        output = functional_call(self.blocks[index], bound, (hidden, *call.args), kwargs)
+        if not call.generates:
+            # Tensors that a block keeps would hold its weights when the memory of these is needed.
+            for module, name, value in self._attributes[index]:
+                if value is _ABSENT:
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = copy.copy(value)
         return cast("Tensor", output if self.spec.output_entries is None else output[0])
 
     def loss(
@@ -331,7 +369,7 @@ class PartitionedModel:
 
     def _called(self, index: int, hidden_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         hidden = args[0] if args else kwargs.pop(hidden_name)
-        output = self._visit(index, hidden, BlockCall(args[1:], kwargs))
+        output = self._visit(index, hidden, BlockCall(args[1:], kwargs, self._generates))
         entries = self.spec.output_entries
         return output if entries is None else (output, *[None] * (entries - 1))
 
@@ -362,6 +400,21 @@ class PartitionedModel:
 
     def _refused(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.spec.model_type}: {reason}")
+
+
+def _own(value: object) -> object:
+    """A container that a block may put something into, copied; everything else as it is."""
+    is_container = isinstance(value, MutableMapping | MutableSequence | MutableSet)
+    return copy.copy(value) if is_container and not isinstance(value, Cache) else value
+
+
+def _attributes(block: nn.Module, paths: Iterable[str]) -> Iterator[tuple[nn.Module, str, object]]:
+    """Owner, name and value of attributes of a block; a kind of block may lack the module that owns one."""
+    modules = dict(block.named_modules())
+    for path in sorted(paths):
+        owner, _, name = path.rpartition(".")
+        if owner in modules:
+            yield modules[owner], name, vars(modules[owner]).get(name, _ABSENT)
 
 
 class _Stub(nn.Module):

@@ -14,13 +14,14 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.meta_model import build_meta_model, find_block_list
 from megatrain_io.models.partition import PartitionedModel, PartitionSpec
+from megatrain_io.models.preserved import preserved
 from megatrain_io.models.proof import (
     CannotBePartitionedError,
     RefusedError,
@@ -30,13 +31,18 @@ from megatrain_io.models.proof import (
     random_tokens,
     refuse_unless_equal,
 )
-from megatrain_io.models.shrink import shrink_config
+from megatrain_io.models.shrink import shrink_config, without_noise
 
 __all__ = ["probe"]
 
 _DTYPE = torch.float32
 _SEED = 20
 _SMALL_PARAMETERS_MAX = 1 << 25
+_NEW_TOKENS = 3
+_MINIATURE = (
+    "name a folder with the config.json of a small model of the same architecture by "
+    "model_options.miniature=DIR (import: --miniature DIR)"
+)
 _NO_WAY = "this architecture cannot be trained here, choose another"
 
 
@@ -62,7 +68,7 @@ def probe(
             message names the model type, what went wrong, and what to do.
     """
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with _quiet(), preserved(()):
             torch.default_generator.manual_seed(_SEED)
             return _probe(config, attn_implementation, block_list, small_config)
     except UnsupportedModelError:
@@ -74,8 +80,7 @@ def probe(
     except Exception as cause:
         raise UnsupportedModelError(
             f"{config.model_type}: a small copy of the model failed with {type(cause).__name__}: "
-            f"{' '.join(str(cause).split())}; if the model itself works, give the probe a small configuration "
-            f"of it with small_config="
+            f"{' '.join(str(cause).split())}; if transformers runs the model itself, {_MINIATURE}"
         ) from cause
 
 
@@ -88,8 +93,10 @@ def _probe(
     if getattr(config, "quantization_config", None) is not None:
         raise RefusedError("its weights are quantised; take the original model in float32 or bfloat16")
     if getattr(config.get_text_config(), "output_router_logits", False):
-        raise RefusedError("output_router_logits adds a loss over all blocks at once; set it to false")
-    small = shrink_config(config) if small_config is None else small_config
+        raise RefusedError(
+            "output_router_logits adds a loss over all blocks at once; set it to false in config.json"
+        )
+    small = shrink_config(config) if small_config is None else without_noise(small_config)
     stock = _stock_model(small, attn_implementation)
     vocabulary = stock.config.get_text_config().vocab_size
     one, two, packed = (random_tokens(vocabulary, *shape) for shape in ((2, 11), (1, 7), (1, 9)))
@@ -100,8 +107,8 @@ def _probe(
     seen = observe(stock, one, named, loss_of)
     if seen.unused:
         raise RefusedError(
-            f"parameter {seen.unused[0]} takes no part in the loss of a text; use the configuration of the text "
-            f"model alone (get_text_config())"
+            f"parameter {seen.unused[0]} takes no part in the loss of a text, and only models of text are trained; "
+            "choose one"
         )
     spec = PartitionSpec(
         model_type=stock.config.model_type,
@@ -111,10 +118,13 @@ def _probe(
         embedding=seen.embedding,
         head=seen.head,
         packs=_keeps_apart(stock, packed, boundary=4),
+        kept=seen.kept,
     )
     micro_batches = [one, two, packed] if spec.packs else [one, two]
-    refuse_unless_equal(stock, PartitionedModel(small, _DTYPE, spec), micro_batches, loss_of)
-    return spec
+    partition = PartitionedModel(small, _DTYPE, spec)
+    refuse_unless_equal(stock, partition, micro_batches, loss_of)
+    caches = _caches(stock, partition, two.input_ids)
+    return replace(spec, caches=caches, widens=_widens(small, spec, stock, two))
 
 
 def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> PreTrainedModel:
@@ -122,8 +132,7 @@ def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> P
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > _SMALL_PARAMETERS_MAX:
         raise RefusedError(
-            f"its small copy would have {size:,} parameters; give the probe a configuration of at most "
-            f"{_SMALL_PARAMETERS_MAX:,} with small_config="
+            f"its small copy would have {size:,} parameters, and may have {_SMALL_PARAMETERS_MAX:,}; {_MINIATURE}"
         )
     config = copy.deepcopy(config)  # transformers writes into it
     stock: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -143,7 +152,8 @@ def _refuse_unless_causal(stock: PreTrainedModel, micro_batch: MicroBatch) -> No
     before, after = _scores(stock, micro_batch.input_ids), _scores(stock, changed)
     if not are_alike(before[:, :-1], after[:, :-1]):
         raise RefusedError(
-            "it looks at later tokens; configure it as a decoder (is_decoder) or choose another"
+            "it looks at later tokens; set is_decoder to true in config.json if it was trained as a decoder, or choose "
+            "another"
         )
 
 
@@ -151,6 +161,52 @@ def _keeps_apart(stock: PreTrainedModel, packed: MicroBatch, boundary: int) -> b
     """Whether the second document of a packed row gets the scores that it gets alone."""
     row = _scores(stock, packed.input_ids, position_ids=packed.position_ids)
     return are_alike(row[:, boundary:], _scores(stock, packed.input_ids[:, boundary:]))
+
+
+@torch.no_grad()
+def _widens(small: PreTrainedConfig, spec: PartitionSpec, stock: PreTrainedModel, batch: MicroBatch) -> bool:
+    """Whether blocks return fp32 where bf16 computes: state spaces keep what they add to in fp32."""
+    try:
+        partition = PartitionedModel(small, torch.bfloat16, spec)
+        parameters = {name: parameter.bfloat16() for name, parameter in stock.named_parameters()}
+        hidden, calls = partition.record(parameters, batch)
+        return partition.run_block(0, parameters, hidden, calls[0]).dtype == torch.float32
+    except Exception:  # noqa: BLE001 - it does not compute in bf16, and whoever asks for that is told
+        return False
+
+
+@torch.no_grad()
+def _caches(stock: PreTrainedModel, partition: PartitionedModel, prompt: Tensor) -> bool:
+    """Whether block by block, with a cache, the scores of new tokens are those of stock ``generate``."""
+    stock.eval()
+    partition.train(False)
+    try:
+        generated = stock.generate(  # type: ignore[operator]  # not every model has it
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=GenerationConfig(
+                max_new_tokens=_NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True
+            ),
+        )
+        parameters = dict(stock.named_parameters())
+        cache, end = partition.new_cache(), prompt.shape[1]
+        tokens = generated.sequences
+        for expected in generated.logits:
+            start = 0 if end == prompt.shape[1] else end - 1
+            positions = torch.arange(start, end).unsqueeze(0)
+            new = tokens[:, start:end]
+            hidden, calls = partition.record(parameters, MicroBatch(new, new, positions), cache)
+            for index, call in enumerate(calls):
+                hidden = partition.run_block(index, parameters, hidden, call)
+            if not are_alike(partition.logits(parameters, hidden[:, -1:])[:, -1], expected):
+                return False
+            end += 1
+    except Exception:  # noqa: BLE001 - whatever a model says to a cache that it does not know
+        return False
+    finally:
+        stock.train()
+        partition.train()
+    return True
 
 
 @torch.no_grad()

@@ -17,7 +17,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, UnsupportedModelError
 from megatrain_io.models.causal_lm import ModuleLM, module_name, replace_parameters
+from megatrain_io.models.meta_model import module_lists
 from megatrain_io.models.partition import PartitionedModel, PartitionSpec
+from megatrain_io.models.preserved import preserved
 from megatrain_io.models.proof import (
     CannotBePartitionedError,
     InMemoryLoss,
@@ -29,7 +31,7 @@ from megatrain_io.models.proof import (
     refuse_unless_equal,
 )
 
-__all__ = ["SMALL_PARAMETERS_MAX", "OwnModule", "module_lists", "probe_module"]
+__all__ = ["SMALL_PARAMETERS_MAX", "OwnModule", "probe_module"]
 
 SMALL_PARAMETERS_MAX = 1 << 25
 """Most parameters of a module that is passed through whole, to prove how it is partitioned."""
@@ -40,11 +42,6 @@ _WHAT_TO_DO = (
     "forward must call each block once, in order, each with the hidden state that the one before it returned, and "
     "blocks must hand nothing else on"
 )
-
-
-def module_lists(module: nn.Module) -> list[str]:
-    """Names of the module lists of a module."""
-    return [name for name, each in module.named_modules() if isinstance(each, nn.ModuleList) and len(each)]
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def probe_module(own: OwnModule) -> tuple[PartitionSpec, list[str]]:
             f"small has {count:,} parameters: give an instance of at most {SMALL_PARAMETERS_MAX:,}"
         )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with preserved(()):
             torch.default_generator.manual_seed(_SEED)
             if count <= SMALL_PARAMETERS_MAX:
                 return _proved(whole, name, blocks), []
@@ -122,7 +119,7 @@ def _refuse_structure(module: nn.Module, blocks: str) -> None:
         ConfigError: there is no such module list.
         UnsupportedModelError: a parameter belongs to no single block.
     """
-    name, lists = module_name(module), module_lists(module)
+    name, lists = module_name(module), list(module_lists(module))
     if blocks not in lists:
         there = f"it has {', '.join(lists)}" if lists else "it has none: put its blocks into an nn.ModuleList"
         raise ConfigError(f"{name} has no module list {blocks!r} with blocks in it: {there}")
@@ -184,6 +181,7 @@ def _spec_of(
         embedding=seen.embedding,
         head=seen.head,
         packs=False,
+        kept=seen.kept,
     )
 
 

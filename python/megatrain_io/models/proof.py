@@ -4,6 +4,8 @@ The model in memory is called with a micro-batch as a whole; the partitioned one
 must agree to the bit.
 """
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain_io.models.meta_model import module_lists
 from megatrain_io.models.partition import BlockCall, PartitionedModel
 
 __all__ = [
@@ -53,12 +56,14 @@ class Observation:
         embedding: names of the parameters that the first hidden state depends on.
         head: names of the parameters that the loss depends on behind the last block.
         unused: names of the parameters outside the blocks that the loss does not depend on.
+        kept: attributes of blocks, by dotted path, in which they keep tensors from call to call.
     """
 
     output_entries: int | None
     embedding: frozenset[str]
     head: frozenset[str]
     unused: tuple[str, ...]
+    kept: frozenset[str]
 
 
 def random_tokens(vocabulary: int, batch: int, tokens: int) -> MicroBatch:
@@ -94,7 +99,10 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
     try:
         blocks = list(cast("nn.ModuleList", stock.get_submodule(block_list)))
     except (AttributeError, TypeError):
-        raise RefusedError(f"it has no module list {block_list}; see named_modules() of the model") from None
+        there = ", ".join(module_lists(stock)) or "none"
+        raise RefusedError(
+            f"it has no module list {block_list} (model_options.block_list): it has {there}"
+        ) from None
     resident = {
         name: parameter
         for name, parameter in stock.named_parameters()
@@ -127,6 +135,7 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
         embedding=embedding,
         head=head,
         unused=tuple(name for name in resident if name not in embedding | head),
+        kept=frozenset(witness.kept),
     )
 
 
@@ -138,23 +147,44 @@ class _Witness:
     called: list[int] = field(default_factory=list)
     first_hidden: list[Tensor] = field(default_factory=list)
     output_entries: set[int | None] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
+    _held: dict[str, list[int]] = field(default_factory=dict)
 
-    def before(self, index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, *others = tree_leaves((args, kwargs))
         if not self.called:
             self.first_hidden.append(hidden)
         self.called.append(index)
+        self._held = _held_tensors(block)
         if any(isinstance(other, Tensor) and other.requires_grad for other in others):
             raise CannotBePartitionedError(
                 "its blocks take inputs besides the hidden state that carry gradient, which would be lost"
             )
 
-    def after(self, index: int, _block: nn.Module, _args: object, output: Any) -> object:
+    def after(self, index: int, block: nn.Module, _args: object, output: Any) -> object:
+        self.kept |= {name for name, held in _held_tensors(block).items() if held != self._held.get(name, [])}
         is_tuple = isinstance(output, tuple | list)
         self.output_entries.add(len(output) if is_tuple else None)
         if index < self.count - 1:
             return output
         return (output[0].detach(), *output[1:]) if is_tuple else output.detach()
+
+
+# What torch itself keeps in a module; parameters and buffers are looked at elsewhere.
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def _held_tensors(block: nn.Module) -> dict[str, list[int]]:
+    """The tensors in each attribute of a block and of what is in it, by dotted path."""
+    held = {
+        f"{name}.{attribute}".removeprefix("."): [
+            id(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)
+        ]
+        for name, module in block.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in _OF_TORCH
+    }
+    return {name: tensors for name, tensors in held.items() if tensors}
 
 
 def _used(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> frozenset[str]:
@@ -210,10 +240,38 @@ def refuse_unless_equal(
         for name, gradient in zip(trained, gradients, strict=True):
             if gradient is None:
                 raise RefusedError(
-                    f"no gradient reaches parameter {name}, so it cannot be trained; freeze or drop it"
+                    f"no gradient reaches parameter {name}, and models in which some parameters are not trained "
+                    "cannot be trained here yet"
                 )
             if name not in own.gradients or not torch.equal(own.gradients[name], gradient):
                 raise CannotBePartitionedError(f"block by block the gradient of {name} is not as in memory")
+    _refuse_kept_weights(partition, leaves, micro_batches[0])
+
+
+def _refuse_kept_weights(
+    partition: PartitionedModel, leaves: Mapping[str, Tensor], micro_batch: MicroBatch
+) -> None:
+    """Refuse blocks that hold their weights behind a call: the memory of these is needed for the next block's."""
+    with torch.no_grad():
+        hidden, calls = partition.record(leaves, micro_batch)
+    for index, call in enumerate(calls):
+        own = {name: leaves[name].detach().clone() for name, _ in partition.block_parameters(index)}
+        for name, tensor in own.items():
+            tensor.requires_grad_(leaves[name].requires_grad)
+        lives = {name: weakref.ref(tensor) for name, tensor in own.items()}
+        entering = hidden.detach().requires_grad_()
+        output = partition.run_block(index, own, entering, call)
+        _gradients(output, [entering], torch.ones_like(output))
+        hidden = output.detach()
+        del output, entering, tensor
+        own.clear()
+        if any(live() is not None for live in lives.values()):
+            gc.collect()
+        if held := [name for name, live in lives.items() if live() is not None]:
+            raise CannotBePartitionedError(
+                f"block {index} keeps tensors that hold {held[0]} behind its call, where the memory of its weights is "
+                "needed for those of the next block"
+            )
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-__all__ = ["shrink_config"]
+__all__ = ["shrink_config", "without_noise"]
 
 _HEADS = 4
 _HEAD_DIM = 32
@@ -29,6 +29,16 @@ _CAPS = {
     "topk_group": 1,
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
+    "o_lora_rank": 32,
+    "o_groups": 2,
+    "index_n_heads": 4,
+    "n_groups": 2,
+    "mamba_n_groups": 2,
+    "mamba_ngroups": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
@@ -41,10 +51,25 @@ _CAPS_BY_ENDING = {
     "ffn_hidden_size": 64,
     "n_inner": 64,
     "d_ff": 64,
+    "state_size": 16,
+    "d_state": 16,
+    "chunk_size": 8,
     "experts": 8,
     "token_id": 0,
 }
+# Heads, their width, and what their product is a multiple of: the hidden size, or a width of its own.
+_STATE_SPACES = (
+    ("num_heads", "head_dim", "expand", "hidden_size"),
+    ("mamba_num_heads", "mamba_head_dim", "expand", "hidden_size"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand", "hidden_size"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_expand", "hidden_size"),
+    ("mamba_n_heads", "mamba_d_head", None, "mamba_d_ssm"),
+)
+_STATE_SPACE_WIDTH = 64
+_LATENT_HIDDEN_SIZE = 256
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+# Lists of the numbers of layers that are of some kind.
+_LAYER_NUMBERS = ("layer_ids", "layer_indices", "layer_idxs", "only_layers", "moe_layers")
 _NOISE = ("drop", "jitter")
 _LIKE_HIDDEN_SIZE = ("size", "dim", "width", "model")
 
@@ -52,13 +77,34 @@ _LIKE_HIDDEN_SIZE = ("size", "dim", "width", "model")
 def shrink_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Reduce `config` to a few layers, heads, experts and tokens, with dropout 0; `config` stays as it is.
 
-    Where layers differ by a list in the configuration (layer types, sliding windows), one layer of each
-    kind is kept.
+    Where layers differ by a list in the configuration (layer types, sliding windows, numbers of layers), one layer of
+    each kind is kept.
 
     Raises:
         ValueError: the configuration class does not take the smaller values.
     """
     return type(config).from_dict(_shrink_values(config.to_dict(), type(config)))
+
+
+def without_noise(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same configuration with dropout and its like 0; ``config`` stays as it is."""
+    return type(config).from_dict(_still(config.to_dict()))
+
+
+def _still(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _still(value)
+        if isinstance(value, dict)
+        else type(value)(0)
+        if _is_noise(name, value)
+        else value
+        for name, value in values.items()
+    }
+
+
+def _is_noise(name: str, value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and any(noise in name for noise in _NOISE)
 
 
 def _shrink_values(values: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -81,6 +127,8 @@ def _shrink_values(values: dict[str, Any], config_class: type[PreTrainedConfig])
             small[key] = len(layers)
         elif isinstance(value, list) and len(value) == named.get("num_hidden_layers"):
             small[key] = [value[layer] for layer in layers]
+        elif _are_layer_numbers(name, value):
+            small[key] = [layers.index(layer) for layer in value if layer in layers]
         else:
             small[key] = _shrink_value(name, value, named.get("hidden_size"), sizes.get("hidden_size"))
     return small
@@ -91,7 +139,7 @@ def _shrink_value(name: str, value: Any, hidden_size: int | None, small_hidden_s
         return [0]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    if any(noise in name for noise in _NOISE):
+    if _is_noise(name, value):
         return type(value)(0)
     if not isinstance(value, int):
         return value
@@ -120,7 +168,8 @@ def _head_sizes(named: dict[str, Any]) -> dict[str, int]:
     if not isinstance(hidden_size, int):
         return {}
     if not isinstance(heads, int):
-        return {"hidden_size": min(hidden_size, _HEADS * _HEAD_DIM)}
+        small = min(hidden_size, _HEADS * _HEAD_DIM)
+        return {"hidden_size": small, **_state_space_sizes(named, small)}
     sizes = {}
     head_dim = named.get("head_dim") or hidden_size // heads
     if not _rotary_is_per_dimension(named):
@@ -133,8 +182,35 @@ def _head_sizes(named: dict[str, Any]) -> dict[str, int]:
         if isinstance(key_value_heads, int):
             sizes[name] = few if key_value_heads == heads else min(key_value_heads, _HEADS // 2)
     sizes["num_attention_heads"] = few
-    sizes["hidden_size"] = min(hidden_size, few * head_dim)
+    small = min(hidden_size, few * head_dim)
+    if "qk_rope_head_dim" in named:
+        small = min(small, _LATENT_HIDDEN_SIZE)  # heads are as wide as they please there
+    sizes["hidden_size"] = small
+    wide = named.get("attention_hidden_size")
+    if isinstance(wide, int) and wide % hidden_size == 0:
+        sizes["attention_hidden_size"] = wide // hidden_size * small
+    return sizes | _state_space_sizes(named, small)
+
+
+def _state_space_sizes(named: dict[str, Any], small_hidden_size: int) -> dict[str, int]:
+    """Few heads of state spaces, that fill what they filled before."""
+    sizes: dict[str, int] = {}
+    for heads_name, dim_name, expand_name, width_name in _STATE_SPACES:
+        heads, dim, width = (_int(named.get(name)) for name in (heads_name, dim_name, width_name))
+        expand = 1 if expand_name is None else _int(named.get(expand_name))
+        if not heads * dim * width or heads * dim != expand * width:
+            continue
+        is_hidden = width_name == "hidden_size"
+        small = small_hidden_size if is_hidden else min(width, _STATE_SPACE_WIDTH)
+        dim = min(dim, _HEAD_DIM)
+        sizes |= {heads_name: expand * small // dim, dim_name: dim}
+        if not is_hidden:
+            sizes[width_name] = small
     return sizes
+
+
+def _int(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _rotary_is_per_dimension(named: dict[str, Any]) -> bool:
@@ -148,10 +224,18 @@ def _layers_to_keep(named: dict[str, Any]) -> list[int]:
     if not isinstance(count, int):
         return []
     lists = [value for value in named.values() if isinstance(value, list) and len(value) == count]
-    kinds = {str([values[layer] for values in lists]): layer for layer in reversed(range(count))}
+    chosen = [value for name, value in named.items() if _are_layer_numbers(name, value)]
+    kinds = {
+        str([[values[layer] for values in lists], [layer in numbers for numbers in chosen]]): layer
+        for layer in reversed(range(count))
+    }
     keep = {*kinds.values(), count - 1}
     for layer in range(count):
         if len(keep) >= _LAYERS_MIN:
             break
         keep.add(layer)
     return sorted(keep)
+
+
+def _are_layer_numbers(name: str, value: Any) -> bool:
+    return name.endswith(_LAYER_NUMBERS) and isinstance(value, list) and len(value) > 0

@@ -171,7 +171,7 @@ class SavedActivations:
             remove_abandoned(self._budget.scratch)
 
     def reserve(self, blocks: int, hidden_nbytes: Sequence[int]) -> None:
-        """Make room for the inputs of ``blocks`` blocks, each of ``hidden_nbytes`` (one a micro-batch).
+        """Make room for the inputs of ``blocks`` blocks, each of ``hidden_nbytes`` at most (one a micro-batch).
 
         What an earlier step left, also one that failed, is void. Room on the drive only grows.
 
@@ -206,9 +206,9 @@ class SavedActivations:
 
     def room(self, block: int, micro_batch: int, like: Tensor) -> Tensor:
         """Memory for the input of ``block``, with the shape and dtype of ``like``; waits as ``put`` does."""
-        if like.nbytes != self._nbytes[micro_batch]:
+        if like.nbytes > self._nbytes[micro_batch]:
             raise MegatrainIoError(
-                f"the input of block {block} has {like.nbytes} bytes, that of the first has "
+                f"the input of block {block} has {like.nbytes} bytes, and room was made for "
                 f"{self._nbytes[micro_batch]}: blocks must keep the size of the hidden state"
             )
         self._wait(block % len(self._slots))

@@ -44,9 +44,9 @@ def slice_tokens(partition: PartitionedModel, logits_bytes: int) -> int:
 
 
 def hidden_nbytes(partition: PartitionedModel, micro_batches: Sequence[MicroBatch]) -> list[int]:
-    """Bytes of the hidden state [B, T, H] of each micro-batch."""
+    """Bytes of the hidden state [B, T, H] of each micro-batch, between those blocks where it has most."""
     width = partition.hidden_size
-    return [batch.input_ids.numel() * width * partition.dtype.itemsize for batch in micro_batches]
+    return [batch.input_ids.numel() * width * partition.hidden_dtype.itemsize for batch in micro_batches]
 
 
 def _no_span(_name: str) -> AbstractContextManager[None]:
@@ -114,6 +114,7 @@ class Step:
         self._number = number
         self._run_seed = seed
         self._hidden: list[Tensor] = []
+        self._input_dtypes: list[torch.dtype] = []
         self._calls: list[tuple[BlockCall, ...]] = []
         self._last_block: StopWeights | None = None
         self._in_head: list[tuple[StopWeights, Gradient | None]] = []
@@ -138,8 +139,11 @@ class Step:
         last = self._layout.blocks - 1
         if saving:
             # Made before the step; this is for models whose hidden state has another size than they say.
-            self._saved.reserve(self._layout.blocks, [hidden.nbytes for hidden in self._hidden])
+            widest = self._partition.hidden_dtype.itemsize
+            sizes = [hidden.numel() * max(hidden.itemsize, widest) for hidden in self._hidden]
+            self._saved.reserve(self._layout.blocks, sizes)
         for block in self._each_block("forward", range(self._layout.blocks)):
+            self._input_dtypes.append(self._hidden[0].dtype)
             if saving:
                 # All before any is computed: so their way to the drive has the time of this block, too.
                 for index in range(len(self._hidden)):
@@ -300,8 +304,9 @@ class Step:
         self, block: int, index: int, tensors: Mapping[str, Tensor], gradient: Gradient | None
     ) -> Tensor:
         """Gradient with respect to the block's input; those of its parameters are added to ``gradient``, if trained."""
-        # The gradient of a block's output has the shape and dtype of its input.
-        saved = self._saved.get(block, index, like=self._hidden[index])
+        # The gradient of a block's output has the shape of its input.
+        like = torch.empty(self._hidden[index].shape, dtype=self._input_dtypes[block], device="meta")
+        saved = self._saved.get(block, index, like)
         hidden = saved.detach().requires_grad_()
         names = () if gradient is None else gradient.names
         leaves = leaves_of({name: tensors[name] for name in names})

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatrain_io.data.batch import MicroBatch
-from megatrain_io.errors import MegatrainIoError
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
@@ -52,8 +51,8 @@ def calibrate(job: TrainingJob) -> dict[StageKey, float] | None:
         return None
     try:
         return measured_seconds(partition, layout, batch)
-    except MegatrainIoError:
-        return None  # made-up weights may leave a part of the model without a gradient
+    except Exception:  # noqa: BLE001 - made-up weights may leave a part of the model without a gradient
+        return None
 
 
 def measured_seconds(
@@ -73,8 +72,8 @@ def measured_seconds(
     batch = batch.to(device.torch_device)
     fake_store = FakeStore(layout)
     clock = _Clock(device)
-    partition.train()
-    with device.random_state(), device.computing(), device.torch_device:
+    with partition.preserved(), device.random_state(), device.computing(), device.torch_device:
+        partition.train()
         while not clock.is_enough:
             step = Step(
                 partition,

@@ -270,22 +270,24 @@ def dry_run(
 def _dry_run(
     partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], slice_tokens: int
 ) -> int | None:
-    partition.train()
     run = DryRun(layout)
     step = Step(partition, run, run, micro_batches, slice_tokens=slice_tokens, span=run.span)
-    random_state = torch.get_rng_state()
     try:
-        with run.embedding():
-            step.embedding()
-        with run.blocks():
-            step.forward(saving=True)
-            step.head(training=True)
-            step.leave_head()
-            step.backward()
+        with partition.preserved():
+            partition.train()
+            _rehearse(step, run)
     except MegatrainIoError:
         raise
     except Exception:  # noqa: BLE001 - whatever a model's code does on shapes without data
         return None
-    finally:
-        torch.set_rng_state(random_state)
     return run.peak_nbytes
+
+
+def _rehearse(step: Step, run: DryRun) -> None:
+    with run.embedding():
+        step.embedding()
+    with run.blocks():
+        step.forward(saving=True)
+        step.head(training=True)
+        step.leave_head()
+        step.backward()

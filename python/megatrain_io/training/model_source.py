@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from megatrain_io.errors import ConfigError, UnsupportedModelError
 from megatrain_io.models.causal_lm import module_name
 from megatrain_io.models.hub_folder import ModelFolder
-from megatrain_io.models.meta_model import parameters_on_meta
+from megatrain_io.models.meta_model import module_lists, parameters_on_meta
 from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
-from megatrain_io.models.probe_module import SMALL_PARAMETERS_MAX, OwnModule, module_lists, probe_module
+from megatrain_io.models.probe_module import SMALL_PARAMETERS_MAX, OwnModule, probe_module
 from megatrain_io.runs.import_model import TensorReader, checked_weights
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision, TensorPlace

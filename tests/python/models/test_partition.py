@@ -9,44 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from families import FAMILIES, GROUPED, SMALL
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GROUPED = SMALL | {"num_key_value_heads": 2}
-WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 24}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-FAMILIES = {
-    "llama": ("llama", GROUPED),
-    "llama tied": ("llama", GROUPED | {"tie_word_embeddings": True}),
-    "qwen2": ("qwen2", GROUPED),
-    "qwen3": ("qwen3", GROUPED | {"head_dim": 8}),
-    "qwen3 tied": ("qwen3", GROUPED | {"head_dim": 8, "tie_word_embeddings": True}),
-    "mistral": ("mistral", GROUPED | {"sliding_window": 4}),
-    "gemma2": ("gemma2", GROUPED | WINDOW | {"head_dim": 8}),
-    "gemma3": ("gemma3_text", GROUPED | WINDOW | {"head_dim": 8}),
-    "gpt2": ("gpt2", SMALL | NO_DROPOUT),
-    "gpt_neox": ("gpt_neox", SMALL),
-    "olmo2": ("olmo2", GROUPED),
-    "olmo3": ("olmo3", GROUPED | WINDOW),
-    "phi3": ("phi3", GROUPED),
-    "falcon": ("falcon", SMALL),
-    "mixtral": ("mixtral", GROUPED | {"num_local_experts": 4}),
-    "qwen3_moe": ("qwen3_moe", GROUPED | EXPERTS | {"head_dim": 8, "mlp_only_layers": [1]}),
-}
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 

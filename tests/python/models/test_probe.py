@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from megatrain_io.errors import UnsupportedModelError
+from megatrain_io.models import probe as probing
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 from megatrain_io.models.shrink import shrink_config
@@ -25,6 +26,8 @@ PACKS = {
     "olmo3": True,
     "phi3": True,
     "mixtral": True,
+    "mamba2": False,
+    "bamba": False,
     "qwen3_moe": True,
     "deepseek_v3": True,  # latent attention
     "gemma4_unified_text": True,  # layers with head sizes of their own
@@ -60,17 +63,20 @@ def keeps_apart(model_type):
     [
         ("gemma3n_text", {}, "inputs besides the hidden state that carry gradient"),
         ("doge", {}, "block by block the gradient of .* is not as in memory"),
-        ("openai-gpt", {}, "no list of decoder blocks is marked .* block_list="),
+        (
+            "openai-gpt",
+            {},
+            r"is marked .* model_options.block_list=NAME .* it has transformer\.h \(\d of Block\)",
+        ),
         ("ctrl", {}, "no list of decoder blocks is marked"),
         ("bert", {}, "looks at later tokens"),
         ("t5", {}, "no causal language model of this type"),
         ("bart", {}, "does not compute its loss by transformers' loss_function"),
-        ("gemma3", {}, r"takes no part in the loss of a text; use the configuration of the text model"),
+        ("gemma3", {}, r"takes no part in the loss of a text, and only models of text are trained"),
         ("hrm_text", {}, r"calls the blocks of .* in the order"),
         ("deepseek_v32", {}, r"no gradient reaches parameter .*indexer"),
         ("mixtral", {"output_router_logits": True}, "set it to false"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
-        ("mamba2", {}, "small_config="),
     ],
 )
 def test_what_cannot_be_equal_is_refused_by_name(model_type, values, reason):
@@ -88,7 +94,10 @@ def test_a_loss_that_differs_is_refused_though_its_gradients_agree(monkeypatch):
 def test_blocks_can_be_named_by_hand():
     config = AutoConfig.for_model("openai-gpt")
     assert probe(config, block_list="transformer.h").output_entries == 1
-    with pytest.raises(UnsupportedModelError, match=r"openai-gpt: it has no module list transformer\.layers"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"openai-gpt: it has no module list transformer\.layers .* it has transformer\.h",
+    ):
         probe(config, block_list="transformer.layers")
 
 
@@ -108,8 +117,42 @@ def test_the_small_copy_can_be_made_by_hand():
     before = small.to_dict()
     assert not probe(config, small_config=small).packs
     assert small.to_dict() == before
-    with pytest.raises(UnsupportedModelError, match="at most 33,554,432 with small_config="):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"parameters, and may have 33,554,432; .* by model_options\.miniature=DIR",
+    ):
         probe(config, small_config=config)
+
+
+def test_a_small_copy_that_fails_says_by_which_key_another_is_given(monkeypatch):
+    def fails(_config):
+        raise KeyError("a layer")
+
+    monkeypatch.setattr(probing, "shrink_config", fails)
+    with pytest.raises(
+        UnsupportedModelError, match=r"^llama: a small copy .* KeyError.*model_options\.miniature=DIR"
+    ):
+        probe(AutoConfig.for_model("llama"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [
+        ("bamba", {"attn_layer_indices": [5]}),
+        ("jamba", {}),
+        ("mamba2", {}),
+        ("falcon_h1", {}),
+        ("nemotron_h", {}),
+    ],
+)
+def test_small_copies_of_state_spaces_are_small_and_keep_what_they_are_made_of(model_type, values):
+    config = AutoConfig.for_model(model_type, **values)
+    small = shrink_config(config)
+    stock = AutoModelForCausalLM.from_config(small, trust_remote_code=False)
+    assert sum(parameter.numel() for parameter in stock.parameters()) < 2_000_000
+    if model_type == "bamba":
+        assert len(small.attn_layer_indices) == 1
+        assert small.attn_layer_indices[0] < small.num_hidden_layers
 
 
 def test_the_small_copy_keeps_a_layer_of_each_kind_and_leaves_the_configuration_alone():

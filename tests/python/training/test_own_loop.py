@@ -60,6 +60,28 @@ def test_a_module_of_ones_own_has_the_bits_of_the_reference(tmp_path, dtype, tie
         check(model, reference(dtype, tied=tied))
 
 
+class Keeping(example.Block):
+    """Keeps what it computed last, in an attribute, a list and a dictionary, made at once and when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.all = None, []
+
+    def forward(self, hidden):
+        output = super().forward(hidden)
+        self.last, self.by_name = output, {"output": output}
+        self.all.append(output)
+        return output
+
+
+def test_blocks_that_keep_tensors_between_calls_have_the_bits_of_the_reference(tmp_path, monkeypatch):
+    """They held the weights of a block where their memory is needed for the next one's."""
+    expected = reference()
+    monkeypatch.setattr(example, "Block", Keeping)
+    with created(tmp_path / "store", made(), precision="fp32") as model:
+        check(model, expected)
+
+
 @pytest.mark.parametrize("source", ["instance", "folder"])
 def test_a_transformers_model_has_the_bits_of_the_reference(tmp_path, source):
     case = Case("llama", dtype=BF16, counts=(1, 3))

@@ -157,9 +157,50 @@ class Passing(Decoder):
         return self.head(self.norm(hidden))
 
 
+HOARD = []
+
+
+class HoardingBlock(example.Block):
+    def forward(self, hidden):
+        HOARD.append(super().forward(hidden))
+        return HOARD[-1]
+
+
+class Hoarding(Decoder):
+    """Its blocks leave their output where nobody finds it."""
+
+    def __init__(self):
+        super().__init__()
+        for layer in self.layers:
+            layer.__class__ = HoardingBlock
+
+
+class ReadingBlock(example.Block):
+    def forward(self, hidden, left):
+        left.append(super().forward(hidden))
+        return left[-1] + left[0]
+
+
+class Reading(Decoder):
+    """Each block reads what the one before it left in a list."""
+
+    def __init__(self):
+        super().__init__()
+        for layer in self.layers:
+            layer.__class__ = ReadingBlock
+
+    def forward(self, input_ids):
+        hidden, left = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1])), []
+        for layer in self.layers:
+            hidden = layer(hidden, left)
+        return self.head(self.norm(hidden))
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (Hoarding, r"block 0 keeps tensors that hold layers\.0\.\S+ behind its call"),
+        (Reading, "its blocks take inputs besides|block by block its loss is"),
         (Shuffled, r"in the order \[1, 0, "),
         (Skipping, "what enters its first block is used behind the last one, too"),
         (Between, "changes the hidden state before block 1"),

@@ -50,6 +50,7 @@ class DeviceActivations:
         self._memory: list[Tensor] = []
         self._slots: list[Tensor] = []
         self._like: list[Tensor] = []
+        self._dtypes: dict[int, torch.dtype] = {}
         self._offsets: list[int] = []
         self._nbytes: list[int] = []
         # When what lay in a slot has left it, and when what is to lie there has come.
@@ -134,15 +135,16 @@ class DeviceActivations:
 
     def put(self, block: int, micro_batch: int, hidden: Tensor) -> None:
         """Keep a copy of the input [B, T, H] of ``block``, made after what lay in its slot has left."""
-        if hidden.nbytes != self._nbytes[micro_batch]:
+        if hidden.nbytes > self._nbytes[micro_batch]:
             raise MegatrainIoError(
-                f"the input of block {block} has {hidden.nbytes} bytes, that of the first has "
+                f"the input of block {block} has {hidden.nbytes} bytes, and room was made for "
                 f"{self._nbytes[micro_batch]}: blocks must keep the size of the hidden state"
             )
         slot = block % len(self._slots)
         if micro_batch == 0:
             self._device.wait("compute", self._left[slot], "inputs have left their slot")
         self._like[micro_batch] = torch.empty(hidden.shape, dtype=hidden.dtype, device="meta")
+        self._dtypes[block] = hidden.dtype
         self._place(block, micro_batch).copy_(hidden)
 
     def finish(self, block: int) -> None:
@@ -153,8 +155,9 @@ class DeviceActivations:
         before = block - (self.host.plan.in_ram or self._in_host)
         self._state.until(lambda: self._finished > before)
         self._device.wait("out", self._device.record("compute"), "inputs are whole")
-        for index, like in enumerate(self._like):
-            self._device.copy_out(self.host.room(block, index, like), self._place(block, index))
+        for index in range(len(self._like)):
+            room = self.host.room(block, index, self._like_of(block, index))
+            self._device.copy_out(room, self._place(block, index))
         self._left[block % len(self._slots)] = left = self._device.record("out")
         self._state.behind("out", left, partial(self._has_left, block))
 
@@ -183,8 +186,9 @@ class DeviceActivations:
         while self._coming and self._finished > self._coming[0][0] and self.host.is_here(self._coming[0][0]):
             block, used = self._coming.popleft()
             self._device.wait("in", used, "inputs were used")
-            for index, like in enumerate(self._like):
-                self._device.copy_in(self._place(block, index), self.host.get(block, index, like))
+            for index in range(len(self._like)):
+                came_from = self.host.get(block, index, self._like_of(block, index))
+                self._device.copy_in(self._place(block, index), came_from)
             self._came[block % len(self._slots)] = came = self._device.record("in")
             self._state.behind("in", came, partial(self.host.release, block))
             did = True
@@ -200,6 +204,10 @@ class DeviceActivations:
         self.host.close()
 
     def _place(self, block: int, micro_batch: int) -> Tensor:
-        like, start = self._like[micro_batch], self._offsets[micro_batch]
+        like, start = self._like_of(block, micro_batch), self._offsets[micro_batch]
         slot = self._slots[block % len(self._slots)]
         return slot[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    def _like_of(self, block: int, micro_batch: int) -> Tensor:
+        """A tensor without memory that has shape and dtype of an input."""
+        return torch.empty(self._like[micro_batch].shape, dtype=self._dtypes[block], device="meta")

@@ -24,8 +24,8 @@ from megatrain_io.config.values import INT_MAX, SEED_MAX
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
 from megatrain_io.models.hub_folder import ModelFolder
+from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.models.partition import PartitionedModel
-from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device, out_of_memory
 from megatrain_io.paging.device.choose import best_device
 from megatrain_io.paging.device.pool import CONTEXT_NBYTES
@@ -189,7 +189,7 @@ class Generator:
                 _LOG.warning("note: %s", note)
             folder = ModelFolder(run.model)
             config, tokenizer = folder.config(), folder.tokenizer()
-            partition = PartitionedModel(config, DTYPES[info.precision], probe(config))
+            partition = ModelOptions.kept(info.model_options).partition(config, DTYPES[info.precision])
             model = _on_device(partition, state, device, info.precision)
             state.start(model.pool_sizes(training=False), unit=model.unit)
             stop = _stop_tokens(run.model, config, tokenizer)

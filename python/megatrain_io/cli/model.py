@@ -13,7 +13,7 @@ from megatrain_io.text import visible
 __all__ = ["export_command", "generate_command", "import_command"]
 
 
-def import_command(
+def import_command(  # noqa: PLR0913 - an option each
     model: Model,
     run: Run,
     *,
@@ -36,14 +36,36 @@ def import_command(
         typer.Option(help="scratch takes half the space, and a crash loses everything."),
     ] = "step",
     io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="I/O engine.")] = "auto",
+    block_list: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Module list of decoder blocks, where transformers does not mark it."
+        ),
+    ] = None,
+    miniature: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="config.json of a small model of the same architecture, where it cannot be shrunk.",
+        ),
+    ] = None,
+    attn_implementation: Annotated[
+        Literal["sdpa", "eager"] | None,
+        typer.Option(help="How attention computes. Default: sdpa where the architecture has it."),
+    ] = None,
     json_output: JsonOutput = False,
 ) -> None:
     """Make a store from a model folder. It goes tensor by tensor: the model is never whole in RAM."""
     with command(json_output=json_output, interrupted="Nothing was left behind: import again.") as result:
+        from megatrain_io.config.schema import ModelOptionsConfig
+        from megatrain_io.models.model_options import ModelOptions
         from megatrain_io.runs.folder import RunFolder
         from megatrain_io.runs.import_model import import_model
 
         folder = RunFolder(run)
+        options = ModelOptionsConfig(
+            block_list=block_list or None, miniature=miniature, attn_implementation=attn_implementation
+        )
 
         with result.counting("import") as progress:
             info = import_model(
@@ -52,6 +74,7 @@ def import_command(
                 precision=precision,
                 stores=folder.stores_in(store_dir or None),
                 durability=durability,
+                model_options=ModelOptions.of(options),
                 engine=io_backend,
                 progress=progress,
             )

@@ -21,7 +21,8 @@ ELSEWHERE: dict[str, str] = {
         ("lora lora_r lora_rank lora_alpha lora_dropout lora_target peft", "not available yet; remove it"),
         ("lora_target_modules load_in_4bit load_in_8bit quantization_bit", "not available yet; remove it"),
         ("neftune_noise_alpha label_smoothing_factor group_by_length", "not available yet; remove it"),
-        ("attn_implementation flash_attention flash_attn torch_compile", "not available yet; remove it"),
+        ("attn_implementation", "use model_options.attn_implementation"),
+        ("flash_attention flash_attn torch_compile", "not available yet; remove it"),
         ("optim optimizer", "AdamW is the only optimizer so far; remove it"),
         ("method finetuning_type adapter stage", "not available yet: all parameters are trained; remove it"),
         (

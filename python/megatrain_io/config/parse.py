@@ -36,6 +36,8 @@ _TEXT_KEYS = {
     "output_dir",
     "chat_template",
     "store_dir",
+    "block_list",
+    "miniature",
     "format",
     "fields",
     "data.train",

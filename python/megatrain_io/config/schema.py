@@ -23,7 +23,7 @@ from megatrain_io.config.values import (
     WholeCount,
 )
 
-__all__ = ["ROOT", "SECTIONS", "DataConfig", "MemoryConfig", "RunConfig", "TrainConfig"]
+__all__ = ["ROOT", "SECTIONS", "DataConfig", "MemoryConfig", "ModelOptionsConfig", "RunConfig", "TrainConfig"]
 
 
 class Section(BaseModel):
@@ -117,6 +117,17 @@ class MemoryConfig(Section):
     """for AdamW and checksums; 0: one for each core"""
 
 
+class ModelOptionsConfig(Section):
+    """What must be said of some models beside their folder; kept with the run from its import on."""
+
+    block_list: Annotated[str, Field(min_length=1)] | None = None
+    """name of the module list of decoder blocks, where transformers does not mark it; null: the one it marks"""
+    miniature: LocalPath | None = None
+    """folder with the config.json of a small model of the same architecture, to prove it on; null: its own, shrunk"""
+    attn_implementation: Literal["sdpa", "eager"] | None = None
+    """sdpa, eager, or null: sdpa where the architecture has it"""
+
+
 class RunConfig(Section):
     """The whole configuration of one run. Relative paths are meant from the current directory."""
 
@@ -127,6 +138,7 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     memory: MemoryConfig = MemoryConfig()
+    model_options: ModelOptionsConfig = ModelOptionsConfig()
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -188,4 +200,9 @@ def _absolute_path(path: Path | str) -> str:
 
 ROOT = ""
 
-SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "train": TrainConfig, "memory": MemoryConfig}
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "train": TrainConfig,
+    "memory": MemoryConfig,
+    "model_options": ModelOptionsConfig,
+}

@@ -91,6 +91,11 @@ class ModelFolder:
             raise ModelFilesError(f"{path} has no config.json: it is not a model folder, or not all of one")
         self.raw_config = self._read_json(_CONFIG)
 
+    @classmethod
+    def of(cls, path: Path) -> "ModelFolder":
+        """The folder that is meant by its path, or by that of its config.json."""
+        return cls(path.parent if path.name == _CONFIG else path)
+
     def weight_files(self) -> list[Path]:
         """Paths of the safetensors files, links resolved; all of them are there.
 

@@ -17,8 +17,7 @@ from megatrain_io.errors import ConfigError, DoesNotFitError
 from megatrain_io.machine.hardware import Hardware, load_hardware
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.models.hub_folder import ModelFolder
-from megatrain_io.models.partition import PartitionedModel
-from megatrain_io.models.probe import probe
+from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.paging.device.pool import VramPlan
 from megatrain_io.planning.division import divide_ram_of, divide_vram_of, fits_memory, has_ram, vram_nbytes
 from megatrain_io.planning.flops import Work
@@ -166,9 +165,8 @@ def _job_without_data(
     gpu = gpu_here(train.device) if described is None else described.device
     gpu = None if train.device == "cpu" else gpu
     precision, notes = resolve_precision(train.precision, config.model, run, gpu)
-    path = Path(config.model)
-    model_config = ModelFolder(path.parent if path.name == "config.json" else path).config()
-    partition = PartitionedModel(model_config, DTYPES[precision], probe(model_config))
+    model_config = ModelFolder.of(config.model).config()
+    partition = ModelOptions.of(config.model_options).partition(model_config, DTYPES[precision])
     if described is None:
         stores = run.stores_in(memory.store_dir)
         hardware = hardware_here(stores, ram_of(memory.ram), precision, gpu, for_plan=True)

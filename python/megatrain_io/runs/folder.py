@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -47,6 +47,7 @@ class RunInfo:
         source: the model folder it was imported from, for the record.
         files: for each file of RUN/model the SHA-256 that it may have, in hexadecimal; none in runs of versions that
             did not write it down.
+        model_options: what was said of the model beside its folder; see ``models.model_options``.
     """
 
     version: str
@@ -55,6 +56,7 @@ class RunInfo:
     store_uuid: str
     source: str
     files: dict[str, list[str]] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -100,6 +102,7 @@ class RunFolder:
         store_uuid: str,
         source: Path,
         files: Mapping[str, str] | None = None,
+        model_options: dict[str, Any] | None = None,
     ) -> RunInfo:
         """Write ``run.json``, durably: from then on the import is finished.
 
@@ -109,6 +112,7 @@ class RunFolder:
             store_uuid: UUID of the store.
             source: the model folder that was imported.
             files: SHA-256 of each file of the model.
+            model_options: what was said of the model beside its folder, as plain JSON types.
         """
         info = RunInfo(
             version=version("megatrain-io"),
@@ -117,6 +121,7 @@ class RunFolder:
             store_uuid=store_uuid,
             source=str(source.resolve()),
             files={name: [digest] for name, digest in (files or {}).items()},
+            model_options=model_options or {},
         )
         # Else the steps that follow are durable, and a power cut may take what says which store they are in.
         self.save(info)
@@ -180,7 +185,9 @@ class RunFolder:
             return None
         files = {name: [digest] for name, digest in made.files.items()}
         recorded = self._as_recorded(stores)
-        return RunInfo(made.version, made.precision, recorded, store.uuid, made.source, files)
+        return RunInfo(
+            made.version, made.precision, recorded, store.uuid, made.source, files, made.model_options
+        )
 
     @contextmanager
     def importing(self) -> Iterator[None]:

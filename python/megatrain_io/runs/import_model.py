@@ -27,8 +27,8 @@ from megatrain_io.machine.drive import store_drive_notes
 from megatrain_io.machine.precision import fastest_here
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan, Piece
-from megatrain_io.models.partition import PartitionedModel, model_parts
-from megatrain_io.models.probe import probe
+from megatrain_io.models.model_options import ModelOptions
+from megatrain_io.models.partition import model_parts
 from megatrain_io.models.safetensors import TORCH_DTYPES, Checkpoint
 from megatrain_io.models.weights import WeightReader
 from megatrain_io.runs.folder import RunFolder, RunInfo
@@ -105,6 +105,7 @@ def import_model(  # noqa: PLR0913 - as create_store
     stores: Path | str | Sequence[Path | str] | None = None,
     chunk_parameters: int | None = None,
     durability: Durability = "step",
+    model_options: ModelOptions | None = None,
     engine: Engine = "auto",
     ledger: Ledger | None = None,
     progress: Progress | None = None,
@@ -122,6 +123,7 @@ def import_model(  # noqa: PLR0913 - as create_store
         chunk_parameters: parameters of a chunk; None = by the model's size.
         durability: step = two copies on the drive, each step survives a crash; scratch = one, and only a store that
             was closed can be opened again.
+        model_options: what must be said of some models beside their folder; None = nothing.
         engine: I/O engine that writes.
         ledger: accounts of memory.
         progress: called after each chunk.
@@ -148,6 +150,7 @@ def import_model(  # noqa: PLR0913 - as create_store
         stores=None if files is None else [Path(file) for file in files],
         chunk_parameters=chunk_parameters,
         durability=durability,
+        model_options=model_options,
     ) as checked:
         return checked.write(engine=engine, ledger=ledger, progress=progress)
 
@@ -176,8 +179,10 @@ class ModelImport:
         stores: Sequence[Path] | None = None,
         chunk_parameters: int | None = None,
         durability: Durability = "step",
+        model_options: ModelOptions | None = None,
     ) -> None:
         check_precision("precision", precision)
+        self._options = model_options or ModelOptions()
         self._run, self._precision = run, precision
         self._stores = [run.own_store] if stores is None else list(stores)
         for path in (model_dir, run.path, *self._stores):
@@ -192,7 +197,7 @@ class ModelImport:
             self._names, self._read = failing.enter_context(opened)
             config = self._folder.config()
             self._companions = self._folder.companions()
-            self.partition = PartitionedModel(config, DTYPES[precision], probe(config))
+            self.partition = self._options.partition(config, DTYPES[precision])
             parts, blocks = model_parts(self.partition), len(self.partition.blocks)
             self.layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
             self._closing = failing.pop_all()
@@ -248,6 +253,7 @@ class ModelImport:
                 str(self._folder.path.resolve()),
                 str(run.path.resolve()),
                 files,
+                self._options.as_dict(),
             )
             uuid = create_store(
                 self._stores,
@@ -266,7 +272,9 @@ class ModelImport:
             )
             for store in self._stores:
                 undo.callback(store.unlink, missing_ok=True)
-            info = run.write(self._precision, self._stores, uuid, self._folder.path, files)
+            info = run.write(
+                self._precision, self._stores, uuid, self._folder.path, files, self._options.as_dict()
+            )
             undo.callback(run.info_file.unlink, missing_ok=True)
             partial.rename(run.model)
             sync_folder(run.path)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Provenance:
         source: the model folder.
         run: the run folder, at that time.
         files: SHA-256 of each file of RUN/model, in hexadecimal.
+        model_options: what was said of the model beside its folder.
     """
 
     version: str
@@ -35,6 +36,7 @@ class Provenance:
     source: str
     run: str
     files: dict[str, str]
+    model_options: dict[str, Any] = field(default_factory=dict)
 
     def as_entry(self) -> dict[str, Any]:
         """The entry for the model part of a manifest."""

@@ -18,8 +18,8 @@ from megatrain_io.errors import ConfigError, InterruptedRunError, MegatrainIoErr
 from megatrain_io.files import replace_file, storage_errors
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.models.hub_folder import ModelFolder
+from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.models.partition import PartitionedModel
-from megatrain_io.models.probe import probe
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.planning.job import TrainingJob
@@ -171,7 +171,8 @@ class _Request:
         """The imported model without its parameters."""
         with storage_errors(self._folder.path, SAFE):
             model_config = ModelFolder(self._folder.model).config()
-        return PartitionedModel(model_config, DTYPES[self._precision], probe(model_config))
+            options = self._folder.read().model_options
+        return ModelOptions.kept(options).partition(model_config, DTYPES[self._precision])
 
     def checked_import(self) -> ModelImport:
         """The import of the model, whose files are sound."""
@@ -181,6 +182,7 @@ class _Request:
             precision=self._precision,
             stores=self._folder.stores_in(self._config.memory.store_dir),
             durability=self._config.memory.durability,
+            model_options=ModelOptions.of(self._config.model_options),
         )
 
     def import_model(self) -> tuple[TrainingJob, StepData]:
@@ -276,6 +278,9 @@ class _Request:
                 f"train.precision is {self._precision}, and {path} was imported with {recorded.precision}: "
                 "set it to that, or choose a new output_dir"
             )
+        ModelOptions.kept(recorded.model_options).refuse_others(
+            ModelOptions.of(self._config.model_options), path
+        )
 
     def refuse_other_state(self, state: PagedStore, progress: TrainerState, *, resume: bool | None) -> None:
         """Refuse a store that was made otherwise, and a run that has begun where none is to be resumed."""

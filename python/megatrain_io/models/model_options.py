@@ -1,0 +1,112 @@
+"""What a person says of a model beside its folder, and the partition that follows from both."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from transformers import PreTrainedConfig
+
+from megatrain_io.config.schema import ModelOptionsConfig
+from megatrain_io.errors import ConfigError
+from megatrain_io.models.hub_folder import ModelFolder
+from megatrain_io.models.partition import PartitionedModel
+from megatrain_io.models.probe import probe
+
+__all__ = ["ModelOptions"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The section ``model_options`` of a configuration, as a run keeps it: without paths.
+
+    Attributes:
+        block_list: name of the module list of decoder blocks; None = the one that transformers marks.
+        attn_implementation: "sdpa", "eager", or None for sdpa where the architecture has it, else eager.
+        miniature: content of the config.json of a small model of the same architecture; None = the model's own, shrunk.
+    """
+
+    block_list: str | None = None
+    attn_implementation: Literal["sdpa", "eager"] | None = None
+    miniature: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, config: ModelOptionsConfig) -> Self:
+        """Read what the configuration names.
+
+        Raises:
+            ModelFilesError: ``miniature`` is no model folder, or its config.json is not sound.
+        """
+        miniature = None if config.miniature is None else ModelFolder.of(config.miniature).raw_config
+        return cls(config.block_list, config.attn_implementation, miniature)
+
+    @classmethod
+    def kept(cls, options: dict[str, Any]) -> Self:
+        """Those that ``run.json`` has.
+
+        Raises:
+            ConfigError: they are not what this version writes.
+        """
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise ConfigError(f"model_options of run.json cannot be read: {error}") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is set, as plain JSON types."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def partition(self, config: PreTrainedConfig, dtype: torch.dtype) -> PartitionedModel:
+        """Probe a model, and partition it without memory for its parameters.
+
+        Args:
+            config: of the model.
+            dtype: that computes.
+
+        Raises:
+            UnsupportedModelError: it cannot be trained block by block; the message names the key that helps, if any.
+        """
+        spec = probe(
+            config,
+            attn_implementation=self.attn_implementation,
+            block_list=self.block_list,
+            small_config=None if self.miniature is None else _config_of(self.miniature, config),
+        )
+        return PartitionedModel(config, dtype, spec)
+
+    def refuse_others(self, asked: "ModelOptions", where: Path) -> None:
+        """Refuse options that differ from these, with which the model of a run was imported.
+
+        Args:
+            asked: what a configuration sets; what it leaves open is as it was imported.
+            where: the run folder.
+
+        Raises:
+            ConfigError: it names key, old and new value.
+        """
+        for name, value in asked.as_dict().items():
+            if value != (old := getattr(self, name)):
+                shown = (
+                    "another one than now"
+                    if isinstance(value, dict) and old
+                    else f"{json.dumps(old)}, now {'a folder' if isinstance(value, dict) else json.dumps(value)}"
+                )
+                raise ConfigError(
+                    f"model_options.{name}: {where} was imported with {shown}. Leave it out, or choose a new output_dir"
+                )
+
+
+def _config_of(content: dict[str, Any], config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a miniature, by the class of the model that it stands for."""
+    if content.get("model_type") != config.model_type:
+        raise ConfigError(
+            f"model_options.miniature is of model_type {content.get('model_type')!r}, and the model of "
+            f"{config.model_type!r}: give a smaller one of the same"
+        )
+    try:
+        return type(config).from_dict(content)
+    except Exception as cause:
+        raise ConfigError(
+            f"model_options.miniature: transformers does not take its config.json: {' '.join(str(cause).split())}"
+        ) from cause

@@ -352,7 +352,9 @@ def _stop_tokens(
     """The model's own end-of-text tokens; a tokenizer's may be wrong (converted models)."""
     named = getattr(config, "eos_token_id", None)
     if (folder / "generation_config.json").exists():
-        own = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        own = GenerationConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).eos_token_id
         named = named if own is None else own
     if named is None:
         named = tokenizer.eos_token_id

@@ -20,6 +20,7 @@ from megatrain_io.files import UnfitFileError, new_file, open_file, read_file
 __all__ = ["COMPANIONS", "ModelFolder"]
 
 _CONFIG = "config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -132,10 +133,15 @@ class ModelFolder:
                 self.path, local_files_only=True, trust_remote_code=False
             )
         except Exception as cause:
-            reason = str(cause).partition("\n")[0]
+            model_type = self.raw_config.get("model_type")
+            if code := _named_code(self.raw_config):
+                raise UnsupportedModelError(
+                    f"{self.path / _CONFIG} names code of its own ({code}) for model_type {model_type!r}, and code that "
+                    "comes with a model is not run: choose a model that transformers itself has"
+                ) from cause
+            reason = " ".join(str(cause).partition("\n\n")[0].split())
             raise UnsupportedModelError(
-                f"{self.path / _CONFIG}: model_type {self.raw_config.get('model_type')!r} cannot be used: {reason}. "
-                "Code that comes with a model is not run"
+                f"{self.path / _CONFIG}: model_type {model_type!r} cannot be used: {reason}"
             ) from cause
         # These may name code that transformers would fetch from the hub and run.
         config._attn_implementation = None  # noqa: SLF001
@@ -156,11 +162,22 @@ class ModelFolder:
         except OSError as cause:
             raise ModelFilesError(f"{self.path}: {cause}") from cause
         except Exception as cause:
-            reason = str(cause).partition("\n")[0]
-            raise UnsupportedModelError(
-                f"{self.path}: its tokenizer cannot be used: {reason}. Code that comes with a model is not run"
-            ) from cause
+            if code := self._tokenizer_code():
+                raise UnsupportedModelError(
+                    f"{self.path / _TOKENIZER_CONFIG} names code of its own ({code}), and code that comes with a model "
+                    "is not run. If tokenizer.json holds the whole tokenizer, remove auto_map and tokenizer_class from "
+                    "it; else choose a model whose tokenizer transformers itself has"
+                ) from cause
+            reason = " ".join(str(cause).partition("\n\n")[0].split())
+            raise UnsupportedModelError(f"{self.path}: its tokenizer cannot be used: {reason}") from cause
         return tokenizer
+
+    def _tokenizer_code(self) -> str:
+        """What the tokenizer's configuration names of code of its own; empty where it names none."""
+        try:
+            return _named_code(self._read_json(_TOKENIZER_CONFIG))
+        except ModelFilesError:
+            return ""
 
     def companions(self) -> list[str]:
         """Names of the tokeniser's and other files that go with the model.
@@ -261,6 +278,16 @@ class ModelFolder:
             "model.hf_quantizer.remove_quantization_config(model), save it with save_pretrained(OUT), and the "
             "tokenizer likewise; then import OUT. Compare the tokenizer's eos_token_id with the original's"
         )
+
+
+def _named_code(config: dict[str, Any]) -> str:
+    """What an ``auto_map`` names, or empty: classes in files of the folder or of another repository."""
+    named = config.get("auto_map")
+    if not named:
+        return ""
+    values = named.values() if isinstance(named, dict) else [named]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+    return f"auto_map: {', '.join(dict.fromkeys(map(str, names)))}"[:200]
 
 
 def _quantisations(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

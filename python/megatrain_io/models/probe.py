@@ -136,7 +136,7 @@ def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> P
         )
     config = copy.deepcopy(config)  # transformers writes into it
     stock: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=_DTYPE, attn_implementation=attn_implementation
+        config, dtype=_DTYPE, attn_implementation=attn_implementation, trust_remote_code=False
     )
     stock.config.use_cache = False
     with torch.no_grad():

@@ -299,9 +299,26 @@ class Generator:
                 f"the tokenizer makes token {largest}, and the model's vocabulary has {vocabulary}: tokenizer and "
                 "model do not belong together"
             )
+        self._refuse_longer(ids.shape[1], max_new_tokens)
         with closing(next_tokens(self._model, ids, pick, self._stop)) as following:
             tokens = list(islice(following, max_new_tokens))
         return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _refuse_longer(self, length: int, new: int) -> None:
+        """Refuse a text that ends beyond the positions of the model.
+
+        Raises:
+            ConfigError: the message has the numbers.
+        """
+        positions = self._model.partition.spec.positions
+        count = None if positions is None else positions.of(self._model.partition.config)
+        # The last token is not passed through the model.
+        if positions is None or count is None or not positions.is_bound or length + new - 1 <= count:
+            return
+        what = f"the prompt has {length} tokens, and the model {count} positions ({positions.name} in config.json)"
+        if length > count:
+            raise ConfigError(f"{what}: shorten the prompt to {count} tokens or less")
+        raise ConfigError(f"{what}: max_new_tokens is {new}, and may be {count - length + 1}")
 
 
 def _refuse_wrong_messages(messages: Any) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from megatrain_io.errors import ModelFilesError, UnsupportedModelError
 from megatrain_io.files import UnfitFileError, new_file, open_file, read_file
+from megatrain_io.models.config_limits import refuse_numbers
 
 __all__ = ["COMPANIONS", "ModelFolder"]
 
@@ -125,9 +126,11 @@ class ModelFolder:
         """The configuration, by transformers' own class for its model type.
 
         Raises:
+            ModelFilesError: a number in it is one that no model has.
             UnsupportedModelError: the weights are quantised, or transformers does not know the model.
         """
         self._refuse_quantised()
+        refuse_numbers(self.raw_config, str(self.path / _CONFIG))
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
@@ -136,8 +139,8 @@ class ModelFolder:
             model_type = self.raw_config.get("model_type")
             if code := _named_code(self.raw_config):
                 raise UnsupportedModelError(
-                    f"{self.path / _CONFIG} names code of its own ({code}) for model_type {model_type!r}, and code that "
-                    "comes with a model is not run: choose a model that transformers itself has"
+                    f"{self.path / _CONFIG} names code of its own ({code}) for model_type {model_type!r}, and code "
+                    "that comes with a model is not run: choose a model that transformers itself has"
                 ) from cause
             reason = " ".join(str(cause).partition("\n\n")[0].split())
             raise UnsupportedModelError(

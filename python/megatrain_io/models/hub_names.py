@@ -37,6 +37,56 @@ __all__ = ["HubNames", "NamePlan", "Piece"]
 Shape = tuple[int, ...]
 
 _NAMED_AT_MOST = 3
+_WITHOUT = (
+    "Save the model inside it, {}.save_pretrained(OUT), or rename the tensors to what is left without {}; then import "
+    "that"
+)
+# Marks in names of tensors: what left them there, and what to do.
+_WRAPPERS = {
+    "_orig_mod.": ("from a model wrapped by torch.compile", _WITHOUT.format("model._orig_mod", "_orig_mod.")),
+    "_fsdp_wrapped_module.": (
+        "from a model wrapped by FSDP",
+        "Gather its full state, rename the tensors to what is left without _fsdp_wrapped_module.; then import that",
+    ),
+    "_checkpoint_wrapped_module.": (
+        "from a model whose blocks are wrapped for activation checkpointing",
+        "Rename the tensors to what is left without _checkpoint_wrapped_module.; then import that",
+    ),
+    "_forward_module.": (
+        "from a model wrapped by Lightning",
+        _WITHOUT.format("model._forward_module", "_forward_module."),
+    ),
+    "lora_": (
+        "with the adapter beside the model",
+        "Merge it first (peft: merge_and_unload), save that with save_pretrained(OUT), and import OUT",
+    ),
+    "base_model.model.": (
+        "from a model wrapped by peft",
+        "Merge the adapter (merge_and_unload), save that with save_pretrained(OUT), and import OUT",
+    ),
+    "module.": (
+        "from a model wrapped by DistributedDataParallel, DataParallel or DeepSpeed",
+        _WITHOUT.format("model.module", "module."),
+    ),
+    "v_head.": (
+        "with a value head, as reinforcement learning adds one",
+        "Save the model without it (trl: model.pretrained_model.save_pretrained(OUT)) and import OUT",
+    ),
+    "value_head.": (
+        "with a value head",
+        "Save the model without it and import that: a value head is not trained here",
+    ),
+    "score.": (
+        "with a head that classifies, such as that of a reward model",
+        "Import a causal language model: such a head is not trained here",
+    ),
+    "classifier.": (
+        "with a head that classifies",
+        "Import a causal language model: such a head is not trained here",
+    ),
+}
+# So many are always looked at, whatever the model, to say which are wrong.
+_TENSORS_LEAST = 4096
 
 
 @dataclass(frozen=True)
@@ -176,6 +226,11 @@ class HubNames:
             ModelFilesError: tensors are missing, too many, or of another shape than the model's.
             UnsupportedModelError: the files must be rearranged in a way that cannot be done piece by piece.
         """
+        if len(shapes) > (most := self._tensors_at_most()):
+            raise ModelFilesError(
+                f"the files hold {len(shapes):,} tensors, and a {self.architecture} of their config.json is made of "
+                f"{most:,} at most. Fetch config.json and the weights again, from one place"
+            )
         found, unknown = self._assign(shapes)
         buffers: dict[str, str] = {}
         pieces: dict[str, tuple[Piece, ...]] = {}
@@ -197,8 +252,15 @@ class HubNames:
             if name not in parameters and not found.keys() & set(self._names_of[name])
         ]
         if wrong:
+            self._refuse_wrapped(unknown)
             self._refuse_files(wrong)
         return NamePlan(parameters, aliases, buffers)
+
+    def _tensors_at_most(self) -> int:
+        """Tensors of files that the model can be made of: a stack of experts is one for each, and its parts."""
+        tensors = self._tensors.values()
+        pieces = sum(4 * tensor.shape[0] if tensor.dim() > 2 else 4 for tensor in tensors)  # noqa: PLR2004
+        return max(pieces, _TENSORS_LEAST)
 
     def _assign(self, shapes: Mapping[str, Shape]) -> tuple[dict[str, _Virtual], list[str]]:
         """What the files hold for each tensor of the model, and names that fit nowhere."""
@@ -280,6 +342,15 @@ class HubNames:
             "import cannot do piece by piece. Load the model with transformers and save it with "
             "save_pretrained(OUT, save_original_format=False), then import OUT"
         )
+
+    def _refuse_wrapped(self, names: Iterable[str]) -> None:
+        """Refuse files that were saved with a wrapper around the model, or with more than the model, by its name."""
+        for mark, (what, cure) in _WRAPPERS.items():
+            if found := [name for name in names if f".{mark}" in f".{name}"]:
+                shown = ", ".join(found[:_NAMED_AT_MOST]) + (", ..." if len(found) > _NAMED_AT_MOST else "")
+                raise ModelFilesError(
+                    f"the files were saved {what}: {len(found):,} tensors are named so ({shown}). {cure}"
+                )
 
     def _refuse_files(self, wrong: Sequence[str]) -> NoReturn:
         shown = "; ".join(wrong[:_NAMED_AT_MOST])

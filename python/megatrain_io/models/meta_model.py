@@ -18,12 +18,18 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatrain_io.errors import UnsupportedModelError
+from megatrain_io.models.config_limits import PARAMETERS_MAX
 
 __all__ = ["build_meta_model", "find_block_list", "module_lists", "parameters_on_meta"]
 
 # What a constructor allocates from this size on is a parameter. Constructors make buffers with values, so
 # uninitialised memory is a parameter's much earlier; it would leave holes in the heap that the whole run fills.
 _META_FROM_ELEMENTS = {torch.empty: 1 << 12, torch.zeros: 1 << 24}
+# What makes the tables (masks, positions) of a constructor, and how much all of them may take: they are real.
+_TABLES = frozenset(
+    {torch.ones, torch.full, torch.arange, torch.linspace, torch.eye, torch.rand, torch.randn}
+)
+_TABLES_NBYTES_MAX = 2 << 30
 
 
 def build_meta_model(
@@ -60,6 +66,11 @@ def build_meta_model(
             f"{config.model_type}: transformers does not build a model from this configuration: "
             f"{' '.join(str(cause).split())}"
         ) from cause
+    if (count := sum(parameter.numel() for parameter in model.parameters())) > PARAMETERS_MAX:
+        raise UnsupportedModelError(
+            f"{config.model_type}: by config.json it has {count:,} parameters, and at most {PARAMETERS_MAX:,} are "
+            "trained: fetch config.json again, or correct it"
+        )
     for name, parameter in model.named_parameters():
         if parameter.dtype != dtype:
             raise UnsupportedModelError(
@@ -127,7 +138,11 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 class _LargeTensorsOnMeta(TorchFunctionMode):
-    """Keeps constructors from reserving and filling memory for parameters not registered yet."""
+    """Keeps constructors from filling memory for parameters not registered yet, and from large tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._nbytes = 0
 
     def __torch_function__(
         self,
@@ -137,6 +152,13 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _TABLES and str(kwargs.get("device")) != "meta":
+            self._nbytes += func(*args, **{**kwargs, "device": "meta"}).nbytes
+            if self._nbytes > _TABLES_NBYTES_MAX:
+                raise MemoryError(
+                    f"its tables of masks and positions take more than {_TABLES_NBYTES_MAX:,} bytes: correct the "
+                    "number of positions in config.json"
+                )
         threshold = _META_FROM_ELEMENTS.get(func)
         if threshold is not None:
             without_memory = func(*args, **{**kwargs, "device": "meta"})

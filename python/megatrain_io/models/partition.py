@@ -22,11 +22,10 @@ from torch.func import functional_call
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from megatrain_io.data.batch import MicroBatch
-from megatrain_io.errors import (
-    UnsupportedModelError,
-)
+from megatrain_io.errors import ConfigError, UnsupportedModelError
 from megatrain_io.models.causal_lm import CausalLM, Inputs, ModuleLM, TransformersLM
 from megatrain_io.models.meta_model import build_meta_model
+from megatrain_io.models.positions import Positions, positions_text
 from megatrain_io.models.preserved import preserved
 
 __all__ = ["BlockCall", "ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
@@ -66,6 +65,7 @@ class PartitionSpec:
         caches: whether text is generated with transformers' own key-value cache, as stock ``generate`` does.
         kept: attributes of blocks, by dotted path, in which they keep tensors from call to call.
         widens: whether blocks return the hidden state in fp32 where bf16 computes.
+        positions: where the number of its positions stands; None where it has none, or that is not known.
     """
 
     model_type: str
@@ -78,6 +78,7 @@ class PartitionSpec:
     caches: bool = True
     kept: frozenset[str] = frozenset()
     widens: bool = False
+    positions: Positions | None = None
 
 
 class PartitionedModel:
@@ -167,6 +168,28 @@ class PartitionedModel:
         if self._lm.config is None:
             raise self._refused("it is a module of your own, and has no transformers configuration")
         return self._lm.config
+
+    def check_length(self, length: int, setting: str = "") -> list[str]:
+        """Compare the tokens of a row with the positions of the model.
+
+        Args:
+            length: tokens of the longest row.
+            setting: the key that bounds rows; empty where they are the caller's own.
+
+        Returns:
+            A note, where there are more, and the model only has not learned these positions.
+
+        Raises:
+            ConfigError: there are more than the model has; the message has both numbers.
+        """
+        positions = self.spec.positions
+        count = None if positions is None else positions.of(self.config)
+        if positions is None or count is None or length <= count:
+            return []
+        text = positions_text(positions, count, length, setting)
+        if positions.is_bound:
+            raise ConfigError(text)
+        return [text]
 
     @property
     def hidden_dtype(self) -> torch.dtype:

@@ -21,6 +21,7 @@ from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.meta_model import build_meta_model, find_block_list
 from megatrain_io.models.partition import PartitionedModel, PartitionSpec
+from megatrain_io.models.positions import find_positions
 from megatrain_io.models.preserved import preserved
 from megatrain_io.models.proof import (
     CannotBePartitionedError,
@@ -124,7 +125,8 @@ def _probe(
     partition = PartitionedModel(small, _DTYPE, spec)
     refuse_unless_equal(stock, partition, micro_batches, loss_of)
     caches = _caches(stock, partition, two.input_ids)
-    return replace(spec, caches=caches, widens=_widens(small, spec, stock, two))
+    positions = find_positions(small, partial(_stock_model, attn_implementation=attn_implementation))
+    return replace(spec, caches=caches, widens=_widens(small, spec, stock, two), positions=positions)
 
 
 def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> PreTrainedModel:

@@ -25,6 +25,7 @@ __all__ = [
     "FILE_DTYPES",
     "HEADER_BYTES_MAX",
     "READ_BYTES_MAX",
+    "TENSORS_MAX",
     "TORCH_DTYPES",
     "Checkpoint",
     "SafetensorsFile",
@@ -37,6 +38,9 @@ __all__ = [
 
 HEADER_BYTES_MAX = 100_000_000
 """Most bytes of a header, as in the safetensors package."""
+
+TENSORS_MAX = 1 << 18
+"""Most tensors in a file: the largest mixtures of experts have a third of that in all their files."""
 
 READ_BYTES_MAX = 8 << 20
 """Most bytes asked of the system in one read."""
@@ -151,6 +155,8 @@ class SafetensorsFile:
         if data_offset > file_bytes:
             self._refuse_truncated(data_offset, file_bytes)
         text = bytes(self._read_at(_LENGTH_BYTES, header_bytes))
+        if (count := text.count(b'"data_offsets"')) > TENSORS_MAX:
+            self._refuse(f"has a header of {count:,} tensors, at most {TENSORS_MAX:,} are read from a file")
         try:
             header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
             if not isinstance(header, dict):

@@ -47,6 +47,7 @@ _CAPS_BY_ENDING = {
     "vocab_size": 128,
     "vocab_size_per_layer_input": 128,
     "intermediate_size": 64,
+    "intermediate_size_mlp": 64,
     "ffn_dim": 64,
     "ffn_hidden_size": 64,
     "n_inner": 64,

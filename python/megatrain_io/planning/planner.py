@@ -172,6 +172,7 @@ def _job_without_data(
         hardware = hardware_here(stores, ram_of(memory.ram), precision, gpu, for_plan=True)
     else:
         hardware = described.model_copy(update={"device": gpu})
+    notes += partition.check_length(config.data.max_length, "data.max_length")
     packed = config.data.packing and partition.spec.packs
     largest = blank_micro_batch(train.per_device_train_batch_size, config.data.max_length, packed=packed)
     job = resolve(

@@ -82,6 +82,7 @@ def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning 
     are zero are not written. Nothing is left behind when it fails.
 
     Raises:
+        ModelFilesError: a value is infinite or not a number; the message names the tensor, and how many there are.
         NoSpaceError, FormatError, StoreInUseError, StorageError: it cannot be made.
     """
     creator = StoreCreator(paths, layout.manifest(model), engine, ledger or Ledger())
@@ -195,6 +196,7 @@ class ModelImport:
         with ExitStack() as failing:
             opened = checked_weights(self._folder, precision)
             self._names, self._read = failing.enter_context(opened)
+            self._names.plan(self._names.file_shapes())  # what could not be exported is not trained
             config = self._folder.config()
             self._companions = self._folder.companions()
             self.partition = self._options.partition(config, DTYPES[precision])
@@ -315,6 +317,7 @@ def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tupl
         start, stop = max(chunk.start, place.offset), min(end, place.offset + place.elements)
         if start < stop:
             values = read(place, start - place.offset, stop - place.offset)
+            _refuse_not_finite(place, values, read)
             parts.append((start - chunk.start, stop - chunk.start, values))
     is_bf16 = all(values.dtype == torch.bfloat16 for _, _, values in parts)
     record = layout.records[chunk.record]
@@ -326,6 +329,33 @@ def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tupl
         out[start:stop] = values
     name = "bfloat16" if is_bf16 else "float32"
     return out.view(torch.uint8).numpy().tobytes(), name if record.is_trained else "raw"
+
+
+def _refuse_not_finite(place: TensorPlace, values: Tensor, read: TensorReader) -> None:
+    """Refuse a tensor that has a value which is infinite or not a number, and count these in all of it.
+
+    Raises:
+        ModelFilesError: it names the tensor, and how many there are.
+    """
+    # One pass: a sum is finite only if all values are; one that grew too large is looked at again.
+    if not values.is_floating_point() or bool(values.sum(dtype=torch.float32).isfinite()):
+        return
+    if bool(values.isfinite().all()):
+        return
+    nan = infinite = 0
+    first: int | None = None
+    for start in range(0, place.elements, _COMPARED_AT_ONCE):
+        part = read(place, start, min(start + _COMPARED_AT_ONCE, place.elements))
+        nan += int(part.isnan().sum())
+        infinite += int(part.isinf().sum())
+        if first is None and not bool(part.isfinite().all()):
+            first = start + int(part.isfinite().logical_not().nonzero()[0])
+    at = [int(index) for index in torch.unravel_index(torch.tensor(first), place.shape)]
+    raise ModelFilesError(
+        f"{place.name} {list(place.shape)} has {nan:,} values that are not a number and {infinite:,} that are "
+        f"infinite, the first at {at}: the files are damaged, or were saved after training had diverged. Fetch the "
+        "weights again, or take an earlier checkpoint"
+    )
 
 
 def _read(files: WeightReader, pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
@@ -378,16 +408,21 @@ def _holds(files: WeightReader, name: str, expected: Tensor) -> bool:
     if entry.dtype not in TORCH_DTYPES or entry.elements == 0:
         return entry.elements == 0
     values = torch.frombuffer(files.read(name, 0, entry.elements), dtype=TORCH_DTYPES[entry.dtype])
-    return torch.equal(values.view(entry.shape).to(expected.dtype), expected)
+    return _equal(values.view(entry.shape).to(expected.dtype), expected)
 
 
 def _are_equal(files: WeightReader, one: Sequence[Piece], other: Sequence[Piece]) -> bool:
     elements = torch.Size(one[0].shape).numel()
     for start in range(0, elements, _COMPARED_AT_ONCE):
         stop = min(start + _COMPARED_AT_ONCE, elements)
-        if not torch.equal(_read(files, one, start, stop).float(), _read(files, other, start, stop).float()):
+        if not _equal(_read(files, one, start, stop).float(), _read(files, other, start, stop).float()):
             return False
     return True
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values; what is not a number is found elsewhere, and no difference here."""
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 # ------------------------------------------------------------------------------------------- folders

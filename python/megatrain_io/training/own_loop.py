@@ -550,12 +550,15 @@ class PagedModel:
 
         Raises:
             DataError: a token or label is not in the vocabulary, or none has a label.
+            ConfigError: a row is longer than the model has positions.
         """
         if trained_tokens(batches) == 0:
             raise DataError("no token has a label: there is nothing to train or measure")
         partition, bounds_inputs = self._source.partition, not self._source.is_own_module
         for batch in batches:
             refuse_tokens(batch, partition.vocab_size, bounds_inputs=bounds_inputs)
+            if bounds_inputs:
+                partition.check_length(batch.input_ids.shape[1])
 
     def _go_back(self) -> None:
         """After an error: where the store stands."""

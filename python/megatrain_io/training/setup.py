@@ -14,6 +14,7 @@ import psutil
 
 from megatrain_io.config.parse import load
 from megatrain_io.config.schema import RunConfig
+from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, InterruptedRunError, MegatrainIoError
 from megatrain_io.files import replace_file, storage_errors
 from megatrain_io.machine.memory import usable_ram
@@ -203,6 +204,9 @@ class _Request:
         """The job, and its data, which are tokenised if that was not done."""
         config, folder = self._config, self._folder
         accumulation = self._accumulation()
+        is_counted = self._own is not None and isinstance(self._own[0], MicroBatch)
+        if not is_counted:
+            self.notes += partition.check_length(config.data.max_length, "data.max_length")
         data = step_data(
             config.data,
             config.train,
@@ -211,6 +215,8 @@ class _Request:
             partition=partition,
             own=self._own,
         )
+        if is_counted:
+            self.notes += partition.check_length(data.largest.input_ids.shape[1])
         stores = folder.store_paths() if folder.is_imported else folder.stores_in(config.memory.store_dir)
         job = resolve(
             config,

@@ -32,7 +32,7 @@ REFUSED = {
     "bert": "looks at later tokens",
     "bart": "does not compute its loss by transformers' loss_function",
     "fuyu": "takes no part in the loss of a text",
-    "hrm_text": "calls the blocks of",
+    "hrm_text": "calls the blocks of|the files must be rearranged",
 }
 IN_SHORT = [("mixtral", "fp32"), ("mamba", "bf16"), ("gemma4", "fp32"), ("recurrent_gemma", "fp32")]
 # Which are driven: "tests" for all that the tests know, "all" for all of transformers; else those in short.

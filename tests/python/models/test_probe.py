@@ -167,6 +167,29 @@ def test_the_small_copy_keeps_a_layer_of_each_kind_and_leaves_the_configuration_
     assert max(small.hidden_size, small.intermediate_size, small.vocab_size) <= 256
 
 
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("gpt2", ("n_positions", 0, True)),
+        (
+            "opt",
+            ("max_position_embeddings", 0, True),
+        ),  # two rows of its table come first, and are not counted
+        ("roberta", ("max_position_embeddings", 1, True)),  # that of padding does
+        ("gptj", ("n_positions", 0, True)),
+        ("llama", ("max_position_embeddings", 0, False)),
+        ("xglm", ("max_position_embeddings", 0, False)),  # its table grows
+        ("bloom", None),
+        ("mamba", None),
+    ],
+)
+def test_positions_are_found_where_a_model_ends(model_type, expected):
+    values = {"is_decoder": True} if model_type == "roberta" else {}
+    positions = probe(AutoConfig.for_model(model_type, **values)).positions
+    found = None if positions is None else (positions.name, positions.lost, positions.is_bound)
+    assert found == expected
+
+
 def test_the_probe_leaves_no_trace(recwarn):
     config = AutoConfig.for_model("gpt2")  # transformers warns of its loss type, once a process
     logging.warning_once.cache_clear()

@@ -5,6 +5,8 @@ import io
 import os
 import sys
 
+from megatrain_io.interrupt import held, stop_signals
+
 __all__ = ["main"]
 
 
@@ -20,9 +22,14 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from megatrain_io.cli.app import app
-
-    app(prog_name="megatrain-io")
+    try:
+        with stop_signals(owns_process=True):
+            # A library that is interrupted while it is imported may turn that into any other error.
+            with held():
+                from megatrain_io.cli.app import app
+            app(prog_name="megatrain-io")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _start_over_in_utf8() -> None:

@@ -214,7 +214,7 @@ class NotFiniteError(TrainingDivergedError):
 
 
 class InterruptedRunError(MegatrainIoError):
-    """The run was asked to stop (Ctrl-C) and did so at a commit.
+    """The run was asked to stop (Ctrl-C, SIGTERM, SIGHUP or SIGUSR1) and did so at a commit.
 
     Everything up to the step that the message names is safe. Resume to go on from it, with the same bits.
     """

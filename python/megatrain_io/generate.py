@@ -23,6 +23,7 @@ from megatrain_io.arguments import is_number, number, whole_number
 from megatrain_io.config.values import INT_MAX, SEED_MAX
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
+from megatrain_io.interrupt import check, held
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.models.partition import PartitionedModel
@@ -94,6 +95,7 @@ def _pass(
     hidden, calls = partition.record(weights.tensors, micro_batch, cache=cache)
     weights.give_back()
     for block in range(layout.blocks):
+        check()
         weights = StopWeights(records, layout.block(block))
         hidden = partition.run_block(block, weights.tensors, hidden, calls[block])
         weights.give_back()
@@ -300,7 +302,7 @@ class Generator:
                 "model do not belong together"
             )
         self._refuse_longer(ids.shape[1], max_new_tokens)
-        with closing(next_tokens(self._model, ids, pick, self._stop)) as following:
+        with held(), closing(next_tokens(self._model, ids, pick, self._stop)) as following:
             tokens = list(islice(following, max_new_tokens))
         return cast("str", self._tokenizer.decode(tokens, skip_special_tokens=True))
 

@@ -8,6 +8,7 @@ import typer
 
 from megatrain_io.cli.options import JsonOutput, Model, Run
 from megatrain_io.cli.result import command
+from megatrain_io.interrupt import check, held
 from megatrain_io.text import visible
 
 __all__ = ["export_command", "generate_command", "import_command"]
@@ -57,17 +58,19 @@ def import_command(  # noqa: PLR0913 - an option each
 ) -> None:
     """Make a store from a model folder. It goes tensor by tensor: the model is never whole in RAM."""
     with command(json_output=json_output, interrupted="Nothing was left behind: import again.") as result:
-        from megatrain_io.config.schema import ModelOptionsConfig
-        from megatrain_io.models.model_options import ModelOptions
-        from megatrain_io.runs.folder import RunFolder
-        from megatrain_io.runs.import_model import import_model
+        with held():
+            from megatrain_io.config.schema import ModelOptionsConfig
+            from megatrain_io.models.model_options import ModelOptions
+            from megatrain_io.runs.folder import RunFolder
+            from megatrain_io.runs.import_model import import_model
+        check()
 
         folder = RunFolder(run)
         options = ModelOptionsConfig(
             block_list=block_list or None, miniature=miniature, attn_implementation=attn_implementation
         )
 
-        with result.counting("import") as progress:
+        with held(), result.counting("import") as progress:
             info = import_model(
                 model,
                 folder,
@@ -104,7 +107,9 @@ def generate_command(  # noqa: PLR0913 - an option each
 ) -> None:
     """Continue a text, or answer a message, with the newest committed weights."""
     with command(json_output=json_output, interrupted="The run is as it was.") as result:
-        from megatrain_io.generate import Generator
+        with held():
+            from megatrain_io.generate import Generator
+        check()
 
         how: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -133,8 +138,10 @@ def export_command(
 ) -> None:
     """Write the weights as a model folder. They are the newest committed ones; transformers loads the folder."""
     with command(json_output=json_output, interrupted="The run is as it was: export again.") as result:
-        from megatrain_io.runs.export_model import export_model
-        from megatrain_io.runs.folder import RunFolder
+        with held():
+            from megatrain_io.runs.export_model import export_model
+            from megatrain_io.runs.folder import RunFolder
+        check()
 
         with result.counting("export") as progress:
             export_model(RunFolder(run), out, dtype=dtype, progress=progress)

@@ -4,13 +4,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import typer
 
 from megatrain_io.errors import DoesNotFitError, InterruptedRunError, MegatrainIoError, StorageError
+from megatrain_io.interrupt import check, is_requested
 from megatrain_io.text import visible
 
 __all__ = ["CommandResult", "command"]
@@ -40,9 +41,15 @@ class CommandResult:
 
         return counting(what, Console(stderr=True), quiet=self.json_output)
 
+    def interrupt(self, safe: str, name: str = "") -> None:
+        """End with the interruption: what is safe, and the signal that asked for it."""
+        by = f" by {name}" if name else ""
+        self.fail(f"interrupted{by}. {safe}", "KeyboardInterrupt", InterruptedRunError.exit_code)
+
     def fail(self, message: str, kind: str, exit_code: int) -> None:
         """Print an error on standard error, and make it the result, in place of what was there."""
-        typer.echo(f"megatrain-io: {visible(message)}", err=True)
+        with suppress(OSError) if is_requested() else nullcontext():  # the terminal may be gone
+            typer.echo(f"megatrain-io: {visible(message)}", err=True)
         self.exit_code = exit_code
         self.text = ""
         self.values = {"error": {"kind": kind, "message": message, "exit_code": exit_code}}
@@ -54,12 +61,13 @@ def command(*, json_output: bool, interrupted: str) -> Iterator[CommandResult]:
 
     Args:
         json_output: print ``values``, not ``text``; an error becomes ``{"error": ...}``.
-        interrupted: what is safe and what to do after Ctrl-C.
+        interrupted: what is safe and what to do after Ctrl-C, or another signal that asks for a stop.
     """
     result = CommandResult(json_output)
     try:
         # Whatever a library prints, standard output holds the result alone.
         with redirect_stdout(sys.stderr):
+            check()
             yield result
     except MegatrainIoError as error:
         is_bug = error.exit_code == MegatrainIoError.exit_code
@@ -68,19 +76,27 @@ def command(*, json_output: bool, interrupted: str) -> Iterator[CommandResult]:
         if is_bug:
             message = f"{message}. This is a bug in megatrain-io: please report it"
         result.fail(message, type(error).__name__, error.exit_code)
+    except KeyboardInterrupt as stop:
+        result.interrupt(interrupted, str(stop))
     except BrokenPipeError:
-        raise
+        if not is_requested():
+            raise
+        result.interrupt(interrupted)
     except (OSError, MemoryError) as error:
         result.fail(*_of_the_system(error))
-    except KeyboardInterrupt:
-        result.fail(f"interrupted. {interrupted}", "KeyboardInterrupt", InterruptedRunError.exit_code)
-    if json_output:
-        typer.echo(json.dumps(_plain(result.values), allow_nan=False))
-    elif result.text:
-        # A line of a result may hold anything that a model says; what a pipe takes is left as it is.
-        is_shown = sys.stdout.isatty()
-        for line in result.text.split("\n"):
-            sys.stdout.write(f"{visible(line) if is_shown else line}\n")
+    except Exception:
+        # Some libraries turn the interrupt into an error of their own.
+        if not is_requested():
+            raise
+        result.interrupt(interrupted)
+    with suppress(OSError) if is_requested() else nullcontext():  # the terminal may be gone
+        if json_output:
+            typer.echo(json.dumps(_plain(result.values), allow_nan=False))
+        elif result.text:
+            # A line of a result may hold anything that a model says; what a pipe takes is left as it is.
+            is_shown = sys.stdout.isatty()
+            for line in result.text.split("\n"):
+                sys.stdout.write(f"{visible(line) if is_shown else line}\n")
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

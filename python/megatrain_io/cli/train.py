@@ -9,6 +9,7 @@ import typer
 
 from megatrain_io.cli.options import JsonOutput
 from megatrain_io.cli.result import command
+from megatrain_io.interrupt import check, held
 
 __all__ = ["train_command"]
 
@@ -62,10 +63,12 @@ def train_command(
         for note in notes:
             typer.echo(f"note: {visible(note)}", err=True)
 
-        from megatrain_io.paging.trace import Trace
-        from megatrain_io.training.callbacks import Callback, TraceCallback
-        from megatrain_io.training.reporters import reporter
-        from megatrain_io.training.trainer import train
+        with held():
+            from megatrain_io.paging.trace import Trace
+            from megatrain_io.training.callbacks import Callback, TraceCallback
+            from megatrain_io.training.reporters import reporter
+            from megatrain_io.training.trainer import train
+        check()
 
         callbacks: list[Callback] = []
         if not json_output:

@@ -22,6 +22,7 @@ from megatrain_io.errors import (
     NoSpaceError,
 )
 from megatrain_io.files import make_folder, new_file, storage_errors, sync_folder
+from megatrain_io.interrupt import check, held
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.safetensors import (
@@ -105,7 +106,7 @@ def write_model_folder(
         progress: called after each chunk.
     """
     out, partial = _check(out, dtype, shard_bytes)
-    with storage_errors(out, NOTHING_LEFT), ExitStack() as undo:
+    with held(), storage_errors(out, NOTHING_LEFT), ExitStack() as undo:
         is_bf16 = any(record.format == "bf16" for record in state.layout.records)
         wanted: Precision = dtype or ("bf16" if is_bf16 else "fp32")
         names = HubNames(folder.config(), DTYPES[wanted])
@@ -183,6 +184,7 @@ def _write_parameters(
                     _write(files, piece.name, source, values[first : first + count])
         if progress is not None:
             progress(chunk.index + 1, len(state.layout.chunks))
+        check()
 
 
 def _write_buffers(files: ShardWriter, names: HubNames, plan: NamePlan) -> None:

@@ -23,6 +23,7 @@ from megatrain_io.errors import (
     UnsupportedModelError,
 )
 from megatrain_io.files import make_folder, storage_errors, sync_folder
+from megatrain_io.interrupt import check, held
 from megatrain_io.machine.drive import store_drive_notes
 from megatrain_io.machine.precision import fastest_here
 from megatrain_io.models.hub_folder import ModelFolder
@@ -38,6 +39,7 @@ from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
 from megatrain_io.store.layout import Chunk, Durability, ModelLayout, Precision, TensorPlace
 from megatrain_io.store.paged_store import Engine, Ledger, StoreCreator
+from megatrain_io.text import visible
 
 __all__ = [
     "NOTHING_LEFT",
@@ -90,6 +92,7 @@ def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning 
         for chunk in layout.chunks:
             values, dtype = _chunk_values(layout, chunk, read)
             creator.write_chunk(chunk.index, values, dtype)
+            check()
             if progress is not None:
                 progress(chunk.index + 1, len(layout.chunks))
         return creator.finish(blob)
@@ -206,7 +209,7 @@ class ModelImport:
 
     def __enter__(self) -> Self:
         try:
-            with storage_errors(self._run.path, NOTHING_LEFT):
+            with held(), storage_errors(self._run.path, NOTHING_LEFT):
                 _make_folder(self._run.path, self._undo)
                 # Let go before the folder is removed again, and not with what a finished import keeps.
                 self._undo.callback(self._holding.close)
@@ -219,7 +222,8 @@ class ModelImport:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        with held():
+            self._close()
 
     def write(
         self, *, engine: Engine = "auto", ledger: Ledger | None = None, progress: Progress | None = None
@@ -236,8 +240,8 @@ class ModelImport:
         """
         run, undo = self._run, self._undo
         for note in self.notes:
-            _LOG.warning("note: %s", note)
-        with storage_errors(run.path, NOTHING_LEFT):
+            _LOG.warning("note: %s", visible(note))
+        with held(), storage_errors(run.path, NOTHING_LEFT):
             for store in self._stores:
                 _make_folder(store.parent, undo)
             partial = run.model.with_name(run.model.name + ".partial")

@@ -187,8 +187,8 @@ def _next(status: RunStatus, run: RunFolder) -> str:
         if status.in_use.has_ended:
             return "wait a second, and look again"
         if status.durability == "scratch":
-            return "let it go on, or stop it with Ctrl-C and wait for its end: a kill loses everything"
-        return "let it go on, or stop it with Ctrl-C: the last committed step is safe"
+            return "let it go on, or stop it with Ctrl-C or SIGTERM and wait for its end: kill -9 loses everything"
+        return "let it go on, or stop it with Ctrl-C or SIGTERM: the last committed step is safe"
     if not status.step:
         return _train_command(run)
     if status.max_steps is None or status.step < status.max_steps:

@@ -46,7 +46,7 @@ class Run(Protocol):
         """Let the next step be committed, whatever ``memory.commit_every`` says."""
 
     def stop(self) -> None:
-        """End the training with the next committed step, which is this one if it was committed."""
+        """End the training with this step, which is committed now; or with the next, where that writes what is in RAM."""
 
     def wait_durable(self) -> None:
         """Wait until all finished steps are durable, if they were to be committed."""
@@ -73,7 +73,7 @@ class Callback:
         """A step will be left out, because its gradients are not finite; the run goes back to step ``run.step``."""
 
     def on_pause(self, run: Run, reason: str) -> None:
-        """The run ends before its last step, and can be resumed: Ctrl-C, ``stop``, or ``memory.max_tbw``."""
+        """The run ends before its last step, and can be resumed: a signal, ``stop``, or ``memory.max_tbw``."""
 
     def on_end(self, run: Run) -> None:
         """Nothing more will come, whether the run succeeded or not."""

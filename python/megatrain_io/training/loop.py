@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -16,6 +16,7 @@ from megatrain_io.errors import (
     TrainingDivergedError,
     WearLimitError,
 )
+from megatrain_io.interrupt import check, is_requested
 from megatrain_io.machine.memory import peak_ram
 from megatrain_io.paging.paged_model import PagedPartition, StepLoss
 from megatrain_io.runs.metrics import StepReport, TrainResult, last_report
@@ -23,7 +24,6 @@ from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.paged_store import AdamWStep
 from megatrain_io.training.callbacks import Callback, Callbacks, MetricsCallback
 from megatrain_io.training.fingerprint import fingerprint_of
-from megatrain_io.training.interrupt import after_the_step
 from megatrain_io.training.lr_schedule import learning_rate_at
 from megatrain_io.training.plan_check import PlanCheck
 from megatrain_io.training.setup import SAFE, Setup
@@ -45,11 +45,15 @@ def held_out_loss(model: PagedPartition, data: StepData, accumulation: int) -> f
         model: that measures it.
         data: of the run.
         accumulation: micro-batches of a step: a device's memory was divided for so many.
+
+    Raises:
+        KeyboardInterrupt: a stop was asked for.
     """
     together = min(_EVAL_MICRO_BATCHES, accumulation) if model.device.has_own_memory else _EVAL_MICRO_BATCHES
     total, tokens = 0.0, 0
     waiting = data.held_out()
     while group := list(islice(waiting, together)):
+        check()
         part = model.evaluate(group)
         total += part.loss * part.trained_tokens
         tokens += part.trained_tokens
@@ -95,7 +99,8 @@ class TrainingRun:
         self._eval_loss: float | None = None
         # Loss of each step that is left out, because its gradients are not finite.
         self._skips: dict[int, float] = {}
-        self._under_way = 0
+        # The step that is being trained; None between two.
+        self._under_way: int | None = None
         self._commits_next = False
         self._is_committed = True
         self._is_stopped = False
@@ -123,7 +128,7 @@ class TrainingRun:
         self._commits_next = True
 
     def stop(self) -> None:
-        """End the training with the next committed step, which is this one if it was committed."""
+        """End the training with this step, which is committed now; or with the next, where that writes what is in RAM."""
         self._is_stopped = True
 
     def wait_durable(self) -> None:
@@ -136,7 +141,7 @@ class TrainingRun:
         """Train all steps that are left, and wait until the last one is durable.
 
         Raises:
-            InterruptedRunError: Ctrl-C; the run can be resumed.
+            InterruptedRunError: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the run can be resumed.
             WearLimitError: one more step could write more than ``memory.max_tbw``; the run can be resumed.
             MegatrainIoError: one of its kinds, as its message says.
         """
@@ -160,7 +165,7 @@ class TrainingRun:
         if self.step == 0:
             self.progress.eval_loss_before = self._evaluate()
         self._meter.lap()
-        while self.step < self.max_steps and not (self._is_stopped and self._is_committed):
+        while self.step < self.max_steps and not (self._is_ending and self._is_committed):
             number, began = self.step + 1, time.monotonic()
             micro_batches = self._data.step(number, self._accumulation)
             try:
@@ -169,19 +174,57 @@ class TrainingRun:
                 self._will_skip(error)
                 self._meter.lap()
                 continue
-            evaluates = self._is_evaluated(number)
+            self._tell(loss, learning_rate, micro_batches, began)
+            if self._is_ending:
+                self._commit_what_is_trained()
+        self.wait_durable()
+        if self.step < self.max_steps:
+            check()
+            self._callbacks.on_pause(self, "a callback has stopped it")
+
+    @property
+    def _is_ending(self) -> bool:
+        """Whether the run ends with the next committed step."""
+        return self._is_stopped or is_requested()
+
+    def _tell(
+        self, loss: StepLoss, learning_rate: float, micro_batches: Sequence[MicroBatch], began: float
+    ) -> None:
+        """Evaluate, if that is due, and report the step that was trained: also if something fails in between."""
+        evaluates, eval_loss = self._is_evaluated(self.step), None
+        moved, seconds, ended = None, 0.0, None
+        try:
             if evaluates:
                 # What is still to be written belongs to this step, not to the evaluation.
                 self.wait_durable()
             moved, seconds = self._meter.lap(), time.monotonic() - began
-            eval_loss = self._evaluate() if evaluates else None
-            report = self._report(loss, learning_rate, micro_batches, moved, seconds, eval_loss)
             if evaluates:
-                self._meter.lap()
+                eval_loss = self._evaluate()
+        except BaseException as error:  # noqa: BLE001 - the step may be committed by now: it is reported first
+            ended = error
+        report = self._report(
+            loss, learning_rate, micro_batches, moved or self._meter.lap(), seconds, eval_loss
+        )
+        if evaluates:
+            self._meter.lap()
+        # A stop ends the loop at its own place: no step must be lost for a held-out loss.
+        if ended is None or (isinstance(ended, KeyboardInterrupt) and is_requested()):
             self._callbacks.on_step(self, report)
-        self.wait_durable()
-        if self.step < self.max_steps:
-            self._callbacks.on_pause(self, "a callback has stopped it")
+            return
+        with suppress(Exception):
+            self._callbacks.on_step(self, report)
+        raise ended
+
+    def _commit_what_is_trained(self) -> None:
+        """Commit the steps since the last commit now, if that needs no other step.
+
+        What changed in RAM alone is written by the update of a step that commits: then it is the next one.
+        """
+        kept = self._state.residents
+        is_in_ram = bool(kept.records or kept.chunks)
+        if not self._is_committed and self._under_way is None and not is_in_ram:
+            self.model.skip(self._blob_of(self.step)(self.progress.loss or 0.0))
+            self._is_committed = True
 
     def _train(self, step: int, micro_batches: Sequence[MicroBatch]) -> tuple[StepLoss, float]:
         """Train one step, or leave it out; returns its loss and its learning rate."""
@@ -205,8 +248,8 @@ class TrainingRun:
         commits = self._is_due(step)
         blob = self._blob_of(step) if commits else None
         self._under_way = step
-        with after_the_step() if self._is_scratch else nullcontext():
-            loss = self.model.train_step(micro_batches, adamw, blob, number=step)
+        loss = self.model.train_step(micro_batches, adamw, blob, number=step)
+        self._under_way = None
         self._is_committed, self._commits_next = commits, False
         self.progress.step, self.progress.loss = step, loss.loss
         self._steps += 1
@@ -220,7 +263,7 @@ class TrainingRun:
             or step == self.max_steps
             or step + 1 in self._skips
             or self._commits_next
-            or self._is_stopped
+            or self._is_ending
         )
 
     def _is_evaluated(self, step: int) -> bool:
@@ -230,7 +273,13 @@ class TrainingRun:
 
     def _evaluate(self) -> float | None:
         """Measure the held-out loss; None where nothing is held out."""
-        loss = held_out_loss(self.model, self._data, self._accumulation)
+        try:
+            loss = held_out_loss(self.model, self._data, self._accumulation)
+        except BaseException:
+            # Between two passes nothing is lost. Within one the steps since the last commit are.
+            self._under_way = None if is_requested() else self.step
+            self._eval_loss = None
+            raise
         if loss is not None:
             self._eval_loss = loss
             self._callbacks.on_evaluate(self, loss)
@@ -242,7 +291,8 @@ class TrainingRun:
         """Go back to the last commit; from there on the step whose gradients are not finite is left out."""
         if getattr(error, "__notes__", None):
             raise error  # there is no commit to go back to: a note says so
-        step, eval_loss_before = self._under_way, self.progress.eval_loss_before
+        step, eval_loss_before = self._under_way or 0, self.progress.eval_loss_before
+        self._under_way = None
         self.progress = TrainerState.parse(self._state.blob)
         self.progress.eval_loss_before = eval_loss_before
         self._is_committed = True
@@ -258,11 +308,19 @@ class TrainingRun:
     def _ended_by(self, error: BaseException) -> BaseException:
         """What to tell of the error that ended the loop, after what can be kept was kept."""
         if isinstance(error, KeyboardInterrupt):
-            # A finished step is committed first, if it was to be; steps since the last commit are lost.
+            # Between two steps nothing is lost, but what only another step could write.
+            self._commit_what_is_trained()
             self.wait_durable()
             step = TrainerState.parse(self._state.blob).step
+            by = f" by {error}" if str(error) else ""
+            lost = (
+                f" (the {self.step - step} after it are lost: memory.commit_every)"
+                if self.step > step
+                else ""
+            )
             told: BaseException = InterruptedRunError(
-                f"interrupted; step {step} is the last one that was committed, and it is kept. Go on with --resume"
+                f"interrupted{by}; step {step} is the last one that was committed, and it is kept{lost}. Go on with "
+                "--resume"
             )
         elif isinstance(error, WearLimitError):
             if self._steps:

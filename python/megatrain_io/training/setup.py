@@ -17,6 +17,7 @@ from megatrain_io.config.schema import RunConfig
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, InterruptedRunError, MegatrainIoError
 from megatrain_io.files import replace_file, storage_errors
+from megatrain_io.interrupt import held
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.model_options import ModelOptions
@@ -109,10 +110,11 @@ def ready(
 
     Raises:
         MegatrainIoError: model, data or configuration cannot be used, or the run does not fit.
-        InterruptedRunError: Ctrl-C during the import.
+        InterruptedRunError: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 during the import.
     """
     run = _Request(config, folder, device, own)
     with ExitStack() as open_:
+        closing = open_.enter_context(ExitStack())  # left last
         made, first = None, []
         if not folder.is_imported:
             if resume:
@@ -152,6 +154,8 @@ def ready(
         now = fingerprint_of(device, job.partition)
         notes = [*first, *run.notes, *state.notes, *job.partition.loss_notes]
         notes += [*differences(progress.environment, now), *plan.summary(), data.summary]
+        # From here until the store is closed: an end in between would cost steps, and a scratch store all of them.
+        closing.enter_context(held())
         # Outside: errors of callbacks and data are the caller's own.
         yield Setup(config, folder, job, plan, data, max_steps, digest, model, progress, notes)
 

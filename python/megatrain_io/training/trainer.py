@@ -11,6 +11,7 @@ from megatrain_io.config.parse import load
 from megatrain_io.config.schema import RunConfig
 from megatrain_io.errors import ConfigError
 from megatrain_io.generate import Generator
+from megatrain_io.interrupt import stop_signals
 from megatrain_io.paging.device.base import Device
 from megatrain_io.planning.plan import Plan
 from megatrain_io.planning.resolve import resolve_device
@@ -105,6 +106,10 @@ class Trainer:
     def train(self, *, resume: bool = False) -> TrainResult:
         """Train all steps that are left, importing the model first if the run has no store yet.
 
+        In the main thread Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end the training politely while it lasts: the step
+        under way ends, and all steps are committed. Handlers of your own and signals that are ignored stay as they
+        are; call ``run.stop()`` from a callback then. A second signal does what it did before.
+
         Args:
             resume: go on with a run that has begun; without it such a run is refused.
 
@@ -112,13 +117,14 @@ class Trainer:
             Losses, time, traffic and memory of this start.
 
         Raises:
-            InterruptedRunError: Ctrl-C; the run can be resumed.
+            InterruptedRunError: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the run can be resumed.
             WearLimitError: one more step could write more than ``memory.max_tbw``; the run can be resumed.
             MegatrainIoError: one of its kinds, as its message says.
         """
         started = time.monotonic()
         self._close_generator()
         with (
+            stop_signals(),
             self._device() as device,
             ready(self.config, self.folder, device, self._data, resume=resume) as setup,
         ):

@@ -15,7 +15,7 @@ PACKAGE = "megatrain_io"
 ROOT_MODULE = {"python": "__init__", "rust": "lib"}
 
 PYTHON_ROOMS: tuple[frozenset[str], ...] = (
-    frozenset({"arguments", "config", "errors", "files", "text"}),
+    frozenset({"arguments", "config", "errors", "files", "interrupt", "text"}),
     frozenset({"data", "machine"}),
     frozenset({"models", "store"}),
     frozenset({"paging", "runs"}),
@@ -47,7 +47,19 @@ HEAVY = {"numpy", "torch", "transformers"}
 """What takes seconds to import."""
 TORCH = {"torch", "transformers"}
 LIGHT = {
-    *("__init__", "__main__", "arguments", "cli", "config", "data", "errors", "files", "machine", "text"),
+    *(
+        "__init__",
+        "__main__",
+        "arguments",
+        "cli",
+        "config",
+        "data",
+        "errors",
+        "files",
+        "interrupt",
+        "machine",
+        "text",
+    ),
     *(
         "runs.cleanup",
         "runs.folder",

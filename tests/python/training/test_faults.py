@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -32,7 +31,6 @@ from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import import_model
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.paged_store import PagedStore
-from megatrain_io.training.interrupt import after_the_step
 from reference.reference import build, tiny_config
 from runs import (
     ENGINE,
@@ -191,29 +189,6 @@ def test_a_scratch_store_that_cannot_be_closed_says_so(source, tmp_path, monkeyp
 def test_the_durability_of_a_store_does_not_change(source, stopped):
     with pytest.raises(ConfigError, match=r"memory\.durability is scratch, and the store .* made with step"):
         start(configured(source, stopped, memory={"durability": "scratch"}), resume=True)
-
-
-def test_ctrl_c_is_held_back_once():
-    done = []
-    # A background job of a shell begins with Ctrl-C ignored.
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def step(interrupts):
-        with after_the_step():
-            for _ in range(interrupts):
-                os.kill(os.getpid(), signal.SIGINT)
-            done.append(interrupts)
-
-    with pytest.raises(KeyboardInterrupt):
-        step(1)
-    with pytest.raises(KeyboardInterrupt):
-        step(2)
-    step(0)
-    assert done == [1, 0]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    step(1)  # stays ignored
-    signal.signal(signal.SIGINT, outside)
-    assert done == [1, 0, 1]
 
 
 # --------------------------------------------------------------------------------------- the store

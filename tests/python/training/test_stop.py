@@ -1,0 +1,113 @@
+"""A polite stop keeps everything: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1, in any phase, with any ``commit_every``."""
+
+import os
+import signal
+
+import pytest
+
+from megatrain_io import interrupt
+from megatrain_io.errors import InterruptedRunError
+from megatrain_io.interrupt import STOP_SIGNALS
+from megatrain_io.paging.paged_model import PagedPartition
+from megatrain_io.paging.step import Step
+from runs import STEPS, blob_of, check_equals, configured, metrics_of, start
+
+PAGED, IN_RAM = {"ram": "2000KiB"}, {"ram": "1GiB"}
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard():
+    """A background job of a shell begins with Ctrl-C ignored."""
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, outside)
+
+
+def sending(monkeypatch, number, *, step, phase="backward", times=1):
+    """The signal comes in the middle of a step."""
+    done = getattr(Step, phase)
+
+    def interrupted(self, **how):
+        if self._number == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return done(self, **how)
+
+    monkeypatch.setattr(Step, phase, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("number", "memory", "kept"),
+    [
+        (signal.SIGTERM, PAGED, 3),
+        (signal.SIGINT, PAGED | {"commit_every": 100}, 3),
+        (signal.SIGHUP, IN_RAM | {"commit_every": 100}, 4),  # the fourth writes what the three changed in RAM
+        (signal.SIGUSR1, PAGED | {"durability": "scratch"}, 3),
+    ],
+    ids=str,
+)
+def test_the_step_ends_and_all_is_committed(source, whole, tmp_path, monkeypatch, number, memory, kept):
+    """``docker stop`` lost a scratch training as a whole, and with ``commit_every: 100`` a hundred steps."""
+    config = configured(source, tmp_path / "run", memory=memory)
+    handlers = [signal.getsignal(each) for each in STOP_SIGNALS]
+    with monkeypatch.context() as patch:
+        sending(patch, number, step=3)
+        with pytest.raises(InterruptedRunError, match=rf"{number.name}; step {kept} .* kept\. .*--resume"):
+            start(config)
+    assert [signal.getsignal(each) for each in STOP_SIGNALS] == handlers
+    assert blob_of(config.output_dir)["step"] == kept
+    assert [line["step"] for line in metrics_of(config.output_dir)] == [*range(1, kept + 1)]
+    start(config, resume=True)
+    check_equals(config.output_dir, whole)
+
+
+def test_a_stop_in_the_last_step_lets_the_run_be_done(source, tmp_path, monkeypatch):
+    config = configured(source, tmp_path / "run")
+    sending(monkeypatch, signal.SIGTERM, step=STEPS)
+    result, _ = start(config)
+    assert (result.steps, result.eval_loss) == (STEPS, None)
+    assert [line["step"] for line in metrics_of(config.output_dir)] == [*range(1, STEPS + 1)]
+
+
+def test_a_stop_while_the_held_out_loss_is_measured_costs_that_alone(source, whole, tmp_path, monkeypatch):
+    """The line of the step before was missing in the metrics, and steps without a commit were lost."""
+    config = configured(source, tmp_path / "run", memory={"commit_every": 100}, eval_steps=2)
+    evaluate = PagedPartition.evaluate
+
+    def interrupted(model, micro_batches):
+        if model.state.generation > 0 and len(metrics_of(config.output_dir)) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model, micro_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagedPartition, "evaluate", interrupted)
+        with pytest.raises(InterruptedRunError, match="step 2 "):
+            start(config)
+    assert [line["step"] for line in metrics_of(config.output_dir)] == [1, 2]
+    start(config, resume=True)
+    check_equals(config.output_dir, whole)
+
+
+def test_what_fails_after_a_step_leaves_its_line(source, tmp_path, monkeypatch):
+    config = configured(source, tmp_path / "run", eval_steps=2)
+    evaluate = PagedPartition.evaluate
+
+    def failing(model, micro_batches):
+        if len(metrics_of(config.output_dir)) == 1:
+            raise KeyboardInterrupt
+        return evaluate(model, micro_batches)
+
+    monkeypatch.setattr(PagedPartition, "evaluate", failing)
+    with pytest.raises(InterruptedRunError, match="step 2 "):
+        start(config)
+    assert [line["step"] for line in metrics_of(config.output_dir)] == [1, 2]
+
+
+def test_a_second_ctrl_c_ends_at_once(source, tmp_path, monkeypatch):
+    config = configured(source, tmp_path / "run", memory={"commit_every": 2})
+    now = iter(range(0, 100, 10))
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: next(now))
+    sending(monkeypatch, signal.SIGINT, step=4, times=2)
+    with pytest.raises(InterruptedRunError, match=r"step 2 .* kept \(the 1 after it are lost: memory.commit"):
+        start(config)
+    assert blob_of(config.output_dir)["step"] == 2

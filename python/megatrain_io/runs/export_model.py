@@ -4,12 +4,14 @@ Each chunk is read once, and its parameters are written to wherever the files ho
 whatever the size of the model.
 """
 
+import fcntl
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ __all__ = ["export_model", "write_model_folder"]
 
 _LOG = logging.getLogger("megatrain_io")
 _SPARE_BYTES = 1 << 20
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
 def export_model(
@@ -106,14 +109,15 @@ def write_model_folder(
         progress: called after each chunk.
     """
     out, partial = _check(out, dtype, shard_bytes)
-    with held(), storage_errors(out, NOTHING_LEFT), ExitStack() as undo:
+    with held(), storage_errors(out, NOTHING_LEFT), ExitStack() as open_:
         is_bf16 = any(record.format == "bf16" for record in state.layout.records)
         wanted: Precision = dtype or ("bf16" if is_bf16 else "fp32")
         names = HubNames(folder.config(), DTYPES[wanted])
         plan, shards = _plan_export(state.layout, names, wanted, shard_bytes)
         companions = folder.companions()
-        _require_space(out, shards, [folder.path / name for name in companions])
-        make_folder(partial)
+        _require_space(out, partial, shards, [folder.path / name for name in companions])
+        open_.enter_context(_held_folder(partial, companions))
+        undo = open_.enter_context(ExitStack())
         undo.callback(shutil.rmtree, partial, ignore_errors=True)
         with ShardWriter(partial, shards) as written:
             _write_buffers(written, names, plan)
@@ -127,6 +131,49 @@ def write_model_folder(
         partial.rename(out)
         undo.pop_all()
         sync_folder(out.parent)
+
+
+@contextmanager
+def _held_folder(partial: Path, companions: Sequence[str]) -> Iterator[None]:
+    """Make the folder of an export that is not complete, and hold it; one that nobody holds is emptied and taken over.
+
+    Raises:
+        ConfigError: another export holds it, or it has files that no export wrote.
+    """
+    make_folder(partial)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(descriptor), partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False  # another export holds it, or has just given it its name
+        if not is_ours:
+            raise ConfigError(
+                f"{partial} is of an export that runs: wait until it has ended, or choose another folder"
+            )
+        for path in _of_a_killed_export(partial, companions):
+            path.unlink()
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _of_a_killed_export(partial: Path, companions: Sequence[str]) -> list[Path]:
+    """The files that a killed export left.
+
+    Raises:
+        ConfigError: there are others: nothing is removed.
+    """
+    found = sorted(partial.iterdir())
+    ours = {"config.json", "model.safetensors.index.json", *companions}
+    others = [path.name for path in found if path.name not in ours and not _SHARD.fullmatch(path.name)]
+    if others:
+        raise ConfigError(
+            f"{partial} is where an export is written until it is complete, and it has {len(others)} files that are "
+            f"not of one ({', '.join(others[:3])}): move it away, or choose another folder"
+        )
+    return found
 
 
 def _check(out: Path, dtype: Precision | None, shard_bytes: int) -> tuple[Path, Path]:
@@ -225,14 +272,19 @@ def _refuse_occupied(out: Path, partial: Path) -> None:
         raise ConfigError(
             f"{out} exists and is not an empty folder: nothing is overwritten. Choose another one"
         )
-    if os.path.lexists(partial):
-        raise ConfigError(f"{partial} is of an export that runs, or was killed: remove it if none runs")
+    if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir()):
+        raise ConfigError(
+            f"{partial} is where an export is written until it is complete, and it is no folder: move it away, or "
+            "choose another folder"
+        )
 
 
-def _require_space(out: Path, shards: Sequence[ShardPlan], copies: Sequence[Path]) -> None:
+def _require_space(out: Path, partial: Path, shards: Sequence[ShardPlan], copies: Sequence[Path]) -> None:
     there = next(folder for folder in out.parents if folder.exists())
     system = os.statvfs(there)
-    free = system.f_bavail * system.f_frsize
+    # What a killed export left is removed before anything is written.
+    left = sum(path.lstat().st_blocks * 512 for path in partial.iterdir()) if partial.is_dir() else 0
+    free = system.f_bavail * system.f_frsize + left
     needed = (
         sum(shard.file_bytes for shard in shards) + sum(path.stat().st_size for path in copies) + _SPARE_BYTES
     )

@@ -46,7 +46,7 @@ class Run(Protocol):
         """Let the next step be committed, whatever ``memory.commit_every`` says."""
 
     def stop(self) -> None:
-        """End the training with this step, which is committed now; or with the next, where that writes what is in RAM."""
+        """End the training with this step, which is committed now; with the next, if that must write what is in RAM."""
 
     def wait_durable(self) -> None:
         """Wait until all finished steps are durable, if they were to be committed."""

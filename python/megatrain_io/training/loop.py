@@ -128,7 +128,7 @@ class TrainingRun:
         self._commits_next = True
 
     def stop(self) -> None:
-        """End the training with this step, which is committed now; or with the next, where that writes what is in RAM."""
+        """End the training with this step, which is committed now; with the next, if that must write what is in RAM."""
         self._is_stopped = True
 
     def wait_durable(self) -> None:

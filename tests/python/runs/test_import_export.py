@@ -1,5 +1,6 @@
 """Import and export of model folders: the same bits in and out, and nothing half-done when it fails."""
 
+import fcntl
 import filecmp
 import json
 import os
@@ -389,13 +390,47 @@ def test_an_export_overwrites_nothing(tmp_path, imported):
     export_model(imported, out, engine=ENGINE)  # an empty folder is welcome
     with pytest.raises(ConfigError, match="exists and is not an empty folder"):
         export_model(imported, out, engine=ENGINE)
-    (tmp_path / "next.partial").mkdir()
-    with pytest.raises(ConfigError, match=r"next.partial is of an export that runs, or was killed"):
-        export_model(imported, tmp_path / "next", engine=ENGINE)
     with pytest.raises(ConfigError, match="shard_bytes is 0"):
         export_model(imported, tmp_path / "other", shard_bytes=0, engine=ENGINE)
     with pytest.raises(ConfigError, match="is not a run folder"):
         export_model(RunFolder(tmp_path / "no run"), tmp_path / "other", engine=ENGINE)
+
+
+def test_what_a_killed_export_left_is_taken_over(tmp_path, imported, monkeypatch):
+    """It stayed, and the next export was refused until somebody removed it."""
+    export_model(imported, tmp_path / "whole", engine=ENGINE)
+    shutil.copytree(tmp_path / "whole", tmp_path / "next.partial")
+    (tmp_path / "next.partial" / "model-00001-of-00002.safetensors").write_bytes(bytes(9 << 20))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=100, f_frsize=4096))
+    export_model(imported, tmp_path / "next", engine=ENGINE)  # in the room that the rest of it took
+    assert not (tmp_path / "next.partial").exists()
+    found = {path.name: path.read_bytes() for path in (tmp_path / "next").iterdir()}
+    assert found == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+
+
+def test_what_another_export_holds_or_none_wrote_is_left_alone(tmp_path, imported):
+    partial = tmp_path / "next.partial"
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("mine")
+    (partial / "config.json").write_text("mine")
+    with pytest.raises(
+        ConfigError, match=r"next.partial is where .* 1 files that are not of one \(thesis.tex\)"
+    ):
+        export_model(imported, tmp_path / "next", engine=ENGINE)
+    assert sorted(path.name for path in partial.iterdir()) == ["config.json", "thesis.tex"]
+    (partial / "thesis.tex").unlink()
+    holder = os.open(partial, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match=r"next.partial is of an export that runs: wait"):
+        export_model(imported, tmp_path / "next", engine=ENGINE)
+    assert (partial / "config.json").read_text() == "mine"
+    os.close(holder)
+    (partial / "config.json").unlink()
+    partial.rmdir()
+    partial.write_text("mine")
+    with pytest.raises(ConfigError, match=r"next.partial is where .* no folder: move it away"):
+        export_model(imported, tmp_path / "next", engine=ENGINE)
+    assert partial.read_text() == "mine"
 
 
 def test_an_export_that_does_not_fit_is_not_begun(tmp_path, imported, monkeypatch):

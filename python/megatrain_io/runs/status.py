@@ -194,7 +194,10 @@ def _next(status: RunStatus, run: RunFolder) -> str:
     if status.max_steps is None or status.step < status.max_steps:
         return f"{_train_command(run)} --resume"
     path = shlex.quote(str(run.path.absolute()))
-    return f"done: megatrain-io generate {path} --prompt TEXT, or megatrain-io export {path} OUT"
+    return (
+        f"done: megatrain-io generate {path} --prompt TEXT, or megatrain-io export {path} OUT. To train on: "
+        f"{_train_command(run)} --resume max_steps=N, with N above {status.step}"
+    )
 
 
 def _train_command(run: RunFolder) -> str:

@@ -26,6 +26,7 @@ from megatrain_io.training.callbacks import Callback, Callbacks, MetricsCallback
 from megatrain_io.training.fingerprint import fingerprint_of
 from megatrain_io.training.lr_schedule import learning_rate_at
 from megatrain_io.training.plan_check import PlanCheck
+from megatrain_io.training.resume import recorded_settings
 from megatrain_io.training.setup import SAFE, Setup
 from megatrain_io.training.step_data import StepData
 from megatrain_io.training.wear import WearLimit
@@ -106,6 +107,7 @@ class TrainingRun:
         self._is_stopped = False
         self._is_scratch = self._state.layout.durability == "scratch"
         self._digest = setup.digest
+        self._recorded = recorded_settings(setup.config, setup.max_steps)
         self._plan_check = PlanCheck(self.plan, setup.job.steps_to_a_commit)
         self._wear_limit = WearLimit(self.plan.committing_bytes, setup.job.max_tbw)
         # The limit comes last: when it ends the run, all others know of the step.
@@ -346,6 +348,7 @@ class TrainingRun:
                 "step": step,
                 "loss": loss,
                 "settings": self._digest,
+                "configuration": self._recorded,
                 "data": self._data.sha256,
                 "written_bytes": self._wear_limit.at_most(self.written_bytes, is_durable=is_durable),
                 "environment": fingerprint_of(self.model.device, self.model.partition),

@@ -38,6 +38,7 @@ from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import PagedStore, TensorSettings
 from megatrain_io.training.fingerprint import differences, fingerprint_of, settings_digest
+from megatrain_io.training.resume import changes_of
 from megatrain_io.training.step_data import OwnSequence, StepData, step_data
 
 __all__ = ["SAFE", "Setup", "planned", "ready"]
@@ -135,9 +136,9 @@ def ready(
         if max_steps is None:
             raise MegatrainIoError("the number of steps is not known, and was not asked for")
         config = config.settled(precision=job.precision, accumulation=job.accumulation, files=data.files)
-        digest = settings_digest(config.train, max_steps)
+        digest, changes = settings_digest(config.train, max_steps), []
         if resume is not None and progress.step > 0:
-            _check_resume(folder, progress, data, digest, max_steps)
+            changes = changes_of(folder, progress, config, max_steps, digest=digest, data=data.sha256)
         job = job.of_store(state.ledger.total()[0])
         plan = run.plan(job).require_fits()
         with storage_errors(folder.path, SAFE):
@@ -153,7 +154,7 @@ def ready(
             )
         now = fingerprint_of(device, job.partition)
         notes = [*first, *run.notes, *state.notes, *job.partition.loss_notes]
-        notes += [*differences(progress.environment, now), *plan.summary(), data.summary]
+        notes += [*changes, *differences(progress.environment, now), *plan.summary(), data.summary]
         # From here until the store is closed: an end in between would cost steps, and a scratch store all of them.
         closing.enter_context(held())
         # Outside: errors of callbacks and data are the caller's own.
@@ -319,22 +320,3 @@ class _Request:
         if asked != "auto" or not self._folder.is_imported or not written.exists():
             return asked
         return load(written)[0].train.gradient_accumulation_steps
-
-
-def _check_resume(
-    folder: RunFolder, progress: TrainerState, data: StepData, digest: str, max_steps: int
-) -> None:
-    """Refuse to go on with other data or settings, or where nothing is left to train."""
-    if progress.data != data.sha256:
-        raise ConfigError(
-            f"the run stands at step {progress.step} with other data, or other options of data (fingerprint "
-            f"{progress.data[:8]}, now {data.sha256[:8]}): resume with the same, or choose a new "
-            "output_dir"
-        )
-    if progress.settings != digest:
-        raise ConfigError(
-            f"the run stands at step {progress.step} with other settings of train: compare with "
-            f"{folder.config}, resume with the same, or choose a new output_dir"
-        )
-    if progress.step >= max_steps:
-        raise ConfigError(f"the run has done all its {max_steps} steps: there is nothing left to train")

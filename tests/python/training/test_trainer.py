@@ -215,11 +215,16 @@ def test_resume_needs_a_run(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"data": "other.jsonl"}, "other data"),
-        ({"learning_rate": 1e-3}, "other settings of train"),
-        ({"gradient_accumulation_steps": 1}, "other settings of train"),
-        ({"num_train_epochs": 2}, "other settings of train"),
-        ({"seed": 7}, "other settings of train"),
+        (
+            {"data": "other.jsonl"},
+            r"other data .*: data.train was \[.*train.jsonl\"\] and is \[.*other.jsonl",
+        ),
+        (
+            {"gradient_accumulation_steps": 1},
+            r"other settings: train.gradient_accumulation_steps was 2 and is 1\.",
+        ),
+        ({"seed": 7}, "train.seed was 42 and is 7"),
+        ({"max_steps": 2}, "train.max_steps was 5 and is 2, and the run has done 3 steps: .* above 3"),
         ({"precision": "fp32"}, "precision is fp32, .* imported with bf16"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

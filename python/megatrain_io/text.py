@@ -14,6 +14,8 @@ SECONDS_BETWEEN_LINES = 5.0
 """Where there is no terminal, progress is told so often."""
 
 _SMALL = 64 << 20
+_MILLION = 1e6
+_COMPARED = {"planned", "measured", "ratio"}
 
 # Control characters, what turns the direction of writing, line breaks of Unicode, and halves of pairs. Of line
 # breaks only those stay that a message of ours has: the next line is indented.
@@ -51,7 +53,11 @@ def rows(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     width = max(map(len, result), default=0)
     for name, value in result.items():
         label = f"{indent}{name.replace('_', ' '):<{width}}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value.keys() == _COMPARED:
+            planned, measured = (_figure(name, value[key]) for key in ("planned", "measured"))
+            ratio = "" if value["ratio"] is None else f": ratio {value['ratio']:.2f}"
+            yield f"{label}  {planned} planned, {measured} measured{ratio}"
+        elif isinstance(value, Mapping):
             yield label.rstrip()
             yield from rows(value, indent + "  ")
         elif value is not None:
@@ -63,9 +69,11 @@ def _figure(name: str, value: Any) -> str:
         return f"{_memory(value[0])}, peak {_memory(value[-1])}"
     if name.startswith("peak_"):
         return _memory(value)
-    if "bytes" in name and isinstance(value, int):
-        return decimal(value)
-    return f"{value:.6g}" if isinstance(value, float) else visible(str(value))
+    if "bytes" in name and "per_parameter" not in name and isinstance(value, int | float):
+        return decimal(round(value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if _MILLION <= abs(value) < math.inf else f"{value:.6g}"
+    return visible(str(value))
 
 
 def _memory(nbytes: int) -> str:

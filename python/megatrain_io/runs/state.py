@@ -26,6 +26,7 @@ class TrainerState:
         skipped_steps: number of steps so far whose gradients were not finite; nothing was updated by them.
         eval_loss_before: held-out loss of the imported model.
         environment: what may change the bits besides, by ``training.fingerprint``.
+        compared: bytes of the steps before, as planned and as measured (``training.plan_check``).
         configuration: all settings by their dotted keys; None where an older version wrote the state.
         version: of this schema.
     """
@@ -38,6 +39,7 @@ class TrainerState:
     skipped_steps: Annotated[int, Field(ge=0)] = 0
     eval_loss_before: float | None = None
     environment: dict[str, Any] | None = None
+    compared: dict[str, Any] | None = None
     configuration: dict[str, Any] | None = None
     version: int = _VERSION
 

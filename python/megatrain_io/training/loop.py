@@ -25,7 +25,7 @@ from megatrain_io.store.paged_store import AdamWStep
 from megatrain_io.training.callbacks import Callback, Callbacks, MetricsCallback
 from megatrain_io.training.fingerprint import fingerprint_of
 from megatrain_io.training.lr_schedule import learning_rate_at
-from megatrain_io.training.plan_check import PlanCheck
+from megatrain_io.training.plan_check import PlanCheck, Totals
 from megatrain_io.training.resume import recorded_settings
 from megatrain_io.training.setup import SAFE, Setup
 from megatrain_io.training.step_data import StepData
@@ -108,7 +108,9 @@ class TrainingRun:
         self._is_scratch = self._state.layout.durability == "scratch"
         self._digest = setup.digest
         self._recorded = recorded_settings(setup.config, setup.max_steps)
-        self._plan_check = PlanCheck(self.plan, setup.job.steps_to_a_commit)
+        self._plan_check = PlanCheck(
+            self.plan, setup.job.steps_to_a_commit, Totals.of(self.progress.compared)
+        )
         self._wear_limit = WearLimit(self.plan.committing_bytes, setup.job.max_tbw)
         # The limit comes last: when it ends the run, all others know of the step.
         self._callbacks = Callbacks(
@@ -349,6 +351,7 @@ class TrainingRun:
                 "loss": loss,
                 "settings": self._digest,
                 "configuration": self._recorded,
+                "compared": self._plan_check.recorded(),
                 "data": self._data.sha256,
                 "written_bytes": self._wear_limit.at_most(self.written_bytes, is_durable=is_durable),
                 "environment": fingerprint_of(self.model.device, self.model.partition),
@@ -393,6 +396,7 @@ class TrainingRun:
         """Losses, time, traffic and memory of this start, which took ``seconds``."""
         parameters = self._state.layout.parameters
         peak = peak_ram()
+        self._plan_check.add_written(self._meter.lap().written)
         per_step = [count / self._steps / parameters if self._steps else None for count in self._trained]
         return TrainResult(
             steps=self.step,

@@ -8,9 +8,9 @@ would have done without all this: Ctrl-C raises at once, the others end the proc
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -53,7 +53,7 @@ class _StopHandler:
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             self._leave_terminal()
-        now = time.monotonic()
+        now = monotonic()
         if self.number is None:
             self.number, self._first = number, now
             if not self.holds:

@@ -27,7 +27,7 @@ def _as_at_start():
 def clock(monkeypatch):
     """Ten seconds pass between two signals."""
     ticks = count(0, 10)
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(interrupt, "monotonic", lambda: next(ticks))
 
 
 def send(number):
@@ -70,7 +70,7 @@ def test_a_second_one_does_what_it_did_before():
 
 def test_one_request_that_comes_twice_is_one(monkeypatch):
     """`timeout` and a closed terminal send a signal to the process and then to its group."""
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: 5.0)
+    monkeypatch.setattr(interrupt, "monotonic", lambda: 5.0)
     with stop_signals(), held():
         send(signal.SIGHUP)
         send(signal.SIGHUP)

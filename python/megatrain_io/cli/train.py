@@ -64,18 +64,20 @@ def train_command(
             typer.echo(f"note: {visible(note)}", err=True)
 
         with held():
+            from rich.console import Console
+
             from megatrain_io.paging.trace import Trace
             from megatrain_io.training.callbacks import Callback, TraceCallback
-            from megatrain_io.training.reporters import reporter
+            from megatrain_io.training.reporters import WarningReporter, reporter
             from megatrain_io.training.trainer import train
         check()
 
-        callbacks: list[Callback] = []
-        if not json_output:
-            callbacks.append(reporter(logging_steps=config.train.logging_steps))
+        reports = WarningReporter(Console(stderr=True)) if json_output else None
+        callbacks: list[Callback] = [reports or reporter(logging_steps=config.train.logging_steps)]
         with ExitStack() as open_:
             if trace is not None:
                 callbacks.append(TraceCallback(open_.enter_context(Trace(trace))))
             trained = train(config, resume=resume, callbacks=callbacks)
         result.values = {"run": config.output_dir, **asdict(trained)}
-        result.text = "\n".join(rows(result.values))
+        # They were told when they came up.
+        result.text = "\n".join(rows({k: v for k, v in result.values.items() if k != "warnings"}))

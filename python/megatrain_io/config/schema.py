@@ -26,6 +26,10 @@ from megatrain_io.config.values import (
 __all__ = ["ROOT", "SECTIONS", "DataConfig", "MemoryConfig", "ModelOptionsConfig", "RunConfig", "TrainConfig"]
 
 
+_HIGHEST_USUAL_RATE = 1e-3
+"""Rates of small models that are trained from nothing reach it; those of fine-tuning stay far below."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -94,6 +98,14 @@ class TrainConfig(Section):
     """measure the held-out loss every so many steps, and at the end"""
     logging_steps: Count = 1
     """report every so many steps"""
+
+    def doubts(self) -> list[str]:
+        """A sentence for each setting that is allowed, and hardly meant."""
+        if self.learning_rate <= _HIGHEST_USUAL_RATE:
+            return []
+        usual = "training all parameters with AdamW usually takes 1e-6 to 1e-4"
+        forgets = f"above {_HIGHEST_USUAL_RATE:g} a pretrained model soon forgets what it knew"
+        return [f"train.learning_rate is {self.learning_rate:g}: {usual}, and {forgets}"]
 
 
 class MemoryConfig(Section):

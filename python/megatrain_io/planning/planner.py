@@ -122,7 +122,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         raise ConfigError(f"tokens must be a number from 1 on, and are {tokens}")
     described = None if on is None else load_hardware(on)
     job, more = _job_without_data(run_config, described, tokens)
-    notes += more
+    notes += [*more, *run_config.train.doubts()]
     hardware = job.hardware
     if hardware.read is None:
         notes.append(_NO_RATES)

@@ -86,6 +86,7 @@ class TrainResult:
         peak_ram_bytes: largest resident memory of this process, libraries included.
         ledger: (current, peak) bytes of each account of the package.
         plan: what was planned beside what was measured, and their ratio; see ``PlanCheck.compared``.
+        warnings: sentences about what should be looked at.
     """
 
     steps: int
@@ -100,6 +101,7 @@ class TrainResult:
     peak_ram_bytes: int
     ledger: dict[str, tuple[int, int]]
     plan: dict[str, dict[str, Any]]
+    warnings: tuple[str, ...] = ()
 
 
 def last_report(path: Path) -> StepReport | None:

@@ -48,6 +48,9 @@ class Run(Protocol):
     def stop(self) -> None:
         """End the training with this step, which is committed now; with the next, if that must write what is in RAM."""
 
+    def warn(self, message: str) -> None:
+        """Tell all callbacks, and the result, of something that should be looked at."""
+
     def wait_durable(self) -> None:
         """Wait until all finished steps are durable, if they were to be committed."""
 
@@ -71,6 +74,9 @@ class Callback:
 
     def on_skip(self, run: Run, step: int, reason: str) -> None:
         """A step will be left out, because its gradients are not finite; the run goes back to step ``run.step``."""
+
+    def on_warning(self, run: Run, message: str) -> None:
+        """Something should be looked at, while the run goes on: a loss that has left all reason, RAM that runs out."""
 
     def on_pause(self, run: Run, reason: str) -> None:
         """The run ends before its last step, and can be resumed: a signal, ``stop``, or ``memory.max_tbw``."""
@@ -104,6 +110,11 @@ class Callbacks(Callback):
         """Tell all."""
         for member in self._members:
             member.on_skip(run, step, reason)
+
+    def on_warning(self, run: Run, message: str) -> None:
+        """Tell all."""
+        for member in self._members:
+            member.on_warning(run, message)
 
     def on_pause(self, run: Run, reason: str) -> None:
         """Tell all."""

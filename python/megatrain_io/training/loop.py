@@ -29,6 +29,7 @@ from megatrain_io.training.plan_check import PlanCheck, Totals
 from megatrain_io.training.resume import recorded_settings
 from megatrain_io.training.setup import SAFE, Setup
 from megatrain_io.training.step_data import StepData
+from megatrain_io.training.watch import LossWatch, RamWatch
 from megatrain_io.training.wear import WearLimit
 
 __all__ = ["TrainingRun", "held_out_loss"]
@@ -105,6 +106,7 @@ class TrainingRun:
         self._commits_next = False
         self._is_committed = True
         self._is_stopped = False
+        self._warnings: list[str] = []
         self._is_scratch = self._state.layout.durability == "scratch"
         self._digest = setup.digest
         self._recorded = recorded_settings(setup.config, setup.max_steps)
@@ -114,7 +116,14 @@ class TrainingRun:
         self._wear_limit = WearLimit(self.plan.committing_bytes, setup.job.max_tbw)
         # The limit comes last: when it ends the run, all others know of the step.
         self._callbacks = Callbacks(
-            [MetricsCallback(setup.folder.metrics, SAFE), self._plan_check, *callbacks, self._wear_limit]
+            [
+                MetricsCallback(setup.folder.metrics, SAFE),
+                self._plan_check,
+                *callbacks,
+                LossWatch(setup.model.partition.vocab_size),
+                RamWatch(),
+                self._wear_limit,
+            ]
         )
 
     @property
@@ -134,6 +143,11 @@ class TrainingRun:
     def stop(self) -> None:
         """End the training with this step, which is committed now; with the next, if that must write what is in RAM."""
         self._is_stopped = True
+
+    def warn(self, message: str) -> None:
+        """Tell all callbacks, and the result, of something that should be looked at."""
+        self._warnings.append(message)
+        self._callbacks.on_warning(self, message)
 
     def wait_durable(self) -> None:
         """Wait until all finished steps are durable, if they were to be committed."""
@@ -212,7 +226,10 @@ class TrainingRun:
         if evaluates:
             self._meter.lap()
         # A stop ends the loop at its own place: no step must be lost for a held-out loss.
-        if ended is None or (isinstance(ended, KeyboardInterrupt) and is_requested()):
+        is_stop = isinstance(ended, KeyboardInterrupt) and is_requested()
+        if is_stop and self.step == self.max_steps:
+            self.warn("the held-out loss of the last step was not measured: a stop was asked for meanwhile")
+        if ended is None or is_stop:
             self._callbacks.on_step(self, report)
             return
         with suppress(Exception):
@@ -411,6 +428,7 @@ class TrainingRun:
             peak_ram_bytes=peak,
             ledger=self._state.ledger.balances(),
             plan=self._plan_check.compared(self._state.ledger.total()[1], peak),
+            warnings=tuple(self._warnings),
         )
 
 

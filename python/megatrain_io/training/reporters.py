@@ -28,6 +28,7 @@ from megatrain_io.training.callbacks import Callback, Run
 __all__ = [
     "LineReporter",
     "LiveReporter",
+    "WarningReporter",
     "facts",
     "reporter",
 ]
@@ -82,6 +83,10 @@ class LineReporter(Callback):
         """Print why a step is left out, as a line of its own."""
         tell(self._console, _skipped(step, reason))
 
+    def on_warning(self, run: Run, message: str) -> None:
+        """Print a warning, as a line of its own."""
+        tell(self._console, f"warning: {message}")
+
 
 class LiveReporter(Callback):
     """Shows a progress bar, time and the figures of the newest step, in place."""
@@ -125,9 +130,28 @@ class LiveReporter(Callback):
         """Print why a step is left out, as a line that stays on the screen."""
         tell(self._live.console, _skipped(step, reason))
 
+    def on_warning(self, run: Run, message: str) -> None:
+        """Print a warning, as a line that stays on the screen."""
+        tell(self._live.console, f"warning: {message}")
+
     def on_end(self, run: Run) -> None:
         """Stop the display; its last state stays on the screen."""
         self._live.stop()
+
+
+class WarningReporter(Callback):
+    """Prints warnings alone, where figures go elsewhere.
+
+    Args:
+        console: where; standard output is for results.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def on_warning(self, run: Run, message: str) -> None:
+        """Print a warning, as a line of its own."""
+        tell(self._console, f"warning: {message}")
 
 
 def reporter(console: Console | None = None, *, logging_steps: int = 1) -> Callback:

@@ -169,9 +169,9 @@ class _Request:
         self._gpu = gpu_of(device)
         self._ram = ram_of(config.memory.ram)
         asked = config.train.precision
-        self.notes = self._mended()
+        mended = self._mended()
         self._precision, notes = resolve_precision(asked, config.model, folder, self._gpu)
-        self.notes += notes
+        self.notes = [*mended, *notes, *config.train.doubts()]
 
     def partition(self) -> PartitionedModel:
         """The imported model without its parameters."""

@@ -105,8 +105,8 @@ def test_what_fails_after_a_step_leaves_its_line(source, tmp_path, monkeypatch):
 
 def test_a_second_ctrl_c_ends_at_once(source, tmp_path, monkeypatch):
     config = configured(source, tmp_path / "run", memory={"commit_every": 2})
-    now = iter(range(0, 100, 10))
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: next(now))
+    now = iter([0.0, 10.0])
+    monkeypatch.setattr(interrupt, "monotonic", lambda: next(now))
     sending(monkeypatch, signal.SIGINT, step=4, times=2)
     with pytest.raises(InterruptedRunError, match=r"step 2 .* kept \(the 1 after it are lost: memory.commit"):
         start(config)

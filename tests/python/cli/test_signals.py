@@ -1,0 +1,221 @@
+"""Signals at random moments of real processes: nothing acknowledged is lost, and what goes on ends with the same bits.
+
+``MEGATRAIN_SOAK_MOMENTS=20`` sends each of the four signals at so many moments of each command (``make soak``).
+"""
+
+import logging
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatrain_io.__main__ import main
+from megatrain_io.interrupt import STOP_SIGNALS
+from megatrain_io.runs.export_model import export_model
+from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.import_model import import_model
+from megatrain_io.runs.status import examine
+from paged import differing
+from runs import ENGINE, blob_of, configured, figures, metrics_of, planes_of, start
+
+pytestmark = pytest.mark.slow
+
+MOMENTS = int(os.environ.get("MEGATRAIN_SOAK_MOMENTS", "0"))
+"""Moments for each signal and command; 0: one for each command, with one signal after the other."""
+LOG = logging.getLogger(__name__)
+SEED = int(os.environ.get("MEGATRAIN_SOAK_SEED", "19"))
+INTERRUPTED = 130
+
+# Each life is forked from one process that has imported everything and done nothing yet.
+LIVES = multiprocessing.get_context("forkserver")
+LIVES.set_forkserver_preload(
+    ["megatrain_io.cli.app", "megatrain_io.training.trainer", "transformers.models.llama.modeling_llama"]
+)
+
+
+def live(words: list[str], log: Path, ready: Any) -> None:
+    """In a process of its own: the command."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    torch.set_num_threads(1)
+    sys.argv = ["megatrain-io", *words]
+    ready.set()
+    main()
+
+
+@dataclass
+class Command:
+    """A command that is stopped again and again.
+
+    Attributes:
+        words: of its command line.
+        log: what it printed last.
+        seconds: that it takes undisturbed.
+        ended: exit code, and number of lives that ended so.
+    """
+
+    words: list[str]
+    log: Path
+    seconds: float = 1.5
+    ended: dict[int, int] = field(default_factory=dict)
+
+    def run(self, number: int | None = None, moment: float = 0.0, *more: str) -> int:
+        """Its exit code; with the signal ``number`` after ``moment`` seconds, unless it has ended by then."""
+        ready = LIVES.Event()
+        process = LIVES.Process(target=live, args=([*self.words, *more], self.log, ready))
+        process.start()
+        assert ready.wait(120)
+        began = time.monotonic()
+        process.join(moment if number is not None else 300)
+        if number is not None and process.is_alive():
+            os.kill(process.pid, number)
+            process.join(300)
+        assert process.exitcode is not None, f"{self.words} hangs: {self.printed()}"
+        if number is None:
+            self.seconds = time.monotonic() - began
+        else:
+            self.ended[process.exitcode] = self.ended.get(process.exitcode, 0) + 1
+        assert process.exitcode in {0, INTERRUPTED}, f"{process.exitcode}: {self.printed()}"
+        assert "Traceback" not in self.printed()
+        return process.exitcode
+
+    def printed(self) -> str:
+        """What the last life printed."""
+        return self.log.read_text(errors="replace")
+
+
+def moments(command: Command, kind: int):
+    """Signals, each with a moment of the command's time."""
+    chosen = random.Random(f"{SEED}/{kind}")
+    numbers = [STOP_SIGNALS[kind % 4]] if MOMENTS == 0 else STOP_SIGNALS * MOMENTS
+    for number in numbers:
+        yield number, chosen.uniform(0.0, command.seconds)
+
+
+@pytest.fixture(scope="module")
+def imported(source, tmp_path_factory):
+    run = tmp_path_factory.mktemp("imported") / "run"
+    import_model(source / "model", run, precision="bf16", engine=ENGINE)
+    return run
+
+
+def test_import(source, imported, tmp_path):
+    run = tmp_path / "run"
+    command = Command(["import", str(source / "model"), str(run), "--io-backend", ENGINE], tmp_path / "log")
+    if MOMENTS:
+        assert command.run() == 0
+        shutil.rmtree(run)
+    for number, moment in moments(command, 0):
+        if command.run(number, moment) == INTERRUPTED:
+            assert not run.exists(), f"seed {SEED}: {moment} s"
+        else:
+            shutil.rmtree(run)
+    assert command.run() == 0
+    assert differing(planes_of(run), planes_of(imported)) == []
+    LOG.info("%s: %s", command.words[0], command.ended)
+
+
+TRAININGS = {
+    "every step": {"memory": {"commit_every": 1}},
+    "every ten": {"memory": {"commit_every": 10}},
+    "every ten, state in RAM": {"memory": {"commit_every": 10, "ram": "1GiB"}},
+    "scratch": {"memory": {"durability": "scratch"}},
+    "evaluation": {"eval_steps": 1, "memory": {"commit_every": 10}},
+}
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    start(configured(source, run, max_steps=STEPS))
+    return planes_of(run), figures(run)
+
+
+@pytest.mark.timeout(120 + 60 * 4 * MOMENTS)
+@pytest.mark.parametrize("kind", TRAININGS if MOMENTS else ["every ten", "scratch"])
+def test_training(source, tmp_path, undisturbed, kind):
+    run, path = tmp_path / "run", tmp_path / "my.yaml"
+    path.write_text(configured(source, run, max_steps=STEPS, **TRAININGS[kind]).to_yaml())
+    command = Command(["train", "--config", str(path)], tmp_path / "log")
+    if MOMENTS:
+        assert command.run() == 0
+        shutil.rmtree(run)
+    kept = 0
+    for number, moment in moments(command, 1 + list(TRAININGS).index(kind)):
+        ended = command.run(number, moment, *["--resume"] * (kept > 0))
+        kept = check_stop(command, run, kept)
+        if ended == 0:
+            check_training(run, undisturbed)
+            shutil.rmtree(run)
+            kept = 0
+    if kept < STEPS:
+        assert command.run(None, 0.0, *["--resume"] * (kept > 0)) == 0
+        check_training(run, undisturbed)
+    LOG.info("%s: %s", kind, command.ended)
+
+
+def check_stop(command, run, kept):
+    """What a stop leaves; the last step that it keeps."""
+    if not RunFolder(run).is_imported:
+        assert kept == 0, command.printed()
+        assert not list(run.glob("store*")), "nothing half-made"
+        return 0
+    step = blob_of(run)["step"]
+    assert step >= kept, f"an acknowledged step was lost: {command.printed()}"
+    assert examine(RunFolder(run)).last_stop == "clean"
+    if run.joinpath("metrics.jsonl").exists():
+        assert [line["step"] for line in metrics_of(run)] == [*range(1, step + 1)], command.printed()
+    said = re.search(r"step (\d+) is the last one", command.printed())
+    assert said is None or int(said[1]) == step
+    return step
+
+
+def check_training(run, undisturbed):
+    planes, lines = undisturbed
+    assert differing(planes_of(run), planes) == []
+    assert figures(run) == lines
+
+
+def test_export(tmp_path, imported):
+    out = tmp_path / "out"
+    command = Command(["export", str(imported), str(out)], tmp_path / "log")
+    export_model(imported, tmp_path / "whole", engine=ENGINE)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    if MOMENTS:
+        assert command.run() == 0
+        shutil.rmtree(out)
+    for number, moment in moments(command, 6):
+        if command.run(number, moment) == INTERRUPTED:
+            assert not list(tmp_path.glob("out*")), f"seed {SEED}: {moment} s"
+        else:
+            shutil.rmtree(out)
+    assert command.run() == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    LOG.info("%s: %s", command.words[0], command.ended)
+
+
+def test_generate(tmp_path, imported):
+    words = ["generate", str(imported), "--prompt", "the quick", "--max-new-tokens", "30"]
+    command = Command(words, tmp_path / "log")
+    store = RunFolder(imported).own_store.read_bytes()
+    if MOMENTS:
+        assert command.run() == 0
+    for number, moment in moments(command, 7):
+        command.run(number, moment)
+        assert examine(RunFolder(imported)).last_stop == "clean"
+    assert RunFolder(imported).own_store.read_bytes() == store
+    LOG.info("%s: %s", command.words[0], command.ended)

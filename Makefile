@@ -71,10 +71,11 @@ quick: lint-once ## what every commit must pass, in 3 minutes: lints, types, and
 	$(PYTEST) -m 'not slow'
 
 .PHONY: soak
-soak: setup ## what takes an hour and more: 200,000 random crashes (RUNS=n), 1,000 orders of copies to a device, 2,000 damaged files, 210 power cuts
+soak: setup ## what takes hours: 200,000 random crashes (RUNS=n), 1,000 orders of copies, 2,000 damaged files, 640 signals, 210 power cuts
 	MEGATRAIN_SOAK_SEEDS=1000 $(BIN)/python -m pytest tests/python/paging/test_device.py tests/python/paging/test_several_records.py -k "no_delay or on_a_device"
 	MEGATRAIN_SOAK_DAMAGES=2000 MEGATRAIN_SOAK_DAMAGED_PROCESSES=40 $(BIN)/python -m pytest tests/python/cli/test_damaged_files.py
 	MEGATRAIN_SOAK_IMAGES=70 $(BIN)/python -m pytest tests/python/runs/test_power_cuts.py
+	MEGATRAIN_SOAK_MOMENTS=20 $(BIN)/python -m pytest tests/python/cli/test_signals.py --log-cli-level INFO
 	MEGATRAIN_SOAK_RUNS=$(or $(RUNS),200000) cargo test --release --package $(CORE) --lib -- --nocapture crash_model::random
 
 # FAMILIES=all drives every causal language model that transformers has, which takes an hour.

@@ -14,7 +14,7 @@ from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["STOP_SIGNALS", "check", "held", "is_requested", "stop_signals"]
+__all__ = ["STOP_SIGNALS", "at_once", "check", "held", "is_requested", "stop_signals"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -119,6 +119,27 @@ def held() -> Iterator[None]:
         yield
     finally:
         handler.holds -= 1
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Raise a signal at once while the context lasts, inside a region that is held: for what may take long.
+
+    Only for Python of our own: an exception that is raised inside a dispatch mode of torch may end the process.
+
+    Raises:
+        KeyboardInterrupt: a stop was asked for before, or within.
+    """
+    handler = _handler()
+    if handler is None:
+        yield
+        return
+    check()
+    holds, handler.holds = handler.holds, 0
+    try:
+        yield
+    finally:
+        handler.holds = holds
 
 
 def is_requested() -> bool:

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 
 from megatrain_io import interrupt
-from megatrain_io.interrupt import STOP_SIGNALS, check, held, is_requested, stop_signals
+from megatrain_io.interrupt import STOP_SIGNALS, at_once, check, held, is_requested, stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,14 @@ def test_one_request_that_comes_twice_is_one(monkeypatch):
         send(signal.SIGHUP)
         send(signal.SIGTERM)
         assert is_requested()
+
+
+def test_what_may_take_long_is_left_at_once():
+    with stop_signals(), held():
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"), at_once():
+            send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt), at_once():
+            pytest.fail("it is not begun when a stop was asked for")
 
 
 def test_handlers_are_put_back_however_it_ends():

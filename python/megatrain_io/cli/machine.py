@@ -8,6 +8,7 @@ import typer
 from megatrain_io.cli.options import JsonOutput
 from megatrain_io.cli.result import command
 from megatrain_io.errors import DoesNotFitError
+from megatrain_io.interrupt import check, held
 
 __all__ = ["bench_command", "doctor_command", "plan_command"]
 
@@ -46,18 +47,21 @@ def plan_command(  # noqa: PLR0913 - an option each
 ) -> None:
     """Say what a run needs, how long it takes and how much it writes, before it begins. Weights need not be there."""
     with command(json_output=json_output, interrupted="Nothing was changed.") as result:
-        from megatrain_io.planning.planner import plan
+        # The dry run has dispatch modes of torch: an exception raised anywhere in them may end the process.
+        with held():
+            from megatrain_io.planning.planner import plan
 
-        run_plan = plan(
-            model,
-            config_file,
-            on=on,
-            tokens=tokens,
-            watts=watts,
-            kilowatt_hour=kilowatt_hour,
-            rented_hour=rented_hour,
-            settings=overrides or [],
-        )
+            run_plan = plan(
+                model,
+                config_file,
+                on=on,
+                tokens=tokens,
+                watts=watts,
+                kilowatt_hour=kilowatt_hour,
+                rented_hour=rented_hour,
+                settings=overrides or [],
+            )
+        check()
         result.values = run_plan.as_dict()
         result.text = str(run_plan)
         if not run_plan.fits:

@@ -118,7 +118,7 @@ def generate_command(  # noqa: PLR0913 - an option each
             "top_k": top_k,
             "seed": seed,
         }
-        with Generator.open(run) as generator:
+        with held(), Generator.open(run) as generator:
             if chat:
                 result.text = generator.chat([{"role": "user", "content": prompt}], **how)
             else:

@@ -54,7 +54,7 @@ def train_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Train a model, or resume a run."""
-    sentence = "The last committed step is safe: go on with the same command and --resume."
+    sentence = "The run is as it was: give the same command again."
     with command(json_output=json_output, interrupted=sentence) as result:
         from megatrain_io.config.parse import load
         from megatrain_io.text import rows, visible

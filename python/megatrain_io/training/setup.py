@@ -17,7 +17,7 @@ from megatrain_io.config.schema import RunConfig
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import ConfigError, InterruptedRunError, MegatrainIoError
 from megatrain_io.files import replace_file, storage_errors
-from megatrain_io.interrupt import held
+from megatrain_io.interrupt import at_once, check
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.model_options import ModelOptions
@@ -115,7 +115,6 @@ def ready(
     """
     run = _Request(config, folder, device, own)
     with ExitStack() as open_:
-        closing = open_.enter_context(ExitStack())  # left last
         made, first = None, []
         if not folder.is_imported:
             if resume:
@@ -141,6 +140,7 @@ def ready(
             changes = changes_of(folder, progress, config, max_steps, digest=digest, data=data.sha256)
         job = job.of_store(state.ledger.total()[0])
         plan = run.plan(job).require_fits()
+        check()
         with storage_errors(folder.path, SAFE):
             if resume is not None:
                 write_model_files(folder, data.tokenizer_files())
@@ -155,8 +155,7 @@ def ready(
         now = fingerprint_of(device, job.partition)
         notes = [*first, *run.notes, *state.notes, *job.partition.loss_notes]
         notes += [*changes, *differences(progress.environment, now), *plan.summary(), data.summary]
-        # From here until the store is closed: an end in between would cost steps, and a scratch store all of them.
-        closing.enter_context(held())
+        check()
         # Outside: errors of callbacks and data are the caller's own.
         yield Setup(config, folder, job, plan, data, max_steps, digest, model, progress, notes)
 
@@ -212,14 +211,15 @@ class _Request:
         is_counted = self._own is not None and isinstance(self._own[0], MicroBatch)
         if not is_counted:
             self.notes += partition.check_length(config.data.max_length, "data.max_length")
-        data = step_data(
-            config.data,
-            config.train,
-            model=folder.model if folder.is_imported else config.model,
-            cache=folder.data,
-            partition=partition,
-            own=self._own,
-        )
+        with at_once():
+            data = step_data(
+                config.data,
+                config.train,
+                model=folder.model if folder.is_imported else config.model,
+                cache=folder.data,
+                partition=partition,
+                own=self._own,
+            )
         if is_counted:
             self.notes += partition.check_length(data.largest.input_ids.shape[1])
         stores = folder.store_paths() if folder.is_imported else folder.stores_in(config.memory.store_dir)

@@ -9,9 +9,9 @@ from typing import Any, Literal, Self
 
 from megatrain_io.config.parse import load
 from megatrain_io.config.schema import RunConfig
-from megatrain_io.errors import ConfigError
+from megatrain_io.errors import ConfigError, InterruptedRunError
 from megatrain_io.generate import Generator
-from megatrain_io.interrupt import stop_signals
+from megatrain_io.interrupt import held, is_requested, stop_signals
 from megatrain_io.paging.device.base import Device
 from megatrain_io.planning.plan import Plan
 from megatrain_io.planning.resolve import resolve_device
@@ -123,13 +123,22 @@ class Trainer:
         """
         started = time.monotonic()
         self._close_generator()
-        with (
-            stop_signals(),
-            self._device() as device,
-            ready(self.config, self.folder, device, self._data, resume=resume) as setup,
-        ):
-            setup.notes[:0] = self._notes
-            return TrainingRun(setup, self._callbacks, started).train()
+        # Held: an end in the middle of a step would cost it, and a scratch store as a whole.
+        with stop_signals(), held():
+            try:
+                with (
+                    self._device() as device,
+                    ready(self.config, self.folder, device, self._data, resume=resume) as setup,
+                ):
+                    setup.notes[:0] = self._notes
+                    return TrainingRun(setup, self._callbacks, started).train()
+            except KeyboardInterrupt as stop:
+                if not is_requested():
+                    raise
+                again = "the run is as it was: give the same command again"
+                if not self.folder.is_imported:
+                    again = "nothing was imported: start again, without --resume"
+                raise InterruptedRunError(f"interrupted by {stop} before the first step; {again}") from None
 
     def evaluate(self) -> float:
         """Mean loss per trained token of what ``data.eval`` holds out, with the newest committed weights.

@@ -402,7 +402,7 @@ def test_ctrl_c(failing):
     result = call(*TRAIN)
     assert result.exit_code == 130
     assert result.stderr == (
-        "megatrain-io: interrupted. The last committed step is safe: go on with the same command and --resume.\n"
+        "megatrain-io: interrupted. The run is as it was: give the same command again.\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -10,7 +11,17 @@ from megatrain_io.errors import InterruptedRunError
 from megatrain_io.interrupt import STOP_SIGNALS
 from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.paging.step import Step
+from megatrain_io.planning import resolve
+from megatrain_io.training import setup, step_data
 from runs import STEPS, blob_of, check_equals, configured, metrics_of, start
+
+
+class Phase(NamedTuple):
+    """A function that is called before the first step."""
+
+    module: Any
+    name: str
+
 
 PAGED, IN_RAM = {"ram": "2000KiB"}, {"ram": "1GiB"}
 
@@ -101,6 +112,33 @@ def test_what_fails_after_a_step_leaves_its_line(source, tmp_path, monkeypatch):
     with pytest.raises(InterruptedRunError, match="step 2 "):
         start(config)
     assert [line["step"] for line in metrics_of(config.output_dir)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        (Phase(step_data, "prepare"), "while the model was imported: .* without --resume"),
+        (Phase(resolve, "step_needs"), "while the model was imported: .* without --resume"),
+        (Phase(setup, "activation_budget_of"), "before the first step; the run is as it was: give the same"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.name,
+)
+def test_a_stop_before_the_first_step_says_how_to_begin_again(source, tmp_path, monkeypatch, phase, said):
+    """A dry run that is interrupted anywhere ends in std::terminate: it goes to its end first."""
+    config, done = configured(source, tmp_path / "run"), []
+    whole = getattr(phase.module, phase.name)
+
+    def interrupted(*arguments, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append(whole(*arguments, **how))
+        return done[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phase.module, phase.name, interrupted)
+        with pytest.raises(InterruptedRunError, match=said):
+            start(config)
+    assert len(done) == (phase.name != "prepare")
+    assert start(configured(source, tmp_path / "run", max_steps=1))[0].steps == 1
 
 
 def test_a_second_ctrl_c_ends_at_once(source, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -81,5 +82,9 @@ def _memory(nbytes: int) -> str:
 
 
 def tell(console: Console, text: str) -> None:
-    """Print text as it is: no markup, no colours for numbers, no line breaks added; control characters are shown."""
-    console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+    """Print text as it is: no markup, no colours for numbers, no line breaks added; control characters are shown.
+
+    Where the console is gone, nothing is printed: what is done meanwhile goes on.
+    """
+    with suppress(OSError, SystemExit):  # rich exits where a pipe is broken
+        console.print(visible(text), markup=False, highlight=False, soft_wrap=True)

@@ -1,11 +1,13 @@
 """What a person sees while something runs: a live display on a terminal, a line now and then elsewhere.
 
-Everything goes to the console that is handed in, which is standard error: standard output is for results.
+Everything goes to the console that is handed in, which is standard error: standard output is for results. A console
+that is gone (a closed terminal, a pipe whose reader has ended) stops nothing.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 from rich.console import Console, Group
@@ -112,7 +114,8 @@ class LiveReporter(Callback):
         for task in self._progress.task_ids:
             self._progress.remove_task(task)  # of an earlier start
         self._progress.add_task("step", total=run.max_steps, completed=run.step)
-        self._live.start()
+        with suppress(OSError, SystemExit):
+            self._live.start()
 
     def on_step(self, run: Run, report: StepReport) -> None:
         """Show a step; an evaluation stays on the screen as a line of its own."""
@@ -136,7 +139,8 @@ class LiveReporter(Callback):
 
     def on_end(self, run: Run) -> None:
         """Stop the display; its last state stays on the screen."""
-        self._live.stop()
+        with suppress(OSError, SystemExit):
+            self._live.stop()
 
 
 class WarningReporter(Callback):
@@ -219,7 +223,8 @@ def _clock_time(seconds: float) -> str:
 
 def _tell_start(console: Console, run: Run) -> None:
     for note in run.notes:
-        tell(console, f"note: {note}")
+        for line in f"note: {note}".split("\n"):  # the data's are several
+            tell(console, line)
     steps = run.max_steps
     tell(console, f"resuming after step {run.step} of {steps}" if run.step else f"training for {steps} steps")
 

@@ -118,8 +118,8 @@ def _said(changed: Mapping[str, tuple[Any, Any]], progress: TrainerState, config
                 old_rate, new_rate = (f"{rate:.3g}" for rate in rates)
                 yield (
                     f"the {train.lr_scheduler_type} schedule depends on the last step: the rate of step "
-                    f"{progress.step + 1} is {new_rate}, where it was {old_rate} before. A run that was of {new} steps "
-                    f"from the start would have trained the first {progress.step} with other rates, too"
+                    f"{progress.step + 1} is {new_rate}, where {old} steps had {old_rate}. A run of {new} steps from the "
+                    f"start would have trained the first {progress.step} with other rates, too"
                 )
         elif key == "memory.store_dir":
             yield f"{pair}: the store stays where it is"

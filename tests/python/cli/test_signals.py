@@ -3,14 +3,17 @@
 ``MEGATRAIN_SOAK_MOMENTS=20`` sends each of the four signals at so many moments of each command (``make soak``).
 """
 
+import fcntl
 import logging
 import multiprocessing
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import sys
+import termios
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +31,9 @@ from megatrain_io.runs.status import examine
 from paged import differing
 from runs import ENGINE, blob_of, configured, figures, metrics_of, planes_of, start
 
-pytestmark = pytest.mark.slow
-
 MOMENTS = int(os.environ.get("MEGATRAIN_SOAK_MOMENTS", "0"))
 """Moments for each signal and command; 0: one for each command, with one signal after the other."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120 + 60 * 4 * MOMENTS)]
 LOG = logging.getLogger(__name__)
 SEED = int(os.environ.get("MEGATRAIN_SOAK_SEED", "19"))
 INTERRUPTED = 130
@@ -145,7 +147,6 @@ def undisturbed(source, tmp_path_factory):
     return planes_of(run), figures(run)
 
 
-@pytest.mark.timeout(120 + 60 * 4 * MOMENTS)
 @pytest.mark.parametrize("kind", TRAININGS if MOMENTS else ["every ten", "scratch"])
 def test_training(source, tmp_path, undisturbed, kind):
     run, path = tmp_path / "run", tmp_path / "my.yaml"
@@ -166,6 +167,47 @@ def test_training(source, tmp_path, undisturbed, kind):
         assert command.run(None, 0.0, *["--resume"] * (kept > 0)) == 0
         check_training(run, undisturbed)
     LOG.info("%s: %s", kind, command.ended)
+
+
+def live_in_terminal(words: list[str], name: str, ready: Any) -> None:
+    """In a process of its own, on a terminal: the command."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for number in (0, 1, 2):
+        os.dup2(terminal, number)
+    os.close(terminal)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    sys.argv = ["megatrain-io", *words]
+    ready.set()
+    main()
+
+
+def test_a_closed_terminal(source, tmp_path, undisturbed):
+    """Every line that is printed fails then, and must stop nothing that is still to be kept."""
+    run, path = tmp_path / "run", tmp_path / "my.yaml"
+    path.write_text(configured(source, run, max_steps=STEPS, memory={"commit_every": 100}).to_yaml())
+    ours, theirs = os.openpty()
+    ready = LIVES.Event()
+    words = ["train", "--config", str(path)]
+    process = LIVES.Process(target=live_in_terminal, args=(words, os.ttyname(theirs), ready))
+    process.start()
+    assert ready.wait(120)
+    os.close(theirs)
+    metrics, shown = run / "metrics.jsonl", b""
+    while process.is_alive() and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 2):
+        if select.select([ours], [], [], 0.05)[0]:
+            shown += os.read(ours, 1 << 16)
+    os.close(ours)
+    process.join(100)
+    assert process.exitcode == INTERRUPTED, shown.decode(errors="replace")
+    step = blob_of(run)["step"]
+    assert [line["step"] for line in metrics_of(run)] == [*range(1, step + 1)]
+    assert step >= 2
+    command = Command([*words, "--resume"], tmp_path / "log")
+    assert command.run() == 0
+    check_training(run, undisturbed)
 
 
 def check_stop(command, run, kept):

@@ -10,7 +10,7 @@ from rich.console import Console
 from megatrain_io.cli.progress import counting
 from megatrain_io.runs.metrics import StepReport
 from megatrain_io.text import gib
-from megatrain_io.training.reporters import LineReporter, LiveReporter, facts, reporter
+from megatrain_io.training.reporters import LineReporter, LiveReporter, WarningReporter, facts, reporter
 
 REPORT = StepReport(
     step=1,
@@ -71,6 +71,29 @@ def test_the_figures_of_a_step():
 
 def test_a_step_that_took_no_time_and_a_loss_that_is_no_number():
     assert facts(replace(REPORT, seconds=0.0, loss=float("nan")))[0] == "loss nan"
+
+
+class Gone(io.StringIO):
+    """Where a terminal was, or the reader of a pipe."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("kind", [LineReporter, LiveReporter, WarningReporter])
+def test_a_console_that_is_gone_stops_no_training(kind):
+    """``train 2>&1 | tee log`` ended with its first line after tee was gone, with all steps since the last commit."""
+    shown = kind(Console(file=Gone(), width=60, force_terminal=kind is LiveReporter))
+    shown.on_start(begun(0, 10, ["one\ntwo"]))
+    shown.on_step(RUN, replace(REPORT, eval_loss=2.0))
+    shown.on_skip(RUN, 2, "why")
+    shown.on_warning(RUN, "RAM")
+    shown.on_end(RUN)
+
+
+def test_a_note_of_several_lines_has_them(console):
+    LineReporter(console).on_start(begun(0, 10, ["train: 3 rows\neval: 1 row"]))
+    assert lines(console)[:2] == ["note: train: 3 rows", "eval: 1 row"]
 
 
 def test_a_line_is_one_line_however_narrow_the_console(console):

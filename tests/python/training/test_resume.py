@@ -74,7 +74,7 @@ def test_a_schedule_that_depends_on_the_end_is_told_so(source, stopped):
     (said,) = [note for note in reporter.starts[0][2] if "schedule" in note]
     rates = {line["step"]: line["learning_rate"] for line in metrics_of(stopped)}
     assert (
-        f"cosine schedule depends on the last step: the rate of step 4 is {rates[4]:.3g}, where it was"
+        f"cosine schedule depends on the last step: the rate of step 4 is {rates[4]:.3g}, where 5 steps had"
         in said
     )
 

@@ -46,6 +46,35 @@ class CommandResult:
         by = f" by {name}" if name else ""
         self.fail(f"interrupted{by}. {safe}", "KeyboardInterrupt", InterruptedRunError.exit_code)
 
+    def explain(self, error: Exception, safe: str) -> bool:
+        """Make a sentence of an error that has one, and the result of it; whether it had."""
+        if isinstance(error, MegatrainIoError):
+            is_bug = error.exit_code == MegatrainIoError.exit_code
+            # Notes say what became of the state, where that is not what the error itself says.
+            message = " ".join([str(error), *getattr(error, "__notes__", [])])
+            if is_bug:
+                message = f"{message}. This is a bug in megatrain-io: please report it"
+            self.fail(message, type(error).__name__, error.exit_code)
+        elif isinstance(error, OSError | MemoryError) and not isinstance(error, BrokenPipeError):
+            self.fail(*_of_the_system(error))
+        elif is_requested():
+            # Some libraries turn the interrupt into an error of their own.
+            self.interrupt(safe)
+        else:
+            return False
+        return True
+
+    def show(self) -> None:
+        """Print the result on standard output."""
+        with suppress(OSError) if is_requested() else nullcontext():  # the terminal may be gone
+            if self.json_output:
+                typer.echo(json.dumps(_plain(self.values), allow_nan=False))
+            elif self.text:
+                # A line of a result may hold anything that a model says; what a pipe takes is left as it is.
+                is_shown = sys.stdout.isatty()
+                for line in self.text.split("\n"):
+                    sys.stdout.write(f"{visible(line) if is_shown else line}\n")
+
     def fail(self, message: str, kind: str, exit_code: int) -> None:
         """Print an error on standard error, and make it the result, in place of what was there."""
         with suppress(OSError) if is_requested() else nullcontext():  # the terminal may be gone
@@ -69,34 +98,12 @@ def command(*, json_output: bool, interrupted: str) -> Iterator[CommandResult]:
         with redirect_stdout(sys.stderr):
             check()
             yield result
-    except MegatrainIoError as error:
-        is_bug = error.exit_code == MegatrainIoError.exit_code
-        # Notes say what became of the state, where that is not what the error itself says.
-        message = " ".join([str(error), *getattr(error, "__notes__", [])])
-        if is_bug:
-            message = f"{message}. This is a bug in megatrain-io: please report it"
-        result.fail(message, type(error).__name__, error.exit_code)
     except KeyboardInterrupt as stop:
         result.interrupt(interrupted, str(stop))
-    except BrokenPipeError:
-        if not is_requested():
+    except Exception as error:
+        if not result.explain(error, interrupted):
             raise
-        result.interrupt(interrupted)
-    except (OSError, MemoryError) as error:
-        result.fail(*_of_the_system(error))
-    except Exception:
-        # Some libraries turn the interrupt into an error of their own.
-        if not is_requested():
-            raise
-        result.interrupt(interrupted)
-    with suppress(OSError) if is_requested() else nullcontext():  # the terminal may be gone
-        if json_output:
-            typer.echo(json.dumps(_plain(result.values), allow_nan=False))
-        elif result.text:
-            # A line of a result may hold anything that a model says; what a pipe takes is left as it is.
-            is_shown = sys.stdout.isatty()
-            for line in result.text.split("\n"):
-                sys.stdout.write(f"{visible(line) if is_shown else line}\n")
+    result.show()
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

@@ -118,7 +118,7 @@ def _said(changed: Mapping[str, tuple[Any, Any]], progress: TrainerState, config
                 old_rate, new_rate = (f"{rate:.3g}" for rate in rates)
                 yield (
                     f"the {train.lr_scheduler_type} schedule depends on the last step: the rate of step "
-                    f"{progress.step + 1} is {new_rate}, where {old} steps had {old_rate}. A run of {new} steps from the "
+                    f"{progress.step + 1} is {new_rate}, where {old} steps had {old_rate}. A run of {new} from the "
                     f"start would have trained the first {progress.step} with other rates, too"
                 )
         elif key == "memory.store_dir":

@@ -1,27 +1,26 @@
-"""Files of training data: found and hashed, then read as streams of passages or of rows.
+"""Files of training data: found and hashed, and what is found beside them and not read.
 
-A file is read a line, or about a mebibyte of text, at a time; only a JSON list is held whole. Whatever is
-wrong with one is a `DataError` that names the file and the line.
+Only regular files are opened, and in a way that cannot block: a pipe or a device would be waited for without end.
 """
 
-import csv
+import errno
 import hashlib
-import json
 import os
-import re
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from rich.filesize import decimal
 
 from megatrain_io.errors import DataError
-from megatrain_io.files import open_file
 
-__all__ = ["Row", "SourceFile", "find_files", "json_name", "read_passages", "read_rows"]
+__all__ = ["FoundFiles", "Kind", "SourceFile", "find_files", "not_read", "open_file"]
 
 Kind = Literal["text", "json", "csv"]
-Row = dict[str, Any]
 
 _KINDS: dict[str, Kind] = {
     ".txt": "text",
@@ -30,13 +29,18 @@ _KINDS: dict[str, Kind] = {
     ".json": "json",
     ".ndjson": "json",
     ".csv": "csv",
+    ".tsv": "csv",
 }
-_JSON_NAMES = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
+_READ = " ".join(_KINDS)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# Surrogates, which are valid in JSON and nowhere else.
-_MAY_BE_HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
-# Characters after which a long text file is cut at the next paragraph border, so that none is held whole.
-_PASSAGE_CHARACTERS = 1 << 20
+_NAMES_SHOWN = 3
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,49 @@ class SourceFile:
     sha256: str
 
 
-def find_files(
-    sources: Sequence[Path], option: str, unknown_as: Kind | None
-) -> tuple[list[SourceFile], list[str]]:
+@dataclass
+class FoundFiles:
+    """What was found in the sources of the data.
+
+    Attributes:
+        files: those that are read.
+        not_read: a sentence for each folder of which files are not read: how many, and which share of it.
+        notes: a sentence for each other thing that was left out.
+    """
+
+    files: list[SourceFile] = field(default_factory=list)
+    not_read: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Folder:
+    """The files of a folder by what becomes of them."""
+
+    path: Path
+    read: list[Path] = field(default_factory=list)
+    other: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def not_read(self) -> list[str]:
+        """How many files are of a kind that is not read, and what share of the folder they are."""
+        if not self.other:
+            return []
+        files = len(self.read) + len(self.other)
+        nbytes, total = _nbytes(self.other), _nbytes([*self.read, *self.other])
+        kinds = Counter(path.suffix.lower() or "without an extension" for path in self.other)
+        named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        first = ", ".join(path.relative_to(self.path).as_posix() for path in self.other[:_NAMES_SHOWN])
+        first += ", ..." if len(self.other) > _NAMES_SHOWN else ""
+        share = f"{100 * nbytes / total:.0f} % of its bytes, " if total else ""
+        sentence = (
+            f"{len(self.other)} of {files} files in {self.path} are not read ({share}{decimal(nbytes)} of "
+            f"{decimal(total)}): {named} ({first}). Only {_READ} are: save what is to be trained as one of these"
+        )
+        return [sentence]
+
+
+def find_files(sources: Sequence[Path], option: str, unknown_as: Kind | None) -> FoundFiles:
     """List the files of the sources, those of a folder by name, and hash them.
 
     Args:
@@ -68,55 +112,130 @@ def find_files(
         option: what the sources were given as, for messages.
         unknown_as: how a file of an unknown extension is read if it was named itself; None refuses it.
 
-    Returns:
-        The files, and a sentence for each that was skipped in a folder.
-
     Raises:
         DataError: a source is missing, or of a kind that cannot be read.
     """
-    files: list[SourceFile] = []
-    notes: list[str] = []
+    found = FoundFiles()
     for source in sources:
-        if source.is_dir():
-            paths = sorted(_walk(source))
-            for path in paths:
-                _refuse_columnar(path)
-            has_rows = any(_KINDS.get(path.suffix.lower(), "text") != "text" for path in paths)
-            for path in paths:
-                if has_rows and path.stem.lower() == "readme":
-                    notes.append(
-                        f"{path} was skipped: it is about the data beside it. Name it to train on it."
-                    )
-                elif path.suffix.lower() in _KINDS:
-                    files.append(_source_file(path, path.relative_to(source).as_posix(), unknown_as))
-                else:
-                    notes.append(f"{path} was skipped: only {' '.join(_KINDS)} are read from a folder")
-        elif source.is_file():
+        mode = _mode(source)
+        if mode is not None and stat.S_ISDIR(mode):
+            folder = _look_through(source)
+            found.not_read += folder.not_read()
+            found.notes += folder.notes
+            found.files += [
+                _source_file(path, path.relative_to(source).as_posix(), unknown_as) for path in folder.read
+            ]
+        elif mode is not None:
             _refuse_columnar(source)
-            if source.suffix.lower() not in _KINDS and unknown_as is None:
+            if source.suffix.lower() not in _KINDS and unknown_as is None and stat.S_ISREG(mode):
                 raise DataError(
-                    f"{source}: the extension {source.suffix or '(none)'} is not one of {' '.join(_KINDS)}. "
+                    f"{source}: the extension {source.suffix or '(none)'} is not one of {_READ}. "
                     f"Say what is in it, for example data.format: text, or rename it."
                 )
-            files.append(_source_file(source, source.name, unknown_as))
+            found.files.append(_source_file(source, source.name, unknown_as))
         else:
             raise DataError(
                 f"{option}: there is no file or folder {source} (looked for in {Path.cwd()}). "
                 f"Correct the path; relative ones start at the folder that the command runs in."
             )
-    if not files:
-        skipped = f"; {len(notes)} found, but {notes[0]}" if notes else ""
+    if not found.files:
+        skipped = "".join(f"; {sentence}" for sentence in [*found.not_read, *found.notes][:1])
         given = ", ".join(map(str, sources)) or "nothing"
-        raise DataError(
-            f"{option}: no {' '.join(_KINDS)} file in {given}{skipped}. Give a file or a folder of them."
-        )
-    return files, notes
+        raise DataError(f"{option}: no {_READ} file in {given}{skipped}. Give a file or a folder of them.")
+    return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
+def not_read(sources: Iterable[Path]) -> list[str]:
+    """A sentence for each folder among the sources of which files are not read; nothing is opened.
+
+    Sources that are not there say nothing: a plan is made before the data are, too.
+    """
+    folders = [source for source in sources if stat.S_ISDIR(_mode(source) or 0)]
+    return [sentence for folder in folders for sentence in _look_through(folder).not_read()]
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a regular file for reading, without waiting for what writes to it.
+
+    Raises:
+        DataError: it is something else, or cannot be opened.
+    """
+    try:
+        # What this blocks on is no file: the kind is known only of what is open.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise _no_file(path, stat.S_IFSOCK) from error
+        raise _unreadable(path, error) from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise _no_file(path, mode)
+    return open(descriptor, "rb")  # noqa: PTH123 - the caller closes it
+
+
+def _mode(path: Path) -> int | None:
+    """Kind and permissions of what a path leads to; None where there is nothing.
+
+    Raises:
+        DataError: the system refuses to say.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a zero byte in the name
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _look_through(source: Path) -> _Folder:
+    folder = _Folder(source)
+    paths = sorted(_walk(source, folder.notes))
+    for path in paths:
+        _refuse_columnar(path)
+    has_rows = any(_KINDS.get(path.suffix.lower(), "text") != "text" for path in paths)
+    for path in paths:
+        if has_rows and path.stem.lower() == "readme":
+            folder.notes.append(
+                f"{path} was skipped: it is about the data beside it. Name it to train on it."
+            )
+        elif (mode := _mode(path)) is None:
+            folder.notes.append(f"{path} was skipped: it is a link that leads nowhere")
+        elif not stat.S_ISREG(mode):
+            folder.notes.append(f"{path} was skipped: it is {_SPECIAL.get(stat.S_IFMT(mode))}, not a file")
+        elif path.suffix.lower() in _KINDS:
+            folder.read.append(path)
+        else:
+            folder.other.append(path)
+    return folder
+
+
+def _walk(folder: Path, notes: list[str]) -> Iterator[Path]:
+    def refused(error: OSError) -> None:
+        raise _unreadable(Path(error.filename or folder), error) from error
+
+    for parent, folders, names in os.walk(folder, onerror=refused):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        notes += [
+            f"{Path(parent, name)} was skipped: links to folders are not followed. Name the folder that it leads to."
+            for name in folders
+            if Path(parent, name).is_symlink()
+        ]
+        hidden = [name for name in names if name.startswith(".")]
+        # Those that a Mac leaves beside each file hold none of its text.
+        if texts := [n for n in sorted(hidden) if Path(n).suffix.lower() in _KINDS and n[:2] != "._"]:
+            notes.append(f"{Path(parent, texts[0])} was skipped: its name begins with a dot")
         yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _nbytes(paths: Iterable[Path]) -> int:
+    total = 0
+    for path in paths:
+        try:
+            total += path.stat().st_size
+        except OSError:  # removed meanwhile
+            continue
+    return total
 
 
 def _refuse_columnar(path: Path) -> None:
@@ -141,9 +260,7 @@ def _source_file(path: Path, name: str, unknown_as: Kind | None) -> SourceFile:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}. Correct its permissions or path."
-        ) from error
+        raise _unreadable(path, error) from error
     if start == _LFS_POINTER:
         raise DataError(
             f"{path} is a Git-LFS pointer ({size} bytes), not the data. Fetch it with: git lfs pull"
@@ -151,147 +268,10 @@ def _source_file(path: Path, name: str, unknown_as: Kind | None) -> SourceFile:
     return SourceFile(path, name, kind, size, sha256)
 
 
-def _lines(file: SourceFile) -> Iterator[tuple[int, str, int]]:
-    """Yield (number, text with its line end, bytes read so far) of each line."""
-    bytes_read = 0
-    with open_file(file.path) as stream:
-        for number, raw in enumerate(stream, 1):
-            bytes_read += len(raw)
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{file.path} line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at position "
-                    f"{error.start}). Convert it: iconv -f LATIN1 -t UTF-8 {file.path.name} > utf8{file.path.suffix}"
-                ) from error
-            if "\0" in text:
-                raise DataError(
-                    f"{file.path} line {number} holds a zero byte: this is no text. Remove the file, or convert "
-                    f"it: iconv -f UTF-16 -t UTF-8 {file.path.name} > utf8{file.path.suffix}"
-                )
-            yield number, text.replace("\r\n", "\n"), bytes_read
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror}. Correct its permissions or path.")
 
 
-def read_passages(file: SourceFile) -> Iterator[tuple[str, bool, int]]:
-    """Yield the text of a file in passages that end with a paragraph: text, whether it is the last, bytes read.
-
-    A blank file has none.
-    """
-    waiting = ""  # it is only known to be the last when no text follows
-    bytes_waiting = 0
-    lines: list[str] = []
-    characters = bytes_read = 0
-    for _, line, bytes_read in _lines(file):
-        lines.append(line)
-        characters += len(line)
-        full = characters >= _PASSAGE_CHARACTERS and not line.strip()
-        # A file without paragraphs is cut at a line.
-        if full or characters >= 4 * _PASSAGE_CHARACTERS:
-            if waiting.strip():
-                yield waiting, False, bytes_waiting
-            waiting, bytes_waiting = "".join(lines), bytes_read
-            lines, characters = [], 0
-    last = "".join(lines)
-    if waiting.strip():
-        yield waiting, not last.strip(), bytes_waiting
-    if last.strip():
-        yield last, True, bytes_read
-
-
-def read_rows(file: SourceFile) -> Iterator[tuple[str, Row, int]]:
-    """Yield the objects of a JSON file or the rows of a CSV file: (place for people, row, bytes read)."""
-    return _read_csv(file) if file.kind == "csv" else _read_json(file)
-
-
-def _read_json(file: SourceFile) -> Iterator[tuple[str, Row, int]]:
-    """Yield (place, object, bytes read) of an object a line, or of one list of objects."""
-    lines = _lines(file)
-    for number, line, bytes_read in lines:
-        if not line.strip():
-            continue
-        place = f"{file.path} line {number}"
-        if line.lstrip().startswith("["):
-            rest = "".join(text for _, text, _ in lines)
-            yield from _read_json_list(file, line + rest, number)
-            return
-        row = _parse(line, place, "Each line must be one whole object, or the file one list of objects.")
-        if not isinstance(row, dict):
-            raise DataError(f'{place} is {json_name(row)}, not an object such as {{"text": "..."}}.')
-        yield place, row, bytes_read
-
-
-def _read_json_list(file: SourceFile, text: str, first_line: int) -> Iterator[tuple[str, Row, int]]:
-    rows = _parse(text, str(file.path), "Check it with: python -m json.tool", first_line)
-    for number, row in enumerate(rows, 1):
-        place = f"{file.path} example {number}"
-        if not isinstance(row, dict):
-            raise DataError(f'{place} is {json_name(row)}, not an object such as {{"text": "..."}}.')
-        yield place, row, file.size * number // len(rows)
-
-
-def _parse(text: str, place: str, advice: str, first_line: int | None = None) -> Any:
-    try:
-        value = json.loads(text)
-        if _MAY_BE_HALF_A_CHARACTER.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place} holds half a character, \\u{ord(error.object[error.start]):04x}: an emoji was cut in two when "
-            f"the file was made. Remove it."
-        ) from error
-    except json.JSONDecodeError as error:
-        line = f" line {error.lineno + first_line - 1}" if first_line else ""
-        raise DataError(
-            f"{place}{line} is not JSON: {error.msg} at column {error.colno}. {advice}"
-        ) from error
-    except (RecursionError, ValueError) as error:  # nested a thousand deep; a number of thousands of digits
-        raise DataError(f"{place} cannot be read: {error}. {advice}") from error
-    return value
-
-
-def _read_csv(file: SourceFile) -> Iterator[tuple[str, Row, int]]:
-    """Yield (place, cells by the name of their column, bytes read) of each line after the header."""
-    bytes_read = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal bytes_read
-        for _, text, bytes_read in _lines(file):  # noqa: B007 - it is the function's own
-            yield text
-
-    reader = csv.reader(texts(), strict=True)
-    header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        place = f"{file.path} line {line}"
-        try:
-            cells = _next_cells(reader)
-        except csv.Error as error:
-            raise DataError(f"{place} is not CSV: {error}. Look for a quote that is not closed.") from error
-        if cells is None:
-            return
-        if not cells:
-            continue
-        if header is None:
-            header = [re.sub(r"\s+", " ", cell).strip() for cell in cells]
-            continue
-        if len(cells) != len(header):
-            raise DataError(
-                f"{place} has {len(cells)} cells, but the header has {len(header)}: {', '.join(header)}. "
-                f"Put cells that hold a comma or a line break in double quotes."
-            )
-        yield place, dict(zip(header, cells, strict=True)), bytes_read
-
-
-def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
-    # The limit (128 KiB a cell) belongs to the whole process: raised for one call, then put back.
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        return next(reader, None)
-    finally:
-        csv.field_size_limit(limit)
-
-
-def json_name(value: object) -> str:
-    """What the type of a value is called in JSON, for messages."""
-    return _JSON_NAMES.get(type(value), "text" if isinstance(value, str) else "a number")
+def _no_file(path: Path, mode: int) -> DataError:
+    what = _SPECIAL.get(stat.S_IFMT(mode), "no file")
+    return DataError(f"{path} is {what}: only files can be trained on. Write what comes out of it to a file.")

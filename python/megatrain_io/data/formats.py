@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NoReturn, get_args
 
-from megatrain_io.data.files import Row, SourceFile, json_name, read_passages, read_rows
+from megatrain_io.data.files import SourceFile
+from megatrain_io.data.rows import Row, json_name, read_rows
+from megatrain_io.data.text_files import read_passages
 from megatrain_io.errors import ConfigError, DataError
 
 __all__ = ["Completion", "Conversation", "Document", "DocumentReader", "Format", "Instruction", "Text"]

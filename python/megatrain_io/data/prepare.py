@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from megatrain_io.data.files import SourceFile, find_files
+from megatrain_io.data.files import find_files
 from megatrain_io.data.formats import Document, DocumentReader, Format, Text
 from megatrain_io.data.packed_dataset import EpochOrder, PackedDataset
 from megatrain_io.data.packing import RowWriter, Shard
@@ -95,6 +95,7 @@ class DataSummary:
     """What became of the data: `str()` is all of it in lines for a person.
 
     Attributes:
+        not_read: sentences about files that are not read, with their share.
         files: those of `train`, then those of `eval`.
         cut: number of examples whose end was cut off at `max_length`.
         dropped: number of examples left out because nothing of them would be trained.
@@ -105,6 +106,7 @@ class DataSummary:
         sample: the first document to train, decoded, with what is trained as `{+...+}`.
     """
 
+    not_read: tuple[str, ...]
     files: tuple[FileSummary, ...]
     cut: int
     dropped: int
@@ -115,7 +117,8 @@ class DataSummary:
     sample: str
 
     def __str__(self) -> str:
-        lines = [
+        lines = [f"not read: {sentence}" for sentence in self.not_read]
+        lines += [
             f"  {file.path}: {file.format}, {_counted(file.documents, 'document')}, {file.tokens:,} tokens"
             for file in self.files[:_FILES_SHOWN]
         ]
@@ -191,13 +194,14 @@ class _Preparation:
         self._packed = options.packing and packs
         self._reader = DocumentReader(options.format, options.fields)
         self._chat_template = read_chat_template(options.chat_template)
-        self._train_files, notes = find_files(options.train, "data.train", self._reader.reads_unknown_as)
-        self._eval_files: list[SourceFile] = []
+        found = [find_files(options.train, "data.train", self._reader.reads_unknown_as)]
         if isinstance(options.eval, Path):
-            self._eval_files, more = find_files((options.eval,), "data.eval", self._reader.reads_unknown_as)
-            notes += more
+            found.append(find_files((options.eval,), "data.eval", self._reader.reads_unknown_as))
+        self._train_files = found[0].files
+        self._eval_files = [file for each in found[1:] for file in each.files]
         self._files = [*self._train_files, *self._eval_files]
-        self._notes = _first_few(notes)
+        self._not_read = tuple(sentence for each in found for sentence in each.not_read)
+        self._notes = _first_few([note for each in found for note in each.notes])
         if options.packing and not packs:
             self._notes.append("packing is off: this architecture does not keep the documents of a row apart")
 
@@ -257,7 +261,12 @@ class _Preparation:
             FileSummary(**{**old, "path": str(file.path)})
             for old, file in zip(found["files"], self._files, strict=True)
         )
-        lists = {"files": files, "rows": tuple(found["rows"]), "notes": (*self._notes, *found["notes"])}
+        lists = {
+            "not_read": self._not_read,
+            "files": files,
+            "rows": tuple(found["rows"]),
+            "notes": (*self._notes, *found["notes"]),
+        }
         return TrainingData(
             train=rows["train"],
             eval=rows.get("eval"),
@@ -374,6 +383,7 @@ class _Preparation:
         )
         rows = tuple(_rows_line(name, shard, self._options.max_length) for name, shard in shards.items())
         return DataSummary(
+            not_read=(),  # of the files as they are when the cache is read
             files=files,
             cut=counts.cut,
             dropped=counts.dropped,

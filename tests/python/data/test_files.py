@@ -1,12 +1,20 @@
 """Files that cannot be trained on: each is refused in a sentence that names the place and what to do."""
 
 import json
+import os
 import re
+import shutil
+import socket
+import tracemalloc
+from pathlib import Path
 
 import pytest
 
 from corpus import TOKENIZER, TURNS, documents, ready, write
+from megatrain_io.data import text_files
+from megatrain_io.data.files import not_read
 from megatrain_io.data.prepare import DataOptions, prepare
+from megatrain_io.data.text_files import LINE_BYTES_MAX
 from megatrain_io.errors import DataError
 
 UNKNOWN_KEYS = (
@@ -33,7 +41,17 @@ def turn(**changes):
         ("a.json", '\n[{"text": "x"},\n {"text": }]', "a.json line 3 is not JSON: Expecting value at column 11."),
         ("a.json", '[{"text": "x"}, 3]', "a.json example 2 is a number, not an object such as"),
         ("a.jsonl", GOOD + '"text"', "a.jsonl line 2 is text, not an object such as"),
-        ("a.jsonl", "[" * 100_000, "a.jsonl cannot be read: "),
+        ("a.jsonl", "[" * 100_000, "a.jsonl example 1 cannot be read: it is nested more than 100 deep. Remove it, or"),
+        ("a.jsonl", GOOD + '{"a": ' + "[" * 3000, "a.jsonl line 2 cannot be read: it is nested more than 100 deep."),
+        ("a.jsonl", '{"text": "x", "a": ' + "[" * 200 + "]" * 200 + "}", "line 1 cannot be read: it is nested"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}",
+         "a.jsonl line 1 cannot be read: Exceeds the limit (4300 digits) for integer string conversion"),
+        ("a.jsonl", '{"te\\ud83dxt": ""}', "a.jsonl line 1 holds half a character, \\ud83d: an emoji was cut"),
+        ("a.jsonl", '{"text": "a", "text": "b"}', "a.jsonl line 1 has the key 'text' twice: which one is meant cannot"),
+        ("a.json", '[{"text": "x"}, {"text": "x", "y": {"z": 1, "z": 2}}]', "a.json example 2 has the key 'z' twice"),
+        ("a.csv", "text,a,text\nx,y,z\n", "a.csv line 1 names the column 'text' twice: which one is meant cannot be"),
+        ("a.csv", "text,\nx,y\n", "a.csv line 2 has a cell in a column without a name. Name the column, or empty it."),
+        ("a.csv", "text,b\n" + "x,y\n" * 300 + 'x, "y"\n', "a.csv line 302 has a space before a quote, and the first"),
         ("a.jsonl", '{"text": "\\ud83d"}', "a.jsonl line 1 holds half a character, \\ud83d: an emoji was cut"),
         ("a.jsonl", '{"text": 3}', "a.jsonl line 1: text is a number; it must be text in quotes."),
         ("a.jsonl", '{"prompt": "x", "completion": null}', "a.jsonl line 1: completion is null; it must be text"),
@@ -48,15 +66,17 @@ def turn(**changes):
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "line 1, messages[0]: content is missing; it must be text"),
         ("a.csv", "text\n\ngood\na,b\n", "a.csv line 4 has 2 cells, but the header has 1: text. Put cells that"),
         ("a.csv", 'text\n"good"\n"never closed\n', "a.csv line 3 is not CSV: unexpected end of data. Look for"),
-        ("a.csv", "prompt;completion\na;b\n", "a.csv line 2 has keys [prompt;completion]. Known: text | prompt"),
-        ("a.txt", b"caf\xe9", "a.txt line 1 is not UTF-8 (byte 0xe9 at position 3). Convert it: iconv -f LATIN1"),
+        ("a.csv", "pro;com\na;b\n", "a.csv line 2 has keys [pro, com]. Known: text | prompt"),
+        ("a.txt", b"caf\xe9", "a.txt line 1 is not UTF-8 (byte 0xe9 at position 3): it looks like CP1252. Convert it"),
         ("a.jsonl", GOOD.encode() + b'{"text": "caf\xe9"}', "a.jsonl line 2 is not UTF-8 (byte 0xe9 at position 13)"),
-        ("a.txt", b"ok\nPK\0\1", "a.txt line 2 holds a zero byte: this is no text. Remove the file"),
+        ("a.txt", b"ok\nPK\0\1", "a.txt line 2 holds a zero byte: it is no text. Leave it out."),
+        ("a.txt", b"PK\3\4\0", "a.txt line 1 holds a zero byte: it is a zip archive, as .docx, .xlsx and .epub are."),
+        ("a.txt", b"\x1f\x8b\x08", "a.txt line 1 is not UTF-8 (byte 0x8b at position 1): it is compressed by gzip."),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", "a.txt is a Git-LFS pointer (46 bytes), not"),
         ("a.txt", "", "data.train: no documents in a.txt (0 bytes). The files are empty: give others."),
         ("a.csv", "text\n", "data.train: no documents in a.csv (5 bytes). The files are empty: give others."),
         ("a.jsonl", '{"text": " "}', "data.train: nothing is left to train on. 1 example had nothing to train"),
-        ("a.docx", "x", "a.docx: the extension .docx is not one of .txt .md .jsonl .json .ndjson .csv. Say what"),
+        ("a.docx", "x", "a.docx: the extension .docx is not one of .txt .md .jsonl .json .ndjson .csv .tsv. Say what"),
         ("a.parquet", "PAR1", "a.parquet is a Parquet file, which this version does not read. Convert it to JSON"),
         ("a.arrow", "x", "which this version does not read. Convert it to JSON lines first: datasets.load_from"),
     ],
@@ -92,8 +112,9 @@ def test_missing_files_and_folders_without_any_are_named(tmp_path):
     )
     write(tmp_path / "empty" / "a.png", b"x")
     assert refusal(tmp_path / "empty") == (
-        "data.train: no .txt .md .jsonl .json .ndjson .csv file in TMP/empty; 1 found, but TMP/empty/a.png was "
-        "skipped: only .txt .md .jsonl .json .ndjson .csv are read from a folder. Give a file or a folder of them."
+        "data.train: no .txt .md .jsonl .json .ndjson .csv .tsv file in TMP/empty; 1 of 1 files in TMP/empty are not "
+        "read (100 % of its bytes, 1 byte of 1 byte): 1 .png (a.png). Only .txt .md .jsonl .json .ndjson .csv .tsv "
+        "are: save what is to be trained as one of these. Give a file or a folder of them."
     )
     blank = write(tmp_path / "blank.txt", " \n")
     assert refusal(good, eval=blank) == (
@@ -102,6 +123,152 @@ def test_missing_files_and_folders_without_any_are_named(tmp_path):
     write(tmp_path / "set" / "part-0.parquet", b"PAR1")
     write(tmp_path / "set" / "README.md", "words")
     assert "part-0.parquet is a Parquet file" in refusal(tmp_path / "set"), "not the README alone"
+
+
+# ------------------------------------------------------------------------------- what is no file
+
+
+def folder_with(tmp_path, name):
+    folder = tmp_path / "in"
+    write(folder / "a.txt", "words")
+    return folder, folder / name
+
+
+def made_from(folder, tmp_path):
+    return prepare(DataOptions((folder,), packing=False), TOKENIZER, tmp_path / "cache", packs=True)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "link to a pipe"])
+def test_what_is_no_file_is_skipped_in_a_folder_and_refused_by_name(tmp_path, name, kind):
+    """A pipe was opened and waited for without end, and a device such as /dev/zero was read without one."""
+    folder, path = folder_with(tmp_path, name)
+    if kind == "socket":
+        relative = os.path.relpath(path)  # the name of a socket has 107 bytes at most
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(relative if len(relative) < len(str(path)) else str(path))
+        server.close()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(tmp_path / "pipe" if kind.startswith("link") else path)
+        if kind.startswith("link"):
+            path.symlink_to(tmp_path / "pipe")
+    made = made_from(folder, tmp_path)
+    what = {"socket": "a socket", "device": "a device"}.get(kind, "a named pipe")
+    assert made.train.documents == 1
+    assert made.summary.notes[0] == f"{path} was skipped: it is {what}, not a file"
+    with pytest.raises(
+        DataError, match=f"{name} is {what}: only files can be trained on. Write what comes out"
+    ):
+        made_from(path, tmp_path)
+
+
+def test_links_that_lead_nowhere_or_to_folders_are_noted(tmp_path):
+    folder, path = folder_with(tmp_path, "b.txt")
+    path.symlink_to(tmp_path / "gone.txt")
+    write(tmp_path / "more" / "c.txt", "more words")
+    (folder / "more").symlink_to(tmp_path / "more")
+    write(folder / ".d.txt", "hidden")
+    notes = made_from(folder, tmp_path).summary.notes
+    assert [note.removeprefix(f"{folder}/") for note in notes] == [
+        "more was skipped: links to folders are not followed. Name the folder that it leads to.",
+        ".d.txt was skipped: its name begins with a dot",
+        "b.txt was skipped: it is a link that leads nowhere",
+    ]
+
+
+def test_a_folder_that_may_not_be_looked_into_is_refused(tmp_path, monkeypatch):
+    """It was left out without a word: os.walk passes over errors."""
+    folder, path = folder_with(tmp_path, "private")
+    path.mkdir()
+    scandir = os.scandir
+
+    def refusing(where):
+        if str(where) == str(path):
+            raise PermissionError(13, "Permission denied", str(where))
+        return scandir(where)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"private cannot be read: Permission denied\. Correct"):
+        made_from(folder, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b.txt"], ids=["300 bytes", "zero byte"])
+def test_names_that_no_file_can_have_are_refused(tmp_path, name):
+    with pytest.raises(DataError, match=r"there is no file or folder|File name too long"):
+        made_from(tmp_path / name, tmp_path)
+
+
+def test_names_that_are_no_text_are_read(tmp_path):
+    folder, _ = folder_with(tmp_path, "")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.txt")).write_text("more")
+    assert made_from(folder, tmp_path).train.documents == 2
+    assert made_from(folder, tmp_path).reused
+
+
+# ---------------------------------------------------------------------------- how much is not read
+
+
+def test_what_is_not_read_stands_first_with_its_share(tmp_path):
+    """Half of somebody's contracts were left out, with a note among others."""
+    folder = tmp_path / "contracts"
+    for i in range(16):
+        write(folder / f"{i:02}.txt", "words " * 10)
+    for i in range(9):
+        write(folder / "old" / f"{i}.docx", b"PK" * 60)
+    for i in range(5):
+        write(folder / f"{i}.PDF", b"%PDF" * 30)
+    line = (
+        f"14 of 30 files in {folder} are not read (64 % of its bytes, 1.7 kB of 2.6 kB): 9 .docx, 5 .pdf (0.PDF, "
+        "1.PDF, 2.PDF, ...). Only .txt .md .jsonl .json .ndjson .csv .tsv are: save what is to be trained as one of "
+        "these"
+    )
+    made = made_from(folder, tmp_path)
+    assert str(made.summary).startswith(f"not read: {line}\n  ")
+    assert str(made_from(folder, tmp_path).summary) == str(made.summary), "from the cache, too"
+    assert not_read([folder, tmp_path / "gone", folder / "00.txt"]) == [line]
+
+
+# ------------------------------------------------------------------------------------ what is too long
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_rows_are_read_up_to_a_limit(tmp_path, name):
+    """A line of 200 MB took 6 GB of memory."""
+    long = "x" * (LINE_BYTES_MAX + 9)
+    content = {
+        "a.csv": f'text\n"{long}"\n',
+        "a.jsonl": f'{{"text": "{long}"}}',
+        "a.json": f'[{{"text": "{long}"}}]',
+    }
+    path = write(tmp_path / "in" / name, content[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"more than 33,554,432 (bytes|characters)(, the| by now)"):
+            made_from(path, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 8 * LINE_BYTES_MAX
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_quote_that_is_never_closed_does_not_gather_the_file(tmp_path):
+    path = write(tmp_path / "a.csv", 'text\n"' + ("x" * 999 + "\n") * (LINE_BYTES_MAX // 1000 + 9))
+    with pytest.raises(
+        DataError, match=r"a row has more than .* Look before it for a quote that is not closed"
+    ):
+        made_from(path, tmp_path)
+
+
+def test_running_text_may_be_one_line(tmp_path, monkeypatch):
+    text = "ab\u00e4\u20ac\U0001f600" * 50
+    whole = documents(ready(tmp_path, text, "a.txt", max_length=100).train)
+    monkeypatch.setattr(text_files, "_TEXT_LINE_BYTES", 10)
+    monkeypatch.setattr(text_files, "_PASSAGE_CHARACTERS", 10)
+    shutil.rmtree(tmp_path / "cache")
+    parts = documents(ready(tmp_path, text, "a.txt", max_length=100).train)
+    assert len(parts) > len(whole)
+    assert sum(part.count("b") for part in parts) == 50
 
 
 def test_cells_may_be_long_and_the_limit_of_the_process_stays(tmp_path):

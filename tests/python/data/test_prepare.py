@@ -8,7 +8,7 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from corpus import EOS, RENDERED, TEMPLATE, TOKENIZER, TURNS, documents, make_tokenizer, ready, write
-from megatrain_io.data import files
+from megatrain_io.data import text_files
 from megatrain_io.data.packing import RowWriter
 from megatrain_io.data.prepare import _CACHE_VERSION, DataOptions, prepare
 from megatrain_io.data.tokenize import Encoder
@@ -114,7 +114,7 @@ def test_long_text_is_split_at_paragraphs_then_lines_then_anywhere(tmp_path):
 def test_a_long_file_is_read_in_passages_and_is_one_document(tmp_path, monkeypatch, border):
     text = border.join(f"Paragraph {i}." for i in range(100)) + "\n\n \n"
     whole = "".join(documents(ready(tmp_path, text, "a.txt").train))
-    monkeypatch.setattr(files, "_PASSAGE_CHARACTERS", 40)
+    monkeypatch.setattr(text_files, "_PASSAGE_CHARACTERS", 40)
     shutil.rmtree(tmp_path / "cache")
     made = ready(tmp_path, text, "a.txt")
     passages = documents(made.train)
@@ -396,15 +396,18 @@ def test_the_summary_shows_files_rows_notes_and_a_sample(tmp_path):
     assert calls == sorted(calls)
     assert {total for _, total in calls} == {calls[-1][0]}
     lines = str(made.summary).replace(str(folder), "IN").split("\n")
-    assert lines[:3] == [
+    assert lines[0] == (
+        "not read: 1 of 14 files in IN are not read (1 % of its bytes, 5 bytes of 425 bytes): 1 .png (cat.png). Only "
+        ".txt .md .jsonl .json .ndjson .csv .tsv are: save what is to be trained as one of these"
+    )
+    assert lines[1:4] == [
         "  IN/00.txt: empty, 0 documents, 0 tokens",
         "  IN/01.txt: text, 1 document, 6 tokens",
         "  IN/02.txt: text, 1 document, 11 tokens",
     ]
-    assert lines[10:] == [
+    assert lines[11:] == [
         "  3 more files: 3 documents, 132 tokens",
         "train: 6 rows of up to 64 tokens (packed, 95.3 % full), 366 tokens, 333 trained",
-        "note: IN/cat.png was skipped: only .txt .md .jsonl .json .ndjson .csv are read from a folder",
         "sample (IN/01.txt), {+trained+}:",
         f"  | w{{+ord {EOS}+}}",
     ]

@@ -22,6 +22,10 @@ from transformers.generation.logits_process import (
 from megatrain_io.arguments import is_number, number, whole_number
 from megatrain_io.config.values import INT_MAX, SEED_MAX
 from megatrain_io.data.batch import MicroBatch
+from megatrain_io.data.chat_templates import ChatRenderer, TemplateError
+from megatrain_io.data.prepare import asked_in_training
+from megatrain_io.data.special_tokens import SpecialTokens
+from megatrain_io.data.tokenize import Asking
 from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
 from megatrain_io.interrupt import check, held
 from megatrain_io.models.hub_folder import ModelFolder
@@ -160,11 +164,13 @@ class Generator:
         stop: frozenset[int],
         *,
         owns_device: bool = True,
+        asked: Mapping[Asking, int] | None = None,
     ) -> None:
         self._model = model
         self._owns_device = owns_device
         self._tokenizer = tokenizer
         self._stop = stop
+        self._asked = asked or {}
         self._pins = ExitStack()
         if model.device.has_own_memory:
             self._pins.enter_context(model.device.pin(model.state.pool_memory()))
@@ -195,10 +201,32 @@ class Generator:
             model = _on_device(partition, state, device, info.precision)
             state.start(model.pool_sizes(training=False), unit=model.unit)
             stop = _stop_tokens(run.model, config, tokenizer)
-            return cls(model, tokenizer, stop, owns_device=device is None)
+            asked = asked_in_training(run.data)
+            return cls(model, tokenizer, stop, owns_device=device is None, asked=asked)
         except BaseException:
             state.close()
             raise
+
+    def asking_note(self, prompt: str, *, chat: bool) -> str | None:
+        """A sentence where a prompt is asked otherwise than the run was trained; None where it is not, or not known.
+
+        Args:
+            prompt: what is asked.
+            chat: whether it is asked in the chat template.
+        """
+        chats, prompts, headings = (self._asked.get(how, 0) for how in ("chat", "prompt", "headings"))
+        if chat and not chats and prompts:
+            return (
+                "this run was trained on prompts as they stand, without the chat template: leave --chat out"
+            )
+        if not chat and chats and not prompts and not headings and not self._asked.get("text"):
+            return "this run was trained on answers in the chat template: ask with --chat"
+        if not chat and headings and not prompts and "### Response:" not in prompt:
+            return (
+                "this run was trained on instructions under headings: ask with '### Instruction:', a new line, the "
+                "instruction, an empty line, '### Response:' and a new line"
+            )
+        return None
 
     def complete(
         self,
@@ -230,8 +258,8 @@ class Generator:
         pick = Pick(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         if not isinstance(prompt, str):
             raise ConfigError(f"prompt is {prompt!r}: it must be text (chat answers messages)")
-        ids = self._tokenizer(prompt, return_tensors="pt").input_ids
-        return self._run(ids, max_new_tokens, pick)
+        ids = SpecialTokens(self._tokenizer).prompt(prompt)
+        return self._run(torch.tensor([ids], dtype=torch.int64), max_new_tokens, pick)
 
     def chat(
         self,
@@ -265,16 +293,14 @@ class Generator:
                 "this model has no chat template: ask for a completion, or train on messages first"
             )
         _refuse_wrong_messages(messages)
+        turns = [dict(message) for message in messages]
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
-        except Exception as error:  # whatever a template raises, or does wrong
-            raise DataError(f"the chat template refuses the messages: {error}") from error
-        return self._run(encoded["input_ids"], max_new_tokens, pick)
+            with ChatRenderer(self._tokenizer, fixed_day=False) as renderer:
+                (text,) = renderer.render(turns, None, [(len(turns), True)])
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses the messages: {error.reason}") from error
+        ids = SpecialTokens(self._tokenizer).ids([text])
+        return self._run(torch.tensor(ids, dtype=torch.int64), max_new_tokens, pick)
 
     def close(self) -> None:
         """Close the store, and the device if it was not handed in; the generator cannot be used afterwards."""

@@ -119,6 +119,8 @@ def generate_command(  # noqa: PLR0913 - an option each
             "seed": seed,
         }
         with held(), Generator.open(run) as generator:
+            if note := generator.asking_note(prompt, chat=chat):
+                typer.echo(f"note: {visible(note)}", err=True)
             if chat:
                 result.text = generator.chat([{"role": "user", "content": prompt}], **how)
             else:

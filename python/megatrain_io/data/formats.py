@@ -26,6 +26,9 @@ _KEYS: dict[Format, tuple[str, ...]] = {
 }
 _KNOWN = "text | prompt+completion | messages | instruction+output | conversations"
 _FIELDS = {key for keys in _KEYS.values() for key in keys} | {"input", "role", "content", "from", "value"}
+# Keys of conversations that would decide what the model sees, or which turns are trained, and are not read.
+_PICTURES = ("image", "images", "video", "videos", "audio", "audios")
+_TURN_MASKS = ("train", "training", "train_on_turn", "train_detail", "mask", "masked", "loss", "loss_mask")
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **dict.fromkeys(["gpt", "chatgpt", "bard", "bing", "model", "bot"], "assistant"),
@@ -52,15 +55,34 @@ class Completion:
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction in words (with its input, if any), and the output that is trained to answer it."""
+    """An instruction in words (with its input, if any), and the output that is trained to answer it.
+
+    Attributes:
+        instruction: what is asked.
+        output: the answer.
+        system: what the model is told before, or "".
+        history: earlier instructions and answers.
+    """
 
     instruction: str
     output: str
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+
+    def turns(self) -> tuple[Row, ...]:
+        """The same as turns of a conversation."""
+        turns = [{"role": "system", "content": self.system}] if self.system else []
+        for question, answer in (*self.history, (self.instruction, self.output)):
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return tuple(turns)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of a conversation, each with `role` and `content`, and the tools it may call, as JSON schemas."""
+    """Turns of a conversation, each with `role` and `content`, and the tools it may call, as JSON schemas.
+
+    An answer with `weight` 0 is not trained.
+    """
 
     messages: tuple[Row, ...]
     tools: tuple[Row, ...] | None = None
@@ -76,6 +98,7 @@ class Document:
         content: the example; a long text file comes as several documents, all but the last with `ends` false.
         bytes_read: bytes of the file up to its end.
         whole: sha256 of the file where the file is one document, else "".
+        unused: keys of the example that nothing is done with.
     """
 
     place: str
@@ -83,10 +106,18 @@ class Document:
     content: Text | Completion | Instruction | Conversation
     bytes_read: int = field(compare=False)
     whole: str = ""
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
     def key(self, seed: int) -> int:
         """64 bits of a hash of the content: the same in whatever file or order the document stands."""
-        content = self.whole or json.dumps(asdict(self.content), sort_keys=True)
+        content = self.whole
+        if not content:
+            values = asdict(self.content)
+            # As it was before there were these: a run goes on with the same share held out.
+            plain = {
+                name: value for name, value in values.items() if value or name not in ("system", "history")
+            }
+            content = json.dumps(plain, sort_keys=True)
         return int.from_bytes(hashlib.sha256(f"{seed}:{content}".encode()).digest()[:8])
 
 
@@ -114,6 +145,8 @@ class DocumentReader:
             )
         self._format = data_format
         self._fields = {key: key for key in _FIELDS} | dict(fields or {})
+        # What was named is meant, also where the names of another format are there.
+        self._order = sorted(_KEYS, key=lambda name: not set(_KEYS[name]) & set(fields or {}))
 
     @property
     def reads_unknown_as(self) -> Literal["text", "json"] | None:
@@ -143,11 +176,19 @@ class DocumentReader:
             missing = [key for key in _KEYS[found] if self._fields[key] not in row]
             if missing:
                 self._refuse_keys(place, row, found)
-            yield Document(place, found, self._content(place, row, found), bytes_read)
+            content = self._content(place, row, found)
+            yield Document(place, found, content, bytes_read, unused=self._unused(row, found))
+
+    def _unused(self, row: Row, data_format: Format) -> tuple[str, ...]:
+        """Keys with a value of which nothing becomes."""
+        names = {"alpaca": ("input", "system", "history"), "messages": ("tools", "system")}
+        ours = (*_KEYS[data_format], *names.get(data_format.replace("sharegpt", "messages"), ()))
+        used = {self._fields.get(key, key) for key in ours}
+        return tuple(key for key, value in row.items() if key not in used and value not in (None, "", [], {}))
 
     def _detect(self, place: str, row: Row) -> Format:
-        for data_format, keys in _KEYS.items():
-            if all(self._fields[key] in row for key in keys):
+        for data_format in self._order:
+            if all(self._fields[key] in row for key in _KEYS[data_format]):
                 return data_format
         raise DataError(f"{place} has keys [{_keys(row)}]. Known: {_KNOWN}. {_map_example(row)}")
 
@@ -170,13 +211,31 @@ class DocumentReader:
             instruction = self._string(place, row, "instruction")
             if row.get(self._fields["input"]):
                 instruction += "\n\n" + self._string(place, row, "input")
-            return Instruction(instruction, self._string(place, row, "output"))
-        key = self._fields[_KEYS[data_format][0]]
+            output = self._string(place, row, "output")
+            return Instruction(instruction, output, self._system(place, row), _history(place, row))
+        return self._conversation(place, row, self._fields[_KEYS[data_format][0]])
+
+    def _conversation(self, place: str, row: Row, key: str) -> Conversation:
+        if pictures := [name for name in _PICTURES if row.get(name)]:
+            raise DataError(
+                f"{place} has {pictures[0]}, and only text is trained. Remove the line, or the key."
+            )
         turns = _objects(place, row, key)
         if not turns:
             raise DataError(f"{place}: {key} is an empty list. Remove the line.")
         messages = tuple(self._message(f"{place}, {key}[{i}]", turn) for i, turn in enumerate(turns))
-        return Conversation(messages, _objects(place, row, "tools") if row.get("tools") else None)
+        if system := self._system(place, row):
+            first = messages[0]
+            if first["role"] not in ("system", "developer"):
+                messages = ({"role": "system", "content": system}, *messages)
+            elif first.get("content") != system:
+                raise DataError(
+                    f"{place} has {key} that begin with a system turn, and another system beside. Keep one."
+                )
+        return Conversation(messages, _tools(place, row))
+
+    def _system(self, place: str, row: Row) -> str:
+        return self._string(place, row, "system") if row.get("system") else ""
 
     def _message(self, place: str, turn: Row) -> Row:
         """A turn with `role` and `content`, and whatever else it says: templates read reasoning and tool calls."""
@@ -197,12 +256,13 @@ class DocumentReader:
         own = (self._fields[role_key], self._fields[content_key])
         message = {key: value for key, value in turn.items() if key not in own}
         message["role"] = _ROLES[role]
+        _check_mask(place, message)
         if not turn.get("tool_calls") or turn.get(self._fields[content_key]) is not None:
             message["content"] = self._string(place, turn, content_key)
         return message
 
     def _string(self, place: str, row: Row, key: str) -> str:
-        name = self._fields[key]
+        name = self._fields.get(key, key)
         value = row.get(name)
         if not isinstance(value, str):
             what = f"is {json_name(value)}" if name in row else "is missing"
@@ -220,10 +280,54 @@ def _objects(place: str, row: Row, key: str) -> tuple[Row, ...]:
     return tuple(value)
 
 
+def _check_mask(place: str, message: Row) -> None:
+    """Refuse what says which turns are trained, but as `weight` of an answer, 0 or 1."""
+    if masks := [key for key in _TURN_MASKS if message.get(key) is not None]:
+        raise DataError(
+            f"{place} has the key {masks[0]}, which is not read. Remove it: answers are trained, and nothing else is; "
+            f"one with weight: 0 is not."
+        )
+    weight = message.get("weight")
+    if weight is None:
+        message.pop("weight", None)
+    elif weight not in (0, 1) or (weight and message["role"] != "assistant"):
+        raise DataError(
+            f"{place}: weight is {weight!r} for a turn of the {message['role']}. It can be 0 or 1 for an answer, which "
+            f"is not trained or is; other turns are not."
+        )
+
+
+def _tools(place: str, row: Row) -> tuple[Row, ...] | None:
+    """The tools of a conversation, which some tools write as JSON in a text."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            row = {"tools": json.loads(tools)}
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{place}: tools is text that is not JSON: {error}. Write a list of objects."
+            ) from error
+    return _objects(place, row, "tools") if row.get("tools") else None
+
+
+def _history(place: str, row: Row) -> tuple[tuple[str, str], ...]:
+    """Earlier instructions and answers: pairs of texts."""
+    history = row.get("history") or []
+    pairs = [pair for pair in history if isinstance(pair, list) and [*map(type, pair)] == [str, str]]
+    if not isinstance(history, list) or len(pairs) != len(history):
+        raise DataError(
+            f'{place}: history must be a list of pairs of texts: [["question", "answer"], ...]. Correct the line.'
+        )
+    return tuple((question, answer) for question, answer in pairs)
+
+
 def _keys(row: Row) -> str:
     return ", ".join(row)
 
 
 def _map_example(row: Row) -> str:
-    prompt, completion = row if len(row) == 2 else ("question", "answer")  # noqa: PLR2004
-    return f"Map with data.fields: {{prompt: {prompt}, completion: {completion}}}."
+    question, answer = row if len(row) == 2 else ("question", "answer")  # noqa: PLR2004
+    return (
+        f"Map with data.fields: {{instruction: {question}, output: {answer}}} to train answers in the chat template, "
+        f"or {{prompt: {question}, completion: {answer}}} to train them as they stand."
+    )

@@ -50,9 +50,10 @@ class PackedDataset:
         self._pad_token = pad_token
         self._frames: OrderedDict[int, tuple[NDArray[Any], NDArray[np.uint8]]] = OrderedDict()
         sha256 = hashlib.sha256()
-        for offset, size, _, _ in shard.frames:
-            sha256.update(self._read(offset, size))
-        raw = self._read(*shard.lengths)
+        self._token_nbytes = np.dtype(shard.token_type).itemsize + 1
+        for offset, size, _, tokens in shard.frames:
+            sha256.update(self._read(offset, size, tokens * self._token_nbytes))
+        raw = self._read(shard.lengths[0], shard.lengths[1], shard.rows * 4)
         sha256.update(raw)
         if sha256.hexdigest() != shard.sha256:
             raise self._damaged("its tokens are not those that were written")
@@ -146,7 +147,7 @@ class PackedDataset:
             self._frames.move_to_end(number)
             return self._frames[number]
         offset, size, _, tokens = self._shard.frames[number]
-        raw = self._read(offset, size)
+        raw = self._read(offset, size, tokens * self._token_nbytes)
         token_type = np.dtype(self._shard.token_type)
         if len(raw) != tokens * (token_type.itemsize + 1):
             raise self._damaged(f"frame {number} has {len(raw)} bytes")
@@ -157,11 +158,16 @@ class PackedDataset:
             self._frames.popitem(last=False)
         return ids, flags
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def _read(self, offset: int, size: int, most: int) -> bytes:
+        """Decompress a frame of at most so many bytes."""
         try:
             with open_file(self._path) as file:
                 file.seek(offset)
-                return zstandard.ZstdDecompressor().decompress(file.read(size))
+                frame = file.read(size)
+            # What a damaged frame says of its own size is not believed: it would be asked of memory first.
+            if zstandard.frame_content_size(frame) > most:
+                raise self._damaged("a frame of it would grow beyond what was written")
+            return zstandard.ZstdDecompressor().decompress(frame)
         except (OSError, zstandard.ZstdError) as error:
             raise self._damaged(str(error)) from error
 

@@ -16,27 +16,29 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 import numpy as np
 
+from megatrain_io.data.chat_templates import read_chat_template
 from megatrain_io.data.files import find_files
 from megatrain_io.data.formats import Document, DocumentReader, Format, Text
 from megatrain_io.data.packed_dataset import EpochOrder, PackedDataset
 from megatrain_io.data.packing import RowWriter, Shard
-from megatrain_io.data.tokenize import Encoder, Encoding, marked, read_chat_template, tokenizer_digest
+from megatrain_io.data.tokenize import Asking, Encoder, Encoding, marked, tokenizer_digest
 from megatrain_io.errors import ConfigError, DataError, StorageError
 from megatrain_io.files import make_folder, new_file, read_file, replace_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataOptions", "DataSummary", "FileSummary", "TrainingData", "prepare"]
+__all__ = ["DataOptions", "DataSummary", "FileSummary", "TrainingData", "asked_in_training", "prepare"]
 
 # Raised with every change that gives other rows for the same data, or another layout of the files.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _INDEX = "index.json"
 _SHARD = "{}.tokens"
 _INDEX_BYTES_MAX = 256 << 20
@@ -95,7 +97,7 @@ class DataSummary:
     """What became of the data: `str()` is all of it in lines for a person.
 
     Attributes:
-        not_read: sentences about files that are not read, with their share.
+        not_read: sentences about files that are not read, with their share; not part of `str()`, but to be said first.
         files: those of `train`, then those of `eval`.
         cut: number of examples whose end was cut off at `max_length`.
         dropped: number of examples left out because nothing of them would be trained.
@@ -117,8 +119,7 @@ class DataSummary:
     sample: str
 
     def __str__(self) -> str:
-        lines = [f"not read: {sentence}" for sentence in self.not_read]
-        lines += [
+        lines = [
             f"  {file.path}: {file.format}, {_counted(file.documents, 'document')}, {file.tokens:,} tokens"
             for file in self.files[:_FILES_SHOWN]
         ]
@@ -143,6 +144,7 @@ class TrainingData:
         summary: what was found in the files, and what became of it.
         chat_template: text of the template that the options chose, which the trained model needs; None where
             it is the tokenizer's own.
+        stop_tokens: what texts and answers end with, and so what ends generation.
         reused: whether the tokens were in the cache already.
     """
 
@@ -152,6 +154,7 @@ class TrainingData:
     fingerprint: str
     summary: DataSummary
     chat_template: str | None
+    stop_tokens: tuple[int, ...]
     reused: bool
 
 
@@ -161,6 +164,7 @@ def prepare(
     cache_dir: Path,
     *,
     packs: bool,
+    vocabulary: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrainingData:
     """Make training data ready: from the cache, or by reading and tokenising all of it.
@@ -170,6 +174,7 @@ def prepare(
         tokenizer: the model's.
         cache_dir: folder for the tokens, made if missing. One process at a time.
         packs: whether the architecture keeps packed documents apart; if not, rows hold one document each.
+        vocabulary: number of tokens that the model knows, which padding must be one of; None = all are known.
         progress: called with bytes read and bytes in all, while tokenising.
 
     Raises:
@@ -177,18 +182,34 @@ def prepare(
         ConfigError: an option is wrong.
         StorageError: the tokens cannot be written.
     """
-    return _Preparation(options, tokenizer, cache_dir, packs=packs).run(
+    return _Preparation(options, tokenizer, cache_dir, packs=packs, vocabulary=vocabulary).run(
         progress or (lambda _done, _total: None)
     )
+
+
+def asked_in_training(cache_dir: Path) -> Mapping[Asking, int]:
+    """How many examples of the data in a cache are asked for in which way; none where there is no cache."""
+    try:
+        asked = json.loads((cache_dir / _INDEX).read_text(encoding="utf-8").partition("\n")[2])["asked"]
+        return {how: int(asked.get(how, 0)) for how in get_args(Asking)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 class _Preparation:
     """One call of `prepare`: the files it found, and how their rows are loaded from the cache or built."""
 
     def __init__(
-        self, options: DataOptions, tokenizer: "PreTrainedTokenizerBase", cache_dir: Path, *, packs: bool
+        self,
+        options: DataOptions,
+        tokenizer: "PreTrainedTokenizerBase",
+        cache_dir: Path,
+        *,
+        packs: bool,
+        vocabulary: int | None,
     ) -> None:
         self._options = options
+        self._vocabulary = vocabulary
         self._tokenizer: Any = tokenizer
         self._cache_dir = cache_dir
         self._packed = options.packing and packs
@@ -253,7 +274,7 @@ class _Preparation:
             if index["fingerprint"] != fingerprint:
                 return None
             rows = {name: self._open(name, shard) for name, shard in index["shards"].items()}
-        except (OSError, ValueError):  # DataError is a ValueError too
+        except (OSError, ValueError, RecursionError):  # DataError is a ValueError too
             return None
         found = index["summary"]
         # The same files may lie elsewhere by now.
@@ -274,12 +295,15 @@ class _Preparation:
             fingerprint=fingerprint,
             summary=DataSummary(**{**found, **lists}),
             chat_template=self._chat_template,
+            stop_tokens=tuple(index["stop_tokens"]),
             reused=True,
         )
 
     def _open(self, name: str, shard: dict[str, Any]) -> PackedDataset:
+        # Any does, as nothing attends to it; but the embedding must have it, and a tokenizer may have a token more.
         tokens = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
-        pad = next(token for token in tokens if token is not None)
+        known = math.inf if self._vocabulary is None else self._vocabulary
+        pad = next(token for token in tokens if token is not None and 0 <= token < known)
         return PackedDataset(self._cache_dir / _SHARD.format(name), Shard(**shard), pad)
 
     def _build(self, fingerprint: str, progress: Callable[[int, int], None]) -> None:
@@ -298,6 +322,8 @@ class _Preparation:
         index = {
             "fingerprint": fingerprint,
             "shards": {name: asdict(shard) for name, shard in shards.items()},
+            "asked": dict(counts.asked),
+            "stop_tokens": counts.stop_tokens,
             "summary": asdict(self._summary(shards, counts)),
         }
         body = json.dumps(index, indent=1) + "\n"
@@ -310,6 +336,7 @@ class _Preparation:
         self, progress: Callable[[int, int], None], train_file: BinaryIO, eval_file: BinaryIO | None
     ) -> tuple[dict[str, Shard], "_Counts"]:
         options = self._options
+        counts = _Counts()
         encoder = Encoder(
             self._tokenizer,
             max_length=options.max_length,
@@ -326,21 +353,23 @@ class _Preparation:
         threshold = self._threshold() if isinstance(options.eval, float) else -1
         total = sum(file.size for file in self._files)
         done = 0
-        counts = _Counts()
-        for number, file in enumerate(self._files):
-            for batch in _batches(self._reader.read(file)):
-                for document, encoding in zip(batch, encoder.encode(batch), strict=True):
-                    counts.add(number, document, encoding)
-                    held_out = number >= len(self._train_files) or (
-                        threshold >= 0 and document.key(options.seed) <= threshold
-                    )
-                    for piece in encoding.pieces:
-                        writers["eval" if held_out else "train"].add(piece.ids, piece.trained)
-                    if encoding.pieces and not held_out and not counts.sample:
-                        counts.sample_place = document.place
-                        counts.sample = marked(self._tokenizer, encoding.pieces[0])
-                progress(done + batch[-1].bytes_read, total)
-            done += file.size
+        with closing(encoder):
+            for number, file in enumerate(self._files):
+                for batch in _batches(self._reader.read(file)):
+                    for document, encoding in zip(batch, encoder.encode(batch), strict=True):
+                        counts.add(number, document, encoding, encoder.asked_by(document))
+                        held_out = number >= len(self._train_files) or (
+                            threshold >= 0 and document.key(options.seed) <= threshold
+                        )
+                        for piece in encoding.pieces:
+                            writers["eval" if held_out else "train"].add(piece.ids, piece.trained)
+                        if encoding.pieces and not held_out and not counts.sample:
+                            counts.sample_place = document.place
+                            counts.sample = marked(self._tokenizer, encoding.pieces[0])
+                    progress(done + batch[-1].bytes_read, total)
+                done += file.size
+        counts.findings = tuple(encoder.findings.sentences())
+        counts.stop_tokens = sorted(encoder.stop_tokens)
         for name, writer in writers.items():
             if not writer.shard.documents:
                 self._refuse_empty(name, counts)
@@ -389,10 +418,28 @@ class _Preparation:
             dropped=counts.dropped,
             longest=max(counts.lengths, default=0),
             rows=rows,
-            notes=tuple(counts.notes(self._options.max_length)),
+            notes=(
+                *counts.notes(self._options.max_length),
+                *counts.findings,
+                *counts.unused_notes(),
+                *self._asking_notes(counts),
+            ),
             sample_place=counts.sample_place,
             sample=counts.sample,
         )
+
+    def _asking_notes(self, counts: "_Counts") -> list[str]:
+        """Where the model has a chat template, and is trained without it."""
+        prompts = counts.asked["prompt"]
+        if not prompts or not (self._chat_template or self._tokenizer.chat_template):
+            return []
+        prompt, completion = (self._options.fields.get(key, key) for key in ("prompt", "completion"))
+        sentence = (
+            f"{_counted(prompts, 'prompt')} and completions are trained as they stand, and not in the model's chat "
+            f"template: ask the trained model without --chat. To train them in the template, set data.fields: "
+            f"{{instruction: {prompt}, output: {completion}}}."
+        )
+        return [sentence]
 
 
 class _Counts:
@@ -406,6 +453,10 @@ class _Counts:
         self.cut = 0
         self.cut_away = 0  # nothing trained is left of them
         self.untrained = 0  # there never was anything to train in them
+        self.unused: Counter[str] = Counter()
+        self.asked: Counter[Asking] = Counter()
+        self.findings: tuple[str, ...] = ()
+        self.stop_tokens: list[int] = []
         self.sample_place = ""
         self.sample = ""
 
@@ -413,13 +464,15 @@ class _Counts:
     def dropped(self) -> int:
         return self.cut_away + self.untrained
 
-    def add(self, file: int, document: Document, encoding: Encoding) -> None:
+    def add(self, file: int, document: Document, encoding: Encoding, asking: Asking) -> None:
         is_text = isinstance(document.content, Text)
         self.formats[file] = document.format
         self.documents[file] += not (isinstance(document.content, Text) and not document.content.ends)
         self.tokens[file] += encoding.tokens
         if not is_text:
-            self.lengths.append(encoding.tokens)
+            self.lengths.append(encoding.longest)
+        self.unused.update(document.unused)
+        self.asked[asking] += bool(encoding.pieces)
         self.cut += encoding.cut
         if not encoding.pieces:
             self.cut_away += encoding.cut
@@ -448,6 +501,16 @@ class _Counts:
                 f"more than a token of text): dropped."
             )
         return notes
+
+    def unused_notes(self) -> list[str]:
+        """A sentence about the keys of the data that nothing is done with."""
+        if not self.unused:
+            return []
+        named = ", ".join(f"{key} ({count:,} times)" for key, count in self.unused.most_common(_FILES_SHOWN))
+        more = f" and {len(self.unused) - _FILES_SHOWN} more" if len(self.unused) > _FILES_SHOWN else ""
+        return [
+            f"keys of the data that are not used: {named}{more}. Map them with data.fields if they are meant."
+        ]
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

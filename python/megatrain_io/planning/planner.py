@@ -13,6 +13,7 @@ import psutil
 from megatrain_io.config.parse import load
 from megatrain_io.config.schema import RunConfig
 from megatrain_io.data.batch import MicroBatch, blank_micro_batch
+from megatrain_io.data.files import not_read
 from megatrain_io.errors import ConfigError, DoesNotFitError
 from megatrain_io.machine.hardware import Hardware, load_hardware
 from megatrain_io.machine.memory import usable_ram
@@ -60,6 +61,7 @@ __all__ = ["make_plan", "plan"]
 _TYPICAL_DRIVE_WRITES = 600
 _LENGTH_LEAST = 32
 _COMMIT_SELDOM = 10
+_NO_DATA = "(no data)"
 
 
 _NO_RATES = (
@@ -116,13 +118,13 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
     run_config, notes = load(
         None if config is None else Path(config),
         settings,
-        {("", "output_dir"): ".", ("data", "train"): ["."]},
+        {("", "output_dir"): ".", ("data", "train"): [_NO_DATA]},
     )
     if tokens is not None and not 1 <= tokens < inf:
         raise ConfigError(f"tokens must be a number from 1 on, and are {tokens}")
     described = None if on is None else load_hardware(on)
     job, more = _job_without_data(run_config, described, tokens)
-    notes += [*more, *run_config.train.doubts()]
+    notes += [*not_read(map(Path, run_config.data.train)), *more, *run_config.train.doubts()]
     hardware = job.hardware
     if hardware.read is None:
         notes.append(_NO_RATES)

@@ -25,6 +25,7 @@ from megatrain_io.errors import (
 )
 from megatrain_io.files import make_folder, new_file, storage_errors, sync_folder
 from megatrain_io.interrupt import check, held
+from megatrain_io.models.generation_config import end_tokens
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.safetensors import (
@@ -124,7 +125,8 @@ def write_model_folder(
             _write_parameters(written, state, plan, wanted, progress)
         if len(shards) > 1:
             _write_text(partial / "model.safetensors.index.json", index_of(shards, state.layout.parameters))
-        config = _config_for_export(folder.raw_config, names.architecture, DTYPES[wanted])
+        ends = _end_tokens(folder) if "generation_config.json" in companions else []
+        config = _config_for_export(folder.raw_config, names.architecture, DTYPES[wanted], ends)
         _write_text(partial / "config.json", config)
         folder.copy(companions, partial)
         sync_folder(partial)
@@ -245,8 +247,22 @@ def _write(files: ShardWriter, name: str, element: int, values: Tensor) -> None:
     files.write(name, element * values.itemsize, values.view(torch.uint8).numpy().data)
 
 
-def _config_for_export(config: Mapping[str, Any], architecture: str, dtype: torch.dtype) -> str:
-    """The configuration as it was imported, with the dtype of the files; code that was not copied is not named."""
+def _end_tokens(folder: ModelFolder) -> list[int]:
+    """What ends generation, by generation_config.json: what training found answers to end with is there."""
+    try:
+        content = json.loads((folder.path / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return end_tokens(content.get("eos_token_id")) if isinstance(content, dict) else []
+
+
+def _config_for_export(
+    config: Mapping[str, Any], architecture: str, dtype: torch.dtype, ends: Sequence[int]
+) -> str:
+    """The configuration as it was imported, with the dtype of the files and all tokens that end generation.
+
+    Code that was not copied is not named.
+    """
     name = str(dtype).removeprefix("torch.")
     content = {
         key: {**value, "dtype": name}
@@ -257,6 +273,10 @@ def _config_for_export(config: Mapping[str, Any], architecture: str, dtype: torc
     for part in (content, *(value for value in content.values() if isinstance(value, dict))):
         part.pop("torch_dtype", None)
         part.pop("auto_map", None)
+    before = end_tokens(content.get("eos_token_id"))
+    if "eos_token_id" in content and (more := [token for token in ends if token not in before]):
+        all_ends = [*before, *more]
+        content["eos_token_id"] = all_ends if len(all_ends) > 1 else all_ends[0]
     return json.dumps({**content, "architectures": [architecture], "dtype": name}, indent=2) + "\n"
 
 

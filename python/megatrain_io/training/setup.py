@@ -87,13 +87,14 @@ def planned(config: RunConfig, folder: RunFolder, device: Device, own: OwnSequen
         if folder.is_imported:
             run.refuse_other_model()
             state = open_.enter_context(open_store(folder, engine=config.memory.io_backend))
-            job, _ = run.job(run.partition(), state.layout)
+            job, data = run.job(run.partition(), state.layout)
             plan = run.plan(job.of_store(state.ledger.total()[0]))
         else:
             checked = open_.enter_context(run.checked_import())
             run.notes += checked.notes
-            plan = run.plan(run.job(checked.partition, checked.layout)[0])
-    return replace(plan, notes=(*run.notes, *plan.notes))
+            job, data = run.job(checked.partition, checked.layout)
+            plan = run.plan(job)
+    return replace(plan, notes=(*data.not_read, *run.notes, *plan.notes))
 
 
 @contextmanager
@@ -143,7 +144,7 @@ def ready(
         check()
         with storage_errors(folder.path, SAFE):
             if resume is not None:
-                write_model_files(folder, data.tokenizer_files())
+                write_model_files(folder, data.model_files(folder.model))
             model, is_pinned = open_.enter_context(run.started(state, job, plan))
             if resume is not None:
                 replace_file(folder.config, config.to_yaml())
@@ -153,7 +154,7 @@ def ready(
                 "refused to pin the pool's memory"
             )
         now = fingerprint_of(device, job.partition)
-        notes = [*first, *run.notes, *state.notes, *job.partition.loss_notes]
+        notes = [*data.not_read, *first, *run.notes, *state.notes, *job.partition.loss_notes]
         notes += [*changes, *differences(progress.environment, now), *plan.summary(), data.summary]
         check()
         # Outside: errors of callbacks and data are the caller's own.
@@ -289,9 +290,10 @@ class _Request:
                 f"train.precision is {self._precision}, and {path} was imported with {recorded.precision}: "
                 "set it to that, or choose a new output_dir"
             )
-        ModelOptions.kept(recorded.model_options).refuse_others(
-            ModelOptions.of(self._config.model_options), path
-        )
+        asked, kept = self._config.model_options, recorded.model_options
+        if asked.miniature is not None and not asked.miniature.exists() and "miniature" in kept:
+            asked = asked.model_copy(update={"miniature": None})  # the run has what it held
+        ModelOptions.kept(kept).refuse_others(ModelOptions.of(asked), path)
 
     def refuse_other_state(self, state: PagedStore, progress: TrainerState, *, resume: bool | None) -> None:
         """Refuse a store that was made otherwise, and a run that has begun where none is to be resumed."""

@@ -23,6 +23,7 @@ from megatrain_io.data.batch import (
 from megatrain_io.data.prepare import DataOptions, TrainingData, prepare
 from megatrain_io.errors import ConfigError, DataError
 from megatrain_io.files import make_folder, new_file, read_file, storage_errors, sync_folder
+from megatrain_io.models.generation_config import with_end_tokens
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.partition import PartitionedModel
 
@@ -91,6 +92,7 @@ class StepData(Protocol):
         sha256: over all that is trained: a run goes on only with the same.
         summary: what the data are, in sentences for a person.
         files: what ``data.train`` is for a run that goes on with them; None = as it was given.
+        not_read: sentences about files of the data that are not read, with their share.
     """
 
     largest: MicroBatch
@@ -99,6 +101,7 @@ class StepData(Protocol):
     sha256: str
     summary: str
     files: list[str] | None
+    not_read: tuple[str, ...]
 
     def steps(self, accumulation: int) -> int | None:
         """Optimizer steps of ``train.num_train_epochs``, with so many micro-batches each."""
@@ -109,8 +112,12 @@ class StepData(Protocol):
     def held_out(self) -> Iterator[MicroBatch]:
         """Micro-batches of what is held out; none where nothing is."""
 
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Files of the tokenizer with the chat template of the data, by name; none where none was chosen."""
+    def model_files(self, model: Path) -> dict[str, bytes]:
+        """Files that make a model be asked as it was trained, by name: a template that was chosen, what ends answers.
+
+        Args:
+            model: its folder.
+        """
 
 
 def step_data(
@@ -148,7 +155,7 @@ def step_data(
         written = _written(cast("Sequence[Mapping[str, Any]]", own), cache)
         options, files = _options(data, train.seed, written), [str(written)]
     tokenizer = ModelFolder(model).tokenizer()
-    prepared = prepare(options, tokenizer, cache, packs=partition.spec.packs)
+    prepared = prepare(options, tokenizer, cache, packs=partition.spec.packs, vocabulary=partition.vocab_size)
     _refuse_token(prepared.train.largest_token, partition)
     return FileData(prepared, tokenizer, train.per_device_train_batch_size, train.num_train_epochs, files)
 
@@ -182,6 +189,7 @@ class FileData:
         self.micro_batches: int | None = len(train) // rows
         self.sha256 = train.sha256
         self.summary = str(data.summary)
+        self.not_read = data.summary.not_read
         self.files = files
 
     def steps(self, accumulation: int) -> int | None:
@@ -201,8 +209,18 @@ class FileData:
             for start in range(0, len(rows), self._rows):
                 yield rows.micro_batch(range(start, min(start + self._rows, len(rows))))
 
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Files of the tokenizer with the chat template of the data, by name; none where none was chosen."""
+    def model_files(self, model: Path) -> dict[str, bytes]:
+        """The tokenizer's files, if a chat template was chosen; generation_config.json, if answers end otherwise."""
+        return self._generation_config(model) | self._tokenizer_files()
+
+    def _generation_config(self, model: Path) -> dict[str, bytes]:
+        name = "generation_config.json"
+        path = model / name
+        before = read_file(path, _TOKENIZER_BYTES_MAX).decode(errors="replace") if path.is_file() else None
+        content = with_end_tokens(before, ModelFolder(model).raw_config, self._data.stop_tokens)
+        return {} if content is None else {name: content.encode()}
+
+    def _tokenizer_files(self) -> dict[str, bytes]:
         if self._data.chat_template is None:
             return {}
         self._tokenizer.chat_template = self._data.chat_template
@@ -248,6 +266,7 @@ class OwnMicroBatches:
         # Nothing that the command line could go on with, and this name says so.
         self.files: list[str] | None = [_HANDED_OVER]
         self.sha256 = digest.hexdigest()
+        self.not_read: tuple[str, ...] = ()
         self.summary = (
             f"data: {len(sizes)} micro-batches of the caller's own, {rows} x {length} tokens at most"
         )
@@ -265,8 +284,9 @@ class OwnMicroBatches:
         """None: nothing is held out of these."""
         return iter(())
 
-    def tokenizer_files(self) -> dict[str, bytes]:
+    def model_files(self, model: Path) -> dict[str, bytes]:
         """None: micro-batches come without a tokenizer."""
+        del model
         return {}
 
 

@@ -245,6 +245,9 @@ class FakeGenerator:
     def __exit__(self, *_):
         pass
 
+    def asking_note(self, prompt, *, chat):
+        return f"{prompt} was trained otherwise" if chat else None
+
     def complete(self, prompt, **how):
         return f"{prompt} {sorted(how)}"
 
@@ -258,6 +261,7 @@ def test_generate(fake):
         "once ['max_new_tokens', 'seed', 'temperature', 'top_k', 'top_p']\n"
     )
     chat = call("generate", "r", "-p", "hi", "--chat", "--seed", "7", "--json")
+    assert chat.stderr == "note: hi was trained otherwise\n"
     assert json.loads(chat.stdout) == {
         "prompt": "hi",
         "text": "[{'role': 'user', 'content': 'hi'}] 7",

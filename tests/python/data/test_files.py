@@ -19,7 +19,8 @@ from megatrain_io.errors import DataError
 
 UNKNOWN_KEYS = (
     "a.jsonl line 3 has keys [question, answer]. Known: text | prompt+completion | messages | instruction+output | "
-    "conversations. Map with data.fields: {prompt: question, completion: answer}."
+    "conversations. Map with data.fields: {instruction: question, output: answer} to train answers in the chat "
+    "template, or {prompt: question, completion: answer} to train them as they stand."
 )
 GOOD = '{"text": "good"}\n'
 
@@ -225,8 +226,8 @@ def test_what_is_not_read_stands_first_with_its_share(tmp_path):
         "these"
     )
     made = made_from(folder, tmp_path)
-    assert str(made.summary).startswith(f"not read: {line}\n  ")
-    assert str(made_from(folder, tmp_path).summary) == str(made.summary), "from the cache, too"
+    assert made.summary.not_read == (line,)
+    assert made_from(folder, tmp_path).summary == made.summary, "from the cache, too"
     assert not_read([folder, tmp_path / "gone", folder / "00.txt"]) == [line]
 
 

@@ -11,6 +11,7 @@ import re
 import resource
 import signal
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ CHAT_TEMPLATES = {
 _TEMPLATE_BYTES_MAX = 4 << 20
 # Of one rendering. Those of models take milliseconds and some 10 kB.
 _CPU_SECONDS = 5
+# Of all renderings of a conversation, two for each answer.
+_CONVERSATION_SECONDS = 120
 _MEMORY = 512 << 20
 _CHARACTERS = 64 << 20
 # A process that does not even use up its time.
@@ -240,6 +243,7 @@ def _limit(kept: int) -> None:
 def _answer(request: Any, tokenizer: Any, template: str | None, fixed_day: bool) -> dict[str, Any]:  # noqa: FBT001
     texts: list[str] = []
     turns = 0
+    end = time.process_time() + _CONVERSATION_SECONDS
     try:
         for turns, prompting in request["parts"]:
             # By the signal, which also ends what Python does not come back from.
@@ -256,6 +260,11 @@ def _answer(request: Any, tokenizer: Any, template: str | None, fixed_day: bool)
                 return _refused(turns, f"it makes {len(text):,} characters, more than {_CHARACTERS:,}")
             text.encode()
             texts.append(text)
+            if time.process_time() > end:
+                what = (
+                    f"its {len(request['messages']):,} turns take more than {_CONVERSATION_SECONDS} seconds"
+                )
+                return _refused(turns, f"{what} to render: split the conversation")
     except MemoryError:
         return _refused(turns, _too_large())
     except UnicodeEncodeError:

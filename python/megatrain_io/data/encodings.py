@@ -4,7 +4,10 @@ import shlex
 import unicodedata
 from pathlib import Path
 
-__all__ = ["conversion", "guess_encoding"]
+__all__ = ["WAY_OUT", "conversion", "guess_encoding", "kind_of"]
+
+WAY_OUT = "Unpack it, or save its text as UTF-8 in a .txt file."
+"""What to do with a file that holds its text in some other form."""
 
 _MARKS = {
     b"PK\x03\x04": "a zip archive, as .docx, .xlsx and .epub are",
@@ -45,6 +48,11 @@ def guess_encoding(text: bytes) -> str | None:
     return _guess_single_byte(text)
 
 
+def kind_of(start: bytes) -> str | None:
+    """What a file is that begins so, if it is none that holds text as it is."""
+    return next((kind for mark, kind in _MARKS.items() if start.startswith(mark)), None)
+
+
 def conversion(path: Path, start: bytes, where: bytes = b"") -> str:
     """A sentence on how to make a text UTF-8; what it prints can be run as it stands, and loses nothing.
 
@@ -53,8 +61,8 @@ def conversion(path: Path, start: bytes, where: bytes = b"") -> str:
         start: its first bytes.
         where: the bytes that are not UTF-8, if these are others.
     """
-    if kind := next((kind for mark, kind in _MARKS.items() if start.startswith(mark)), None):
-        return f"it is {kind}. Save its text as UTF-8 in a .txt file, or leave it out."
+    if kind := kind_of(start):
+        return f"it is {kind}. {WAY_OUT}"
     encoding = guess_encoding(start)
     if b"\0" not in start and (encoding is None or start.isascii()):
         encoding = guess_encoding(where) or encoding

@@ -16,6 +16,7 @@ from typing import Literal
 
 from rich.filesize import decimal
 
+from megatrain_io.data.encodings import WAY_OUT, kind_of
 from megatrain_io.errors import DataError
 
 __all__ = ["FoundFiles", "Kind", "SourceFile", "find_files", "not_read", "open_file"]
@@ -34,6 +35,7 @@ _KINDS: dict[str, Kind] = {
 _READ = " ".join(_KINDS)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _NAMES_SHOWN = 3
+_START_BYTES = 16
 _SPECIAL = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -128,6 +130,10 @@ def find_files(sources: Sequence[Path], option: str, unknown_as: Kind | None) ->
         elif mode is not None:
             _refuse_columnar(source)
             if source.suffix.lower() not in _KINDS and unknown_as is None and stat.S_ISREG(mode):
+                with open_file(source) as file:
+                    kind = kind_of(file.read(_START_BYTES))
+                if kind is not None:
+                    raise DataError(f"{source} is {kind}, which is not read. {WAY_OUT}")
                 raise DataError(
                     f"{source}: the extension {source.suffix or '(none)'} is not one of {_READ}. "
                     f"Say what is in it, for example data.format: text, or rename it."

@@ -435,8 +435,8 @@ class _Preparation:
             return []
         prompt, completion = (self._options.fields.get(key, key) for key in ("prompt", "completion"))
         sentence = (
-            f"{_counted(prompts, 'prompt')} and completions are trained as they stand, and not in the model's chat "
-            f"template: ask the trained model without --chat. To train them in the template, set data.fields: "
+            f"prompt and completion ({_counted(prompts, 'example')}) are trained as they stand, and not in the model's "
+            f"chat template: ask the trained model without --chat. To train them in the template, set data.fields: "
             f"{{instruction: {prompt}, output: {completion}}}."
         )
         return [sentence]

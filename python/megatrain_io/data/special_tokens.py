@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SpecialTokens"]
 
-_LIKE_A_MARK = re.compile(r"<\S+>|\[\S+\]")
+_LIKE_A_MARK = re.compile(r"<\|\S+\|>|<end_\S+>")
 
 
 class SpecialTokens:
@@ -31,7 +31,7 @@ class SpecialTokens:
         self.begin = begun[: next(starts, 0)]
         eos = self._tokenizer.eos_token_id
         self.end: list[int] = [] if eos is None else [eos]
-        # Some that are not called special are: `</tool_call>`; others are words, or spaces of some length.
+        # Some that are not called special end turns; others are words, spaces of some length, or `</think>`.
         added = (
             str(token)
             for token in self._tokenizer.added_tokens_decoder.values()

@@ -152,7 +152,7 @@ class Encoder:
 
     def _encoding(self, document: Document, plan: Segments, prefixes: list[list[int]]) -> Encoding:
         end = self._tokens.end if self._ends_with_eos(document, plan) else []
-        self._note_stops(plan, end)
+        self._note_stops(document, plan, end)
         if not prefixes:
             return self._split(plan[0][0], end)
         ids, lengths = self._joined(plan, prefixes)
@@ -172,10 +172,10 @@ class Encoder:
         pieces = (piece,) if piece.trained.any() else ()
         return Encoding(pieces, len(ids), len(ids), cut=len(ids) > self._max_length)
 
-    def _note_stops(self, plan: Segments, end: list[int]) -> None:
+    def _note_stops(self, document: Document, plan: Segments, end: list[int]) -> None:
         """Remember the tokens that answers and texts end with: they end what is generated."""
         self.stop_tokens.update(end)
-        for text, trained in plan:
+        for text, trained in plan if self._is_rendered(document) else ():
             if trained and (mark := self._tokens.mark_of(text)) is not None:
                 self.stop_tokens.add(self._tokens.id_of(mark))
 

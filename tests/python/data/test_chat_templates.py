@@ -72,6 +72,15 @@ def test_other_ends_have_a_reason_too(tmp_path, monkeypatch):
     assert "it makes 10 characters, more than 9" in refusal(tmp_path, "{{ '0123456789' }}")
 
 
+def test_a_conversation_of_very_many_turns_ends_too(monkeypatch):
+    monkeypatch.setattr(chat_templates, "_CONVERSATION_SECONDS", 0.0)
+    with (
+        ChatRenderer(make_tokenizer(), fixed_day=True) as renderer,
+        pytest.raises(TemplateError, match="split the conv"),
+    ):
+        renderer.render(TURNS * 99, None, [(1, False), (99, False)])
+
+
 def test_what_was_started_is_ended(tmp_path):
     def children():
         return Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()

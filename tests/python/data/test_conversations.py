@@ -312,8 +312,9 @@ def test_prompts_beside_a_chat_template_say_so_and_the_key_that_is_named_helps(t
     assert documents(made.train) == [f"Hi{{+Yo{EOS}+}}"]
     (note,) = notes_of(made)
     assert note == (
-        "1 prompt and completions are trained as they stand, and not in the model's chat template: ask the trained "
-        "model without --chat. To train them in the template, set data.fields: {instruction: question, output: answer}."
+        "prompt and completion (1 example) are trained as they stand, and not in the model's chat template: ask the "
+        "trained model without --chat. To train them in the template, set data.fields: {instruction: question, output: "
+        "answer}."
     )
     made = ready(tmp_path, csv, "a.csv", fields={"instruction": "question", "output": "answer"})
     assert documents(made.train) == [LAST]

@@ -77,6 +77,8 @@ def turn(**changes):
         ("a.txt", "", "data.train: no documents in a.txt (0 bytes). The files are empty: give others."),
         ("a.csv", "text\n", "data.train: no documents in a.csv (5 bytes). The files are empty: give others."),
         ("a.jsonl", '{"text": " "}', "data.train: nothing is left to train on. 1 example had nothing to train"),
+        ("a.docx", "PK\3\4", "a.docx is a zip archive, as .docx, .xlsx and .epub are, which is not read. Unpack"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "a.jsonl.gz is compressed by gzip, which is not read. Unpack it, or save its"),
         ("a.docx", "x", "a.docx: the extension .docx is not one of .txt .md .jsonl .json .ndjson .csv .tsv. Say what"),
         ("a.parquet", "PAR1", "a.parquet is a Parquet file, which this version does not read. Convert it to JSON"),
         ("a.arrow", "x", "which this version does not read. Convert it to JSON lines first: datasets.load_from"),

@@ -203,14 +203,24 @@ def _alone(
             f"the answer cannot be told from the rest. Set data.assistant_only_loss: false to train every token in the "
             f"model's own format, or choose another data.chat_template, which changes that format."
         )
-    # The header that both have ends with a token or white space: what else they share is chance.
     header, answer = prompt[len(base) :], answered[len(base) :]
-    shared = _shared(header, answer)
-    while shared and not shared[-1].isspace() and tokens.mark_of(shared) is None:
-        shared = shared[:-1]
-    asked, answer = header[len(shared) :], answer[len(shared) :]
+    cut = _end_of_header(header, answer, messages[turn].get("content") or "", tokens)
+    asked, answer = header[cut:], answer[cut:]
     findings.add("prompt", place, _short(asked))
     return [(prompt, False), (_with_its_reasoning(messages[turn], asked, answer), True)]
+
+
+def _end_of_header(header: str, answer: str, content: str, tokens: SpecialTokens) -> int:
+    """Where the header ends that the prompt for an answer shares with the answer; what else they share is chance."""
+    shared = _shared(header, answer)
+    begins = answer.find(content.strip()) if content.strip() else -1
+    if 0 <= begins <= len(shared):
+        return begins
+    # Only a part of the content is there: a header ends with a token or white space.
+    trimmed = shared
+    while trimmed and not trimmed[-1].isspace() and tokens.mark_of(trimmed) is None:
+        trimmed = trimmed[:-1]
+    return len(trimmed or shared)
 
 
 def _with_its_reasoning(message: Row, asked: str, answer: str) -> str:

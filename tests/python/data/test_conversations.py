@@ -121,6 +121,35 @@ def test_an_answer_is_trained_behind_what_it_is_asked_with(tmp_path, content, tr
     assert not any("leaves out text" in note for note in notes_of(made))
 
 
+@pytest.mark.parametrize(
+    ("content", "trained"),
+    [
+        ("Yo", "Yo!"),
+        ("<b>Yo</b>", "<b>Yo</b>!"),
+        ("<think>\nHm.\n</think>\nYo", "Hm.\n</think>\nYo!"),
+    ],
+)
+def test_a_header_without_a_token_or_a_space_at_its_end_is_told_from_the_answer(tmp_path, content, trained):
+    """As where R1's template is used with a tokenizer that has none of its tokens."""
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1].strip() }}!{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+    )
+    made = made_of(tmp_path, [TURNS[0], {"role": "assistant", "content": content}], template)
+    assert documents(made.train) == [f"[user]Hi![assistant]<think>\n{{+{trained}{EOS}+}}"]
+
+
+def test_a_template_that_ends_with_eos_only_when_nothing_follows_trains_each_answer(tmp_path):
+    """As Phi-4-mini's does."""
+    template = TEMPLATE.replace("\n{% endfor %}", "{% endfor %}").replace(
+        "{% endif %}", "{% else %}{{ eos_token }}{% endif %}"
+    )
+    made = made_of(tmp_path, TURNS, template)
+    first, second = documents(made.train)
+    assert first == asked(template, TURNS[:1]) + f"{{+Yo<|im_end|>{EOS}+}}"
+    assert second == asked(template, TURNS[:3]) + f"{{+So long<|im_end|>{EOS}+}}"
+
+
 def test_such_answers_get_a_row_each(tmp_path):
     made = made_of(tmp_path, REASONED, THINKS)
     first, second = documents(made.train)

@@ -10,7 +10,6 @@ import os
 import re
 import resource
 import signal
-import sys
 import time
 import warnings
 import weakref
@@ -160,8 +159,6 @@ class ChatRenderer:
         self.close()
 
     def _start(self) -> Connection:
-        sys.stdout.flush()
-        sys.stderr.flush()
         ours, theirs = Pipe()
         try:
             with warnings.catch_warnings():

@@ -53,8 +53,16 @@ _SENTENCES = {
 
 @dataclass
 class _Finding:
+    """How many examples, where the first is, and where the last one that was counted."""
+
     count: int
     place: str
+    last: str = ""
+
+    def add(self, place: str) -> None:
+        """Count an example once, however many of its answers are meant."""
+        self.count += place != self.last
+        self.last = place
 
 
 @dataclass
@@ -72,12 +80,12 @@ class Findings:
         """Count one more example; what is different in each example is told of the first few."""
         details = [known for known in self.found if known[0] == kind]
         key = (kind, detail) if len(details) < _DETAILS or (kind, detail) in self.found else details[-1]
-        self.found.setdefault(key, _Finding(0, place)).count += 1
+        self.found.setdefault(key, _Finding(0, place)).add(place)
 
     def refuse(self, place: str) -> None:
         """Count one more example whose answer the template loses."""
         self.refused = self.refused or _Finding(0, place)
-        self.refused.count += 1
+        self.refused.add(place)
 
     def sentences(self) -> Iterator[str]:
         """A sentence for each kind, and for each detail of it."""

@@ -42,6 +42,7 @@ def refusal(tmp_path, template):
     return str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TIME, ids=["loops", "loops on a part", "numbers", "a power"])
 def test_a_template_that_does_not_end_is_ended(tmp_path, template):
     """It hung for good, also after Ctrl-C."""
@@ -55,6 +56,7 @@ def test_a_template_that_does_not_end_is_ended(tmp_path, template):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", MEMORY, ids=["repeated", "doubled", "formatted", "a list", "centred"])
 def test_a_template_that_takes_all_memory_is_ended(tmp_path, template):
     """`(user assistant): .` was all that it said, once the machine came back."""

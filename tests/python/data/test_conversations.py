@@ -154,6 +154,7 @@ def test_such_answers_get_a_row_each(tmp_path):
     made = made_of(tmp_path, REASONED, THINKS)
     first, second = documents(made.train)
     assert first == asked(THINKS, REASONED[:1]) + "{+Hm.\n</think>\n\nThe porter<|im_end|>+}\n"
+    assert [note.partition(" (first")[0] for note in notes_of(made)] == ["1 example", "1 example"]
     assert second == asked(THINKS, REASONED[:3]) + "{+So.\n</think>\n\nHe can<|im_end|>+}\n"
 
 

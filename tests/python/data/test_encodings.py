@@ -23,6 +23,7 @@ RUSSIAN = "Кто несёт чемоданы? «Швейцар», — сказ�
 POLISH = "Kto niesie walizki? Portier, oczywiście. Zażółć gęślą jaźń, rzekła pani Święcicka. Dziękuję, to wszystko.\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "encoding", "name"),
     [

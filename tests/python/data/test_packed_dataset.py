@@ -1,10 +1,12 @@
 """Rows of tokens: packing, micro-batches, frames, and the order in which rows are trained."""
 
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from corpus import TOKENIZER, documents, ready, shown
 from megatrain_io.data import packed_dataset, packing
 from megatrain_io.data.prepare import EpochOrder
+from megatrain_io.errors import DataError
 
 # ------------------------------------------------------------------------------- packing, micro-batches
 
@@ -110,6 +113,29 @@ def test_frames_are_cut_between_rows_and_read_in_any_order(tmp_path, monkeypatch
     for i in [*range(len(small)), *reversed(range(len(small)))]:
         assert shown(small.micro_batch([i])) == expected[i]
         assert len(small._frames) <= 2
+
+
+def test_a_frame_that_would_grow_without_bound_is_not_unpacked(tmp_path):
+    """What a frame says of its own size was asked of memory first."""
+    texts = [{"text": np.random.default_rng(i).bytes(3000).hex()} for i in range(9)]
+    made = ready(tmp_path, texts, max_length=9000)
+    path = tmp_path / "cache" / "train.tokens"
+    whole = path.read_bytes()
+    bomb = zstandard.ZstdCompressor().compress(bytes(64 << 20))
+    assert len(bomb) < len(whole) // 2
+    path.write_bytes(bomb + whole[len(bomb) :])
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            DataError, match=r"train\.tokens is damaged: a frame of it would grow beyond what was written"
+        ):
+            made.train.micro_batch([0])
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    again = ready(tmp_path, texts, max_length=9000)
+    assert not again.reused
+    assert again.train.sha256 == made.train.sha256
 
 
 def test_documents_are_packed_with_those_near_them(tmp_path, monkeypatch):

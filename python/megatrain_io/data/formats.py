@@ -313,12 +313,13 @@ def _tools(place: str, row: Row) -> tuple[Row, ...] | None:
 def _history(place: str, row: Row) -> tuple[tuple[str, str], ...]:
     """Earlier instructions and answers: pairs of texts."""
     history = row.get("history") or []
-    pairs = [pair for pair in history if isinstance(pair, list) and [*map(type, pair)] == [str, str]]
-    if not isinstance(history, list) or len(pairs) != len(history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in history
+    ):
         raise DataError(
             f'{place}: history must be a list of pairs of texts: [["question", "answer"], ...]. Correct the line.'
         )
-    return tuple((question, answer) for question, answer in pairs)
+    return tuple((question, answer) for question, answer in history)
 
 
 def _keys(row: Row) -> str:

@@ -307,6 +307,7 @@ def test_they_are_used_without_a_template_too(tmp_path):
         ({"messages": [{"role": "system", "content": "A"}, *TURNS], "system": "B"}, "another system beside. Keep one"),
         ({"messages": TURNS, "tools": "clock"}, "tools is text that is not JSON"),
         ({"instruction": "Hi", "output": "Yo", "history": "A"}, "history must be a list of pairs of texts"),
+        ({"instruction": "Hi", "output": "Yo", "history": 2.5}, "history must be a list of pairs of texts"),
         ({"instruction": "Hi", "output": "Yo", "history": [["A"]]}, "history must be a list of pairs of texts"),
         ({"instruction": "Hi", "output": "Yo", "system": ["A"]}, "system is a list; it must be text"),
     ],

@@ -3,7 +3,6 @@
 Only regular files are opened, and in a way that cannot block: a pipe or a device would be waited for without end.
 """
 
-import errno
 import hashlib
 import os
 import stat
@@ -16,6 +15,7 @@ from typing import Literal
 
 from rich.filesize import decimal
 
+from megatrain_io import files
 from megatrain_io.data.encodings import WAY_OUT, kind_of
 from megatrain_io.errors import DataError
 
@@ -167,17 +167,11 @@ def open_file(path: Path) -> BufferedReader:
         DataError: it is something else, or cannot be opened.
     """
     try:
-        # What this blocks on is no file: the kind is known only of what is open.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        return files.open_file(path)
+    except files.UnfitFileError as error:
+        raise _no_file(path, _mode(path) or 0) from error
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
-            raise _no_file(path, stat.S_IFSOCK) from error
         raise _unreadable(path, error) from error
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        raise _no_file(path, mode)
-    return open(descriptor, "rb")  # noqa: PTH123 - the caller closes it
 
 
 def _mode(path: Path) -> int | None:

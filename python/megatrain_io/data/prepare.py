@@ -190,7 +190,9 @@ def prepare(
 def asked_in_training(cache_dir: Path) -> Mapping[Asking, int]:
     """How many examples of the data in a cache are asked for in which way; none where there is no cache."""
     try:
-        asked = json.loads((cache_dir / _INDEX).read_text(encoding="utf-8").partition("\n")[2])["asked"]
+        asked = json.loads(read_file(cache_dir / _INDEX, _INDEX_BYTES_MAX).decode().partition("\n")[2])[
+            "asked"
+        ]
         return {how: int(asked.get(how, 0)) for how in get_args(Asking)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}

@@ -112,12 +112,8 @@ class StepData(Protocol):
     def held_out(self) -> Iterator[MicroBatch]:
         """Micro-batches of what is held out; none where nothing is."""
 
-    def model_files(self, model: Path) -> dict[str, bytes]:
-        """Files that make a model be asked as it was trained, by name: a template that was chosen, what ends answers.
-
-        Args:
-            model: its folder.
-        """
+    def model_files(self) -> dict[str, bytes]:
+        """Files that make a model be asked as it was trained, by name: a template chosen for it, what ends answers."""
 
 
 def step_data(
@@ -154,10 +150,18 @@ def step_data(
             return OwnMicroBatches(cast("Sequence[MicroBatch]", own), train.num_train_epochs, partition)
         written = _written(cast("Sequence[Mapping[str, Any]]", own), cache)
         options, files = _options(data, train.seed, written), [str(written)]
-    tokenizer = ModelFolder(model).tokenizer()
+    folder = ModelFolder(model)
+    tokenizer = folder.tokenizer()
     prepared = prepare(options, tokenizer, cache, packs=partition.spec.packs, vocabulary=partition.vocab_size)
     _refuse_token(prepared.train.largest_token, partition)
-    return FileData(prepared, tokenizer, train.per_device_train_batch_size, train.num_train_epochs, files)
+    return FileData(
+        prepared,
+        tokenizer,
+        train.per_device_train_batch_size,
+        train.num_train_epochs,
+        files=files,
+        generation_config=_generation_config(folder, prepared.stop_tokens),
+    )
 
 
 class FileData:
@@ -169,6 +173,8 @@ class FileData:
         rows: rows of a micro-batch.
         epochs: how often all rows are trained.
         files: where rows of the caller's own were written.
+        generation_config: content of generation_config.json that ends what is generated as the data end; None where it
+            is right as it is.
     """
 
     def __init__(
@@ -177,8 +183,11 @@ class FileData:
         tokenizer: PreTrainedTokenizerBase,
         rows: int,
         epochs: float,
+        *,
         files: list[str] | None = None,
+        generation_config: str | None = None,
     ) -> None:
+        self._generation_config = generation_config
         self._data = data
         self._tokenizer = tokenizer
         self._rows = rows
@@ -209,16 +218,11 @@ class FileData:
             for start in range(0, len(rows), self._rows):
                 yield rows.micro_batch(range(start, min(start + self._rows, len(rows))))
 
-    def model_files(self, model: Path) -> dict[str, bytes]:
+    def model_files(self) -> dict[str, bytes]:
         """The tokenizer's files, if a chat template was chosen; generation_config.json, if answers end otherwise."""
-        return self._generation_config(model) | self._tokenizer_files()
-
-    def _generation_config(self, model: Path) -> dict[str, bytes]:
-        name = "generation_config.json"
-        path = model / name
-        before = read_file(path, _TOKENIZER_BYTES_MAX).decode(errors="replace") if path.is_file() else None
-        content = with_end_tokens(before, ModelFolder(model).raw_config, self._data.stop_tokens)
-        return {} if content is None else {name: content.encode()}
+        generation = self._generation_config
+        own = {} if generation is None else {"generation_config.json": generation.encode()}
+        return own | self._tokenizer_files()
 
     def _tokenizer_files(self) -> dict[str, bytes]:
         if self._data.chat_template is None:
@@ -284,10 +288,15 @@ class OwnMicroBatches:
         """None: nothing is held out of these."""
         return iter(())
 
-    def model_files(self, model: Path) -> dict[str, bytes]:
+    def model_files(self) -> dict[str, bytes]:
         """None: micro-batches come without a tokenizer."""
-        del model
         return {}
+
+
+def _generation_config(folder: ModelFolder, stop_tokens: Iterable[int]) -> str | None:
+    path = folder.path / "generation_config.json"
+    before = read_file(path, _TOKENIZER_BYTES_MAX).decode(errors="replace") if path.is_file() else None
+    return with_end_tokens(before, folder.raw_config, stop_tokens)
 
 
 def _options(data: DataConfig, seed: int, rows: Path | None = None) -> DataOptions:

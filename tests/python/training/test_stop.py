@@ -77,6 +77,9 @@ def test_a_stop_in_the_last_step_lets_the_run_be_done(source, tmp_path, monkeypa
     sending(monkeypatch, signal.SIGTERM, step=STEPS)
     result, _ = start(config)
     assert (result.steps, result.eval_loss) == (STEPS, None)
+    assert result.warnings == (
+        "the held-out loss of the last step was not measured: a stop was asked for meanwhile",
+    )
     assert [line["step"] for line in metrics_of(config.output_dir)] == [*range(1, STEPS + 1)]
 
 

@@ -160,7 +160,7 @@ def undisturbed(source, tmp_path_factory):
     return planes_of(run), figures(run)
 
 
-@pytest.mark.parametrize("kind", TRAININGS if MOMENTS else ["every ten", "scratch"])
+@pytest.mark.parametrize("kind", TRAININGS if MOMENTS else ["scratch"])
 def test_training(source, tmp_path, undisturbed, kind):
     run, path = tmp_path / "run", tmp_path / "my.yaml"
     path.write_text(configured(source, run, max_steps=STEPS, **TRAININGS[kind]).to_yaml())

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from megatrain_io import __main__, errors
 from megatrain_io.cli.app import app
+from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.runs.folder import RunFolder, RunInfo
 from megatrain_io.runs.metrics import StepReport
 from megatrain_io.store.verify import DamagedExtent, VerifyReport
@@ -146,6 +147,7 @@ def test_import(fake, tmp_path):
         "precision": "fp32",
         "stores": [Path("/a/x.mtio"), Path("/b/x.1.mtio")],
         "durability": "step",
+        "model_options": ModelOptions(),
         "engine": "threads",
     }
     assert result.stdout == f"imported m into {run}: bf16, store store.mtio\n"

@@ -77,6 +77,8 @@ def test_a_miniature_is_read_at_the_import_and_need_not_be_there_later(source, t
     (small / "config.json").unlink()
     small.rmdir()
     assert run("generate", here, "--prompt", PROMPT, "--max-new-tokens", 2).exit_code == 0
+    done = run("train", *settings_of(source, here, *named), "--resume", "--json")
+    assert "has done all its 2 steps" in message_of(done)
     kept = json.loads((here / "run.json").read_text())["model_options"]["miniature"]
     assert kept["n_embd"] == 16
 

@@ -101,6 +101,7 @@ class RunFolder:
         stores: Sequence[Path],
         store_uuid: str,
         source: Path,
+        *,
         files: Mapping[str, str] | None = None,
         model_options: dict[str, Any] | None = None,
     ) -> RunInfo:
@@ -183,10 +184,14 @@ class RunFolder:
         is_here = list(stores) == [self.own_store]
         if not is_here and made.run != str(self.path.resolve()):
             return None
-        files = {name: [digest] for name, digest in made.files.items()}
-        recorded = self._as_recorded(stores)
         return RunInfo(
-            made.version, made.precision, recorded, store.uuid, made.source, files, made.model_options
+            version=made.version,
+            precision=made.precision,
+            stores=self._as_recorded(stores),
+            store_uuid=store.uuid,
+            source=made.source,
+            files={name: [digest] for name, digest in made.files.items()},
+            model_options=made.model_options,
         )
 
     @contextmanager

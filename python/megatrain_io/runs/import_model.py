@@ -254,12 +254,12 @@ class ModelImport:
             # The store has its name last: with it the import is finished, and all that belongs to it is on the drive.
             files = digests_of(partial)
             made = Provenance(
-                version("megatrain-io"),
-                self._precision,
-                str(self._folder.path.resolve()),
-                str(run.path.resolve()),
-                files,
-                self._options.as_dict(),
+                version=version("megatrain-io"),
+                precision=self._precision,
+                source=str(self._folder.path.resolve()),
+                run=str(run.path.resolve()),
+                files=files,
+                model_options=self._options.as_dict(),
             )
             uuid = create_store(
                 self._stores,
@@ -279,7 +279,12 @@ class ModelImport:
             for store in self._stores:
                 undo.callback(store.unlink, missing_ok=True)
             info = run.write(
-                self._precision, self._stores, uuid, self._folder.path, files, self._options.as_dict()
+                self._precision,
+                self._stores,
+                uuid,
+                self._folder.path,
+                files=files,
+                model_options=self._options.as_dict(),
             )
             undo.callback(run.info_file.unlink, missing_ok=True)
             partial.rename(run.model)

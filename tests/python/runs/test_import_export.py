@@ -336,7 +336,7 @@ def test_an_import_that_fails_at_its_end_leaves_what_was_there(tmp_path, source,
     run.config.write_text("mine")
     before = sorted(tmp_path.rglob("*"))
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RunFolder, "write", full)

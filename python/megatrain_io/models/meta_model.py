@@ -57,7 +57,7 @@ def build_meta_model(
     config = copy.deepcopy(config)
     try:
         config.use_cache = config.get_text_config().use_cache = False
-        with parameters_on_meta():
+        with parameters_on_meta(tables_max=_TABLES_NBYTES_MAX):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
             )
@@ -120,8 +120,12 @@ def find_block_list(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their memory when they are registered; `torch.device("meta")` would take buffers too."""
+def parameters_on_meta(tables_max: int | None = None) -> Iterator[None]:
+    """Parameters lose their memory when they are registered; `torch.device("meta")` would take buffers too.
+
+    Args:
+        tables_max: bytes of tables (masks, positions) that constructors may make; None = no bound.
+    """
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if parameter.is_meta:
@@ -131,7 +135,7 @@ def parameters_on_meta() -> Iterator[None]:
     # torch declares the hook without a result, and uses it.
     hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
-        with _LargeTensorsOnMeta():
+        with _LargeTensorsOnMeta(tables_max):
             yield
     finally:
         hook.remove()
@@ -140,8 +144,9 @@ def parameters_on_meta() -> Iterator[None]:
 class _LargeTensorsOnMeta(TorchFunctionMode):
     """Keeps constructors from filling memory for parameters not registered yet, and from large tables."""
 
-    def __init__(self) -> None:
+    def __init__(self, tables_max: int | None) -> None:
         super().__init__()
+        self._tables_max = tables_max
         self._nbytes = 0
 
     def __torch_function__(
@@ -152,11 +157,11 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _TABLES and str(kwargs.get("device")) != "meta":
+        if self._tables_max is not None and func in _TABLES and str(kwargs.get("device")) != "meta":
             self._nbytes += func(*args, **{**kwargs, "device": "meta"}).nbytes
-            if self._nbytes > _TABLES_NBYTES_MAX:
+            if self._nbytes > self._tables_max:
                 raise MemoryError(
-                    f"its tables of masks and positions take more than {_TABLES_NBYTES_MAX:,} bytes: correct the "
+                    f"its tables of masks and positions take more than {self._tables_max:,} bytes: correct the "
                     "number of positions in config.json"
                 )
         threshold = _META_FROM_ELEMENTS.get(func)

@@ -126,10 +126,10 @@ def _shrink_values(values: dict[str, Any], config_class: type[PreTrainedConfig])
             small[key] = sizes[name]
         elif name == "num_hidden_layers":
             small[key] = len(layers)
-        elif isinstance(value, list) and len(value) == named.get("num_hidden_layers"):
-            small[key] = [value[layer] for layer in layers]
         elif _are_layer_numbers(name, value):
             small[key] = [layers.index(layer) for layer in value if layer in layers]
+        elif isinstance(value, list) and len(value) == named.get("num_hidden_layers"):
+            small[key] = [value[layer] for layer in layers]
         else:
             small[key] = _shrink_value(name, value, named.get("hidden_size"), sizes.get("hidden_size"))
     return small
@@ -224,7 +224,11 @@ def _layers_to_keep(named: dict[str, Any]) -> list[int]:
     count = named.get("num_hidden_layers")
     if not isinstance(count, int):
         return []
-    lists = [value for value in named.values() if isinstance(value, list) and len(value) == count]
+    lists = [
+        value
+        for name, value in named.items()
+        if isinstance(value, list) and len(value) == count and not _are_layer_numbers(name, value)
+    ]
     chosen = [value for name, value in named.items() if _are_layer_numbers(name, value)]
     kinds = {
         str([[values[layer] for values in lists], [layer in numbers for numbers in chosen]]): layer

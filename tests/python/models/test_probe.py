@@ -190,6 +190,16 @@ def test_positions_are_found_where_a_model_ends(model_type, expected):
     assert found == expected
 
 
+def test_numbers_of_layers_are_not_taken_for_kinds_of_layers():
+    """All layers of Llama 4 are numbered in moe_layers, and each was kept as one of its own kind."""
+    config = AutoConfig.for_model("llama4_text")
+    small = shrink_config(config)
+    assert len(config.moe_layers) == config.num_hidden_layers == 48
+    assert small.num_hidden_layers <= 5
+    assert small.moe_layers == list(range(small.num_hidden_layers))
+    assert set(small.layer_types) == set(config.layer_types)
+
+
 def test_the_probe_leaves_no_trace(recwarn):
     config = AutoConfig.for_model("gpt2")  # transformers warns of its loss type, once a process
     logging.warning_once.cache_clear()

@@ -209,7 +209,8 @@ class _Request:
         """The job, and its data, which are tokenised if that was not done."""
         config, folder = self._config, self._folder
         accumulation = self._accumulation()
-        is_counted = self._own is not None and isinstance(self._own[0], MicroBatch)
+        own = self._own
+        is_counted = own is not None and len(own) > 0 and isinstance(own[0], MicroBatch)
         if not is_counted:
             self.notes += partition.check_length(config.data.max_length, "data.max_length")
         with at_once():

@@ -373,7 +373,7 @@ def test_a_gpu_without_bf16_is_planned_in_fp32_and_it_is_said(model, tmp_path):
 def test_a_run_that_is_imported_is_planned_in_its_precision(model, tmp_path):
     run = RunFolder(tmp_path)
     run.write("fp32", [run.own_store], "uuid", model)
-    settings = SMALL | {"output_dir": str(tmp_path)}
+    settings = SMALL | {"output_dir": str(tmp_path), "train.precision": "auto"}
     assert mt.plan(model, on=machine(tmp_path), settings=settings).settings["precision"] == "fp32"
 
 

@@ -2,7 +2,7 @@
 //! happened, with the numbers, then what is safe and what to do.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// What the crate returns.
@@ -121,6 +121,18 @@ pub enum Error {
         /// The failure that stopped it.
         first: Arc<Error>,
     },
+    /// The name of an open store leads elsewhere, or nowhere.
+    #[error("{}", name_lost(path, *is_taken, moved_to.as_deref(), open))]
+    NameLost {
+        /// The name by which it was opened.
+        path: PathBuf,
+        /// Whether something else has this name by now.
+        is_taken: bool,
+        /// Where the open file is now; `None` when it was removed.
+        moved_to: Option<PathBuf>,
+        /// What leads to the open file as long as this process lives.
+        open: PathBuf,
+    },
     /// A scratch store's step was stopped half-way: its state is a mixture.
     #[error(
         "{path}: a step was stopped half-way, and with durability scratch it cannot be taken back: the state is lost. \
@@ -231,6 +243,12 @@ impl Error {
                 found: 2,
             },
             Self::Failed { first: Arc::new(io) },
+            Self::NameLost {
+                path: "/nvme/example/store.mtio".into(),
+                is_taken: false,
+                moved_to: None,
+                open: "/proc/4711/fd/7".into(),
+            },
             Self::Lost { path: "/nvme/example/store.mtio".into() },
             Self::BufferInUse { what: "weights of model.layers.0".into(), exports: 1 },
             Self::NotFinite { record: "block 3".into() },
@@ -238,6 +256,24 @@ impl Error {
             Self::Unsupported { feature: "io_uring".into(), reason: "EPERM".into() },
             Self::invalid("record 7 does not exist; the store has 4"),
         ]
+    }
+}
+
+/// What became of an open store whose name is lost, and how to get it back.
+fn name_lost(path: &Path, is_taken: bool, moved_to: Option<&Path>, open: &Path) -> String {
+    let (path, open) = (path.display(), open.display());
+    let taken = if is_taken { ", and another file has its name" } else { "" };
+    match moved_to {
+        Some(now) => format!(
+            "{path} was moved while it was open{taken}: it is {} now. Nothing is lost: move it back and open it again, \
+             and do so when nobody has it open",
+            now.display()
+        ),
+        None => format!(
+            "{path} was removed while it was open{taken}: what it holds is lost when this process ends, and nothing \
+             more is committed. Until then `cp --sparse=always {open} COPY` saves it, all files of the store together; \
+             afterwards restore a copy or import the model again"
+        ),
     }
 }
 

@@ -24,7 +24,9 @@ use exceptions::*;
 pub(crate) fn raise(error: Error) -> PyErr {
     let text = error.to_string();
     match error {
-        Error::Io { .. } | Error::Truncated { .. } => StorageError::new_err(text),
+        Error::Io { .. } | Error::Truncated { .. } | Error::NameLost { .. } => {
+            StorageError::new_err(text)
+        }
         Error::NoSpace { .. } => NoSpaceError::new_err(text),
         Error::InUse { .. } => StoreInUseError::new_err(text),
         Error::Format { .. } => FormatError::new_err(text),

@@ -127,6 +127,14 @@ impl Drives {
         life
     }
 
+    /// Whether each of the files can be found again; see `DirectFile::check_is_found`.
+    ///
+    /// # Errors
+    /// `NameLost`, `Io`.
+    pub(crate) fn check_are_found(&self) -> Result {
+        self.iter().try_for_each(|file| file.check_is_found())
+    }
+
     /// Gives the files their final names, the main one last: without it the others are no store.
     ///
     /// # Errors

@@ -1,7 +1,8 @@
 //! The data file: how it is opened, locked and given its space.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Read as _};
+use std::io::{self, ErrorKind, Read as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -36,6 +37,8 @@ pub struct DirectFile {
     path: PathBuf,
     direct: bool,
     alignment: Option<DioAlignment>,
+    /// Whether `path` is a name that it should have: one in RAM has none.
+    is_named: bool,
     locked: bool,
     drive: usize,
 }
@@ -146,15 +149,19 @@ impl DirectFile {
         let file = rustix::fs::memfd_create("megatrain-io", MemfdFlags::CLOEXEC).map_err(failed)?;
         rustix::fs::ftruncate(&file, bytes).map_err(failed)?;
         let opened = Opened { file: file.into(), direct: false, alignment: None };
-        Self::over(opened, path)
+        let mut file = Self::over(opened, path)?;
+        (file.path, file.is_named) = (path.into(), false);
+        Ok(file)
     }
 
     fn over(opened: Opened, path: &Path) -> Result<Self> {
         let Opened { file, direct, alignment } = opened;
         let not_inherited = NotInherited::new(&file)?;
-        let path = path.to_owned();
-        let (locked, drive) = (false, 0);
-        Ok(Self { _not_inherited: not_inherited, file, path, direct, alignment, locked, drive })
+        // Whoever changes the working directory afterwards must not lose it.
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
+        let (is_named, locked, drive) = (true, false, 0);
+        let _not_inherited = not_inherited;
+        Ok(Self { _not_inherited, file, path, direct, alignment, is_named, locked, drive })
     }
 
     /// Who holds an existing file, or `None` when nobody does. Waits for nothing.
@@ -208,6 +215,34 @@ impl DirectFile {
             Ok(_) => Err(Error::format(&self.path, "another file has this name by now")),
             Err(error) => Err(Error::io("stat", &self.path, 0, 0, error)),
         }
+    }
+
+    /// Whether what was written can be found again: under its name, in this very file. Two calls of the
+    /// kernel; nothing is read or written.
+    ///
+    /// # Errors
+    /// `NameLost` when it was removed, moved away or replaced since it was opened; `Io`.
+    pub fn check_is_found(&self) -> Result {
+        if !self.is_named {
+            return Ok(());
+        }
+        let ours = self.metadata()?;
+        let there = fs::symlink_metadata(&self.path);
+        let (is_found, is_taken) = match there {
+            Ok(there) => ((ours.dev(), ours.ino()) == (there.dev(), there.ino()), true),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                (false, false)
+            }
+            // A folder that may not be searched any more hides the name: no reason to stop.
+            Err(_) => (true, true),
+        };
+        if is_found && ours.nlink() > 0 {
+            return Ok(());
+        }
+        let (process, descriptor) = (std::process::id(), self.file.as_raw_fd());
+        let open = PathBuf::from(format!("/proc/{process}/fd/{descriptor}"));
+        let moved_to = fs::read_link(&open).ok().filter(|_| ours.nlink() > 0);
+        Err(Error::NameLost { path: self.path.clone(), is_taken, moved_to, open })
     }
 
     /// Removes the file, durably. Whoever waits for its lock finds it gone.

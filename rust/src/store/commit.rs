@@ -197,6 +197,8 @@ impl Store {
             }
             let Some(step) = sequence.steps.pop_front() else {
                 if let Some(becomes) = sequence.becomes.take() {
+                    // Acknowledged is what a person finds again, not what a nameless file holds.
+                    self.drives.check_are_found().map_err(|error| self.poison(error))?;
                     *self.committed_guard() = becomes;
                 }
                 return Ok(Next::End);
@@ -288,6 +290,7 @@ impl Store {
         if !self.is_writable() {
             return Ok(());
         }
+        self.drives.check_are_found().map_err(|error| self.poison(error))?;
         self.writable.store(false, Ordering::Release);
         let marker = self.committed_guard().superblock.clean_marker();
         self.write_page(&marker[..], CLEAN_MARKER_OFFSET)

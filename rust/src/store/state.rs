@@ -146,14 +146,17 @@ impl Store {
     /// Refuses every call after a failure or in a forked process.
     ///
     /// # Errors
-    /// `Failed` with the first failure, `UsedAfterFork`.
+    /// `Failed` with the first failure, or that itself where the store is lost; `UsedAfterFork`.
     pub fn check(&self) -> Result {
         let child = std::process::id();
         if child != self.process {
             return Err(Error::UsedAfterFork { owner: self.process, child });
         }
         match self.failed.get() {
-            Some(lost) if matches!(**lost, Error::Lost { .. }) => Err(Error::clone(lost)),
+            // That the last step is safe would be wrong to say of these.
+            Some(lost) if matches!(**lost, Error::Lost { .. } | Error::NameLost { .. }) => {
+                Err(Error::clone(lost))
+            }
             Some(first) => Err(Error::Failed { first: Arc::clone(first) }),
             None => Ok(()),
         }

@@ -5,3 +5,5 @@ mod corruption;
 pub mod hostile;
 #[cfg_attr(not(test), allow(dead_code, reason = "the fuzz target compares less than the tests"))]
 pub(in crate::store) mod images;
+#[cfg(test)]
+mod names;

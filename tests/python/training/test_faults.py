@@ -31,6 +31,7 @@ from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import import_model
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.store.paged_store import PagedStore
+from megatrain_io.training.callbacks import Callback
 from reference.reference import build, tiny_config
 from runs import (
     ENGINE,
@@ -100,6 +101,56 @@ def test_a_fault_of_the_drive_on_the_command_line(source, stopped, tmp_path, mon
     ended = CliRunner().invoke(app, arguments, prog_name="megatrain-io")
     assert ended.exit_code == 4
     assert "No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+class _AtStep(Callback):
+    """Does something to the files of a run after its second step."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def on_step(self, run, report):
+        if report.step == 2:
+            run.wait_durable()
+            self.action()
+
+
+@pytest.mark.parametrize("durability", ["step", "scratch"])
+def test_a_store_that_is_removed_while_it_trains_ends_the_run(source, tmp_path, durability):
+    """It trained 30 steps more, each acknowledged, ended with 0, and nothing was left of any."""
+    config = configured(source, tmp_path / "run", memory={"durability": durability})
+    remover = _AtStep((tmp_path / "run" / "store.mtio").unlink)
+    with pytest.raises(StorageError, match=r"removed while it was open.*/proc/\d+/fd/\d+ COPY"):
+        start(config, callbacks=[remover])
+    assert len(metrics_of(config.output_dir)) in (2, 3)  # the step under way may have been computed
+
+
+def test_a_store_that_is_moved_away_is_told_and_goes_on_when_it_is_back(source, whole, tmp_path):
+    config = configured(source, tmp_path / "run")
+    store, elsewhere = tmp_path / "run" / "store.mtio", tmp_path / "elsewhere"
+    with pytest.raises(StorageError, match=rf"it is {elsewhere} now. Nothing is lost: move it back"):
+        start(config, callbacks=[_AtStep(lambda: store.rename(elsewhere))])
+    elsewhere.rename(store)
+    start(config, resume=True)
+    check_equals(config.output_dir, whole)
+
+
+def test_a_removed_store_on_the_command_line(source, tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text(configured(source, tmp_path / "run").to_yaml())
+    backward = Step.backward
+
+    def removing(step):
+        backward(step)
+        if step._number == 3:
+            (tmp_path / "run" / "store.mtio").unlink()
+
+    monkeypatch.setattr(Step, "backward", removing)
+    ended = CliRunner().invoke(
+        app, ["train", "--config", str(tmp_path / "run.yaml")], prog_name="megatrain-io"
+    )
+    assert ended.exit_code == 4
+    assert "removed while it was open" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -93,7 +93,11 @@ impl Trained {
     }
 }
 
-fn manifest(records: &[(StateFormat, u64)], chunk_parameters: u64, seed: u64) -> Manifest {
+pub(in crate::store) fn manifest(
+    records: &[(StateFormat, u64)],
+    chunk_parameters: u64,
+    seed: u64,
+) -> Manifest {
     let record = |(index, &(format, parameters))| Record {
         name: format!("layers.{index}"),
         format,

@@ -47,6 +47,9 @@ class _Report(TypedDict):
     nbytes: int
     damaged: list[_DamagedExtent]
 
+class _OlderReport(_Report):
+    blob: bytes
+
 class _Owner(TypedDict):
     text: str
     process: int | None
@@ -175,6 +178,12 @@ class Store:
 
     def verify(self, progress: Callable[[int, int], object] | None) -> _Report:
         """Read the committed state back and compare every checksum; ``progress`` gets extents done and in all."""
+
+    def verify_older(self, progress: Callable[[int, int], object] | None) -> _OlderReport | None:
+        """The same for the state before the committed one; None when there is none any more."""
+
+    def go_back(self, progress: Callable[[int, int], object] | None) -> int | None:
+        """Give the committed state up, durably, if it is damaged and the one before it is whole; close it then."""
 
     def close(self) -> None:
         """Mark the store clean on the drive, and close it."""

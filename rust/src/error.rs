@@ -80,8 +80,8 @@ pub enum Error {
     /// Bytes on disk are not the bytes that were written.
     #[error(
         "corrupt bytes in {what} at {path}+{offset}: checksum {expected:#010x} was written, {found:#010x} was read (twice). \
-         Nothing was changed and the bytes were not used. Copy the store elsewhere and check the drive; \
-         then restore an export or import the model again", path = path.display()
+         Nothing was changed and the bytes were not used. Copy the store elsewhere and check the drive; then go back to the \
+         state before this one where that is whole (--from-older-state), restore an export or import the model again", path = path.display()
     )]
     Corrupt {
         /// The file.

@@ -26,7 +26,7 @@ pub use commit::{Next, Sequence, Sequenced};
 pub use create::StoreCreator;
 pub use layout::{Chunk, Content, Durability, Layout, Manifest, Record, Tensor};
 pub use plans::{ReadPlan, WritePlan};
-pub use recovery::{OpenOptions, StoreInfo};
+pub use recovery::{OlderState, OpenOptions, StoreInfo};
 pub use state::{BLOB_BYTES_MAX, Committed, Store};
 pub use table::{Entry, Table};
 pub use values::ValueType;

@@ -109,6 +109,8 @@ def generate_command(  # noqa: PLR0913 - an option each
     with command(json_output=json_output, interrupted="The run is as it was.") as result:
         with held():
             from megatrain_io.generate import Generator
+            from megatrain_io.runs.folder import RunFolder
+            from megatrain_io.runs.open_store import naming_the_way_back
         check()
 
         how: dict[str, Any] = {
@@ -118,7 +120,7 @@ def generate_command(  # noqa: PLR0913 - an option each
             "top_k": top_k,
             "seed": seed,
         }
-        with held(), Generator.open(run) as generator:
+        with held(), naming_the_way_back(RunFolder(run)), Generator.open(run) as generator:
             if note := generator.asking_note(prompt, chat=chat):
                 typer.echo(f"note: {visible(note)}", err=True)
             if chat:
@@ -143,9 +145,11 @@ def export_command(
         with held():
             from megatrain_io.runs.export_model import export_model
             from megatrain_io.runs.folder import RunFolder
+            from megatrain_io.runs.open_store import naming_the_way_back
         check()
 
-        with result.counting("export") as progress:
-            export_model(RunFolder(run), out, dtype=dtype, progress=progress)
+        folder = RunFolder(run)
+        with naming_the_way_back(folder), result.counting("export") as progress:
+            export_model(folder, out, dtype=dtype, progress=progress)
         result.values = {"run": run, "out": out, "dtype": dtype}
         result.text = visible(f"exported {run} to {out}")

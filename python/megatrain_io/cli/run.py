@@ -1,6 +1,8 @@
 """Commands about a run: verify, status, clean."""
 
+import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +15,7 @@ from megatrain_io.text import visible
 
 if TYPE_CHECKING:
     from megatrain_io.runs.cleanup import Leftover, Leftovers
-    from megatrain_io.store.verify import DamagedExtent
+    from megatrain_io.store.verify import DamagedExtent, OlderState
 
 
 from megatrain_io.cli.options import JsonOutput, Run
@@ -21,7 +23,18 @@ from megatrain_io.cli.options import JsonOutput, Run
 __all__ = ["clean_command", "status_command", "verify_command"]
 
 
-def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
+def verify_command(
+    run: Run,
+    *,
+    from_older_state: Annotated[
+        bool,
+        typer.Option(
+            "--from-older-state",
+            help="Where the newest state is damaged and the one before it is whole, go back to that one, for good.",
+        ),
+    ] = False,
+    json_output: JsonOutput = False,
+) -> None:
     """Compare every checksum of a store. All of it is read; what is damaged is named, with its place."""
     with command(json_output=json_output, interrupted="The run is as it was.") as result:
         from megatrain_io.runs.folder import RunFolder
@@ -33,19 +46,57 @@ def verify_command(run: Run, *, json_output: JsonOutput = False) -> None:
 
         with open_store(folder) as state, result.counting("verify") as progress:
             report = state.verify(progress)
-        result.values = {"run": run, **asdict(report)}
-        size = f"{report.nbytes / 2**30:.2f} GiB in {report.extents} extents"
-        if report.damaged:
-            result.exit_code = CorruptionError.exit_code
-            extents = "extent" if len(report.damaged) == 1 else "extents"
-            lines = [
-                f"generation {report.generation}: {len(report.damaged)} damaged {extents} ({size})",
-                *(f"  {_damage_line(damage)}" for damage in report.damaged),
-                "Copy the store elsewhere and check the drive, then restore a copy or import an export again.",
-            ]
-            result.text = "\n".join(lines)
-        else:
-            result.text = f"generation {report.generation}: whole ({size})"
+            result.values = {"run": run, **asdict(report)}
+            size = f"{report.nbytes / 2**30:.2f} GiB in {report.extents} extents"
+            if not report.damaged:
+                result.text = f"generation {report.generation}: whole ({size})"
+                return
+            older = state.verify_older(progress)
+            goes_back = from_older_state and older is not None and not older.report.damaged
+            if goes_back:
+                state.go_back(progress)
+        step = None if older is None else _step_of(older.blob)
+        result.exit_code = 0 if goes_back else CorruptionError.exit_code
+        result.values["older_state"] = (
+            None if older is None else {"step": step, "went_back": goes_back, **asdict(older.report)}
+        )
+        extents = "extent" if len(report.damaged) == 1 else "extents"
+        lines = [
+            f"generation {report.generation}: {len(report.damaged)} damaged {extents} ({size})",
+            *(f"  {_damage_line(damage)}" for damage in report.damaged),
+            *_way_back(run, older, step, goes_back=goes_back),
+        ]
+        result.text = "\n".join(lines)
+
+
+def _step_of(blob: bytes) -> int | None:
+    from megatrain_io.runs.state import TrainerState
+
+    # A loop of one's own commits what it likes.
+    with suppress(StorageError, ConfigError):
+        return TrainerState.parse(blob).step if blob else 0
+    return None
+
+
+def _way_back(run: Path, older: "OlderState | None", step: int | None, *, goes_back: bool) -> list[str]:
+    """What is left where the newest state is damaged, and what to do."""
+    otherwise = "restore a copy or import an export again"
+    if older is None:
+        return [f"No older state is left. Copy the store elsewhere and check the drive, then {otherwise}."]
+    name = f"generation {older.report.generation}" + ("" if step is None else f", after step {step}")
+    if older.report.damaged:
+        count = f"{len(older.report.damaged)} of {older.report.extents} extents"
+        return [
+            f"The state before it ({name}) is damaged, too: {count}.",
+            f"Copy the store elsewhere and check the drive, then {otherwise}.",
+        ]
+    if goes_back:
+        return [f"Went back to the state before it ({name}), which is whole; what was trained since is lost."]
+    back = f"megatrain-io verify {shlex.quote(str(run.absolute()))} --from-older-state"
+    return [
+        f"The state before it ({name}) is whole: `{back}` goes back to it, and what was trained since is lost then.",
+        f"Copy the store elsewhere and check the drive first; or {otherwise}.",
+    ]
 
 
 def status_command(run: Run, *, json_output: JsonOutput = False) -> None:

@@ -67,6 +67,8 @@ def train_command(
             from rich.console import Console
 
             from megatrain_io.paging.trace import Trace
+            from megatrain_io.runs.folder import RunFolder
+            from megatrain_io.runs.open_store import naming_the_way_back
             from megatrain_io.training.callbacks import Callback, TraceCallback
             from megatrain_io.training.reporters import WarningReporter, reporter
             from megatrain_io.training.trainer import train
@@ -75,6 +77,7 @@ def train_command(
         reports = WarningReporter(Console(stderr=True)) if json_output else None
         callbacks: list[Callback] = [reports or reporter(logging_steps=config.train.logging_steps)]
         with ExitStack() as open_:
+            open_.enter_context(naming_the_way_back(RunFolder(config.output_dir)))
             if trace is not None:
                 callbacks.append(TraceCallback(open_.enter_context(Trace(trace))))
             trained = train(config, resume=resume, callbacks=callbacks)

@@ -1,10 +1,14 @@
 """Opening the store of a run, and no other in its place."""
 
-from megatrain_io.errors import FormatError
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatrain_io.errors import ConfigError, CorruptionError, FormatError
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.store.paged_store import Engine, Ledger, PagedStore
 
-__all__ = ["open_store"]
+__all__ = ["naming_the_way_back", "open_store"]
 
 
 def open_store(run: RunFolder, *, engine: Engine = "auto", ledger: Ledger | None = None) -> PagedStore:
@@ -24,3 +28,22 @@ def open_store(run: RunFolder, *, engine: Engine = "auto", ledger: Ledger | None
             "run. Put the right store in its place, or use the run that this one belongs to"
         )
     return state
+
+
+@contextmanager
+def naming_the_way_back(run: RunFolder) -> Iterator[None]:
+    """Note on an error about damaged bytes of the run's store the command that finds out what is left."""
+    try:
+        yield
+    except CorruptionError as error:
+        try:
+            paths = run.store_paths()
+        except ConfigError:
+            paths = []
+        # Activation checkpoints and waiting gradients lie in files of their own, and cost a step only.
+        if any(f"{path}+" in str(error) for path in paths):
+            command = f"megatrain-io verify {shlex.quote(str(run.path.absolute()))}"
+            error.add_note(
+                f"`{command}` finds all that is damaged, and whether the state before it is whole."
+            )
+        raise

@@ -28,7 +28,7 @@ from megatrain_io.store.inspect import waiting_line
 from megatrain_io.store.layout import ModelLayout, Record, TensorPlace
 from megatrain_io.store.pool import PoolSizes, Unit
 from megatrain_io.store.schedule import ChunkOp, Residents
-from megatrain_io.store.verify import VerifyReport, report_of
+from megatrain_io.store.verify import OlderState, VerifyReport, older_state_of, report_of
 
 __all__ = [
     "AdamWStep",
@@ -347,6 +347,26 @@ class PagedStore:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read back all that is committed, and compare every checksum; ``progress`` gets extents done and in all."""
         return verified(self._store, progress)
+
+    def verify_older(self, progress: Callable[[int, int], None] | None = None) -> OlderState | None:
+        """Read back the state before the committed one; None when there is none any more.
+
+        There is one until the first update after a commit; with durability ``scratch`` there never is.
+        """
+        older = self._store.verify_older(progress)
+        return None if older is None else older_state_of(older)
+
+    def go_back(self, progress: Callable[[int, int], None] | None = None) -> int | None:
+        """Give the committed state up, durably, if it is damaged and the one before it is whole.
+
+        Returns:
+            The generation that the store went back to: it is to be closed, and opened anew to go on. None when the
+            committed state is whole, and nothing was changed.
+
+        Raises:
+            FormatError: there is no older state any more, or it is damaged, too. Nothing was changed.
+        """
+        return self._store.go_back(progress)
 
     def pool_memory(self) -> Tensor:
         """The memory of the whole pool, for its address and length alone; a tensor over it keeps it mapped."""

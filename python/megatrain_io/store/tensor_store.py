@@ -164,6 +164,7 @@ class TensorStore:
         engine: Engine = "auto",
         memory: int | str = "256MiB",
         ledger: Ledger | None = None,
+        from_older_state: bool = False,
     ) -> Self:
         """Open a store at what was committed last. One in use is waited for, five seconds at most.
 
@@ -172,12 +173,21 @@ class TensorStore:
             engine: I/O engine: ``auto``, ``uring`` or ``threads``.
             memory: bytes of pinned memory, or such as ``"256MiB"``; at least two chunks of 8 MiB and 2 MiB.
             ledger: of memory; None makes one.
+            from_older_state: read everything first; where the last commit is damaged and the one before it is whole, go
+                back to that one, for good. What was committed since is lost then. ``generation`` says where it is.
 
         Raises:
-            FormatError: it is no store of tensors.
+            FormatError: it is no store of tensors; with ``from_older_state``, both states are damaged.
             StoreInUseError, CorruptionError, UnsupportedError, StorageError: it cannot be opened, and is as it was.
         """
-        return cls(_paths(path), engine=engine, memory=_nbytes(memory), ledger=ledger or Ledger())
+        paths, memory, ledger = _paths(path), _nbytes(memory), ledger or Ledger()
+        if from_older_state:
+            store = Store(paths, engine, ledger, waiting_line(paths[0]))
+            try:
+                store.go_back(None)
+            finally:
+                store.close()
+        return cls(paths, engine=engine, memory=memory, ledger=ledger)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DamagedExtent", "VerifyReport", "report_of"]
+__all__ = ["DamagedExtent", "OlderState", "VerifyReport", "older_state_of", "report_of"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,24 @@ class VerifyReport:
     extents: int
     nbytes: int
     damaged: tuple[DamagedExtent, ...]
+
+
+@dataclass(frozen=True)
+class OlderState:
+    """The state before the committed one.
+
+    Attributes:
+        report: what reading it back found.
+        blob: the trainer's own state, committed with it.
+    """
+
+    report: VerifyReport
+    blob: bytes
+
+
+def older_state_of(report: Mapping[str, Any]) -> OlderState:
+    """The state and its report, made from what the extension returned."""
+    return OlderState(report_of(report), report["blob"])
 
 
 def report_of(report: Mapping[str, Any]) -> VerifyReport:

@@ -276,28 +276,30 @@ impl Store {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let store = self.get()?;
-        let mut raised = None;
-        let report = py.detach(|| {
-            store.verify(&mut |done, all| {
-                raised = Python::attach(|py| {
-                    let called = progress.as_ref().map(|progress| progress.call1(py, (done, all)));
-                    called.transpose().and_then(|_| py.check_signals())
-                })
-                .err();
-                raised.is_none()
-            })
-        });
-        if let Some(error) = raised {
-            return Err(error);
-        }
-        let report = report.map_err(raise)?;
-        let result = PyDict::new(py);
-        result.set_item("generation", report.generation)?;
-        result.set_item("extents", report.extents)?;
-        result.set_item("nbytes", report.bytes)?;
-        let damaged = report.damaged.iter().map(|damage| fields_of(py, &store, damage));
-        result.set_item("damaged", damaged.collect::<PyResult<Vec<_>>>()?)?;
-        Ok(result)
+        let report = counted(py, progress.as_ref(), |progress| store.verify(progress))?;
+        report_of(py, &store, &report)
+    }
+
+    /// The same for the state before the committed one, and the trainer's own state of it as `blob`; `None` when
+    /// there is none any more.
+    fn verify_older<'py>(
+        &self,
+        py: Python<'py>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let store = self.get()?;
+        let older = counted(py, progress.as_ref(), |progress| store.verify_older(progress))?;
+        let Some(older) = older else { return Ok(None) };
+        let result = report_of(py, &store, &older.report)?;
+        result.set_item("blob", PyBytes::new(py, &older.blob))?;
+        Ok(Some(result))
+    }
+
+    /// Gives the committed state up, durably, if it is damaged and the one before it is whole. Returns the
+    /// generation that the store went back to, and it is to be closed then; `None` when the committed state is whole.
+    fn go_back(&self, py: Python<'_>, progress: Option<Py<PyAny>>) -> PyResult<Option<u64>> {
+        let store = self.get()?;
+        counted(py, progress.as_ref(), |progress| store.go_back(progress))
     }
 
     /// Marks the store clean on the drive, and closes it. Pipelines over it must be closed.
@@ -322,6 +324,44 @@ impl Store {
     fn lock(&self) -> MutexGuard<'_, Option<Arc<store::Store>>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Calls what counts with `progress`, which may raise, as Ctrl-C does: that ends it.
+fn counted<T: Send>(
+    py: Python<'_>,
+    progress: Option<&Py<PyAny>>,
+    work: impl FnOnce(&mut dyn FnMut(usize, usize) -> bool) -> Result<T, Error> + Send,
+) -> PyResult<T> {
+    let mut raised = None;
+    let result = py.detach(|| {
+        work(&mut |done, all| {
+            raised = Python::attach(|py| {
+                let called = progress.map(|progress| progress.call1(py, (done, all)));
+                called.transpose().and_then(|_| py.check_signals())
+            })
+            .err();
+            raised.is_none()
+        })
+    });
+    match raised {
+        Some(error) => Err(error),
+        None => result.map_err(raise),
+    }
+}
+
+/// `generation`, `extents`, `nbytes` and `damaged` of a report.
+fn report_of<'py>(
+    py: Python<'py>,
+    store: &store::Store,
+    report: &store::Report,
+) -> PyResult<Bound<'py, PyDict>> {
+    let result = PyDict::new(py);
+    result.set_item("generation", report.generation)?;
+    result.set_item("extents", report.extents)?;
+    result.set_item("nbytes", report.bytes)?;
+    let damaged = report.damaged.iter().map(|damage| fields_of(py, store, damage));
+    result.set_item("damaged", damaged.collect::<PyResult<Vec<_>>>()?)?;
+    Ok(result)
 }
 
 /// What is known of a damaged extent; without checksums where it could not even be read.

@@ -23,8 +23,10 @@ use crate::store::verify::report::Report;
 use crate::units::{PAGE_BYTES, to_usize};
 
 mod inspect;
+mod older;
 
 pub use inspect::StoreInfo;
+pub use older::OlderState;
 
 /// Locked files whose headers and manifest hold.
 pub(super) struct Opened {
@@ -36,6 +38,22 @@ pub(super) struct Opened {
     pub(super) layout: Layout,
     /// The life of kernel and mounts, by `Drives::life`.
     pub(super) life: [u8; 16],
+}
+
+/// What superblocks, tables and blobs are read with.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    engine: &'a dyn Engine,
+    file: &'a Arc<DirectFile>,
+    header: &'a Header,
+    layout: &'a Layout,
+}
+
+impl Opened {
+    fn place(&self) -> Place<'_> {
+        let Self { engine, drives, header, layout, .. } = self;
+        Place { engine: &**engine, file: drives.main(), header, layout }
+    }
 }
 
 /// How to open a store.
@@ -161,7 +179,8 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     let path = opened.drives.path().to_owned();
     let mut candidates = Vec::new();
     for side in 0..SUPERBLOCK_OFFSETS.len() {
-        candidates.extend(read_superblock(&opened, side)?.map(|s| (side, s)));
+        let found = read_superblock(&opened.place(), side)?;
+        candidates.extend(found.map(|s| (side, s)));
     }
     candidates.sort_by_key(|(_, superblock)| std::cmp::Reverse(superblock.generation));
     let Some((newest_side, newest)) = candidates.first().cloned() else {
@@ -174,7 +193,8 @@ fn choose(opened: Opened, ledger: &Ledger) -> Result<Store> {
     let marker = read(&*opened.engine, opened.drives.main(), CLEAN_MARKER_OFFSET, PAGE_BYTES).ok();
     let mut whole = Vec::new();
     for (side, superblock) in candidates {
-        whole.extend(read_state(&opened, superblock, side)?.map(|state| (side, state)));
+        let found = read_state(&opened.place(), superblock, side)?;
+        whole.extend(found.map(|state| (side, state)));
     }
     let mut whole = whole.into_iter();
     let Some((mut side, committed)) = whole.next() else {
@@ -386,12 +406,11 @@ fn read_manifest(
 
 /// The superblock of one side: the newer of those that hold in its first place and its mirror, since
 /// the drive may have lost either write. An unreadable page is none, and so is one of the other side.
-fn read_superblock(opened: &Opened, side: usize) -> Result<Option<Superblock>> {
-    let Opened { engine, drives, header, .. } = opened;
-    let file = drives.main();
+fn read_superblock(place: &Place<'_>, side: usize) -> Result<Option<Superblock>> {
+    let Place { engine, file, header, .. } = *place;
     let mut newest: Option<Superblock> = None;
     for offset in SUPERBLOCK_OFFSETS[side] {
-        let page = unless_unreadable(read(&**engine, file, offset, PAGE_BYTES))?;
+        let page = unless_unreadable(read(engine, file, offset, PAGE_BYTES))?;
         let found = page.and_then(|page| Superblock::decode(&page)).filter(|s| {
             s.uuid == header.uuid
                 && s.manifest_crc == header.manifest_crc
@@ -415,14 +434,13 @@ fn unless_unreadable<T>(outcome: Result<T>) -> Result<Option<T>> {
 }
 
 /// Table and blob of a superblock, or `None` when one of them is unreadable or does not hold.
-fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Result<Option<Committed>> {
-    let Opened { engine, drives, header, layout, .. } = opened;
-    let file = drives.main();
+fn read_state(place: &Place<'_>, superblock: Superblock, side: usize) -> Result<Option<Committed>> {
+    let Place { engine, file, header, layout } = *place;
     if superblock.blob_bytes > BLOB_BYTES_MAX as u64 {
         return Ok(None);
     }
     let table_bytes = to_usize(header.table_bytes);
-    let bytes = read(&**engine, file, header.table_offsets[side], table_bytes);
+    let bytes = read(engine, file, header.table_offsets[side], table_bytes);
     let bytes = unless_unreadable(bytes)?;
     let Some(table) = bytes
         .filter(|bytes| crc64(&bytes[..table_bytes]) == superblock.table_crc)
@@ -431,7 +449,7 @@ fn read_state(opened: &Opened, superblock: Superblock, side: usize) -> Result<Op
         return Ok(None);
     };
     let blob_bytes = to_usize(superblock.blob_bytes);
-    let blob = read(&**engine, file, header.blob_offsets[side], blob_bytes.max(1));
+    let blob = read(engine, file, header.blob_offsets[side], blob_bytes.max(1));
     let Some(blob) =
         unless_unreadable(blob)?.filter(|blob| crc64(&blob[..blob_bytes]) == superblock.blob_crc)
     else {

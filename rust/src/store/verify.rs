@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::io::engine::{Operation, Request};
 use crate::memory::slot::SlotList;
 use crate::store::checksum;
-use crate::store::state::Store;
+use crate::store::state::{Committed, Store};
 use crate::units::{Group, PAGE_BYTES};
 
 pub(super) mod report;
@@ -23,9 +23,17 @@ impl Store {
     /// # Errors
     /// Only what prevents verifying; damage stands in the report.
     pub fn verify(&self, progress: &mut dyn FnMut(usize, usize) -> bool) -> Result<Report> {
+        self.verify_state(&self.committed(), progress)
+    }
+
+    /// The same for a state that need not be the committed one.
+    pub(super) fn verify_state(
+        &self,
+        state: &Committed,
+        progress: &mut dyn FnMut(usize, usize) -> bool,
+    ) -> Result<Report> {
         self.check()?;
-        let committed = self.committed();
-        let table = &committed.table;
+        let table = &state.table;
         let work: Vec<(usize, Group)> = (0..self.layout.chunks().len())
             .flat_map(|chunk| Group::ALL.map(|group| (chunk, group)))
             .filter(|(chunk, group)| table.entry(&self.layout, *chunk, *group).planes > 0)
@@ -38,7 +46,7 @@ impl Store {
         let (_region, mut lists) = SlotList::cut(&[(largest, READ_AHEAD)], &self.ledger, "verify")?;
         let slots = lists.remove(0);
         let mut report =
-            Report { generation: committed.generation, extents: work.len(), ..Report::default() };
+            Report { generation: state.generation, extents: work.len(), ..Report::default() };
         let (reply, completions) = unbounded();
         let mut next = 0;
         for done in 0..work.len() {

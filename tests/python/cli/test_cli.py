@@ -308,6 +308,9 @@ def fake_state(damaged=(), *, of_another_run=False):
             progress(3, 3)
             return VerifyReport(4, 3, 2**29, tuple(damaged))
 
+        def verify_older(self, progress):
+            return None
+
     def open_store(run):
         if of_another_run:
             raise errors.FormatError(f"{run.store_paths()[0]} belongs to another run")

@@ -397,3 +397,29 @@ def test_scratch_tensors_that_were_not_closed_are_refused(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=ENVIRONMENT, timeout=60)
     with pytest.raises(FormatError, match="scratch only a store that was closed"):
         TensorStore.open(path)
+
+
+def test_a_damaged_commit_is_given_up_for_the_one_before_it(tmp_path):
+    path = tmp_path / "store"
+    with created(path, {"w": ((100,), torch.uint8)}) as store:
+        for value in (1, 2):
+            store.put("w", torch.full((100,), value, dtype=torch.uint8))
+            store.commit()
+        generation = store.generation
+    content = path.read_bytes()
+    assert content.count(b"\2" * 100) == 1
+    with path.open("r+b") as file:
+        file.seek(content.index(b"\2" * 100) + 50)
+        file.write(b"\3")
+    with TensorStore.open(path, memory=MEMORY) as store, pytest.raises(CorruptionError, match="from-older"):
+        store.get("w")
+    with TensorStore.open(path, memory=MEMORY, from_older_state=True) as store:
+        assert store.generation == generation - 1
+        assert bool((store.get("w") == 1).all())
+    with TensorStore.open(
+        path, memory=MEMORY, from_older_state=True
+    ) as store:  # whole: nothing to go back from
+        assert store.generation == generation - 1
+        store.put("w", torch.full((100,), 4, dtype=torch.uint8))
+    with TensorStore.open(path, memory=MEMORY) as store:
+        assert bool((store.get("w") == 4).all())

@@ -4,9 +4,12 @@ import errno
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 
 import pytest
 import torch
@@ -282,9 +285,8 @@ def test_a_newer_format_is_left_alone(source, stopped):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("plane", ["weight", "exp_avg"])
-def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
-    path, name = stopped / "store.mtio", "model.layers.1.mlp.down_proj.weight"
+def flip_a_bit(path, name, plane="weight"):
+    """Flip a bit of a tensor of the newest state, in a file that nobody has open."""
     with PagedStore(path, engine=ENGINE) as state:
         place = next(place for place in state.layout.tensors() if place.name == name)
         pattern = state.read_tensor(place, plane).flatten()[:64].view(torch.uint8).numpy().tobytes()
@@ -294,6 +296,62 @@ def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
         file.seek(content.index(pattern) + 9)
         flipped = bytes([content[content.index(pattern) + 9] ^ 4])
         file.write(flipped)
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="megatrain-io")
+
+
+def follow(text):
+    """Run the command that a text names, as printed, in another folder."""
+    _, *arguments = shlex.split(re.search(r"`(megatrain-io [^`]*)`", text)[1])
+    with chdir("/"):
+        return call(*arguments)
+
+
+@pytest.mark.parametrize("is_clean", [True, False])
+def test_a_damaged_state_is_given_up_for_the_one_before_it_as_printed(source, whole, stopped, is_clean):
+    """The bytes that open at the older state after a reboot were refused before it: the import was to be repeated."""
+    flip_a_bit(stopped / "store.mtio", "model.layers.1.mlp.down_proj.weight")
+    if not is_clean:
+        with (stopped / "store.mtio").open("r+b") as file:
+            file.seek((2 << 20) + (512 << 10))  # the clean marker
+            file.write(bytes(4096))
+    (stopped.parent / "my run.yaml").write_text(configured(source, stopped).to_yaml())
+    resume = ["train", "--config", stopped.parent / "my run.yaml", "--resume"]
+    ended = call(*resume)
+    assert ended.exit_code == 6
+    assert "--from-older-state" in ended.stderr
+    for command in [("export", stopped, stopped.parent / "out"), ("generate", stopped, "--prompt", "the")]:
+        assert "megatrain-io verify" in call(*command).stderr
+    found = follow(ended.stderr)
+    assert found.exit_code == 6
+    assert "(generation 3, after step 2) is whole" in found.stdout
+    gone_back = follow(found.stdout)
+    assert (gone_back.exit_code, gone_back.stderr.count("Traceback")) == (0, 0)
+    assert "Went back to the state before it (generation 3, after step 2)" in gone_back.stdout
+    assert call("verify", stopped, "--from-older-state").stdout.startswith("generation 3: whole")
+    assert call(*resume).exit_code == 0
+    check_equals(stopped, whole)
+
+
+def test_where_the_older_state_is_gone_nothing_is_changed(stopped):
+    name = "model.layers.1.mlp.down_proj.weight"
+    path = stopped / "store.mtio"
+    flip_a_bit(path, name)
+    assert call("verify", stopped, "--from-older-state").exit_code == 0
+    flip_a_bit(path, name)
+    before = path.read_bytes()
+    found = json.loads(call("verify", stopped, "--from-older-state", "--json").stdout)
+    assert found["older_state"] is None
+    assert "No older state is left" in call("verify", stopped, "--from-older-state").stdout
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("plane", ["weight", "exp_avg"])
+def test_a_flipped_bit_is_found_and_named(source, stopped, plane):
+    path, name = stopped / "store.mtio", "model.layers.1.mlp.down_proj.weight"
+    flip_a_bit(path, name, plane)
     with PagedStore(path, engine=ENGINE) as state:
         damaged = state.verify().damaged
         assert len(damaged) == 1

@@ -74,8 +74,8 @@ impl Store {
 fn newest(opened: &Opened) -> Result<Option<Committed>> {
     let mut newest: Option<Committed> = None;
     for side in 0..SUPERBLOCK_OFFSETS.len() {
-        let Some(superblock) = read_superblock(opened, side)? else { continue };
-        let found = read_state(opened, superblock, side)?;
+        let Some(superblock) = read_superblock(&opened.place(), side)? else { continue };
+        let found = read_state(&opened.place(), superblock, side)?;
         if found.as_ref().map(|c| c.generation) > newest.as_ref().map(|c| c.generation) {
             newest = found;
         }

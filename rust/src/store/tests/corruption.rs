@@ -139,7 +139,8 @@ fn damage_and_look(stores: &Stores, seed: u64) -> Result<(&'static str, Counts),
             drive.overwrite(CLEAN_MARKER_OFFSET, &[0; PAGE_BYTES]);
         }
         let verdict = verdict(&drive, store, stranger);
-        look(store, drive, &verdict)
+        go_back(store, drive.copy(), &verdict)
+            .and_then(|()| look(store, drive, &verdict))
             .map_err(|reason| format!("{what} in {part}, clean stop {clean}: {reason}"))?;
         match verdict {
             Verdict::Opened { generation: 3, damaged, .. } if damaged.is_empty() => {
@@ -153,6 +154,34 @@ fn damage_and_look(stores: &Stores, seed: u64) -> Result<(&'static str, Counts),
         }
     }
     Ok((part, counts))
+}
+
+/// Where the newest state is opened damaged, a person may go back to the one before it if that is whole;
+/// else nothing changes.
+fn go_back(store: &Trained, drive: Memory, verdict: &Verdict) -> Result<(), String> {
+    let Verdict::Opened { generation: 3, damaged, .. } = verdict else { return Ok(()) };
+    if damaged.is_empty() {
+        return Ok(());
+    }
+    let older = &store.states[1];
+    let is_named =
+        SUPERBLOCK_OFFSETS[0].iter().any(|at| drive.agrees(&older.image, *at..*at + PAGE));
+    let holds = (0..older.groups.len()).all(|at| group_holds(&drive, older, at));
+    let can = is_named && root_holds(&drive, store, 2) && holds;
+    let (drive, before) = (Arc::new(drive.copy()), drive);
+    let open = || Store::open_on(&store.drives, drive.clone(), [2; 16], &Ledger::new());
+    let went = open().and_then(|opened| opened.go_back(&mut |_, _| true));
+    match (went, can) {
+        (Ok(Some(2)), true) => {
+            let opened = open().map_err(|e| e.to_string())?;
+            let is_whole = opened.verify(&mut |_, _| true).is_ok_and(|r| r.damaged.is_empty());
+            let is_older =
+                opened.committed().blob[..] == older.blob && opened.committed().generation == 2;
+            if is_whole && is_older { Ok(()) } else { Err("went back to something else".into()) }
+        }
+        (Err(_), false) if drive.agrees(&before, 0..store.header.file_bytes) => Ok(()),
+        (went, _) => Err(format!("going back was expected: {can}; {went:?}, or the drive changed")),
+    }
 }
 
 /// Opens the store, which must end as foretold, and compares all it gives with what was committed.

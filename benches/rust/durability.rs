@@ -88,7 +88,7 @@ fn make(files: &[PathBuf], durability: &str, parameters: u64) -> Result {
         content: Content::Training,
         records: (0..RECORDS).map(record).collect(),
         tensors: (0..RECORDS).map(tensor).collect(),
-        model: serde_json::Value::Null,
+        model: serde_json::Value::Null.into(),
     };
     let ledger = Ledger::new();
     let mut creator = StoreCreator::new(files, manifest, Choice::Auto, &ledger)?;

@@ -1,16 +1,15 @@
 //! The manifest: what a store holds, as written into it at creation. Anyone may have written one, so
 //! every rule that the rest of the crate relies on is checked here.
 
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::io::drives::check_count;
 use crate::units::{StateFormat, TENSOR_ALIGNMENT};
 
 /// A manifest is at most this long, in bytes.
-pub(crate) const MANIFEST_BYTES_MAX: usize = 64 << 20;
-/// So is the model's configuration in it: a value takes up to a hundred times its text in memory.
+pub(crate) const MANIFEST_BYTES_MAX: usize = 256 << 20;
+/// A model's configuration in it is: a value takes up to a hundred times its text in memory.
 pub(crate) const MODEL_BYTES_MAX: usize = 1 << 20;
 const TENSORS_MAX: usize = 1 << 20;
 const NAME_BYTES_MAX: usize = 512;
@@ -40,8 +39,7 @@ pub struct Manifest {
     /// The tensors, by record and offset.
     pub tensors: Vec<Tensor>,
     /// The model's own configuration, as it was imported; not interpreted here.
-    #[serde(deserialize_with = "small_value")]
-    pub model: serde_json::Value,
+    pub model: ModelText,
 }
 
 fn one() -> usize {
@@ -70,16 +68,49 @@ pub enum Content {
     Tensors,
 }
 
-/// A value of at most [`MODEL_BYTES_MAX`], which is told before any of it is built.
-fn small_value<'de, D: Deserializer<'de>>(input: D) -> Result<serde_json::Value, D::Error> {
-    let text = <&RawValue>::deserialize(input)?.get();
-    if text.len() > MODEL_BYTES_MAX {
-        return Err(D::Error::custom(format!(
-            "the model's configuration has {} bytes, the limit is {MODEL_BYTES_MAX}",
-            text.len()
-        )));
+/// JSON text that is kept as it was written: no value is built of it but to check it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ModelText(Box<RawValue>);
+
+impl PartialEq for ModelText {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.get() == other.0.get()
     }
-    serde_json::from_str(text).map_err(D::Error::custom)
+}
+
+impl From<serde_json::Value> for ModelText {
+    fn from(value: serde_json::Value) -> Self {
+        // A value is JSON, whatever is in it.
+        Self(serde_json::value::to_raw_value(&value).unwrap_or_default())
+    }
+}
+
+/// What `model` is where `content` is tensors, beyond what may be anything.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Described {
+    /// Dtype and shape.
+    #[serde(rename = "tensors")]
+    _tensors: Vec<(String, Vec<u64>)>,
+}
+
+impl ModelText {
+    /// Whether whoever reads it can build it: small, not nested deeply, or a plain list of tensors.
+    fn validate(&self, content: Content) -> Result<(), String> {
+        let (text, limit) = (self.0.get(), MODEL_BYTES_MAX);
+        let read = if text.len() <= limit {
+            serde_json::from_str::<serde_json::Value>(text).map(drop)
+        } else if content == Content::Tensors {
+            serde_json::from_str::<Described>(text).map(drop)
+        } else {
+            let bytes = text.len();
+            return Err(format!(
+                "the model's configuration has {bytes} bytes, the limit is {limit}"
+            ));
+        };
+        read.map_err(|e| format!("the manifest is not valid: {e}"))
+    }
 }
 
 /// Consecutive chunks of one block that share a state format.
@@ -148,6 +179,7 @@ impl Manifest {
                 self.chunk_parameters
             ));
         }
+        self.model.validate(self.content)?;
         check_count(self.drives).map_err(|error| error.to_string())?;
         if self.tensors.len() > TENSORS_MAX || self.records.len() > TENSORS_MAX {
             return Err(format!(

@@ -83,7 +83,7 @@ impl Shape {
             chunk_parameters: self.chunk_parameters,
             records: records.collect(),
             tensors: tensors.collect(),
-            model: serde_json::Value::Null,
+            model: serde_json::Value::Null.into(),
         }
     }
 

@@ -24,7 +24,7 @@ pub(crate) fn manifest(chunk_parameters: u64, records: &[(StateFormat, u64)]) ->
                 shape: vec![parameters],
             })
             .collect(),
-        model: serde_json::Value::Null,
+        model: serde_json::Value::Null.into(),
     }
 }
 
@@ -91,7 +91,7 @@ proptest! {
 fn a_long_model_configuration_is_refused_before_it_is_built() {
     let text = |entries: usize| {
         let mut manifest = manifest(4096, &[(StateFormat::F32, 512)]);
-        manifest.model = serde_json::json!(vec![0; entries]);
+        manifest.model = serde_json::json!(vec![0; entries]).into();
         serde_json::to_vec(&manifest).expect("JSON")
     };
     // `[0,0,...]`: two bytes an entry, and one.
@@ -101,6 +101,27 @@ fn a_long_model_configuration_is_refused_before_it_is_built() {
     assert!(refused.contains("has 1048577 bytes, the limit is 1048576"), "{refused}");
     let deep = [b'['; 10_000];
     assert!(Manifest::parse(&[&b"{\"model\":"[..], &deep].concat()).is_err());
+    // Kept as text, it must all the same be what whoever reads it can build.
+    let nested = serde_json::to_string(&manifest(4096, &[(StateFormat::F32, 512)])).expect("JSON");
+    let nested = nested
+        .replace("\"model\":null", &format!("\"model\":{}{}", "[".repeat(200), "]".repeat(200)));
+    assert!(Manifest::parse(nested.as_bytes()).expect_err("deep").contains("recursion limit"));
+}
+
+/// 60,000 tensors were refused by the limit for a model's configuration, as if there were a model.
+#[test]
+fn the_list_of_many_tensors_may_be_long_and_is_nothing_else() {
+    let text = |entry: &str| {
+        let count = 80_000;
+        let described = vec![entry; count].join(",");
+        let shape = vec![(StateFormat::Raw8, 128); count];
+        let text = serde_json::to_string(&of_tensors_manifest(&shape)).expect("JSON");
+        text.replace("\"model\":null", &format!("\"model\":{{\"tensors\":[{described}]}}"))
+    };
+    Manifest::parse(text("[\"float32\",[32]]").as_bytes()).expect("a list of tensors");
+    for entry in ["[\"float32\",[[]]]", "{\"\":0,\"b\":[[[]]]}", "[\"float32\",[-1]]"] {
+        Manifest::parse(text(entry).as_bytes()).expect_err("anything else");
+    }
 }
 
 #[test]

@@ -116,7 +116,7 @@ pub(in crate::store) fn manifest(
         chunk_parameters,
         records: records.iter().enumerate().map(record).collect(),
         tensors: records.iter().enumerate().map(tensor).collect(),
-        model: serde_json::json!({ "seed": seed }),
+        model: serde_json::json!({ "seed": seed }).into(),
     }
 }
 

@@ -12,16 +12,27 @@ pub type Result<T = (), E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused or failed an operation on a file.
-    #[error("{operation} of {length} bytes at {path}+{offset}: {source}", path = path.display())]
+    #[error("{}", io_failure(operation, path, *offset, *length, source))]
     Io {
-        /// "read", "write", "fdatasync", "open", ...
+        /// "read", "write", "fdatasync", "open", ...; what follows it is the path, or the place in it.
         operation: &'static str,
         /// The file.
         path: PathBuf,
         /// File offset in bytes.
         offset: u64,
-        /// Bytes asked for.
+        /// Bytes asked for; 0 where the operation is one on the whole file.
         length: u64,
+        /// The cause.
+        source: Arc<io::Error>,
+    },
+    /// The operating system has no more memory for us.
+    #[error(
+        "{needed} bytes of RAM ({needed_gib:.2} GiB) cannot be had: {source}. Give less (memory.ram; memory of a \
+         TensorStore), end other programs, or raise the limit of this process (ulimit -v)", needed_gib = gib(*needed)
+    )]
+    NoMemory {
+        /// Bytes asked for.
+        needed: u64,
         /// The cause.
         source: Arc<io::Error>,
     },
@@ -57,15 +68,16 @@ pub enum Error {
     },
     /// Another process holds the store.
     #[error(
-        "{path} is in use by {owner} (waited {waited_s:.1} s). Nothing was changed. Stop that process (`fuser {path}` \
-         lists all that have it open), or choose another store",
-        path = path.display()
+        "{path} is in use by {owner} (waited {waited_s:.1} s). Nothing was changed. {}",
+        in_use_advice(path, *is_this_process), path = path.display()
     )]
     InUse {
         /// The store's file.
         path: PathBuf,
         /// What is known of the holder.
         owner: String,
+        /// Whether this very process has it open already.
+        is_this_process: bool,
         /// Seconds waited for the lock.
         waited_s: f64,
     },
@@ -152,6 +164,15 @@ pub enum Error {
         /// Live exports.
         exports: usize,
     },
+    /// A tensor was changed by its owner while it was being put.
+    #[error(
+        "tensor {tensor} was changed while it was being put: what was written of it does not count. Wait for the ticket of \
+         a put before you change the tensor, and put it again"
+    )]
+    Changed {
+        /// Its name.
+        tensor: String,
+    },
     /// A gradient has an element that is NaN or infinite.
     #[error("the gradient of {record} is not finite")]
     NotFinite {
@@ -222,9 +243,11 @@ impl Error {
             io.clone(),
             Self::Truncated { path: path.clone(), end: 100, offset: 4096, length: 8192 },
             Self::NoSpace { path: path.clone(), needed: 1 << 40, available: 1 << 30 },
+            Self::NoMemory { needed: 1 << 40, source: Arc::new(io::Error::from_raw_os_error(12)) },
             Self::InUse {
                 path: path.clone(),
                 owner: "process 4711 (python) since 2026-11-23 14:02:11".into(),
+                is_this_process: false,
                 waited_s: 5.0,
             },
             Self::format(&path, "not a megatrain-io store"),
@@ -251,12 +274,82 @@ impl Error {
             },
             Self::Lost { path: "/nvme/example/store.mtio".into() },
             Self::BufferInUse { what: "weights of model.layers.0".into(), exports: 1 },
+            Self::Changed { tensor: "model.layers.0".into() },
             Self::NotFinite { record: "block 3".into() },
             Self::UsedAfterFork { owner: 1, child: 2 },
             Self::Unsupported { feature: "io_uring".into(), reason: "EPERM".into() },
             Self::invalid("record 7 does not exist; the store has 4"),
         ]
     }
+}
+
+/// What failed, where, why, and what can be done about it.
+fn io_failure(
+    operation: &str,
+    path: &Path,
+    offset: u64,
+    length: u64,
+    source: &io::Error,
+) -> String {
+    let place = path.display();
+    let failed = match length {
+        0 => format!("{operation} {place}: {source}"),
+        _ => format!("{operation} of {length} bytes at {place}+{offset}: {source}"),
+    };
+    match advice(source) {
+        "" => failed,
+        advice => format!("{failed}. {advice}"),
+    }
+}
+
+/// What a person can do about a failure of the operating system; empty where nothing is known.
+fn advice(source: &io::Error) -> &'static str {
+    use rustix::io::Errno;
+    let Some(code) = source.raw_os_error() else { return "" };
+    match Errno::from_raw_os_error(code) {
+        Errno::NOENT => "Check the path, and that its drive is mounted",
+        Errno::NOTDIR => "What stands in place of a folder in this path is a file: check the path",
+        Errno::ISDIR => "This is a folder: give the path of a file in it",
+        Errno::EXIST => "Something has this name by now: choose another one, or remove it",
+        Errno::LOOP => "This is a symbolic link: give the path of the file itself",
+        Errno::NAMETOOLONG => "Choose a shorter name (255 bytes at most on most file systems)",
+        Errno::ACCESS | Errno::PERM => {
+            "Whoever runs this needs the right to read and write there: look at owner and permissions (ls -ld)"
+        }
+        Errno::ROFS => {
+            "The file system is mounted read-only, or turned so after a failure (dmesg): mount it for writing"
+        }
+        Errno::NOSPC => "The file system is full: free space on it",
+        Errno::DQUOT => "The quota on this file system is used up: free space, or have it raised",
+        Errno::FBIG => {
+            "The file is larger than this process may write (ulimit -f), or than the file system allows: raise that \
+             limit, or choose another file system"
+        }
+        Errno::MFILE => "This process has too many files open: raise the limit (ulimit -n)",
+        Errno::NFILE => "The machine has too many files open: raise the limit (sysctl fs.file-max)",
+        Errno::NOMEM => {
+            "The kernel has no memory for it: end other programs, or raise limits (ulimit -v, -l)"
+        }
+        Errno::AGAIN => {
+            "No more threads can be started: raise the limit (ulimit -u, or pids of the container)"
+        }
+        Errno::IO => {
+            "The drive reported a failure: see the system's log (dmesg) and check the drive"
+        }
+        Errno::NODEV | Errno::NXIO => "The drive is gone: see the system's log (dmesg)",
+        Errno::TXTBSY | Errno::BUSY => "Another program has it in use: end that first",
+        _ => "",
+    }
+}
+
+fn in_use_advice(path: &Path, is_this_process: bool) -> String {
+    if is_this_process {
+        return "That is this very process: close it there first".into();
+    }
+    let path = path.display();
+    format!(
+        "Stop that process (`fuser {path}` lists all that have it open), or choose another store"
+    )
 }
 
 /// What became of an open store whose name is lost, and how to get it back.

@@ -78,7 +78,7 @@ class ModelFolder:
         if not path.exists():
             raise ModelFilesError(
                 f"{path} does not exist. Give a folder with config.json and model.safetensors; a model of the hub "
-                f"is fetched beforehand: hf download {path} --local-dir DIR"
+                f"is fetched beforehand: hf download {_hub_name(path)} --local-dir DIR"
             )
         if not path.is_dir():
             raise ModelFilesError(f"{path} is a file: give the folder that holds config.json and the weights")
@@ -298,3 +298,11 @@ def _quantisations(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for key in ("quantization_config", "compression_config"):
             if isinstance(part.get(key), dict):
                 yield part[key]
+
+
+def _hub_name(path: Path) -> str:
+    """The name of a model of the hub that a path may be meant as: OWNER/NAME, unless OWNER is a folder here."""
+    match path.parts:
+        case (owner, _) if owner[0] not in "./~" and not path.parent.exists():
+            return str(path)
+    return "OWNER/NAME"

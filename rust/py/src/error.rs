@@ -8,6 +8,7 @@ mod exceptions {
     #![allow(missing_docs, reason = "the classes are documented in errors.py")]
     pyo3::import_exception!(megatrain_io.errors, BufferInUseError);
     pyo3::import_exception!(megatrain_io.errors, CorruptionError);
+    pyo3::import_exception!(megatrain_io.errors, DoesNotFitError);
     pyo3::import_exception!(megatrain_io.errors, FormatError);
     pyo3::import_exception!(megatrain_io.errors, MegatrainIoError);
     pyo3::import_exception!(megatrain_io.errors, NoSpaceError);
@@ -27,12 +28,13 @@ pub(crate) fn raise(error: Error) -> PyErr {
         Error::Io { .. } | Error::Truncated { .. } | Error::NameLost { .. } => {
             StorageError::new_err(text)
         }
+        Error::NoMemory { .. } => DoesNotFitError::new_err(text),
         Error::NoSpace { .. } => NoSpaceError::new_err(text),
         Error::InUse { .. } => StoreInUseError::new_err(text),
         Error::Format { .. } => FormatError::new_err(text),
         Error::Corrupt { .. } | Error::CorruptGradient { .. } => CorruptionError::new_err(text),
         Error::Failed { .. } | Error::Lost { .. } => StoreFailedError::new_err(text),
-        Error::BufferInUse { .. } => BufferInUseError::new_err(text),
+        Error::BufferInUse { .. } | Error::Changed { .. } => BufferInUseError::new_err(text),
         Error::NotFinite { .. } => NotFiniteError::new_err(text),
         Error::UsedAfterFork { .. } => UsedAfterForkError::new_err(text),
         Error::Unsupported { .. } => UnsupportedError::new_err(text),

@@ -56,6 +56,7 @@ impl Drives {
         paths: &[PathBuf],
         waiting: &mut dyn FnMut(&Owner, Duration) -> Result,
     ) -> Result<Self> {
+        refuse_one_twice(paths)?;
         let open = |path: &PathBuf| DirectFile::open_waiting(path, waiting);
         Self::new(paths.iter().map(open).collect::<Result<_>>()?)
     }
@@ -147,6 +148,36 @@ impl Drives {
         }
         Ok(())
     }
+}
+
+/// Two drives cannot have one file, whatever the paths to it: whoever locked it once would wait for itself.
+///
+/// # Errors
+/// `Format` naming the second path.
+pub(crate) fn refuse_one_twice(paths: &[PathBuf]) -> Result {
+    // What is not there yet is known by its folder and its name.
+    let place = |path: &PathBuf| {
+        let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        let folder = whole.parent().and_then(|folder| folder.canonicalize().ok());
+        folder
+            .zip(whole.file_name())
+            .map_or_else(|| whole.clone(), |(folder, name)| folder.join(name))
+    };
+    let places: Vec<PathBuf> = paths.iter().map(place).collect();
+    for (index, place) in places.iter().enumerate() {
+        if let Some(first) = places[..index].iter().position(|earlier| earlier == place) {
+            return Err(Error::format(
+                &paths[index],
+                format!(
+                    "files {} and {} of the store are this one file: give each drive a file of its own, in a folder of \
+                     its own",
+                    first + 1,
+                    index + 1
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// # Errors

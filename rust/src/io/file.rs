@@ -72,11 +72,16 @@ impl DirectFile {
 
     fn prepare(file: &File, path: &Path, bytes: u64) -> Result {
         let refused = |source: rustix::io::Errno| match source {
-            rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT | rustix::io::Errno::FBIG => {
-                let available = path.parent().and_then(|p| available_bytes(p).ok()).unwrap_or(0);
-                Error::NoSpace { path: path.into(), needed: bytes, available }
+            rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT => {
+                match path.parent().and_then(|p| available_bytes(p).ok()) {
+                    // Less than was free a moment ago. Where enough is, free space is not what lacks.
+                    Some(available) if available < bytes => {
+                        Error::NoSpace { path: path.into(), needed: bytes, available }
+                    }
+                    _ => Error::io("reservation", path, 0, bytes, source),
+                }
             }
-            other => Error::io("reserve", path, 0, bytes, other),
+            other => Error::io("reservation", path, 0, bytes, other),
         };
         // The umask may have taken bits away or the directory's ACL added some.
         file.set_permissions(fs::Permissions::from_mode(0o600))
@@ -89,7 +94,7 @@ impl DirectFile {
             }
         }
         rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes).map_err(refused)?;
-        file.sync_all().map_err(|e| Error::io("fsync", path, 0, bytes, e))
+        file.sync_all().map_err(|e| Error::io("fsync", path, 0, 0, e))
     }
 
     /// Opens and locks an existing file, with direct I/O where the file system has it.
@@ -145,7 +150,7 @@ impl DirectFile {
     /// `Io` when the system refuses it.
     pub fn in_memory(bytes: u64) -> Result<Self> {
         let path = Path::new("a file in memory");
-        let failed = |e| Error::io("create", path, 0, bytes, e);
+        let failed = |e| Error::io("create", path, 0, 0, e);
         let file = rustix::fs::memfd_create("megatrain-io", MemfdFlags::CLOEXEC).map_err(failed)?;
         rustix::fs::ftruncate(&file, bytes).map_err(failed)?;
         let opened = Opened { file: file.into(), direct: false, alignment: None };
@@ -186,8 +191,13 @@ impl DirectFile {
                 Err(TryLockError::WouldBlock) => {
                     let (owner, waited) = (Owner::of(&self.path), start.elapsed());
                     if waited >= LOCK_WAIT {
-                        let (path, owner) = (self.path.clone(), owner.to_string());
-                        return Err(Error::InUse { path, owner, waited_s: waited.as_secs_f64() });
+                        let is_this_process = owner.process == Some(std::process::id());
+                        return Err(Error::InUse {
+                            path: self.path.clone(),
+                            owner: owner.to_string(),
+                            is_this_process: is_this_process && !owner.has_ended,
+                            waited_s: waited.as_secs_f64(),
+                        });
                     }
                     waiting(&owner, waited)?;
                     std::thread::sleep(LOCK_RETRY);
@@ -213,7 +223,7 @@ impl DirectFile {
         match fs::symlink_metadata(&self.path) {
             Ok(there) if (ours.dev(), ours.ino()) == (there.dev(), there.ino()) => Ok(()),
             Ok(_) => Err(Error::format(&self.path, "another file has this name by now")),
-            Err(error) => Err(Error::io("stat", &self.path, 0, 0, error)),
+            Err(error) => Err(Error::io("look at", &self.path, 0, 0, error)),
         }
     }
 
@@ -245,6 +255,14 @@ impl DirectFile {
         Err(Error::NameLost { path: self.path.clone(), is_taken, moved_to, open })
     }
 
+    /// Whether this file is the one that lies at `path`.
+    #[must_use]
+    pub(crate) fn lies_at(&self, path: &Path) -> bool {
+        let (ours, there) = (self.metadata().ok(), fs::symlink_metadata(path).ok());
+        let identity = |file: fs::Metadata| (file.dev(), file.ino());
+        ours.is_some() && ours.map(identity) == there.map(identity)
+    }
+
     /// Removes the file, durably. Whoever waits for its lock finds it gone.
     ///
     /// # Errors
@@ -259,7 +277,7 @@ impl DirectFile {
     }
 
     fn metadata(&self) -> Result<fs::Metadata> {
-        self.file.metadata().map_err(|e| Error::io("stat", &self.path, 0, 0, e))
+        self.file.metadata().map_err(|e| Error::io("look at", &self.path, 0, 0, e))
     }
 
     /// The same file as that of another drive of its store.
@@ -342,7 +360,7 @@ pub(crate) fn sync_directory(path: &Path) -> Result {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(parent)
         .and_then(|directory| directory.sync_all())
-        .map_err(|e| Error::io("fsync directory of", path, 0, 0, e))
+        .map_err(|e| Error::io("fsync the folder of", path, 0, 0, e))
 }
 
 /// The kernel's id of this boot: equal ids mean that the kernel never went down in between.
@@ -393,7 +411,7 @@ pub(crate) fn random_uuid() -> Result<[u8; 16]> {
 pub(crate) fn rename_new(from: &Path, to: &Path) -> Result {
     use rustix::fs::{CWD, RenameFlags};
     rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)
-        .map_err(|e| Error::io("rename", from, 0, 0, e))
+        .map_err(|e| Error::io("rename a new store to", to, 0, 0, e))
 }
 
 /// Whether `bytes` is a multiple of the transfer alignment.

@@ -53,7 +53,7 @@ fn prepare() -> Result<File> {
         0 => Ok(null),
         code => {
             let source = std::io::Error::from_raw_os_error(code);
-            Err(Error::io("pthread_atfork", "this process", 0, 0, source))
+            Err(Error::io("register a handler for forks of", "this process", 0, 0, source))
         }
     }
 }

@@ -97,7 +97,7 @@ struct NamedFor(PathBuf);
 
 impl NamedFor {
     fn make(path: PathBuf) -> Result<Self> {
-        fs::create_dir(&path).map_err(|e| Error::io("create", &path, 0, 0, e))?;
+        fs::create_dir(&path).map_err(|e| Error::io("create the folder", &path, 0, 0, e))?;
         Ok(Self(path))
     }
 }

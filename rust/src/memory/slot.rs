@@ -39,7 +39,7 @@ impl Region {
     /// Maps `bytes` (rounded up to 4 KiB) and enters them under `account`.
     ///
     /// # Errors
-    /// `Io` when the system refuses the mapping.
+    /// `NoMemory` when the system refuses the mapping.
     pub fn new(bytes: usize, ledger: &Ledger, account: &str) -> Result<Arc<Self>> {
         let bytes = bytes.max(1).next_multiple_of(PAGE_BYTES);
         Self::map(bytes, || vec![ledger.enter(account, bytes as u64)])
@@ -47,8 +47,10 @@ impl Region {
 
     /// Maps `bytes`, a multiple of 4 KiB, and enters them in the ledger once they are there.
     fn map(bytes: usize, enter: impl FnOnce() -> Vec<Entry>) -> Result<Arc<Self>> {
-        let failed =
-            |source: rustix::io::Errno| Error::io("mapping memory", "RAM", 0, bytes as u64, source);
+        let failed = |source: rustix::io::Errno| Error::NoMemory {
+            needed: bytes as u64,
+            source: Arc::new(source.into()),
+        };
         // Huge pages need a 2 MiB aligned start: map more, then give the surplus back.
         let surplus = if bytes >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { 0 };
         // SAFETY: a fresh private anonymous mapping at an address that the kernel chooses.

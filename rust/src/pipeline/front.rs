@@ -73,7 +73,7 @@ impl Pipeline {
                 let _obituary = Obituary(shared, store);
                 executor.run();
             })
-            .map_err(|e| Error::io("start of the pipeline thread", "pipeline", 0, 0, e))?;
+            .map_err(|e| Error::io("start a thread of", "this process", 0, 0, e))?;
         pipeline.executor = Some(thread);
         Ok(pipeline)
     }

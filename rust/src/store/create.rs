@@ -54,6 +54,7 @@ impl StoreCreator {
         manifest: Manifest,
         ledger: &Ledger,
     ) -> Result<Self> {
+        drives::refuse_one_twice(paths)?;
         check_names(paths)?;
         let manifest = Manifest { drives: paths.len(), ..manifest };
         let invalid = |reason: String| Error::invalid(reason);
@@ -78,9 +79,10 @@ impl StoreCreator {
         }
         let drives = Drives::create(&places)?;
         let (header, life) = (headers[0].clone(), drives.life());
+        let files = drives.clone();
         let opened = Opened { drives, engine, engine_note, header, manifest, layout, life };
         let made = Self::fill(opened, &headers, &text, ledger);
-        let (store, working) = made.inspect_err(|_| remove_partial(paths))?;
+        let (store, working) = made.inspect_err(|_| remove_unfinished(&files, paths))?;
         Ok(Self { store: Some(store), working, paths: paths.into() })
     }
 
@@ -104,6 +106,14 @@ impl StoreCreator {
             }
         }
         Ok((store, working))
+    }
+
+    /// UUID of the store that is being made.
+    ///
+    /// # Errors
+    /// `Invalid` after `finish`.
+    pub fn uuid(&self) -> Result<[u8; 16]> {
+        Ok(self.store()?.header.uuid)
     }
 
     /// The store's layout.
@@ -160,7 +170,7 @@ impl StoreCreator {
             .and_then(|_| store.mark_clean())
             .and_then(|()| store.drives.rename(&self.paths));
         if let Err(error) = finished {
-            remove_partial(&self.paths);
+            remove_unfinished(&store.drives, &self.paths);
             return Err(error);
         }
         Ok(store.header.uuid)
@@ -173,8 +183,8 @@ impl StoreCreator {
 
 impl Drop for StoreCreator {
     fn drop(&mut self) {
-        if self.store.take().is_some() {
-            remove_partial(&self.paths);
+        if let Some(store) = self.store.take() {
+            remove_unfinished(&store.drives, &self.paths);
         }
     }
 }
@@ -185,25 +195,18 @@ fn partial_path(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// Removes what a failed import left. Where the main file still has its temporary name, the others
-/// that were renamed already are no store either.
-fn remove_partial(paths: &[PathBuf]) {
-    let unfinished = paths.first().is_some_and(|main| partial_path(main).exists());
-    for path in paths {
-        if fs::remove_file(partial_path(path)).is_err() && unfinished {
-            let _ = fs::remove_file(path);
-        }
+/// Removes the files of a store that did not come to be, by whichever of its two names each has.
+fn remove_unfinished(drives: &Drives, paths: &[PathBuf]) {
+    for (file, path) in drives.iter().zip(paths) {
+        let names = [partial_path(path), path.clone()];
+        // The first failure is the one to report; what cannot be removed cannot be helped here.
+        names.iter().filter(|name| file.lies_at(name)).for_each(|name| drop(fs::remove_file(name)));
     }
 }
 
 fn check_names(paths: &[PathBuf]) -> Result {
-    for (index, path) in paths.iter().enumerate() {
-        if paths[..index].contains(path) {
-            let reason =
-                "two drives of a store cannot have one file: give each a folder of its own";
-            return Err(Error::format(path, reason));
-        }
-        if path.exists() {
+    for path in paths {
+        if fs::symlink_metadata(path).is_ok() {
             return Err(Error::format(
                 path,
                 "there is already a file of this name, perhaps a store that somebody trains; choose another place, or move it away",

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -214,3 +215,21 @@ def test_a_small_file_that_holds_no_object_is_refused_by_name(source, name, cont
     (source / name).write_bytes(content)
     with pytest.raises(ModelFilesError, match=rf"{name}.*[Ff]etch it again"):
         ModelFolder(source).companions()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("/runs/run/model", "OWNER/NAME"),
+        ("run/model", "OWNER/NAME"),
+        ("./model", "OWNER/NAME"),
+        ("model", "OWNER/NAME"),
+    ],
+)
+def test_a_folder_of_this_machine_is_not_taken_for_a_name_of_the_hub(tmp_path, monkeypatch, path, name):
+    """A run without its model folder was told to fetch ``RUN/model`` from the hub."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelFilesError, match=f"hf download {name} --local-dir DIR"):
+        ModelFolder(Path(path))

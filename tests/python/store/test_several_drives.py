@@ -102,7 +102,7 @@ def test_too_few_and_too_many_files_are_refused(run):
 def test_a_folder_given_twice_holds_two_files_and_a_file_given_twice_is_refused(tmp_path):
     run = RunFolder(tmp_path / "run")
     assert len(set(run.stores_in([tmp_path, tmp_path]))) == 2
-    with pytest.raises(Exception, match="give each a folder of its own"):
+    with pytest.raises(Exception, match="give each drive a file of its own"):
         StoreCreator([tmp_path / "x", tmp_path / "x"], LAYOUT.manifest({}), ENGINE, Ledger())
 
 

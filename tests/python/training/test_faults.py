@@ -86,7 +86,7 @@ def test_a_fault_of_the_drive(source, whole, stopped, monkeypatch, case):
         if error is None:
             start(configured(source, stopped), resume=True)
         else:
-            with pytest.raises(error, match=r"store\.mtio\+\d+") as caught:
+            with pytest.raises(error, match=r"store\.mtio(\+\d+|:)") as caught:
                 start(configured(source, stopped), resume=True)
             assert type(caught.value) is error
     assert blob_of(stopped)["step"] == step

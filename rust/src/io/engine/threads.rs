@@ -92,7 +92,7 @@ impl Threads {
                 std::thread::Builder::new()
                     .name(format!("mt-io-{index}"))
                     .spawn(move || queue.iter().for_each(|piece| piece.serve(&counters)))
-                    .map_err(|e| Error::io("start of an I/O thread", "engine threads", 0, 0, e))
+                    .map_err(|e| Error::io("start a thread of", "this process", 0, 0, e))
             })
             .collect::<Result<Vec<_>>>()?;
         let (pieces, process) = (Some(pieces), std::process::id());

@@ -99,7 +99,7 @@ impl Uring {
                     }
                 }
             })
-            .map_err(|e| Error::io("start of the I/O thread", "engine uring", 0, 0, e))?;
+            .map_err(|e| Error::io("start a thread of", "this process", 0, 0, e))?;
         match started.recv() {
             Ok(Ok(())) => Ok(Self {
                 commands: Some(commands),

@@ -39,7 +39,7 @@ impl DioAlignment {
         let file = i32::try_from((OFlags::TMPFILE | OFlags::DIRECT).bits())
             .map_err(io::Error::other)
             .and_then(|flags| options.read(true).write(true).custom_flags(flags).open(folder))
-            .map_err(|error| Error::io("create", folder, 0, 0, error))?;
+            .map_err(|error| Error::io("create a file in", folder, 0, 0, error))?;
         Ok(Self::of(&file))
     }
 

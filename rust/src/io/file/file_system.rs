@@ -21,7 +21,7 @@ pub(super) fn file_system(file: &File) -> Option<u64> {
 }
 
 pub(super) fn refuse_network(path: &Path) -> Result {
-    let stat = rustix::fs::statfs(path).map_err(|e| Error::io("open", path, 0, 0, e))?;
+    let stat = rustix::fs::statfs(path).map_err(|e| Error::io("look at", path, 0, 0, e))?;
     let magic = u64::try_from(stat.f_type).unwrap_or_default() & 0xffff_ffff;
     match NETWORK_FILE_SYSTEMS.iter().find(|(id, _)| *id == magic) {
         Some((_, name)) => Err(Error::Unsupported {
@@ -35,6 +35,6 @@ pub(super) fn refuse_network(path: &Path) -> Result {
 }
 
 pub(super) fn available_bytes(path: &Path) -> Result<u64> {
-    let stat = rustix::fs::statvfs(path).map_err(|e| Error::io("stat", path, 0, 0, e))?;
+    let stat = rustix::fs::statvfs(path).map_err(|e| Error::io("look at", path, 0, 0, e))?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }

@@ -154,7 +154,7 @@ impl Driver {
         let failed = |operation: Operation| {
             let again = cause.raw_os_error().map(io::Error::from_raw_os_error);
             let source = again.unwrap_or_else(|| cause.kind().into());
-            Error::io(operation.name(), "io_uring", 0, 0, source)
+            Error::io(operation.name(), "through io_uring", 0, 0, source)
         };
         for in_flight in self.entries.iter().flatten() {
             let Request { operation, tag, reply, .. } = &in_flight.request;

@@ -1,9 +1,12 @@
 //! Checked tensors on a drive: put, get and commit, without training. For stores whose manifest says
 //! content `tensors`; the file, its checksums, the copy rule and the commit are those of `store`.
 //!
-//! One thread owns all transfers ([`mover`]). A tensor in the store's own memory ([`arena`]) moves
+//! One thread owns all transfers ([`mover`]). A tensor in the store's own memory ([`arena`]) is read
 //! without a copy: its slot goes into the transfer and comes back, while tensors may look into it all
-//! the same. Whoever looks then sees old, new or mixed bytes, but never memory of another.
+//! the same. Whoever looks then sees old, new or mixed bytes, but never memory of another. What is put from
+//! there is copied by that thread, and compared with the copy at the end: bytes that their owner changed
+//! meanwhile fail the put, and no checksum is ever of other bytes than the drive was given. Who keeps all
+//! tensors in the store's memory ([`RecordTensors::start_without_copies`]) changes none under way.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -30,9 +33,10 @@ mod ticket;
 pub use arena::{Allocation, Arena};
 pub use ticket::Transfer;
 
-/// Slots through which tensors elsewhere are copied, at most.
+/// Slots through which tensors are copied, at most: half of them those that lie elsewhere, half what is put
+/// from the store's own memory.
 const STAGING_SLOTS: usize = 8;
-/// At least so many: one is filled while the other is in flight.
+/// At least so many: one of each.
 const STAGING_SLOTS_MIN: usize = 2;
 
 /// A put of a tensor that is copied chunk by chunk.
@@ -81,14 +85,14 @@ impl RecordTensors {
                 "memory of {memory_bytes} bytes: less than a page"
             )));
         }
-        Self::spawn(Self::over(store, &[(PAGE_BYTES, 0), (bytes, 1)], account)?)
+        Self::spawn(Self::over(store, &[(PAGE_BYTES, 0), (PAGE_BYTES, 0), (bytes, 1)], account)?)
     }
 
     fn spawn((mut tensors, mover): (Self, Mover)) -> Result<Self> {
         let thread = std::thread::Builder::new()
             .name("mt-tensors".into())
             .spawn(move || mover.run())
-            .map_err(|e| Error::io("start of the tensor thread", "tensors", 0, 0, e))?;
+            .map_err(|e| Error::io("start a thread of", "this process", 0, 0, e))?;
         tensors.mover = Some(thread);
         Ok(tensors)
     }
@@ -108,13 +112,16 @@ impl RecordTensors {
                 "memory of {memory_bytes} bytes: this store needs {least} at least, two chunks of {chunk} and 2 MiB"
             )));
         }
-        Self::over(store, &[(chunk, slots), (rest, 1)], "tensors")
+        let for_puts = slots / 2;
+        let sizes = [(chunk, slots - for_puts), (chunk, for_puts), (rest, 1)];
+        Self::over(store, &sizes, "tensors")
     }
 
-    /// Over memory of these two sizes: slots to copy through, and the one run of all tensors.
+    /// Over memory of these sizes: slots to copy through what lies elsewhere, and what is put from here; the
+    /// one run of all tensors.
     fn over(
         store: Arc<Store>,
-        sizes: &[(usize, usize); 2],
+        sizes: &[(usize, usize); 3],
         account: &str,
     ) -> Result<(Self, Mover)> {
         if store.manifest().content != Content::Tensors {
@@ -125,13 +132,13 @@ impl RecordTensors {
         }
         let (region, mut lists) = SlotList::cut(sizes, store.ledger(), account)?;
         let whole = lists.pop().and_then(|list| list.try_take());
-        let (Some(whole), Some(staging)) = (whole, lists.pop()) else {
+        let (Some(whole), Some(copies), Some(staging)) = (whole, lists.pop(), lists.pop()) else {
             return Err(Error::invalid("the memory was cut into other parts"));
         };
         let huge_pages = region.populate();
         let registration = store.engine().0.register(&region).err();
         let (commands, inbox) = unbounded();
-        let mover = Mover::new(Arc::clone(&store), inbox);
+        let mover = Mover::new(Arc::clone(&store), inbox, copies);
         let (arena, process) = (Arena::over(whole), std::process::id());
         let front = Self {
             store,
@@ -167,7 +174,7 @@ impl RecordTensors {
         &self.arena
     }
 
-    /// Writes a whole tensor from memory of the store, without a copy. Bytes of its last page behind
+    /// Writes a whole tensor from memory of the store, in the background. Bytes of its last page behind
     /// the tensor are zeroed. From memory made for fewer bytes, of whole chunks, only the front of the
     /// tensor is written; the rest stays as it was.
     ///

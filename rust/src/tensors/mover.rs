@@ -12,9 +12,9 @@ use crossbeam_channel::{Receiver, Select, Sender, unbounded};
 
 use crate::error::{Error, Result};
 use crate::io::engine::{Completion, Operation, Request};
-use crate::memory::slot::Slot;
-use crate::store::checksum;
-use crate::store::{Entry, ReadPlan, Sequence, Sequenced, Store, Table};
+use crate::memory::slot::{Slot, SlotList};
+use crate::store::checksum::{self, Binding};
+use crate::store::{ReadPlan, Sequence, Sequenced, Store, Table, WritePlan};
 use crate::tensors::arena::Allocation;
 use crate::tensors::ticket::Outcome;
 use crate::units::Group;
@@ -52,6 +52,8 @@ struct Progress {
     started: usize,
     in_flight: usize,
     failed: Option<Error>,
+    /// What was written of each chunk, where that was a copy.
+    copied: Vec<(usize, Binding, Vec<u32>)>,
 }
 
 /// Where the slots of a transfer go when it has ended.
@@ -91,8 +93,19 @@ struct Pending {
 }
 
 enum Plan {
-    Read { transfer: u64, chunk: usize, plan: ReadPlan },
-    Write { transfer: u64, chunk: usize, offset: u64, bytes: usize, entry: Entry, sums: Vec<u32> },
+    Read {
+        transfer: u64,
+        chunk: usize,
+        plan: ReadPlan,
+    },
+    Write {
+        transfer: u64,
+        chunk: usize,
+        plan: WritePlan,
+        bytes: usize,
+        sums: Vec<u32>,
+        copied: bool,
+    },
     Sequence,
 }
 
@@ -113,6 +126,10 @@ pub(super) struct Mover {
     next_transfer: u64,
     pending: HashMap<u64, Pending>,
     next_tag: u64,
+    /// What is put from memory that its owner could change is copied into these; none for who never does.
+    copies: SlotList,
+    /// What is free of the slot that was taken last.
+    copy_rest: Option<Slot>,
     in_flight_bytes: usize,
     pub(super) in_flight_bytes_max: usize,
     /// Chunks in flight: how many reads, or a write.
@@ -126,7 +143,7 @@ pub(super) struct Mover {
 }
 
 impl Mover {
-    pub(super) fn new(store: Arc<Store>, inbox: Receiver<Command>) -> Self {
+    pub(super) fn new(store: Arc<Store>, inbox: Receiver<Command>, copies: SlotList) -> Self {
         let (reply, completions) = unbounded();
         let working = Table::clone(&store.committed().table);
         Self {
@@ -140,6 +157,8 @@ impl Mover {
             next_transfer: 0,
             pending: HashMap::new(),
             next_tag: 0,
+            copies,
+            copy_rest: None,
             in_flight_bytes: 0,
             in_flight_bytes_max: IN_FLIGHT_BYTES,
             busy: HashMap::new(),
@@ -258,11 +277,27 @@ impl Mover {
         if writes && !self.store.is_writable() && self.store.check().is_ok() {
             return self.start_writing(id);
         }
-        let Some(slot) = transfer.parts[transfer.state.started].take() else { return true };
+        let is_shared = writes && matches!(transfer.home, Home::Allocation(..));
+        let copied = is_shared && self.copies.count() > 0;
+        let part = &mut transfer.parts[transfer.state.started];
+        let slot = if copied {
+            let Some(source) = part else { return true };
+            let Some(mut slot) = free_copy(&self.copies, &mut self.copy_rest, source.len()) else {
+                return false;
+            };
+            slot.copy_from_slice(source);
+            slot
+        } else {
+            let Some(slot) = part.take() else { return true };
+            slot
+        };
         transfer.state.started += 1;
         transfer.state.in_flight += 1;
-        let planned =
-            if writes { self.plan_write(id, chunk, &slot) } else { self.plan_read(id, chunk) };
+        let planned = if writes {
+            self.plan_write(id, chunk, &slot, copied)
+        } else {
+            self.plan_read(id, chunk)
+        };
         match planned {
             Ok(plan) => {
                 let busy = self.busy.entry(chunk).or_default();
@@ -270,7 +305,7 @@ impl Mover {
                 self.in_flight_bytes += slot.len();
                 self.submit(Pending { plan, again: false }, Some(slot));
             }
-            Err(error) => self.part_ended(id, chunk, Some(slot), Err(error)),
+            Err(error) => self.part_ended(id, chunk, Some(slot).filter(|_| !copied), Err(error)),
         }
         true
     }
@@ -299,18 +334,21 @@ impl Mover {
         Ok(Plan::Read { transfer, chunk, plan })
     }
 
-    fn plan_write(&self, transfer: u64, chunk: usize, bytes: &[u8]) -> Result<Plan> {
+    fn plan_write(&self, transfer: u64, chunk: usize, bytes: &[u8], copied: bool) -> Result<Plan> {
         self.store.check()?;
         let plan = self.store.plan_write(&self.working, chunk, Group::Weight, 1)?;
         let sums = checksum::sums_on_this_thread(&plan.binding, bytes);
-        let (offset, entry, bytes) = (plan.offset, plan.entry, bytes.len());
-        Ok(Plan::Write { transfer, chunk, offset, bytes, entry, sums })
+        Ok(Plan::Write { transfer, chunk, plan, bytes: bytes.len(), sums, copied })
     }
 
     fn torn_error(&self, chunk: usize, cause: Option<&Error>) -> Error {
         let record = self.store.layout().chunks()[chunk].record;
         let name = &self.store.manifest().records[record].name;
-        let cause = cause.map_or_else(|| "it was interrupted".to_owned(), Error::to_string);
+        let cause = match cause {
+            None => "it was interrupted".to_owned(),
+            Some(Error::Changed { .. }) => "it was changed meanwhile".to_owned(),
+            Some(error) => error.to_string(),
+        };
         Error::invalid(format!(
             "the last put of tensor {name} was not finished ({cause}): put it again, or close the store without a \
              commit"
@@ -321,7 +359,9 @@ impl Mover {
     fn submit(&mut self, pending: Pending, slot: Option<Slot>) {
         let (operation, chunk, offset, bytes) = match &pending.plan {
             Plan::Read { plan, chunk, .. } => (Operation::Read, *chunk, plan.offset, plan.bytes),
-            Plan::Write { chunk, offset, bytes, .. } => (Operation::Write, *chunk, *offset, *bytes),
+            Plan::Write { chunk, plan, bytes, .. } => {
+                (Operation::Write, *chunk, plan.offset, *bytes)
+            }
             Plan::Sequence => return,
         };
         let drive = self.store.layout().chunks()[chunk].drive;
@@ -371,11 +411,18 @@ impl Mover {
                 }
                 (transfer, chunk)
             }
-            Plan::Write { transfer, chunk, entry, sums, .. } => {
+            Plan::Write { transfer, chunk, plan, sums, copied, .. } => {
                 if result.is_ok() {
                     let layout = self.store.layout();
-                    self.working.set(layout, chunk, Group::Weight, entry, &sums);
+                    self.working.set(layout, chunk, Group::Weight, plan.entry, &sums);
                     self.torn.remove(&chunk);
+                }
+                if copied {
+                    // The slot goes back to its list; what it was copied from never left.
+                    slot = None;
+                    if let Some(transfer) = self.transfers.get_mut(&transfer) {
+                        transfer.state.copied.push((chunk, plan.binding, sums));
+                    }
                 }
                 self.touched = true;
                 (transfer, chunk)
@@ -393,7 +440,9 @@ impl Mover {
     fn part_ended(&mut self, id: u64, chunk: usize, slot: Option<Slot>, result: Result) {
         let Some(transfer) = self.transfers.get_mut(&id) else { return };
         transfer.state.in_flight -= 1;
-        transfer.parts[chunk - transfer.first_chunk] = slot;
+        if let Some(slot) = slot {
+            transfer.parts[chunk - transfer.first_chunk] = Some(slot);
+        }
         if let Err(error) = result {
             // What the next call would be told is told to this one, too.
             let error = self.store.check().err().unwrap_or(error);
@@ -407,13 +456,43 @@ impl Mover {
         }
     }
 
+    /// What the owners of all that is being put may do to it.
+    #[cfg(test)]
+    pub(super) fn change_what_is_put(&mut self, value: u8) {
+        let puts = self.transfers.values_mut().filter(|t| t.operation == Operation::Write);
+        puts.flat_map(|put| put.parts.iter_mut().flatten()).for_each(|part| part.fill(value));
+    }
+
+    /// Whether a put's memory still holds what was copied of each chunk: if all do, the copies are the bytes of
+    /// this moment. If not, its owner changed it, and nobody may take the tensor for whole.
+    fn compare_with_copies(&mut self, transfer: &mut Flight) {
+        for (chunk, binding, sums) in std::mem::take(&mut transfer.state.copied) {
+            let part = transfer.parts[chunk - transfer.first_chunk].as_deref();
+            let is_same = part.is_some_and(|bytes| {
+                checksum::verify_on_this_thread(&binding, bytes, &sums).is_ok()
+            });
+            if is_same {
+                continue;
+            }
+            let record = self.store.layout().chunks()[chunk].record;
+            let tensor = self.store.manifest().records[record].name.clone();
+            let changed = Error::Changed { tensor };
+            // A put behind this one may have written the chunk anew.
+            if self.working.sums(self.store.layout(), chunk, Group::Weight) == sums {
+                self.torn.insert(chunk, Some(changed.clone()));
+            }
+            transfer.state.failed.get_or_insert(changed);
+        }
+    }
+
     /// Hands a transfer's memory back and answers, if nothing of it is left to do.
     fn finish(&mut self, id: u64) {
         let is_over = |t: &Flight| t.state.in_flight == 0 && t.state.started == t.parts.len();
         if !self.transfers.get(&id).is_some_and(is_over) {
             return;
         }
-        let Some(transfer) = self.transfers.remove(&id) else { return };
+        let Some(mut transfer) = self.transfers.remove(&id) else { return };
+        self.compare_with_copies(&mut transfer);
         let Flight { parts, home, done, state, .. } = transfer;
         let parts: Option<Vec<Slot>> = parts.into_iter().collect();
         let whole = parts.and_then(|parts| parts.into_iter().reduce(Slot::join));
@@ -430,6 +509,18 @@ impl Mover {
         // Nobody may wait for it.
         let _ = done.send(outcome);
     }
+}
+
+/// A part of the free memory for copies; `None` until more of it is free.
+fn free_copy(copies: &SlotList, rest: &mut Option<Slot>, bytes: usize) -> Option<Slot> {
+    if rest.as_ref().is_none_or(|rest| rest.len() < bytes) {
+        // Let go first: it could be what keeps the last slot from its list.
+        *rest = None;
+        *rest = copies.try_take();
+    }
+    let (front, left) = rest.take()?.split_at(bytes);
+    *rest = Some(left).filter(|left| !left.is_empty());
+    Some(front)
 }
 
 impl Drop for Mover {

@@ -312,3 +312,50 @@ fn the_front_of_a_tensor_moves_alone_in_whole_chunks() {
         assert!(refused.contains("its first whole chunks"), "{refused}");
     }
 }
+
+impl Process {
+    /// Starts a put, as far as it goes before the drive does anything.
+    fn start_put(&mut self, record: usize, value: u8) -> Transfer {
+        let ticket = self.put(record, value);
+        assert!(self.go_on(&ticket, &mut 0).is_none(), "the drive has done nothing");
+        ticket
+    }
+}
+
+/// A tensor in the store's memory that its owner changed while it was put was committed with the checksum of
+/// what it had been: reading it was an error for good, which said to check the drive.
+#[test]
+fn a_tensor_that_is_changed_while_it_is_put_fails_the_put_and_is_never_committed() {
+    let machine = Machine::new(1, Durability::Step);
+    let mut process = machine.open().expect("opened");
+    let ticket = process.put(0, 1);
+    process.finish(&ticket).expect("put");
+    let ticket = process.start_put(0, 2);
+    process.mover.change_what_is_put(3);
+    let error = process.finish(&ticket).expect_err("it was changed");
+    assert!(matches!(&error, Error::Changed { tensor } if tensor == "layer.0"), "{error}");
+    let ticket = process.front.commit().expect("sent");
+    let refused = process.finish(&ticket).expect_err("not whole").to_string();
+    assert!(refused.contains("put it again"), "{refused}");
+    process.value(0).expect_err("not whole");
+    let ticket = process.put(0, 4);
+    process.finish(&ticket).expect("put");
+    let ticket = process.front.commit().expect("sent");
+    process.finish(&ticket).expect("committed");
+    assert_eq!(process.values(), [4, 0, 0]);
+    process.drive.set_by_hand(false);
+    assert!(process.front.store().verify(&mut |_, _| true).expect("read").damaged.is_empty());
+}
+
+/// What the drive is given is not what its owner may change back in time.
+#[test]
+fn a_tensor_that_is_as_it_was_when_its_put_ends_is_written_as_it_was() {
+    let machine = Machine::new(1, Durability::Step);
+    let mut process = machine.open().expect("opened");
+    let ticket = process.start_put(0, 5);
+    process.mover.change_what_is_put(6);
+    while process.drive.deliver() {}
+    process.mover.change_what_is_put(5);
+    process.finish(&ticket).expect("put");
+    assert_eq!(process.value(0).expect("read"), 5);
+}

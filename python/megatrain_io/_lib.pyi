@@ -120,6 +120,10 @@ class StoreCreator:
     def __new__(
         cls, paths: Sequence[str | PathLike[str]], manifest: bytes, engine: str, ledger: Ledger
     ) -> StoreCreator: ...
+    @property
+    def uuid(self) -> str:
+        """UUID of the store that is being made."""
+
     def chunks(self) -> list[tuple[int, int, int]]:
         """``(record, start, parameters)`` of every chunk."""
 

@@ -37,6 +37,7 @@ from megatrain_io.runs.model_files import digests_of
 from megatrain_io.runs.provenance import Provenance, described
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
+from megatrain_io.store.inspect import remove_store
 from megatrain_io.store.layout import Chunk, Durability, ModelLayout, Precision, TensorPlace
 from megatrain_io.store.paged_store import Engine, Ledger, StoreCreator
 from megatrain_io.text import visible
@@ -87,8 +88,9 @@ def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning 
         ModelFilesError: a value is infinite or not a number; the message names the tensor, and how many there are.
         NoSpaceError, FormatError, StoreInUseError, StorageError: it cannot be made.
     """
-    creator = StoreCreator(paths, layout.manifest(model), engine, ledger or Ledger())
+    creator = None
     try:
+        creator = StoreCreator(paths, layout.manifest(model), engine, ledger or Ledger())
         for chunk in layout.chunks:
             values, dtype = _chunk_values(layout, chunk, read)
             creator.write_chunk(chunk.index, values, dtype)
@@ -97,7 +99,9 @@ def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning 
                 progress(chunk.index + 1, len(layout.chunks))
         return creator.finish(blob)
     except BaseException:
-        creator.abandon()
+        if creator is not None:
+            creator.abandon()
+            remove_store(paths, creator.uuid)
         raise
 
 

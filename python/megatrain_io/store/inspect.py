@@ -4,14 +4,15 @@ Which of its states can be trusted is decided by opening it, in ``paged_store``.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatrain_io import _lib
+from megatrain_io.errors import MegatrainIoError
 
-__all__ = ["HeldFile", "Owner", "StoreInfo", "held", "owner_of", "store_info", "waiting_line"]
+__all__ = ["HeldFile", "Owner", "StoreInfo", "held", "owner_of", "remove_store", "store_info", "waiting_line"]
 
 HeldFile = _lib.HeldFile
 
@@ -102,3 +103,16 @@ def held(path: Path) -> Iterator[HeldFile]:
         yield file
     finally:
         file.release()
+
+
+def remove_store(paths: Sequence[Path], uuid: str) -> None:
+    """Remove the files of a store that was just made and is of no use, if they are there; nobody else's.
+
+    Making a store blocks signals until it has its name: what is raised then finds it finished. Its error is the one
+    to report, so what cannot be removed is left.
+    """
+    with suppress(MegatrainIoError, OSError):
+        if store_info(*paths).uuid == uuid:
+            for path in paths:
+                with held(path) as file:
+                    file.remove()

@@ -1,6 +1,7 @@
 """What a store of tensors holds, shapes and dtypes, and how its manifest says so."""
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,14 @@ import torch
 
 from megatrain_io.errors import ConfigError, FormatError, UnsupportedError
 
-__all__ = ["DTYPES", "TensorSpec", "manifest_of", "spec_from", "specs_of"]
+__all__ = ["DTYPES", "TensorSpec", "checked_specs", "least_memory", "manifest_of", "spec_from", "specs_of"]
 
 _CHUNK_BYTES = 8 << 20
 _ALIGNMENT = 128
+_PAGE, _HUGE_PAGE = 4 << 10, 2 << 20
+_NAME_BYTES_MAX = 512
+_TENSORS_MAX = _CHUNKS_MAX = 1 << 20
+_NBYTES_MAX = 1 << 44
 # Every dtype of torch with elements of whole bytes; an older torch may lack some.
 _DTYPE_NAMES = [
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
@@ -43,16 +48,87 @@ def spec_from(name: str, value: Any) -> TensorSpec:
     Raises:
         ConfigError: it gives none, or a dtype that cannot be stored.
     """
-    if isinstance(value, tuple) and len(value) == 2:  # noqa: PLR2004 - shape and dtype
-        shape, dtype = value
-    else:
-        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else None
-    if sizes is None or not all(type(size) is int and size >= 0 for size in sizes):
-        raise ConfigError(f"tensor {name!r}: give (shape, dtype), or a tensor; got {value!r:.100}")
-    if dtype not in _NAMES:
-        raise ConfigError(f"tensor {name!r}: dtype {dtype} cannot be stored; these can: {', '.join(DTYPES)}")
+    shape: Any
+    dtype: Any
+    match value:
+        case torch.Tensor() | TensorSpec():
+            shape, dtype = value.shape, value.dtype
+        case (shape, dtype):
+            pass
+        case _:
+            raise ConfigError(
+                f"tensor {name!r}: give (shape, dtype), or a tensor of torch; got {value!r:.100}"
+            )
+    sizes = _sizes(shape)
+    if sizes is None:
+        raise ConfigError(
+            f"tensor {name!r}: a shape is a tuple of whole numbers from 0, such as (1000, 64); got {shape!r:.100}"
+        )
+    if not isinstance(dtype, torch.dtype) or dtype not in _NAMES:
+        raise ConfigError(
+            f"tensor {name!r}: dtype {dtype!r:.50} cannot be stored; these of torch can: {', '.join(DTYPES)}"
+        )
     return TensorSpec(sizes, dtype)
+
+
+def _sizes(shape: Any) -> tuple[int, ...] | None:
+    """A shape as plain integers, also from numpy's; None if it is none."""
+    try:
+        sizes = tuple(shape)
+        if any(isinstance(size, bool) for size in sizes):
+            return None
+        whole = tuple(operator.index(size) for size in sizes)
+    except (TypeError, RuntimeError):
+        return None  # also a nested tensor, which has no one shape
+    return whole if all(size >= 0 for size in whole) else None
+
+
+def checked_specs(tensors: Any) -> dict[str, TensorSpec]:
+    """Shape and dtype of each tensor that a store is to be made for.
+
+    Raises:
+        ConfigError: a name, shape or dtype that cannot be, or more of them than a store can hold.
+    """
+    if not isinstance(tensors, Mapping):
+        raise ConfigError(
+            f"tensors is {type(tensors).__name__}: give a mapping from name to (shape, dtype), or to a tensor"
+        )
+    specs: dict[str, TensorSpec] = {}
+    for name, value in tensors.items():
+        _check_name(name)
+        specs[name] = spec_from(name, value)
+    chunks = sum(-(-max(spec.nbytes, 1) // _CHUNK_BYTES) for spec in specs.values())
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    for found, limit, what in (
+        (len(specs), _TENSORS_MAX, "tensors"),
+        (nbytes, _NBYTES_MAX, "bytes"),
+        (chunks, _CHUNKS_MAX, f"chunks of {_CHUNK_BYTES >> 20} MiB (each tensor takes one at least)"),
+    ):
+        if found > limit:
+            raise ConfigError(f"{found} {what}: a store holds {limit} at most. Make several stores")
+    if not specs:
+        raise ConfigError("no tensors: a store is made with the names and shapes of all that it will hold")
+    return specs
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(f"the name {name!r:.50} is {type(name).__name__}: names of tensors are text")
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        raise ConfigError(f"the name {name[:40]!r} is not text that can be written as UTF-8") from None
+    if not 0 < length <= _NAME_BYTES_MAX or "\0" in name:
+        raise ConfigError(
+            f"the name {name[:40]!r} has {length} bytes: 1 to {_NAME_BYTES_MAX} without NUL are possible"
+        )
+
+
+def least_memory(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes that a store of these tensors needs to move any of them: two of its largest chunks, and a huge page."""
+    largest = max((min(spec.nbytes, _CHUNK_BYTES) for spec in specs.values()), default=0)
+    extent = max(_PAGE, -(-largest // _PAGE) * _PAGE)
+    return -(-2 * extent // _HUGE_PAGE) * _HUGE_PAGE + _HUGE_PAGE
 
 
 def manifest_of(

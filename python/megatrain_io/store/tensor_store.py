@@ -6,13 +6,14 @@ store in training. ``docs/tensor_store.md`` says what it promises.
 
 import difflib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from torch.utils.dlpack import from_dlpack
 
 from megatrain_io.errors import (
     ConfigError,
+    DoesNotFitError,
     MegatrainIoError,
     PoolExhaustedError,
 )
+from megatrain_io.machine.memory import usable_ram
 from megatrain_io.store.advice import notes_of
-from megatrain_io.store.inspect import waiting_line
+from megatrain_io.store.inspect import remove_store, waiting_line
 from megatrain_io.store.paged_store import (
     Engine,
     Ledger,
@@ -34,7 +37,7 @@ from megatrain_io.store.paged_store import (
     Transfer,
     verified,
 )
-from megatrain_io.store.tensor_manifest import TensorSpec, manifest_of, spec_from, specs_of
+from megatrain_io.store.tensor_manifest import TensorSpec, checked_specs, least_memory, manifest_of, specs_of
 from megatrain_io.store.verify import VerifyReport
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ __all__ = ["PrefetchTicket", "TensorStore", "Ticket"]
 
 Durability = Literal["step", "scratch"]
 
+_DRIVES_MAX = 16
+_MANIFEST_BYTES_MAX = 256 << 20
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
@@ -111,15 +116,18 @@ class TensorStore:
         self.ledger = ledger
         self._turn = threading.RLock()
         self._prefetched: dict[str, PrefetchTicket] = {}
-        self._store = Store(paths, engine, ledger, waiting_line(path))
+        opened: Store | None = None
         try:
+            opened = self._store = Store(paths, engine, ledger, waiting_line(path))
             manifest = json.loads(self._store.manifest)
             self._specs = specs_of(manifest, path)
             self.durability: Durability = manifest["durability"]
             self._records = {name: record for record, name in enumerate(self._specs)}
+            _check_memory(memory, self._specs)
             self._tensors = RecordTensors(self._store, memory)
         except BaseException:
-            self._store.close()
+            if opened is not None:
+                opened.close()
             raise
 
     @classmethod
@@ -148,13 +156,23 @@ class TensorStore:
             ConfigError: a dtype, name or size that cannot be.
             NoSpaceError, FormatError, UnsupportedError, StorageError: nothing is left behind.
         """
-        memory = _nbytes(memory)
-        specs = {name: spec_from(name, value) for name, value in tensors.items()}
-        ledger = ledger or Ledger()
-        text = json.dumps(manifest_of(specs, durability)).encode()
-        paths = _paths(path)
-        StoreCreator(paths, text, engine, ledger).finish(b"")
-        return cls(paths, engine=engine, memory=memory, ledger=ledger)
+        paths, memory = _paths(path), _nbytes(memory)
+        _check_choice("durability", durability, get_args(Durability))
+        _check_choice("engine", engine, get_args(Engine))
+        ledger = _checked(ledger)
+        specs = checked_specs(tensors)
+        _check_memory(memory, specs)  # before anything is written
+        text = _manifest_text(specs, durability)
+        creator = None
+        try:
+            creator = StoreCreator(paths, text, engine, ledger)
+            creator.finish(b"")
+            return cls(paths, engine=engine, memory=memory, ledger=ledger)
+        except BaseException:
+            if creator is not None:
+                creator.abandon()
+                remove_store(paths, creator.uuid)
+            raise
 
     @classmethod
     def open(
@@ -180,7 +198,8 @@ class TensorStore:
             FormatError: it is no store of tensors; with ``from_older_state``, both states are damaged.
             StoreInUseError, CorruptionError, UnsupportedError, StorageError: it cannot be opened, and is as it was.
         """
-        paths, memory, ledger = _paths(path), _nbytes(memory), ledger or Ledger()
+        paths, memory, ledger = _paths(path), _nbytes(memory), _checked(ledger)
+        _check_choice("engine", engine, get_args(Engine))
         if from_older_state:
             store = Store(paths, engine, ledger, waiting_line(paths[0]))
             try:
@@ -200,6 +219,8 @@ class TensorStore:
         Raises:
             ConfigError: the store has no tensor of that name.
         """
+        if not isinstance(name, str):
+            raise ConfigError(f"the name {name!r:.50} is {type(name).__name__}: names of tensors are text")
         if name not in self._specs:
             close = difflib.get_close_matches(name, self._specs, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f": it has {len(self._specs)} tensors"
@@ -299,6 +320,7 @@ class TensorStore:
             PoolExhaustedError: it does not fit what is free of the memory.
             StoreFailedError, UsedAfterForkError: it cannot be read.
         """
+        self.spec(name)
         with self._turn:
             found = self._prefetched.get(name) or self._read(name)
             if found is None:
@@ -395,9 +417,14 @@ class TensorStore:
             if self._prefetched.get(name) is ticket:
                 del self._prefetched[name]
 
-    def _bytes_of(self, name: str, tensor: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    def _bytes_of(self, name: str, tensor: Any) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         """The bytes of a tensor that fits ``name``, without a copy."""
         spec = self.spec(name)
+        if not isinstance(tensor, Tensor) or tensor.is_nested:
+            what = "a nested tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ConfigError(
+                f"tensor {name!r} was given as {what}: give a tensor of torch (torch.from_numpy, torch.tensor)"
+            )
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ConfigError(
                 f"tensor {name!r} has shape {spec.shape} and dtype {spec.dtype}, and was given shape "
@@ -418,7 +445,13 @@ class TensorStore:
                 f"tensor {name!r} was given in a form that is not contiguous: call .contiguous() (a lazy conjugate: "
                 ".resolve_conj(), .resolve_neg())"
             )
-        return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        try:
+            return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"tensor {name!r} has no memory of its own that can be read ({error}): give a plain tensor, outside of "
+                "vmap, grad and fake modes"
+            ) from error
 
     def _exhausted(self, name: str) -> NoReturn:
         free, longest = self._tensors.free_nbytes()
@@ -435,13 +468,60 @@ def _tensor_over(buffer: Any, spec: TensorSpec) -> Tensor:
     return flat.view(spec.dtype).view(spec.shape)
 
 
-def _paths(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    return [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
+def _paths(path: Any) -> list[Path]:
+    paths = [path] if isinstance(path, str | Path) else path
+    if not isinstance(paths, Sequence) or not all(isinstance(each, str | Path) for each in paths):
+        raise ConfigError(
+            f"path is {path!r:.100}: give the path of a file, or a list of them, one for each drive"
+        )
+    if not 0 < len(paths) <= _DRIVES_MAX:
+        raise ConfigError(f"{len(paths)} paths: a store has 1 to {_DRIVES_MAX} files, one for each drive")
+    for each in paths:
+        text = str(each)
+        if not text or "\0" in text:
+            raise ConfigError(f"path is {text!r:.100}: that cannot name a file")
+        try:
+            os.fsencode(text)
+        except UnicodeEncodeError:
+            raise ConfigError(f"path is {text!r:.100}: that cannot name a file on this system") from None
+    return [Path(each) for each in paths]
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r:.50}: it must be one of {', '.join(allowed)}")
+
+
+def _checked(ledger: Ledger | None) -> Ledger:
+    if ledger is not None and not isinstance(ledger, Ledger):
+        raise ConfigError(f"ledger is {type(ledger).__name__}: give a Ledger, or nothing")
+    return ledger or Ledger()
+
+
+def _check_memory(memory: int, specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse memory that is too little to move any tensor, or more than the machine has: it is populated at once."""
+    if memory < (least := least_memory(specs)):
+        raise ConfigError(f"memory is {memory} bytes: this store needs {least} at least")
+    free, because = usable_ram()
+    if memory > free:
+        raise DoesNotFitError(
+            f"memory is {memory} bytes, and {free} bytes of RAM are free ({because}): give less, or end other programs"
+        )
+
+
+def _manifest_text(specs: Mapping[str, TensorSpec], durability: str) -> bytes:
+    text = json.dumps(manifest_of(specs, durability), separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > _MANIFEST_BYTES_MAX:
+        raise ConfigError(
+            f"the names and shapes of these {len(specs)} tensors take {len(text)} bytes, and a store has room for "
+            f"{_MANIFEST_BYTES_MAX}: choose shorter names, or make several stores"
+        )
+    return text
 
 
 def _nbytes(size: int | str) -> int:
     """Bytes of a size such as ``"1.5GiB"``."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)", str(size).strip())
-    if found is None:
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT]iB|B|)", str(size).strip())
+    if found is None or isinstance(size, bool):
         raise ConfigError(f"memory is {size!r}: give bytes, or a number with KiB, MiB, GiB or TiB")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -53,6 +53,7 @@ impl Ledger {
 pub(crate) struct StoreCreator {
     inner: Mutex<Option<(store::StoreCreator, Slot)>>,
     chunks: Vec<Chunk>,
+    uuid: [u8; 16],
 }
 
 #[pymethods]
@@ -76,9 +77,16 @@ impl StoreCreator {
                 .max()
                 .unwrap_or(0);
             let slot = Slot::standalone(largest, &ledger.inner, "import")?;
-            Ok(Self { inner: Mutex::new(Some((creator, slot))), chunks })
+            let uuid = creator.uuid()?;
+            Ok(Self { inner: Mutex::new(Some((creator, slot))), chunks, uuid })
         })
         .map_err(raise)
+    }
+
+    /// UUID of the store that is being made.
+    #[getter]
+    fn uuid(&self) -> String {
+        uuid_text(self.uuid)
     }
 
     /// `(record, start, parameters)` of every chunk.

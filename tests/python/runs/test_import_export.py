@@ -22,11 +22,12 @@ from megatrain_io.errors import (
     UnsupportedModelError,
 )
 from megatrain_io.models.hub_names import Piece
+from megatrain_io.runs import import_model as import_module
 from megatrain_io.runs.export_model import export_model
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import import_model
 from megatrain_io.runs.state import TrainerState
-from megatrain_io.store.paged_store import AdamWStep, PagedStore
+from megatrain_io.store.paged_store import AdamWStep, PagedStore, StoreCreator
 from model_sources import (
     BF16,
     ENGINE,
@@ -328,6 +329,29 @@ def stop(done, _total):
 def test_an_import_that_is_stopped_leaves_nothing(tmp_path, source, run):
     with pytest.raises(KeyboardInterrupt):
         bring_in(source, run, stores=[tmp_path / "fast" / "disk" / "store"], progress=stop)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_an_import_that_is_stopped_when_its_store_has_its_name_leaves_nothing(
+    tmp_path, source, run, monkeypatch
+):
+    """Making it durable takes seconds in which no signal is looked at: Ctrl-C comes when the store is finished."""
+
+    class Interrupted:
+        def __init__(self, *arguments):
+            self._creator = StoreCreator(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(self._creator, name)
+
+        def finish(self, blob):
+            self._creator.finish(blob)
+            assert run.own_store.exists()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module, "StoreCreator", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        import_model(source, run)
     assert list(tmp_path.iterdir()) == [source]
 
 

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_tensor_store import ENVIRONMENT, MEMORY, created
@@ -18,10 +19,12 @@ from megatrain_io.errors import (
     ConfigError,
     FormatError,
     MegatrainIoError,
+    StorageError,
     StoreFailedError,
     UsedAfterForkError,
 )
 from megatrain_io.store import tensor_manifest, tensor_store
+from megatrain_io.store.inspect import remove_store
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import Ledger, PagedStore, StoreCreator
 
@@ -94,8 +97,30 @@ def test_a_closed_store_says_so_and_closes_twice(store):
     [
         ({"memory": "much"}, "memory is 'much'"),
         ({"tensors": {"w": ((2,), torch.qint8)}}, "dtype torch.qint8 cannot be stored"),
-        ({"tensors": {"w": ((-1,), torch.uint8)}}, r"give \(shape, dtype\)"),
+        ({"tensors": {"w": ((-1,), torch.uint8)}}, r"a shape is a tuple of whole numbers"),
+        ({"tensors": {"w": (3, torch.uint8)}}, r"a shape is a tuple of whole numbers"),
+        ({"tensors": {"w": ((True,), torch.uint8)}}, r"a shape is a tuple of whole numbers"),
+        ({"tensors": {"w": ((2,), "uint8")}}, "dtype 'uint8' cannot be stored; these of torch can"),
+        ({"tensors": {"w": ((2,), [1])}}, r"dtype \[1\] cannot be stored"),
         ({"tensors": {"w": 7}}, r"give \(shape, dtype\)"),
+        ({"tensors": {"w": np.zeros(2)}}, r"give \(shape, dtype\), or a tensor of torch"),
+        ({"tensors": ["w"]}, "tensors is list: give a mapping"),
+        ({"tensors": None}, "tensors is NoneType: give a mapping"),
+        ({"tensors": {}}, "no tensors"),
+        ({"tensors": {3: ((2,), torch.uint8)}}, "the name 3 is int: names of tensors are text"),
+        ({"tensors": {"": ((2,), torch.uint8)}}, "has 0 bytes: 1 to 512"),
+        ({"tensors": {"a\0": ((2,), torch.uint8)}}, "without NUL"),
+        ({"tensors": {"a" * 513: ((2,), torch.uint8)}}, "has 513 bytes: 1 to 512"),
+        ({"tensors": {"\ud800": ((2,), torch.uint8)}}, "not text that can be written"),
+        ({"tensors": {"w": ((10**30,), torch.uint8)}}, "bytes: a store holds 17592186044416 at most"),
+        ({"memory": None}, "memory is None"),
+        ({"memory": -1}, "memory is -1"),
+        ({"memory": True}, "memory is True"),
+        ({"memory": 1000}, "memory is 1000 bytes: this store needs 4194304 at least"),
+        ({"memory": "900TiB"}, "bytes of RAM are free"),
+        ({"durability": "never"}, "durability is 'never': it must be one of step, scratch"),
+        ({"engine": "steam"}, "engine is 'steam': it must be one of auto, uring, threads"),
+        ({"ledger": 3}, "ledger is int"),
     ],
 )
 def test_what_cannot_be_created_leaves_nothing_behind(tmp_path, options, message):
@@ -103,14 +128,166 @@ def test_what_cannot_be_created_leaves_nothing_behind(tmp_path, options, message
     with pytest.raises(ConfigError, match=message):
         created(tmp_path / "store", **options)
     assert list(tmp_path.iterdir()) == []
+    if "tensors" not in options:  # what opening is given, too
+        created(tmp_path / "store", {"w": ((2,), torch.uint8)}).close()
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x", "", "a\0", "\ud800", [], [None], ["x"] * 17])
+def test_what_is_no_path_is_refused(path):
+    for call in (lambda: created(path, {"w": ((2,), torch.uint8)}), lambda: TensorStore.open(path)):
+        with pytest.raises(ConfigError, match="path"):
+            call()
+
+
+def test_more_than_a_store_holds_is_told_with_the_limit(tmp_path, monkeypatch):
+    """60,000 tensors were "the model's configuration has 1080013 bytes, the limit is 1048576"."""
+    spec = {str(number): ((2,), torch.uint8) for number in range(5)}
+    for name, limit, message in [
+        ("_TENSORS_MAX", 4, "5 tensors: a store holds 4 at most"),
+        ("_CHUNKS_MAX", 4, "5 chunks of 8 MiB"),
+        ("_NBYTES_MAX", 9, "10 bytes: a store holds 9"),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(tensor_manifest, name, limit)
+            with pytest.raises(ConfigError, match=message):
+                created(tmp_path / "store", spec)
+    monkeypatch.setattr(tensor_store, "_MANIFEST_BYTES_MAX", 500)
+    with pytest.raises(ConfigError, match="names and shapes of these 5 tensors"):
+        created(tmp_path / "store", spec)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_sixty_thousand_tensors(tmp_path):
+    count = 60_000
+    spec = {f"layers.{number}.weight": ((2, 3), torch.float32) for number in range(count)}
+    with created(tmp_path / "store", spec, durability="scratch") as store:
+        for number in (0, count // 2, count - 1):
+            store.put(f"layers.{number}.weight", torch.full((2, 3), float(number)))
+    with TensorStore.open(tmp_path / "store", memory=MEMORY) as store:
+        assert store.names == tuple(spec)
+        assert bool((store.get(f"layers.{count - 1}.weight") == count - 1).all())
+    (tmp_path / "store").unlink()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StorageError("of the test")])
+@pytest.mark.parametrize("name", ["Store", "RecordTensors", "specs_of"])
+def test_a_creation_that_fails_later_leaves_nothing_behind(tmp_path, monkeypatch, name, error):
+    """Too little memory left the reserved file there, and the second try said that there is already one."""
+
+    def failing(*_arguments):
+        raise error
+
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_store, name, failing)
+        with pytest.raises((KeyboardInterrupt, StorageError)):
+            created(paths, {"w": ((2,), torch.uint8)})
+    assert list(tmp_path.iterdir()) == []
+    created(paths, {"w": ((2,), torch.uint8)}).close()
+
+
+def test_an_interrupt_anywhere_in_a_creation_leaves_nothing_behind(tmp_path):
+    """At every line of it that Python runs, as Ctrl-C comes: also just behind the call that names the store."""
+
+    def create(stop):
+        lines = 0
+
+        def trace(frame, event, _argument):
+            nonlocal lines
+            if "megatrain_io/store/tensor_store" not in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == stop:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            return created(tmp_path / "store", {"w": ((2,), torch.uint8)})
+        finally:
+            sys.settrace(before)
+
+    for stop in range(1, 200):
+        try:
+            store = create(stop)
+        except KeyboardInterrupt:
+            assert list(tmp_path.iterdir()) == [], f"line {stop}"
+        else:
+            store.close()
+            assert stop > 30
+            return
+    pytest.fail("it never came to an end")
+
+
+def test_a_store_of_somebody_else_is_not_removed_with_ones_own(tmp_path):
+    created(tmp_path / "store", {"w": ((2,), torch.uint8)}).close()
+    with pytest.raises(FormatError, match="already a file"):
+        created(tmp_path / "store", {"w": ((2,), torch.uint8)})
+    remove_store([tmp_path / "store"], "0" * 32)
+    TensorStore.open(tmp_path / "store", memory=MEMORY).close()
+
+
+@pytest.mark.parametrize("value", [None, [0.0] * 24, np.zeros((4, 6), dtype=np.float32), 3])
+def test_what_is_no_tensor_is_refused(store, value):
+    with pytest.raises(ConfigError, match="give a tensor of torch"):
+        store.put("layers.0.weight", value)
+    if value is not None:
+        with pytest.raises(ConfigError, match="give a tensor of torch"):
+            store.get("layers.0.weight", value)
+
+
+@pytest.mark.parametrize("name", [None, [], 3, b"w"])
+def test_what_is_no_name_is_refused(store, name):
+    for call in (
+        store.get,
+        store.empty,
+        store.prefetch,
+        store.nbytes,
+        lambda n: store.put(n, torch.zeros(4, 6)),
+    ):
+        with pytest.raises(ConfigError, match="names of tensors are text"):
+            call(name)
+
+
+def test_a_tensor_without_memory_of_its_own_is_refused(store):
+    with pytest.raises(ConfigError, match="plain tensor"):
+        torch.func.vmap(lambda tensor: store.put("layers.0.weight", tensor))(torch.zeros(2, 4, 6))
+
+
+def test_a_tensor_that_is_changed_while_it_is_put_is_whole_or_an_error(tmp_path):
+    """It was committed as damaged for good: reading it said to check the drive."""
+    with created(tmp_path / "store", {"w": ((6 << 20,), torch.uint8)}, memory="32MiB") as store:
+        tensor = store.empty("w").fill_(0)
+        for value in range(1, 13):
+            ticket = store.put("w", tensor)
+            tensor.fill_(value)
+            tensor.fill_(value - value % 2)  # every other one back to what it may have been
+            failed = False
+            try:
+                ticket.wait()
+            except BufferInUseError as error:
+                failed = True
+                assert "changed while it was being put" in str(error)  # noqa: PT017 - it need not come
+                with pytest.raises(MegatrainIoError, match="put it again"):
+                    store.commit()
+            if failed:
+                store.put("w", tensor).wait()
+            store.commit()
+            assert store.verify().damaged == ()
+            store.get("w")
 
 
 def test_too_little_memory_is_refused_with_the_least_that_does(tmp_path):
     spec = {"w": ((9 << 20,), torch.uint8)}
-    with pytest.raises(MegatrainIoError, match="memory of 8388608 bytes: this store needs 18874368 at least"):
+    with pytest.raises(ConfigError, match="memory is 8388608 bytes: this store needs 18874368 at least"):
         created(tmp_path / "store", spec, memory="8MiB")
-    with TensorStore.open(tmp_path / "store", memory=18874368) as store:
+    with created(tmp_path / "store", spec, memory=18874368) as store:
         assert store.get("w").nbytes == 9 << 20
+    with pytest.raises(ConfigError, match="memory is 18874367 bytes: this store needs 18874368 at least"):
+        TensorStore.open(tmp_path / "store", memory=18874367)
 
 
 def test_tensors_and_a_state_dict_describe_a_store(tmp_path):

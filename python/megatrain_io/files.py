@@ -7,7 +7,7 @@ after a power cut.
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
@@ -24,9 +24,11 @@ __all__ = [
     "SETTINGS_BYTES_MAX",
     "UnfitFileError",
     "append_file",
+    "lead_nowhere",
     "make_folder",
     "new_file",
     "open_file",
+    "open_folder",
     "read_file",
     "replace_file",
     "storage_errors",
@@ -171,11 +173,28 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names of the files in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = open_folder(folder)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_folder(folder: Path, *, follows: bool = True) -> int:
+    """A descriptor of a folder, which the caller closes: to sync it, or to hold it by a lock.
+
+    Raises:
+        OSError: it is none; or a link, and ``follows`` is false.
+    """
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follows else os.O_NOFOLLOW))
+
+
+def lead_nowhere(numbers: Iterable[int]) -> None:
+    """Let descriptors of this process lead to ``/dev/null``, whatever they led to."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in numbers:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 @contextmanager

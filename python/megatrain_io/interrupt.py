@@ -14,6 +14,8 @@ from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
 
+from megatrain_io.files import lead_nowhere
+
 __all__ = ["STOP_SIGNALS", "at_once", "check", "held", "is_requested", "stop_signals"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -74,10 +76,7 @@ class _StopHandler:
     def _leave_terminal(self) -> None:
         """Every write to a terminal that is gone fails, and must not stop what is still to be kept."""
         if self._terminals:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for number in self._terminals:
-                os.dup2(nowhere, number)
-            os.close(nowhere)
+            lead_nowhere(self._terminals)
             self._terminals = []
 
 

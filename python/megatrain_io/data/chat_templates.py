@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from megatrain_io.data.files import open_file
 from megatrain_io.errors import DataError
+from megatrain_io.files import SETTINGS_BYTES_MAX, lead_nowhere, read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -223,14 +224,12 @@ def _limit(kept: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # these are for the parent, and its end is seen
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
+    lead_nowhere((0, 1, 2))
     for descriptor in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
         if descriptor not in (0, 1, 2, kept):
             with suppress(OSError):
                 os.close(descriptor)
-    mapped = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    mapped = int(read_file(Path("/proc/self/statm"), SETTINGS_BYTES_MAX).split()[0]) * resource.getpagesize()
     for what, most in ((resource.RLIMIT_AS, mapped + _MEMORY), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(what)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)  # noqa: PLW2901

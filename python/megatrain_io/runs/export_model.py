@@ -23,7 +23,15 @@ from megatrain_io.errors import (
     ModelFilesError,
     NoSpaceError,
 )
-from megatrain_io.files import make_folder, new_file, storage_errors, sync_folder
+from megatrain_io.files import (
+    SETTINGS_BYTES_MAX,
+    make_folder,
+    new_file,
+    open_folder,
+    read_file,
+    storage_errors,
+    sync_folder,
+)
 from megatrain_io.interrupt import check, held
 from megatrain_io.models.generation_config import end_tokens
 from megatrain_io.models.hub_folder import ModelFolder
@@ -143,7 +151,7 @@ def _held_folder(partial: Path, companions: Sequence[str]) -> Iterator[None]:
         ConfigError: another export holds it, or it has files that no export wrote.
     """
     make_folder(partial)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = open_folder(partial, follows=False)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -250,7 +258,7 @@ def _write(files: ShardWriter, name: str, element: int, values: Tensor) -> None:
 def _end_tokens(folder: ModelFolder) -> list[int]:
     """What ends generation, by generation_config.json: what training found answers to end with is there."""
     try:
-        content = json.loads((folder.path / "generation_config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_file(folder.path / "generation_config.json", SETTINGS_BYTES_MAX))
     except (OSError, ValueError, RecursionError):
         return []
     return end_tokens(content.get("eos_token_id")) if isinstance(content, dict) else []

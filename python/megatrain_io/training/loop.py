@@ -24,9 +24,7 @@ from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.paged_store import AdamWStep
 from megatrain_io.training.callbacks import Callback, Callbacks, MetricsCallback
 from megatrain_io.training.fingerprint import fingerprint_of
-from megatrain_io.training.lr_schedule import learning_rate_at
 from megatrain_io.training.plan_check import PlanCheck, Totals
-from megatrain_io.training.resume import recorded_settings
 from megatrain_io.training.setup import SAFE, Setup
 from megatrain_io.training.step_data import StepData
 from megatrain_io.training.watch import LossWatch, RamWatch
@@ -109,7 +107,8 @@ class TrainingRun:
         self._warnings: list[str] = []
         self._is_scratch = self._state.layout.durability == "scratch"
         self._digest = setup.digest
-        self._recorded = recorded_settings(setup.config, setup.max_steps)
+        self._recorded = setup.recorded
+        self._learning_rate = setup.learning_rate
         self._plan_check = PlanCheck(
             self.plan, setup.job.steps_to_a_commit, Totals.of(self.progress.compared)
         )
@@ -261,7 +260,7 @@ class TrainingRun:
         number = step - self.progress.skipped_steps
         adamw = AdamWStep(
             number,
-            learning_rate_at(config, number, self.max_steps),
+            self._learning_rate(number),
             config.adam_beta1,
             config.adam_beta2,
             config.adam_epsilon,

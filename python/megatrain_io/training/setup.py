@@ -4,11 +4,12 @@ A model that was not imported yet is imported on the way: its files are checked 
 run fits, and only then anything is written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -38,7 +39,8 @@ from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import PagedStore, TensorSettings
 from megatrain_io.training.fingerprint import differences, fingerprint_of, settings_digest
-from megatrain_io.training.resume import changes_of
+from megatrain_io.training.lr_schedule import learning_rate_at
+from megatrain_io.training.resume import changes_of, recorded_settings
 from megatrain_io.training.step_data import OwnSequence, StepData, step_data
 
 __all__ = ["SAFE", "Setup", "planned", "ready"]
@@ -59,6 +61,8 @@ class Setup:
         data: what it trains on.
         max_steps: last step of the run.
         digest: of all settings that decide the bits.
+        recorded: settings that a resumed run is compared with, by key.
+        learning_rate: of a step, counted from 1.
         model: ready for steps; its store is ``model.state``.
         progress: how far the run was when its store was opened.
         notes: sentences to tell at the start.
@@ -71,6 +75,8 @@ class Setup:
     data: StepData
     max_steps: int
     digest: str
+    recorded: dict[str, Any]
+    learning_rate: Callable[[int], float]
     model: PagedPartition
     progress: TrainerState
     notes: list[str]
@@ -157,8 +163,12 @@ def ready(
         notes = [*data.not_read, *first, *run.notes, *state.notes, *job.partition.loss_notes]
         notes += [*changes, *differences(progress.environment, now), *plan.summary(), data.summary]
         check()
+        recorded = recorded_settings(config, max_steps)
+        rate = partial(learning_rate_at, config.train, max_steps=max_steps)
         # Outside: errors of callbacks and data are the caller's own.
-        yield Setup(config, folder, job, plan, data, max_steps, digest, model, progress, notes)
+        yield Setup(
+            config, folder, job, plan, data, max_steps, digest, recorded, rate, model, progress, notes
+        )
 
 
 class _Request:

@@ -4,6 +4,7 @@ import codecs
 import io
 import os
 import sys
+from contextlib import suppress
 
 from megatrain_io.interrupt import held, stop_signals
 
@@ -16,7 +17,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal's encoding does not have is shown escaped.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # it was written to before, and its place cannot be told
+                stream.reconfigure(errors="backslashreplace")
     # Read by transformers and tokenizers when they are imported: nothing is fetched, nothing is chatty, and no
     # threads are started that a fork would not survive.
     os.environ["HF_HUB_OFFLINE"] = "1"

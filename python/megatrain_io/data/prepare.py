@@ -31,6 +31,7 @@ from megatrain_io.data.packing import RowWriter, Shard
 from megatrain_io.data.tokenize import Asking, Encoder, Encoding, marked, tokenizer_digest
 from megatrain_io.errors import ConfigError, DataError, StorageError
 from megatrain_io.files import make_folder, new_file, read_file, replace_file
+from megatrain_io.text import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +130,8 @@ class DataSummary:
         lines += [*self.rows, *(f"note: {note}" for note in self.notes)]
         lines.append(f"sample ({self.sample_place}), {{+trained+}}:")
         lines += [f"  | {line}" for line in self.sample.split("\n")]
-        return "\n".join(lines)
+        # A line is one of ours, whatever names and texts have in them.
+        return "\n".join(map(visible, lines))
 
 
 @dataclass(frozen=True)

@@ -223,8 +223,7 @@ def _clock_time(seconds: float) -> str:
 
 def _tell_start(console: Console, run: Run) -> None:
     for note in run.notes:
-        for line in f"note: {note}".split("\n"):  # the data's are several
-            tell(console, line)
+        tell(console, f"note: {note}")
     steps = run.max_steps
     tell(console, f"resuming after step {run.step} of {steps}" if run.step else f"training for {steps} steps")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import indent
 from typing import Any, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -197,7 +198,7 @@ class FileData:
         self.mean_share = train.tokens / (len(train) * max(1, train.longest_row))
         self.micro_batches: int | None = len(train) // rows
         self.sha256 = train.sha256
-        self.summary = str(data.summary)
+        self.summary = "data:\n" + indent(str(data.summary), "  ")
         self.not_read = data.summary.not_read
         self.files = files
 

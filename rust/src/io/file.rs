@@ -162,8 +162,10 @@ impl DirectFile {
     fn over(opened: Opened, path: &Path) -> Result<Self> {
         let Opened { file, direct, alignment } = opened;
         let not_inherited = NotInherited::new(&file)?;
-        // Whoever changes the working directory afterwards must not lose it.
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
+        // Whoever changes the working directory afterwards must not lose it; who may not walk to it from the root
+        // keeps to the path that was given.
+        let whole = std::path::absolute(path).ok();
+        let path = whole.filter(|whole| whole.exists()).unwrap_or_else(|| path.into());
         let (is_named, locked, drive) = (true, false, 0);
         let _not_inherited = not_inherited;
         Ok(Self { _not_inherited, file, path, direct, alignment, is_named, locked, drive })

@@ -225,7 +225,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "interrupted. Nothing was left behind." in said
+    assert "interrupted by SIGINT. Nothing was left behind." in said
     assert entries(tmp_path) == []
 
 

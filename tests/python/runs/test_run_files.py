@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -161,11 +162,16 @@ def test_a_template_of_the_data_is_bound_to_the_run(source, tmp_path):
 # -------------------------------------------------------------------------------------------- run.json
 
 
+def without_generation(info):
+    """What ends answers is written after the import, and so the store does not know its hash; anybody may change it."""
+    return info | {"files": {k: v for k, v in info["files"].items() if k != "generation_config.json"}}
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 7}', b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_run_json_is_read_from_the_store(stopped, content):
     before = RunFolder(stopped).read()
     (stopped / "run.json").write_bytes(content)
-    assert RunFolder(stopped).read() == before
+    assert without_generation(asdict(RunFolder(stopped).read())) == without_generation(asdict(before))
 
 
 @pytest.mark.parametrize("content", [None, b"{"])
@@ -181,18 +187,20 @@ def test_a_lost_run_json_is_made_anew_from_the_store(source, stopped, whole, con
         "run.json is " + ("not there" if content is None else "damaged") + ": it was made anew from the store"
     )
     assert note in "\n".join(reporter.starts[0][2])
-    assert json.loads((stopped / "run.json").read_text()) == before
+    now = json.loads((stopped / "run.json").read_text())
+    assert without_generation(now) == without_generation(before)
     check_equals(stopped, whole)
 
 
 def test_a_lost_run_json_is_made_anew_from_a_store_elsewhere(source, tmp_path):
     config = configured(source, tmp_path / "run", max_steps=2, memory={"store_dir": [tmp_path / "fast"]})
     start(config)
-    before = (tmp_path / "run" / "run.json").read_text()
+    before = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").unlink()
     (tmp_path / "my.yaml").write_text(config.to_yaml())
     assert "done all its 2 steps" in told(call("train", "--config", tmp_path / "my.yaml", "--resume"), 2)
-    assert (tmp_path / "run" / "run.json").read_text() == before
+    now = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert without_generation(now) == without_generation(before)
 
 
 def test_a_store_without_a_record_of_its_import_is_left_alone(stopped, tmp_path):

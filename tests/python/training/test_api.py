@@ -336,7 +336,7 @@ def test_a_tokenizer_that_brings_code_is_refused_and_the_code_is_not_run(source,
     settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     path.write_text(json.dumps(settings))
     config = configured(source, tmp_path / "run").model_copy(update={"model": model})
-    with pytest.raises(UnsupportedModelError, match="Code that comes with a model is not run"):
+    with pytest.raises(UnsupportedModelError, match="code that comes with a model is not run"):
         mt.train(config)
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "run" / "run.json").exists()

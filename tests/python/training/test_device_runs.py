@@ -86,7 +86,7 @@ def test_a_run_goes_on_on_another_device(source, whole, stopped):
 
 
 def test_a_gpu_without_bf16_trains_in_fp32_and_the_run_goes_on_so(source, tmp_path):
-    config = configured(source, tmp_path / "run", memory={"ram": "4MiB"})
+    config = configured(source, tmp_path / "run", memory={"ram": "4MiB"}, precision="auto")
     asked = config.train.model_copy(update={"precision": "bf16"})
     with pytest.raises(ConfigError, match="simulated accelerator does not compute in bf16"):
         start(config.model_copy(update={"train": asked}), device=without_bf16())

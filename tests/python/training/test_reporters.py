@@ -91,9 +91,9 @@ def test_a_console_that_is_gone_stops_no_training(kind):
     shown.on_end(RUN)
 
 
-def test_a_note_of_several_lines_has_them(console):
-    LineReporter(console).on_start(begun(0, 10, ["train: 3 rows\neval: 1 row"]))
-    assert lines(console)[:2] == ["note: train: 3 rows", "eval: 1 row"]
+def test_a_note_of_several_lines_has_them_and_none_that_came_from_outside(console):
+    LineReporter(console).on_start(begun(0, 10, ["data:\n  train: 3 rows\n  eval: 1 row", "a\nstep 9/9"]))
+    assert lines(console)[:4] == ["note: data:", "  train: 3 rows", "  eval: 1 row", "note: a\\nstep 9/9"]
 
 
 def test_a_line_is_one_line_however_narrow_the_console(console):

@@ -47,7 +47,9 @@ def test_a_finished_run_goes_on_when_max_steps_is_raised(source, three, tmp_path
     assert ended.exit_code == 2
     assert "all its 3 steps: there is nothing left to train. Raise train.max_steps" in ended.stderr
     status = CliRunner().invoke(app, ["status", str(three)], prog_name="megatrain-io").stdout
-    assert f"--config {three / 'config.yaml'} --resume max_steps=N, with N above 3" in status
+    # A copy, so that its configuration names another folder.
+    asked = f"--config {three / 'config.yaml'} output_dir={three} --resume max_steps=N, with N above 3"
+    assert asked in status
     ended = train(configured(source, three, max_steps=3, **CONSTANT), tmp_path, "max_steps=5")
     assert ended.exit_code == 0, ended.stderr
     assert (

@@ -38,6 +38,7 @@ __all__ = [
 SETTINGS_BYTES_MAX = 1 << 20
 """Of a file that a person writes, or that says a few facts."""
 
+_PIECE = 1 << 16
 _OWNER_ALONE = 0o600
 _FOLDER_OWNER_ALONE = 0o700
 
@@ -79,7 +80,10 @@ def append_file(path: Path) -> BufferedWriter:
 def read_file(path: Path, limit: int) -> bytes:
     """The content of a file that comes from outside, ``limit`` bytes at most; see ``open_file``."""
     with open_file(path, limit=limit) as file:
-        content = file.read(limit + 1)  # also of what grows, and of files of the kernel, which tell no size
+        content = file.read(os.fstat(file.fileno()).st_size + 1)
+        # What grows has more, and so have files of the kernel, which tell no size.
+        while len(content) <= limit and (more := file.read(_PIECE)):
+            content += more
     if len(content) > limit:
         raise _too_large(path, f"more than {limit:,}", limit)
     return content

@@ -51,7 +51,7 @@ class CommandResult:
         if isinstance(error, MegatrainIoError):
             is_bug = error.exit_code == MegatrainIoError.exit_code
             # Notes say what became of the state, where that is not what the error itself says.
-            message = " ".join([str(error), *getattr(error, "__notes__", [])])
+            message = " ".join(dict.fromkeys([str(error), *getattr(error, "__notes__", [])]))
             if is_bug:
                 message = f"{message}. This is a bug in megatrain-io: please report it"
             self.fail(message, type(error).__name__, error.exit_code)

@@ -29,7 +29,7 @@ from megatrain_io.errors import (
     StoreInUseError,
 )
 from megatrain_io.files import SETTINGS_BYTES_MAX, append_file, new_file, read_file, replace_file
-from megatrain_io.runs.provenance import found_in
+from megatrain_io.runs.provenance import bound_files, found_in
 from megatrain_io.store.layout import Precision
 
 __all__ = ["RunFolder", "RunInfo", "activations_file", "gradient_file"]
@@ -190,7 +190,7 @@ class RunFolder:
             stores=self._as_recorded(stores),
             store_uuid=store.uuid,
             source=made.source,
-            files={name: [digest] for name, digest in made.files.items()},
+            files=bound_files(made, store),
             model_options=made.model_options,
         )
 

@@ -12,7 +12,7 @@ from megatrain_io.errors import ModelFilesError
 from megatrain_io.files import open_file, read_file, replace_file, storage_errors, sync_folder
 from megatrain_io.models.hub_folder import COMPANIONS
 from megatrain_io.runs.folder import RunFolder
-from megatrain_io.runs.provenance import found_in
+from megatrain_io.runs.provenance import bound_files, found_in
 from megatrain_io.store.inspect import store_info
 
 __all__ = ["digests_of", "mended_model", "write_model_files"]
@@ -78,7 +78,7 @@ def _compared(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
         yield from _brought_back(run, name, known)
         return
     digest = _digest(path)
-    if digest in known or digest == _known_to_store(run).get(name):
+    if digest in known or digest in _known_to_store(run).get(name, []):
         return
     if name == _CONFIG:
         _refuse_other_config(run, known)
@@ -93,10 +93,10 @@ def _compared(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
         yield f"{path} is not the one of the import: it is used as it is now"
 
 
-def _known_to_store(run: RunFolder) -> dict[str, str]:
-    """The hashes that the store has of the import, should ``run.json`` be the one that was damaged."""
+def _known_to_store(run: RunFolder) -> dict[str, list[str]]:
+    """The hashes that the store has, should ``run.json`` be the one that was damaged."""
     found = found_in(run.store_paths())
-    return {} if found is None else found[0].files
+    return {} if found is None else bound_files(*found)
 
 
 def _brought_back(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.inspect import StoreInfo, store_info
 from megatrain_io.store.layout import Precision
 
-__all__ = ["Provenance", "described", "found_in"]
+__all__ = ["Provenance", "bound_files", "described", "found_in"]
 
 _KEY = "import"
 
@@ -54,6 +54,16 @@ def found_in(stores: Sequence[Path]) -> tuple[Provenance, StoreInfo] | None:
         return _ADAPTER.validate_json(json.dumps(entry), strict=True), info
     except (MegatrainIoError, ValidationError, KeyError, TypeError):
         return None
+
+
+def bound_files(made: Provenance, store: StoreInfo) -> dict[str, list[str]]:
+    """For each file of RUN/model the SHA-256 that it may have: the import's, and what training has written since."""
+    try:
+        later = TrainerState.parse(store.blob).model_files
+    except MegatrainIoError:
+        later = {}
+    files = {name: [digest] for name, digest in made.files.items()}
+    return {name: sorted({*files.get(name, []), *later.get(name, [])}) for name in {**files, **later}}
 
 
 def described(stores: Sequence[Path]) -> str:

@@ -1,7 +1,7 @@
 """The trainer's own state, which each commit writes as the store's blob. No torch."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -28,6 +28,7 @@ class TrainerState:
         environment: what may change the bits besides, by ``training.fingerprint``.
         compared: bytes of the steps before, as planned and as measured (``training.plan_check``).
         configuration: all settings by their dotted keys; None where an older version wrote the state.
+        model_files: for files of RUN/model the SHA-256 that they may have, as ``run.json`` has it: should that be lost.
         version: of this schema.
     """
 
@@ -41,6 +42,7 @@ class TrainerState:
     environment: dict[str, Any] | None = None
     compared: dict[str, Any] | None = None
     configuration: dict[str, Any] | None = None
+    model_files: dict[str, list[str]] = field(default_factory=dict)
     version: int = _VERSION
 
     @classmethod

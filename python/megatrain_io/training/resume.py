@@ -70,8 +70,9 @@ def changes_of(
     changed = {key: (before[key], now.get(key)) for key in before if key in now and before[key] != now[key]}
     at = f"{folder.path} stands at step {progress.step}"
     if progress.data != data:
-        keys = {key: pair for key, pair in changed.items() if key.startswith("data.")}
-        why = _named(keys) if keys else "no key of data has changed: the files themselves have"
+        # The seed decides which share of the data is held out.
+        keys = {key: pair for key, pair in changed.items() if key.startswith("data.") or key == "train.seed"}
+        why = _named(keys) or "no key of data has changed: its files, the tokenizer or the chat template have"
         raise ConfigError(
             f"{at} with other data (fingerprint {progress.data[:8]}, now {data[:8]}): {why}. Resume with the same, or "
             "choose a new output_dir"

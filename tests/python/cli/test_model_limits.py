@@ -131,7 +131,7 @@ def test_import_names_tensor_and_count_of_what_is_not_finite(
     said = refusal("import", folder, tmp_path / "run", "--precision", precision)
     assert f"{name} [" in said
     assert (
-        f"has {counts[0]} values that are not a number and {counts[1]} that are infinite, the first at ["
+        f"has values that are not finite ({counts[0]} not a number, {counts[1]} infinite), the first at ["
         in said
     )
     assert not (tmp_path / "run").exists()
@@ -151,7 +151,7 @@ def test_tied_tensors_that_are_not_finite_are_told_as_that_and_not_as_different(
 
     said = refusal("import", changed(source, tmp_path, tie), tmp_path / "run")
     assert "model.embed_tokens.weight [" in said
-    assert "has 1 values that are not a number" in said
+    assert "(1 not a number, 0 infinite)" in said
 
 
 # ----------------------------------------------------------------------------------------------- names

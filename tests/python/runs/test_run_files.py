@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -162,16 +161,11 @@ def test_a_template_of_the_data_is_bound_to_the_run(source, tmp_path):
 # -------------------------------------------------------------------------------------------- run.json
 
 
-def without_generation(info):
-    """What ends answers is written after the import, and so the store does not know its hash; anybody may change it."""
-    return info | {"files": {k: v for k, v in info["files"].items() if k != "generation_config.json"}}
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 7}', b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_run_json_is_read_from_the_store(stopped, content):
     before = RunFolder(stopped).read()
     (stopped / "run.json").write_bytes(content)
-    assert without_generation(asdict(RunFolder(stopped).read())) == without_generation(asdict(before))
+    assert RunFolder(stopped).read() == before
 
 
 @pytest.mark.parametrize("content", [None, b"{"])
@@ -187,8 +181,7 @@ def test_a_lost_run_json_is_made_anew_from_the_store(source, stopped, whole, con
         "run.json is " + ("not there" if content is None else "damaged") + ": it was made anew from the store"
     )
     assert note in "\n".join(reporter.starts[0][2])
-    now = json.loads((stopped / "run.json").read_text())
-    assert without_generation(now) == without_generation(before)
+    assert json.loads((stopped / "run.json").read_text()) == before
     check_equals(stopped, whole)
 
 
@@ -199,8 +192,20 @@ def test_a_lost_run_json_is_made_anew_from_a_store_elsewhere(source, tmp_path):
     (tmp_path / "run" / "run.json").unlink()
     (tmp_path / "my.yaml").write_text(config.to_yaml())
     assert "done all its 2 steps" in told(call("train", "--config", tmp_path / "my.yaml", "--resume"), 2)
-    now = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert without_generation(now) == without_generation(before)
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == before
+
+
+def test_a_lost_run_json_does_not_make_the_chat_template_of_the_data_a_stranger(source, tmp_path):
+    """Training had written it into the tokenizer, and only run.json knew: every command refused it."""
+    config = configured(source, tmp_path / "run", max_steps=2)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"chat_template": "chatml"})})
+    start(config)
+    before = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "my.yaml").write_text(config.to_yaml())
+    assert "done all its 2 steps" in told(call("train", "--config", tmp_path / "my.yaml", "--resume"), 2)
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == before
+    assert call("generate", tmp_path / "run", "--prompt", "the").exit_code == 0
 
 
 def test_a_store_without_a_record_of_its_import_is_left_alone(stopped, tmp_path):

@@ -71,13 +71,13 @@ def test_commits_of_a_short_run_are_counted_as_they_are():
 
 
 def test_a_run_that_was_resumed_is_compared_as_a_whole(source, tmp_path):
-    config = configured(source, tmp_path / "run")
+    # So many steps that a chunk which one of them reads late, with the next one's, does not count.
+    config = configured(source, tmp_path / "run", num_train_epochs=10)
     with pytest.raises(InterruptedRunError):
         start(config, stop=3)
     assert blob_of(config.output_dir)["compared"]["steps"] == 2, "the third was being committed"
     plan = start(config, resume=True)[0].plan
-    # What a step reads when its loss is known already is counted with the next one.
-    assert plan["read_bytes_per_step"]["ratio"] == pytest.approx(1, abs=0.2)
+    assert plan["read_bytes_per_step"]["ratio"] == pytest.approx(1, abs=0.02)
     assert plan["written_bytes_per_step"]["planned"] > 10**6
     text = "\n".join(rows({"plan": plan}))
     assert "e+" not in text

@@ -293,6 +293,19 @@ def test_a_refused_template_does_not_become_the_models(source, tmp_path):
     assert start(config("chatml"), resume=True)[0].steps == 2
 
 
+def test_another_seed_that_holds_out_another_share_is_named(source, tmp_path):
+    """It was said that the files had changed."""
+
+    def config(seed):
+        asked = configured(source, tmp_path / "run", seed=seed, max_steps=2)
+        return asked.model_copy(update={"data": asked.data.model_copy(update={"eval": 0.2})})
+
+    with pytest.raises(InterruptedRunError):
+        start(config(1), stop=1)
+    with pytest.raises(ConfigError, match=r"with other data .*: train\.seed was 1 and is 2\. Resume"):
+        start(config(2), resume=True)
+
+
 def test_a_finished_run_has_nothing_left(source, whole):
     with pytest.raises(ConfigError, match=f"all its {STEPS} steps"):
         start(configured(source, whole[0]), resume=True)

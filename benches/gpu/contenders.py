@@ -19,7 +19,6 @@ from benches.step.contenders import (
     DEEPSPEED,
     EPS,
     LEARNING_RATE,
-    SIZES,
     Contender,
     Figures,
     Job,
@@ -60,7 +59,7 @@ def torch_offload(job: Job) -> Figures:
 
     on_gpu = job["device"] == "cuda"
     with vram_bounded(job):
-        model = step_contenders.model_of(SIZES[job["size"]]).float()
+        model = step_contenders.model_of(job).float()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo", store=distributed.HashStore(), rank=0, world_size=1

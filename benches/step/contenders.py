@@ -73,15 +73,22 @@ def config_of(size: Size) -> Any:
     )
 
 
-def model_of(size: Size) -> Any:
-    """Random weights, drawn in fp32 and rounded to bf16; buffers (rotary frequencies) stay in fp32."""
+def dtype_of(job: Job) -> Any:
+    """What it computes in: bf16, if it does not say."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "f32": torch.float32}[job.get("dtype", "bf16")]
+
+
+def model_of(job: Job) -> Any:
+    """Random weights, drawn in fp32 and rounded to the dtype; buffers (rotary frequencies) stay in fp32."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_config(config_of(size), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config_of(SIZES[job["size"]]), dtype=torch.float32)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        parameter.data = parameter.data.to(dtype_of(job))
     return model.train()
 
 
@@ -128,6 +135,17 @@ def peak_rss() -> int:
     return int(line.split()[1]) << 10
 
 
+def thread_seconds() -> dict[str, float]:
+    """CPU seconds of this process by the name of a thread, without the number at its end."""
+    ticks, found = os.sysconf("SC_CLK_TCK"), dict[str, float]()
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        name, fields = stat.read_text(encoding="utf-8").partition("(")[2].rsplit(")", 1)
+        kind = "main" if stat.parent.name == str(os.getpid()) else name.rstrip("0123456789-")
+        user, system = fields.split()[11:13]
+        found[kind] = found.get(kind, 0.0) + (int(user) + int(system)) / ticks
+    return found
+
+
 def measured(step: Callable[[int], tuple[float, Mapping[str, float]]], job: Job) -> Figures:
     """Run all steps; ``step(number)`` gives the loss and where its time went."""
     import torch
@@ -137,11 +155,12 @@ def measured(step: Callable[[int], tuple[float, Mapping[str, float]]], job: Job)
         torch.cuda.reset_peak_memory_stats()
     rows = []
     for number in range(1, job["steps"] + 1):
-        read, written = drive_bytes()
+        (read, written), threads = drive_bytes(), thread_seconds()
         wall, cpu = time.perf_counter(), time.process_time()
         loss, parts = step(number)
         row = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "loss": loss}
         now = drive_bytes()
+        row["threads"] = {kind: spent - threads.get(kind, 0.0) for kind, spent in thread_seconds().items()}
         rows.append({**row, "read": now[0] - read, "written": now[1] - written, "parts": dict(parts)})
     return {"steps": rows, "peak_rss": peak_rss(), "torch_threads": torch.get_num_threads()}
 
@@ -164,13 +183,13 @@ class Parts:
 
 
 def torch_in_ram(job: Job) -> Figures:
-    """bf16 weights and gradients, fp32 masters in torch's fused AdamW, copied back; without ``updates`` no AdamW."""
+    """Weights and gradients in the dtype, torch's fused AdamW over fp32 masters; without ``updates`` no AdamW."""
     import torch
 
-    model, batches = model_of(SIZES[job["size"]]), tokens_of(job)
+    model, batches = model_of(job), tokens_of(job)
     if job["checkpoints"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    items = len(batches) * (TOKENS - 1)
+    items = sum(ids.numel() - 1 for ids in batches)
     update = _optimizer(model) if job["updates"] else lambda: None
 
     def step(_number: int) -> tuple[float, Mapping[str, float]]:
@@ -190,11 +209,16 @@ def torch_in_ram(job: Job) -> Figures:
 
 
 def _optimizer(model: Any) -> Callable[[], None]:
+    """AdamW over the weights themselves where they are fp32; else over masters, which are copied back."""
     import torch
 
+    settings = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, "fused": True}
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        adamw = torch.optim.AdamW(model.parameters(), **settings)
+        return adamw.step
     pairs = [(parameter, torch.nn.Parameter(parameter.detach().float())) for parameter in model.parameters()]
     masters = [master for _, master in pairs]
-    adamw = torch.optim.AdamW(masters, lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
+    adamw = torch.optim.AdamW(masters, **settings)
     parts: list[list[Any]] = [[]]
     for pair in pairs:
         if sum(master.numel() for _, master in parts[-1]) + pair[1].numel() > PART_PARAMETERS and parts[-1]:
@@ -277,7 +301,7 @@ def deepspeed(job: Job) -> Figures:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"
     )
-    model = model_of(SIZES[job["size"]])
+    model = model_of(job)
     try:
         peer.init_distributed("nccl" if job.get("device") == "cuda" else "gloo")
         config = deepspeed_config(job, Path(job["folder"]))
@@ -308,18 +332,15 @@ def deepspeed(job: Job) -> Figures:
 
 def make_store(job: Job) -> Figures:
     """The store that one of ours trains, made in a process of its own: the whole model passes through its RAM."""
-    import torch
-
     from megatrain_io.models.partition import PartitionedModel, model_parts
     from megatrain_io.models.probe import probe
     from megatrain_io.runs.import_model import create_store
     from megatrain_io.store.layout import ModelLayout
 
-    size = SIZES[job["size"]]
-    config = config_of(size)
-    partition = PartitionedModel(config, torch.bfloat16, probe(config))
-    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), "bf16")
-    source = dict(model_of(size).named_parameters())
+    config = config_of(SIZES[job["size"]])
+    partition = PartitionedModel(config, dtype_of(job), probe(config))
+    layout = ModelLayout.build(model_parts(partition), len(partition.blocks), job.get("dtype", "bf16"))
+    source = dict(model_of(job).named_parameters())
     create_store(
         [store_of(job)],
         layout,
@@ -337,7 +358,9 @@ def store_of(job: Job) -> Path:
 
 def ours(job: Job) -> Figures:
     """``resident``: share of the state that stays in RAM; ``commit_every``: steps between two commits."""
-    import torch
+    from megatrain_io.machine.threads import let_waiting_threads_yield
+
+    let_waiting_threads_yield(os.environ)  # as the command line does, before torch is imported
 
     from benches.step.bound import bytes_of_phases
     from megatrain_io.models.partition import PartitionedModel
@@ -347,7 +370,7 @@ def ours(job: Job) -> Figures:
     from megatrain_io.store.paged_store import AdamWStep, PagedStore, TensorSettings
 
     config = config_of(SIZES[job["size"]])
-    partition = PartitionedModel(config, torch.bfloat16, probe(config))
+    partition = PartitionedModel(config, dtype_of(job), probe(config))
     batches = micro_batches(job)
     with PagedStore(store_of(job)) as state:
         model = PagedPartition(partition, state)

@@ -83,7 +83,7 @@ def run(name: str, size: str, micro_batches: int, options: argparse.Namespace, f
     place = folder / "contender"
     place.mkdir()
     job = {"contender": name, "size": size, "micro_batches": micro_batches, "steps": options.steps}
-    job |= {"folder": str(place), "makes_store": False}
+    job |= {"dtype": options.dtype, "tokens": options.tokens, "folder": str(place), "makes_store": False}
     module = contenders.__name__
     try:
         if name in OURS:
@@ -209,8 +209,8 @@ def equal_digits(ours: Sequence[float], theirs: Sequence[float]) -> int | None:
 # ------------------------------------------------------------------------------------------ tables and goals
 
 
-def table(results: Results, micro_batches: int) -> Iterator[str]:
-    """One line a contender."""
+def table(results: Results, tokens: int) -> Iterator[str]:
+    """One line a contender; a step has so many tokens."""
     yield (
         "| contender | s a step | of the bound | tokens/s | MB read | MB written | CPU s | peak RSS MB | "
         "pool and all else of ours, MB | seconds in |"
@@ -219,7 +219,7 @@ def table(results: Results, micro_batches: int) -> Iterator[str]:
     for name, rounds in results.items():
         if name == FIO:
             continue
-        pace = shown([micro_batches * TOKENS / seconds(each) for each in rounds], 0)
+        pace = shown([tokens / seconds(each) for each in rounds], 0)
         held = of_bound(rounds)
         ledger = [each["ledger_peak"] / MEGA for each in rounds if "ledger_peak" in each]
         cells = [
@@ -309,13 +309,15 @@ def report(
     found: Mapping[tuple[str, int], Results],
     skipped: Mapping[tuple[str, int], Mapping[str, str]],
     reached: Sequence[Mapping[str, Any]],
+    options: argparse.Namespace,
 ) -> None:
     """A table for each size and number of micro-batches, then the goals."""
     for (size, micro_batches), results in found.items():
         print(
-            f"\n{size}: {SIZES[size].parameters:,} parameters, bf16, {micro_batches} micro-batch(es) of {TOKENS}\n"
+            f"\n{size}: {SIZES[size].parameters:,} parameters, {options.dtype}, {micro_batches} micro-batch(es) of "
+            f"{options.tokens}\n"
         )
-        print("\n".join(table(results, micro_batches)))
+        print("\n".join(table(results, micro_batches * options.tokens)))
         for line in (*bound_lines(results), *loss_lines(results)):
             print(f"\n{line}")
         for name, reason in skipped[size, micro_batches].items():
@@ -336,6 +338,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", type=words_of, default=[GOAL_SIZE], help=f"of {','.join(SIZES)}")
     parser.add_argument("--micro-batches", type=words_of, default=["1"], help="numbers, with commas between")
+    parser.add_argument("--dtype", choices=["bf16", "f32"], default="bf16")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of a micro-batch; at most {TOKENS}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="of a run; at least 4, the first is not counted")
     parser.add_argument("--mib", type=int, default=1024, help="of fio's file")
@@ -370,9 +374,10 @@ def main() -> None:
     print(
         f"{machine_text(facts)}\n{options.rounds} rounds of {options.steps} steps; medians (least to most) of rounds"
     )
-    report(found, skipped, reached)
+    report(found, skipped, reached, options)
     if options.json is not None:
-        plain = {"rounds": options.rounds, "steps": options.steps, "mib": options.mib, "only": options.only}
+        kept = ("dtype", "tokens", "rounds", "steps", "mib", "only")
+        plain = {name: getattr(options, name) for name in kept}
         runs = [
             {
                 "size": size,

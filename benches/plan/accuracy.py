@@ -6,6 +6,7 @@ plans, and trains a few steps. Beside each planned figure stands the measured on
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from benches.step.contenders import (
 )
 from benches.step.contenders import tokens_of as tokens
 from benches.step.ram_budget import make_store
+from megatrain_io.machine.threads import let_waiting_threads_yield
 
 Figures = dict[str, Any]
 # Moments that were never written are not read, and the first commits have nothing to wait for.
@@ -68,6 +70,7 @@ FIGURES = {
 
 def measure(job: Figures) -> Figures:
     """In the child: bench, plan, train."""
+    let_waiting_threads_yield(os.environ)  # as the command line does
     import psutil
     import torch
 

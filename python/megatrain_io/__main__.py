@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 
 from megatrain_io.interrupt import held, stop_signals
+from megatrain_io.machine.threads import let_waiting_threads_yield
 
 __all__ = ["main"]
 
@@ -24,6 +25,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    let_waiting_threads_yield(os.environ)
     try:
         with stop_signals(owns_process=True):
             # A library that is interrupted while it is imported may turn that into any other error.

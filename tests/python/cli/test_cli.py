@@ -4,6 +4,8 @@ What the commands call is made up here: each has tests of its own.
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -104,7 +106,7 @@ def test_nothing_is_fetched(monkeypatch):
     def fake_app(*, prog_name):
         seen.update(__main__.os.environ, prog_name=prog_name)
 
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setattr("megatrain_io.cli.app.app", fake_app)
     __main__.main()
@@ -112,6 +114,39 @@ def test_nothing_is_fetched(monkeypatch):
     assert seen["TRANSFORMERS_VERBOSITY"] == "error"
     assert seen["TOKENIZERS_PARALLELISM"] == "false"
     assert seen["prog_name"] == "megatrain-io"
+
+
+def settings_of_libgomp(**environment):
+    """What libgomp, which torch computes with, says of itself when the command line has imported torch."""
+    code = (
+        "import sys, megatrain_io.__main__ as main; sys.argv = ['megatrain-io', '--version']\n"
+        "try: main.main()\n"
+        "except SystemExit: pass\n"
+        "import torch"
+    )
+    unset = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment |= {name: value for name, value in os.environ.items() if name not in unset}
+    environment["OMP_DISPLAY_ENV"] = "VERBOSE"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    found = dict(re.findall(r"(\w+) = '(\w+)'", result.stderr))
+    if "GOMP_SPINCOUNT" not in found:
+        pytest.skip("torch computes with another library than libgomp here")
+    return found
+
+
+def test_threads_of_torch_that_wait_leave_their_core_to_the_workers():
+    assert settings_of_libgomp()["GOMP_SPINCOUNT"] == "1000"
+
+
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+    ids=["count", "policy"],
+)
+def test_how_threads_of_torch_wait_can_be_set_from_outside(own, spins):
+    assert settings_of_libgomp(**own)["GOMP_SPINCOUNT"] == spins
 
 
 # ------------------------------------------------------------------------------------------ the verbs

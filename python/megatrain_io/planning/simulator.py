@@ -38,7 +38,6 @@ class Rates:
         check: bytes whose checksums are compared.
         update: parameters that AdamW updates, with the checksums of what is written.
         shares_cores: whether compute runs on the cores that check and update.
-        handoff: seconds (not a rate) that workers take besides for each chunk.
         commit: seconds (not a rate) of a commit, from the last write to the durable superblock.
     """
 
@@ -48,7 +47,6 @@ class Rates:
     check: float = inf
     update: float = inf
     shares_cores: bool = False
-    handoff: float = 0.0
     commit: float = 0.0
 
 
@@ -259,11 +257,11 @@ class _Simulation:
                     return
                 load.has_buffer = True
             while load.pending:
-                part, nbytes, chunks = load.pending[0]
+                part, nbytes = load.pending[0]
                 if self._on_disk.get((load.record, part), 0) < load.needs[part]:
                     return
                 load.pending.popleft()
-                self._read(nbytes, chunks, partial(self._loaded, load))
+                self._read(nbytes, partial(self._loaded, load))
             queue.remove(load)
 
     def _has_begun(self, step: int) -> bool:
@@ -296,7 +294,7 @@ class _Simulation:
             def read(update: Update = update) -> None:
                 update.is_read = True
 
-            self._read(update.read, update.chunks, read)
+            self._read(update.read, read)
 
     def _start_updates(self) -> None:
         """Queue the updates whose planes and gradients are here, of the oldest step that is not durable."""
@@ -305,7 +303,7 @@ class _Simulation:
             if not (update.is_read and is_open and self._sources.get(update.record)):
                 continue
             self._granted.remove(update)
-            seconds = update.parameters / self._rates.update + update.chunks * self._rates.handoff
+            seconds = update.parameters / self._rates.update
             self._queues["work"].append(_Job(seconds, partial(self._updated, update)))
 
     def _updated(self, update: Update) -> None:
@@ -420,7 +418,7 @@ class _Simulation:
         following = self._stages[0] if self._stages else None
         if following is not None and following.phase is Phase.BACKWARD and following.inputs:
             stop = following.stop
-            self._read(following.inputs, 1, lambda: self._read_inputs.add(stop))
+            self._read(following.inputs, lambda: self._read_inputs.add(stop))
 
     def _computed(self, stage: Stage) -> None:
         if stage.phase is Phase.BACKWARD:
@@ -472,11 +470,11 @@ class _Simulation:
         else:
             self._free[kind] += 1
 
-    def _read(self, nbytes: float, chunks: int, done: Callable[[], None]) -> None:
+    def _read(self, nbytes: float, done: Callable[[], None]) -> None:
         """Queue reading some bytes, then comparing their checksums; ``done`` is called at the end."""
 
         def check() -> None:
-            self._queues["work"].append(_Job(nbytes / self._rates.check + chunks * self._rates.handoff, done))
+            self._queues["work"].append(_Job(nbytes / self._rates.check, done))
 
         if nbytes:
             self._queues["read"].append(_Job(nbytes / self._rates.read, check))

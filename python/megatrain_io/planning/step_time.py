@@ -27,10 +27,6 @@ __all__ = [
     "written_by_commit",
 ]
 
-# Seconds for each chunk that workers check or update on cores that torch's threads are spinning on: woken late, they
-# let those wait for one another. Measured with benches/plan/accuracy.py, on two cores.
-_HANDOFF = 0.9e-3
-
 
 # ---------------------------------------------------------------------------------------------- one step
 
@@ -249,7 +245,6 @@ def _rates(job: TrainingJob) -> Rates:
         check=hardware.checksum_gb_per_s * 1e9,
         update=1 / (1 / hardware.adamw_parameters_per_s + written / (hardware.checksum_gb_per_s * 1e9)),
         shares_cores=hardware.shares_cores,
-        handoff=_HANDOFF if hardware.shares_cores else 0.0,
         commit=0.0 if scratch else hardware.commit_seconds,
     )
 

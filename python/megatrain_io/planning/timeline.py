@@ -26,8 +26,8 @@ class Load:
     begun: int
     """The step whose schedule it is in."""
     record: int
-    pending: deque[tuple[int, float, int]]
-    """Parts whose reads were not started: index, bytes and chunks."""
+    pending: deque[tuple[int, float]]
+    """Parts whose reads were not started: index and bytes."""
     kind: str
     needs: list[int]
     applies: bool
@@ -45,7 +45,6 @@ class Update:
     step: int
     record: int
     part: int
-    chunks: int
     parameters: float
     read: float
     written: float
@@ -143,7 +142,7 @@ class Timeline:
             return
         load = None
         if kind in {"load", "apply"}:
-            weights = [(index, self._weight_bytes(part), len(part)) for index, part in enumerate(parts)]
+            weights = [(index, self._weight_bytes(part)) for index, part in enumerate(parts)]
             load = Load(
                 begun=stage.step,
                 record=record,
@@ -185,7 +184,6 @@ class Timeline:
                         step=step,
                         record=record,
                         part=index,
-                        chunks=len(part),
                         parameters=parameters,
                         read=read,
                         written=written,

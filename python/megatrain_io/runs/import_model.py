@@ -365,8 +365,8 @@ def _refuse_not_finite(place: TensorPlace, values: Tensor, read: TensorReader) -
             first = start + int(part.isfinite().logical_not().nonzero()[0])
     at = [int(index) for index in torch.unravel_index(torch.tensor(first), place.shape)]
     raise ModelFilesError(
-        f"{place.name} {list(place.shape)} has values that are not finite ({nan:,} not a number, {infinite:,} infinite), "
-        f"the first at {at}: the files are damaged, or were saved after training had diverged. Fetch the "
+        f"{place.name} {list(place.shape)} has values that are not finite ({nan:,} not a number, {infinite:,} "
+        f"infinite), the first at {at}: the files are damaged, or were saved after training had diverged. Fetch the "
         "weights again, or take an earlier checkpoint"
     )
 

@@ -41,6 +41,7 @@ from megatrain_io.paging.paged_model import PagedPartition, clear_frames
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.model_files import mended_model
 from megatrain_io.runs.open_store import open_store
+from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision
 from megatrain_io.store.paged_store import Engine, PagedStore
@@ -200,7 +201,7 @@ class Generator:
             partition = ModelOptions.kept(info.model_options).partition(config, DTYPES[info.precision])
             model = _on_device(partition, state, device, info.precision)
             state.start(model.pool_sizes(training=False), unit=model.unit)
-            stop = _stop_tokens(run.model, config, tokenizer)
+            stop = _stop_tokens(run.model, config, tokenizer).union(TrainerState.stop_tokens_of(state.blob))
             asked = asked_in_training(run.data)
             return cls(model, tokenizer, stop, owns_device=device is None, asked=asked)
         except BaseException:

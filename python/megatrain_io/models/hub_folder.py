@@ -151,6 +151,16 @@ class ModelFolder:
         config._experts_implementation = None  # noqa: SLF001
         return config
 
+    def refuse_tokenizer_of_code(self) -> None:
+        """Refuse a tokenizer that names code of its own and does without none.
+
+        Raises:
+            UnsupportedModelError: no text could be trained or asked with this folder.
+            ModelFilesError: its files are damaged.
+        """
+        if self._tokenizer_code():
+            self.tokenizer()
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, by transformers' own classes.
 

@@ -33,7 +33,7 @@ from megatrain_io.files import (
     sync_folder,
 )
 from megatrain_io.interrupt import check, held
-from megatrain_io.models.generation_config import end_tokens
+from megatrain_io.models.generation_config import end_tokens, with_end_tokens
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.safetensors import (
@@ -48,14 +48,17 @@ from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import NOTHING_LEFT, Progress
 from megatrain_io.runs.model_files import mended_model
 from megatrain_io.runs.open_store import open_store
+from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.dtypes import DTYPES, check_precision, dtype_of
 from megatrain_io.store.layout import ModelLayout, Precision
 from megatrain_io.store.paged_store import Engine, PagedStore
+from megatrain_io.text import visible
 
 __all__ = ["export_model", "write_model_folder"]
 
 _LOG = logging.getLogger("megatrain_io")
 _SPARE_BYTES = 1 << 20
+_GENERATION = "generation_config.json"
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
@@ -92,9 +95,15 @@ def export_model(
     _check(out, dtype, shard_bytes)  # before a store is opened that may be in use
     with storage_errors(out.absolute(), NOTHING_LEFT), open_store(run, engine=engine) as state:
         for note in mended_model(run):
-            _LOG.warning("note: %s", note)
+            _LOG.warning("note: %s", visible(note))
         write_model_folder(
-            state, ModelFolder(run.model), out, dtype=dtype, shard_bytes=shard_bytes, progress=progress
+            state,
+            ModelFolder(run.model),
+            out,
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+            stop_tokens=TrainerState.stop_tokens_of(state.blob),
+            progress=progress,
         )
 
 
@@ -105,6 +114,7 @@ def write_model_folder(
     *,
     dtype: Precision | None = None,
     shard_bytes: int = 5 * 10**9,
+    stop_tokens: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> None:
     """Write the committed weights of an open store as a model folder; see ``export_model``.
@@ -115,6 +125,7 @@ def write_model_folder(
         out: a folder that does not exist or is empty.
         dtype: "bf16" or "fp32" (the masters); None = what computes.
         shard_bytes: of tensors in one file.
+        stop_tokens: what ends generation, besides what the folder says.
         progress: called after each chunk.
     """
     out, partial = _check(out, dtype, shard_bytes)
@@ -133,10 +144,13 @@ def write_model_folder(
             _write_parameters(written, state, plan, wanted, progress)
         if len(shards) > 1:
             _write_text(partial / "model.safetensors.index.json", index_of(shards, state.layout.parameters))
-        ends = _end_tokens(folder) if "generation_config.json" in companions else []
+        generation = _generation_config(folder, stop_tokens)
+        ends = [] if generation is None else end_tokens(json.loads(generation).get("eos_token_id"))
         config = _config_for_export(folder.raw_config, names.architecture, DTYPES[wanted], ends)
         _write_text(partial / "config.json", config)
-        folder.copy(companions, partial)
+        folder.copy([name for name in companions if name != _GENERATION], partial)
+        if generation is not None:
+            _write_text(partial / _GENERATION, generation)
         sync_folder(partial)
         partial.rename(out)
         undo.pop_all()
@@ -255,13 +269,11 @@ def _write(files: ShardWriter, name: str, element: int, values: Tensor) -> None:
     files.write(name, element * values.itemsize, values.view(torch.uint8).numpy().data)
 
 
-def _end_tokens(folder: ModelFolder) -> list[int]:
-    """What ends generation, by generation_config.json: what training found answers to end with is there."""
-    try:
-        content = json.loads(read_file(folder.path / "generation_config.json", SETTINGS_BYTES_MAX))
-    except (OSError, ValueError, RecursionError):
-        return []
-    return end_tokens(content.get("eos_token_id")) if isinstance(content, dict) else []
+def _generation_config(folder: ModelFolder, stop_tokens: Sequence[int]) -> str | None:
+    """Content of generation_config.json, in which what training found answers to end with ends generation."""
+    path = folder.path / _GENERATION
+    before = read_file(path, SETTINGS_BYTES_MAX).decode() if path.exists() else None
+    return with_end_tokens(before, folder.raw_config, stop_tokens) or before
 
 
 def _config_for_export(

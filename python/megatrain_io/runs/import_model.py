@@ -206,6 +206,7 @@ class ModelImport:
             self._names.plan(self._names.file_shapes())  # what could not be exported is not trained
             config = self._folder.config()
             self._companions = self._folder.companions()
+            self._folder.refuse_tokenizer_of_code()
             self.partition = self._options.partition(config, DTYPES[precision])
             parts, blocks = model_parts(self.partition), len(self.partition.blocks)
             self.layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
@@ -257,14 +258,6 @@ class ModelImport:
             sync_folder(run.path)
             # The store has its name last: with it the import is finished, and all that belongs to it is on the drive.
             files = digests_of(partial)
-            made = Provenance(
-                version=version("megatrain-io"),
-                precision=self._precision,
-                source=str(self._folder.path.resolve()),
-                run=str(run.path.resolve()),
-                files=files,
-                model_options=self._options.as_dict(),
-            )
             uuid = create_store(
                 self._stores,
                 self.layout,
@@ -273,7 +266,7 @@ class ModelImport:
                     "config": self._folder.raw_config,
                     "architecture": self._names.architecture,
                     "tied": self.partition.tied,
-                    **made.as_entry(),
+                    **self._provenance(files).as_entry(),
                 },
                 blob=TrainerState().encode(),
                 engine=engine,
@@ -292,9 +285,25 @@ class ModelImport:
             )
             undo.callback(run.info_file.unlink, missing_ok=True)
             partial.rename(run.model)
+            undo.callback(shutil.rmtree, run.model, ignore_errors=True)
             sync_folder(run.path)
             undo.pop_all()
         return info
+
+    def _provenance(self, files: dict[str, str]) -> Provenance:
+        """What the store says of this import.
+
+        Args:
+            files: SHA-256 of each file of RUN/model.
+        """
+        return Provenance(
+            version=version("megatrain-io"),
+            precision=self._precision,
+            source=str(self._folder.path.resolve()),
+            run=str(self._run.path.resolve()),
+            files=files,
+            model_options=self._options.as_dict(),
+        )
 
     def _close(self) -> None:
         self._undo.close()

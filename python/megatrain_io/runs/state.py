@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megatrain_io.errors import ConfigError, FormatError
+from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError
 
 __all__ = ["TrainerState"]
 
@@ -28,6 +28,7 @@ class TrainerState:
         environment: what may change the bits besides, by ``training.fingerprint``.
         compared: bytes of the steps before, as planned and as measured (``training.plan_check``).
         configuration: all settings by their dotted keys; None where an older version wrote the state.
+        stop_tokens: what texts and answers of the data end with, and so what ends generation.
         model_files: for files of RUN/model the SHA-256 that they may have, as ``run.json`` has it: should that be lost.
         version: of this schema.
     """
@@ -42,6 +43,7 @@ class TrainerState:
     environment: dict[str, Any] | None = None
     compared: dict[str, Any] | None = None
     configuration: dict[str, Any] | None = None
+    stop_tokens: list[int] = field(default_factory=list)
     model_files: dict[str, list[str]] = field(default_factory=dict)
     version: int = _VERSION
 
@@ -68,6 +70,14 @@ class TrainerState:
                 "go on with the version of megatrain-io that wrote it (run.json names it)"
             )
         return progress
+
+    @classmethod
+    def stop_tokens_of(cls, blob: bytes) -> list[int]:
+        """What ends generation, by the state of a run; none where these bytes are no trainer's state."""
+        try:
+            return cls.parse(blob).stop_tokens
+        except MegatrainIoError:
+            return []
 
     def encode(self) -> bytes:
         """Encode the state as the bytes that are committed with the store."""

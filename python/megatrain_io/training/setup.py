@@ -151,7 +151,7 @@ def ready(
         with storage_errors(folder.path, SAFE):
             if resume is not None:
                 write_model_files(folder, data.model_files())
-                progress.model_files = folder.read().files
+                progress.stop_tokens, progress.model_files = [*data.stop_tokens], folder.read().files
             model, is_pinned = open_.enter_context(run.started(state, job, plan))
             if resume is not None:
                 replace_file(folder.config, config.to_yaml())

@@ -94,6 +94,7 @@ class StepData(Protocol):
         summary: what the data are, in sentences for a person.
         files: what ``data.train`` is for a run that goes on with them; None = as it was given.
         not_read: sentences about files of the data that are not read, with their share.
+        stop_tokens: what texts and answers end with, and so what ends generation.
     """
 
     largest: MicroBatch
@@ -103,6 +104,7 @@ class StepData(Protocol):
     summary: str
     files: list[str] | None
     not_read: tuple[str, ...]
+    stop_tokens: Sequence[int]
 
     def steps(self, accumulation: int) -> int | None:
         """Optimizer steps of ``train.num_train_epochs``, with so many micro-batches each."""
@@ -200,6 +202,7 @@ class FileData:
         self.sha256 = train.sha256
         self.summary = "data:\n" + indent(str(data.summary), "  ")
         self.not_read = data.summary.not_read
+        self.stop_tokens: Sequence[int] = data.stop_tokens
         self.files = files
 
     def steps(self, accumulation: int) -> int | None:
@@ -272,6 +275,7 @@ class OwnMicroBatches:
         self.files: list[str] | None = [_HANDED_OVER]
         self.sha256 = digest.hexdigest()
         self.not_read: tuple[str, ...] = ()
+        self.stop_tokens: Sequence[int] = ()
         self.summary = (
             f"data: {len(sizes)} micro-batches of the caller's own, {rows} x {length} tokens at most"
         )

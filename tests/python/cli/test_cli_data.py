@@ -86,6 +86,13 @@ def test_what_ends_a_trained_answer_ends_generation_here_and_from_the_export(tmp
         0, prompt["input_ids"].shape[1] :
     ]
     assert tokenizer.decode(made) == "Yo<|im_end|>"
+    # The file that says so may be lost: the copy from the source does not know it, the store does.
+    (tmp_path / "run" / "model" / "generation_config.json").unlink()
+    answer = call("generate", tmp_path / "run", "--chat", "--prompt", "Hi", "--max-new-tokens", 20)
+    assert answer.stdout.strip() == "Yo"
+    assert call("export", tmp_path / "run", tmp_path / "again").exit_code == 0
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_a_model_without_generation_config_gets_one_that_ends_its_answers(tmp_path, base):

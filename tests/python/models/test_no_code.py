@@ -86,6 +86,15 @@ def test_code_of_a_folder_is_not_run_and_nobody_is_asked(sound, tmp_path, case):
         assert "trust_remote_code" not in outcomes[0].stderr
 
 
+def test_an_import_refuses_a_tokenizer_that_training_would_refuse(sound, tmp_path):
+    """It was accepted, and the cure for the copy in RUN/model was refused as a change of that."""
+    folder = hostile(sound, tmp_path, "a tokenizer")
+    outcome = CliRunner().invoke(app, ["import", str(folder), str(tmp_path / "run")])
+    assert outcome.exit_code == 5
+    assert f"{folder / 'tokenizer_config.json'} names code of its own" in outcome.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_advice_for_a_tokenizer_helps(sound, tmp_path):
     folder = hostile(sound, tmp_path, "a tokenizer")
     path = folder / "tokenizer_config.json"

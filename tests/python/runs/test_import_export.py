@@ -369,6 +369,36 @@ def test_an_import_that_fails_at_its_end_leaves_what_was_there(tmp_path, source,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_import_whose_last_flush_fails_leaves_nothing(tmp_path, source, run, monkeypatch):
+    """The model's folder had its name by then, and stayed in the way of the next import."""
+    sync = import_module.sync_folder
+
+    def failing(folder):
+        if run.model.exists():
+            raise OSError(5, "Input/output error", str(folder))
+        sync(folder)
+
+    monkeypatch.setattr(import_module, "sync_folder", failing)
+    with pytest.raises(StorageError, match=r"Input/output error.*nothing was left behind"):
+        bring_in(source, run)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_what_belongs_to_a_store_is_durable_before_it_has_its_name(source, run, monkeypatch):
+    """A power cut just after an import took the model's files and left the store."""
+    seen = []
+    monkeypatch.setattr(import_module, "sync_folder", lambda folder: seen.append(folder.name))
+    create = import_module.create_store
+
+    def creating(*arguments, **keywords):
+        seen.append("store")
+        return create(*arguments, **keywords)
+
+    monkeypatch.setattr(import_module, "create_store", creating)
+    bring_in(source, run)
+    assert seen == ["model.partial", run.path.name, "store", run.path.name]
+
+
 def test_an_import_that_was_killed_can_be_repeated(source, run):
     (run.model.with_name("model.partial") / "deep").mkdir(parents=True)
     bring_in(source, run, progress=lambda *_: None)

@@ -363,9 +363,9 @@ fn name_lost(path: &Path, is_taken: bool, moved_to: Option<&Path>, open: &Path) 
             now.display()
         ),
         None => format!(
-            "{path} was removed while it was open{taken}: what it holds is lost when this process ends, and nothing \
-             more is committed. Until then `cp --sparse=always {open} COPY` saves it, all files of the store together; \
-             afterwards restore a copy or import the model again"
+            "{path} was removed while it was open{taken}: what it holds is lost when this process ends, as a command \
+             does now, and nothing more is committed. Restore a copy or import the model again; a program of your own \
+             that lives on can save it by `cp --sparse=always {open} COPY`, all files of the store together"
         ),
     }
 }

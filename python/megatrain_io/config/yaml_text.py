@@ -12,6 +12,8 @@ def yaml_problem(error: Exception) -> str:
     """What one of ``NOT_YAML`` says, on one line, with its place where it has one."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if "integer string conversion" in str(error):
+        return "a number has more digits than are read"
     if isinstance(error, AttributeError):
         return "it is not what its tag says"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:

@@ -165,8 +165,8 @@ def _rendered(
     except TemplateError as error:
         roles = " ".join(turn["role"] for turn in messages[: error.turns][:20])
         raise DataError(
-            f"{place}: the chat template refuses the first {error.turns} of {len(messages)} turns ({roles}): "
-            f"{error.reason}. Correct the line, or choose another data.chat_template."
+            f"{place}: the chat template does not render the first {error.turns} of {len(messages)} turns ({roles}): "
+            f"{error.reason}. Choose another data.chat_template, or correct the line."
         ) from error
 
 

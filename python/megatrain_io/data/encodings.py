@@ -1,7 +1,9 @@
 """In which encoding a text that is no UTF-8 was likely written, and the command that converts it and loses nothing."""
 
+import math
 import shlex
 import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 __all__ = ["WAY_OUT", "conversion", "guess_encoding", "kind_of"]
@@ -30,6 +32,7 @@ _FEW = 0.1
 # Categories of Unicode: symbols, numbers such as a raised 2, control characters.
 _SIGNS = ("So", "Sm", "Sk", "No", "Cc")
 _BESIDE_LETTERS = "\u00b0\u00a9\u00ae"
+_BESIDE_CYRILLIC = "\u00ab\u00bb\u2014\u2013\u2116\u201e\u201c"
 _APOSTROPHES = "\u2019\u2018'\u00b4`-\u2013\u2014\u00ad\u00b7"
 
 
@@ -97,24 +100,28 @@ def _guess_single_byte(text: bytes) -> str | None:
     foreign = sum(byte > 0x7F for byte in text)  # noqa: PLR2004 - beyond ASCII
     letters = sum(chr(byte).isalpha() for byte in text if byte <= 0x7F) + foreign  # noqa: PLR2004
     if foreign > _FOREIGN_SHARE * letters:
-        scores = {name: _strange_cyrillic(text, codec) for codec, name in _CYRILLIC.items()}
+        scores = _scores(text, _CYRILLIC, _strange_cyrillic)
     else:
-        scores = {name: _strange_western(text, codec) for codec, name in _WESTERN.items()}
+        scores = _scores(text, _WESTERN, _strange_western)
     best = min(scores, key=lambda name: scores[name])
     return best if scores[best] <= _FEW * foreign else None
 
 
-def _strange_western(text: bytes, codec: str) -> float:
+def _scores(text: bytes, codecs: Mapping[str, str], strange: Callable[[bytes, str], int]) -> dict[str, float]:
+    """How strange the text is in each encoding, by its name for ``iconv``; infinitely where it is not in it."""
+    scores = {}
+    for codec, name in codecs.items():
+        try:
+            scores[name] = float(strange(text, codec))
+        except UnicodeDecodeError:
+            scores[name] = math.inf
+    return scores
+
+
+def _strange_western(text: bytes, codec: str) -> int:
     """How many characters beyond ASCII stand where none would: signs and capitals within words."""
-    try:
-        decoded = text.decode(codec)
-    except UnicodeDecodeError:
-        return float("inf")
     strange = 0
-    for at, character in enumerate(decoded):
-        if character <= "\x7f":
-            continue
-        before, after = decoded[at - 1 : at], decoded[at + 1 : at + 2]
+    for before, character, after in _foreign(text, codec):
         if unicodedata.category(character) in _SIGNS and character not in _BESIDE_LETTERS:
             is_strange = before.isalpha() or after.isalpha()
         elif character.isalpha():
@@ -125,26 +132,31 @@ def _strange_western(text: bytes, codec: str) -> float:
     return strange
 
 
-def _strange_cyrillic(text: bytes, codec: str) -> float:
+def _strange_cyrillic(text: bytes, codec: str) -> int:
     """How many characters beyond ASCII are no Cyrillic letters, or capitals within words."""
-    try:
-        decoded = text.decode(codec)
-    except UnicodeDecodeError:
-        return float("inf")
     strange = 0
+    for before, character, _ in _foreign(text, codec):
+        is_other = not "\u0400" <= character <= "\u04ff" and character not in _BESIDE_CYRILLIC
+        strange += is_other or (character.isupper() and before.islower())
+    return strange
+
+
+def _foreign(text: bytes, codec: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each character beyond ASCII between those before and behind it, "" at the ends.
+
+    Raises:
+        UnicodeDecodeError: it is not this encoding.
+    """
+    decoded = text.decode(codec)
     for at, character in enumerate(decoded):
         if character > "\x7f":
-            other = (
-                not "\u0400" <= character <= "\u04ff"
-                and character not in "\u00ab\u00bb\u2014\u2013\u2116\u201e\u201c"
-            )
-            strange += other or (character.isupper() and decoded[at - 1 : at].islower())
-    return strange
+            yield decoded[at - 1 : at] if at else "", character, decoded[at + 1 : at + 2]
 
 
 def _free_name(path: Path, encoding: str) -> Path:
     """A name beside the file that nothing has, and that no folder is read by."""
-    names = (path.with_name(f"{path.name}.{encoding.lower()}{number or ''}") for number in range(1000))
+    numbers = ("", *(f".{number}" for number in range(1, 1000)))
+    names = (path.with_name(f"{path.name}.{encoding.lower()}{number}") for number in numbers)
     return next((name for name in names if not name.exists()), path.with_name(path.name + ".old"))
 
 

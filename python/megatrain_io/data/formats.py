@@ -190,6 +190,11 @@ class DocumentReader:
         for data_format in self._order:
             if all(self._fields[key] in row for key in _KEYS[data_format]):
                 return data_format
+        if {"chosen", "rejected"} <= row.keys():
+            raise DataError(
+                f"{place} has keys [{_keys(row)}]: preference pairs are not trained. To train the chosen answers "
+                f"alone, map them with data.fields: {{{_of_chosen(row)}}}."
+            )
         raise DataError(f"{place} has keys [{_keys(row)}]. Known: {_KNOWN}. {_map_example(row)}")
 
     def _refuse_keys(self, place: str, row: Row, data_format: Format) -> NoReturn:
@@ -326,8 +331,17 @@ def _keys(row: Row) -> str:
     return ", ".join(row)
 
 
+def _of_chosen(row: Row) -> str:
+    if isinstance(row["chosen"], list):
+        return "messages: chosen"
+    asked = next((key for key in ("prompt", "question", "instruction") if key in row), "prompt")
+    return f"prompt: {asked}, completion: chosen"
+
+
 def _map_example(row: Row) -> str:
-    question, answer = row if len(row) == 2 else ("question", "answer")  # noqa: PLR2004
+    if len(row) == 1:
+        return f"Map with data.fields: {{text: {_keys(row)}}}."
+    question, answer = [*row, "question", "answer"][:2]
     return (
         f"Map with data.fields: {{instruction: {question}, output: {answer}}} to train answers in the chat template, "
         f"or {{prompt: {question}, completion: {answer}}} to train them as they stand."

@@ -152,14 +152,15 @@ class RunFolder:
         Returns:
             A sentence for the person; none where there was nothing to mend.
         """
-        lost = "is damaged" if os.path.lexists(self.info_file) else "is not there"
-        if lost == "is damaged" and self._read() is not None:
+        is_there = os.path.lexists(self.info_file)
+        if is_there and self._read() is not None:
             return []
         info = self._of_store([self.own_store]) or self._of_store(stores)
         if info is None:
             return []
         self.save(info)
-        return [f"{self.info_file} {lost}: it was made anew from the store"]
+        lost = "damaged" if is_there else "not there"
+        return [f"{self.info_file} is {lost}: it was made anew from the store"]
 
     def doubts(self) -> list[str]:
         """What the rights of the folder allow that nobody will want, as sentences."""

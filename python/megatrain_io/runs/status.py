@@ -29,7 +29,6 @@ _LAST_STOPS: dict[LastStop, str] = {
     "killed": "not clean (the process was killed): the last committed step is whole",
     "system down": "not clean, and the machine was started since: the next start verifies all of the store first",
 }
-_TERABYTE = 1e12
 _CONFIG_BYTES_MAX = 64 << 20
 
 
@@ -156,7 +155,7 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
         last = "" if status.max_steps is None else f" of {status.max_steps}"
         loss = "" if status.loss is None else f", loss {status.loss:.4f}"
         yield "committed", f"step {status.step}{last}{loss} (generation {status.generation})"
-        yield "written", f"{(status.written_bytes or 0) / _TERABYTE:.4f} TB"
+        yield "written", decimal(status.written_bytes or 0, precision=4)
         yield "in use", "no" if status.in_use is None else f"by {status.in_use.text}"
         if status.last_stop is not None:
             yield "last stop", _LAST_STOPS[status.last_stop]

@@ -184,7 +184,7 @@ def test_a_base_model_gets_a_template_by_name_file_or_text(tmp_path):
         ),
         (
             "{{ raise_exception('no user here') }}",
-            r"line 2: the chat template refuses the first 4 of 4 turns \(user assistant .*\): no user here\. Correct",
+            r"line 2: the chat template does not render the first 4 of 4 turns \(user .*\): no user here\. Choose",
         ),
     ],
     ids=["not prefix-stable", "raises"],
@@ -437,3 +437,26 @@ def test_an_empty_file_among_others_is_no_error(tmp_path):
 def test_options_that_contradict_themselves_are_refused(tmp_path, options, error):
     with pytest.raises(ConfigError, match=error):
         ready(tmp_path, TEXTS, **options)
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        (
+            {"prompt": "Who?", "chosen": "I.", "rejected": "You."},
+            {"prompt": "prompt", "completion": "chosen"},
+        ),
+        (
+            {"question": "Who?", "chosen": "I.", "rejected": "You."},
+            {"prompt": "question", "completion": "chosen"},
+        ),
+        ({"chosen": TURNS[:2], "rejected": TURNS[2:]}, {"messages": "chosen"}),
+    ],
+    ids=["prompt", "question", "turns"],
+)
+def test_preference_pairs_are_refused_with_a_mapping_that_works(tmp_path, row, fields):
+    """The advice named columns that the data had not."""
+    with pytest.raises(DataError, match="preference pairs are not trained") as refused:
+        ready(tmp_path, [row])
+    assert "{" + ", ".join(f"{key}: {value}" for key, value in fields.items()) + "}." in str(refused.value)
+    assert documents(ready(tmp_path, [row], fields=fields).train)

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,9 +50,6 @@ def run(store: Path, partition: PartitionedModel, steps: list) -> PagedStore:
 
 
 def main() -> None:
-    # What others run meanwhile decides how many buffers are under way at once; who may not go first measures so, too.
-    with suppress(PermissionError):
-        os.nice(-15)
     torch.set_num_threads(1)
     store, layers, hidden, dtype, tokens = sys.argv[1:]
     case = Case(dtype=getattr(torch, dtype), overrides=shape(int(layers), int(hidden)))

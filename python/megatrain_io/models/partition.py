@@ -180,14 +180,14 @@ class PartitionedModel:
             A note, where there are more, and the model only has not learned these positions.
 
         Raises:
-            ConfigError: there are more than the model has; the message has both numbers.
+            ConfigError: there are more than the model has or can pass and be resumed; the message has both numbers.
         """
         positions = self.spec.positions
         count = None if positions is None else positions.of(self.config)
         if positions is None or count is None or length <= count:
             return []
         text = positions_text(positions, count, length, setting)
-        if positions.is_bound:
+        if positions.is_bound or positions.remembers:
             raise ConfigError(text)
         return [text]
 

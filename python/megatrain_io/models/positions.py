@@ -24,11 +24,14 @@ class Positions:
         name: of the setting in the configuration.
         lost: positions of the table that no token gets (those of padding come first in some).
         is_bound: whether longer rows fail; else they only meet positions that were not trained.
+        remembers: whether a longer row changes what later ones get ("dynamic" rotary tables grow with it): a resumed
+            run does not know the rows of before.
     """
 
     name: str
     lost: int
     is_bound: bool
+    remembers: bool = False
 
     def of(self, config: PreTrainedConfig) -> int | None:
         """The number for a model of this architecture; None where its configuration has none."""
@@ -59,7 +62,10 @@ def find_positions(
             model = build(config).eval()
         except Exception:  # noqa: BLE001, S112 - a setting that others depend on
             continue
+        fresh = copy.deepcopy(model)
         if _runs(model, _MANY):
+            if not _same_scores(model, fresh, (_FEW + _MANY) // 2):
+                return Positions(name, 0, is_bound=False, remembers=True)
             continue
         lost = next((lost for lost in range(_LOST_MAX + 1) if _runs(model, _FEW - lost)), None)
         if lost is not None:
@@ -83,6 +89,11 @@ def positions_text(positions: Positions, count: int, length: int, setting: str) 
         return (
             f"{rows}, and the model has {count} positions {there}: longer rows cannot be computed; {shorter}"
         )
+    if positions.remembers:
+        return (
+            f"{rows}, and the model has {count} positions {there}: a longer row changes the rotary table of "
+            f"those after it, which a resumed run does not know; {shorter}"
+        )
     return (
         f"{rows}, and the model was made for {count} positions {there}: what is behind them meets positions that it "
         f"has not learned; {shorter} to avoid that"
@@ -96,3 +107,11 @@ def _runs(model: PreTrainedModel, length: int) -> bool:
     except Exception:  # noqa: BLE001 - whatever its table says of a place that is not there
         return False
     return True
+
+
+@torch.no_grad()
+def _same_scores(used: PreTrainedModel, fresh: PreTrainedModel, length: int) -> bool:
+    """Whether what passed before makes no difference."""
+    tokens = torch.ones((1, length), dtype=torch.int64)
+    scores = [model(input_ids=tokens, use_cache=False).logits for model in (used, fresh)]
+    return torch.equal(*scores)

@@ -20,7 +20,7 @@ def sources(tmp_path_factory):
     made = {}
 
     def source(family, **values):
-        key = (family, *sorted(values.items()))
+        key = (family, repr(sorted(values.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(family)
             config = small_config(family)
@@ -97,6 +97,18 @@ def test_rows_longer_than_rotary_positions_are_noted(sources, tmp_path):
     assert trained.exit_code == 0
     assert note in " ".join(trained.stderr.split())
     assert note not in run("plan", source / "model", "max_length=32", "--json").stdout
+
+
+def test_rows_that_change_the_rotary_table_of_later_ones_are_refused(sources, tmp_path):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    source = sources("llama", max_position_embeddings=32, rope_parameters=dynamic)
+    said = refusal("train", *settings_of(source, tmp_path / "run", "max_length=64"), code=2)
+    assert (
+        "a longer row changes the rotary table of those after it, which a resumed run does not know" in said
+    )
+    assert "set data.max_length=32 or less" in said
+    trained = run("train", *settings_of(source, tmp_path / "run", "max_length=32"))
+    assert trained.exit_code == 0, trained.output
 
 
 # ---------------------------------------------------------------------------------------------- values

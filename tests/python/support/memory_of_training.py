@@ -5,7 +5,6 @@ memory_of_training.py STORE LAYERS HIDDEN DTYPE TOKENS
 
 import gc
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The model that a loop of one's own trains: a module, a function that makes one, or a model folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatrain_io.models.probe_module import SMALL_PARAMETERS_MAX, OwnModule, pr
 from megatrain_io.runs.import_model import TensorReader, checked_weights
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision, TensorPlace
+from megatrain_io.training.fingerprint import differences
 
 __all__ = ["Model", "ModelSource", "Weights"]
 
@@ -89,8 +90,26 @@ class ModelSource:
     def describe(self) -> dict[str, Any]:
         """What the store says of the model: plain JSON types."""
         spec = self.partition.spec
-        own = {"class": spec.model_type, "block_list": spec.block_list, "precision": self.precision}
+        own: dict[str, Any] = {
+            "class": spec.model_type,
+            "block_list": spec.block_list,
+            "precision": self.precision,
+        }
+        if self.folder is not None:
+            own["config"] = self.folder.raw_config
         return {"paged_model": own, "tied": self.partition.tied}
+
+    def changes(self, described: Mapping[str, Any]) -> list[str]:
+        """A sentence for each entry of a folder's configuration that is not as ``describe`` wrote it."""
+        before, now = (
+            own.get("config") for own in (described["paged_model"], self.describe()["paged_model"])
+        )
+        if before is None or now is None:
+            return []
+        was, there = (
+            {f"{key} in config.json": each.get(key) for key in before | now} for each in (before, now)
+        )
+        return differences(was, there)
 
     @contextmanager
     def reading(self, weights: Weights | None) -> Iterator[TensorReader]:

@@ -136,6 +136,7 @@ class PagedModel:
             *source.notes,
             *store.notes,
             *source.partition.loss_notes,
+            *source.changes(json.loads(store.manifest)["model"]),
             *differences(progress.environment, self._environment),
         ]
         if how.largest is not None:

@@ -146,6 +146,8 @@ class RunFolder:
     def mend(self, stores: Sequence[Path]) -> list[str]:
         """Make ``run.json`` anew where it is lost or damaged and the store says what was in it.
 
+        The lock of an import that was killed when all was written is removed.
+
         Args:
             stores: where the store's files are, should the run folder not hold them.
 
@@ -153,6 +155,9 @@ class RunFolder:
             A sentence for the person; none where there was nothing to mend.
         """
         is_there = os.path.lexists(self.info_file)
+        if is_there and self._import_lock.exists():
+            with suppress(StoreInUseError, OSError), self.importing():
+                pass
         if is_there and self._read() is not None:
             return []
         info = self._of_store([self.own_store]) or self._of_store(stores)
@@ -195,6 +200,10 @@ class RunFolder:
             model_options=made.model_options,
         )
 
+    @property
+    def _import_lock(self) -> Path:
+        return self.path / "import.lock"
+
     @contextmanager
     def importing(self) -> Iterator[None]:
         """Hold the folder for an import, or for looking at what one left.
@@ -202,7 +211,7 @@ class RunFolder:
         Raises:
             StoreInUseError: another process does so now.
         """
-        lock = self.path / "import.lock"
+        lock = self._import_lock
         with suppress(FileExistsError):
             new_file(lock).close()
         with append_file(lock) as file:

@@ -228,6 +228,16 @@ def test_a_model_folder_that_a_power_cut_left_unnamed_gets_its_name(source, stop
     check_equals(stopped, whole)
 
 
+def test_the_lock_of_an_import_that_was_killed_at_its_end_is_removed(stopped):
+    lock = stopped / "import.lock"
+    with RunFolder(stopped).importing():
+        assert RunFolder(stopped).mend([]) == []
+        assert lock.exists(), "it is held"
+    lock.touch()
+    assert RunFolder(stopped).mend([]) == []
+    assert not lock.exists()
+
+
 def test_two_runs_of_one_name_in_one_store_folder_are_told_apart(source, tmp_path):
     """The second was told to remove the store of the first."""
     memory = {"store_dir": [tmp_path / "fast"]}

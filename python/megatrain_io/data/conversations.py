@@ -166,7 +166,7 @@ def _rendered(
         roles = " ".join(turn["role"] for turn in messages[: error.turns][:20])
         raise DataError(
             f"{place}: the chat template does not render the first {error.turns} of {len(messages)} turns ({roles}): "
-            f"{error.reason}. Choose another data.chat_template, or correct the line."
+            f"{error.reason.rstrip('.')}. Choose another data.chat_template, or correct the line."
         ) from error
 
 

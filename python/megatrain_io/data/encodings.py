@@ -150,7 +150,7 @@ def _foreign(text: bytes, codec: str) -> Iterator[tuple[str, str, str]]:
     decoded = text.decode(codec)
     for at, character in enumerate(decoded):
         if character > "\x7f":
-            yield decoded[at - 1 : at] if at else "", character, decoded[at + 1 : at + 2]
+            yield decoded[at - 1 : at], character, decoded[at + 1 : at + 2]
 
 
 def _free_name(path: Path, encoding: str) -> Path:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NoReturn, get_args
@@ -29,6 +30,10 @@ _FIELDS = {key for keys in _KEYS.values() for key in keys} | {"input", "role", "
 # Keys of conversations that would decide what the model sees, or which turns are trained, and are not read.
 _PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 _TURN_MASKS = ("train", "training", "train_on_turn", "train_detail", "mask", "masked", "loss", "loss_mask")
+# What data sets that nobody has mapped yet call a question and its answer.
+_ASKING = ("prompt", "question", "instruction", "input", "query")
+_ANSWERING = ("answer", "response", "completion", "output", "reply")
+_PLAIN = re.compile(r"(?!(?:true|false|null|yes|no|on|off)$)[A-Za-z_][\w.-]*", re.ASCII | re.IGNORECASE)
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **dict.fromkeys(["gpt", "chatgpt", "bard", "bing", "model", "bot"], "assistant"),
@@ -193,7 +198,7 @@ class DocumentReader:
         if {"chosen", "rejected"} <= row.keys():
             raise DataError(
                 f"{place} has keys [{_keys(row)}]: preference pairs are not trained. To train the chosen answers "
-                f"alone, map them with data.fields: {{{_of_chosen(row)}}}."
+                f"alone, {_of_chosen(place, row)}"
             )
         raise DataError(f"{place} has keys [{_keys(row)}]. Known: {_KNOWN}. {_map_example(row)}")
 
@@ -331,18 +336,34 @@ def _keys(row: Row) -> str:
     return ", ".join(row)
 
 
-def _of_chosen(row: Row) -> str:
-    if isinstance(row["chosen"], list):
-        return "messages: chosen"
-    asked = next((key for key in ("prompt", "question", "instruction") if key in row), "prompt")
-    return f"prompt: {asked}, completion: chosen"
+def _of_chosen(place: str, row: Row) -> str:
+    """How to train the chosen answers of preference pairs alone."""
+    asked = next((key for key in _ASKING if key in row), None)
+    if not isinstance(row["chosen"], list):
+        names = {"text": "chosen"} if asked is None else {"prompt": asked, "completion": "chosen"}
+        return f"map them with data.fields: {_flow(names)}."
+    if asked is None or not isinstance(row[asked], list):
+        return "map them with data.fields: {messages: chosen}."
+    return (
+        f"write {asked} and chosen of each line as one list under the key messages ({place} has them as two)."
+    )
 
 
 def _map_example(row: Row) -> str:
     if len(row) == 1:
-        return f"Map with data.fields: {{text: {_keys(row)}}}."
-    question, answer = [*row, "question", "answer"][:2]
+        return f"Map with data.fields: {_flow({'text': _keys(row)})}."
+    asked = next((key for key in _ASKING if key in row), None)
+    answer = next((key for key in _ANSWERING if key in row), None)
+    if (asked is None or answer is None) and len(row) == 2:  # noqa: PLR2004 - one asks, one answers
+        asked, answer = row
+    question, answer = asked or "KEY_OF_THE_QUESTION", answer or "KEY_OF_THE_ANSWER"
     return (
-        f"Map with data.fields: {{instruction: {question}, output: {answer}}} to train answers in the chat template, "
-        f"or {{prompt: {question}, completion: {answer}}} to train them as they stand."
+        f"Map with data.fields: {_flow({'instruction': question, 'output': answer})} to train answers in the chat "
+        f"template, or {_flow({'prompt': question, 'completion': answer})} to train them as they stand."
     )
+
+
+def _flow(names: Mapping[str, str]) -> str:
+    """A mapping as YAML on one line; names that are no plain words are quoted."""
+    quoted = {ours: key if _PLAIN.fullmatch(key) else json.dumps(key) for ours, key in names.items()}
+    return "{" + ", ".join(f"{ours}: {key}" for ours, key in quoted.items()) + "}"

@@ -1,5 +1,7 @@
 """The model that a loop of one's own trains: a module, a function that makes one, or a model folder."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from megatrain_io.models.probe_module import SMALL_PARAMETERS_MAX, OwnModule, pr
 from megatrain_io.runs.import_model import TensorReader, checked_weights
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision, TensorPlace
+from megatrain_io.text import visible
 from megatrain_io.training.fingerprint import differences
 
 __all__ = ["Model", "ModelSource", "Weights"]
@@ -28,6 +31,17 @@ Model = nn.Module | Callable[[], nn.Module] | Path | str
 
 Weights = Callable[[str, tuple[int, ...]], Tensor]
 """``weights(name, shape)``: the first values of a parameter, bf16, fp16 or fp32."""
+
+_DECIDES_NOTHING = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "transformers_version",
+    "use_cache",
+}
+_SHOWN_AT_MOST = 60
 
 _TRAINABLE = (torch.bfloat16, torch.float16, torch.float32)
 _ATTENTION = ("sdpa", "eager")
@@ -64,9 +78,11 @@ class ModelSource:
         self.notes: list[str] = []
         self._module: nn.Module | None = None
         self.folder: ModelFolder | None = None
+        self._config: PreTrainedConfig | None = None
         if isinstance(model, Path | str):
             self.folder = ModelFolder(Path(model))
-            self.partition = self._of_config(self.folder.config(), None, blocks, small)
+            self._config = self.folder.config()
+            self.partition = self._of_config(self._config, None, blocks, small)
         else:
             if not callable(model):
                 raise ConfigError(
@@ -77,6 +93,7 @@ class ModelSource:
                 model, small = _without_memory(model, small)
             self._module = model
             if isinstance(model, PreTrainedModel):
+                self._config = model.config
                 attention = getattr(model.config, "_attn_implementation", None)
                 self.partition = self._of_config(
                     model.config, attention if attention in _ATTENTION else None, blocks, small
@@ -95,19 +112,19 @@ class ModelSource:
             "block_list": spec.block_list,
             "precision": self.precision,
         }
-        if self.folder is not None:
-            own["config"] = self.folder.raw_config
+        if self._config is not None:
+            own["config"] = json.loads(self._config.to_json_string(use_diff=False))
         return {"paged_model": own, "tied": self.partition.tied}
 
     def changes(self, described: Mapping[str, Any]) -> list[str]:
-        """A sentence for each entry of a folder's configuration that is not as ``describe`` wrote it."""
+        """A sentence for each entry of a transformers configuration that is not as ``describe`` wrote it."""
         before, now = (
-            own.get("config") for own in (described["paged_model"], self.describe()["paged_model"])
+            own.get("config", {}) for own in (described["paged_model"], self.describe()["paged_model"])
         )
-        if before is None or now is None:
-            return []
+        # What one has alone is of another version of transformers.
+        keys = [key for key in now if key in before and key not in _DECIDES_NOTHING]
         was, there = (
-            {f"{key} in config.json": each.get(key) for key in before | now} for each in (before, now)
+            {f"{key} of the configuration": _short(each[key]) for key in keys} for each in (before, now)
         )
         return differences(was, there)
 
@@ -221,3 +238,11 @@ def _without_memory(
         with torch.random.fork_rng(devices=[]):
             small = make()
     return module, small
+
+
+def _short(value: object) -> str:
+    """A value of a configuration for a sentence; what is cut is told apart by its length and hash."""
+    text = visible(json.dumps(value, sort_keys=True))
+    if len(text) <= _SHOWN_AT_MOST:
+        return text
+    return f"{text[:_SHOWN_AT_MOST]}... ({len(text)} characters, {hashlib.sha256(text.encode()).hexdigest()[:8]})"

@@ -72,9 +72,7 @@ def changes_of(
     if progress.data != data:
         # The seed decides which share of the data is held out.
         keys = {key: pair for key, pair in changed.items() if key.startswith("data.") or key == "train.seed"}
-        unnamed = (
-            "none of its keys that were kept has changed: its files, the tokenizer or the chat template have"
-        )
+        unnamed = "no recorded setting of data differs: the files, the tokenizer or the chat template changed"
         why = _named(keys) or unnamed
         raise ConfigError(
             f"{at} with other data (fingerprint {progress.data[:8]}, now {data[:8]}): {why}. Resume with the same, or "

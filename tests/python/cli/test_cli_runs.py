@@ -193,17 +193,18 @@ def test_status_of_a_run_that_can_go_on(run):
     assert found["file_system"]
 
 
-def test_status_knows_what_the_trainer_committed(run):
+@pytest.mark.parametrize(("nbytes", "said"), [(3_456_700_000_000, "3.4567 TB"), (12_345, "12.3450 kB")])
+def test_status_knows_what_the_trainer_committed(run, nbytes, said):
     """Loss and bytes are those of the committed step, not of a later line of metrics.jsonl."""
     with opened(run.own_store, CASE, engine=ENGINE, threads=1, drives=1) as model:
-        blob = json.dumps({"step": 3, "loss": 1.25, "written_bytes": 3_456_700_000_000}).encode()
+        blob = json.dumps({"step": 3, "loss": 1.25, "written_bytes": nbytes}).encode()
         model.train_step(
             [to_micro_batch(batch) for batch in CASE.steps[2]], AdamWStep(3, 1e-3), lambda _: blob
         )
         model.state.wait_durable()
     text = call("status", run.path).stdout
     assert "committed  step 3 of 3, loss 1.2500 (generation 4)" in text
-    assert "written    3.4567 TB" in text
+    assert f"written    {said}" in text
     assert f"next       done: megatrain-io generate {run.path}" in text
 
 

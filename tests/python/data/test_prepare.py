@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import ByT5Tokenizer
 
 from corpus import EOS, RENDERED, TEMPLATE, TOKENIZER, TURNS, documents, make_tokenizer, ready, write
@@ -451,8 +452,13 @@ def test_options_that_contradict_themselves_are_refused(tmp_path, options, error
             {"prompt": "question", "completion": "chosen"},
         ),
         ({"chosen": TURNS[:2], "rejected": TURNS[2:]}, {"messages": "chosen"}),
+        ({"input": "Who?", "chosen": "I.", "rejected": "You."}, {"prompt": "input", "completion": "chosen"}),
+        (
+            {"chosen": "Human: who? Assistant: I.", "rejected": "Human: who? Assistant: you."},
+            {"text": "chosen"},
+        ),
     ],
-    ids=["prompt", "question", "turns"],
+    ids=["prompt", "question", "turns", "input", "in one"],
 )
 def test_preference_pairs_are_refused_with_a_mapping_that_works(tmp_path, row, fields):
     """The advice named columns that the data had not."""
@@ -460,3 +466,32 @@ def test_preference_pairs_are_refused_with_a_mapping_that_works(tmp_path, row, f
         ready(tmp_path, [row])
     assert "{" + ", ".join(f"{key}: {value}" for key, value in fields.items()) + "}." in str(refused.value)
     assert documents(ready(tmp_path, [row], fields=fields).train)
+
+
+def test_preference_pairs_of_turns_are_told_to_be_joined(tmp_path):
+    """Answers alone would be trained without their questions, or dropped."""
+    row = {"prompt": TURNS[:1], "chosen": TURNS[1:2], "rejected": TURNS[1:2]}
+    with pytest.raises(
+        DataError, match="write prompt and chosen of each line as one list under the key messages"
+    ):
+        ready(tmp_path, [row])
+    assert documents(ready(tmp_path, [{"messages": row["prompt"] + row["chosen"]}]).train)
+
+
+@pytest.mark.parametrize(
+    ("row", "advised"),
+    [
+        ({"id": 7, "question": "Who?", "answer": "I."}, "{instruction: question, output: answer}"),
+        ({"Frage": "Who?", "Antwort": "I."}, "{instruction: Frage, output: Antwort}"),
+        ({"my text: x, y": "Fox and hen."}, '{text: "my text: x, y"}'),
+        ({"a": "1", "b": "2", "c": "3"}, "{instruction: KEY_OF_THE_QUESTION, output: KEY_OF_THE_ANSWER}"),
+    ],
+    ids=["known", "two", "quoted", "unknown"],
+)
+def test_unknown_keys_are_refused_with_a_mapping_that_is_yaml(tmp_path, row, advised):
+    with pytest.raises(DataError) as refused:
+        ready(tmp_path, [row])
+    assert f"data.fields: {advised}" in str(refused.value)
+    fields = yaml.safe_load(advised)
+    if set(fields.values()) <= row.keys():
+        assert documents(ready(tmp_path, [row], fields=fields).train)

@@ -120,23 +120,26 @@ def test_clipped_steps_have_the_bits_of_the_reference(tmp_path):
 # ------------------------------------------------------------------------------------- transactions
 
 
-def test_a_folder_whose_configuration_changed_is_named_when_the_file_is_opened(tmp_path):
-    folder = tmp_path / "model"
-    Case("llama", dtype=BF16).model.save_pretrained(folder)
-    with mt.PagedModel.create(folder, tmp_path / "store", ram="64MiB", device="cpu", precision="bf16"):
+@pytest.mark.parametrize("source", ["folder", "module"])
+def test_a_configuration_that_changed_is_named_when_the_file_is_opened(tmp_path, source):
+    model = Case("llama", dtype=BF16).model
+    model.config.id2label = dict.fromkeys(range(99), "x" * 50)
+
+    def given():
+        if source == "module":
+            return model
+        model.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    how = {"ram": "64MiB", "device": "cpu"}
+    with mt.PagedModel.create(given(), tmp_path / "store", precision="bf16", **how):
         pass
-    for value, count in ((None, 0), (1e-3, 1)):
-        if value is not None:
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": value}))
-        with mt.PagedModel.open(folder, tmp_path / "store", ram="64MiB", device="cpu") as model:
-            said = [
-                note
-                for note in model.notes
-                if note.startswith("rms_norm_eps in config.json was 1e-06 and is 0.001")
-            ]
-            assert len(said) == count
-            assert len([note for note in model.notes if "in config.json was" in note]) == count
+    with mt.PagedModel.open(given(), tmp_path / "store", **how) as opened:
+        assert not [note for note in opened.notes if "of the configuration" in note]
+    model.config.rms_norm_eps, model.config.use_cache, model.config.id2label = 1e-3, True, {0: "y"}
+    with mt.PagedModel.open(given(), tmp_path / "store", **how) as opened:
+        [said] = [note for note in opened.notes if "of the configuration" in note]
+    assert said.startswith("rms_norm_eps of the configuration was 1e-06 and is 0.001: ")
 
 
 def test_a_model_that_was_closed_goes_on_with_the_same_bits(tmp_path):

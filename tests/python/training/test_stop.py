@@ -27,11 +27,15 @@ PAGED, IN_RAM = {"ram": "2000KiB"}, {"ram": "1GiB"}
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_is_heard():
-    """A background job of a shell begins with Ctrl-C ignored."""
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _signals_are_heard():
+    """A background job of a shell begins with Ctrl-C ignored, one of ``nohup`` with SIGHUP."""
+    outside = (
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     yield
-    signal.signal(signal.SIGINT, outside)
+    signal.signal(signal.SIGINT, outside[0])
+    signal.signal(signal.SIGHUP, outside[1])
 
 
 def sending(monkeypatch, number, *, step, phase="backward", times=1):

@@ -95,7 +95,7 @@ def train_in_memory(folder, planes, step, steps, settings):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).train()
     leaves = untie(model)
     masters = {name: torch.nn.Parameter(planes[name, "master"].clone()) for name in leaves}
-    write_weights(leaves, masters, dtype)
+    write_weights(leaves, masters, dict.fromkeys(leaves, dtype))
     optimizer = torch.optim.AdamW(
         [
             {
@@ -123,7 +123,7 @@ def train_in_memory(folder, planes, step, steps, settings):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(number)
         optimizer.step()
-        write_weights(leaves, masters, dtype)
+        write_weights(leaves, masters, dict.fromkeys(leaves, dtype))
     after = {}
     for name, master in masters.items():
         after[name, "weight"] = leaves[name][0].detach()

@@ -8,6 +8,7 @@ steps differ between 1 and 2 threads, though the losses agree). It is left alone
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -129,7 +130,7 @@ def untie(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     """
     leaves = {name: [parameter] for name, parameter in model.named_parameters()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is embedding.weight:
+    if head is not None and head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
         next(own for own in leaves.values() if own[0] is embedding.weight).insert(0, head.weight)
     return leaves
@@ -141,7 +142,8 @@ def accumulate(
     """Loss and fp32 gradients of one step: the mean over all trained tokens of all its micro-batches.
 
     Gradients come from autograd in the compute dtype, are cast to fp32 and added in fp32, one after the other: the
-    micro-batches in order; for a tied table the head's of all micro-batches, then the embedding's of all.
+    micro-batches in order; for a tied table the head's of all micro-batches, then the embedding's of all. A parameter
+    that none of the losses depends on has no gradient.
     """
     num_items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step)
     losses: list[Tensor] = []
@@ -149,19 +151,39 @@ def accumulate(
         leaf: [] for own in leaves.values() for leaf in own if leaf.requires_grad
     }
     for batch in step:
-        loss = model(**batch, num_items_in_batch=num_items, use_cache=False).loss
+        loss = stock_loss(model, batch, num_items)
         loss.backward()
         losses.append(loss.detach())
         for leaf, gradients in native.items():
-            assert leaf.grad is not None
-            gradients.append(leaf.grad)
-            leaf.grad = None
-    summed = {
-        name: sum_in_order([gradient for leaf in own for gradient in native[leaf]])
+            if leaf.grad is not None:
+                gradients.append(leaf.grad)
+                leaf.grad = None
+    terms = {
+        name: [gradient for leaf in own for gradient in native[leaf]]
         for name, own in leaves.items()
         if own[0].requires_grad
     }
+    summed = {name: sum_in_order(gradients) for name, gradients in terms.items() if gradients}
     return sum_in_order(losses).item(), summed
+
+
+def stock_loss(model: PreTrainedModel, batch: MicroBatch, num_items: int) -> Tensor:
+    """The model's own loss, a sum over tokens divided by `num_items`.
+
+    Not every `forward` passes that number on to the loss, or takes it: the model's `loss_function` is given it.
+    """
+    own = model.loss_function
+    takes = inspect.signature(model.forward).parameters
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
+    options = {"num_items_in_batch": num_items, "use_cache": False}
+    model.loss_function = lambda *args, **kwargs: own(*args, **{**kwargs, "num_items_in_batch": num_items})
+    try:
+        loss: Tensor = model(
+            **batch, **{name: value for name, value in options.items() if takes_all or name in takes}
+        ).loss
+    finally:
+        model.loss_function = own
+    return loss
 
 
 def sum_in_order(terms: Sequence[Tensor]) -> Tensor:
@@ -176,7 +198,7 @@ def train(
     model: PreTrainedModel,
     steps: Sequence[Sequence[MicroBatch]],
     hyperparameters: Hyperparameters,
-    compute_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = torch.float32,
     bf16_source: bool = False,
     max_grad_norm: float | None = None,
     clip_coefficients: Sequence[float] | None = None,
@@ -185,20 +207,23 @@ def train(
 
     With bf16, forward and backward run on bf16 weights, the optimizer on fp32 masters, and each weight is its
     master rounded by `round_half_away`, at the start and after each step. With fp32, weights and masters are equal.
-    Buffers keep their dtype, as in a stock model loaded in bf16. Masters start as the model's values, or, for
+    With None each parameter has the dtype that it has in `model`: some architectures keep a few in fp32.
+    Buffers keep their dtype, as in a stock model loaded in bf16. A parameter that no gradient reaches in a step does
+    not move in it, nor does its own count of steps, as torch has it. Masters start as the model's values, or, for
     `bf16_source`, as these rounded to bf16, which is what the import of a bf16 checkpoint gives.
 
     Gradients are clipped by `torch.nn.utils.clip_grad_norm_` with `max_grad_norm`, or, for who takes the sum for the
     norm in another order, multiplied by the coefficient that is given for each step.
     """
-    if compute_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"compute_dtype must be float32 or bfloat16, not {compute_dtype}")
     model = copy.deepcopy(model)
     leaves = untie(model)
+    dtypes = {name: compute_dtype or own[0].dtype for name, own in leaves.items()}
+    if wrong := {*dtypes.values()} - {torch.float32, torch.bfloat16}:
+        raise ValueError(f"compute_dtype must be float32 or bfloat16, not {wrong.pop()}")
     masters = {name: nn.Parameter(own[0].detach().float().clone()) for name, own in leaves.items()}
     if bf16_source:
         masters = {name: nn.Parameter(round_half_away(master).float()) for name, master in masters.items()}
-    write_weights(leaves, masters, compute_dtype)
+    write_weights(leaves, masters, dtypes)
 
     trained = {name: master for name, master in masters.items() if leaves[name][0].requires_grad}
     decayed = [master for name, master in trained.items() if hyperparameters.decays(name, master)]
@@ -218,7 +243,7 @@ def train(
         loss, gradients = accumulate(model, leaves, step)
         losses.append(loss)
         for name, master in trained.items():
-            master.grad = gradients[name]
+            master.grad = gradients.get(name)
         grad_norms.append(nn.utils.get_total_norm(list(gradients.values())).item())
         if clip_coefficients is not None:
             for gradient in gradients.values():
@@ -228,23 +253,29 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        write_weights(leaves, masters, compute_dtype)
+        write_weights(leaves, masters, dtypes)
 
     return Result(
         losses=losses,
         weight={name: own[0].detach() for name, own in leaves.items()},
         master={name: master.detach() for name, master in trained.items()},
-        exp_avg={name: optimizer.state[master]["exp_avg"] for name, master in trained.items()},
-        exp_avg_sq={name: optimizer.state[master]["exp_avg_sq"] for name, master in trained.items()},
+        exp_avg={name: moment(optimizer, "exp_avg", master) for name, master in trained.items()},
+        exp_avg_sq={name: moment(optimizer, "exp_avg_sq", master) for name, master in trained.items()},
         grad_norms=grad_norms,
     )
 
 
+def moment(optimizer: torch.optim.Optimizer, name: str, master: nn.Parameter) -> Tensor:
+    """A moment of a parameter; torch makes them with its first gradient, of zeros."""
+    made: Tensor | None = optimizer.state[master].get(name) if master in optimizer.state else None
+    return torch.zeros_like(master) if made is None else made
+
+
 def write_weights(
-    leaves: dict[str, list[nn.Parameter]], masters: dict[str, nn.Parameter], dtype: torch.dtype
+    leaves: dict[str, list[nn.Parameter]], masters: dict[str, nn.Parameter], dtypes: dict[str, torch.dtype]
 ) -> None:
-    """Set every leaf to its master's value in the compute dtype."""
+    """Set every leaf to its master's value in the dtype that computes."""
     for name, own in leaves.items():
         master = masters[name].detach()
         for leaf in own:
-            leaf.data = round_half_away(master) if dtype == torch.bfloat16 else master.clone()
+            leaf.data = round_half_away(master) if dtypes[name] == torch.bfloat16 else master.clone()

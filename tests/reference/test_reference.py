@@ -5,12 +5,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from .reference import (
     Hyperparameters,
@@ -85,7 +85,11 @@ def naive(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    state = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    state = {
+        name: optimizer.state.get(parameter) or {"exp_avg": zeros[name], "exp_avg_sq": zeros[name]}
+        for name, parameter in parameters.items()
+    }
     return Result(
         losses=losses,
         weight={name: parameter.detach() for name, parameter in parameters.items()},
@@ -266,3 +270,59 @@ def test_micro_batches_differ_in_length_and_skip_some_labels() -> None:
     again = micro_batches(VOCAB, [1, 4, 4], seed=2)
     for left, right in zip(itertools.chain(*steps), itertools.chain(*again), strict=True):
         assert all(torch.equal(left[key], right[key]) for key in ("input_ids", "labels"))
+
+
+def test_each_parameter_may_keep_its_own_dtype() -> None:
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().forward(*args, **kwargs)
+            result.loss = result.loss * self.scale
+            return result
+
+    model = Scaled(tiny_config("llama", tied=False)).to(torch.bfloat16)
+    model.scale = nn.Parameter(torch.tensor(1.001))
+    result = train(model, micro_batches(VOCAB, [1, 2], seed=2), schedule(2), compute_dtype=None)
+    for name, weight in result.weight.items():
+        master = result.master[name]
+        assert torch.equal(weight, master if name == "scale" else round_half_away(master)), name
+    assert result.weight["scale"] != 1.001
+
+
+def test_a_parameter_without_gradient_stays_and_its_steps_do_not_count() -> None:
+    """One that some steps do not reach equals the stock loop, in which torch leaves it out."""
+
+    class Skipping(LlamaForCausalLM):
+        calls = 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().forward(*args, **kwargs)
+            self.calls += 1
+            if self.calls == 2:
+                result.loss = result.loss + 0.01 * self.spare.sum()
+            return result
+
+    model = Skipping(tiny_config("llama", tied=False))
+    model.spare = nn.Parameter(torch.ones(3, 3))
+    model.never = nn.Parameter(torch.ones(2, 2))
+    steps = micro_batches(VOCAB, [1] * 4, seed=2)
+    ours = train(model, steps, schedule(4))
+    stock = naive(copy.deepcopy(model), steps, schedule(4))
+    for plane in PLANES:
+        assert_same(getattr(ours, plane), getattr(stock, plane))
+    assert torch.equal(ours.master["never"], torch.ones(2, 2))
+    assert not ours.exp_avg["never"].any()
+    assert not torch.equal(ours.master["spare"], torch.ones(3, 3))
+
+
+def test_a_forward_that_does_not_know_the_number_of_tokens_weighs_them_all_the_same() -> None:
+    class Deaf(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(input_ids=input_ids, labels=labels)
+
+    config = tiny_config("llama", tied=False)
+    hearing, deaf = LlamaForCausalLM(config), Deaf(config)
+    deaf.load_state_dict(hearing.state_dict())
+    steps = micro_batches(VOCAB, [3, 2], seed=2)
+    one, other = train(hearing, steps, schedule(2)), train(deaf, steps, schedule(2))
+    assert one.losses == other.losses
+    assert_same(one.master, other.master)

@@ -1,16 +1,50 @@
-"""A small model of any family of transformers, driven through every command in this process."""
+"""A small model of any family of transformers, driven through every command and compared with training in memory.
 
+    python tests/python/support/families.py all --results FILE --table docs/models.md
+
+drives every causal language model of the installed transformers, each in a process of its own with a limit of time and
+memory, writes a line of JSON as each is done, and the table when all are. ``make families`` does that.
+"""
+
+import argparse
 import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
 import time
-from dataclasses import dataclass
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from typer.testing import CliRunner
 
 from corpus import make_tokenizer, write
+from megatrain_io import generate
 from megatrain_io.cli.app import app
 from megatrain_io.models.shrink import shrink_config
+from megatrain_io.paging.paged_model import PagedPartition
+from megatrain_io.planning import compute_time, resolve
+from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.open_store import open_store
+from paged import PLANES, all_planes
+from reference.reference import Hyperparameters, Result
+from reference.reference import train as train_in_memory
 
 SMALL = {
     "vocab_size": 97,
@@ -46,26 +80,128 @@ FAMILIES = {
     "qwen3_moe": ("qwen3_moe", GROUPED | EXPERTS | {"head_dim": 8, "mlp_only_layers": [1]}),
 }
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_BY_HAND = GROUPED | {"vocab_size": 271}
+_ENCODER_DECODER = _ENDS | {
+    "vocab_size": 271, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0,
+    "attention_dropout": 0.0, "is_decoder": True,
+}  # fmt: skip
+_BLT = {
+    "vocab_size": 271, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "num_hidden_layers": 1, "max_position_embeddings": 64, "head_dim": 8,
+}  # fmt: skip
+_QWEN4 = _BY_HAND | EXPERTS | {
+    "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "shared_expert_intermediate_size": 24, "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2, "hc_count": 2, "hc_lowrank": 8, "ple_embed_dim": 32,
+    "ngram_vocab_size_base": 97, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 1,
+    "heads_per_ngram": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}  # fmt: skip
+# Small configurations of families that have none as published, or none that shrinks: all that a model needs.
+BY_HAND = {
+    "blt": _ENDS | {
+        "vocab_size": 271, "encoder_hash_byte_group_vocab": 97, "encoder_hash_byte_group_size": [3, 4],
+        "max_position_embeddings": 64, "patcher_config": _BLT, "encoder_config": _BLT | {"hidden_size_global": 32},
+        "decoder_config": _BLT | {"hidden_size_global": 32}, "global_config": _BLT,
+    },
+    "cohere_compass_text": _BY_HAND | WINDOW | {
+        "head_dim": 8, "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "dbrx": {
+        "vocab_size": 271, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dory": _BY_HAND | {
+        "head_dim": 8, "sliding_window": 4, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "mlp"] * 3,
+        "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2,
+    },
+    "dots1": _BY_HAND | {
+        "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+    },
+    "dots3_note": {
+        "text_config": _BY_HAND | {
+            "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_shared_experts": 1, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 16, "index_topk": 4, "index_head_dim": 16,
+            "index_n_heads": 2, "shared_experts_intermediate_size": 24, "sliding_window": 4,
+            "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        "vision_config": {"adapter_out_dim": 32}, "audio_config": {"adapter_out_dim": 32},
+        "image_token_id": 268, "video_token_id": 269, "audio_token_id": 270,
+    },
+    "gemma4_assistant": {
+        "text_config": _BY_HAND | {
+            "head_dim": 8, "global_head_dim": 16, "sliding_window": 4, "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+        },
+    },
+    "hunyuan_v1_dense": _BY_HAND | {"head_dim": 8},
+    "hunyuan_v1_moe": _BY_HAND | {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": _BY_HAND | EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": SMALL | {
+        "vocab_size": 271, "num_layers": 2, "ffn_hidden_size": 48, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
+        "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 24,
+    },
+    "ministral": _BY_HAND | WINDOW | {"head_dim": 8},
+    "moss_transcribe_diarize": {
+        "audio_config": {
+            "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "hidden_size": 32,
+            "max_source_positions": 64,
+        },
+        "text_config": _BY_HAND | {"head_dim": 8, "model_type": "qwen3"}, "audio_token_id": 270,
+    },
+    "nemotron": _BY_HAND | {"head_dim": 8},
+    "plbart": _ENCODER_DECODER | {"max_position_embeddings": 64},
+    "qwen4_exp": {
+        "text_config": _QWEN4,
+        "vision_config": {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32,
+            "patch_size": 4, "num_position_embeddings": 16,
+        },
+        "image_token_id": 266, "video_token_id": 267, "vision_start_token_id": 268, "vision_end_token_id": 269,
+    },
+    "qwen4_exp_text": _QWEN4,
+    "reformer": _ENDS | {
+        "vocab_size": 271, "hidden_size": 32, "attention_head_size": 8, "num_attention_heads": 4,
+        "attn_layers": ["local"] * 3, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16],
+        "feed_forward_size": 48, "max_position_embeddings": 64, "local_attn_chunk_length": 4, "is_decoder": True,
+        "hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0,
+    },
+    "whisper": _ENCODER_DECODER | {
+        "max_target_positions": 64, "max_source_positions": 64, "decoder_start_token_id": 1,
+        "begin_suppress_tokens": None,
+    },
+    "xlnet": _ENDS | {
+        "vocab_size": 271, "d_model": 32, "n_layer": 3, "n_head": 4, "d_head": 8, "d_inner": 48, "dropout": 0.0,
+        "summary_last_dropout": 0.0,
+    },
+    "zamba": SMALL | {
+        "vocab_size": 271, "num_hidden_layers": 6, "attention_hidden_size": 64, "attention_head_dim": 16,
+        "n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+    },
+}  # fmt: skip
+# Buffers that training in public changed: on the hub they are not what a new model has.
+TRAINED_BUFFERS = ("e_score_correction_bias", "expert_bias", "balancing_biases", "layer_scalar")
+
 VOCABULARY = 271  # a little more than the tokenizer has
 PROMPT = "The quick brown Pony"
 NEW = 8
 TEXTS = ["The quick brown fox jumps over", "a lazy dog", "while wizards brew", "potions in Paris and Prague"]
+STEPS = 3
+ACCUMULATION = 2
+HYPERPARAMETERS = Hyperparameters(lr=[1e-3] * STEPS, beta1=0.9, beta2=0.95, weight_decay=0.1)
+SHARD_SIZE = "400KB"  # several files, as models on the hub have them
 
 
-@dataclass
-class Outcome:
-    """What became of a family: ``stage`` is ``done``, or the command that failed, with its exit code and message."""
-
-    stage: str
-    seconds: float
-    code: int = 0
-    message: str = ""
-    fault: BaseException | None = None
-
-    @property
-    def is_refused(self):
-        """Whether a command refused it with a sentence for a person, and not by accident."""
-        return self.stage != "done" and self.fault is None and self.code not in (0, 1)
+# ------------------------------------------------------------------------------------------------ models
 
 
 def small_config(family):
@@ -73,6 +209,8 @@ def small_config(family):
     if family in FAMILIES:
         model_type, values = FAMILIES[family]
         return AutoConfig.for_model(model_type, **{**values, "vocab_size": VOCABULARY})
+    if family in BY_HAND:
+        return AutoConfig.for_model(family, **BY_HAND[family])
     config = shrink_config(AutoConfig.for_model(family))
     text_config = config.get_text_config()
     for name in ("vocab_size", "vocab_size_per_layer_input"):
@@ -81,7 +219,7 @@ def small_config(family):
     return config
 
 
-def make_source(folder, config, dtype=torch.float32):
+def make_source(folder, config, dtype=torch.float32, *, shard_size="5GB"):
     """A model folder with random weights in which nothing is 0 or 1 by initialisation, and data beside it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -89,9 +227,67 @@ def make_source(folder, config, dtype=torch.float32):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    model.to(dtype).save_pretrained(folder / "model")
+    model.to(dtype).save_pretrained(folder / "model", max_shard_size=shard_size)
     make_tokenizer(template=None).save_pretrained(folder / "model")
     write(folder / "train.jsonl", [{"text": text} for text in TEXTS])
+
+
+def make_published(folder, config, dtype):
+    """As ``make_source``, with buffers that were trained, in several files, and each tensor in the dtype that
+    transformers gives it in a model that computes in ``dtype``: some architectures keep a few in fp32.
+    """
+    make_source(folder, config)
+    model = load(folder / "model", dtype)
+    kept = model.state_dict().keys()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(5)
+        for name, buffer in model.named_buffers():
+            if name in kept and name.endswith(TRAINED_BUFFERS):
+                buffer.add_(0.05 * torch.rand_like(buffer))
+    shutil.rmtree(folder / "model")
+    model.save_pretrained(folder / "model", max_shard_size=SHARD_SIZE)
+    make_tokenizer(template=None).save_pretrained(folder / "model")
+
+
+def load(folder, dtype="auto"):
+    """What stock transformers makes of a folder; a tensor that is missing or too much is an error."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, dtype=dtype, output_loading_info=True
+    )
+    wrong = {what: names for what, names in info.items() if names and what != "error_msgs"}
+    assert not wrong, f"stock transformers loads {folder.name} with {wrong}"
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@dataclass
+class Outcome:
+    """What became of a family.
+
+    Attributes:
+        stage: ``done``, or what ended it: a command, ``compare``, ``build``.
+        seconds: that it took.
+        code: exit code of the command.
+        message: its sentence.
+        fault: an exception that is none of ours.
+        wrong: what differs from training in memory.
+        generation: ``equal``, or why it was not compared.
+    """
+
+    stage: str
+    seconds: float
+    code: int = 0
+    message: str = ""
+    fault: BaseException | None = None
+    wrong: list[str] = field(default_factory=list)
+    generation: str = ""
+
+    @property
+    def is_refused(self):
+        """Whether a command refused it with a sentence for a person, and not by accident."""
+        return self.stage != "done" and self.fault is None and self.code not in (0, 1)
 
 
 def run(*arguments):
@@ -99,25 +295,78 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def drive(folder, config, precision, *, options=()):
-    """Import, two steps, export and generate, by the command line.
-
-    Returns:
-        The outcome; what generate says must be what stock transformers says from the export.
+@contextmanager
+def watched() -> Iterator[tuple[list[list[dict[str, torch.Tensor]]], list[int]]]:
+    """The micro-batches of each step that is trained in the context, as the reference takes them, and the tokens
+    that are generated.
     """
-    began = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "model").exists():
-        make_source(folder, config)
-    here = folder / precision
+    steps: list[list[dict[str, torch.Tensor]]] = []
+    tokens: list[int] = []
+    training_step, next_tokens = PagedPartition.training_step, generate.next_tokens
+
+    def noting_steps(model, micro_batches, adamw, **how):
+        steps.append([as_stock(batch) for batch in micro_batches])
+        return training_step(model, micro_batches, adamw, **how)
+
+    def noting_tokens(*arguments):
+        for token in next_tokens(*arguments):
+            tokens.append(token)
+            yield token
+
+    with (
+        mock.patch.object(PagedPartition, "training_step", noting_steps),
+        mock.patch.object(generate, "next_tokens", noting_tokens),
+    ):
+        yield steps, tokens
+
+
+@contextmanager
+def calibrating_briefly() -> Iterator[None]:
+    """Computing is measured before the first step, as it is on a machine that ``bench`` has measured."""
+
+    def calibrate(job):
+        try:
+            return compute_time.measured_seconds(job.partition, job.layout, job.micro_batch)
+        except Exception:  # noqa: BLE001 - as the real one does
+            return None
+
+    with ExitStack() as patches:
+        for owner, name, value in (
+            (compute_time, "_ROUNDS", 1),
+            (compute_time, "_SECONDS", 0.0),
+            (resolve, "calibrate", calibrate),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def as_stock(batch):
+    """A micro-batch as stock models take it: labels are not shifted."""
+    ignored = torch.full_like(batch.shift_labels[:, :1], -100)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "labels": torch.cat([ignored, batch.shift_labels[:, :-1]], dim=1),
+        "position_ids": batch.position_ids,
+        "attention_mask": batch.attention_mask,
+    }
+    return {name: value.clone() for name, value in inputs.items() if value is not None}
+
+
+def commands(folder, here, precision, options=()):
+    """The commands that a family passes, by stage."""
     settings = [
         f"model={folder / 'model'}",
         f"output_dir={here}",
         f"data.train={folder / 'train.jsonl'}",
         "data.max_length=32",
-        "train.max_steps=2",
-        "train.gradient_accumulation_steps=2",
-        "train.learning_rate=1.0e-3",
+        f"train.max_steps={STEPS}",
+        f"train.gradient_accumulation_steps={ACCUMULATION}",
+        f"train.learning_rate={HYPERPARAMETERS.lr[0]}",
+        "train.lr_scheduler_type=constant",
+        f"train.weight_decay={HYPERPARAMETERS.weight_decay}",
+        f"train.adam_beta1={HYPERPARAMETERS.beta1}",
+        f"train.adam_beta2={HYPERPARAMETERS.beta2}",
+        f"train.adam_epsilon={HYPERPARAMETERS.eps}",
         f"train.precision={precision}",
         "train.device=cpu",
         "memory.io_backend=threads",
@@ -125,7 +374,7 @@ def drive(folder, config, precision, *, options=()):
         "memory.ram=1GiB",
         *options,
     ]
-    commands = {
+    return {
         "import": (
             "import",
             folder / "model",
@@ -140,29 +389,369 @@ def drive(folder, config, precision, *, options=()):
         "export": ("export", here, here / "out", "--json"),
         "generate": ("generate", here, "--prompt", PROMPT, "--max-new-tokens", NEW, "--json"),
     }
-    text = ""
-    for stage, arguments in commands.items():
-        result = run(*arguments)
-        fault = result.exception if not isinstance(result.exception, SystemExit) else None
-        if result.exit_code or fault is not None:
-            message = "" if fault is not None else json.loads(result.stdout)["error"]["message"]
-            return Outcome(stage, time.perf_counter() - began, result.exit_code, message, fault)
-        text = result.stdout
-    said, stock = json.loads(text)["text"], stock_text(here / "out")
-    assert stock in (None, said), f"{config.model_type}: generate says {said!r}, stock transformers {stock!r}"
-    return Outcome("done", time.perf_counter() - began)
 
 
-def stock_text(folder, prompt=PROMPT, new=NEW):
-    """What stock transformers continues a prompt with, greedily, from an exported folder; None where it cannot."""
+def drive(folder, config, precision, *, options=()):
+    """Import, three steps, export and generate, by the command line; all of it compared with stock torch in memory.
+
+    Args:
+        folder: that is made, for all files.
+        config: of the model.
+        precision: ``fp32`` or ``bf16``.
+        options: further settings of training.
+    """
+    began = time.perf_counter()
+    seconds = lambda: time.perf_counter() - began  # noqa: E731
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    try:
+        make_published(folder, config, dtype)
+    except Exception as error:  # noqa: BLE001 - of transformers' own
+        return Outcome("build", seconds(), message=one_line(error), fault=error)
+    here, refused = folder / precision, ""
+    with watched() as (steps, tokens):
+        for stage, arguments in commands(folder, here, precision, options).items():
+            result = run(*arguments)
+            fault = result.exception if not isinstance(result.exception, SystemExit) else None
+            if result.exit_code or fault is not None:
+                message = (
+                    one_line(fault) if fault is not None else json.loads(result.stdout)["error"]["message"]
+                )
+                ended = Outcome(stage, seconds(), result.exit_code, message, fault)
+                if stage != "generate" or not ended.is_refused:
+                    return ended
+                refused = message
+    try:
+        wrong = [*differences(folder / "model", here, dtype, steps)]
+        generation = f"refused: {refused}" if refused else compared_tokens(here / "out", tokens)
+    except Exception as error:  # noqa: BLE001 - of transformers' own
+        return Outcome("compare", seconds(), message=one_line(error), fault=error)
+    if generation.startswith("differs"):
+        wrong.append(generation)
+    return Outcome("done", seconds(), wrong=wrong, generation=generation)
+
+
+# -------------------------------------------------------------------------------------------- comparing
+
+
+def differences(source, here, dtype, steps) -> Iterator[str]:
+    """What of a run is not as in memory: losses, state, or its export."""
+    assert len(steps) == STEPS, f"{len(steps)} steps were trained"
+    assert {len(step) for step in steps} == {ACCUMULATION}
+    model = load(source, dtype)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    kept = model.state_dict().keys()
+    model.train()
+    expected: Result = train_in_memory(model, steps, HYPERPARAMETERS, compute_dtype=None)
+    losses = [json.loads(line)["loss"] for line in (here / "metrics.jsonl").read_text().splitlines()]
+    if losses != expected.losses:
+        yield f"losses {losses} differ from {expected.losses}"
+    with open_store(RunFolder(here), engine="threads") as state:
+        planes = all_planes(state)
+    for name, plane in planes.keys():
+        there = getattr(expected, plane).get(name)
+        if there is not None and not same(planes[name, plane], there):
+            yield f"{plane} of {name} differs"
+    if missing := {(name, plane) for name in expected.master for plane in PLANES} - planes.keys():
+        yield f"{sorted(missing)[0]} and {len(missing) - 1} more are not in the store"
+    exported = load(here / "out")
+    if type(exported) is not type(model):
+        yield f"the export is a {type(exported).__name__}"
+    parameters = dict(exported.named_parameters())
+    if parameters.keys() != expected.weight.keys():
+        yield f"parameters {sorted(parameters.keys() ^ expected.weight.keys())[:3]} are on one side alone"
+    for name, weight in expected.weight.items():
+        if name in parameters and not same(parameters[name].detach(), weight):
+            yield f"{name} of the export differs"
+    for name, buffer in exported.named_buffers():
+        if name in kept and not same(buffer, buffers[name]):
+            yield f"buffer {name} of the export differs"
+
+
+def same(one, other):
+    """Whether two tensors are of the same dtype and bits, but for the sign of zero."""
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def stock_tokens(folder, prompt=PROMPT, new=NEW):
+    """Tokens with which stock transformers continues a prompt, greedily, up to the one that ends it; and this one."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype="auto").eval()
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     asked = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
     ends = asked.eos_token_id if asked else model.config.get_text_config().eos_token_id
     how = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0, "eos_token_id": ends}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    tokens = out[0, ids.shape[1] :].tolist()
+    ends = {*ends} if isinstance(ends, list) else {ends}
+    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+    return (tokens, None) if end is None else (tokens[:end], tokens[end])
+
+
+def stock_text(folder, prompt=PROMPT, new=NEW):
+    """What stock transformers continues a prompt with, greedily, from an exported folder; None where it cannot."""
     try:
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        tokens, _ = stock_tokens(folder, prompt, new)
     except (KeyError, TypeError, ValueError):
         return None
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def compared_tokens(folder, tokens):
+    """``equal``, ``differs: ...``, or why stock transformers generates nothing from an export."""
+    try:
+        expected, _ = stock_tokens(folder)
+    except Exception as error:  # noqa: BLE001 - whatever stock generate fails with
+        return f"stock generate fails: {one_line(error)}"
+    return "equal" if expected == tokens else f"differs: generated {tokens}, stock {expected}"
+
+
+def one_line(error):
+    """An exception of somebody else's, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+# ------------------------------------------------------------------------------- many, each in its limits
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a family in one precision, as a line of JSON.
+
+    Attributes:
+        family: model type.
+        precision: ``fp32`` or ``bf16``.
+        model_class: class that transformers makes of it.
+        result: ``equal``, ``refused``, or, which must not be: ``wrong``, ``failed``, ``not built``.
+        stage: ``done``, or what ended it.
+        message: sentence of a refusal; what is wrong.
+        generation: ``equal``, or why it is not compared.
+        seconds: that it took.
+        versions: of transformers and torch.
+    """
+
+    family: str
+    precision: str
+    model_class: str
+    result: str
+    stage: str
+    message: str
+    generation: str
+    seconds: float
+    versions: str
+
+
+PRECISIONS = ("fp32", "bf16")
+ACCEPTED = ("equal", "refused")
+SECONDS = 300
+MEMORY = 6 << 30  # of address space, beyond what libraries have mapped
+VERSIONS = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
+
+
+def all_families():
+    """Each model type once."""
+    return sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING})
+
+
+def class_of(family):
+    """Name of the causal language model of a type."""
+    model_type = FAMILIES[family][0] if family in FAMILIES else family
+    classes = {config.model_type: model for config, model in MODEL_FOR_CAUSAL_LM_MAPPING.items()}
+    model = classes[model_type]
+    return (model[0] if isinstance(model, tuple | list) else model).__name__
+
+
+def row_of(family, precision):
+    """Drive a family in a temporary folder."""
+    began = time.perf_counter()
+
+    def row(result, stage, message="", generation=""):
+        seconds = round(time.perf_counter() - began, 1)
+        return Row(family, precision, class_of(family), result, stage, message, generation, seconds, VERSIONS)
+
+    try:
+        config = small_config(family)
+    except Exception as error:  # noqa: BLE001 - of transformers' own
+        return row("not built", "build", one_line(error))
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(prefix="families-") as folder, calibrating_briefly():
+        outcome = drive(Path(folder), config, precision)
+    if outcome.fault is not None:
+        trace = "".join(traceback.format_exception(outcome.fault)[-3:])
+        print(f"{family} {precision} {outcome.stage}: {trace}", file=sys.stderr)  # noqa: T201
+        return row(
+            "not built" if outcome.stage == "build" else "failed", outcome.stage, one_line(outcome.fault)
+        )
+    if outcome.wrong:
+        more = f" (and {len(outcome.wrong) - 3} more)" if len(outcome.wrong) > 3 else ""
+        return row("wrong", "compare", f"{'; '.join(outcome.wrong[:3])}{more}", outcome.generation)
+    if outcome.stage == "done":
+        return row("equal", "done", generation=outcome.generation)
+    is_named = outcome.is_refused and config.model_type in outcome.message
+    return row("refused" if is_named else "failed", outcome.stage, outcome.message)
+
+
+def row_within(family, precision, seconds=SECONDS, memory=MEMORY, driving=row_of):
+    """The row of a family that is driven in a process of its own, which ends when it takes too much."""
+    context = multiprocessing.get_context("fork")  # with the libraries imported
+    here, there = context.Pipe(duplex=False)
+
+    def child():
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, resource.RLIM_INFINITY))
+        there.send(driving(family, precision))
+
+    process = context.Process(target=child)
+    began = time.perf_counter()
+    process.start()
+    there.close()
+    row = None
+    if here.poll(seconds):
+        try:
+            row = here.recv()
+        except EOFError:
+            pass
+        process.join(30)
+    process.kill()
+    process.join()
+    if row is not None:
+        return row
+    took = time.perf_counter() - began
+    how = f"took more than {seconds} s" if took >= seconds else f"its process ended with {process.exitcode}"
+    return Row(family, precision, class_of(family), "failed", "limit", how, "", round(took, 1), VERSIONS)
+
+
+def rows_in(path):
+    """The rows of a file of results; the last line may be half written."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(Row(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return rows
+
+
+# --------------------------------------------------------------------------------------------- the table
+
+INTRODUCTION = """# Model families
+
+This file is written by `make families` (tests/python/support/families.py), which drives every causal language model
+of the installed transformers by the command line: a small checkpoint with random weights, as the hub has them, is
+imported, trained for {steps} steps of {accumulation} micro-batches, exported, loaded by stock transformers, and asked to
+generate. `equal`: losses, weights, masters and both moments have the bits of plain torch in memory, the export has those of
+the weights, and the generated tokens are those of stock `generate`. `refused`: a command said the sentence under notes, and
+nothing was trained. A type counts once. It says what one version of transformers does; another may differ.
+
+"""
+HEADINGS = ("type", "class", "fp32", "bf16", "generate", "notes")
+
+
+def table_rows(rows):
+    """The cells of each family, from its rows in both precisions."""
+    by_family = {}
+    for row in rows:
+        by_family.setdefault(row.family, {})[row.precision] = row
+    cells = []
+    for family, each in sorted(by_family.items()):
+        messages = {precision: cell(row.message, family) for precision, row in each.items() if row.message}
+        generations = {row.generation for row in each.values() if row.generation}
+        notes = (
+            [*messages.values()][:1]
+            if len(messages) == len(each) and len({*messages.values()}) == 1
+            else [f"{precision}: {message}" for precision, message in messages.items()]
+        )
+        notes += sorted(cell(generation, family) for generation in generations - {"equal"})
+        results = [each[precision].result if precision in each else "" for precision in PRECISIONS]
+        generation = "" if not generations else "equal" if generations == {"equal"} else "see notes"
+        cells.append((family, next(iter(each.values())).model_class, *results, generation, ". ".join(notes)))
+    return cells
+
+
+def cell(text, family):
+    """A sentence as a cell of the table has it."""
+    return " ".join(text.removeprefix(f"{family}: ").split()).replace("|", "\\|").rstrip(".")
+
+
+def render(versions, cells):
+    """The table, as Markdown."""
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
+    lines += [f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in cells]
+    counts = [
+        f"{sum(row[column] == 'equal' for row in cells)} equal in {precision}"
+        for column, precision in enumerate(PRECISIONS, start=2)
+    ]
+    refused = sum(row[2:4] == ("refused", "refused") for row in cells)
+    bad = sum(not {*row[2:4]} <= {*ACCEPTED} for row in cells)
+    summary = f"{len(cells)} types, {', '.join(counts)}; {refused} refused in both, {bad} wrong or failed. {versions}.\n\n"
+    return INTRODUCTION.format(steps=STEPS, accumulation=ACCUMULATION) + summary + "\n".join(lines) + "\n"
+
+
+def parse(text):
+    """Versions and cells of a table that ``render`` made."""
+    lines = text.splitlines()
+    versions = next(line for line in lines if " types, " in line).rpartition("failed. ")[2].removesuffix(".")
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    return versions, [
+        tuple(part.strip().replace("\0", "\\|") for part in row.replace("\\|", "\0").strip("|").split("|"))
+        for row in rows
+    ]
+
+
+# ------------------------------------------------------------------------------------------- the program
+
+
+def main(arguments=None):
+    """Drive families; the exit code is 1 if one is wrong or failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("families", help="all, or model types and names of FAMILIES, with commas between")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS))
+    parser.add_argument("--results", type=Path, help="file of JSON lines, written as they come")
+    parser.add_argument("--resume", action="store_true", help="drive only what the results have not")
+    parser.add_argument("--table", type=Path, help="Markdown file that is written when all are driven")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="longest time of each")
+    asked = parser.parse_args(arguments)
+
+    families = all_families() if asked.families == "all" else asked.families.split(",")
+    wanted = [(family, precision) for family in families for precision in asked.precisions.split(",")]
+    done = (
+        {(row.family, row.precision): row for row in rows_in(asked.results) if row.versions == VERSIONS}
+        if asked.resume
+        else {}
+    )
+    if asked.results is not None:
+        asked.results.parent.mkdir(parents=True, exist_ok=True)
+        asked.results.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in done.values()))
+    for number, (family, precision) in enumerate(wanted, start=1):
+        if (family, precision) in done:
+            continue
+        row = row_within(family, precision, asked.seconds)
+        done[family, precision] = row
+        if asked.results is not None:
+            with asked.results.open("a") as file:
+                file.write(f"{json.dumps(asdict(row))}\n")
+        shown = row.message or row.generation
+        print(
+            f"{number:>3}/{len(wanted)} {family:<26} {precision} {row.result:<9} {row.seconds:6.1f} s  {shown}",
+            flush=True,
+        )
+    rows = [done[each] for each in wanted]
+    counts = {
+        result: sum(row.result == result for row in rows) for result in sorted({row.result for row in rows})
+    }
+    print(", ".join(f"{count} {result}" for result, count in counts.items()))
+    if asked.table is not None:
+        asked.table.write_text(render(VERSIONS, table_rows(rows)))
+    return int(not {*counts} <= {*ACCEPTED})
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # of transformers, about its own models
+    torch.set_num_threads(1)
+    sys.exit(main())

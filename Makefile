@@ -78,10 +78,12 @@ soak: setup ## what takes hours: 200,000 random crashes (RUNS=n), 1,000 orders o
 	MEGATRAIN_SOAK_MOMENTS=20 $(BIN)/python -m pytest tests/python/cli/test_signals.py --log-cli-level INFO
 	MEGATRAIN_SOAK_RUNS=$(or $(RUNS),200000) cargo test --release --package $(CORE) --lib -- --nocapture crash_model::random
 
-# FAMILIES=all drives every causal language model that transformers has, which takes an hour.
+# Results come as lines of JSON into target/families.jsonl; RESUME=1 goes on with what they lack. Without FAMILIES it
+# also writes docs/models.md. A spread of families is in `make test`.
 .PHONY: families
-families: setup ## every model family of the tests through import, train, export and generate, in both precisions
-	MEGATRAIN_FAMILIES=$(or $(FAMILIES),tests) $(BIN)/python -m pytest tests/python/cli/test_families.py -q
+families: setup ## every causal language model of transformers against training in memory, in an hour (FAMILIES=llama,qwen3)
+	PYTHONPATH=tests:tests/python/support $(BIN)/python tests/python/support/families.py $(or $(FAMILIES),all) \
+	    --results target/families.jsonl $(if $(RESUME),--resume) $(if $(FAMILIES),,--table docs/models.md)
 
 # What `cargo fuzz` would pass; the stable compiler takes it, so nothing has to be installed.
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

@@ -71,9 +71,13 @@ class DoesNotFitError(ConfigError):
 
     Raised before anything is read or written. The message has both numbers, and the settings nearest to these
     that fit, where there are any.
+
+    Attributes:
+        least: bytes of RAM that are enough, where RAM is what is too little and that is known.
     """
 
     exit_code: ClassVar[int] = 3
+    least: int | None = None
 
 
 class DataError(MegatrainIoError, ValueError):

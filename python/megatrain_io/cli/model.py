@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from megatrain_io.cli.options import JsonOutput, Model, Run
+from megatrain_io.cli.options import BlockList, JsonOutput, Miniature, Model, Run
 from megatrain_io.cli.result import command
 from megatrain_io.interrupt import check, held
 from megatrain_io.text import visible
@@ -37,19 +37,8 @@ def import_command(  # noqa: PLR0913 - an option each
         typer.Option(help="scratch takes half the space, and a crash loses everything."),
     ] = "step",
     io_backend: Annotated[Literal["auto", "uring", "threads"], typer.Option(help="I/O engine.")] = "auto",
-    block_list: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Module list of decoder blocks, where transformers does not mark it."
-        ),
-    ] = None,
-    miniature: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="config.json of a small model of the same architecture, where it cannot be shrunk.",
-        ),
-    ] = None,
+    block_list: BlockList = None,
+    miniature: Miniature = None,
     attn_implementation: Annotated[
         Literal["sdpa", "eager"] | None,
         typer.Option(help="How attention computes. Default: sdpa where the architecture has it."),

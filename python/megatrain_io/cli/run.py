@@ -9,23 +9,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatrain_io.cli.result import command
-from megatrain_io.errors import ConfigError, CorruptionError, StorageError
+from megatrain_io.cli.options import BlockList, JsonOutput, Miniature, Run
+from megatrain_io.cli.result import CommandResult, command
+from megatrain_io.errors import ConfigError, CorruptionError, StorageError, UnsupportedModelError
+from megatrain_io.interrupt import check, held
 from megatrain_io.text import visible
 
 if TYPE_CHECKING:
     from megatrain_io.runs.cleanup import Leftover, Leftovers
     from megatrain_io.store.verify import DamagedExtent, OlderState
 
-
-from megatrain_io.cli.options import JsonOutput, Run
-
 __all__ = ["clean_command", "status_command", "verify_command"]
 
 
 def verify_command(
-    run: Run,
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN", help="Run folder: the output_dir of its configuration."),
+    ] = None,
     *,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="In place of a run: train a small copy of this model here, paged and in memory, and compare the bits; "
+            "of the folder config.json is enough.",
+        ),
+    ] = None,
+    block_list: BlockList = None,
+    miniature: Miniature = None,
     from_older_state: Annotated[
         bool,
         typer.Option(
@@ -35,8 +47,20 @@ def verify_command(
     ] = False,
     json_output: JsonOutput = False,
 ) -> None:
-    """Compare every checksum of a store. All of it is read; what is damaged is named, with its place."""
+    """Compare every checksum of a store. All of it is read; what is damaged is named, with its place.
+
+    With --model, say in a minute whether paged training of an architecture has the bits of training in memory here.
+    """
     with command(json_output=json_output, interrupted="The run is as it was.") as result:
+        if model is not None:
+            if run is not None or from_older_state:
+                raise ConfigError("verify takes a run or --model, not both; --from-older-state is for a run")
+            _verify_model(result, model, block_list, miniature)
+            return
+        if run is None:
+            raise ConfigError("give the run folder whose store is verified, or a model folder: --model MODEL")
+        if block_list is not None or miniature is not None:
+            raise ConfigError("--block-list and --miniature are for --model: a run has kept its own")
         from megatrain_io.runs.folder import RunFolder
 
         folder = RunFolder(run)
@@ -67,6 +91,22 @@ def verify_command(
             *_way_back(run, older, step, goes_back=goes_back),
         ]
         result.text = "\n".join(lines)
+
+
+def _verify_model(result: CommandResult, model: Path, block_list: str | None, miniature: Path | None) -> None:
+    """Compare paged training of a small copy with training in memory."""
+    with held():
+        from megatrain_io.config.schema import ModelOptionsConfig
+        from megatrain_io.models.model_options import ModelOptions
+        from megatrain_io.training.verify_model import verify_model
+    check()
+    options = ModelOptions.of(ModelOptionsConfig(block_list=block_list or None, miniature=miniature))
+    with held():
+        report = verify_model(model, options)
+    result.values = {"model": model, "equal": not report.differing, **asdict(report)}
+    result.text = visible(str(report))
+    if report.differing:
+        result.exit_code = UnsupportedModelError.exit_code
 
 
 def _step_of(blob: bytes) -> int | None:

@@ -37,7 +37,7 @@ def build_meta_model(
 ) -> PreTrainedModel:
     """Build the stock causal language model of `config` with its parameters on the meta device.
 
-    Every parameter has `dtype`; every buffer is real and holds what the stock constructor computes, in the
+    Every parameter has `dtype`; every buffer is real and holds what a stock model has when it was loaded, in the
     stock dtype. `use_cache` is off, the model is in training mode. `config` is not changed and nothing is
     fetched.
 
@@ -61,6 +61,7 @@ def build_meta_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
             )
+            _fill_buffers(model, model)
     except Exception as cause:
         raise UnsupportedModelError(
             f"{config.model_type}: transformers does not build a model from this configuration: "
@@ -83,6 +84,18 @@ def build_meta_model(
                 f"{config.model_type}: its constructor leaves buffer {name} without values; choose another model"
             )
     return model
+
+
+@torch.no_grad()
+def _fill_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Compute buffers anew, as loading does, when the model's dtype is no longer the one that torch makes numbers in.
+
+    A constructor that divides integers makes a rotary table of bf16 accuracy, which no model that is loaded has.
+    """
+    for child in module.children():
+        _fill_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
+    if next(module.buffers(recurse=False), None) is not None:
+        owner._init_weights(module)  # noqa: SLF001 - what loading itself calls for each module
 
 
 def module_lists(module: nn.Module) -> dict[str, nn.ModuleList]:

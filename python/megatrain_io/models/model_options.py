@@ -13,6 +13,7 @@ from megatrain_io.errors import ConfigError
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
+from megatrain_io.models.shrink import shrink_config, without_noise
 
 __all__ = ["ModelOptions"]
 
@@ -74,6 +75,17 @@ class ModelOptions:
             small_config=None if self.miniature is None else _config_of(self.miniature, config),
         )
         return PartitionedModel(config, dtype, spec)
+
+    def small_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The small configuration on which a model is proved: that of the miniature, or the model's own, shrunk.
+
+        Raises:
+            ValueError: it cannot be shrunk.
+            ConfigError: the miniature is of another model type.
+        """
+        if self.miniature is None:
+            return shrink_config(config)
+        return without_noise(_config_of(self.miniature, config))
 
     def refuse_others(self, asked: "ModelOptions", where: Path) -> None:
         """Refuse options that differ from these, with which the model of a run was imported.

@@ -117,10 +117,12 @@ class StepSize:
             return divide_ram(layout, schedule, needs, tied_embeddings=tied, ram=ram, defers=defers), vram
         except DoesNotFitError as error:
             least = least_ram(layout, needs, tied_embeddings=tied, defers=defers)
-            raise DoesNotFitError(
+            refusal = DoesNotFitError(
                 f"ram is {mib(ram)}, and a step of {self} needs {mib(least)} at least: give more, or make a step "
                 "smaller (fewer rows or tokens in a micro-batch, then fewer micro-batches)"
-            ) from error
+            )
+            refusal.least = least
+            raise refusal from error
 
     def _micro_batches(self, *, packs: bool) -> list[MicroBatch]:
         """Micro-batches that take as much memory, all of them the same one.

@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -448,12 +448,7 @@ def differences(source, here, dtype, steps) -> Iterator[str]:
         yield f"losses {losses} differ from {expected.losses}"
     with open_store(RunFolder(here), engine="threads") as state:
         planes = all_planes(state)
-    for name, plane in planes.keys():
-        there = getattr(expected, plane).get(name)
-        if there is not None and not same(planes[name, plane], there):
-            yield f"{plane} of {name} differs"
-    if missing := {(name, plane) for name in expected.master for plane in PLANES} - planes.keys():
-        yield f"{sorted(missing)[0]} and {len(missing) - 1} more are not in the store"
+    yield from differing_planes(planes, expected)
     exported = load(here / "out")
     if type(exported) is not type(model):
         yield f"the export is a {type(exported).__name__}"
@@ -466,6 +461,17 @@ def differences(source, here, dtype, steps) -> Iterator[str]:
     for name, buffer in exported.named_buffers():
         if name in kept and not same(buffer, buffers[name]):
             yield f"buffer {name} of the export differs"
+
+
+def differing_planes(planes, expected: Result) -> Iterator[str]:
+    """What of a store is not as in memory; of what no gradient reached it may have weights alone."""
+    for plane in PLANES:
+        for name, there in getattr(expected, plane).items():
+            found = planes.get((name, plane))
+            if found is None and expected.exp_avg_sq.get(name, there).any():
+                yield f"{plane} of {name} is not in the store"
+            elif found is not None and not same(found, there):
+                yield f"{plane} of {name} differs"
 
 
 def same(one, other):
@@ -523,7 +529,7 @@ class Row:
         family: model type.
         precision: ``fp32`` or ``bf16``.
         model_class: class that transformers makes of it.
-        result: ``equal``, ``refused``, or, which must not be: ``wrong``, ``failed``, ``not built``.
+        result: ``equal``, ``refused``, ``not built`` (by transformers); or, which must not be, ``wrong``, ``failed``.
         stage: ``done``, or what ended it.
         message: sentence of a refusal; what is wrong.
         generation: ``equal``, or why it is not compared.
@@ -543,7 +549,7 @@ class Row:
 
 
 PRECISIONS = ("fp32", "bf16")
-ACCEPTED = ("equal", "refused")
+ACCEPTED = ("equal", "refused", "not built")
 SECONDS = 300
 MEMORY = 6 << 30  # of address space, beyond what libraries have mapped
 VERSIONS = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
@@ -579,7 +585,7 @@ def row_of(family, precision):
         outcome = drive(Path(folder), config, precision)
     if outcome.fault is not None:
         trace = "".join(traceback.format_exception(outcome.fault)[-3:])
-        print(f"{family} {precision} {outcome.stage}: {trace}", file=sys.stderr)  # noqa: T201
+        print(f"{family} {precision} {outcome.stage}: {trace}", file=sys.stderr)
         return row(
             "not built" if outcome.stage == "build" else "failed", outcome.stage, one_line(outcome.fault)
         )
@@ -608,10 +614,8 @@ def row_within(family, precision, seconds=SECONDS, memory=MEMORY, driving=row_of
     there.close()
     row = None
     if here.poll(seconds):
-        try:
+        with suppress(EOFError):
             row = here.recv()
-        except EOFError:
-            pass
         process.join(30)
     process.kill()
     process.join()
@@ -639,10 +643,16 @@ INTRODUCTION = """# Model families
 
 This file is written by `make families` (tests/python/support/families.py), which drives every causal language model
 of the installed transformers by the command line: a small checkpoint with random weights, as the hub has them, is
-imported, trained for {steps} steps of {accumulation} micro-batches, exported, loaded by stock transformers, and asked to
-generate. `equal`: losses, weights, masters and both moments have the bits of plain torch in memory, the export has those of
-the weights, and the generated tokens are those of stock `generate`. `refused`: a command said the sentence under notes, and
-nothing was trained. A type counts once. It says what one version of transformers does; another may differ.
+imported, trained for {steps} steps of {accumulation} micro-batches, exported, loaded by stock transformers, and asked
+to generate.
+
+* `equal`: losses, weights, masters and both moments have the bits of plain torch in memory, the export has those of the
+  weights, and under `generate` the tokens are those of stock `generate`.
+* `refused`: a command said the sentence under notes, and nothing was trained.
+* `not built`: transformers itself makes no small model of it; notes have its words.
+
+A type counts once. This is what one version of transformers does; `megatrain-io verify --model MODEL` compares on your
+machine, with yours.
 
 """
 HEADINGS = ("type", "class", "fp32", "bf16", "generate", "notes")
@@ -683,8 +693,12 @@ def render(versions, cells):
         for column, precision in enumerate(PRECISIONS, start=2)
     ]
     refused = sum(row[2:4] == ("refused", "refused") for row in cells)
+    unbuilt = sum("not built" in row[2:4] for row in cells)
     bad = sum(not {*row[2:4]} <= {*ACCEPTED} for row in cells)
-    summary = f"{len(cells)} types, {', '.join(counts)}; {refused} refused in both, {bad} wrong or failed. {versions}.\n\n"
+    summary = (
+        f"{len(cells)} types, {', '.join(counts)}; {refused} refused in both, {unbuilt} not built, "
+        f"{bad} wrong or failed. {versions}.\n\n"
+    )
     return INTRODUCTION.format(steps=STEPS, accumulation=ACCUMULATION) + summary + "\n".join(lines) + "\n"
 
 

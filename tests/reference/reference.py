@@ -9,7 +9,7 @@ steps differ between 1 and 2 threads, though the losses agree). It is left alone
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -105,7 +105,7 @@ class Result:
     losses: list[float]
     """One fp32 value for each step, held exactly by the float."""
     weight: dict[str, Tensor]
-    """In the compute dtype; frozen parameters too. The following hold trained parameters only, all in fp32."""
+    """Of all parameters, each in the dtype that computes. The following hold what the optimizer moved, in fp32."""
     master: dict[str, Tensor]
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
@@ -143,7 +143,7 @@ def accumulate(
 
     Gradients come from autograd in the compute dtype, are cast to fp32 and added in fp32, one after the other: the
     micro-batches in order; for a tied table the head's of all micro-batches, then the embedding's of all. A parameter
-    that none of the losses depends on has no gradient.
+    that no gradient reaches has none.
     """
     num_items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step)
     losses: list[Tensor] = []
@@ -159,9 +159,7 @@ def accumulate(
                 gradients.append(leaf.grad)
                 leaf.grad = None
     terms = {
-        name: [gradient for leaf in own for gradient in native[leaf]]
-        for name, own in leaves.items()
-        if own[0].requires_grad
+        name: [gradient for leaf in own for gradient in native.get(leaf, [])] for name, own in leaves.items()
     }
     summed = {name: sum_in_order(gradients) for name, gradients in terms.items() if gradients}
     return sum_in_order(losses).item(), summed
@@ -202,14 +200,17 @@ def train(
     bf16_source: bool = False,
     max_grad_norm: float | None = None,
     clip_coefficients: Sequence[float] | None = None,
+    *,
+    keep_in_fp32: Collection[str] = (),
 ) -> Result:
     """Train a copy of `model` on `steps`, each a list of micro-batches, and return every bit of the outcome.
 
     With bf16, forward and backward run on bf16 weights, the optimizer on fp32 masters, and each weight is its
-    master rounded by `round_half_away`, at the start and after each step. With fp32, weights and masters are equal.
-    With None each parameter has the dtype that it has in `model`: some architectures keep a few in fp32.
-    Buffers keep their dtype, as in a stock model loaded in bf16. A parameter that no gradient reaches in a step does
-    not move in it, nor does its own count of steps, as torch has it. Masters start as the model's values, or, for
+    master rounded by `round_half_away`, at the start and after each step; but for those in `keep_in_fp32`, as stock
+    models have parameters that they keep so, and for those that need no gradient, which are rounded once, by torch.
+    With fp32, weights and masters are equal. With None each parameter has the dtype that it has in `model`. Buffers
+    keep their dtype, as in a stock model loaded in bf16. A parameter that no gradient reaches in a step does not move
+    in it, nor does its own count of steps, as torch has it. Masters start as the model's values, or, for
     `bf16_source`, as these rounded to bf16, which is what the import of a bf16 checkpoint gives.
 
     Gradients are clipped by `torch.nn.utils.clip_grad_norm_` with `max_grad_norm`, or, for who takes the sum for the
@@ -217,7 +218,10 @@ def train(
     """
     model = copy.deepcopy(model)
     leaves = untie(model)
-    dtypes = {name: compute_dtype or own[0].dtype for name, own in leaves.items()}
+    dtypes = {
+        name: torch.float32 if name in keep_in_fp32 else compute_dtype or own[0].dtype
+        for name, own in leaves.items()
+    }
     if wrong := {*dtypes.values()} - {torch.float32, torch.bfloat16}:
         raise ValueError(f"compute_dtype must be float32 or bfloat16, not {wrong.pop()}")
     masters = {name: nn.Parameter(own[0].detach().float().clone()) for name, own in leaves.items()}
@@ -274,8 +278,9 @@ def moment(optimizer: torch.optim.Optimizer, name: str, master: nn.Parameter) ->
 def write_weights(
     leaves: dict[str, list[nn.Parameter]], masters: dict[str, nn.Parameter], dtypes: dict[str, torch.dtype]
 ) -> None:
-    """Set every leaf to its master's value in the dtype that computes."""
+    """Set every leaf to its master's value in the dtype that it computes in."""
     for name, own in leaves.items():
-        master = masters[name].detach()
+        master, dtype = masters[name].detach(), dtypes[name]
         for leaf in own:
-            leaf.data = round_half_away(master) if dtypes[name] == torch.bfloat16 else master.clone()
+            is_split = dtype == torch.bfloat16 and leaf.requires_grad
+            leaf.data = round_half_away(master) if is_split else master.to(dtype, copy=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, LlamaForCausalLM, PreTrainedModel
 
 from .reference import (
     Hyperparameters,
@@ -242,6 +242,28 @@ def test_frozen_parameters_stay() -> None:
     result = train(model, micro_batches(VOCAB, [4, 1], seed=2), schedule(2))
     assert_same({table: result.weight[table]}, {table: before})
     assert result.weight.keys() - {table} == result.master.keys() == result.exp_avg.keys()
+
+
+def test_what_no_gradient_reaches_stays_and_what_is_kept_in_fp32_is_its_master() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    model = build(Glm4MoeConfig(vocab_size=VOCAB, **sizes, **heads, **experts), seed=1)
+    model.model.layers[1].unused = torch.nn.Linear(3, 3)
+    unused = {name for name, _ in model.named_parameters() if ".unused." in name}
+    kept = {name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")}
+    steps = micro_batches(VOCAB, [2, 1], seed=2)
+    result = train(model, steps, schedule(2), torch.bfloat16, keep_in_fp32=kept | unused)
+    before = dict(model.named_parameters())
+    assert_same({name: result.weight[name] for name in unused}, {name: before[name] for name in unused})
+    assert not any(result.exp_avg[name].any() for name in unused)
+    assert_same({name: result.weight[name] for name in kept}, {name: result.master[name] for name in kept})
+
+    stock = copy.deepcopy(model)
+    for name, parameter in stock.named_parameters():
+        if name not in kept | unused:
+            parameter.data = round_half_away(parameter)
+    assert result.losses[0] == accumulate(stock, untie(stock), steps[0])[0]
 
 
 def test_rounding_differs_from_torch_at_exact_ties_only() -> None:

@@ -16,7 +16,9 @@ __all__ = ["choose_gradients", "choose_residents", "gradient_nbytes", "resident_
 
 @dataclass(frozen=True)
 class _Resident:
-    record: int | None
+    """The weights of a record, or the planes of one of its chunks."""
+
+    record: int
     chunk: int | None
     nbytes: int
 
@@ -49,8 +51,9 @@ def choose_gradients(layout: ModelLayout, nbytes: int) -> frozenset[int]:
 def choose_residents(layout: ModelLayout, schedule: Sequence[ChunkOp], nbytes: int) -> Residents:
     """Choose what saves the most traffic in ``nbytes`` of RAM.
 
-    A byte that stays saves each of its reads, and its write in all steps but those that commit. So what is
-    read most often in ``schedule`` comes first: a tied table (3 times), the weights of blocks (2), then
+    Records of less than a chunk come first, weights and planes: an operation on the drive costs the most for the
+    least bytes there. A byte that stays saves each of its reads, and its write in all steps but those that commit. So
+    what is read most often in ``schedule`` comes next: a tied table (3 times), the weights of blocks (2), then
     what is read once, weights before moments. Whatever does not fit is left out, and the next one tried.
     Every choice is spread evenly over the model, so that I/O stays as smooth as it was.
     """
@@ -59,9 +62,9 @@ def choose_residents(layout: ModelLayout, schedule: Sequence[ChunkOp], nbytes: i
         if resident.nbytes > left:
             continue
         left -= resident.nbytes
-        if resident.record is not None:
+        if resident.chunk is None:
             records.add(resident.record)
-        if resident.chunk is not None:
+        else:
             chunks.add(resident.chunk)
     return Residents(frozenset(records), frozenset(chunks))
 
@@ -73,12 +76,20 @@ def _by_worth(layout: ModelLayout, schedule: Sequence[ChunkOp]) -> Iterator[_Res
     )
     updated = [op.chunk for op in schedule if op.kind in {"update", "apply"}]
     # Python's sort is stable: equals keep their spread order.
-    for record in sorted(_spread(len(layout.records)), key=lambda record: -loads[record]):
-        if loads[record]:
-            yield _Resident(record, None, layout.record_weight_bytes(record))
-    for position in _spread(len(updated)):
-        chunk = updated[position]
-        yield _Resident(None, chunk.index, layout.update_extent_bytes(chunk))
+    records = sorted(_spread(len(layout.records)), key=lambda record: -loads[record])
+    weights = [
+        _Resident(record, None, layout.record_weight_bytes(record)) for record in records if loads[record]
+    ]
+    planes = [
+        _Resident(chunk.record, chunk.index, layout.update_extent_bytes(chunk))
+        for chunk in map(updated.__getitem__, _spread(len(updated)))
+    ]
+    yield from sorted((*weights, *planes), key=lambda each: not _is_small(layout, each.record))
+
+
+def _is_small(layout: ModelLayout, record: int) -> bool:
+    """Whether a record is less than a chunk: some parameters in a format of their own, an adapter, a final norm."""
+    return layout.records[record].parameters < layout.chunk_parameters
 
 
 def _spread(count: int) -> list[int]:

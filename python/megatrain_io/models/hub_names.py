@@ -173,7 +173,7 @@ class HubNames:
     """The names that one model has in its files, both ways."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
-        """Build the model of ``config`` without memory for its parameters.
+        """Build the model of ``config`` in ``dtype`` without memory for its parameters.
 
         Raises:
             UnsupportedModelError: transformers cannot build it.
@@ -201,20 +201,23 @@ class HubNames:
         return self._tensors[name]
 
     def file_shapes(self) -> dict[str, Shape]:
-        """Name and shape of each tensor that ``save_pretrained`` would write, in its order.
+        """Name and shape of each tensor of ``file_tensors``."""
+        return {name: tuple(tensor.shape) for name, tensor in self.file_tensors().items()}
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Each tensor that ``save_pretrained`` would write, by name and in its order: its shape and dtype.
 
         Raises:
             UnsupportedModelError: transformers cannot convert the model back.
         """
         state = {name: self._tensors[name] for name in self._persistent if not self._is_alias(name)}
         try:
-            tensors = revert_weight_conversion(self._model, state)
+            return dict(revert_weight_conversion(self._model, state))
         except Exception as cause:
             raise UnsupportedModelError(
                 f"{self._model.config.model_type}: transformers cannot convert its weights to the form of the "
                 f"hub: {cause}"
             ) from cause
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def plan(self, shapes: Mapping[str, Shape]) -> NamePlan:
         """Find the place of each tensor of the files.

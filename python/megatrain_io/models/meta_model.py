@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import build_glob_alternation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatrain_io.errors import UnsupportedModelError
@@ -37,17 +38,18 @@ def build_meta_model(
 ) -> PreTrainedModel:
     """Build the stock causal language model of `config` with its parameters on the meta device.
 
-    Every parameter has `dtype`; every buffer is real and holds what a stock model has when it was loaded, in the
-    stock dtype. `use_cache` is off, the model is in training mode. `config` is not changed and nothing is
-    fetched.
+    Parameters have the dtypes that `from_pretrained(folder, dtype=dtype)` gives: most often `dtype`, and fp32 where
+    the architecture keeps it (the routers of some mixtures of experts). Every buffer is real and holds what a stock
+    model has when it was loaded, in the stock dtype. `use_cache` is off, the model is in training mode. `config` is not
+    changed and nothing is fetched.
 
     Args:
         config: any causal language model that transformers itself has.
-        dtype: dtype of all parameters.
+        dtype: of the parameters that the architecture does not keep in another.
         attn_implementation: "sdpa", "eager", or None for sdpa where the architecture has it, else eager.
 
     Raises:
-        UnsupportedModelError: transformers has no such model, or its parameters do not all take `dtype`.
+        UnsupportedModelError: transformers has no such model, or a parameter is neither `dtype` nor fp32.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
@@ -72,11 +74,12 @@ def build_meta_model(
             f"{config.model_type}: by config.json it has {count:,} parameters, and at most {PARAMETERS_MAX:,} are "
             "trained: fetch config.json again, or correct it"
         )
+    _keep_in_fp32(model, dtype)
     for name, parameter in model.named_parameters():
-        if parameter.dtype != dtype:
+        if parameter.dtype not in {dtype, torch.float32}:
             raise UnsupportedModelError(
-                f"{config.model_type}: the architecture keeps {name} in {parameter.dtype} where all "
-                f"parameters must be {dtype}; train it with train.precision=fp32 (import: --precision fp32)"
+                f"{config.model_type}: the architecture keeps {name} in {parameter.dtype}, and only {dtype} and "
+                "torch.float32 are trained beside each other; choose another model"
             )
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
@@ -96,6 +99,31 @@ def _fill_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
         _fill_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
     if next(module.buffers(recurse=False), None) is not None:
         owner._init_weights(module)  # noqa: SLF001 - what loading itself calls for each module
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give parameters and saved buffers the dtype in which `from_pretrained` keeps them, whatever the constructor did.
+
+    Its plan of dtypes goes by patterns in names; what no pattern meets stays as it was constructed.
+    """
+    plan = model._get_dtype_plan(dtype)  # noqa: SLF001
+    if not plan:
+        return
+    pattern, by_group, _ = build_glob_alternation([*plan])
+    kept = {
+        id(tensor): plan[by_group[found.lastgroup]]
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if (found := pattern.search(name)) is not None and found.lastgroup is not None
+    }
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            wanted = kept.get(id(tensor))
+            if wanted is None or tensor.dtype == wanted:
+                continue
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.to(wanted)  # the same object still, which others may share
+            else:
+                setattr(module, name, tensor.to(wanted))
 
 
 def module_lists(module: nn.Module) -> dict[str, nn.ModuleList]:

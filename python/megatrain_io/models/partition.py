@@ -66,6 +66,7 @@ class PartitionSpec:
         kept: attributes of blocks, by dotted path, in which they keep tensors from call to call.
         widens: whether blocks return the hidden state in fp32 where bf16 computes.
         positions: where the number of its positions stands; None where it has none, or that is not known.
+        unreached: names of the parameters that no gradient reaches; in a block, the name that each of these has there.
     """
 
     model_type: str
@@ -79,6 +80,7 @@ class PartitionSpec:
     kept: frozenset[str] = frozenset()
     widens: bool = False
     positions: Positions | None = None
+    unreached: frozenset[str] = frozenset()
 
 
 class PartitionedModel:
@@ -91,13 +93,15 @@ class PartitionedModel:
 
     Attributes:
         spec: as handed in.
-        dtype: of what enters the first block, and of the parameters that the store does not keep in another.
+        dtype: of what enters the first block, and of the parameters that the architecture does not keep in another.
+        dtypes: of each parameter, by name.
         blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
         tied: alias -> full name of the parameter that it shares.
         embedding_parameters: what `record` needs, in model order.
         head_parameters: what `loss` and `logits` need, less what the embedding owns.
         tied_parameters: names of embedding parameters that `loss` and `logits` need too.
-        frozen: names of parameters that the architecture itself does not train.
+        unreached: names of parameters that no gradient reaches, so that nobody's optimizer would move them.
+        frozen: these, and the names of parameters that the architecture itself does not train.
     """
 
     def __init__(self, model: PreTrainedConfig | nn.Module, dtype: torch.dtype, spec: PartitionSpec) -> None:
@@ -106,7 +110,7 @@ class PartitionedModel:
         Args:
             model: the configuration of a transformers model, or a module with a `forward` of its own (`ModuleLM`),
                 which stays as it is.
-            dtype: that computes; of all parameters.
+            dtype: that computes; of all parameters but those that the architecture keeps in another.
             spec: how it is partitioned.
 
         Raises:
@@ -120,7 +124,8 @@ class PartitionedModel:
             else TransformersLM(build_meta_model(model, dtype, spec.attn_implementation))
         )
         self._model = self._lm.module
-        self.frozen = frozenset(
+        self.dtypes = {name: parameter.dtype for name, parameter in self._model.named_parameters()}
+        self._untrained = frozenset(
             name for name, parameter in self._model.named_parameters() if not parameter.requires_grad
         )
         self.tied = self._find_tied()
@@ -146,7 +151,14 @@ class PartitionedModel:
             name for name, _ in self.embedding_parameters if name in spec.head
         )
         # One element, strides of zero: what a parameter is while `forward` passes it to no purpose.
-        self._placeholders = {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in resident}
+        self._placeholders = {
+            name: torch.zeros((), dtype=self.dtypes[name]).expand(shape) for name, shape in resident
+        }
+        own_names = {name: name for name, _ in resident}
+        for names in self._block_names:
+            own_names |= names
+        self.unreached = frozenset(full for full, name in own_names.items() if name in spec.unreached)
+        self.frozen = self._untrained | self.unreached
 
     def block_parameters(self, index: int) -> tuple[ParameterShape, ...]:
         """Name and shape of the parameters that `run_block` needs for block `index`, in model order."""
@@ -222,6 +234,18 @@ class PartitionedModel:
     def preserved(self) -> AbstractContextManager[None]:
         """Run something that is no step of the training: buffers, attributes, mode and generators are given back."""
         return preserved((self._model, *self.blocks))
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the person on parameters that stay as they are."""
+        return [
+            f"{len(names)} of the parameters stay as they are, as in stock training: {why} ({min(names)} is one)"
+            for names, why in (
+                (self.unreached, "no gradient reaches them"),
+                (self._untrained - self.unreached, "the model does not train them"),
+            )
+            if names
+        ]
 
     @property
     def loss_notes(self) -> list[str]:
@@ -378,7 +402,7 @@ class PartitionedModel:
         tokens = torch.zeros((1, 2), dtype=torch.int64)
         # Zeros take no memory until they are written to, and reading touches a few rows.
         parts = (self.embedding_parameters, self.head_parameters)
-        zeros = {name: torch.zeros(shape, dtype=self.dtype) for part in parts for name, shape in part}
+        zeros = {name: torch.zeros(shape, dtype=self.dtypes[name]) for part in parts for name, shape in part}
         with torch.no_grad():
             hidden, _ = self.record(zeros, MicroBatch(tokens, tokens))
             with FakeTensorMode(allow_non_fake_inputs=True):
@@ -464,18 +488,10 @@ def _outside_a_run(index: int, _hidden: Tensor, _call: BlockCall) -> Tensor:
 
 
 def model_parts(partition: PartitionedModel) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]]:
-    """Name and tensors of each record of a partitioned model, in the order of the parameter space.
+    """Name and tensors of each stop of a partitioned model, in the order of the parameter space.
 
     In the file the records of embeddings and head are named prologue and epilogue, as they were from the beginning.
-
-    Raises:
-        UnsupportedModelError: the architecture keeps some of its parameters from being trained.
     """
-    if partition.frozen:
-        raise UnsupportedModelError(
-            f"{partition.spec.model_type}: {len(partition.frozen)} of its parameters are not trained, the first is "
-            f"{min(partition.frozen)}; models with frozen parameters cannot be trained here yet"
-        )
     parts = [("prologue", partition.embedding_parameters)]
     parts += [(f"block {index}", partition.block_parameters(index)) for index in range(len(partition.blocks))]
     if partition.head_parameters:

@@ -27,6 +27,7 @@ from megatrain_io.models.proof import (
     CannotBePartitionedError,
     RefusedError,
     are_alike,
+    find_unreached,
     noisy,
     observe,
     random_tokens,
@@ -106,7 +107,7 @@ def _probe(
     named = find_block_list(stock) if block_list is None else block_list
     loss_of = partial(_stock_loss, stock)
     seen = observe(stock, one, named, loss_of)
-    if seen.unused:
+    if seen.unused and not _is_of_text(stock):
         raise RefusedError(
             f"parameter {seen.unused[0]} takes no part in the loss of a text, and only models of text are trained; "
             "choose one"
@@ -117,11 +118,12 @@ def _probe(
         block_list=named,
         output_entries=seen.output_entries,
         embedding=seen.embedding,
-        head=seen.head,
+        head=seen.head.union(seen.unused),
         packs=_keeps_apart(stock, packed, boundary=4),
         kept=seen.kept,
     )
     micro_batches = [one, two, packed] if spec.packs else [one, two]
+    spec = replace(spec, unreached=find_unreached(stock, micro_batches, named, loss_of))
     partition = PartitionedModel(small, _DTYPE, spec)
     refuse_unless_equal(stock, partition, micro_batches, loss_of)
     caches = _caches(stock, partition, two.input_ids)
@@ -159,6 +161,11 @@ def _refuse_unless_causal(stock: PreTrainedModel, micro_batch: MicroBatch) -> No
         )
 
 
+def _is_of_text(stock: PreTrainedModel) -> bool:
+    modalities = stock.input_modalities
+    return modalities == "text" or set(modalities) == {"text"}
+
+
 def _keeps_apart(stock: PreTrainedModel, packed: MicroBatch, boundary: int) -> bool:
     """Whether the second document of a packed row gets the scores that it gets alone."""
     row = _scores(stock, packed.input_ids, position_ids=packed.position_ids)
@@ -170,7 +177,9 @@ def _widens(small: PreTrainedConfig, spec: PartitionSpec, stock: PreTrainedModel
     """Whether blocks return fp32 where bf16 computes: state spaces keep what they add to in fp32."""
     try:
         partition = PartitionedModel(small, torch.bfloat16, spec)
-        parameters = {name: parameter.bfloat16() for name, parameter in stock.named_parameters()}
+        parameters = {
+            name: parameter.to(partition.dtypes[name]) for name, parameter in stock.named_parameters()
+        }
         hidden, calls = partition.record(parameters, batch)
         return partition.run_block(0, parameters, hidden, calls[0]).dtype == torch.float32
     except Exception:  # noqa: BLE001 - it does not compute in bf16, and whoever asks for that is told

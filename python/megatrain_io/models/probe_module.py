@@ -4,7 +4,7 @@ As ``probe`` does it for transformers' architectures, but the module itself is a
 shrink, no marks on its blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from megatrain_io.models.proof import (
     InMemoryLoss,
     RefusedError,
     are_alike,
+    find_unreached,
     noisy,
     observe,
     random_tokens,
@@ -143,7 +144,7 @@ def _proved(small: nn.Module, name: str, blocks: str) -> PartitionSpec:
     is_random = _watch_a_pass(stock, name, partial(loss_of, one, 1))
     if is_random:
         stock.eval()  # random numbers are drawn in another order block by block
-    spec = _spec_of(stock, name, blocks, one, loss_of)
+    spec = _spec_of(stock, name, blocks, [one, two], loss_of)
     partition = PartitionedModel(small, torch.float32, spec)
     partition.train(not is_random)
     refuse_unless_equal(stock, partition, [one, two], loss_of)
@@ -159,18 +160,13 @@ def _looked_at(module: nn.Module, name: str, blocks: str) -> PartitionSpec:
     stock = replace_parameters(module, lambda parameter: fake[id(parameter)]).train()
     tokens, lm = _tokens_below(2)(1, 7), ModuleLM(module, torch.float32)
     with mode:
-        return _spec_of(stock, name, blocks, tokens, partial(_loss_in_memory, stock, lm))
+        return _spec_of(stock, name, blocks, [tokens], partial(_loss_in_memory, stock, lm))
 
 
 def _spec_of(
-    stock: nn.Module, name: str, blocks: str, tokens: MicroBatch, loss_of: InMemoryLoss
+    stock: nn.Module, name: str, blocks: str, micro_batches: Sequence[MicroBatch], loss_of: InMemoryLoss
 ) -> PartitionSpec:
-    seen = observe(stock, tokens, blocks, loss_of)
-    if seen.unused:
-        raise RefusedError(
-            f"parameter {seen.unused[0]} takes no part in the loss, so it cannot be trained: remove it, or register "
-            "it as a buffer"
-        )
+    seen = observe(stock, micro_batches[0], blocks, loss_of)
     if not seen.embedding:
         raise RefusedError("what enters its first block depends on no parameter: there must be an embedding")
     return PartitionSpec(
@@ -179,9 +175,10 @@ def _spec_of(
         block_list=blocks,
         output_entries=seen.output_entries,
         embedding=seen.embedding,
-        head=seen.head,
+        head=seen.head.union(seen.unused),
         packs=False,
         kept=seen.kept,
+        unreached=find_unreached(stock, micro_batches, blocks, loss_of),
     )
 
 

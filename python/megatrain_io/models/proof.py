@@ -26,6 +26,7 @@ __all__ = [
     "Observation",
     "RefusedError",
     "are_alike",
+    "find_unreached",
     "noisy",
     "observe",
     "random_tokens",
@@ -207,6 +208,40 @@ def _gradients(
     return torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=retain_graph, allow_unused=True)
 
 
+def find_unreached(
+    stock: nn.Module, micro_batches: Sequence[MicroBatch], block_list: str, loss_of: InMemoryLoss
+) -> frozenset[str]:
+    """Names of trained parameters that no gradient reaches; of those in blocks the name that each has in its block.
+
+    Args:
+        stock: the model in memory.
+        micro_batches: that it is called with.
+        block_list: name of the module list of its blocks.
+        loss_of: its loss.
+
+    Raises:
+        RefusedError: a gradient reaches a parameter in one block, and in another block none.
+    """
+    parameters = {name: p for name, p in stock.named_parameters() if p.requires_grad}
+    reached: set[str] = set()
+    for micro_batch in micro_batches:
+        gradients = _gradients(loss_of(micro_batch, 1), list(parameters.values()))
+        reached |= {name for name, grad in zip(parameters, gradients, strict=True) if grad is not None}
+
+    def in_block(name: str) -> str:
+        inside = name.removeprefix(f"{block_list}.")
+        return name if inside == name else inside.partition(".")[2]
+
+    unreached = {in_block(name): name for name in parameters if name not in reached}
+    for name in reached:
+        if (other := unreached.get(in_block(name))) is not None:
+            raise RefusedError(
+                f"no gradient reaches parameter {other}, while one reaches {name}: models in which blocks differ so "
+                "cannot be trained here yet"
+            )
+    return frozenset(unreached)
+
+
 def refuse_unless_equal(
     stock: nn.Module,
     partition: PartitionedModel,
@@ -240,7 +275,7 @@ def refuse_unless_equal(
         for name, gradient in zip(trained, gradients, strict=True):
             if gradient is None:
                 raise RefusedError(
-                    f"no gradient reaches parameter {name}, and models in which some parameters are not trained "
+                    f"a gradient reaches parameter {name} in some micro-batches and not in others, and such models "
                     "cannot be trained here yet"
                 )
             if name not in own.gradients or not torch.equal(own.gradients[name], gradient):

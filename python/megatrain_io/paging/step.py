@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatrain_io.data.batch import MicroBatch, trained_tokens
-from megatrain_io.errors import MegatrainIoError
+from megatrain_io.errors import MegatrainIoError, UnsupportedModelError
 from megatrain_io.models.partition import BlockCall, PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
@@ -289,12 +289,17 @@ class Step:
         """
         hidden = hidden.detach().requires_grad_(training)
         bound = {name: tensor for borrowed in weights for name, tensor in borrowed.tensors.items()}
-        leaves = leaves_of({name: bound[name] for gradient in gradients for name in gradient.expected})
+        expected = [name for gradient in gradients for name in gradient.expected]
+        unreached = self._unreached(bound) if training else ()
+        leaves = leaves_of({name: bound[name] for name in (*expected, *unreached)})
         loss = self._partition.loss(bound | leaves, hidden, labels, self._divisor)
         if not training:
             return loss.detach(), None
-        of_hidden, *of_leaves = torch.autograd.grad(loss, [hidden, *leaves.values()])
+        of_hidden, *of_leaves = torch.autograd.grad(
+            loss, [hidden, *leaves.values()], allow_unused=bool(unreached)
+        )
         by_name = dict(zip(leaves, of_leaves, strict=True))
+        self._refuse_reached(by_name)
         for gradient in gradients:
             names = gradient.expected
             gradient.add(names, [by_name[name] for name in names])
@@ -309,14 +314,30 @@ class Step:
         saved = self._saved.get(block, index, like)
         hidden = saved.detach().requires_grad_()
         names = () if gradient is None else gradient.names
-        leaves = leaves_of({name: tensors[name] for name in names})
+        leaves = leaves_of({name: tensors[name] for name in (*names, *self._unreached(tensors))})
         out = self._partition.run_block(block, {**tensors, **leaves}, hidden, self._calls[index][block])
         of_hidden, *of_leaves = torch.autograd.grad(
             out, [hidden, *leaves.values()], self._hidden[index], allow_unused=True
         )
+        self._refuse_reached(dict(zip(leaves, of_leaves, strict=True)))
         if gradient is not None:
-            gradient.add(leaves, of_leaves)
+            gradient.add(names, of_leaves[: len(names)])
         return of_hidden
+
+    def _unreached(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``names`` that no gradient reached when the model was probed: it is looked at that none does."""
+        unreached = self._partition.unreached
+        return tuple(name for name in names if name in unreached) if unreached else ()
+
+    def _refuse_reached(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Refuse a gradient of what is not trained because none was thought to reach it."""
+        for name in self._unreached(gradients):
+            if gradients[name] is not None:
+                raise UnsupportedModelError(
+                    f"{self._partition.spec.model_type}: a gradient reaches parameter {name} in this step, and none "
+                    "did in the small copy that the model was probed with: models in which that depends on the data "
+                    "cannot be trained here yet"
+                )
 
     def _seed(self, index: int, phase: Phase, block: int = 0) -> None:
         """Seed the generator for this step, micro-batch and block, so that the recomputation draws the same numbers."""

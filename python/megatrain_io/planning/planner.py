@@ -29,7 +29,6 @@ from megatrain_io.planning.ram_budget import RamPlan, StepNeeds
 from megatrain_io.planning.resolve import (
     gpu_here,
     hardware_here,
-    layout_of,
     ram_of,
     resolve,
     resolve_precision,
@@ -48,6 +47,7 @@ from megatrain_io.planning.step_time import (
 )
 from megatrain_io.planning.timeline import StageKey
 from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.import_model import layout_of
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import ModelLayout
 
@@ -174,7 +174,7 @@ def _job_without_data(
         hardware = hardware_here(stores, ram_of(memory.ram), precision, gpu, for_plan=True)
     else:
         hardware = described.model_copy(update={"device": gpu})
-    notes += partition.check_length(config.data.max_length, "data.max_length")
+    notes += [*partition.notes, *partition.check_length(config.data.max_length, "data.max_length")]
     packed = config.data.packing and partition.spec.packs
     largest = blank_micro_batch(train.per_device_train_batch_size, config.data.max_length, packed=packed)
     job = resolve(
@@ -182,7 +182,7 @@ def _job_without_data(
         hardware=hardware,
         precision=precision,
         partition=partition,
-        layout=layout_of(partition, precision, memory.durability),
+        layout=layout_of(partition, durability=memory.durability),
         data=_BlankData(largest, tokens),
         accumulation=train.gradient_accumulation_steps,
         measures=described is None,

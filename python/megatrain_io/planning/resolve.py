@@ -16,7 +16,7 @@ from megatrain_io.machine.hardware import Gpu, Hardware, this_machine
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.machine.precision import fastest_on_cpu
 from megatrain_io.machine.profile import Profile, default_path
-from megatrain_io.models.partition import PartitionedModel, model_parts
+from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.device.cuda import Cuda, has_bf16, no_gpu
@@ -44,7 +44,6 @@ __all__ = [
     "gpu_here",
     "gpu_of",
     "hardware_here",
-    "layout_of",
     "ram_of",
     "resolve",
     "resolve_device",
@@ -162,14 +161,6 @@ def _accumulation_that_hides_io(job: TrainingJob) -> int:
     while count > 1 and not fits_memory(job.with_accumulation(count)):
         count //= 2
     return count
-
-
-def layout_of(
-    partition: PartitionedModel, precision: Precision, durability: Literal["step", "scratch"]
-) -> ModelLayout:
-    """Layout of the store that an import of this model makes."""
-    parts, blocks = model_parts(partition), len(partition.blocks)
-    return ModelLayout.build(parts, blocks, FORMATS[precision], durability=durability)
 
 
 # ------------------------------------------------------------------------------------- device and machine

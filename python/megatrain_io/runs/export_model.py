@@ -79,8 +79,8 @@ def export_model(
     Args:
         run: folder of a run with a finished import; its store must not be in use.
         out: a folder that does not exist or is empty.
-        dtype: "bf16" are the weights that were trained with, or fp32 ones rounded to nearest even; "fp32" are
-            the masters. None = the run's own precision.
+        dtype: "bf16" are the weights that were trained with, or fp32 ones rounded to nearest even, but for those that
+            the architecture keeps in fp32; "fp32" are the masters. None = the run's own precision.
         shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
         engine: I/O engine that reads.
         progress: called after each chunk.
@@ -130,10 +130,10 @@ def write_model_folder(
     """
     out, partial = _check(out, dtype, shard_bytes)
     with held(), storage_errors(out, NOTHING_LEFT), ExitStack() as open_:
-        is_bf16 = any(record.format == "bf16" for record in state.layout.records)
+        is_bf16 = any(dtype_of(record.format) == torch.bfloat16 for record in state.layout.records)
         wanted: Precision = dtype or ("bf16" if is_bf16 else "fp32")
         names = HubNames(folder.config(), DTYPES[wanted])
-        plan, shards = _plan_export(state.layout, names, wanted, shard_bytes)
+        plan, shards = _plan_export(state.layout, names, shard_bytes)
         companions = folder.companions()
         _require_space(out, partial, shards, [folder.path / name for name in companions])
         open_.enter_context(_held_folder(partial, companions))
@@ -216,36 +216,27 @@ def _check(out: Path, dtype: Precision | None, shard_bytes: int) -> tuple[Path, 
     return out, partial
 
 
-def _plan_export(
-    layout: ModelLayout, names: HubNames, dtype: Precision, shard_bytes: int
-) -> tuple[NamePlan, list[ShardPlan]]:
+def _plan_export(layout: ModelLayout, names: HubNames, shard_bytes: int) -> tuple[NamePlan, list[ShardPlan]]:
     """Which tensor of the files each parameter goes to, and what each file holds."""
-    shapes = names.file_shapes()
-    plan = names.plan(shapes)
+    tensors = names.file_tensors()
+    plan = names.plan({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if names.parameters != {place.name: place.shape for place in layout.tensors()}:
         raise ModelFilesError(
             f"the store was not made with this config.json: {layout.parameters:,} parameters in the store, others in "
             f"the {names.architecture} of config.json. Put the config.json of the import back"
         )
-    tensors = [
-        (
-            name,
-            FILE_DTYPES[names.buffer(plan.buffers[name]).dtype if name in plan.buffers else DTYPES[dtype]],
-            shape,
-        )
-        for name, shape in shapes.items()
-    ]
-    return plan, plan_shards(tensors, shard_bytes)
+    entries = [(name, FILE_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return plan, plan_shards(entries, shard_bytes)
 
 
 def _write_parameters(
     files: ShardWriter, state: PagedStore, plan: NamePlan, dtype: Precision, progress: Progress | None
 ) -> None:
-    plane = "master" if dtype == "fp32" else "weight"
     for chunk in state.layout.chunks:
-        data = bytearray(state.read_plane(chunk.index, plane))
         record = state.layout.records[chunk.record]
-        values = torch.frombuffer(data, dtype=torch.float32 if dtype == "fp32" else dtype_of(record.format))
+        is_master = dtype == "fp32" and record.is_trained
+        data = bytearray(state.read_plane(chunk.index, "master" if is_master else "weight"))
+        values = torch.frombuffer(data, dtype=torch.float32 if is_master else dtype_of(record.format))
         end = chunk.start + chunk.parameters
         for place in record.tensors:
             start, stop = max(chunk.start, place.offset), min(end, place.offset + place.elements)

@@ -29,17 +29,18 @@ from megatrain_io.machine.precision import fastest_here
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan, Piece
 from megatrain_io.models.model_options import ModelOptions
-from megatrain_io.models.partition import model_parts
+from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.safetensors import TORCH_DTYPES, Checkpoint
 from megatrain_io.models.weights import WeightReader
 from megatrain_io.runs.folder import RunFolder, RunInfo
 from megatrain_io.runs.model_files import digests_of
 from megatrain_io.runs.provenance import Provenance, described
 from megatrain_io.runs.state import TrainerState
-from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision, dtype_of
+from megatrain_io.store.dtypes import DTYPES, check_precision, dtype_of, format_of
 from megatrain_io.store.inspect import remove_store
 from megatrain_io.store.layout import Chunk, Durability, ModelLayout, Precision, TensorPlace
 from megatrain_io.store.paged_store import Engine, Ledger, StoreCreator
+from megatrain_io.store.state_format import StateFormat
 from megatrain_io.text import visible
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "checked_weights",
     "create_store",
     "import_model",
+    "layout_of",
+    "refuse_other_formats",
 ]
 
 TensorReader = Callable[[TensorPlace, int, int], Tensor]
@@ -103,6 +106,47 @@ def create_store(  # noqa: PLR0913 - keywords, each with a default or a meaning 
             creator.abandon()
             remove_store(paths, creator.uuid)
         raise
+
+
+def layout_of(
+    partition: PartitionedModel, chunk_parameters: int | None = None, durability: Durability = "step"
+) -> ModelLayout:
+    """Layout of the store of a model: of each stop a record for each dtype, and for what is trained and what is not.
+
+    Args:
+        partition: the model without its parameters.
+        chunk_parameters: parameters of a chunk; None = by the model's size.
+        durability: of the store.
+    """
+
+    def state_format(name: str) -> StateFormat:
+        return format_of(partition.dtypes[name], is_trained=name not in partition.frozen)
+
+    parts, blocks = model_parts(partition), len(partition.blocks)
+    return ModelLayout.build(parts, blocks, state_format, chunk_parameters, durability)
+
+
+def refuse_other_formats(partition: PartitionedModel, layout: ModelLayout, where: Path) -> None:
+    """Refuse a store whose tensors have not the formats that an import would give them now.
+
+    Args:
+        partition: the model without its parameters.
+        layout: of the store.
+        where: what the message names.
+
+    Raises:
+        ConfigError: the message names the first tensor that differs, and both formats.
+    """
+    now, there = (
+        {place.name: each.records[place.record].format for place in each.tensors()}
+        for each in (layout_of(partition), layout)
+    )
+    for name, state_format in there.items():
+        if name in now and now[name] != state_format:
+            raise ConfigError(
+                f"{where}: its store keeps {name} as {state_format}, and with this version of transformers the model "
+                f"has it as {now[name]}: go on with the version that it was imported with, or import the model again"
+            )
 
 
 def import_model(  # noqa: PLR0913 - as create_store
@@ -172,7 +216,7 @@ class ModelImport:
     Attributes:
         partition: the model without its parameters.
         layout: of the store that ``write`` makes.
-        notes: what speaks against the drives of the store, a sentence each.
+        notes: what speaks against the drives of the store, and which parameters are not trained, a sentence each.
 
     Raises:
         ConfigError, ModelFilesError, UnsupportedModelError: as ``import_model``.
@@ -208,8 +252,8 @@ class ModelImport:
             self._companions = self._folder.companions()
             self._folder.refuse_tokenizer_of_code()
             self.partition = self._options.partition(config, DTYPES[precision])
-            parts, blocks = model_parts(self.partition), len(self.partition.blocks)
-            self.layout = ModelLayout.build(parts, blocks, FORMATS[precision], chunk_parameters, durability)
+            self.layout = layout_of(self.partition, chunk_parameters, durability)
+            self.notes += self.partition.notes
             self._closing = failing.pop_all()
 
     def __enter__(self) -> Self:

@@ -321,11 +321,14 @@ class PagedStore:
         return self._store.read_plane(chunk, plane)
 
     def read_tensor(self, place: TensorPlace, plane: str) -> Tensor:
-        """One committed tensor: ``weight`` in the compute dtype, the other planes in fp32.
+        """One committed tensor: ``weight`` in the dtype that it computes in, the other planes in fp32.
 
-        Between steps only: chunks read while a commit is under way could be of two generations.
+        The master of what is not trained is its weight. Between steps only: chunks read while a commit is under way
+        could be of two generations.
         """
         state_format = self.layout.records[place.record].format
+        if plane == "master" and not self.layout.records[place.record].is_trained:
+            return self.read_tensor(place, "weight").float()
         dtype = torch.float32 if plane != "weight" else dtype_of(state_format)
         width = dtype.itemsize
         if self._pipeline is not None:

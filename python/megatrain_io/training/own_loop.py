@@ -19,8 +19,8 @@ from megatrain_io.planning.memory_needs import activation_budget_of
 from megatrain_io.planning.ram_budget import StepNeeds
 from megatrain_io.runs.export_model import write_model_folder
 from megatrain_io.runs.folder import activations_file, gradient_file
-from megatrain_io.runs.import_model import create_store
-from megatrain_io.store.dtypes import DTYPES, FORMATS, check_precision
+from megatrain_io.runs.import_model import create_store, layout_of, refuse_other_formats
+from megatrain_io.store.dtypes import DTYPES, check_precision
 from megatrain_io.store.layout import ModelLayout, Precision
 from megatrain_io.store.paged_store import AdamWStep, Ledger, PagedStore, store_memory
 from megatrain_io.training.fingerprint import differences, fingerprint_of
@@ -100,7 +100,7 @@ class PagedModel:
       tensors come on top. It is divided for the largest step so far, or for ``largest_step``; a larger one divides it
       anew. Where shapes depend on data (some mixtures of experts) what compute takes comes on top; ``notes`` says so.
 
-    **What is not.** Other optimizers, frozen parameters and adapters, buffers that change, losses of one's own, several
+    **What is not.** Other optimizers, adapters, buffers that change, losses of one's own, several
     GPUs, several threads at once, use after a fork.
 
     Made by ``create`` or ``open``, not directly. Leaving its ``with`` closes it.
@@ -135,6 +135,7 @@ class PagedModel:
         self.notes: list[str] = [
             *source.notes,
             *store.notes,
+            *source.partition.notes,
             *source.partition.loss_notes,
             *source.changes(json.loads(store.manifest)["model"]),
             *differences(progress.environment, self._environment),
@@ -221,7 +222,7 @@ class PagedModel:
                 largest=None if largest_step is None else StepSize.of(micro_batches_of(largest_step)),
             )
             source = ModelSource(model, precision, blocks, small)
-            layout = ModelLayout.build(source.parts, len(source.partition.blocks), FORMATS[precision])
+            layout = layout_of(source.partition)
             how.refuse_wrong_decay(layout.tensors())
             about = source.describe()
             needs: StepNeeds | None = None
@@ -300,6 +301,7 @@ class PagedModel:
             )
             source = ModelSource(model, precision, blocks, small)
             _refuse_other_model(source, store.layout, paths[0])
+            refuse_other_formats(source.partition, store.layout, paths[0])
             how.refuse_wrong_decay(store.layout.tensors())
             opened = cls(source, store, how, closing)
             undo.pop_all()
@@ -388,7 +390,8 @@ class PagedModel:
 
         Args:
             name: of the parameter, as in ``named_parameters()`` of the model.
-            plane: ``"weight"`` in the compute dtype; ``"master"``, ``"exp_avg"`` or ``"exp_avg_sq"`` in fp32.
+            plane: ``"weight"`` in the dtype that it computes in; ``"master"``, ``"exp_avg"`` or ``"exp_avg_sq"`` in
+                fp32. What is not trained has no moments.
 
         Raises:
             ConfigError: there is no such parameter or plane.
@@ -401,6 +404,8 @@ class PagedModel:
             raise ConfigError(f"the model has no parameter {name!r}: see named_parameters() of the module")
         if plane not in get_args(Plane):
             raise ConfigError(f"plane is {plane!r}: it must be one of {', '.join(get_args(Plane))}")
+        if plane.startswith("exp_avg") and not self._store.layout.records[place.record].is_trained:
+            raise ConfigError(f"{name} is not trained: it has no {plane}")
         self.wait_durable()
         return self._store.read_tensor(place, plane)
 

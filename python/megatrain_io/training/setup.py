@@ -31,7 +31,7 @@ from megatrain_io.planning.plan import Plan
 from megatrain_io.planning.planner import make_plan
 from megatrain_io.planning.resolve import gpu_of, hardware_here, ram_of, resolve, resolve_precision
 from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
-from megatrain_io.runs.import_model import ModelImport
+from megatrain_io.runs.import_model import ModelImport, refuse_other_formats
 from megatrain_io.runs.model_files import mended_model, write_model_files
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.runs.state import TrainerState
@@ -93,7 +93,7 @@ def planned(config: RunConfig, folder: RunFolder, device: Device, own: OwnSequen
         if folder.is_imported:
             run.refuse_other_model()
             state = open_.enter_context(open_store(folder, engine=config.memory.io_backend))
-            job, data = run.job(run.partition(), state.layout)
+            job, data = run.job(run.partition(state.layout), state.layout)
             plan = run.plan(job.of_store(state.ledger.total()[0]))
         else:
             checked = open_.enter_context(run.checked_import())
@@ -137,7 +137,7 @@ def ready(
             state = open_.enter_context(open_store(folder, engine=config.memory.io_backend))
             progress = TrainerState.parse(state.blob)
             run.refuse_other_state(state, progress, resume=resume)
-        job, data = made or run.job(run.partition(), state.layout)
+        job, data = made or run.job(run.partition(state.layout), state.layout)
         max_steps = job.steps
         if max_steps is None:
             raise MegatrainIoError("the number of steps is not known, and was not asked for")
@@ -161,7 +161,8 @@ def ready(
                 "refused to pin the pool's memory"
             )
         now = fingerprint_of(device, job.partition)
-        notes = [*data.not_read, *first, *run.notes, *state.notes, *job.partition.loss_notes]
+        untrained = [] if made else job.partition.notes  # which an import has told
+        notes = [*data.not_read, *first, *run.notes, *state.notes, *untrained, *job.partition.loss_notes]
         notes += [*changes, *differences(progress.environment, now), *plan.summary(), data.summary]
         check()
         recorded = recorded_settings(config, max_steps)
@@ -184,12 +185,14 @@ class _Request:
         self._precision, notes = resolve_precision(asked, config.model, folder, self._gpu)
         self.notes = [*mended, *notes, *config.train.doubts()]
 
-    def partition(self) -> PartitionedModel:
-        """The imported model without its parameters."""
+    def partition(self, layout: ModelLayout) -> PartitionedModel:
+        """The imported model without its parameters; ``layout`` is that of its store."""
         with storage_errors(self._folder.path, SAFE):
             model_config = ModelFolder(self._folder.model).config()
             options = self._folder.read().model_options
-        return ModelOptions.kept(options).partition(model_config, DTYPES[self._precision])
+        partition = ModelOptions.kept(options).partition(model_config, DTYPES[self._precision])
+        refuse_other_formats(partition, layout, self._folder.path)
+        return partition
 
     def checked_import(self) -> ModelImport:
         """The import of the model, whose files are sound."""

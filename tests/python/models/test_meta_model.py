@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3PreTrainedModel
 
-from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.meta_model import build_meta_model
 from megatrain_io.models.shrink import shrink_config
 
@@ -43,15 +42,12 @@ def test_a_meta_model_has_the_buffers_of_the_stock_model_and_no_parameters(
     AutoModelForCausalLM.from_config(copy.deepcopy(config)).save_pretrained(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     before = config.to_dict()
-    if any(parameter.dtype != dtype for parameter in stock.parameters()):
-        assert model_type == "deepseek_v3", "newer transformers keep its router in fp32"
-        with pytest.raises(UnsupportedModelError, match=r"keeps .* in torch.float32"):
-            build_meta_model(config, dtype)
-        return
     model = build_meta_model(config, dtype)
     assert config.to_dict() == before
-    assert all(p.is_meta and p.dtype == dtype for p in model.parameters())
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in stock.named_parameters()]
+    assert all(p.is_meta for p in model.parameters())
+    assert [(n, p.dtype) for n, p in model.named_parameters()] == [
+        (n, p.dtype) for n, p in stock.named_parameters()
+    ]
     expected, found = dict(stock.named_buffers()), dict(model.named_buffers())
     assert len(expected) > 0
     assert found.keys() == expected.keys()
@@ -93,10 +89,23 @@ def test_a_large_meta_model_takes_no_memory(model_type, values, parameters):
     assert 0 < largest.nbytes < 1 << 26
 
 
-def test_parameters_that_stay_in_float32_are_refused_in_bfloat16():
-    config = shrink_config(AutoConfig.for_model("ernie4_5_moe"))
-    assert build_meta_model(config, torch.float32)
-    with pytest.raises(
-        UnsupportedModelError, match=r"keeps model\.layers\.\d\.mlp\.gate\.weight in torch\.float32"
-    ):
-        build_meta_model(config, torch.bfloat16)
+@pytest.mark.parametrize("constructs_fp32", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_parameters_and_buffers_have_the_dtypes_of_a_loaded_model(
+    tmp_path, monkeypatch, dtype, constructs_fp32
+):
+    config = shrink_config(AutoConfig.for_model("deepseek_v3"))
+    if not constructs_fp32:  # what loading keeps in fp32 need not be what the constructor makes so
+        monkeypatch.setattr(
+            DeepseekV3PreTrainedModel, "_keep_in_fp32_modules_strict", ["lm_head", "layers.*.input_layernorm"]
+        )
+    AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    model = build_meta_model(config, dtype)
+    expected = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == expected
+    assert all(parameter.is_meta for parameter in model.parameters())
+    kept = {name for name, each in expected.items() if each != dtype}
+    assert any("input_layernorm" in name for name in kept) == (
+        dtype == torch.bfloat16 and not constructs_fp32
+    )

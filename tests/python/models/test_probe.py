@@ -74,7 +74,6 @@ def keeps_apart(model_type):
         ("bart", {}, "does not compute its loss by transformers' loss_function"),
         ("gemma3", {}, r"takes no part in the loss of a text, and only models of text are trained"),
         ("hrm_text", {}, r"calls the blocks of .* in the order"),
-        ("deepseek_v32", {}, r"no gradient reaches parameter .*indexer"),
         ("mixtral", {"output_router_logits": True}, "set it to false"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
     ],

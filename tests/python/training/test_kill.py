@@ -13,8 +13,8 @@ import torch
 
 from megatrain_io.store.paged_store import PagedStore
 from paged import (
+    PLANES,
     Case,
-    all_planes,
     differing,
     files,
     make_store,
@@ -28,6 +28,14 @@ pytestmark = pytest.mark.slow
 
 STEPS = 200
 CASE = Case(tied=True, dtype=torch.bfloat16, counts=(1,) * STEPS)
+
+
+def three_formats(name):
+    """Norms in bf16 and half of each MLP not trained, in a model of fp32."""
+    return "raw32" if ".mlp.up" in name else "bf16" if "norm" in name else "f32"
+
+
+MIXED = Case(counts=(1,) * STEPS, format_of=three_formats)
 
 
 @pytest.mark.timeout(600)
@@ -51,13 +59,28 @@ def test_kills_while_gradients_wait_lose_nothing_but_their_step_and_the_one_unde
     check(tmp_path, 8, clipping)
 
 
-def check(tmp_path, count, clipping):
-    make_store(tmp_path / "whole", CASE)
-    with opened(tmp_path / "whole", CASE, **clipping(0)) as model:
-        losses = train(model, CASE)
-        expected = all_planes(model.state)
+@pytest.mark.timeout(600)
+def test_kills_lose_nothing_where_stops_have_records_of_several_formats(tmp_path):
+    check(tmp_path, 6, lambda _kills: {}, MIXED)
 
-    make_store(tmp_path / "killed", CASE)
+
+def planes_of(state):
+    """Planes by name of tensor: what is not trained has a weight alone."""
+    layout = state.layout
+    return {
+        (place.name, plane): state.read_tensor(place, plane)
+        for place in layout.tensors()
+        for plane in (PLANES if layout.records[place.record].is_trained else PLANES[:1])
+    }
+
+
+def check(tmp_path, count, clipping, case=CASE):
+    make_store(tmp_path / "whole", case)
+    with opened(tmp_path / "whole", case, **clipping(0)) as model:
+        losses = train(model, case)
+        expected = planes_of(model.state)
+
+    make_store(tmp_path / "killed", case)
     seed = random.SystemRandom().randrange(1 << 32)
     moments = random.Random(seed)
     kills, committed = 0, 0
@@ -65,7 +88,7 @@ def check(tmp_path, count, clipping):
         engine = ("uring", "threads", "auto")[kills % 3]
         # Between 5 ms and 250 ms after training began: within the first few steps of each life.
         how = {"engine": engine, "resident_share": (0.0, 0.3, 0.7, 1.0)[kills % 4], **clipping(kills)}
-        killed = run_and_kill(tmp_path / "killed", how, after=moments.uniform(0.005, 0.25))
+        killed = run_and_kill(tmp_path / "killed", case, how, after=moments.uniform(0.005, 0.25))
         assert killed, f"seed {seed}: training was done after {kills} kills; it needs more steps"
         kills += 1
         with PagedStore(*files(tmp_path / "killed")) as state:
@@ -76,9 +99,9 @@ def check(tmp_path, count, clipping):
             assert step >= committed, f"seed {seed}, kill {kills}: an acknowledged step was lost"
             assert seen == losses[:step], f"seed {seed}, kill {kills}"
             committed = step
-    with opened(tmp_path / "killed", CASE, **clipping(0)) as model:
-        assert train(model, CASE) == losses
-        assert differing(all_planes(model.state), expected) == [], f"seed {seed}"
+    with opened(tmp_path / "killed", case, **clipping(0)) as model:
+        assert train(model, case) == losses
+        assert differing(planes_of(model.state), expected) == [], f"seed {seed}"
 
 
 # Each life is forked from one process that has imported everything and done nothing yet.
@@ -86,18 +109,18 @@ LIVES = multiprocessing.get_context("forkserver")
 LIVES.set_forkserver_preload(["megatrain_io.paging.paged_model", "transformers.models.llama.modeling_llama"])
 
 
-def live(begun: Connection, store: Path, how: dict[str, Any]) -> None:
+def live(begun: Connection, store: Path, case: Case, how: dict[str, Any]) -> None:
     """In a process of its own: train until killed."""
     torch.set_num_threads(1)
-    with opened(store, CASE, **how) as model:
+    with opened(store, case, **how) as model:
         begun.send("training")
-        train(model, CASE)
+        train(model, case)
 
 
-def run_and_kill(store: Path, how: dict[str, Any], after: float) -> bool:
+def run_and_kill(store: Path, case: Case, how: dict[str, Any], after: float) -> bool:
     """Train in a process of its own; whether it was killed before it was done."""
     begun, says = LIVES.Pipe(duplex=False)
-    life = LIVES.Process(target=live, args=(says, store, how), daemon=True)
+    life = LIVES.Process(target=live, args=(says, store, case, how), daemon=True)
     life.start()
     says.close()
     with begun:

@@ -42,6 +42,7 @@ from own_loops import (
     reference,
 )
 from paged import DEVICE, Case, differing, expected_planes, files, in_memory
+from reference.reference import train as train_in_memory
 
 # --------------------------------------------------------------------------------------------- the bits
 
@@ -58,6 +59,38 @@ def test_a_module_of_ones_own_has_the_bits_of_the_reference(tmp_path, dtype, tie
     with created(tmp_path / "store", made(tied=tied), precision=precision) as model:
         assert not any("not proved" in note for note in model.notes)
         check(model, reference(dtype, tied=tied))
+
+
+class Partly(Decoder):
+    """Has parameters that it does not train, and some that no gradient reaches, in a block and outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers[2].forgotten = nn.Linear(3, 3)
+        self.forgotten = nn.Linear(3, 3)
+        self.positions.weight.requires_grad_(False)
+        self.layers[0].up.weight.requires_grad_(False)
+
+
+class StockPartly(Stock, Partly):
+    pass
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_what_a_module_does_not_train_stays_as_it_is(tmp_path, dtype):
+    expected = train_in_memory(made(StockPartly), STEPS, HOW, dtype)
+    with created(tmp_path / "store", made(Partly), precision="fp32" if dtype == FP32 else "bf16") as model:
+        assert sum("stay as they are" in note for note in model.notes) == 2
+        assert go_on(model) == expected.losses
+        for name, weight in expected.weight.items():
+            assert torch.equal(model.read(name), weight), name
+            assert torch.equal(model.read(name, "master"), expected.master.get(name, weight).float()), name
+        assert dict(model.weights(FP32)).keys() == expected.weight.keys()
+        moved = [name for name in expected.weight if name in expected.exp_avg]
+        assert len(moved) == len(expected.weight) - 6
+        assert all(torch.equal(model.read(name, "exp_avg"), expected.exp_avg[name]) for name in moved)
+        with pytest.raises(ConfigError, match=r"positions\.weight is not trained: it has no exp_avg"):
+            model.read("positions.weight", "exp_avg")
 
 
 class Keeping(example.Block):

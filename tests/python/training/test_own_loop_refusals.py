@@ -1,6 +1,6 @@
 """What PagedModel refuses, by name and before anything is written."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -85,16 +85,15 @@ class Between(Decoder):
         return self.head(self.norm(hidden))
 
 
-class Unused(Decoder):
+class Sometimes(Decoder):
+    """Only some of its blocks use what all of them have."""
+
     def __init__(self):
         super().__init__()
-        self.forgotten = nn.Linear(3, 3)
-
-
-class UnusedInside(Decoder):
-    def __init__(self):
-        super().__init__()
-        self.layers[2].forgotten = nn.Linear(3, 3)
+        for index, layer in enumerate(self.layers):
+            layer.scale = nn.Parameter(torch.ones(1))
+            if index % 2:
+                layer.register_forward_hook(lambda layer, _args, output: output * layer.scale)
 
 
 class Shared(Decoder):
@@ -139,12 +138,6 @@ class Whole(Decoder):
     def __init__(self):
         super().__init__()
         self.head.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
-
-
-class Frozen(Decoder):
-    def __init__(self):
-        super().__init__()
-        self.tokens.weight.requires_grad_(False)
 
 
 class Passing(Decoder):
@@ -204,8 +197,7 @@ class Reading(Decoder):
         (Shuffled, r"in the order \[1, 0, "),
         (Skipping, "what enters its first block is used behind the last one, too"),
         (Between, "changes the hidden state before block 1"),
-        (Unused, r"parameter forgotten\.weight takes no part in the loss"),
-        (UnusedInside, r"no gradient reaches parameter layers\.2\.forgotten\.weight"),
+        (Sometimes, r"no gradient reaches parameter layers\.\d\.scale, while one reaches layers\.\d\.scale"),
         (Shared, r"layers\.0\.up\.weight and layers\.1\.up\.weight are one parameter"),
         (LastTokenOnly, r"for tokens \[1, 2\] forward returned scores \[1, 101\]"),
         (Texts, "forward returned dict"),
@@ -213,7 +205,6 @@ class Reading(Decoder):
         (Counting, "training changes buffer passes"),
         (OnMeta, "buffer table has no values"),
         (Whole, r"parameter head\.weight is torch\.int8"),
-        (Frozen, r"1 of its parameters are not trained, the first is tokens\.weight"),
         (Passing, r"calls the blocks of layers in the order \[\]"),
     ],
 )
@@ -221,6 +212,50 @@ def test_a_module_that_cannot_be_equal_is_refused_by_name(tmp_path, kind, reason
     with pytest.raises(UnsupportedModelError, match=f"^{kind.__name__}: .*{reason}"):
         created(tmp_path / "store", kind()).__enter__()
     assert list(tmp_path.iterdir()) == []
+
+
+class LateBlock(example.Block):
+    """Uses a parameter in texts that are longer than those of the probe."""
+
+    def __init__(self):
+        super().__init__()
+        self.late = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden):
+        hidden = super().forward(hidden)
+        return hidden * self.late if hidden.shape[1] > 20 else hidden
+
+
+class Late(Decoder):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(LateBlock() for _ in range(3))
+
+
+class LateHead(Decoder):
+    def __init__(self):
+        super().__init__()
+        self.late = nn.Parameter(torch.ones(1))
+
+    def forward(self, input_ids):
+        scores = super().forward(input_ids)
+        return scores * self.late if scores.shape[1] > 20 else scores
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Late, r"layers\.\d\.late"), (LateHead, "late")])
+def test_a_gradient_that_none_was_thought_to_be_ends_its_step_by_name(tmp_path, kind, name):
+    short, long = torch.zeros((1, 9), dtype=torch.int64), torch.zeros((1, 30), dtype=torch.int64)
+    with created(tmp_path / "store", made(kind), largest_step=[short]) as model:
+        assert sum("no gradient reaches them" in note for note in model.notes) == 1
+        for text, reason in ((short, None), (long, f"a gradient reaches parameter {name} in this step")):
+            refused = pytest.raises(UnsupportedModelError, match=reason) if reason else nullcontext()
+            with refused, model.step(1e-3) as step:
+                step.forward([text])
+                step.backward()
+        assert model.step_number == 1
+    with pytest.raises(UnsupportedModelError, match=f"a gradient reaches parameter {name}"):
+        created(tmp_path / "other", made(kind), largest_step=[long]).__enter__()
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

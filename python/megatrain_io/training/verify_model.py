@@ -218,7 +218,7 @@ def _train_in_memory(
         parts = []
         for batch in micro_batches:
             loss = _stock_loss(model, batch.to(device.torch_device), items)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             parts.append(loss.detach())
             for leaf, gradients in terms.items():
                 if leaf.grad is not None:

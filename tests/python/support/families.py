@@ -684,8 +684,8 @@ def cell(text, family):
     return " ".join(text.removeprefix(f"{family}: ").split()).replace("|", "\\|").rstrip(".")
 
 
-def render(versions, cells):
-    """The table, as Markdown."""
+def render(versions, total, cells):
+    """The table, as Markdown; ``total`` is the number of types that these versions have."""
     lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
     lines += [f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in cells]
     counts = [
@@ -696,21 +696,29 @@ def render(versions, cells):
     unbuilt = sum("not built" in row[2:4] for row in cells)
     bad = sum(not {*row[2:4]} <= {*ACCEPTED} for row in cells)
     summary = (
-        f"{len(cells)} types, {', '.join(counts)}; {refused} refused in both, {unbuilt} not built, "
+        f"{len(cells)} of {total} types: {', '.join(counts)}; {refused} refused in both, {unbuilt} not built, "
         f"{bad} wrong or failed. {versions}.\n\n"
     )
     return INTRODUCTION.format(steps=STEPS, accumulation=ACCUMULATION) + summary + "\n".join(lines) + "\n"
 
 
 def parse(text):
-    """Versions and cells of a table that ``render`` made."""
+    """Versions, number of types and cells of a table that ``render`` made."""
     lines = text.splitlines()
-    versions = next(line for line in lines if " types, " in line).rpartition("failed. ")[2].removesuffix(".")
+    summary = next(line for line in lines if " types: " in line)
+    versions = summary.rpartition("failed. ")[2].removesuffix(".")
+    total = int(summary.partition(" types: ")[0].rpartition(" ")[2])
     rows = [line for line in lines if line.startswith("| ")][1:]
-    return versions, [
-        tuple(part.strip().replace("\0", "\\|") for part in row.replace("\\|", "\0").strip("|").split("|"))
-        for row in rows
-    ]
+    return (
+        versions,
+        total,
+        [
+            tuple(
+                part.strip().replace("\0", "\\|") for part in row.replace("\\|", "\0").strip("|").split("|")
+            )
+            for row in rows
+        ],
+    )
 
 
 # ------------------------------------------------------------------------------------------- the program
@@ -758,7 +766,7 @@ def main(arguments=None):
     }
     print(", ".join(f"{count} {result}" for result, count in counts.items()))
     if asked.table is not None:
-        asked.table.write_text(render(VERSIONS, table_rows(rows)))
+        asked.table.write_text(render(VERSIONS, len(all_families()), table_rows(rows)))
     return int(not {*counts} <= {*ACCEPTED})
 
 

@@ -159,7 +159,7 @@ def _train_paged(
 ) -> tuple[list[float], Planes]:
     """Losses and state after training through a store, with as little RAM as it takes."""
 
-    def create(ram: int) -> PagedModel:
+    def create(ram: int | str) -> PagedModel:
         return PagedModel.create(
             place / "model",
             place / "store.mtio",
@@ -174,7 +174,7 @@ def _train_paged(
         )
 
     try:
-        paged = create(1)
+        paged = create("1KiB")
     except DoesNotFitError as error:
         if error.least is None:
             raise

@@ -39,6 +39,7 @@ from megatrain_io.paging.device.vram_budget import divide_vram
 from megatrain_io.paging.gradient import StopWeights
 from megatrain_io.paging.paged_model import PagedPartition, clear_frames
 from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.kept_tensors import kept_buffers
 from megatrain_io.runs.model_files import mended_model
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.runs.state import TrainerState
@@ -199,6 +200,7 @@ class Generator:
             folder = ModelFolder(run.model)
             config, tokenizer = folder.config(), folder.tokenizer()
             partition = ModelOptions.kept(info.model_options).partition(config, DTYPES[info.precision])
+            partition.set_buffers(kept_buffers(run))
             model = _on_device(partition, state, device, info.precision)
             state.start(model.pool_sizes(training=False), unit=model.unit)
             stop = _stop_tokens(run.model, config, tokenizer).union(TrainerState.stop_tokens_of(state.blob))

@@ -231,6 +231,23 @@ class PartitionedModel:
             for name, each in self._placeholders.items()
         }
 
+    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Give buffers the values that the model's files have; they keep their dtype, as with `from_pretrained`.
+
+        Args:
+            values: of some buffers, by full name as in `named_buffers()` of the stock model.
+        """
+        prefix = f"{self.spec.block_list}."
+        for full, value in values.items():
+            root, name = self._model, full
+            if full.startswith(prefix):
+                index, _, name = full.removeprefix(prefix).partition(".")
+                root = self.blocks[int(index)]
+            owner, _, own_name = name.rpartition(".")
+            module = root.get_submodule(owner)
+            buffer = module.get_buffer(own_name)
+            setattr(module, own_name, value.to(buffer.device, buffer.dtype, copy=True))
+
     def preserved(self) -> AbstractContextManager[None]:
         """Run something that is no step of the training: buffers, attributes, mode and generators are given back."""
         return preserved((self._model, *self.blocks))

@@ -111,6 +111,7 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
     }
     frozen = [parameter for parameter in resident.values() if not parameter.requires_grad]
     witness = _Witness(len(blocks))
+    saved = {name: buffer.clone() for name, buffer in _saved_buffers(stock).items()}
     with ExitStack() as undo:
         for parameter in frozen:
             parameter.requires_grad_()
@@ -120,6 +121,11 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
             undo.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
             undo.callback(block.register_forward_hook(after).remove)
         loss = loss_of(micro_batch, 1)
+        for name, buffer in _saved_buffers(stock).items():
+            if not torch.equal(buffer, saved[name]):
+                raise CannotBePartitionedError(
+                    f"its forward pass changes buffer {name}, and the state of a run keeps parameters alone"
+                )
         if witness.called != list(range(len(blocks))):
             raise CannotBePartitionedError(
                 f"its forward pass calls the blocks of {block_list} in the order {witness.called}"
@@ -138,6 +144,12 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
         unused=tuple(name for name in resident if name not in embedding | head),
         kept=frozenset(witness.kept),
     )
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are saved with a model: others are made anew by its constructor."""
+    saved = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
 
 
 @dataclass

@@ -33,6 +33,7 @@ __all__ = [
     "ShardWriter",
     "TensorEntry",
     "index_of",
+    "plan_file",
     "plan_shards",
 ]
 
@@ -115,6 +116,10 @@ class SafetensorsFile:
         """
         width = _DTYPE_BITS[entry.dtype] // 8
         return self._read_at(entry.offset + start * width, (stop - start) * width)
+
+    def read_bytes(self, entry: TensorEntry, start: int, stop: int) -> bytearray:
+        """Bytes ``start``..``stop`` of a tensor, whatever its dtype; as ``read``."""
+        return self._read_at(entry.offset + start, stop - start)
 
     def close(self) -> None:
         """Close the file; it must not be read again."""
@@ -233,6 +238,12 @@ class Checkpoint:
         file, entry = self._places[name]
         return file.read(entry, start, stop)
 
+    def pieces(self, name: str) -> Iterator[tuple[int, bytearray]]:
+        """A tensor of any dtype as it lies in its file: offset and bytes of each piece, so many as are read at once."""
+        file, entry = self._places[name]
+        for start in range(0, entry.nbytes, READ_BYTES_MAX):
+            yield start, file.read_bytes(entry, start, min(start + READ_BYTES_MAX, entry.nbytes))
+
     def close(self) -> None:
         """Close all files; no tensor can be read afterwards."""
         for file in self._files:
@@ -277,6 +288,11 @@ def plan_shards(tensors: Iterable[tuple[str, str, tuple[int, ...]]], shard_bytes
         return [_lay_out("model.safetensors", shards[0])]
     names = (f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards)))
     return [_lay_out(name, shard) for name, shard in zip(names, shards, strict=True)]
+
+
+def plan_file(name: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> ShardPlan:
+    """Lay (name, dtype, shape) out in one file of that name."""
+    return _lay_out(name, [TensorEntry(*tensor, offset=0) for tensor in tensors])
 
 
 def index_of(shards: Sequence[ShardPlan], parameters: int) -> str:

@@ -46,6 +46,7 @@ from megatrain_io.models.safetensors import (
 )
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import NOTHING_LEFT, Progress
+from megatrain_io.runs.kept_tensors import kept_buffers
 from megatrain_io.runs.model_files import mended_model
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.runs.state import TrainerState
@@ -103,11 +104,12 @@ def export_model(
             dtype=dtype,
             shard_bytes=shard_bytes,
             stop_tokens=TrainerState.stop_tokens_of(state.blob),
+            buffers=kept_buffers(run),
             progress=progress,
         )
 
 
-def write_model_folder(
+def write_model_folder(  # noqa: PLR0913 - as export_model
     state: PagedStore,
     folder: ModelFolder,
     out: Path,
@@ -115,6 +117,7 @@ def write_model_folder(
     dtype: Precision | None = None,
     shard_bytes: int = 5 * 10**9,
     stop_tokens: Sequence[int] = (),
+    buffers: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the committed weights of an open store as a model folder; see ``export_model``.
@@ -126,6 +129,7 @@ def write_model_folder(
         dtype: "bf16" or "fp32" (the masters); None = what computes.
         shard_bytes: of tensors in one file.
         stop_tokens: what ends generation, besides what the folder says.
+        buffers: values of saved buffers, by their names in the model, where they are not the constructor's.
         progress: called after each chunk.
     """
     out, partial = _check(out, dtype, shard_bytes)
@@ -140,7 +144,7 @@ def write_model_folder(
         undo = open_.enter_context(ExitStack())
         undo.callback(shutil.rmtree, partial, ignore_errors=True)
         with ShardWriter(partial, shards) as written:
-            _write_buffers(written, names, plan)
+            _write_buffers(written, names, plan, buffers or {})
             _write_parameters(written, state, plan, wanted, progress)
         if len(shards) > 1:
             _write_text(partial / "model.safetensors.index.json", index_of(shards, state.layout.parameters))
@@ -249,9 +253,11 @@ def _write_parameters(
         check()
 
 
-def _write_buffers(files: ShardWriter, names: HubNames, plan: NamePlan) -> None:
+def _write_buffers(
+    files: ShardWriter, names: HubNames, plan: NamePlan, values: Mapping[str, Tensor]
+) -> None:
     for name, target in plan.buffers.items():
-        _write(files, name, 0, names.buffer(target).detach().reshape(-1))
+        _write(files, name, 0, values.get(target, names.buffer(target)).detach().reshape(-1))
 
 
 def _write(files: ShardWriter, name: str, element: int, values: Tensor) -> None:

@@ -27,12 +27,13 @@ from megatrain_io.interrupt import check, held
 from megatrain_io.machine.drive import store_drive_notes
 from megatrain_io.machine.precision import fastest_here
 from megatrain_io.models.hub_folder import ModelFolder
-from megatrain_io.models.hub_names import HubNames, NamePlan, Piece
+from megatrain_io.models.hub_names import NamePlan, Piece
 from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.models.partition import PartitionedModel, model_parts
-from megatrain_io.models.safetensors import TORCH_DTYPES, Checkpoint
+from megatrain_io.models.safetensors import TORCH_DTYPES
 from megatrain_io.models.weights import WeightReader
 from megatrain_io.runs.folder import RunFolder, RunInfo
+from megatrain_io.runs.kept_tensors import SourceWeights, buffers_of, opened_weights, write_kept
 from megatrain_io.runs.model_files import digests_of
 from megatrain_io.runs.provenance import Provenance, described
 from megatrain_io.runs.state import TrainerState
@@ -246,12 +247,14 @@ class ModelImport:
         self._undo, self._holding = ExitStack(), ExitStack()
         with ExitStack() as failing:
             opened = checked_weights(self._folder, precision)
-            self._names, self._read = failing.enter_context(opened)
-            self._names.plan(self._names.file_shapes())  # what could not be exported is not trained
+            self._weights, self._read = failing.enter_context(opened)
+            names, buffers = self._weights.names, buffers_of(self._weights)
+            names.plan(names.file_shapes())  # what could not be exported is not trained
             config = self._folder.config()
             self._companions = self._folder.companions()
             self._folder.refuse_tokenizer_of_code()
             self.partition = self._options.partition(config, DTYPES[precision])
+            self.partition.set_buffers(buffers)
             self.layout = layout_of(self.partition, chunk_parameters, durability)
             self.notes += self.partition.notes
             self._closing = failing.pop_all()
@@ -298,6 +301,7 @@ class ModelImport:
             undo.callback(shutil.rmtree, partial, ignore_errors=True)
             make_folder(partial)
             self._folder.copy(["config.json", *self._companions], partial)
+            write_kept(self._weights, partial)
             sync_folder(partial)
             sync_folder(run.path)
             # The store has its name last: with it the import is finished, and all that belongs to it is on the drive.
@@ -308,7 +312,7 @@ class ModelImport:
                 self._read,
                 model={
                     "config": self._folder.raw_config,
-                    "architecture": self._names.architecture,
+                    "architecture": self._weights.names.architecture,
                     "tied": self.partition.tied,
                     **self._provenance(files).as_entry(),
                 },
@@ -359,20 +363,19 @@ class ModelImport:
 
 
 @contextmanager
-def checked_weights(folder: ModelFolder, precision: Precision) -> Iterator[tuple[HubNames, TensorReader]]:
+def checked_weights(
+    folder: ModelFolder, precision: Precision
+) -> Iterator[tuple[SourceWeights, TensorReader]]:
     """Open the weight files of a model folder, check that they are the model's, and read its tensors from them.
 
     Raises:
         ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
         UnsupportedModelError: the weights are quantised, or have a dtype that is not trained.
     """
-    with Checkpoint(folder.weight_files()) as opened:
-        files: WeightReader = opened
-        config = folder.config()
-        names = HubNames(config, DTYPES[precision])
-        plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
-        _check_values(files, names, plan, config.model_type)
-        yield names, lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop)
+    with opened_weights(folder, precision) as weights:
+        files, plan = weights.files, weights.plan
+        _check_values(files, plan)
+        yield weights, lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop)
 
 
 def _chunk_values(layout: ModelLayout, chunk: Chunk, read: TensorReader) -> tuple[bytes, str]:
@@ -441,8 +444,8 @@ def _read(files: WeightReader, pieces: Sequence[Piece], start: int, stop: int) -
     return out
 
 
-def _check_values(files: WeightReader, names: HubNames, plan: NamePlan, model_type: str) -> None:
-    """Refuse what can be wrong although names and shapes are right: dtypes, and values of tied weights and buffers."""
+def _check_values(files: WeightReader, plan: NamePlan) -> None:
+    """Refuse what can be wrong although names and shapes are right: dtypes, and values of tied weights."""
     strange = [
         f"{piece.name} is {files.entries[piece.name].dtype}"
         for pieces in plan.parameters.values()
@@ -460,21 +463,6 @@ def _check_values(files: WeightReader, names: HubNames, plan: NamePlan, model_ty
                 f"{owner} and {pieces[0].name} are one tensor by config.json, but the files hold two different "
                 "ones: set tie_word_embeddings to false in config.json if the model was trained so"
             )
-    for name, target in plan.buffers.items():
-        if not _holds(files, name, names.buffer(target)):
-            raise UnsupportedModelError(
-                f"{model_type}: {name} is not a parameter, but the files hold other values for it than those that "
-                "the model starts with; such buffers are not imported, and without them this would be another model"
-            )
-
-
-def _holds(files: WeightReader, name: str, expected: Tensor) -> bool:
-    """Whether a tensor of the files, cast to the dtype of ``expected``, has the same values."""
-    entry = files.entries[name]
-    if entry.dtype not in TORCH_DTYPES or entry.elements == 0:
-        return entry.elements == 0
-    values = torch.frombuffer(files.read(name, 0, entry.elements), dtype=TORCH_DTYPES[entry.dtype])
-    return _equal(values.view(entry.shape).to(expected.dtype), expected)
 
 
 def _are_equal(files: WeightReader, one: Sequence[Piece], other: Sequence[Piece]) -> bool:

@@ -12,6 +12,7 @@ from megatrain_io.errors import ModelFilesError
 from megatrain_io.files import open_file, read_file, replace_file, storage_errors, sync_folder
 from megatrain_io.models.hub_folder import COMPANIONS
 from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.kept_tensors import KEPT, remade
 from megatrain_io.runs.provenance import bound_files, found_in
 from megatrain_io.store.inspect import store_info
 
@@ -26,7 +27,7 @@ _SAFE = "the store is not touched"
 
 def digests_of(folder: Path) -> dict[str, str]:
     """SHA-256 of configuration, tokenizer and whatever else belongs to a model in a folder, by name."""
-    names = [name for name in (_CONFIG, *COMPANIONS) if (folder / name).exists()]
+    names = [name for name in (_CONFIG, *COMPANIONS, *KEPT) if (folder / name).exists()]
     return {name: _digest(folder / name) for name in names}
 
 
@@ -59,7 +60,7 @@ def mended_model(run: RunFolder) -> list[str]:
             return _compared_with_store(run)
         return [note for name, known in info.files.items() for note in _compared(run, name, known)] + [
             _refuse_new(run, name)
-            for name in COMPANIONS
+            for name in (*COMPANIONS, *KEPT)
             if _decides(name) and name not in info.files and (run.model / name).exists()
         ]
 
@@ -74,6 +75,9 @@ def _finish_rename(run: RunFolder) -> None:
 
 def _compared(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
     path = run.model / name
+    if name in KEPT:
+        yield from _kept(run, name, known)
+        return
     if not path.exists():
         yield from _brought_back(run, name, known)
         return
@@ -91,6 +95,22 @@ def _compared(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
         )
     else:
         yield f"{path} is not the one of the import: it is used as it is now"
+
+
+def _kept(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
+    """Compare what was made of the imported weights; what is missing or changed is made of them again."""
+    path, all_known = run.model / name, [*known, *_known_to_store(run).get(name, [])]
+    is_there = path.exists()
+    if is_there and _digest(path) in all_known:
+        return
+    lost = "is not the one of the import" if is_there else "is missing"
+    source = run.read().source
+    if not remade(run, name, all_known):
+        raise ModelFilesError(
+            f"{path} {lost}, and it cannot be made again: {source} has no longer the weights of the import. Put these "
+            f"back there, or a copy of the file in its place; {_SAFE}"
+        )
+    yield f"{path} {lost.replace('is', 'was', 1)}: it was made again from {source}"
 
 
 def _known_to_store(run: RunFolder) -> dict[str, list[str]]:
@@ -112,8 +132,8 @@ def _brought_back(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[s
 
 def _refuse_new(run: RunFolder, name: str) -> str:
     raise ModelFilesError(
-        f"{run.model / name} was not there at the import, and the tokenizer would read it: move it out of "
-        f"{run.model}; {_SAFE}"
+        f"{run.model / name} was not there at the import, and {'the model' if name in KEPT else 'the tokenizer'} "
+        f"would read it: move it out of {run.model}; {_SAFE}"
     )
 
 

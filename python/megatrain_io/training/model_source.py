@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from megatrain_io.errors import ConfigError, UnsupportedModelError
+from megatrain_io.errors import ConfigError, ModelFilesError, UnsupportedModelError
 from megatrain_io.models.causal_lm import module_name
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.meta_model import module_lists, parameters_on_meta
@@ -19,6 +19,7 @@ from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
 from megatrain_io.models.probe_module import SMALL_PARAMETERS_MAX, OwnModule, probe_module
 from megatrain_io.runs.import_model import TensorReader, checked_weights
+from megatrain_io.runs.kept_tensors import buffers_digest, buffers_of, opened_weights
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision, TensorPlace
 from megatrain_io.text import visible
@@ -68,6 +69,8 @@ class ModelSource:
         parts: name and tensors of each part, as ``model_parts`` gives them.
         folder: model folder that it comes from; None where it is a module.
         is_own_module: whether it is no transformers model.
+        buffers: saved buffers that the folder has with other values than the model's constructor gives them, by name;
+            empty before ``take_buffers``.
         notes: sentences for the person.
     """
 
@@ -76,6 +79,7 @@ class ModelSource:
     ) -> None:
         self.precision: Precision = precision
         self.notes: list[str] = []
+        self.buffers: dict[str, Tensor] = {}
         self._module: nn.Module | None = None
         self.folder: ModelFolder | None = None
         self._config: PreTrainedConfig | None = None
@@ -114,6 +118,8 @@ class ModelSource:
         }
         if self._config is not None:
             own["config"] = json.loads(self._config.to_json_string(use_diff=False))
+        if self.buffers:
+            own["buffers"] = buffers_digest(self.buffers)
         return {"paged_model": own, "tied": self.partition.tied}
 
     def changes(self, described: Mapping[str, Any]) -> list[str]:
@@ -127,6 +133,32 @@ class ModelSource:
             {f"{key} of the configuration": _short(each[key]) for key in keys} for each in (before, now)
         )
         return differences(was, there)
+
+    def take_buffers(self) -> None:
+        """Compute with the saved buffers that the folder has; a module has its own.
+
+        Raises:
+            ModelFilesError, UnsupportedModelError: as ``checked_weights``.
+        """
+        if self.folder is not None:
+            with opened_weights(self.folder, self.precision) as weights:
+                self.buffers = buffers_of(weights)
+            self.partition.set_buffers(self.buffers)
+
+    def take_bound_buffers(self, described: Mapping[str, Any]) -> None:
+        """Compute with the saved buffers that a store was made with, as ``describe`` wrote them down.
+
+        Raises:
+            ModelFilesError: the folder has others now, or none.
+        """
+        if (bound := described["paged_model"].get("buffers")) is None or self.folder is None:
+            return
+        self.take_buffers()
+        if not self.buffers or buffers_digest(self.buffers) != bound:
+            raise ModelFilesError(
+                f"{self.folder.path} has other values for the buffers of the model than the file was made with "
+                "(SHA-256 of all of them): put the weights back with which it was made"
+            )
 
     @contextmanager
     def reading(self, weights: Weights | None) -> Iterator[TensorReader]:

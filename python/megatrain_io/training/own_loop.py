@@ -224,6 +224,7 @@ class PagedModel:
             source = ModelSource(model, precision, blocks, small)
             layout = layout_of(source.partition)
             how.refuse_wrong_decay(layout.tensors())
+            source.take_buffers()
             about = source.describe()
             needs: StepNeeds | None = None
             if how.largest is not None:  # before anything is written
@@ -302,6 +303,7 @@ class PagedModel:
             source = ModelSource(model, precision, blocks, small)
             _refuse_other_model(source, store.layout, paths[0])
             refuse_other_formats(source.partition, store.layout, paths[0])
+            source.take_bound_buffers(json.loads(store.manifest)["model"])
             how.refuse_wrong_decay(store.layout.tensors())
             opened = cls(source, store, how, closing)
             undo.pop_all()
@@ -451,7 +453,7 @@ class PagedModel:
                 "yields in a form of your own, such as safetensors"
             )
         self.wait_durable()
-        write_model_folder(self._store, self._source.folder, Path(out), dtype=dtype)
+        write_model_folder(self._store, self._source.folder, Path(out), dtype=dtype, buffers=self._source.buffers)
 
     def wait_durable(self) -> None:
         """Wait until the last step that was made is on the drive, so that it survives a power cut.

@@ -32,6 +32,7 @@ from megatrain_io.planning.planner import make_plan
 from megatrain_io.planning.resolve import gpu_of, hardware_here, ram_of, resolve, resolve_precision
 from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
 from megatrain_io.runs.import_model import ModelImport, refuse_other_formats
+from megatrain_io.runs.kept_tensors import kept_buffers
 from megatrain_io.runs.model_files import mended_model, write_model_files
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.runs.state import TrainerState
@@ -189,8 +190,9 @@ class _Request:
         """The imported model without its parameters; ``layout`` is that of its store."""
         with storage_errors(self._folder.path, SAFE):
             model_config = ModelFolder(self._folder.model).config()
-            options = self._folder.read().model_options
+            options, buffers = self._folder.read().model_options, kept_buffers(self._folder)
         partition = ModelOptions.kept(options).partition(model_config, DTYPES[self._precision])
+        partition.set_buffers(buffers)
         refuse_other_formats(partition, layout, self._folder.path)
         return partition
 

@@ -19,7 +19,6 @@ from megatrain_io.errors import (
     NoSpaceError,
     StorageError,
     StoreInUseError,
-    UnsupportedModelError,
 )
 from megatrain_io.models.hub_names import Piece
 from megatrain_io.runs import import_model as import_module
@@ -266,13 +265,15 @@ def test_buffers_of_old_files_are_passed_over(tmp_path, source, run):
     bring_in(folder, RunFolder(tmp_path / "second run"))
 
 
-def test_a_buffer_with_other_values_is_refused(tmp_path, run):
+def test_a_buffer_with_other_values_goes_through_and_one_that_is_no_number_is_refused(tmp_path, run):
     folder = save(tmp_path / "source", FAMILIES["apertus"]())
-    rewrite(folder, lambda tensors: tensors["model.layers.1.mlp.act_fn.beta"].add_(1))
-    with pytest.raises(
-        UnsupportedModelError, match=r"layers.1.mlp.act_fn.beta is not a parameter, but the files"
-    ):
-        bring_in(folder, run)
+    name = "model.layers.1.mlp.act_fn.beta"
+    rewrite(folder, lambda tensors: tensors[name].add_(1))
+    bring_in(folder, run)
+    export_model(run, tmp_path / "out", engine=ENGINE)
+    assert differing(load(tmp_path / "out").state_dict(), load(folder).state_dict()) == []
+    rewrite(folder, lambda tensors: tensors[name].mul_(float("nan")))
+    check_refused(folder, RunFolder(tmp_path / "other"), ModelFilesError, f"{name}.* not a number")
 
 
 def rename(old, new):

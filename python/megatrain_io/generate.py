@@ -203,7 +203,9 @@ class Generator:
             partition.set_buffers(kept_buffers(run))
             model = _on_device(partition, state, device, info.precision)
             state.start(model.pool_sizes(training=False), unit=model.unit)
-            stop = _stop_tokens(run.model, config, tokenizer).union(TrainerState.stop_tokens_of(state.blob))
+            stop = _stop_tokens(run.model, folder.published_config(), tokenizer).union(
+                TrainerState.stop_tokens_of(state.blob)
+            )
             asked = asked_in_training(run.data)
             return cls(model, tokenizer, stop, owns_device=device is None, asked=asked)
         except BaseException:
@@ -399,6 +401,8 @@ def _stop_tokens(
 ) -> frozenset[int]:
     """The model's own end-of-text tokens; a tokenizer's may be wrong (converted models)."""
     named = getattr(config, "eos_token_id", None)
+    if named is None:
+        named = getattr(config.get_text_config(), "eos_token_id", None)
     if (folder / "generation_config.json").exists():
         own = GenerationConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

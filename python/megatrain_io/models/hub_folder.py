@@ -12,11 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from megatrain_io.errors import ModelFilesError, UnsupportedModelError
 from megatrain_io.files import UnfitFileError, new_file, open_file, read_file
 from megatrain_io.models.config_limits import refuse_numbers
+from megatrain_io.models.text_model import text_config_of
 
 __all__ = ["COMPANIONS", "ModelFolder"]
 
@@ -40,16 +47,24 @@ COMPANIONS = (
     "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE",
     "LICENSE.md",
     "LICENSE.txt",
     "NOTICE",
 )
-"""Files that belong to a model besides configuration and weights: of tokenisers, and terms of use."""
+"""Files of a model besides configuration and weights: of tokenisers and image processors, and terms of use."""
 
 _SMALL_JSON = {
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template.json",
+    *(
+        "chat_template.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+    ),
 }
 """Of these the libraries that read them expect a JSON object, and have no sentence for anything else."""
 
@@ -123,6 +138,23 @@ class ModelFolder:
         raise ModelFilesError(f"{self.path} has config.json but no weights: {_WEIGHTS} is missing")
 
     def config(self) -> PreTrainedConfig:
+        """The configuration of what is trained: where the model is one of several kinds of input, of its text model.
+
+        Raises:
+            ModelFilesError, UnsupportedModelError: as ``published_config``.
+        """
+        published = self.published_config()
+        if (text := text_config_of(published)) is not None:
+            return text
+        inside = getattr(published, "text_config", None)
+        if isinstance(inside, PreTrainedConfig) and type(published) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UnsupportedModelError(
+                f"{self.path / _CONFIG}: {published.model_type} takes more than text, and transformers has no causal "
+                f"language model for its text model alone ({inside.model_type}): choose another model"
+            )
+        return published
+
+    def published_config(self) -> PreTrainedConfig:
         """The configuration, by transformers' own class for its model type.
 
         Raises:

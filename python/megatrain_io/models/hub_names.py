@@ -10,14 +10,15 @@ import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -85,6 +86,8 @@ _WRAPPERS = {
         "Import a causal language model: such a head is not trained here",
     ),
 }
+# Tables of positions and masks, as older versions of transformers saved them.
+_DERIVED = re.compile(r"(^|\.)(inv_freq|position_ids|((attn|attention)\.(masked_)?bias))$")
 # So many are always looked at, whatever the model, to say which are wrong.
 _TENSORS_LEAST = 4096
 
@@ -154,11 +157,15 @@ class NamePlan:
         parameters: the pieces of each parameter of the model; together they cover it exactly.
         aliases: (parameter, pieces) of tied weights that are in the files a second time.
         buffers: name in the files -> persistent buffer of the model.
+        carried: tensors of the files that the model does not compute with, in the order of the files.
+        derived: tensors of the files that the model makes anew, so that nobody needs them.
     """
 
     parameters: Mapping[str, tuple[Piece, ...]]
     aliases: Sequence[tuple[str, tuple[Piece, ...]]]
     buffers: Mapping[str, str]
+    carried: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,21 @@ class _Virtual:
 
     shape: Shape
     boxes: tuple[tuple[str, Shape, Shape], ...]  # name, start, size
+
+
+@dataclass(frozen=True)
+class _Others:
+    """Names of the files that are not of a tensor that is computed with.
+
+    Attributes:
+        unknown: they fit nowhere.
+        ignored: transformers, too, passes over them.
+        carried: they are of another tensor of the model.
+    """
+
+    unknown: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
 
 
 class HubNames:
@@ -178,7 +200,17 @@ class HubNames:
         Raises:
             UnsupportedModelError: transformers cannot build it.
         """
-        self._model = build_meta_model(config, dtype, "eager")
+        self._of(build_meta_model(config, dtype, "eager"))
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> Self:
+        """The names of a model that was built without memory for its parameters."""
+        names = cls.__new__(cls)
+        names._of(model)  # noqa: SLF001 - of its own class
+        return names
+
+    def _of(self, model: PreTrainedModel) -> None:
+        self._model = model
         self.architecture = type(self._model).__name__
         self._owners = {id(p): name for name, p in self._model.named_parameters()}
         self._names_of: dict[str, list[str]] = {name: [name] for name in self._owners.values()}
@@ -219,11 +251,25 @@ class HubNames:
                 f"hub: {cause}"
             ) from cause
 
-    def plan(self, shapes: Mapping[str, Shape]) -> NamePlan:
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a parameter or buffer of the model."""
+        return self._tensors[name].dtype
+
+    @property
+    def saved(self) -> set[str]:
+        """Names of all parameters, aliases included, and of the buffers that are saved."""
+        return {*self._persistent}
+
+    def owner_of(self, name: str) -> str:
+        """The one name of a parameter that may have several; that of a buffer is its own."""
+        return self._owners.get(id(self._tensors[name]), name)
+
+    def plan(self, shapes: Mapping[str, Shape], wanted: AbstractSet[str] | None = None) -> NamePlan:
         """Find the place of each tensor of the files.
 
         Args:
             shapes: of all tensors in the files, by name.
+            wanted: names of the tensors of the model that are computed with; those of others are carried. None = all.
 
         Raises:
             ModelFilesError: tensors are missing, too many, or of another shape than the model's.
@@ -234,8 +280,10 @@ class HubNames:
                 f"the files hold {len(shapes):,} tensors, and a {self.architecture} of their config.json is made of "
                 f"{most:,} at most. Fetch config.json and the weights again, from one place"
             )
-        found, unknown = self._assign(shapes)
+        found, others = self._assign(shapes, wanted)
+        unknown, ignored = others.unknown, others.ignored
         buffers: dict[str, str] = {}
+        derived = {name for name in ignored if _DERIVED.search(name)}
         pieces: dict[str, tuple[Piece, ...]] = {}
         wrong = [f"{name} {_text(shapes[name])} has no place in the model" for name in unknown]
         for target, tensor in found.items():
@@ -248,16 +296,27 @@ class HubNames:
                 pieces[target] = tuple(Piece(name, expected, *box) for name, *box in tensor.boxes)
             elif target in self._persistent:
                 buffers.update((name, target) for name, _, _ in tensor.boxes)
+            else:
+                derived.update(name for name, _, _ in tensor.boxes)
         parameters, aliases = self._untangle(pieces)
         wrong += [
             f"{name} is missing in the files, {_text(shape)} in the model"
             for name, shape in self.parameters.items()
-            if name not in parameters and not found.keys() & set(self._names_of[name])
+            if name not in parameters
+            and not found.keys() & set(self._names_of[name])
+            and (wanted is None or wanted & set(self._names_of[name]))
         ]
         if wrong:
             self._refuse_wrapped(unknown)
             self._refuse_files(wrong)
-        return NamePlan(parameters, aliases, buffers)
+        carried = {*others.carried, *ignored} - derived
+        return NamePlan(
+            parameters,
+            aliases,
+            buffers,
+            carried=tuple(name for name in shapes if name in carried),
+            derived=tuple(name for name in shapes if name in derived),
+        )
 
     def _tensors_at_most(self) -> int:
         """Tensors of files that the model can be made of: a stack of experts is one for each, and its parts."""
@@ -265,8 +324,10 @@ class HubNames:
         pieces = sum(4 * tensor.shape[0] if tensor.dim() > 2 else 4 for tensor in tensors)  # noqa: PLR2004
         return max(pieces, _TENSORS_LEAST)
 
-    def _assign(self, shapes: Mapping[str, Shape]) -> tuple[dict[str, _Virtual], list[str]]:
-        """What the files hold for each tensor of the model, and names that fit nowhere."""
+    def _assign(
+        self, shapes: Mapping[str, Shape], wanted: AbstractSet[str] | None
+    ) -> tuple[dict[str, _Virtual], "_Others"]:
+        """What the files hold for each tensor of the model that is wanted, and all other names."""
         rules = get_model_conversion_mapping(self._model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -275,14 +336,16 @@ class HubNames:
         ignored = self._ignored()
         found: dict[str, _Virtual] = {}
         parts: dict[str, tuple[WeightConverter, dict[str, list[str]]]] = {}
-        unknown = []
+        others = _Others()
         for name in sorted(shapes, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, self._tensors)
             if target not in self._tensors and name in self._tensors:
                 target, pattern = name, None
             if target not in self._tensors:
-                if ignored is None or ignored.search(target) is None:
-                    unknown.append(name)
+                is_ignored = ignored is not None and ignored.search(target) is not None
+                (others.ignored if is_ignored else others.unknown).append(name)
+            elif wanted is not None and target not in wanted:
+                others.carried.append(name)
             elif pattern is not None:
                 _, by_source = parts.setdefault(target, (by_pattern[pattern], defaultdict(list)))
                 by_source[pattern].append(name)
@@ -295,7 +358,7 @@ class HubNames:
                 key: [_whole(name, shapes[name]) for name in names] for key, names in by_source.items()
             }
             found[target] = self._convert(target, rule, tensors)
-        return found, unknown
+        return found, others
 
     def _convert(self, target: str, rule: WeightConverter, tensors: dict[str, list[_Virtual]]) -> _Virtual:
         """Apply the operations of a rule to boxes."""

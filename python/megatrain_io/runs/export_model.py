@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from megatrain_io.models.safetensors import (
 )
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.import_model import NOTHING_LEFT, Progress
-from megatrain_io.runs.kept_tensors import kept_buffers
+from megatrain_io.runs.kept_tensors import Kept, kept_by, names_of
 from megatrain_io.runs.model_files import mended_model
 from megatrain_io.runs.open_store import open_store
 from megatrain_io.runs.state import TrainerState
@@ -94,8 +95,10 @@ def export_model(
     run, out = RunFolder.of(run), Path(out)
     run.read()
     _check(out, dtype, shard_bytes)  # before a store is opened that may be in use
-    with storage_errors(out.absolute(), NOTHING_LEFT), open_store(run, engine=engine) as state:
-        for note in mended_model(run):
+    with ExitStack() as open_:
+        open_.enter_context(storage_errors(out.absolute(), NOTHING_LEFT))
+        state = open_.enter_context(open_store(run, engine=engine))
+        for note in mended_model(run, whole=True):
             _LOG.warning("note: %s", visible(note))
         write_model_folder(
             state,
@@ -104,7 +107,7 @@ def export_model(
             dtype=dtype,
             shard_bytes=shard_bytes,
             stop_tokens=TrainerState.stop_tokens_of(state.blob),
-            buffers=kept_buffers(run),
+            kept=open_.enter_context(kept_by(run)),
             progress=progress,
         )
 
@@ -117,7 +120,7 @@ def write_model_folder(  # noqa: PLR0913 - as export_model
     dtype: Precision | None = None,
     shard_bytes: int = 5 * 10**9,
     stop_tokens: Sequence[int] = (),
-    buffers: Mapping[str, Tensor] | None = None,
+    kept: Kept | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the committed weights of an open store as a model folder; see ``export_model``.
@@ -129,28 +132,34 @@ def write_model_folder(  # noqa: PLR0913 - as export_model
         dtype: "bf16" or "fp32" (the masters); None = what computes.
         shard_bytes: of tensors in one file.
         stop_tokens: what ends generation, besides what the folder says.
-        buffers: values of saved buffers, by their names in the model, where they are not the constructor's.
+        kept: what belongs into the folder beside the trained parameters.
         progress: called after each chunk.
     """
     out, partial = _check(out, dtype, shard_bytes)
     with held(), storage_errors(out, NOTHING_LEFT), ExitStack() as open_:
         is_bf16 = any(dtype_of(record.format) == torch.bfloat16 for record in state.layout.records)
         wanted: Precision = dtype or ("bf16" if is_bf16 else "fp32")
-        names = HubNames(folder.config(), DTYPES[wanted])
-        plan, shards = _plan_export(state.layout, names, shard_bytes)
+        kept = kept or Kept()
+        names = names_of(folder, DTYPES[wanted])
+        plan, shards = _plan_export(state.layout, names, shard_bytes, kept)
         companions = folder.companions()
         _require_space(out, partial, shards, [folder.path / name for name in companions])
         open_.enter_context(_held_folder(partial, companions))
         undo = open_.enter_context(ExitStack())
         undo.callback(shutil.rmtree, partial, ignore_errors=True)
         with ShardWriter(partial, shards) as written:
-            _write_buffers(written, names, plan, buffers or {})
+            _write_buffers(written, names, plan, kept.buffers)
+            kept.write_carried(written)
             _write_parameters(written, state, plan, wanted, progress)
         if len(shards) > 1:
-            _write_text(partial / "model.safetensors.index.json", index_of(shards, state.layout.parameters))
+            parameters = state.layout.parameters + sum(prod(shape) for _, _, shape in kept.entries)
+            _write_text(partial / "model.safetensors.index.json", index_of(shards, parameters))
         generation = _generation_config(folder, stop_tokens)
         ends = [] if generation is None else end_tokens(json.loads(generation).get("eos_token_id"))
-        config = _config_for_export(folder.raw_config, names.architecture, DTYPES[wanted], ends)
+        is_text_alone = kept.shapes is None
+        config = _config_for_export(
+            folder.raw_config, names.architecture, DTYPES[wanted], ends, is_text_alone=is_text_alone
+        )
         _write_text(partial / "config.json", config)
         folder.copy([name for name in companions if name != _GENERATION], partial)
         if generation is not None:
@@ -220,17 +229,23 @@ def _check(out: Path, dtype: Precision | None, shard_bytes: int) -> tuple[Path, 
     return out, partial
 
 
-def _plan_export(layout: ModelLayout, names: HubNames, shard_bytes: int) -> tuple[NamePlan, list[ShardPlan]]:
+def _plan_export(
+    layout: ModelLayout, names: HubNames, shard_bytes: int, kept: Kept
+) -> tuple[NamePlan, list[ShardPlan]]:
     """Which tensor of the files each parameter goes to, and what each file holds."""
-    tensors = names.file_tensors()
-    plan = names.plan({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    shapes = {name: tuple(shape) for name, shape in (kept.shapes or names.file_shapes()).items()}
+    plan = names.plan(shapes)
     if names.parameters != {place.name: place.shape for place in layout.tensors()}:
         raise ModelFilesError(
             f"the store was not made with this config.json: {layout.parameters:,} parameters in the store, others in "
             f"the {names.architecture} of config.json. Put the config.json of the import back"
         )
-    entries = [(name, FILE_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    return plan, plan_shards(entries, shard_bytes)
+    owners = {
+        piece.name: owner for owner, pieces in [*plan.parameters.items(), *plan.aliases] for piece in pieces
+    }
+    owners |= plan.buffers
+    tensors = [(name, FILE_DTYPES[names.dtype_of(owners[name])], shape) for name, shape in shapes.items()]
+    return plan, plan_shards([*tensors, *kept.entries], shard_bytes)
 
 
 def _write_parameters(
@@ -253,9 +268,7 @@ def _write_parameters(
         check()
 
 
-def _write_buffers(
-    files: ShardWriter, names: HubNames, plan: NamePlan, values: Mapping[str, Tensor]
-) -> None:
+def _write_buffers(files: ShardWriter, names: HubNames, plan: NamePlan, values: Mapping[str, Tensor]) -> None:
     for name, target in plan.buffers.items():
         _write(files, name, 0, values.get(target, names.buffer(target)).detach().reshape(-1))
 
@@ -274,22 +287,27 @@ def _generation_config(folder: ModelFolder, stop_tokens: Sequence[int]) -> str |
 
 
 def _config_for_export(
-    config: Mapping[str, Any], architecture: str, dtype: torch.dtype, ends: Sequence[int]
+    config: Mapping[str, Any],
+    architecture: str,
+    dtype: torch.dtype,
+    ends: Sequence[int],
+    *,
+    is_text_alone: bool,
 ) -> str:
     """The configuration as it was imported, with the dtype of the files and all tokens that end generation.
 
-    Code that was not copied is not named.
+    Code that was not copied is not named. Where more than text is in the model, the other parts stay as they were.
     """
     name = str(dtype).removeprefix("torch.")
-    content = {
-        key: {**value, "dtype": name}
-        if isinstance(value, dict) and value.keys() & {"dtype", "torch_dtype"}
-        else value
-        for key, value in config.items()
-    }
-    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
-        part.pop("torch_dtype", None)
-        part.pop("auto_map", None)
+    content = dict(config)
+    for key, value in config.items():
+        if isinstance(value, dict):
+            content[key] = part = {entry: kept for entry, kept in value.items() if entry != "auto_map"}
+            if (is_text_alone or key == "text_config") and part.keys() & {"dtype", "torch_dtype"}:
+                part["dtype"] = name
+                part.pop("torch_dtype", None)
+    content.pop("torch_dtype", None)
+    content.pop("auto_map", None)
     before = end_tokens(content.get("eos_token_id"))
     if "eos_token_id" in content and (more := [token for token in ends if token not in before]):
         all_ends = [*before, *more]

@@ -3,7 +3,7 @@
 ::
 
     RUN/run.json        version, precision, places and UUID of the store, hashes of the files of RUN/model
-    RUN/model/          config.json, tokenizer and chat template, as imported
+    RUN/model/          config.json, tokenizer and chat template, as imported, and tensors that are not trained
     RUN/store.mtio      the store (elsewhere with memory.store_dir)
     RUN/config.yaml     the configuration of the last start, with absolute paths
     RUN/metrics.jsonl   one line a step

@@ -31,6 +31,7 @@ from megatrain_io.models.hub_names import NamePlan, Piece
 from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.safetensors import TORCH_DTYPES
+from megatrain_io.models.text_model import proof_of_text_model
 from megatrain_io.models.weights import WeightReader
 from megatrain_io.runs.folder import RunFolder, RunInfo
 from megatrain_io.runs.kept_tensors import SourceWeights, buffers_of, opened_weights, write_kept
@@ -249,7 +250,11 @@ class ModelImport:
             opened = checked_weights(self._folder, precision)
             self._weights, self._read = failing.enter_context(opened)
             names, buffers = self._weights.names, buffers_of(self._weights)
-            names.plan(names.file_shapes())  # what could not be exported is not trained
+            if self._weights.shapes is None:
+                names.plan(names.file_shapes())  # what could not be exported is not trained
+            elif proof := proof_of_text_model(self._folder.published_config()):
+                self.notes.append(proof)
+            self.notes += self._weights.notes()
             config = self._folder.config()
             self._companions = self._folder.companions()
             self._folder.refuse_tokenizer_of_code()

@@ -1,21 +1,24 @@
 """What a model's files hold beside its trained parameters, kept with the run: RUN/model has it as the files had it.
 
 Buffers that are saved with a model (the biases by which a mixture of experts balances its routers) are no parameters:
-training reads them and leaves them as they are.
+training reads them and leaves them as they are. Tensors that the trained model does not compute with at all (a tower
+for images, layers that predict further tokens) are carried to the export, byte for byte.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatrain_io.errors import MegatrainIoError, ModelFilesError, UnsupportedModelError
-from megatrain_io.files import open_file, sync_folder
+from megatrain_io.files import open_file, read_file, replace_file, sync_folder
+from megatrain_io.interrupt import check
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.safetensors import (
@@ -26,18 +29,27 @@ from megatrain_io.models.safetensors import (
     ShardWriter,
     plan_file,
 )
+from megatrain_io.models.text_model import TextNames, text_config_of
 from megatrain_io.models.weights import WeightReader
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision
+from megatrain_io.text import mib
 
 __all__ = [
     "BUFFERS",
+    "CARRIED",
     "KEPT",
+    "SOURCE_TENSORS",
+    "Kept",
     "SourceWeights",
     "buffers_digest",
     "buffers_of",
+    "carried_digest",
     "kept_buffers",
+    "kept_by",
+    "kept_in",
+    "names_of",
     "opened_weights",
     "remade",
     "write_kept",
@@ -46,8 +58,18 @@ __all__ = [
 BUFFERS = "buffers.safetensors"
 """The saved buffers of a model, by their names in it, where one has another value than its constructor gives it."""
 
-KEPT = (BUFFERS,)
+CARRIED = "carried.safetensors"
+"""What the trained model does not compute with, as it was in the files, by the names there."""
+
+SOURCE_TENSORS = "source_tensors.json"
+"""Names and shapes of what is trained in the files of a model that has more than a text model: an export has them."""
+
+KEPT = (BUFFERS, CARRIED, SOURCE_TENSORS)
 """Files of RUN/model that were made of the weights that were imported."""
+
+
+_SHAPES_BYTES_MAX = 1 << 28
+_GROUPS_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,78 @@ class SourceWeights:
     plan: NamePlan
     files: Checkpoint
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """What ``Kept`` has of these files."""
+        if not isinstance(self.names, TextNames):
+            return None
+        left = {*self.plan.carried, *self.plan.derived}
+        return {name: entry.shape for name, entry in self.files.entries.items() if name not in left}
+
+    def notes(self) -> list[str]:
+        """What is trained of these files and what is not, as sentences; none where all is."""
+        found = []
+        if isinstance(self.names, TextNames):
+            found.append(
+                f"trains the text model of {self.names.architecture} ({self.names.text_architecture}) alone"
+            )
+        entries = self.files.entries
+        for names, fate in (
+            (self.plan.carried, "carried through unchanged"),
+            (self.plan.derived, "left out, as transformers makes them anew"),
+        ):
+            if names:
+                size = mib(sum(entries[name].nbytes for name in names))
+                count = "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
+                verb = "is" if len(names) == 1 else "are"
+                found.append(f"{count} ({size}) of {_groups(names)} {verb} {fate}")
+        return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What belongs into an export beside the trained parameters.
+
+    Attributes:
+        buffers: saved buffers, by their names in the model, where they are not the constructor's.
+        shapes: of the tensors that are trained, by their names in the imported files; None where an export has them as
+            ``save_pretrained`` writes them.
+        files: that hold what is carried.
+        carried: names of these tensors.
+    """
+
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    files: Checkpoint | None = None
+    carried: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of each tensor that is carried."""
+        if self.files is None:
+            return []
+        entries = self.files.entries
+        return [(name, entries[name].dtype, entries[name].shape) for name in self.carried]
+
+    def write_carried(self, out: ShardWriter) -> None:
+        """Copy what is carried into files that have room for it."""
+        if self.files is not None:
+            for name in self.carried:
+                for offset, data in self.files.pieces(name):
+                    out.write(name, offset, data)
+                    check()
+
+
+def names_of(folder: ModelFolder, dtype: torch.dtype) -> HubNames:
+    """The names that the trained model of a folder has in its files.
+
+    Raises:
+        ModelFilesError, UnsupportedModelError: as ``ModelFolder.config``, or the text model is not to be found.
+    """
+    published = folder.published_config()
+    text = text_config_of(published)
+    return HubNames(folder.config(), dtype) if text is None else TextNames(published, text, dtype)
+
 
 @contextmanager
 def opened_weights(folder: ModelFolder, precision: Precision) -> Iterator[SourceWeights]:
@@ -74,7 +168,7 @@ def opened_weights(folder: ModelFolder, precision: Precision) -> Iterator[Source
         UnsupportedModelError: the weights are quantised, or transformers cannot build the model.
     """
     with Checkpoint(folder.weight_files()) as files:
-        names = HubNames(folder.config(), DTYPES[precision])
+        names = names_of(folder, DTYPES[precision])
         plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
         yield SourceWeights(names, plan, files)
 
@@ -111,6 +205,48 @@ def write_kept(weights: SourceWeights, folder: Path) -> None:
         with ShardWriter(folder, [_plan_of(buffers)]) as file:
             for name, value in buffers.items():
                 file.write(name, 0, _bytes_of(value))
+    kept = kept_in(weights)
+    if kept.carried:
+        with ShardWriter(folder, [plan_file(CARRIED, kept.entries)]) as file:
+            kept.write_carried(file)
+    if kept.shapes is not None:
+        replace_file(folder / SOURCE_TENSORS, json.dumps(kept.shapes) + "\n")
+
+
+def kept_in(weights: SourceWeights) -> Kept:
+    """What of opened weight files belongs into an export beside the trained parameters."""
+    return Kept(buffers_of(weights), weights.shapes, weights.files, weights.plan.carried)
+
+
+@contextmanager
+def kept_by(run: RunFolder) -> Iterator[Kept]:
+    """What the import of a run kept for an export; its files were compared before (``model_files.mended_model``).
+
+    Raises:
+        ModelFilesError: a file is damaged.
+    """
+    bound = run.read().files
+    shapes = None
+    if SOURCE_TENSORS in bound:
+        shapes = json.loads(read_file(run.model / SOURCE_TENSORS, _SHAPES_BYTES_MAX))
+    if CARRIED not in bound:
+        yield Kept(kept_buffers(run), shapes)
+        return
+    with Checkpoint([run.model / CARRIED]) as files:
+        yield Kept(kept_buffers(run), shapes, files, tuple(files.entries))
+
+
+def carried_digest(kept: Kept) -> str:
+    """SHA-256 of the file that ``write_kept`` makes of what is carried; empty where nothing is."""
+    if not kept.carried or kept.files is None:
+        return ""
+    plan = plan_file(CARRIED, kept.entries)
+    digest = hashlib.sha256(plan.header)
+    for entry in plan.entries:
+        for _, data in kept.files.pieces(entry.name):
+            digest.update(data)
+            check()
+    return digest.hexdigest()
 
 
 def kept_buffers(run: RunFolder) -> dict[str, Tensor]:
@@ -161,6 +297,16 @@ def remade(run: RunFolder, name: str, known: Iterable[str]) -> bool:
         _clear(scratch)
     sync_folder(run.model)
     return True
+
+
+def _groups(names: Iterable[str]) -> str:
+    """What tensors belong to, as words: the first parts of their names."""
+    groups = dict.fromkeys(
+        ".".join(parts[: 1 + (parts[0] == "layers")])
+        for parts in (name.removeprefix("model.").split(".") for name in names)
+    )
+    shown = ", ".join([*groups][:_GROUPS_SHOWN])
+    return f"{shown} and {len(groups) - _GROUPS_SHOWN} more" if len(groups) > _GROUPS_SHOWN else shown
 
 
 def _clear(folder: Path) -> None:

@@ -12,7 +12,7 @@ from megatrain_io.errors import ModelFilesError
 from megatrain_io.files import open_file, read_file, replace_file, storage_errors, sync_folder
 from megatrain_io.models.hub_folder import COMPANIONS
 from megatrain_io.runs.folder import RunFolder
-from megatrain_io.runs.kept_tensors import KEPT, remade
+from megatrain_io.runs.kept_tensors import CARRIED, KEPT, remade
 from megatrain_io.runs.provenance import bound_files, found_in
 from megatrain_io.store.inspect import store_info
 
@@ -20,7 +20,10 @@ __all__ = ["digests_of", "mended_model", "write_model_files"]
 
 _CONFIG = "config.json"
 # What a person may change: none of it decides the bits of a step, but for the template, which the data are bound to.
-_FREE = {"generation_config.json", "chat_template.jinja", "chat_template.json", "NOTICE"}
+_FREE = {
+    *("generation_config.json", "chat_template.jinja", "chat_template.json", "NOTICE"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+}
 _BYTES_MAX = 1 << 30
 _SAFE = "the store is not touched"
 
@@ -43,8 +46,12 @@ def write_model_files(run: RunFolder, contents: Mapping[str, bytes]) -> None:
         replace_file(run.model / name, content)
 
 
-def mended_model(run: RunFolder) -> list[str]:
+def mended_model(run: RunFolder, *, whole: bool = False) -> list[str]:
     """Compare the files of RUN/model with those of the import, and bring back what is missing.
+
+    Args:
+        run: the folder.
+        whole: read all of what is carried to an export, which may take long; training needs none of it.
 
     Returns:
         A sentence for each that was brought back, or changed where that is allowed.
@@ -58,7 +65,13 @@ def mended_model(run: RunFolder) -> list[str]:
         info = run.read()
         if not info.files:
             return _compared_with_store(run)
-        return [note for name, known in info.files.items() for note in _compared(run, name, known)] + [
+        unread = {CARRIED} if not whole and (run.model / CARRIED).exists() else set()
+        return [
+            note
+            for name, known in info.files.items()
+            if name not in unread
+            for note in _compared(run, name, known)
+        ] + [
             _refuse_new(run, name)
             for name in (*COMPANIONS, *KEPT)
             if _decides(name) and name not in info.files and (run.model / name).exists()

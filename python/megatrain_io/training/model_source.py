@@ -18,8 +18,15 @@ from megatrain_io.models.meta_model import module_lists, parameters_on_meta
 from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
 from megatrain_io.models.probe_module import SMALL_PARAMETERS_MAX, OwnModule, probe_module
+from megatrain_io.models.text_model import proof_of_text_model, text_config_of
 from megatrain_io.runs.import_model import TensorReader, checked_weights
-from megatrain_io.runs.kept_tensors import buffers_digest, buffers_of, opened_weights
+from megatrain_io.runs.kept_tensors import (
+    Kept,
+    buffers_digest,
+    carried_digest,
+    kept_in,
+    opened_weights,
+)
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision, TensorPlace
 from megatrain_io.text import visible
@@ -70,7 +77,7 @@ class ModelSource:
         folder: model folder that it comes from; None where it is a module.
         is_own_module: whether it is no transformers model.
         buffers: saved buffers that the folder has with other values than the model's constructor gives them, by name;
-            empty before ``take_buffers``.
+            empty before ``take_kept``.
         notes: sentences for the person.
     """
 
@@ -79,7 +86,8 @@ class ModelSource:
     ) -> None:
         self.precision: Precision = precision
         self.notes: list[str] = []
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: Mapping[str, Tensor] = {}
+        self._carried = ""
         self._module: nn.Module | None = None
         self.folder: ModelFolder | None = None
         self._config: PreTrainedConfig | None = None
@@ -120,6 +128,8 @@ class ModelSource:
             own["config"] = json.loads(self._config.to_json_string(use_diff=False))
         if self.buffers:
             own["buffers"] = buffers_digest(self.buffers)
+        if self._carried:
+            own["carried"] = self._carried
         return {"paged_model": own, "tied": self.partition.tied}
 
     def changes(self, described: Mapping[str, Any]) -> list[str]:
@@ -134,16 +144,21 @@ class ModelSource:
         )
         return differences(was, there)
 
-    def take_buffers(self) -> None:
-        """Compute with the saved buffers that the folder has; a module has its own.
+    def take_kept(self) -> None:
+        """Compute with the saved buffers that the folder has, and note what it has besides; a module has its own.
 
         Raises:
             ModelFilesError, UnsupportedModelError: as ``checked_weights``.
         """
-        if self.folder is not None:
-            with opened_weights(self.folder, self.precision) as weights:
-                self.buffers = buffers_of(weights)
-            self.partition.set_buffers(self.buffers)
+        if self.folder is None:
+            return
+        with opened_weights(self.folder, self.precision) as weights:
+            kept = kept_in(weights)
+            self.buffers, self._carried = kept.buffers, carried_digest(kept)
+            self.notes += weights.notes()
+        if kept.shapes is not None and (proof := proof_of_text_model(self.folder.published_config())):
+            self.notes.append(proof)
+        self.partition.set_buffers(self.buffers)
 
     def take_bound_buffers(self, described: Mapping[str, Any]) -> None:
         """Compute with the saved buffers that a store was made with, as ``describe`` wrote them down.
@@ -151,14 +166,42 @@ class ModelSource:
         Raises:
             ModelFilesError: the folder has others now, or none.
         """
-        if (bound := described["paged_model"].get("buffers")) is None or self.folder is None:
+        if "buffers" in described["paged_model"]:
+            with self.kept(described) as kept:
+                self.buffers = kept.buffers
+            self.partition.set_buffers(self.buffers)
+
+    @contextmanager
+    def kept(self, described: Mapping[str, Any]) -> Iterator[Kept]:
+        """What belongs into an export beside the trained parameters, as the folder has it.
+
+        Args:
+            described: what ``describe`` wrote down when the store was made.
+
+        Raises:
+            ModelFilesError: the folder has something else now, or nothing.
+        """
+        own = described["paged_model"]
+        is_text_inside = (
+            self.folder is not None and text_config_of(self.folder.published_config()) is not None
+        )
+        if self.folder is None or not (is_text_inside or own.keys() & {"buffers", "carried"}):
+            yield Kept()
             return
-        self.take_buffers()
-        if not self.buffers or buffers_digest(self.buffers) != bound:
-            raise ModelFilesError(
-                f"{self.folder.path} has other values for the buffers of the model than the file was made with "
-                "(SHA-256 of all of them): put the weights back with which it was made"
-            )
+        with opened_weights(self.folder, self.precision) as weights:
+            kept = kept_in(weights)
+            digests = {
+                "buffers": buffers_digest(kept.buffers) if kept.buffers else None,
+                "carried": carried_digest(kept) or None,
+            }
+            for what, digest in digests.items():
+                if digest != own.get(what):
+                    named = "buffers of the model" if what == "buffers" else "tensors that are not trained"
+                    raise ModelFilesError(
+                        f"{self.folder.path} has other values for the {named} than when the file was made: put the "
+                        "weights back with which it was made"
+                    )
+            yield kept
 
     @contextmanager
     def reading(self, weights: Weights | None) -> Iterator[TensorReader]:

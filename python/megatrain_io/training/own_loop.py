@@ -224,7 +224,7 @@ class PagedModel:
             source = ModelSource(model, precision, blocks, small)
             layout = layout_of(source.partition)
             how.refuse_wrong_decay(layout.tensors())
-            source.take_buffers()
+            source.take_kept()
             about = source.describe()
             needs: StepNeeds | None = None
             if how.largest is not None:  # before anything is written
@@ -453,7 +453,8 @@ class PagedModel:
                 "yields in a form of your own, such as safetensors"
             )
         self.wait_durable()
-        write_model_folder(self._store, self._source.folder, Path(out), dtype=dtype, buffers=self._source.buffers)
+        with self._source.kept(json.loads(self._store.manifest)["model"]) as kept:
+            write_model_folder(self._store, self._source.folder, Path(out), dtype=dtype, kept=kept)
 
     def wait_durable(self) -> None:
         """Wait until the last step that was made is on the drive, so that it survives a power cut.

@@ -1,15 +1,26 @@
 """Models as they lie on the hub, by the command line: what is not trained is there afterwards, to the bit."""
 
+import json
 import os
+import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
+import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
+import megatrain_io as mt
+from megatrain_io.errors import ModelFilesError
 from model_sources import differing
 from published import (
     DTYPES,
+    call,
     in_memory,
     make_folder,
+    published_config,
     tensors_of,
     text_config,
     trained,
@@ -52,3 +63,209 @@ def test_saved_buffers_are_computed_with_and_exported(tmp_path, monkeypatch, mod
             if name.endswith(each):
                 value.fill_(each == "layer_scalar")
     assert in_memory(stock, steps[:1], precision).losses != losses[:1]
+
+
+def text_name(name):
+    """Of a tensor of a published model in its text model."""
+    return name.replace("model.language_model.", "model.")
+
+
+def as_text_model(published):
+    """The text model alone, with the weights of a published one."""
+    config = published.config.get_text_config()
+    config.tie_word_embeddings = published.config.tie_word_embeddings
+    text = AutoModelForCausalLM.from_config(config, dtype=published.dtype)
+    state = {text_name(name): value for name, value in published.state_dict().items()}
+    text.load_state_dict({name: state[name] for name in text.state_dict()})
+    return text
+
+
+def fed_with_text(published):
+    """Let a published model compute its loss as the reference asks for it: not every forward passes the count on."""
+    kind = type(published)
+
+    class Fed(kind):
+        def forward(self, labels, num_items_in_batch, **inputs):
+            logits = super().forward(**inputs).logits
+            loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+            return SimpleNamespace(loss=loss)
+
+    published.__class__ = Fed
+
+
+def add_tensor(folder, name, value):
+    """One more tensor, in the last file of a folder with an index."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = max(index["weight_map"].values())
+    tensors = safetensors.torch.load_file(folder / file)
+    safetensors.torch.save_file(tensors | {name: value}, folder / file, metadata={"format": "pt"})
+    index["weight_map"][name] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "precision", "tower"),
+    [
+        ("gemma3", "fp32", "multi_modal_projector, vision_tower"),
+        pytest.param("mistral3", "bf16", "multi_modal_projector, vision_tower", marks=OF_FAMILIES),
+        ("qwen3_5", "fp32", "visual, mtp"),
+    ],
+)
+def test_the_text_model_is_trained_and_all_else_is_carried_through(
+    tmp_path, monkeypatch, caplog, model_type, precision, tower
+):
+    kind, config = published_config(model_type)
+    source = make_folder(tmp_path, config, precision, kind)
+    assert len(list(source.glob("*.safetensors"))) > 1
+    if model_type == "qwen3_5":
+        add_tensor(source, "mtp.fc.weight", torch.arange(12, dtype=torch.int64).view(3, 4))
+    (source / "preprocessor_config.json").write_text('{"size": 32}')
+    steps, losses = trained(tmp_path, precision, monkeypatch)
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    carried = {
+        name: value
+        for name, value in before.items()
+        if "language_model" not in name and "lm_head" not in name
+    }
+    assert len(carried) > 10
+    assert re.search(
+        rf"{len(carried)} tensors \([0-9.]+ MiB\) of {tower} are carried through unchanged", caplog.text
+    )
+    assert f"trains the text model of {kind.__name__}" in caplog.text
+    assert before.keys() == after.keys()
+    assert differing({name: after[name] for name in carried}, carried) == []
+    stock = kind.from_pretrained(source, dtype=DTYPES[precision])
+    expected = in_memory(as_text_model(stock).train(), steps, precision)
+    assert losses == expected.losses
+    exported = kind.from_pretrained(tmp_path / "out", dtype=DTYPES[precision])
+    found = {
+        text_name(name): value
+        for name, value in exported.named_parameters()
+        if "language_model" in name or "lm_head" in name
+    }
+    assert differing(found, expected.weight) == []
+    # The published class, given text alone, trains to the same bits.
+    for name, parameter in stock.train().named_parameters():
+        parameter.requires_grad_("language_model" in name or "lm_head" in name)
+    fed_with_text(stock)
+    whole = in_memory(stock, steps, precision)
+    assert losses == whole.losses
+    assert differing({text_name(n): v for n, v in whole.weight.items() if text_name(n) in found}, found) == []
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert new["architectures"] == [kind.__name__]
+    assert new.keys() == old.keys()
+    assert new["vision_config"] == old["vision_config"]
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 32}'
+    text = call("generate", tmp_path / "run", "--prompt", "The quick", "--max-new-tokens", 3)
+    assert text["text"] is not None
+
+
+# ------------------------------------------------------------------------------------- what is kept
+
+MTP = "model.layers.61.eh_proj.weight"
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="module")
+def imported_once(tmp_path_factory):
+    """A folder with trained biases and a layer that predicts further tokens, and a run that was imported from it."""
+    here = tmp_path_factory.mktemp("imported")
+    source = make_folder(here, text_config("deepseek_v3"), "fp32")
+    add_tensor(source, MTP, torch.arange(24, dtype=torch.float16).view(4, 6))
+    call("import", source, here / "run", "--precision", "fp32", "--io-backend", "threads")
+    return here
+
+
+@pytest.fixture
+def here(imported_once, tmp_path):
+    """A copy of both, and of what the run remembers of its source."""
+    shutil.copytree(imported_once, tmp_path / "here")
+    info = tmp_path / "here" / "run" / "run.json"
+    content = json.loads(info.read_text()) | {"source": str(tmp_path / "here" / "model")}
+    info.write_text(json.dumps(content))
+    return tmp_path / "here"
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["buffers.safetensors", "carried.safetensors"])
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_was_kept_is_made_again_from_the_source_or_refused_by_name(here, caplog, name, is_lost):
+    path = here / "run" / "model" / name
+    before = path.read_bytes()
+    path.unlink() if is_lost else damage(path)
+    call("export", here / "run", here / "out")
+    assert (
+        f"{path} was {'missing' if is_lost else 'not the one of the import'}: it was made again from"
+        in caplog.text
+    )
+    assert path.read_bytes() == before
+    assert not (here / "run" / "model" / "remade.partial").exists()
+    path.unlink() if is_lost else damage(path)
+    shutil.rmtree(here / "model")
+    told = call("export", here / "run", here / "other", code=5)
+    assert f"{path} is {'missing' if is_lost else 'not the one of the import'}" in told["error"]["message"]
+    assert "has no longer the weights of the import" in told["error"]["message"]
+    assert not (here / "other").exists()
+
+
+def test_nothing_of_the_source_is_needed_after_the_import(here):
+    before = tensors_of(here / "model")
+    shutil.rmtree(here / "model")
+    call("export", here / "run", here / "out")
+    assert differing(tensors_of(here / "out"), before) == []
+    call("generate", here / "run", "--prompt", "The", "--max-new-tokens", 1)
+
+
+def test_a_file_that_the_import_did_not_keep_is_not_read(here):
+    source, run = make_folder(here / "second", text_config("minimax_m2"), "bf16"), here / "run 2"
+    biases = {"model.layers.0.mlp.e_score_correction_bias": torch.zeros(4)}
+    for path in source.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(path)
+        old = {name: torch.zeros_like(each) for name, each in tensors.items() if "e_score" in name}
+        safetensors.torch.save_file(tensors | old, path, metadata={"format": "pt"})
+    call("import", source, run, "--precision", "bf16", "--io-backend", "threads")
+    assert not (run / "model" / "buffers.safetensors").exists()
+    safetensors.torch.save_file(biases, run / "model" / "buffers.safetensors")
+    told = call("generate", run, "--prompt", "The", code=5)
+    assert (
+        "buffers.safetensors was not there at the import, and the model would read it"
+        in told["error"]["message"]
+    )
+
+
+def test_a_loop_of_ones_own_has_the_buffers_of_its_folder(here):
+    folder, options = here / "model", {"ram": "64MiB", "device": "cpu"}
+    with mt.PagedModel.create(folder, here / "own", precision="fp32", **options) as model:
+        before = model.evaluate([torch.arange(1, 20).view(1, -1)])
+        assert any("layers.61 is carried through" in note for note in model.notes)
+        model.save(here / "out")
+    assert differing(tensors_of(here / "out"), tensors_of(folder)) == []
+    stock = load(folder, "fp32")
+    tokens = torch.arange(1, 20).view(1, -1)
+    assert before == stock.train()(input_ids=tokens, labels=tokens).loss.item()
+    with mt.PagedModel.open(folder, here / "own", **options) as model:
+        assert model.evaluate([tokens]) == before
+    for path in folder.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(path)
+        if BIAS in tensors:
+            tensors[BIAS][0] += 1
+            safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelFilesError, match="other values for the buffers of the model than when the file was made"
+    ):
+        mt.PagedModel.open(folder, here / "own", **options)
+
+
+def test_a_model_whose_text_model_transformers_does_not_have_alone_is_refused_by_name(tmp_path):
+    transformers.Qwen3VLConfig().save_pretrained(tmp_path / "model")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
+    told = call("import", tmp_path / "model", tmp_path / "run", code=5)
+    assert (
+        "qwen3_vl takes more than text, and transformers has no causal language model"
+        in told["error"]["message"]
+    )

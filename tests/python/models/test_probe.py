@@ -5,6 +5,7 @@ from logging import StreamHandler
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import XIELUActivation
 from transformers.utils import logging
 
 from megatrain_io.errors import UnsupportedModelError
@@ -227,3 +228,17 @@ class Messages(StreamHandler):
 
     def emit(self, record):
         self.found.append(record.getMessage())
+
+
+def test_a_model_that_changes_a_saved_buffer_is_refused_by_its_name(monkeypatch):
+    forward = XIELUActivation.forward
+
+    def changing(self, hidden):
+        self.eps = self.eps * 1.1
+        return forward(self, hidden)
+
+    monkeypatch.setattr(XIELUActivation, "forward", changing)
+    with pytest.raises(
+        UnsupportedModelError, match=r"apertus: its forward pass changes buffer \S+act_fn.eps, and"
+    ):
+        probe(AutoConfig.for_model("apertus", num_hidden_layers=2, hidden_size=64, intermediate_size=96))

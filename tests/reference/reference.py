@@ -9,7 +9,7 @@ steps differ between 1 and 2 threads, though the losses agree). It is left alone
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -110,7 +110,9 @@ class Result:
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
     grad_norms: list[float] = field(default_factory=list)
-    """One for each step, before clipping, by torch: the norm over all trained parameters."""
+    """One for each step, before clipping, by torch: the norm over all parameters with a gradient."""
+    updates: dict[str, int] = field(default_factory=dict)
+    """How often each was updated: torch's `step`."""
 
 
 def round_half_away(master: Tensor) -> Tensor:
@@ -202,6 +204,8 @@ def train(
     clip_coefficients: Sequence[float] | None = None,
     *,
     keep_in_fp32: Collection[str] = (),
+    updated: Sequence[Collection[str]] | None = None,
+    before_step: Callable[[PreTrainedModel, int], None] | None = None,
 ) -> Result:
     """Train a copy of `model` on `steps`, each a list of micro-batches, and return every bit of the outcome.
 
@@ -215,6 +219,10 @@ def train(
 
     Gradients are clipped by `torch.nn.utils.clip_grad_norm_` with `max_grad_norm`, or, for who takes the sum for the
     norm in another order, multiplied by the coefficient that is given for each step.
+
+    A parameter without a gradient in a step is left alone by torch's AdamW, with its `step`: one that no micro-batch
+    reached, and, with `updated`, one whose name is not among those of the step. `before_step` is called with the model
+    and the number of each step, from 1 on.
     """
     model = copy.deepcopy(model)
     leaves = untie(model)
@@ -244,16 +252,16 @@ def train(
 
     losses, grad_norms = [], []
     for index, (step, lr) in enumerate(zip(steps, hyperparameters.lr, strict=True)):
+        if before_step is not None:
+            before_step(model, index + 1)
         loss, gradients = accumulate(model, leaves, step)
         losses.append(loss)
+        if updated is not None:
+            gradients = {name: gradient for name, gradient in gradients.items() if name in updated[index]}
         for name, master in trained.items():
             master.grad = gradients.get(name)
         grad_norms.append(nn.utils.get_total_norm(list(gradients.values())).item())
-        if clip_coefficients is not None:
-            for gradient in gradients.values():
-                gradient.mul_(clip_coefficients[index])
-        elif max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(trained.values(), max_grad_norm)
+        clip(trained.values(), max_grad_norm, clip_coefficients[index] if clip_coefficients else None)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -263,16 +271,27 @@ def train(
         losses=losses,
         weight={name: own[0].detach() for name, own in leaves.items()},
         master={name: master.detach() for name, master in trained.items()},
-        exp_avg={name: moment(optimizer, "exp_avg", master) for name, master in trained.items()},
-        exp_avg_sq={name: moment(optimizer, "exp_avg_sq", master) for name, master in trained.items()},
+        exp_avg={name: moment(optimizer, master, "exp_avg") for name, master in trained.items()},
+        exp_avg_sq={name: moment(optimizer, master, "exp_avg_sq") for name, master in trained.items()},
         grad_norms=grad_norms,
+        updates={name: int(optimizer.state[master].get("step", 0)) for name, master in trained.items()},
     )
 
 
-def moment(optimizer: torch.optim.Optimizer, name: str, master: nn.Parameter) -> Tensor:
-    """A moment of a parameter; torch makes them with its first gradient, of zeros."""
-    made: Tensor | None = optimizer.state[master].get(name) if master in optimizer.state else None
-    return torch.zeros_like(master) if made is None else made
+def clip(masters: Iterable[nn.Parameter], max_grad_norm: float | None, coefficient: float | None) -> None:
+    """Clip all gradients together by their norm, or multiply them by a coefficient that is given."""
+    if coefficient is not None:
+        for master in masters:
+            if master.grad is not None:
+                master.grad.mul_(coefficient)
+    elif max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(masters, max_grad_norm)
+
+
+def moment(optimizer: torch.optim.AdamW, master: nn.Parameter, plane: str) -> Tensor:
+    """What the optimizer keeps of a parameter; zero for one that was never updated."""
+    state = optimizer.state[master]
+    return state[plane] if plane in state else torch.zeros_like(master)
 
 
 def write_weights(

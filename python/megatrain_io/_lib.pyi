@@ -157,6 +157,7 @@ class Store:
     def uuid(self) -> str: ...
     @property
     def generation(self) -> int: ...
+    def updates(self) -> list[int] | None: ...
     @property
     def blob(self) -> bytes: ...
     @property
@@ -279,6 +280,9 @@ class Pipeline:
 
     def submit(self, unit: int, weights: Buffer | None, gradient: Buffer) -> None:
         """Hand the gradient of a whole unit over, with its weights, or without if the step only defers it."""
+
+    def skip(self, unit: int, weights: Buffer | None) -> None:
+        """Say that a unit got no gradient: it is not updated. Weights that stay in RAM are handed over."""
 
     def pool_memory(self) -> Buffer:
         """The memory of the whole pool, for its address and length alone: not to be read or written through it."""

@@ -191,6 +191,13 @@ impl Pipeline {
         self.get()?.submit(unit, weights, gradient).map_err(raise)
     }
 
+    /// Say that a unit got no gradient in this step: it is not updated, nor counted as updated. Weights that stay in RAM
+    /// are handed over, and go back to the pool; others may be.
+    fn skip(&self, unit: usize, weights: Option<&Buffer>) -> PyResult<()> {
+        let weights = weights.map(Buffer::take).transpose()?;
+        self.get()?.skip(unit, weights).map_err(raise)
+    }
+
     /// The one mapping beneath all buffers of the pool, to register it with a device by address and length.
     /// A tensor over it keeps it mapped; nobody may read or write through it.
     fn pool_memory(&self) -> PyResult<Buffer> {
@@ -312,7 +319,7 @@ struct AdamWArguments {
     beta1: f64,
     beta2: f64,
     eps: f64,
-    /// Counted from 1.
+    /// Counted from 1; of stores whose records have no count of their own.
     step: u64,
 }
 

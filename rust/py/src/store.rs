@@ -203,6 +203,12 @@ impl Store {
         Ok(PyBytes::new(py, &self.get()?.committed().blob))
     }
 
+    /// How often each chunk was updated in that generation: AdamW's t, the same in all chunks of a record, 0 where it is
+    /// not trained; `None` where the store was made with a format before 0.4, and has one number for all.
+    fn updates(&self) -> PyResult<Option<Vec<u32>>> {
+        Ok(self.get()?.updates())
+    }
+
     /// What the store holds, as JSON.
     #[getter]
     fn manifest(&self) -> PyResult<String> {

@@ -54,7 +54,7 @@ pub struct AdamW {
     pub beta2: f64,
     /// Added to the denominator.
     pub eps: f64,
-    /// AdamW's `t`, counted from 1.
+    /// AdamW's `t`, counted from 1; in a store whose records have their own, that one counts.
     pub step: u64,
 }
 

@@ -19,6 +19,14 @@ impl From<AdamW> for Hyperparameters {
 }
 
 impl Hyperparameters {
+    /// The same for a record that has been updated so often before: bias corrections are its own.
+    #[must_use]
+    pub fn after(self, updates: u32) -> Self {
+        match self {
+            Self::AdamW(adamw) => Self::AdamW(AdamW { step: u64::from(updates) + 1, ..adamw }),
+        }
+    }
+
     /// The update of a chunk of `parameters` parameters in this format, in which the tensors lie at `spans`.
     /// Gradients are multiplied by `gradient_scale` before anything else: 1, or less where they are clipped.
     ///

@@ -32,6 +32,11 @@ pub(super) enum Command {
         weights: Option<Slot>,
         gradient: Slot,
     },
+    /// A unit got no gradient; its weights come back.
+    Skip {
+        unit: usize,
+        weights: Option<Slot>,
+    },
     End {
         commit: Option<Vec<u8>>,
         after: After,

@@ -169,11 +169,14 @@ impl Executor {
 
     /// Weights of a load: to the caller, or first to the update with the gradient that was deferred.
     fn deliver(&mut self, loaded: Loaded) {
-        if !loaded.applies {
+        let Some(step) = loaded.applies else {
             return self.cx.hand_over(loaded.number, loaded.weights);
+        };
+        if self.steps.skips(step, loaded.unit) {
+            return self.updates.apply(&self.cx, loaded, None, true);
         }
         match self.deferred.take(&self.cx, loaded.unit) {
-            Ok(gradient) => self.updates.apply(&self.cx, loaded, gradient),
+            Ok(gradient) => self.updates.apply(&self.cx, loaded, gradient, false),
             Err(error) => self.fail(error),
         }
     }
@@ -327,6 +330,10 @@ impl Executor {
                     submitted => self.fail_on(submitted),
                 }
             }
+            Command::Skip { unit, weights } => {
+                let skipped = self.skipped(unit, weights);
+                self.fail_on(skipped);
+            }
             Command::End { commit, after } => {
                 let finished = self.end(commit, after);
                 self.fail_on(finished);
@@ -359,7 +366,7 @@ impl Executor {
             let applies = kind == Kind::Apply;
             let is_first = chunk == cx.units.records()[unit].start;
             if is_first && matches!(kind, Kind::Load | Kind::Apply) {
-                loads.plan(cx, working, load, unit, applies)?;
+                loads.plan(cx, working, load, unit, applies.then_some(before))?;
                 load += 1;
             }
             if matches!(kind, Kind::Apply | Kind::Update) {
@@ -391,6 +398,22 @@ impl Executor {
             updates.submit(cx, unit, weights.ok_or_else(missing)?, gradient, deferred_by);
         } else if on_drive {
             deferred.defer(expected.step, unit, gradient);
+        }
+        Ok(())
+    }
+
+    /// Takes note that a unit got no gradient: it counts for nothing in the norm, and its update changes nothing.
+    fn skipped(&mut self, unit: usize, weights: Option<Slot>) -> Result {
+        let Self { cx, steps, updates, .. } = self;
+        let Some(expected) = steps.skipped(unit) else {
+            let name = cx.units.unit_name(unit);
+            return Err(Error::invalid(format!(
+                "{name} was skipped and the step does not (or no longer) expect its gradient"
+            )));
+        };
+        cx.no_squares(expected.step);
+        if expected.updates {
+            updates.skip(cx, unit, weights);
         }
         Ok(())
     }

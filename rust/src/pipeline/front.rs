@@ -155,6 +155,18 @@ impl Pipeline {
                 "updates can be taken back only if the step before is committed",
             ));
         }
+        let gradients = schedule.gradients();
+        if gradients > 0 && !self.store.has_own_updates() {
+            let trained = (0..self.units.records().len())
+                .filter(|unit| self.units.format(*unit).is_trainable())
+                .count();
+            if gradients < trained {
+                return Err(self.one_number(&format!(
+                    "the step updates {gradients} of {trained} trained {}",
+                    self.kind()
+                )));
+            }
+        }
         if let Some(unit) = schedule.deferred().iter().find(|unit| !self.can_defer(**unit)) {
             let name = self.units.unit_name(*unit);
             return Err(Error::invalid(format!(
@@ -165,7 +177,7 @@ impl Pipeline {
         state.squares = Squares::default();
         state.defers.clone_from(schedule.deferred());
         state.updates.clone_from(schedule.updated());
-        state.gradients = schedule.gradients();
+        state.gradients = gradients;
         let first_load = state.first_load;
         state.loads.extend(schedule.loads().iter().map(|&unit| Loaded { unit, weights: None }));
         state.newest += 1;
@@ -276,6 +288,39 @@ impl Pipeline {
             }
         }
         self.send(Command::Submit { unit, weights, gradient })
+    }
+
+    /// Says that a unit which the step updates, or whose gradient it defers, got none: it is not updated, keeps its
+    /// number of updates, and is not written, but for what changed in RAM alone since the last commit, if the step
+    /// commits. All chunks of a record are skipped, or none. Weights that stay in RAM are handed over in their own buffer
+    /// where the step updates at once; others may be.
+    ///
+    /// # Errors
+    /// `Invalid` when that buffer is missing, or the store has one number of updates for all records; the pipeline's
+    /// failure.
+    pub fn skip(&self, unit: usize, weights: Option<Slot>) -> Result {
+        self.store.check()?;
+        self.check_unit(unit)?;
+        if !self.store.has_own_updates() {
+            let name = self.units.unit_name(unit);
+            return Err(self.one_number(&format!("{name} got no gradient")));
+        }
+        let own = self.pool.residents.weights_of(unit);
+        let weights = weights.filter(|weights| own.is_some_and(|own| own.owns(weights)));
+        if own.is_some() && weights.is_none() && self.shared.lock().updates.contains(&unit) {
+            let name = self.units.unit_name(unit);
+            return Err(Error::invalid(format!(
+                "the weights of {name} stay in RAM: hand over the buffer that take_weights gave"
+            )));
+        }
+        self.send(Command::Skip { unit, weights })
+    }
+
+    fn one_number(&self, what: &str) -> Error {
+        Error::invalid(format!(
+            "{what}, and this store counts the steps of all its records together, as stores before format 0.4 do: \
+             export the model and import it again, and each record has its own count"
+        ))
     }
 
     /// The store's layout by what one buffer holds: records, or chunks.

@@ -9,7 +9,9 @@ use crate::units::{HUGE_PAGE_BYTES, PAGE_BYTES, round_up};
 const MAGIC: &[u8; 8] = b"MTIOSTOR";
 /// Format version; 0.x may change until it is frozen on purpose.
 pub(super) const MAJOR: u32 = 0;
-pub(super) const MINOR: u32 = 3;
+pub(super) const MINOR: u32 = 4;
+/// From this one on each record has its own number of updates in the table; before, there is one for all.
+const OWN_UPDATES_SINCE: u32 = 4;
 const BYTE_ORDER: u32 = 0x0102_0304;
 /// CRC-32C over units of 1 MiB, roots CRC-64/NVME.
 const CHECKSUM_ID: u32 = 1;
@@ -30,6 +32,8 @@ pub(super) const BLOB_BYTES_MAX: u64 = 256 << 10;
 /// The parts of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Header {
+    /// The format that the store was made with: it keeps that.
+    pub(super) minor: u32,
     pub(super) uuid: [u8; 16],
     pub(super) set_uuid: [u8; 16],
     pub(super) drive: (u32, u32),
@@ -62,6 +66,7 @@ impl Header {
         let data_offset =
             round_up(manifest_offset.checked_add(manifest_bytes)?, HUGE_PAGE_BYTES as u64)?;
         Some(Self {
+            minor: MINOR,
             uuid,
             set_uuid: uuid,
             drive: (u32::try_from(drive).ok()?, u32::try_from(layout.drives()).ok()?),
@@ -77,11 +82,16 @@ impl Header {
         })
     }
 
+    /// Whether entries of the table say how often they were updated.
+    pub(super) fn has_own_updates(&self) -> bool {
+        self.minor >= OWN_UPDATES_SINCE
+    }
+
     pub(super) fn encode(&self) -> Box<[u8; PAGE_BYTES]> {
         let mut page = PageWriter::new(MAGIC);
         page.u32(BYTE_ORDER);
         page.u32(MAJOR);
-        page.u32(MINOR);
+        page.u32(self.minor);
         // Feature bits: compatible, compatible for reading only, incompatible. None yet.
         for _ in 0..3 {
             page.u64(0);
@@ -154,6 +164,7 @@ impl Header {
         let blob_offsets = [next(), next()];
         let (data_offset, file_bytes) = (next(), next());
         Ok(Some(Self {
+            minor,
             uuid,
             set_uuid,
             drive,

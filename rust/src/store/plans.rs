@@ -51,7 +51,8 @@ impl Store {
     }
 
     /// Where to write a plane group by the copy rule: in place if it was already written since the
-    /// last commit, else to the copy that the committed table does not name.
+    /// last commit, else to the copy that the committed table does not name. What the entry says of updates stays as it
+    /// was: who makes one counts it.
     ///
     /// # Errors
     /// `Invalid` for a second write to a record that is not trained.
@@ -83,7 +84,7 @@ impl Store {
             drive: self.layout.chunks()[chunk].drive,
             offset: self.header.data_offset + self.layout.extent_offset(chunk, group, copy),
             binding: self.binding(chunk, group, next),
-            entry: Entry { generation: next, copy, planes },
+            entry: Entry { generation: next, copy, planes, updates: old.updates },
         })
     }
 

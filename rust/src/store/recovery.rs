@@ -395,7 +395,9 @@ fn read_manifest(
         let rebuilt = (layout.drives() == headers.len())
             .then(|| Header::new(header.uuid, &layout, &text[..bytes], drive))
             .flatten();
-        let rebuilt = rebuilt.map(|rebuilt| Header { set_uuid: header.set_uuid, ..rebuilt });
+        // What a store was made with stays: all its files say the same.
+        let (set_uuid, minor) = (header.set_uuid, headers[0].minor);
+        let rebuilt = rebuilt.map(|rebuilt| Header { set_uuid, minor, ..rebuilt });
         if rebuilt.as_ref() != Some(header) {
             let reason = "the header contradicts the manifest: the file is damaged";
             return Err(Error::format(file.path(), reason));
@@ -442,9 +444,10 @@ fn read_state(place: &Place<'_>, superblock: Superblock, side: usize) -> Result<
     let table_bytes = to_usize(header.table_bytes);
     let bytes = read(engine, file, header.table_offsets[side], table_bytes);
     let bytes = unless_unreadable(bytes)?;
-    let Some(table) = bytes
-        .filter(|bytes| crc64(&bytes[..table_bytes]) == superblock.table_crc)
-        .and_then(|bytes| Table::decode(layout, superblock.generation, &bytes))
+    let Some(table) =
+        bytes.filter(|bytes| crc64(&bytes[..table_bytes]) == superblock.table_crc).and_then(
+            |bytes| Table::decode(layout, superblock.generation, header.has_own_updates(), &bytes),
+        )
     else {
         return Ok(None);
     };

@@ -215,6 +215,22 @@ impl Store {
         self.committed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the table says of each record how often it was updated. A store that was made with a format before
+    /// 0.4 goes on with one number for all records, which is its trainer's.
+    #[must_use]
+    pub fn has_own_updates(&self) -> bool {
+        self.header.has_own_updates()
+    }
+
+    /// How often the optimizer has updated each chunk of the committed state: AdamW's t, the same in all chunks of a
+    /// record, 0 where it is not trained. `None` where the store has one number for all records.
+    #[must_use]
+    pub fn updates(&self) -> Option<Vec<u32>> {
+        let table = self.committed().table;
+        let of = |chunk| table.entry(&self.layout, chunk, Group::Update).updates;
+        self.has_own_updates().then(|| (0..self.layout.chunks().len()).map(of).collect())
+    }
+
     /// Whether the store promises nothing but a clean close.
     #[must_use]
     pub fn is_scratch(&self) -> bool {

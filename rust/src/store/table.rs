@@ -1,6 +1,6 @@
 //! The table: for every chunk and plane group which copy is current, the generation that wrote it,
-//! which planes are still zero, and the checksums. The committed table is on disk; the working table
-//! is what a step changes.
+//! which planes are still zero, how often the optimizer has updated them, and the checksums. The committed
+//! table is on disk; the working table is what a step changes.
 
 use std::ops::Range;
 
@@ -19,10 +19,14 @@ pub struct Entry {
     pub copy: CopyId,
     /// How many planes, from the first, are on disk; the others are zero.
     pub planes: u8,
+    /// Of an update group, how many updates the optimizer has made of its chunk: AdamW's t, the same in all chunks
+    /// of a record. 0 in weight groups, in records that are not trained, and in stores of a format that has one t
+    /// for all records ([`Store::has_own_updates`](crate::store::Store::has_own_updates)).
+    pub updates: u32,
 }
 
 impl Entry {
-    const EMPTY: Self = Self { generation: 0, copy: CopyId::A, planes: 0 };
+    const EMPTY: Self = Self { generation: 0, copy: CopyId::A, planes: 0, updates: 0 };
 }
 
 /// All entries and checksums of one state.
@@ -84,6 +88,7 @@ impl Table {
             bytes[..8].copy_from_slice(&entry.generation.to_le_bytes());
             bytes[8] = entry.copy.index();
             bytes[9] = entry.planes;
+            bytes[12..].copy_from_slice(&entry.updates.to_le_bytes());
         }
         let (sums, padding) = rest.split_at_mut(self.sums.len() * 4);
         for (sum, bytes) in self.sums.iter().zip(sums.chunks_mut(4)) {
@@ -92,8 +97,14 @@ impl Table {
         padding.fill(0);
     }
 
-    /// Reads a table of generation `generation`; `None` when an entry contradicts the layout.
-    pub(super) fn decode(layout: &Layout, generation: u64, bytes: &[u8]) -> Option<Self> {
+    /// Reads a table of generation `generation`, whose entries may say how often they were updated if
+    /// `has_updates`; `None` when an entry contradicts the layout.
+    pub(super) fn decode(
+        layout: &Layout,
+        generation: u64,
+        has_updates: bool,
+        bytes: &[u8],
+    ) -> Option<Self> {
         if bytes.len() < Self::encoded_bytes(layout) {
             return None;
         }
@@ -102,7 +113,8 @@ impl Table {
         let groups: Range<usize> = 0..layout.entry_count();
         for index in groups {
             let written = fields.u64();
-            let [copy, planes, ..]: [u8; 8] = fields.array();
+            let [copy, planes, reserved @ ..]: [u8; 4] = fields.array();
+            let updates = fields.u32();
             let number = index / Group::ALL.len();
             let chunk = &layout.chunks()[number];
             let group = Group::ALL[index % Group::ALL.len()];
@@ -115,7 +127,14 @@ impl Table {
             if !known || written > generation || (written == 0) != (planes == 0) {
                 return None;
             }
-            table.entries[index] = Entry { generation: written, copy, planes };
+            let can_be_updated = has_updates
+                && group == Group::Update
+                && written > 0
+                && chunk.format().is_trainable();
+            if reserved != [0; 2] || (updates > 0 && !can_be_updated) {
+                return None;
+            }
+            table.entries[index] = Entry { generation: written, copy, planes, updates };
         }
         for sum in &mut table.sums {
             *sum = fields.u32();

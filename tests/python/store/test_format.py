@@ -29,6 +29,8 @@ def test_a_reader_made_from_the_document_reads_every_plane(tmp_path, dtype, step
     with PagedStore(*files(path, drives), engine="threads") as state:
         assert (reader.generation, reader.blob) == (state.generation, state.blob)
         assert reader.generation == 1 + steps
+        assert reader.minor == 4
+        assert reader.updates == [steps] * len(reader.chunks)
         if not steps:
             assert reader.blob == blob(0, [])
         for place in state.layout.tensors():

@@ -72,10 +72,12 @@ class StoreReader:
         self.files = [path.read_bytes() for path in paths]
         header = self._sealed(0, b"MTIOSTOR")
         self.uuid = header[44:60]
+        self.minor = struct.unpack_from("<I", header, 16)[0]
+        assert self.minor in {3, 4}
         for drive, content in enumerate(self.files):
             own = self._sealed(0, b"MTIOSTOR", drive)
             assert own == self._sealed(512 << 10, b"MTIOSTOR", drive)
-            assert struct.unpack_from("<III", own, 8) == (0x01020304, 0, 3)
+            assert struct.unpack_from("<III", own, 8) == (0x01020304, 0, self.minor)
             assert struct.unpack_from("<II", own, 76) == (drive, len(paths))
             assert (own[44:76], own[84:176]) == (header[44:76], header[84:176])
             assert header_u64(own, 176) == len(content)
@@ -167,6 +169,15 @@ class StoreReader:
                 places.append(at)
                 at += 4 * -(-chunk.extent(group) // MIB)
         return places
+
+    @property
+    def updates(self) -> list[int]:
+        """How often each chunk was updated; 0 for all in a store of format 0.3."""
+        entries = range(2 * len(self.chunks))
+        counts = [struct.unpack_from("<HI", self._table, 16 * entry + 10) for entry in entries]
+        assert all(reserved == 0 for reserved, _ in counts)
+        assert not any(count for _, count in counts[::2])
+        return [count for _, count in counts[1::2]]
 
     def group(self, chunk_index: int, group: int) -> bytes:
         """The whole extent of a chunk's plane group, verified; what was never written is zero."""

@@ -119,6 +119,16 @@ impl Context {
         Ok(())
     }
 
+    /// A unit has no gradient in step `number`.
+    pub(super) fn no_squares(&self, number: u64) {
+        let mut state = self.shared.lock();
+        if state.newest == number {
+            state.squares.units += 1;
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
     /// Gives a load's weights to the caller who waits for them; if nobody does any more, to the pool.
     pub(super) fn hand_over(&self, number: u64, weights: Slot) {
         let mut state = self.shared.lock();

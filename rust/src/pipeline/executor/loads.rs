@@ -33,15 +33,15 @@ struct Load {
     /// Parts that were read, by chunk.
     parts: Vec<Option<Slot>>,
     missing: usize,
-    /// Whether they are updated on the way, with the gradient that was deferred.
-    applies: bool,
+    /// The step whose deferred gradient updates them on the way, if one does.
+    applies: Option<u64>,
 }
 
 /// A unit's weights that are all here.
 pub(super) struct Loaded {
     pub(super) number: u64,
     pub(super) unit: usize,
-    pub(super) applies: bool,
+    pub(super) applies: Option<u64>,
     pub(super) weights: Slot,
 }
 
@@ -79,7 +79,7 @@ impl Loads {
         working: &WorkingState,
         number: u64,
         unit: usize,
-        applies: bool,
+        applies: Option<u64>,
     ) -> Result {
         let chunks = cx.units.records()[unit].clone();
         let queue = match weights_kind(&cx.pool.sizes, &cx.units, unit) {
@@ -211,7 +211,7 @@ impl Loads {
     /// Nobody takes weights of the pending step any more; what is applied on its way stays planned.
     pub(super) fn drop_what_nobody_takes(&mut self) {
         for queue in self.all_mut() {
-            queue.retain(|load| load.applies || load.started > 0);
+            queue.retain(|load| load.applies.is_some() || load.started > 0);
         }
     }
 

@@ -85,6 +85,15 @@ impl ResidentStates {
         self.planes[chunk].is_changed = true;
     }
 
+    /// Whether weights and planes of a chunk are in RAM alone: they stay, and were updated since the last commit.
+    pub(super) fn are_unwritten(&self, unit: usize, chunk: usize, pool: &Pool) -> [bool; 2] {
+        let kept = &pool.residents;
+        [
+            kept.weights_of(unit).is_some() && self.weights[unit].is_changed,
+            kept.planes_of(chunk).is_some() && self.planes[chunk].is_changed,
+        ]
+    }
+
     /// What is here is what was committed.
     pub(super) fn committed(&mut self) {
         for state in self.weights.iter_mut().chain(&mut self.planes) {

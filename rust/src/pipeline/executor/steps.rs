@@ -18,6 +18,8 @@ pub(super) struct Step {
     updates_left: usize,
     /// Units whose gradient has not been submitted.
     expected: BTreeSet<usize>,
+    /// Units that turned out to have none: their updates change nothing.
+    skipped: BTreeSet<usize>,
     schedule: Arc<CheckedSchedule>,
     finished: bool,
     /// Whether it is to be committed: then what stays in RAM is written, too.
@@ -85,6 +87,7 @@ impl Steps {
             gradient_scale: 1.0,
             updates_left: schedule.updates(),
             expected: schedule.updated().union(schedule.deferred()).copied().collect(),
+            skipped: BTreeSet::new(),
             schedule,
             finished: false,
             commits,
@@ -110,6 +113,20 @@ impl Steps {
             updates: step.schedule.updated().contains(&unit),
             defers: step.schedule.deferred().contains(&unit),
         })
+    }
+
+    /// Takes note that a unit got no gradient; `None` likewise.
+    pub(super) fn skipped(&mut self, unit: usize) -> Option<Expected> {
+        let expected = self.submitted(unit)?;
+        if let Some(step) = self.queue.back_mut() {
+            step.skipped.insert(unit);
+        }
+        Some(expected)
+    }
+
+    /// Whether the update of a unit by a step changes nothing, as it got no gradient.
+    pub(super) fn skips(&self, number: u64, unit: usize) -> bool {
+        self.queue.iter().any(|step| step.number == number && step.skipped.contains(&unit))
     }
 
     /// Ends the pending step; `true` when the updates that it has made are to be taken back.

@@ -20,6 +20,7 @@ use crate::pipeline::executor::working_state::WorkingState;
 use crate::pipeline::memory::deferred_bytes;
 use crate::pipeline::stalls::{Cause, Timings};
 use crate::pipeline::update::{Weights, update_chunk};
+use crate::store::checksum;
 use crate::store::layout::Chunk;
 use crate::store::{Entry, WritePlan};
 use crate::units::{Group, to_usize};
@@ -43,6 +44,8 @@ struct Update {
     gradient: Gradient,
     /// Whether its gradient was deferred by the step, and its weights are on their way to the caller.
     applies: bool,
+    /// How often its chunk was updated when it is done.
+    updates: u32,
     /// Table entries of the writes in flight.
     written: Vec<(Group, Entry, Vec<u32>)>,
     writes_left: usize,
@@ -68,6 +71,8 @@ struct Source {
     hand_over: Option<u64>,
     /// The step that defers the gradient when all are updated, where that is on the drive.
     deferred_by: Option<u64>,
+    /// Whether there is none: nothing is computed, and what is in RAM alone is written if the step commits.
+    is_skipped: bool,
 }
 
 pub(super) struct Updates {
@@ -120,16 +125,37 @@ impl Updates {
     ) {
         let weights = cx.cut_at_chunks(unit, weights);
         let (chunks_left, gradient) = (weights.len(), Some(gradient));
-        let source = Source { weights, gradient, chunks_left, hand_over: None, deferred_by };
+        let (hand_over, is_skipped) = (None, false);
+        let source = Source { weights, gradient, chunks_left, hand_over, deferred_by, is_skipped };
         self.sources[unit] = Some(source);
     }
 
+    /// Takes note that a unit got no gradient. Weights that stay in RAM come back in their own buffer.
+    pub(super) fn skip(&mut self, cx: &Context, unit: usize, weights: Option<Slot>) {
+        let chunks_left = cx.units.records()[unit].len();
+        let weights = match weights {
+            Some(weights) => cx.cut_at_chunks(unit, weights),
+            None => std::iter::repeat_with(|| None).take(chunks_left).collect(),
+        };
+        let (gradient, hand_over, deferred_by, is_skipped) = (None, None, None, true);
+        let source = Source { weights, gradient, chunks_left, hand_over, deferred_by, is_skipped };
+        self.sources[unit] = Some(source);
+        self.has_moved_on = true;
+    }
+
     /// Takes weights on their way to the caller, to apply the gradient that was deferred; `None` where that
-    /// comes from the drive.
-    pub(super) fn apply(&mut self, cx: &Context, loaded: Loaded, gradient: Option<Slot>) {
+    /// comes from the drive, or where there is none.
+    pub(super) fn apply(
+        &mut self,
+        cx: &Context,
+        loaded: Loaded,
+        gradient: Option<Slot>,
+        is_skipped: bool,
+    ) {
         let weights = cx.cut_at_chunks(loaded.unit, loaded.weights);
         let (chunks_left, hand_over) = (weights.len(), Some(loaded.number));
-        let source = Source { weights, gradient, chunks_left, hand_over, deferred_by: None };
+        let deferred_by = None;
+        let source = Source { weights, gradient, chunks_left, hand_over, deferred_by, is_skipped };
         self.sources[loaded.unit] = Some(source);
         self.on_their_way += 1;
         // Residents are here at once.
@@ -141,9 +167,9 @@ impl Updates {
         &mut self,
         cx: &Context,
         requests: &mut Requests,
-        working: &WorkingState,
-        steps: &Steps,
-        deferred: &DeferredGradients,
+        working: &mut WorkingState,
+        steps: &mut Steps,
+        deferred: &mut DeferredGradients,
     ) -> Result {
         while let Some(&Planned { step, chunk, needs, applies }) = self.planned.front() {
             if !working.has_written(chunk, needs) || !steps.may_update(step, applies) {
@@ -152,7 +178,17 @@ impl Updates {
             let place = &cx.units.chunks()[chunk];
             let own_weights = cx.pool.residents.weights_of(place.record).is_some();
             let own_planes = cx.pool.residents.planes_of(chunk);
-            let on_drive = applies && deferred.is_on_drive(chunk);
+            let is_skipped = steps.skips(step, place.record);
+            let unwritten = working.residents.are_unwritten(place.record, chunk, &cx.pool);
+            if is_skipped && !(steps.commits(step) && unwritten.contains(&true)) {
+                if self.sources[place.record].is_none() {
+                    return Ok(());
+                }
+                self.planned.pop_front();
+                self.pass_by(cx, working, steps, deferred, (step, chunk));
+                continue;
+            }
+            let on_drive = applies && !is_skipped && deferred.is_on_drive(chunk);
             if on_drive && !deferred.is_written(chunk) {
                 return Ok(());
             }
@@ -180,6 +216,7 @@ impl Updates {
                 is_read,
                 gradient: if on_drive { Gradient::Coming } else { Gradient::OfUnit },
                 applies,
+                updates: working.updates(chunk),
                 written: Vec::new(),
                 writes_left: 0,
             };
@@ -258,9 +295,18 @@ impl Updates {
         let place = &cx.units.chunks()[chunk];
         let unit = place.record;
         let source = self.sources[unit].as_mut().ok_or_else(missing)?;
-        let plans = plan_writes(cx, working, step, chunk)?;
-        working.residents.change(unit, chunk);
-        let (slots, sums) = compute(cx, step, update, source, &plans)?;
+        let (slots, sums, plans);
+        if source.is_skipped {
+            plans = plan_carried(cx, working, step, chunk)?;
+            (slots, sums) = carry(cx, update, source, &plans)?;
+        } else {
+            if cx.store.has_own_updates() {
+                update.updates = working.updates(chunk).saturating_add(1);
+            }
+            plans = plan_writes(cx, working, step, update)?;
+            working.residents.change(unit, chunk);
+            (slots, sums) = compute(cx, working, step, update, source, &plans)?;
+        }
         let is_last = source.chunks_left == 0;
         update.writes_left = plans.iter().flatten().count();
         for (((group, plan), sums), slot) in Group::ALL.into_iter().zip(plans).zip(sums).zip(slots)
@@ -327,8 +373,29 @@ impl Updates {
         position: usize,
     ) {
         let update = self.active.remove(position);
-        working.updated(cx.store.layout(), update.chunk, &update.written);
+        working.updated(cx.store.layout(), update.chunk, &update.written, update.updates);
         steps.updated(update.step);
+    }
+
+    /// Ends the update of a chunk that got no gradient, and has nothing to be written.
+    fn pass_by(
+        &mut self,
+        cx: &Context,
+        working: &mut WorkingState,
+        steps: &mut Steps,
+        deferred: &mut DeferredGradients,
+        (step, chunk): (u64, usize),
+    ) {
+        let unit = cx.unit_of(chunk);
+        working.updated(cx.store.layout(), chunk, &[], working.updates(chunk));
+        steps.updated(step);
+        if let Some(source) = &mut self.sources[unit] {
+            source.chunks_left -= 1;
+            if source.chunks_left == 0 {
+                self.end_source(cx, deferred, unit);
+            }
+        }
+        self.has_moved_on = true;
     }
 
     /// Forgets what was planned for a step that is dropped.
@@ -425,8 +492,9 @@ fn plan_writes(
     cx: &Context,
     working: &WorkingState,
     step: &Step,
-    chunk: usize,
+    update: &Update,
 ) -> Result<[Option<WritePlan>; 2]> {
+    let chunk = update.chunk;
     let (place, residents) = (&cx.units.chunks()[chunk], &cx.pool.residents);
     let stays =
         [residents.weights_of(place.record).is_some(), residents.planes_of(chunk).is_some()];
@@ -434,7 +502,33 @@ fn plan_writes(
         true => Ok(None),
         false => working.plan_write(&cx.store, chunk, group, planes).map(Some),
     };
-    Ok([plan(Group::Weight, 1)?, plan(Group::Update, place.format().planes(Group::Update).len())?])
+    let planes = place.format().planes(Group::Update).len();
+    let update_plan = plan(Group::Update, planes)?.map(|plan| counted(plan, update.updates));
+    Ok([plan(Group::Weight, 1)?, update_plan])
+}
+
+/// Where a chunk that got no gradient is written: what is in RAM alone, for a commit.
+fn plan_carried(
+    cx: &Context,
+    working: &WorkingState,
+    step: &Step,
+    chunk: usize,
+) -> Result<[Option<WritePlan>; 2]> {
+    let place = &cx.units.chunks()[chunk];
+    let unwritten = working.residents.are_unwritten(place.record, chunk, &cx.pool);
+    let plan = |group: Group, planes: usize| match unwritten[group as usize] && step.commits() {
+        true => working.plan_write(&cx.store, chunk, group, planes).map(Some),
+        false => Ok(None),
+    };
+    let planes = place.format().planes(Group::Update).len();
+    let updates = working.updates(chunk);
+    let update_plan = plan(Group::Update, planes)?.map(|plan| counted(plan, updates));
+    Ok([plan(Group::Weight, 1)?, update_plan])
+}
+
+/// The same, with an entry that says how often the chunk was updated.
+fn counted(plan: WritePlan, updates: u32) -> WritePlan {
+    WritePlan { entry: Entry { updates, ..plan.entry }, ..plan }
 }
 
 type Computed = ([Option<Slot>; 2], [Vec<u32>; 2]);
@@ -442,6 +536,7 @@ type Computed = ([Option<Slot>; 2], [Vec<u32>; 2]);
 /// Updates a chunk; returns what is to be written of each group, and the checksums.
 fn compute(
     cx: &Context,
+    working: &WorkingState,
     step: &Step,
     update: &mut Update,
     source: &mut Source,
@@ -452,7 +547,11 @@ fn compute(
     let place = &cx.units.chunks()[chunk];
     let spans = cx.settings.spans(&cx.store.layout().chunks()[chunk]);
     let (format, scale) = (place.format(), step.gradient_scale());
-    let optimizer = step.hyperparameters().over(format, place.parameters, scale, &spans)?;
+    let hyperparameters = match cx.store.has_own_updates() {
+        true => step.hyperparameters().after(working.updates(chunk)),
+        false => *step.hyperparameters(),
+    };
+    let optimizer = hyperparameters.over(format, place.parameters, scale, &spans)?;
     let mut planes = update.planes.take().ok_or_else(missing)?;
     let mut weight_out = update.weight_out.take();
     let part = std::mem::replace(&mut update.gradient, Gradient::OfUnit);
@@ -487,4 +586,35 @@ fn compute(
     };
     source.chunks_left -= 1;
     Ok(([new_weights, Some(planes)], sums))
+}
+
+/// The same of a chunk that got no gradient: nothing is computed.
+fn carry(
+    cx: &Context,
+    update: &mut Update,
+    source: &mut Source,
+    plans: &[Option<WritePlan>; 2],
+) -> Result<Computed> {
+    let planes = update.planes.take();
+    let mut weight_out = update.weight_out.take();
+    let number = update.chunk - cx.units.records()[cx.unit_of(update.chunk)].start;
+    let mut weights = source.weights[number].take();
+    if update.applies {
+        // Compute gets its own; what is in flight belongs to the engine.
+        if let (Some(out), Some(weights)) = (&mut weight_out, &weights) {
+            out.copy_from_slice(weights);
+        }
+        source.weights[number] = weights;
+        weights = weight_out;
+    }
+    source.chunks_left -= 1;
+    let slots = [weights, planes];
+    let mut sums = [vec![], vec![]];
+    for ((sums, slot), plan) in sums.iter_mut().zip(&slots).zip(plans) {
+        let Some(plan) = plan else { continue };
+        let missing = || Error::invalid("an update without its buffers");
+        let slot = slot.as_ref().ok_or_else(missing)?;
+        *sums = cx.workers.install(|| checksum::sums(&plan.binding, slot));
+    }
+    Ok((slots, sums))
 }

@@ -1,5 +1,5 @@
-//! The working state: where each chunk's newest planes lie, which updates have been written, and what is
-//! in RAM. It goes on from the last commit, and back to it.
+//! The working state: where each chunk's newest planes lie, how often they were updated, which updates have been
+//! written, and what is in RAM. It goes on from the last commit, and back to it.
 
 use crate::error::Result;
 use crate::pipeline::executor::residents::ResidentStates;
@@ -9,6 +9,9 @@ use crate::units::Group;
 
 pub(super) struct WorkingState {
     table: Table,
+    /// Per chunk: how often the optimizer has updated it, also in RAM alone. Stays 0 in a store that has one number for
+    /// all records.
+    updates: Vec<u32>,
     /// Per chunk: updates that were scheduled, and updates that are on disk, or in RAM to stay.
     scheduled: Vec<u64>,
     written: Vec<u64>,
@@ -22,6 +25,7 @@ impl WorkingState {
         let chunks = units.chunks().len();
         Self {
             table: Table::clone(&store.committed().table),
+            updates: store.updates().unwrap_or_else(|| vec![0; chunks]),
             scheduled: vec![0; chunks],
             written: vec![0; chunks],
             is_touched: false,
@@ -57,6 +61,11 @@ impl WorkingState {
         store.plan_write(&self.table, chunk, group, planes)
     }
 
+    /// How often the optimizer has updated a chunk.
+    pub(super) fn updates(&self, chunk: usize) -> u32 {
+        self.updates[chunk]
+    }
+
     /// A write begins: from here on the drives hold more than the last commit.
     pub(super) fn touch(&mut self) {
         self.is_touched = true;
@@ -66,13 +75,15 @@ impl WorkingState {
         self.is_touched
     }
 
-    /// An update of a chunk is written, with these entries.
+    /// An update of a chunk is written, with these entries; after it the chunk was updated so often.
     pub(super) fn updated(
         &mut self,
         layout: &Layout,
         chunk: usize,
         written: &[(Group, Entry, Vec<u32>)],
+        updates: u32,
     ) {
+        self.updates[chunk] = updates;
         for (group, entry, sums) in written {
             self.table.set(layout, chunk, *group, *entry, sums);
         }
@@ -88,6 +99,7 @@ impl WorkingState {
     /// Goes back to the last commit; updates that were written since are still counted.
     pub(super) fn back_to_the_last_commit(&mut self, store: &Store) {
         self.table = Table::clone(&store.committed().table);
+        self.updates = store.updates().unwrap_or_else(|| vec![0; self.updates.len()]);
         self.residents.back_to_the_last_commit();
     }
 

@@ -26,7 +26,7 @@ fn a_newer_format_is_refused_by_number() {
     let sum = crate::store::checksum::crc32c(&page[..PAGE_BYTES - 4]).to_le_bytes();
     page[PAGE_BYTES - 4..].copy_from_slice(&sum);
     let reason = Header::decode(&page[..]).expect_err("refused");
-    assert!(reason.contains("format 9.3") && reason.contains("not modified"), "{reason}");
+    assert!(reason.contains("format 9.4") && reason.contains("not modified"), "{reason}");
 }
 
 #[test]

@@ -82,6 +82,33 @@ fn ten_thousand_damages_are_found_or_hit_nothing_that_counts() {
     check_counts(&all_counts.into_inner().expect("not poisoned"));
 }
 
+/// Each record's number of updates lies in the table: no bit of it can change in silence.
+#[test]
+fn every_bit_of_the_tables_is_protected() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Trained::new(folder.path(), &RECORDS, 4096, 1);
+    let bits = |at: u64| (0..8).map(move |bit| (at, 1_u8 << bit));
+    let tables = store.header.table_offsets;
+    let encoded = crate::store::Table::encoded_bytes(&store.layout) as u64;
+    let places: Vec<_> =
+        tables.into_iter().flat_map(|at| span(at, encoded)).flat_map(bits).collect();
+    let failure = places.into_par_iter().find_map_any(|(at, bit)| {
+        let drive = store.image().copy();
+        drive.overwrite(at, &[drive.bytes(span(at, 1))[0] ^ bit]);
+        let verdict = verdict(&drive, &store, &store);
+        let is_newest = at >= tables[1];
+        let expected = Verdict::Opened {
+            generation: if is_newest { 2 } else { 3 },
+            fell_back: is_newest,
+            damaged: vec![],
+        };
+        let looked = look(&store, drive, &verdict);
+        let is_right = verdict == expected && looked.is_ok();
+        (!is_right).then(|| format!("bit {bit} at {at}: {verdict:?}, {looked:?}"))
+    });
+    assert_eq!(failure, None);
+}
+
 /// No part was left out, and the outcomes are those that the design promises.
 fn check_counts(all_counts: &BTreeMap<&str, Counts>) {
     let all = || all_counts.values();
@@ -204,6 +231,9 @@ fn look(store: &Trained, drive: Memory, verdict: &Verdict) -> Result<(), String>
     {
         let found = (committed.generation, opened.fell_back_from());
         return Err(format!("{verdict:?} was expected; {found:?}, or another blob"));
+    }
+    if opened.updates().as_ref() != Some(&state.updates) {
+        return Err(format!("{:?} updates; {:?} were made", opened.updates(), state.updates));
     }
     // What was verified while opening was found sound, or the open would have ended otherwise.
     let report = match opened.verified_at_open() {

@@ -227,7 +227,13 @@ fn check_manifest(text: &[u8]) {
 }
 
 fn check_table(layout: &Layout, bytes: &[u8]) {
-    let Some(table) = Table::decode(layout, 3, bytes) else { return };
+    assert!(Table::decode(layout, 3, false, bytes).is_none_or(|table| {
+        let chunks = 0..layout.chunks().len();
+        chunks
+            .flat_map(|chunk| Group::ALL.map(|group| table.entry(layout, chunk, group)))
+            .all(|entry| entry.updates == 0)
+    }));
+    let Some(table) = Table::decode(layout, 3, true, bytes) else { return };
     for (index, chunk) in layout.chunks().iter().enumerate() {
         for group in Group::ALL {
             let entry = table.entry(layout, index, group);

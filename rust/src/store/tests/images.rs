@@ -12,7 +12,7 @@ use crate::memory::slot::Slot;
 use crate::store::checksum;
 use crate::store::header::Header;
 use crate::store::layout::{Layout, Manifest, Record, Tensor};
-use crate::store::{Store, StoreCreator, Table};
+use crate::store::{Entry, Store, StoreCreator, Table};
 use crate::units::{CopyId, Group, StateFormat};
 
 /// Boot id under which these stores were written; no other one may vouch for them.
@@ -43,6 +43,8 @@ pub(in crate::store) struct State {
     pub(in crate::store) blob: Vec<u8>,
     /// By chunk and plane group, in table order.
     pub(in crate::store) groups: Vec<Held>,
+    /// How often each chunk was updated.
+    pub(in crate::store) updates: Vec<u32>,
 }
 
 /// What a plane group holds.
@@ -143,7 +145,8 @@ impl State {
         }
         let blob = random_bytes(1000, 1000, rng);
         creator.finish(&blob).expect("finished");
-        Self { image: engine.copy(), blob, groups }
+        let updates = vec![0; layout.chunks().len()];
+        Self { image: engine.copy(), blob, groups, updates }
     }
 
     /// The next generation, in which these chunks are written, the first of them twice.
@@ -155,10 +158,11 @@ impl State {
         rng: &mut fastrand::Rng,
     ) -> Self {
         let mut table: Table = (*store.committed().table).clone();
-        let mut groups = last.groups.clone();
+        let (mut groups, mut updates) = (last.groups.clone(), last.updates.clone());
         store.run(store.start_writing().expect("writable")).expect("written");
         for &index in chunks[..1].iter().chain(chunks) {
             let chunk = store.layout.chunks()[index];
+            updates[index] += 1 + rng.u32(..1000);
             for group in Group::ALL {
                 let planes = chunk.format().planes(group).len();
                 let plan = store.plan_write(&table, index, group, planes).expect("trained");
@@ -175,7 +179,9 @@ impl State {
                 )
                 .1
                 .expect("written");
-                table.set(&store.layout, index, group, plan.entry, &sums);
+                let updates = if group == Group::Update { updates[index] } else { 0 };
+                let entry = Entry { updates, ..plan.entry };
+                table.set(&store.layout, index, group, entry, &sums);
                 groups[store.layout.entry(index, group)] =
                     Held { place: plan.offset..plan.offset + stored as u64, bytes };
             }
@@ -183,7 +189,7 @@ impl State {
         let blob = random_bytes(1000 + rng.usize(..5000), 0, rng);
         store.commit(table, &blob).expect("committed");
         store.mark_clean().expect("closed");
-        Self { image: engine.copy(), blob, groups }
+        Self { image: engine.copy(), blob, groups, updates }
     }
 }
 

@@ -22,6 +22,11 @@ pub(super) enum Call {
         unit: usize,
         updates: bool,
     },
+    /// Say that a unit got no gradient, and give its weights back.
+    Skip {
+        unit: usize,
+        updates: bool,
+    },
     /// Wait for the sum of the squares of all gradients.
     Norm,
     End {

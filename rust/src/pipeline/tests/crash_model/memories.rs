@@ -30,6 +30,8 @@ pub(super) struct Record {
     pub(super) weight: Vec<f32>,
     pub(super) exp_avg: Vec<f32>,
     pub(super) exp_avg_sq: Vec<f32>,
+    /// AdamW's t of the record.
+    pub(super) updates: u32,
 }
 
 /// What the state is after each step, by training in memory.
@@ -44,7 +46,7 @@ impl Memories {
         let record = |(index, &parameters): (usize, &u64)| {
             let zeros = vec![0.0; len(parameters)];
             let weight = (0..len(parameters)).map(|i| value(0, index, i)).collect();
-            Arc::new(Record { weight, exp_avg: zeros.clone(), exp_avg_sq: zeros })
+            Arc::new(Record { weight, exp_avg: zeros.clone(), exp_avg_sq: zeros, updates: 0 })
         };
         Self { after: vec![records.iter().enumerate().map(record).collect()] }
     }
@@ -57,9 +59,11 @@ impl Memories {
             let record = Arc::make_mut(&mut state[index]);
             let n = record.weight.len();
             let gradient: Vec<f32> = (0..n).map(|i| value(step, index, i)).collect();
-            let Record { weight, exp_avg, exp_avg_sq } = record;
+            record.updates += 1;
+            let own = adamw(record.updates.into());
+            let Record { weight, exp_avg, exp_avg_sq, .. } = record;
             let planes = [weight, exp_avg, exp_avg_sq].map(Vec::as_mut_slice);
-            adamw(step).update_tensor(Kernel::Scalar, gradient_scale, 0.01, &gradient, planes);
+            own.update_tensor(Kernel::Scalar, gradient_scale, 0.01, &gradient, planes);
         }
         self.after.push(state);
     }

@@ -31,7 +31,10 @@ pub(super) fn plan_calls(run: &Run, process: &mut Process, memories: &mut Memori
         let records = layout.records().len();
         let (trained, commits) = (run.trained(records, process.step), run.commits(process.step));
         let scale = run.scale(process.step);
-        memories.train(process.step, &trained, scale);
+        let skipped = run.skipped(&trained, process.step);
+        let has_gradient = |record: &usize| !skipped.contains(record);
+        let with_gradient: Vec<_> = trained.iter().copied().filter(has_gradient).collect();
+        memories.train(process.step, &with_gradient, scale);
         let (updates, defers) = run.updates_and_defers(process.step);
         let schedule = schedule(&process.store, kind, &applied, &trained, (updates, defers));
         let after = match updates && scale.to_bits() == 1_f32.to_bits() {
@@ -43,7 +46,11 @@ pub(super) fn plan_calls(run: &Run, process: &mut Process, memories: &mut Memori
         for record in trained.iter().rev() {
             let units = units(*record);
             process.calls.extend(units.clone().map(Call::Fetch));
-            process.calls.extend(units.map(|unit| Call::Train { unit, updates }));
+            if skipped.contains(record) {
+                process.calls.extend(units.map(|unit| Call::Skip { unit, updates }));
+            } else {
+                process.calls.extend(units.map(|unit| Call::Train { unit, updates }));
+            }
         }
         process.calls.push_back(Call::Norm);
         process.calls.push_back(Call::End { commit: commits, after });

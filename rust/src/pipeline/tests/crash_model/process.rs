@@ -49,6 +49,18 @@ impl Process {
         Ok(true)
     }
 
+    /// Says that a unit got no gradient.
+    pub(super) fn skip(&mut self, unit: usize, updates: bool) -> Result {
+        let position = self.away.iter().position(|(fetched, _)| *fetched == unit);
+        let weights = match self.away.swap_remove(position.expect("fetched")).1 {
+            Away::Here(slot) => Some(slot),
+            Away::There(_) => None,
+        };
+        // Where nothing is updated now, some trainers give the buffer back by themselves.
+        let weights = weights.filter(|_| updates || unit.is_multiple_of(2));
+        self.front.skip(unit, weights)
+    }
+
     /// Submits the gradient of a unit; `false` while there is no buffer for it.
     pub(super) fn train(&mut self, unit: usize, updates: bool) -> Result<bool> {
         let front = &self.front;

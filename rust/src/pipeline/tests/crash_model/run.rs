@@ -61,6 +61,13 @@ impl Run {
         all.filter(|record| *record == forced || rng.bool()).collect()
     }
 
+    /// Those of them that turn out to have no gradient: what a commit needs of them is written all the same.
+    pub(super) fn skipped(&self, trained: &[usize], step: u64) -> Vec<usize> {
+        let mut rng = fastrand::Rng::with_seed(self.seed ^ (step << 48));
+        let is_partial = self.partial;
+        trained.iter().copied().filter(|_| is_partial && rng.u8(..3) == 0).collect()
+    }
+
     /// What the gradients of a step are multiplied by.
     pub(super) fn scale(&self, step: u64) -> f32 {
         let mut rng = fastrand::Rng::with_seed(self.seed ^ (step << 16));

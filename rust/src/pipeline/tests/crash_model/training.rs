@@ -169,6 +169,14 @@ impl<'a> Machine<'a> {
             .ok_or_else(|| format!("step {step} was never made"))?;
         for (index, chunk) in store.layout().chunks().iter().enumerate() {
             let record = &state[chunk.record];
+            let updates = committed.table.entry(store.layout(), index, Group::Update).updates;
+            if updates != record.updates {
+                return Err(format!(
+                    "the store says step {step}, and {} was updated {updates} times, not {}",
+                    store.describe(index, Group::Update),
+                    record.updates
+                ));
+            }
             let range = len(chunk.start)..len(chunk.start) + chunk.parameters;
             for group in Group::ALL {
                 let slot = Slot::standalone(chunk.extent_bytes(group), &Ledger::new(), "test")
@@ -312,6 +320,11 @@ impl<'a> Machine<'a> {
             Call::Train { unit, updates } => {
                 let (unit, updates) = (*unit, *updates);
                 process.train(unit, updates)?
+            }
+            Call::Skip { unit, updates } => {
+                let (unit, updates) = (*unit, *updates);
+                process.skip(unit, updates)?;
+                true
             }
             Call::Norm => front.squares(NO_WAIT)?.is_some(),
             Call::End { commit, after } => {

@@ -1,6 +1,6 @@
 """Weights and gradients of a stop: what autograd makes for each micro-batch is summed, and the sums are submitted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -42,7 +42,7 @@ class StopWeights:
 
 
 class Gradient:
-    """The fp32 gradients of the trained records of a stop, summed over micro-batches in place.
+    """The fp32 gradients of those records of a stop that a step updates, summed over micro-batches in place.
 
     Attributes:
         names: of the tensors that get gradients.
@@ -50,7 +50,14 @@ class Gradient:
     """
 
     def __init__(
-        self, state: Records, ranks: Ranks, stop: int, expected: Sequence[str] | None = None
+        self,
+        state: Records,
+        ranks: Ranks,
+        stop: int,
+        expected: Sequence[str] | None = None,
+        *,
+        updated: Collection[int] | None = None,
+        carried: Collection[int] = (),
     ) -> None:
         """Borrow memory for the gradients, record after record.
 
@@ -59,11 +66,18 @@ class Gradient:
             ranks: over which they are summed.
             stop: whose gradients they are.
             expected: names of the tensors that get gradients first; None = all of the stop's.
+            updated: records, of any stop, that the step updates; None = all that are trained.
+            carried: records, of any stop, that the step updates without a gradient: it writes what is in RAM alone.
         """
         self._state = state
         self._ranks = ranks
         layout = state.layout
-        self._borrowed = {record: state.gradient(record) for record in layout.trained_of(stop)}
+        self._borrowed = {
+            record: state.gradient(record)
+            for record in layout.trained_of(stop)
+            if updated is None or record in updated
+        }
+        self._carried = frozenset(carried)
         self._record_of = {
             place.name: record for record in self._borrowed for place in layout.records[record].tensors
         }
@@ -89,22 +103,37 @@ class Gradient:
     def submit(self, weights: StopWeights) -> None:
         """Submit the gradients for the update, in the order of the records, and give all weights of the stop back.
 
+        A record that got no gradient is skipped, as ``torch.optim.AdamW`` skips parameters without one.
+
         Raises:
-            MegatrainIoError: a trained parameter of the stop got no gradient.
+            MegatrainIoError: some parameters of a record got a gradient, and others did not. Nothing was submitted.
         """
-        missing = sorted(set(self.names) - self._seen)
-        if missing:
-            raise MegatrainIoError(
-                f"{len(missing)} parameter(s) got no gradient in this step, the first is {missing[0]}: stock "
-                "AdamW would skip them; freezing parameters is not possible yet"
-            )
+        skipped = {record for record in self._borrowed if self._got_none(record)}
         weights.tensors = {}
         for record, borrowed in weights.records.items():
-            if record in self._borrowed:
+            if record in skipped:
+                self._borrowed[record].give_back()
+                self._state.skip(record, borrowed)
+            elif record in self._borrowed:
                 self._ranks.sum_gradient(record, self._borrowed[record])
                 self._state.submit(record, borrowed, self._borrowed[record])
+            elif record in self._carried:
+                self._state.skip(record, borrowed)
             else:
                 borrowed.give_back()
+
+    def _got_none(self, record: int) -> bool:
+        names = {name for name, own in self._record_of.items() if own == record}
+        missing = sorted(names - self._seen)
+        if missing and len(missing) < len(names):
+            name = self._state.layout.records[record].name
+            raise MegatrainIoError(
+                f"{len(missing)} of {len(names)} parameters of {name} got no gradient in this step, the first is "
+                f"{missing[0]}, and the others got one: torch.optim.AdamW would leave them as they are, and here the "
+                "parameters of a block are updated together. The step was dropped. Train on data that reaches all of "
+                "them, or larger batches"
+            )
+        return bool(missing)
 
 
 def _add(total: Tensor, gradient: Tensor) -> None:

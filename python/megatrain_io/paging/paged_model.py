@@ -5,7 +5,7 @@ moved do not depend on the number of micro-batches.
 """
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +38,11 @@ __all__ = ["PagedPartition", "StepLoss", "clear_frames"]
 
 # Hyperparameters of a step that updates nothing with gradients of its own.
 _NO_UPDATE = AdamWStep(1, 0.0)
+# Schedules that are kept: a run that updates all records needs four or five.
+_SCHEDULES = 8
+
+_Key = tuple[frozenset[int] | None, UpdatePolicy, frozenset[int]]
+"""Records that wait for their update, what becomes of a step's gradients, and the records that it updates."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class _UnderWay:
     number: int
     policy: UpdatePolicy
     commits: bool
+    updates: frozenset[int]
     loss: float = 0.0
     result: StepLoss | None = None
 
@@ -153,8 +159,9 @@ class PagedPartition:
         self.max_grad_norm = max_grad_norm
         self._speculation = Speculation()
         self._policy = policy
-        self._schedules: dict[tuple[bool, UpdatePolicy], _Prepared] = {}
-        self._is_waiting = False
+        self._schedules: dict[_Key, _Prepared] = {}
+        self._waiting: frozenset[int] | None = None
+        self._in_ram: frozenset[int] = frozenset()
         self._was_committed = True
         self._under_way: _UnderWay | None = None
         self._metered_size = (False, 0, 0)
@@ -197,6 +204,7 @@ class PagedPartition:
         blob: Callable[[float], bytes] | None,
         *,
         number: int | None = None,
+        updated: Collection[int] | None = None,
     ) -> StepLoss:
         """Make one optimizer step. With ``blob`` it is committed while the next step begins.
 
@@ -208,6 +216,7 @@ class PagedPartition:
             blob: makes the trainer's state after this step from the step's loss; None = the step becomes
                 durable with the next commit.
             number: of the step, from which random numbers follow; None = that of ``adamw``.
+            updated: records that this step updates; None = all that are trained.
 
         Raises:
             TrainingDivergedError: the loss is not finite. Nothing of the step remains.
@@ -217,14 +226,20 @@ class PagedPartition:
             CorruptionError: an input came back from the drive with other bytes. Nothing of the step remains.
         """
         number, commits = adamw.step if number is None else number, blob is not None
-        with self.training_step(micro_batches, adamw, number=number, commits=commits):
+        with self.training_step(micro_batches, adamw, number=number, commits=commits, updated=updated):
             loss = self.forward()
             self.backward()
             return self.end_step(None if blob is None else blob(loss))
 
     @contextmanager
     def training_step(
-        self, micro_batches: Sequence[MicroBatch], adamw: AdamWStep, *, number: int, commits: bool
+        self,
+        micro_batches: Sequence[MicroBatch],
+        adamw: AdamWStep,
+        *,
+        number: int,
+        commits: bool,
+        updated: Collection[int] | None = None,
     ) -> Iterator[None]:
         """Begin an optimizer step for the context; in it ``forward``, ``backward`` and ``end_step``, once each.
 
@@ -235,17 +250,27 @@ class PagedPartition:
             adamw: hyperparameters of the update.
             number: of the step, from which random numbers follow.
             commits: whether ``end_step`` will get a blob.
+            updated: records that this step updates, by index; None = all that are trained. The others stay as they are,
+                their t of AdamW, too, and of them weights alone are read.
+
+        Raises:
+            MegatrainIoError: there is nothing to update; a record is not trained; the store has one t for all
+                records, and some are left out. Nothing was begun.
         """
         layout = self.state.layout
         if layout.is_frozen:
             raise MegatrainIoError("all weights of this store are frozen: there is nothing to update")
+        chosen = self._chosen(updated)
+        carried = self._in_ram - chosen if commits else frozenset()
         self.partition.train()
         micro_batches = self.ranks.share(micro_batches)
         self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, micro_batches))
         policy = self._choose_policy(commits=commits)
-        schedule = self._schedule(policy)
-        with self._step(micro_batches, schedule, adamw, number, commits=commits) as step:
-            self._under_way = _UnderWay(step, adamw, number, policy, commits)
+        schedule = self._schedule(policy, chosen | carried)
+        with self._step(
+            micro_batches, schedule, adamw, number, commits=commits, updated=chosen, carried=carried
+        ) as step:
+            self._under_way = _UnderWay(step, adamw, number, policy, commits, chosen | carried)
             try:
                 yield
             finally:
@@ -302,7 +327,8 @@ class PagedPartition:
         coefficient = made.clip_coefficient
         stands = begun.policy == "immediate" or (begun.policy == "speculative" and coefficient == 1.0)
         self.state.end(blob, None if stands else coefficient)
-        self._is_waiting, self._was_committed = not stands, begun.commits
+        self._waiting, self._was_committed = None if stands else begun.updates, begun.commits
+        self._in_ram = frozenset() if begun.commits else self._in_ram | self._kept_of(begun.updates)
         self._speculation.learn(is_clipped=coefficient < 1.0)
         return made
 
@@ -336,9 +362,8 @@ class PagedPartition:
         self.partition.train()
         micro_batches = self.ranks.share(micro_batches)
         self.saved.reserve(layout.blocks, hidden_nbytes(self.partition, micro_batches))
-        with self._step(
-            micro_batches, self._schedule("immediate"), _NO_UPDATE, number, commits=False
-        ) as step:
+        schedule = self._schedule("immediate", frozenset())
+        with self._step(micro_batches, schedule, _NO_UPDATE, number, commits=False) as step:
             step.embedding()
             step.forward(saving=True)
             loss = step.head(training=True)
@@ -351,13 +376,14 @@ class PagedPartition:
 
     def flush(self) -> None:
         """Make the update of the last step, if its gradients still wait."""
-        if not self._is_waiting:
+        waiting = self._waiting
+        if waiting is None:
             return
         layout = self.state.layout
         # Nothing is computed: no device sees it.
-        schedule = _Prepared(self._checked(flush_schedule(layout)), transfer_plan_of(()))
+        schedule = _Prepared(self._checked(flush_schedule(layout, waiting)), transfer_plan_of(()))
         with self._begun(schedule, _NO_UPDATE, commits=False), self.span("flush"):
-            for record in layout.trained:
+            for record in sorted(waiting):
                 if self._on_device is None:
                     self.state.weights(record).give_back()
                 else:
@@ -431,19 +457,44 @@ class PagedPartition:
     def _prepared(self, schedule: Sequence[ChunkOp]) -> _Prepared:
         return _Prepared(self._checked(schedule), transfer_plan_of(schedule))
 
-    def _schedule(self, policy: UpdatePolicy) -> _Prepared:
-        """The schedule of a training step, built and checked once for each kind of step."""
-        key = (self._is_waiting, policy)
-        if key not in self._schedules:
+    def _chosen(self, updated: Collection[int] | None) -> frozenset[int]:
+        """The records that a step updates."""
+        trained = frozenset(self.state.layout.trained)
+        chosen = trained if updated is None else frozenset(updated)
+        if not chosen:
+            raise MegatrainIoError("the step updates no record: there is nothing to train")
+        if others := sorted(chosen - trained):
+            raise MegatrainIoError(
+                f"the step is to update record {others[0]}, which is not trained; those that are: {sorted(trained)}"
+            )
+        return chosen
+
+    def _kept_of(self, records: frozenset[int]) -> frozenset[int]:
+        """Those of some records of which anything stays in RAM."""
+        kept, layout = self.state.residents, self.state.layout
+        has_planes = {chunk.record for chunk in layout.chunks if chunk.index in kept.chunks}
+        return records & (kept.records | has_planes)
+
+    def _schedule(self, policy: UpdatePolicy, updated: frozenset[int]) -> _Prepared:
+        """The schedule of a training step, built and checked once for each of the last kinds of step."""
+        key = (self._waiting, policy, updated)
+        prepared = self._schedules.pop(key, None)
+        if prepared is None:
             operations = build_schedule(
                 self.state.layout,
                 tied_embeddings=self.tied_embeddings,
                 training=True,
-                applies=key[0],
+                applies=self._waiting is not None,
                 policy=policy,
+                updated=updated,
+                applied=self._waiting,
             )
-            self._schedules[key] = self._prepared(operations)
-        return self._schedules[key]
+            prepared = self._prepared(operations)
+            if len(self._schedules) >= _SCHEDULES:
+                # Those of large models take much RAM, and sets of records may come once only.
+                del self._schedules[next(iter(self._schedules))]
+        self._schedules[key] = prepared
+        return prepared
 
     def trace_into(self, trace: Trace) -> None:
         """Note what runs when from now on, on the CPU, the drives and the device; ``flush_trace`` writes it.
@@ -489,6 +540,8 @@ class PagedPartition:
         number: int,
         *,
         commits: bool,
+        updated: frozenset[int] | None = None,
+        carried: frozenset[int] = frozenset(),
     ) -> Iterator[Step]:
         step = Step(
             self.partition,
@@ -501,6 +554,8 @@ class PagedPartition:
             span=self.span,
             device=self.device,
             ranks=self.ranks,
+            updated=updated,
+            carried=carried,
         )
         trains = schedule is not self._forward
         name = f"step {number}" if trains else "evaluation"
@@ -535,14 +590,14 @@ class PagedPartition:
                 raise
             if self._on_device is not None:
                 self._on_device.begin(schedule.transfer_plan)
-            self._is_waiting = False
+            self._waiting = None
             yield
         except BaseException as error:
             # Tensors in the frames of the failed step would keep their buffers from the next one.
             clear_frames(error)
             if is_refused:
                 raise
-            self._is_waiting, self._was_committed = False, True
+            self._waiting, self._was_committed, self._in_ram = None, True, frozenset()
             try:
                 self.abort()
             except (MegatrainIoError, RuntimeError) as refused:

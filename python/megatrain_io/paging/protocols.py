@@ -31,6 +31,9 @@ class Records(Protocol):
             BufferInUseError: a tensor over one of them is still alive.
         """
 
+    def skip(self, record: int, weights: BorrowedRecord) -> None:
+        """Give the weights of a record back that was to be updated and got no gradient: it stays as it is."""
+
 
 class Activations(Protocol):
     """Activation checkpoints: the input [B, T, H] of each block and micro-batch, from forward to backward pass."""

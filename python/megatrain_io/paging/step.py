@@ -8,7 +8,7 @@ Orders of summation are part of the result:
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -80,6 +80,8 @@ class Step:
         span: traces what is done inside it, by name.
         device: what computes.
         ranks: over which tokens, loss and gradients are summed; None = this process alone.
+        updated: records that get gradients; None = all that are trained.
+        carried: others that the schedule updates: without a gradient, so that what is in RAM alone is written.
     """
 
     def __init__(  # noqa: PLR0913 - each with a meaning of its own
@@ -95,6 +97,8 @@ class Step:
         span: Callable[[str], AbstractContextManager[None]] = _no_span,
         device: Device | None = None,
         ranks: Ranks | None = None,
+        updated: Collection[int] | None = None,
+        carried: Collection[int] = (),
     ) -> None:
         self._ranks = ranks or OneRank()
         self.num_items = self._ranks.sum_tokens(trained_tokens(micro_batches))
@@ -109,6 +113,8 @@ class Step:
         self._saved = saved
         self._device = device or Cpu()
         self._layout = state.layout
+        self._updated = frozenset(state.layout.trained if updated is None else updated)
+        self._carried = frozenset(carried)
         self._micro_batches = micro_batches
         self._slice_tokens = slice_tokens
         self._number = number
@@ -170,10 +176,10 @@ class Step:
         table = StopWeights(self._state, layout.embedding) if tied else None
         weights = [borrowed for borrowed in (own, table) if borrowed is not None]
         own_gradient: Gradient | None = None
-        if training and layout.head is not None and layout.trained_of(layout.head):
-            own_gradient = Gradient(self._state, self._ranks, layout.head)
-        if training and tied and layout.trained_of(layout.embedding):
-            self._table_gradient = Gradient(self._state, self._ranks, layout.embedding, tied)
+        if training and layout.head is not None:
+            own_gradient = self._gradient(layout.head)
+        if training and tied:
+            self._table_gradient = self._gradient(layout.embedding, tied)
         gradients = [gradient for gradient in (own_gradient, self._table_gradient) if gradient is not None]
         total: Tensor | None = None
         with torch.set_grad_enabled(training):
@@ -202,14 +208,14 @@ class Step:
     def backward(self) -> None:
         """Run all blocks backward, last to first: recompute, make gradients, submit them for the update.
 
-        Frozen blocks only pass the gradient of their output on to their input.
+        Blocks of which nothing is updated only pass the gradient of their output on to their input.
         """
         weights = self._last_block
         self._last_block = None
         for block in self._each_block("backward", reversed(range(self._layout.blocks))):
             stop = self._layout.block(block)
             weights = weights or StopWeights(self._state, stop)
-            gradient = Gradient(self._state, self._ranks, stop) if self._layout.trained_of(stop) else None
+            gradient = self._gradient(stop)
             for index, _ in self._each(self._micro_batches):
                 self._seed(index, Phase.FORWARD, block)
                 self._hidden[index] = self._block_backward(block, index, weights.tensors, gradient)
@@ -226,19 +232,33 @@ class Step:
 
     @_phase
     def embedding_backward(self) -> None:
-        """Make and submit the embedding's gradient from those of the first hidden states, if it is trained."""
-        if not self._layout.trained_of(self._layout.embedding):
+        """Make and submit the embedding's gradient from those of the first hidden states, if it is updated."""
+        embedding = self._layout.embedding
+        if (self._updated | self._carried).isdisjoint(self._layout.stops[embedding]):
             return
-        weights = StopWeights(self._state, self._layout.embedding)
-        gradient = self._table_gradient or Gradient(self._state, self._ranks, self._layout.embedding)
+        weights = StopWeights(self._state, embedding)
+        gradient = self._table_gradient or self._gradient(embedding)
         self._table_gradient = None
-        for index, micro_batch in self._each(self._micro_batches):
+        if gradient is None:
+            raise MegatrainIoError("an embedding that is updated without a gradient: this is a bug")
+        for index, micro_batch in self._each(self._micro_batches if gradient.names else ()):
             self._seed(index, Phase.EMBEDDING)
             leaves = leaves_of({name: weights.tensors[name] for name in gradient.names})
             hidden = self._partition.record({**weights.tensors, **leaves}, micro_batch)[0]
-            gradient.add(leaves, torch.autograd.grad(hidden, list(leaves.values()), self._hidden[index]))
-            del leaves, hidden
+            of_leaves = torch.autograd.grad(
+                hidden, list(leaves.values()), self._hidden[index], allow_unused=True
+            )
+            gradient.add(leaves, of_leaves)
+            del leaves, hidden, of_leaves
         gradient.submit(weights)
+
+    def _gradient(self, stop: int, expected: Sequence[str] | None = None) -> Gradient | None:
+        """What gathers the gradients of a stop; None where nothing of it is updated."""
+        if (self._updated | self._carried).isdisjoint(self._layout.stops[stop]):
+            return None
+        return Gradient(
+            self._state, self._ranks, stop, expected, updated=self._updated, carried=self._carried
+        )
 
     def _each(self, items: Iterable[_R]) -> Iterator[tuple[int, _R]]:
         """Number the items, one for each micro-batch, and trace the body of the loop over them."""
@@ -295,9 +315,7 @@ class Step:
         loss = self._partition.loss(bound | leaves, hidden, labels, self._divisor)
         if not training:
             return loss.detach(), None
-        of_hidden, *of_leaves = torch.autograd.grad(
-            loss, [hidden, *leaves.values()], allow_unused=bool(unreached)
-        )
+        of_hidden, *of_leaves = torch.autograd.grad(loss, [hidden, *leaves.values()], allow_unused=True)
         by_name = dict(zip(leaves, of_leaves, strict=True))
         self._refuse_reached(by_name)
         for gradient in gradients:

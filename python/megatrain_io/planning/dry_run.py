@@ -105,6 +105,11 @@ class FakeStore:
         weights.give_back()
         gradient.give_back()
 
+    def skip(self, record: int, weights: BorrowedRecord) -> None:
+        """Give the weights back; see ``Records.skip``."""
+        del record
+        weights.give_back()
+
     def reserve(self, blocks: int, hidden_nbytes: Sequence[int]) -> None:
         """Reserve nothing: inputs are copied when they are put; see ``Activations.reserve``."""
 

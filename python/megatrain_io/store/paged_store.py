@@ -73,7 +73,8 @@ if build_info()[1] == "debug":
 class AdamWStep:
     """Hyperparameters of one AdamW update (Loshchilov and Hutter, arXiv:1711.05101), as ``torch.optim.AdamW`` has them.
 
-    ``step`` is AdamW's t, counted from 1.
+    ``step`` counts from 1. It is AdamW's t in a store that has one for all records (``PagedStore.updates``); in others
+    each record's own is.
     """
 
     optimizer: ClassVar[Literal["adamw"]] = "adamw"
@@ -259,6 +260,17 @@ class PagedStore:
         """
         self._running().submit(record, weights.take(), gradient.take())
 
+    def skip(self, record: int, weights: BorrowedRecord) -> None:
+        """Say that a record which the step updates got no gradient, and give its weights back.
+
+        It is not updated: its t does not advance, and nothing of it is written but what changed in RAM alone.
+
+        Raises:
+            BufferInUseError: a tensor over its weights is still alive.
+            MegatrainIoError: the store has one t for all records.
+        """
+        self._running().skip(record, weights.take())
+
     def take_chunk(self, chunk: int) -> Buffer:
         """By chunk: the weights of the schedule's next load; waits for them."""
         return self._running().take_weights(chunk)
@@ -278,6 +290,10 @@ class PagedStore:
     def submit_chunk(self, chunk: int, weights: Buffer | None, gradient: Buffer) -> None:
         """By chunk: hand a gradient over; without weights if the step only defers it."""
         self._running().submit(chunk, weights, gradient)
+
+    def skip_chunk(self, chunk: int, weights: Buffer | None) -> None:
+        """By chunk: say that it got no gradient, as all of its record; weights that stay in RAM are given back."""
+        self._running().skip(chunk, weights)
 
     def gradient_norm(self) -> float:
         """The norm over all gradients of the step that was begun; waits for the last one.
@@ -385,6 +401,18 @@ class PagedStore:
     def generation(self) -> int:
         """Number of the newest committed state; 1 is the import."""
         return self._store.generation
+
+    @property
+    def updates(self) -> list[int] | None:
+        """How often each record was updated in that generation: AdamW's t; 0 where it is not trained.
+
+        None where the store was made with a format before 0.4: its trainer has one number for all records.
+        """
+        by_chunk = self._store.updates()
+        if by_chunk is None:
+            return None
+        records = range(len(self.layout.records))
+        return [by_chunk[self.layout.chunks_of(record)[0].index] for record in records]
 
     @property
     def blob(self) -> bytes:

@@ -6,9 +6,12 @@ their updates, embedding with its update. At each stop it loads all records of t
 order of the layout, and then updates those that are trained, in the same order. A tied head stops with its own
 records, then those of the embedding. Updates that need the norm of all gradients ride on the first load of each
 record in the step after.
+
+A step may update some of the trained records alone. Of the others weights are loaded where the gradient passes through
+them, and nothing is written; an embedding without anything to update has no backward pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -115,6 +118,8 @@ def build_schedule(
     training: bool,
     applies: bool = False,
     policy: UpdatePolicy = "immediate",
+    updated: Collection[int] | None = None,
+    applied: Collection[int] | None = None,
 ) -> tuple[ChunkOp, ...]:
     """Order the chunk operations of one step.
 
@@ -124,42 +129,51 @@ def build_schedule(
         training: False leaves out the backward pass: evaluation and generation.
         applies: whether the step before has deferred its gradients, and this one applies them.
         policy: what becomes of this step's.
+        updated: records that get a gradient in this step; None = all that are trained.
+        applied: where it ``applies``, records whose gradients the step before has deferred; None = likewise.
 
     The last block is still in its buffers when the backward pass begins: it is not loaded twice. Where the embedding is
     frozen, the backward pass is over when the first block has passed its gradient on.
     """
-    operations = _forward(layout, applies=applies, tied_embeddings=tied_embeddings)
-    backward = _backward(layout, policy) if training else ()
+    trained = frozenset(layout.trained)
+    waiting = (trained if applied is None else trained & frozenset(applied)) if applies else frozenset()
+    operations = _forward(layout, waiting, tied_embeddings=tied_embeddings)
+    own = trained if updated is None else trained & frozenset(updated)
+    backward = _backward(layout, policy, own) if training else ()
     return (*operations, *backward)
 
 
-def flush_schedule(layout: ModelLayout) -> tuple[ChunkOp, ...]:
-    """Apply the gradients that the last step has deferred, and compute nothing: a load of each trained record."""
-    first_loads = _forward(layout, applies=True, tied_embeddings=False)
+def flush_schedule(layout: ModelLayout, applied: Collection[int] | None = None) -> tuple[ChunkOp, ...]:
+    """Apply the gradients that the last step has deferred, and compute nothing: a load of each of their records.
+
+    ``applied`` are these records; None = all that are trained.
+    """
+    waiting = frozenset(layout.trained if applied is None else applied)
+    first_loads = _forward(layout, waiting, tied_embeddings=False)
     return tuple(operation for operation in first_loads if operation.kind == "apply")
 
 
-def _forward(layout: ModelLayout, *, applies: bool, tied_embeddings: bool) -> Iterator[ChunkOp]:
+def _forward(layout: ModelLayout, waiting: frozenset[int], *, tied_embeddings: bool) -> Iterator[ChunkOp]:
     phases = [Phase.EMBEDDING, *[Phase.FORWARD] * layout.blocks, Phase.HEAD]
     for stop, phase in zip(layout.stops, phases, strict=False):
         for record in stop:
-            first: Kind = "apply" if applies and layout.records[record].is_trained else "load"
+            first: Kind = "apply" if record in waiting else "load"
             yield from _whole(layout, first, record, phase)
     if tied_embeddings:
         yield from _load(layout, layout.embedding, Phase.HEAD)
 
 
-def _backward(layout: ModelLayout, policy: UpdatePolicy) -> Iterator[ChunkOp]:
+def _backward(layout: ModelLayout, policy: UpdatePolicy, updated: frozenset[int]) -> Iterator[ChunkOp]:
     last = layout.blocks - 1
     if layout.head is not None:
-        yield from _update(layout, layout.head, Phase.HEAD, policy)
+        yield from _update(layout, layout.head, Phase.HEAD, policy, updated)
     for index in range(last, -1, -1):
         if index != last:
             yield from _load(layout, layout.block(index), Phase.BACKWARD)
-        yield from _update(layout, layout.block(index), Phase.BACKWARD, policy)
-    if layout.trained_of(layout.embedding):
+        yield from _update(layout, layout.block(index), Phase.BACKWARD, policy, updated)
+    if not updated.isdisjoint(layout.stops[layout.embedding]):
         yield from _load(layout, layout.embedding, Phase.EMBEDDING_BACKWARD)
-        yield from _update(layout, layout.embedding, Phase.EMBEDDING_BACKWARD, policy)
+        yield from _update(layout, layout.embedding, Phase.EMBEDDING_BACKWARD, policy, updated)
 
 
 def _load(layout: ModelLayout, stop: int, phase: Phase) -> Iterator[ChunkOp]:
@@ -167,8 +181,10 @@ def _load(layout: ModelLayout, stop: int, phase: Phase) -> Iterator[ChunkOp]:
         yield from _whole(layout, "load", record, phase)
 
 
-def _update(layout: ModelLayout, stop: int, phase: Phase, policy: UpdatePolicy) -> Iterator[ChunkOp]:
-    for record in layout.trained_of(stop):
+def _update(
+    layout: ModelLayout, stop: int, phase: Phase, policy: UpdatePolicy, updated: frozenset[int]
+) -> Iterator[ChunkOp]:
+    for record in filter(updated.__contains__, layout.stops[stop]):
         for kind in _KINDS[policy]:
             yield from _whole(layout, kind, record, phase)
 

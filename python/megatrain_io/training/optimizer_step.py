@@ -26,7 +26,7 @@ class OptimizerStep:
     """One optimizer step under way: ``forward`` and ``backward``, once each. ``PagedModel.step`` makes it.
 
     Attributes:
-        number: of the step, from 1 on: AdamW's t.
+        number: of the step, from 1 on.
         loss: mean over the trained tokens of all micro-batches; None before ``forward``.
         trained_tokens: number of tokens with a label; 0 before ``forward``.
         grad_norm: norm over the gradients of all parameters, before clipping; None before ``backward``.

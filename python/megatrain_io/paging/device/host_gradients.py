@@ -34,6 +34,11 @@ class HostGradient(BorrowedRecord):
         self._sums = sums
         sums.gradients.add(self)
 
+    def give_back(self) -> None:
+        """Return all slots; nothing may be on its way to or from them."""
+        while self.slots:
+            self.slots.popitem()[1].release()
+
     def add(self, name: str, gradient: Tensor, *, is_first: bool) -> None:
         """Add the native gradient of a tensor; the first one is copied."""
         self._sums.add(self, name, gradient, is_first=is_first)

@@ -99,7 +99,7 @@ class _OnDevice(BorrowedRecord):
 class DeviceRecords:
     """The records of a paged store on a device, for as long as they are borrowed.
 
-    It stands for the store in a step: ``weights`` in the schedule's order, ``gradient`` and ``submit``.
+    It stands for the store in a step: ``weights`` in the schedule's order, ``gradient`` and ``submit``, or ``skip``.
 
     Args:
         state: the store, started by chunk.
@@ -177,6 +177,20 @@ class DeviceRecords:
         whole = self._device.record("compute")
         self._computed(weights.load, whole)
         self._leaving.append(_Leaving(record, weights.load, total, whole))
+        self.advance()
+
+    def skip(self, record: int, weights: BorrowedRecord) -> None:
+        """Give the weights of a record back that got no gradient in a step which was to update it."""
+        if not isinstance(weights, _OnDevice):
+            raise MegatrainIoError(f"record {record}: what was given back was not borrowed here")
+        weights.tensors = {}
+        used, load = self._device.record("compute"), weights.load
+        self._computed(load, used)
+        self._free(load, used)
+        for chunk in self.layout.chunks_of(record):
+            held = load.held.pop(chunk.index, None)
+            # The copy from a slot that stays in RAM has ended when it goes back.
+            self.behind("out", load.event, partial(self._state.skip_chunk, chunk.index, held))
         self.advance()
 
     def give_back(self, borrowed: "_OnDevice") -> None:

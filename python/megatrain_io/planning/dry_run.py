@@ -1,9 +1,10 @@
 """A step without a store: on made-up weights to measure its time, or on shapes alone to count its memory."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from megatrain_io.store.dtypes import dtype_of
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import BorrowedRecord
 
-__all__ = ["DryRun", "FakeStore", "dry_run", "fake_store_nbytes", "shortened"]
+__all__ = ["DryRun", "FakeStore", "dry_run", "fake_store_nbytes", "shortened", "with_all_neighbours"]
 
 # Asked in this order where the shape function of an operator refuses the dtype that computes.
 _OTHER_DTYPES = (torch.bfloat16, torch.float32)
@@ -31,15 +32,37 @@ _ENOUGH_BLOCKS = 2
 
 def shortened(layout: ModelLayout) -> ModelLayout:
     """The layout with two blocks, if all blocks have the same shapes: a step needs no more at once with a hundred."""
-    stops = [tuple(layout.records[record] for record in stop) for stop in layout.stops]
-    embedding, blocks, head = stops[0], stops[1 : 1 + layout.blocks], stops[1 + layout.blocks :]
-    shapes = {
-        tuple((record.format, *(place.shape for place in record.tensors)) for record in block)
-        for block in blocks
-    }
-    if len(blocks) <= _ENOUGH_BLOCKS or len(shapes) > 1:
+    alike = len(set(_shapes_of_blocks(layout))) == 1
+    return _first_blocks(layout, _ENOUGH_BLOCKS) if alike else layout
+
+
+def with_all_neighbours(layout: ModelLayout) -> ModelLayout:
+    """The layout with its first blocks, as many as show every kind of block, and every kind behind every other.
+
+    Blocks are of one kind if they have the same shapes. No later one finds more in memory than these do.
+    """
+    shapes = _shapes_of_blocks(layout)
+    pairs = list(pairwise(shapes))
+    enough = max((pairs.index(pair) for pair in set(pairs)), default=0) + _ENOUGH_BLOCKS
+    return _first_blocks(layout, enough)
+
+
+def _shapes_of_blocks(layout: ModelLayout) -> list[Hashable]:
+    return [
+        tuple(
+            (record.format, *(place.shape for place in record.tensors))
+            for record in (layout.records[number] for number in layout.stops[layout.block(index)])
+        )
+        for index in range(layout.blocks)
+    ]
+
+
+def _first_blocks(layout: ModelLayout, count: int) -> ModelLayout:
+    """The layout without the blocks behind the first ``count``."""
+    if layout.blocks <= count:
         return layout
-    return layout.with_stops([embedding, *blocks[:_ENOUGH_BLOCKS], *head], _ENOUGH_BLOCKS)
+    stops = [tuple(layout.records[record] for record in stop) for stop in layout.stops]
+    return layout.with_stops([*stops[: 1 + count], *stops[1 + layout.blocks :]], count)
 
 
 def fake_store_nbytes(layout: ModelLayout) -> int:
@@ -180,7 +203,7 @@ class DryRun(FakeStore):
     """A fake store whose tensors have shapes and no memory, and that counts what a step allocates."""
 
     def __init__(self, layout: ModelLayout) -> None:
-        super().__init__(layout)
+        super().__init__(with_all_neighbours(layout))
         self._meter = TensorMeter()
         self._again = 0
         self._least = 0

@@ -316,8 +316,9 @@ def _empty(
 def store_nbytes(layout: ModelLayout) -> int:
     """Bytes of the store's files on all drives; metadata, less than a thousandth, left out."""
     copies = 2 if layout.durability == "step" else 1
+    records = range(len(layout.records))
     return copies * sum(
-        layout.weight_extent_bytes(chunk) + layout.update_extent_bytes(chunk) for chunk in layout.chunks
+        layout.record_weight_bytes(record) + layout.record_update_bytes(record) for record in records
     )
 
 
@@ -326,9 +327,9 @@ def scratch_nbytes(job: TrainingJob, memory: RamPlan) -> float:
     nbytes = sum(activations_moved(job, memory).values())
     if memory.spills_gradients:
         nbytes += sum(
-            job.layout.gradient_extent_bytes(chunk)
-            for chunk in job.layout.chunks
-            if chunk.record not in memory.residents.gradients
+            job.layout.record_deferred_bytes(record)
+            for record in range(len(job.layout.records))
+            if record not in memory.residents.gradients
         )
     return nbytes
 

@@ -1,6 +1,5 @@
 """A budget of RAM, divided before the run: what must be there, what helps, and what stays from step to step."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatrain_io.errors import DoesNotFitError
@@ -12,7 +11,7 @@ from megatrain_io.planning.residents import (
 )
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.pool import HUGE_PAGE_BYTES, PoolSizes, Unit, mapped_nbytes, pool_sizes
-from megatrain_io.store.schedule import ChunkOp, Residents
+from megatrain_io.store.schedule import Residents, Schedule
 from megatrain_io.text import mib
 
 __all__ = ["RamPlan", "StepNeeds", "divide_ram", "least_ram"]
@@ -129,7 +128,7 @@ class RamPlan:
 
 def divide_ram(
     layout: ModelLayout,
-    schedule: Sequence[ChunkOp],
+    schedule: Schedule,
     needs: StepNeeds,
     *,
     tied_embeddings: bool,
@@ -214,7 +213,8 @@ def _chunk_pools(layout: ModelLayout, ram: int) -> list[tuple[int, int, int]]:
         for index in range(layout.blocks)
     ]
     per_chunk = max(
-        layout.weight_extent_bytes(chunk) + layout.gradient_extent_bytes(chunk) for chunk in layout.chunks
+        layout.weight_extent_bytes(chunk) + layout.gradient_extent_bytes(chunk)
+        for chunk in layout.first_chunks()
     )
     behind = min(gradients + max(blocks), ram // _BEHIND_SHARE // per_chunk)
     return [(block_buffers, chunk_slots, behind), *_CHUNK_POOLS] if behind > gradients else [*_CHUNK_POOLS]

@@ -5,30 +5,18 @@ recently used would throw out what is needed next. So residents are chosen once,
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 
 from megatrain_io.store.layout import ModelLayout
-from megatrain_io.store.schedule import ChunkOp, Residents
+from megatrain_io.store.schedule import Residents, Schedule
 
 __all__ = ["choose_gradients", "choose_residents", "gradient_nbytes", "resident_nbytes"]
-
-
-@dataclass(frozen=True)
-class _Resident:
-    """The weights of a record, or the planes of one of its chunks."""
-
-    record: int
-    chunk: int | None
-    nbytes: int
 
 
 def resident_nbytes(residents: Residents, layout: ModelLayout) -> int:
     """Bytes of RAM that ``residents`` take, their gradients left out."""
     weights = sum(layout.record_weight_bytes(record) for record in residents.records)
-    planes = sum(
-        layout.update_extent_bytes(chunk) for chunk in layout.chunks if chunk.index in residents.chunks
-    )
+    planes = sum(layout.update_extent_bytes(layout.chunks[index]) for index in residents.chunks)
     return weights + planes
 
 
@@ -48,7 +36,7 @@ def choose_gradients(layout: ModelLayout, nbytes: int) -> frozenset[int]:
     return frozenset(chosen)
 
 
-def choose_residents(layout: ModelLayout, schedule: Sequence[ChunkOp], nbytes: int) -> Residents:
+def choose_residents(layout: ModelLayout, schedule: Schedule, nbytes: int) -> Residents:
     """Choose what saves the most traffic in ``nbytes`` of RAM.
 
     Records of less than a chunk come first, weights and planes: an operation on the drive costs the most for the
@@ -58,33 +46,28 @@ def choose_residents(layout: ModelLayout, schedule: Sequence[ChunkOp], nbytes: i
     Every choice is spread evenly over the model, so that I/O stays as smooth as it was.
     """
     records, chunks, left = set(), set(), nbytes
-    for resident in _by_worth(layout, schedule):
-        if resident.nbytes > left:
-            continue
-        left -= resident.nbytes
-        if resident.chunk is None:
-            records.add(resident.record)
-        else:
-            chunks.add(resident.chunk)
-    return Residents(frozenset(records), frozenset(chunks))
-
-
-def _by_worth(layout: ModelLayout, schedule: Sequence[ChunkOp]) -> Iterator[_Resident]:
-    firsts = {layout.chunks_of(record)[0].index for record in range(len(layout.records))}
-    loads = Counter(
-        op.chunk.record for op in schedule if op.kind in {"load", "apply"} and op.chunk.index in firsts
-    )
-    updated = [op.chunk for op in schedule if op.kind in {"update", "apply"}]
+    loads = Counter(each.record for each in schedule.passes if each.kind in {"load", "apply"})
     # Python's sort is stable: equals keep their spread order.
-    records = sorted(_spread(len(layout.records)), key=lambda record: -loads[record])
-    weights = [
-        _Resident(record, None, layout.record_weight_bytes(record)) for record in records if loads[record]
-    ]
-    planes = [
-        _Resident(chunk.record, chunk.index, layout.update_extent_bytes(chunk))
-        for chunk in map(updated.__getitem__, _spread(len(updated)))
-    ]
-    yield from sorted((*weights, *planes), key=lambda each: not _is_small(layout, each.record))
+    by_loads = sorted(_spread(len(layout.records)), key=lambda record: -loads[record])
+    owners = [each.record for each in schedule.passes if each.kind in {"update", "apply"}]
+    updated = [chunk for record in owners for chunk in layout.chunks_of(record)]
+    ends = [layout.chunks_of(record)[-1] for record in owners if layout.chunks_of(record)]
+    least = min(map(layout.update_extent_bytes, ends), default=0)
+    for is_small in (True, False):
+        for record in by_loads:
+            needed = layout.record_weight_bytes(record)
+            if _is_small(layout, record) == is_small and loads[record] and needed <= left:
+                records.add(record)
+                left -= needed
+        for position in _spread(len(updated)):
+            if left < least:
+                break
+            chunk = updated[position]
+            needed = layout.update_extent_bytes(chunk)
+            if _is_small(layout, chunk.record) == is_small and needed <= left:
+                chunks.add(chunk.index)
+                left -= needed
+    return Residents(frozenset(records), frozenset(chunks))
 
 
 def _is_small(layout: ModelLayout, record: int) -> bool:
@@ -92,7 +75,8 @@ def _is_small(layout: ModelLayout, record: int) -> bool:
     return layout.records[record].parameters < layout.chunk_parameters
 
 
-def _spread(count: int) -> list[int]:
+@lru_cache(maxsize=4)
+def _spread(count: int) -> tuple[int, ...]:
     """The numbers below ``count`` in an order of which every beginning is spread evenly (van der Corput)."""
     digits = max(1, (count - 1).bit_length())
-    return sorted(range(count), key=lambda number: f"{number:0{digits}b}"[::-1])
+    return tuple(sorted(range(count), key=lambda number: f"{number:0{digits}b}"[::-1]))

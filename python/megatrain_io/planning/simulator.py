@@ -14,7 +14,7 @@ from math import inf
 from megatrain_io.planning.timeline import Load, Stage, StageKey, Timeline, Update
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.pool import PoolSizes
-from megatrain_io.store.schedule import ChunkOp, Phase, Residents
+from megatrain_io.store.schedule import Phase, Residents, Schedule
 
 __all__ = ["Rates", "SimulatedStep", "StandstillError", "simulate"]
 
@@ -76,7 +76,7 @@ class _Job:
 
 
 def simulate(  # noqa: PLR0913 - each with a meaning of its own
-    steps: Sequence[tuple[Sequence[ChunkOp], bool]],
+    steps: Sequence[tuple[Schedule, bool]],
     layout: ModelLayout,
     pool: PoolSizes,
     compute: Mapping[StageKey, float],

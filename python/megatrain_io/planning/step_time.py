@@ -12,7 +12,7 @@ from megatrain_io.planning.ram_budget import RamPlan
 from megatrain_io.planning.simulator import Rates, simulate
 from megatrain_io.planning.timeline import StageKey
 from megatrain_io.store.pool import BufferKind, PoolSizes
-from megatrain_io.store.schedule import ChunkOp, Phase, UpdatePolicy, build_schedule, flush_schedule, traffic
+from megatrain_io.store.schedule import Phase, Schedule, UpdatePolicy, build_schedule, flush_schedule
 from megatrain_io.store.state_format import SPECS
 
 __all__ = [
@@ -34,8 +34,6 @@ __all__ = [
 class Schedules:
     """The schedules of a job's training steps, as training builds them; each is built once.
 
-    Those of large models take seconds to build and much RAM to keep: whoever makes one drops it with the plan.
-
     Args:
         job: its layout and its tied embeddings decide them.
     """
@@ -43,9 +41,9 @@ class Schedules:
     def __init__(self, job: TrainingJob) -> None:
         self._layout = job.layout
         self._tied = bool(job.partition.tied_parameters)
-        self._built: dict[tuple[UpdatePolicy, bool], tuple[ChunkOp, ...]] = {}
+        self._built: dict[tuple[UpdatePolicy, bool], Schedule] = {}
 
-    def of(self, policy: UpdatePolicy, *, applies: bool = False) -> tuple[ChunkOp, ...]:
+    def of(self, policy: UpdatePolicy, *, applies: bool = False) -> Schedule:
         """The schedule of a step with this policy; ``applies`` where the step before has deferred its gradients."""
         key = (policy, applies)
         if key not in self._built:
@@ -102,17 +100,10 @@ def phases_of(
 ) -> dict[str, tuple[float, float]]:
     """(Bytes read, bytes written) by phase of a step in the steady state, averaged between two commits."""
     schedule = schedules.of(policy, applies=policy == "deferred")
-    layout, residents = job.layout, memory.residents
-    shares = list(zip(_commits(job), (True, False), strict=True))
     phases = dict.fromkeys(map(str, Phase), (0.0, 0.0))
-    for operation in schedule:
-        read, written = phases[operation.phase]
-        written += sum(
-            share * operation.written_bytes(layout, residents, commits=commits)
-            for share, commits in shares
-            if share
-        )
-        phases[operation.phase] = read + operation.read_bytes(layout, residents), written
+    for share, commits in zip(_commits(job), (True, False), strict=True):
+        for phase, moved_bytes in schedule.traffic_by_phase(memory.residents, commits=commits).items():
+            phases[phase] = float(moved_bytes[0]), phases[phase][1] + share * moved_bytes[1]
     moved = sum(activations_moved(job, memory).values())
     forward, backward = phases[Phase.FORWARD], phases[Phase.BACKWARD]
     phases[Phase.FORWARD] = forward[0], forward[1] + moved
@@ -123,9 +114,9 @@ def phases_of(
 def written_by_commit(job: TrainingJob, memory: RamPlan, policy: UpdatePolicy, schedules: Schedules) -> int:
     """The most bytes that a step writes: one that commits, and that takes its speculative updates back."""
     schedule = schedules.of(policy, applies=policy == "deferred")
-    _, written = traffic(schedule, job.layout, memory.residents)
+    _, written = schedule.traffic(memory.residents)
     if job.defers:
-        written += traffic(flush_schedule(job.layout), job.layout, memory.residents)[1]
+        written += flush_schedule(job.layout).traffic(memory.residents)[1]
     return written + ceil(sum(activations_moved(job, memory).values()))
 
 

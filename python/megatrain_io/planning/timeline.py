@@ -1,13 +1,14 @@
 """The schedule as the simulator plays it: stages of compute, loads and updates, each in order. Pure."""
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import pairwise
 
-from megatrain_io.store.layout import ModelLayout
+from megatrain_io.store.layout import Chunk, ModelLayout
 from megatrain_io.store.pool import PoolSizes, kind_for
-from megatrain_io.store.schedule import ChunkOp, Phase, Residents
+from megatrain_io.store.schedule import Phase, Residents, Schedule
 
 __all__ = ["Load", "Stage", "StageKey", "Timeline", "Update"]
 
@@ -88,6 +89,7 @@ class Timeline:
 
     def __init__(self, layout: ModelLayout, pool: PoolSizes, residents: Residents) -> None:
         self._layout, self._pool, self._residents = layout, pool, residents
+        self._resident_chunks = sorted(residents.chunks)
         self.stages: deque[Stage] = deque()
         kinds = [*(f"weights {number}" for number in range(len(pool.weights))), "resident"]
         self.loads: dict[str, deque[Load]] = {kind: deque() for kind in kinds}
@@ -100,7 +102,7 @@ class Timeline:
 
     def add(
         self,
-        schedule: Sequence[ChunkOp],
+        schedule: Schedule,
         compute: Mapping[StageKey, float],
         inputs: Mapping[int, float],
         *,
@@ -119,7 +121,7 @@ class Timeline:
         self.left.setdefault(number - 1, 0)
         self.count += 1
         stages: dict[StageKey, Stage] = {}
-        for (kind, record, phase), run in groupby(schedule, lambda op: (op.kind, op.chunk.record, op.phase)):
+        for kind, record, phase in schedule.passes:
             stop = self._layout.loss_stop if phase is Phase.HEAD else self._layout.stop_of[record]
             stage = stages.get((phase, stop))
             if stage is None:
@@ -131,22 +133,24 @@ class Timeline:
                     inputs=inputs.get(stop, 0.0),
                 )
                 self.stages.append(stage)
-            self._add_run(stage, kind, record, list(run), commits=commits)
+            self._add_pass(stage, kind, record, commits=commits)
         self._finish(stages)
 
-    def _add_run(self, stage: Stage, kind: str, record: int, run: list[ChunkOp], *, commits: bool) -> None:
+    def _add_pass(self, stage: Stage, kind: str, record: int, *, commits: bool) -> None:
         layout, residents = self._layout, self._residents
-        parts = _parts(run, self._parts_max)
+        waits = record not in residents.gradients
         if kind == "defer":
-            stage.defers[record] = sum(op.written_bytes(layout, residents) for op in run)
+            stage.defers[record] = layout.record_deferred_bytes(record) if waits else 0
             return
+        parts = _parts(layout.chunks_of(record), self._parts_max)
+        stays = record in residents.records
+        weights = [_sum(layout.weight_extent_bytes, part) for part in parts]
         load = None
         if kind in {"load", "apply"}:
-            weights = [(index, self._weight_bytes(part)) for index, part in enumerate(parts)]
             load = Load(
                 begun=stage.step,
                 record=record,
-                pending=deque(weights),
+                pending=deque((index, 0.0 if stays else nbytes) for index, nbytes in enumerate(weights)),
                 kind=self.kind_of(record),
                 needs=[self._scheduled.get((record, index), 0) for index in range(len(parts))],
                 applies=kind == "apply",
@@ -154,45 +158,46 @@ class Timeline:
             )
             stage.loads.append(load)
             self.loads[load.kind].append(load)
-        if kind in {"update", "apply"}:
-            step = stage.step - (kind == "apply")
-            if kind == "update":
-                stage.updates.append(record)
-            for index, part in enumerate(parts):
-                read: float = sum(op.read_bytes(layout, residents) for op in part)
-                written = sum(
-                    op.written_bytes(layout, residents, commits=self.commits.get(step, commits))
-                    for op in part
+        if kind not in {"update", "apply"}:
+            return
+        applies = load is not None
+        step = stage.step - applies
+        is_written = self.commits.get(step, commits)
+        if kind == "update":
+            stage.updates.append(record)
+        for index, part in enumerate(parts):
+            planes, resident = _sum(layout.update_extent_bytes, part), self._resident_part(part)
+            read: float = planes - _sum(layout.update_extent_bytes, resident)
+            written = weights[index] * (is_written or not stays) + (planes if is_written else read)
+            if applies and waits:
+                read += _sum(layout.gradient_extent_bytes, part)
+            key = (record, index)
+            needs = self._scheduled.get(key, 0)
+            self._scheduled[key] = needs + 1
+            self.left[step] += 1
+            # What stays is updated in place; what is applied goes to compute, and is written from elsewhere.
+            has_slot = not stays or len(resident) < len(part) or (applies and is_written)
+            self.updates.append(
+                Update(
+                    begun=stage.step,
+                    step=step,
+                    record=record,
+                    part=index,
+                    parameters=_sum(lambda chunk: chunk.parameters, part),
+                    read=read,
+                    written=written,
+                    needs=needs,
+                    applies=applies,
+                    load=load,
+                    has_slot=has_slot,
                 )
-                if load is not None:
-                    read -= self._weight_bytes(part)
-                key = (record, index)
-                parameters = sum(op.chunk.parameters for op in part)
-                needs = self._scheduled.get(key, 0)
-                self._scheduled[key] = needs + 1
-                self.left[step] += 1
-                applies = load is not None
-                # What stays is updated in place; what is applied goes to compute, and is written from elsewhere.
-                has_slot = (
-                    record not in residents.records
-                    or any(op.chunk.index not in residents.chunks for op in part)
-                    or (applies and self.commits.get(step, commits))
-                )
-                self.updates.append(
-                    Update(
-                        begun=stage.step,
-                        step=step,
-                        record=record,
-                        part=index,
-                        parameters=parameters,
-                        read=read,
-                        written=written,
-                        needs=needs,
-                        applies=applies,
-                        load=load,
-                        has_slot=has_slot,
-                    )
-                )
+            )
+
+    def _resident_part(self, part: Sequence[Chunk]) -> list[Chunk]:
+        """Those of the chunks, which follow each other, whose update planes stay in RAM."""
+        numbers, first = self._resident_chunks, part[0].index
+        found = numbers[bisect_left(numbers, first) : bisect_left(numbers, first + len(part))]
+        return [part[number - first] for number in found]
 
     def _finish(self, stages: Mapping[StageKey, Stage]) -> None:
         """Set which stage makes which gradient, and which keeps its weights from the forward to the backward pass."""
@@ -213,12 +218,6 @@ class Timeline:
                 of_table = layout.trained_of(layout.embedding)
                 stage.gradients += [record for record in of_table if record not in stage.gradients]
 
-    def _weight_bytes(self, part: Sequence[ChunkOp]) -> float:
-        """Bytes read for the weights of some chunks; 0 where they stay in RAM."""
-        if part[0].chunk.record in self._residents.records:
-            return 0.0
-        return sum(self._layout.weight_extent_bytes(op.chunk) for op in part)
-
     def kind_of(self, record: int) -> str:
         """Kind of the buffer that the weights of a record are in: ``weights`` and its number, or ``resident``."""
         if record in self._residents.records:
@@ -238,8 +237,13 @@ class Timeline:
         return min(self._parts_max, len(self._layout.chunks_of(record)))
 
 
-def _parts(run: Sequence[ChunkOp], most: int) -> list[list[ChunkOp]]:
+def _parts(chunks: Sequence[Chunk], most: int) -> list[Sequence[Chunk]]:
     """Cut the chunks of a record into at most ``most`` parts, which are played one by one."""
-    count = min(most, len(run))
-    borders = [len(run) * index // count for index in range(count + 1)]
-    return [list(run[start:stage]) for start, stage in pairwise(borders)]
+    count = min(most, len(chunks))
+    borders = [len(chunks) * index // count for index in range(count + 1)]
+    return [chunks[start:stop] for start, stop in pairwise(borders)]
+
+
+def _sum(of: Callable[[Chunk], int], chunks: Sequence[Chunk]) -> int:
+    """The sum of ``of`` over chunks of one record in order, of which all but the last are equal."""
+    return (len(chunks) - 1) * of(chunks[0]) + of(chunks[-1]) if chunks else 0

@@ -309,6 +309,22 @@ class ModelLayout:
     def _weight_bytes_by_record(self) -> tuple[int, ...]:
         return tuple(sum(map(self.weight_extent_bytes, chunks)) for chunks in self._chunks_by_record)
 
+    def record_update_bytes(self, record: int) -> int:
+        """Bytes moved for what only the updates of a record need, all its chunks together."""
+        return self._update_bytes_by_record[record]
+
+    @cached_property
+    def _update_bytes_by_record(self) -> tuple[int, ...]:
+        return tuple(sum(map(self.update_extent_bytes, chunks)) for chunks in self._chunks_by_record)
+
+    def record_deferred_bytes(self, record: int) -> int:
+        """Bytes moved for the fp32 gradient of a record, all its chunks together, where it waits on the drive."""
+        return self._deferred_bytes_by_record[record]
+
+    @cached_property
+    def _deferred_bytes_by_record(self) -> tuple[int, ...]:
+        return tuple(sum(map(self.gradient_extent_bytes, chunks)) for chunks in self._chunks_by_record)
+
     def record_gradient_bytes(self, record: int) -> int:
         """Bytes of a buffer for the fp32 gradient of a record."""
         return _round_up(4 * self.records[record].parameters, PAGE_BYTES)
@@ -319,7 +335,11 @@ class ModelLayout:
 
     def chunk_slot_bytes(self) -> int:
         """Bytes of a slot in which any chunk can be updated."""
-        return max(self.weight_extent_bytes(c) + self.update_extent_bytes(c) for c in self.chunks)
+        return max(self.weight_extent_bytes(c) + self.update_extent_bytes(c) for c in self.first_chunks())
+
+    def first_chunks(self) -> Iterator[Chunk]:
+        """The first chunk of each record: none of the others is larger."""
+        return (chunks[0] for chunks in self._chunks_by_record if chunks)
 
 
 def default_chunk_parameters(blocks: Iterable[Record]) -> int:

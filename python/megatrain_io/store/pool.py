@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatrain_io.store.layout import PAGE_BYTES, ModelLayout
+from megatrain_io.store.layout import PAGE_BYTES, Chunk, ModelLayout
 from megatrain_io.store.schedule import Residents
 from megatrain_io.store.state_format import StateFormat
 
@@ -119,32 +119,22 @@ def pool_sizes(  # noqa: PLR0913 - each with a meaning of its own
     paged = [record for record in range(len(layout.records)) if record not in residents.records]
     shared = [record for record in layout.trained if record not in residents.gradients]
     # Deferred gradients are applied on the weights' way to compute, so those are written from elsewhere.
-    updated = [
-        chunk
-        for chunk in layout.chunks
-        if layout.records[chunk.record].is_trained
-        and (defers or chunk.record in paged or chunk.index not in residents.chunks)
-    ]
-    slot = max(
-        (
-            layout.weight_extent_bytes(chunk)
-            + layout.update_extent_bytes(chunk)
-            + layout.gradient_extent_bytes(chunk) * (defers and chunk.record in shared)
-            for chunk in updated
-        ),
-        default=0,
-    )
-    slots = (slot, min(chunk_slots, len(updated)) if training else 0)
+    slot = updated = 0
+    for record in layout.trained:
+        chunks: Sequence[Chunk] = layout.chunks_of(record)
+        if not defers and record in residents.records:
+            chunks = [chunk for chunk in chunks if chunk.index not in residents.chunks]
+        updated += len(chunks)
+        for chunk in chunks[:1]:  # the others are no larger
+            waiting = layout.gradient_extent_bytes(chunk) if defers and record in shared else 0
+            slot = max(slot, layout.weight_extent_bytes(chunk) + layout.update_extent_bytes(chunk) + waiting)
+    slots = (slot, min(chunk_slots, updated) if training else 0)
     if unit == "chunk":
-        weights = max((layout.weight_extent_bytes(c) for c in layout.chunks if c.record in paged), default=0)
+        first = list(layout.first_chunks())
+        weights = max((layout.weight_extent_bytes(c) for c in first if c.record in paged), default=0)
         returning = [record for record in layout.trained if record in paged]
-        gradient = max(
-            (layout.gradient_extent_bytes(c) for c in layout.chunks if c.record in shared), default=0
-        )
-        back = max(
-            (layout.weight_extent_bytes(chunk) for chunk in layout.chunks if chunk.record in returning),
-            default=0,
-        )
+        gradient = max((layout.gradient_extent_bytes(c) for c in first if c.record in shared), default=0)
+        back = max((layout.weight_extent_bytes(c) for c in first if c.record in returning), default=0)
         gradients = block_gradients + gathered if gradient and training else 0
         return PoolSizes(
             slots,

@@ -11,18 +11,22 @@ A step may update some of the trained records alone. Of the others weights are l
 them, and nothing is written; an embedding without anything to update has no backward pass.
 """
 
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple, overload
 
 from megatrain_io.store.layout import Chunk, ModelLayout
 
 __all__ = [
     "ChunkOp",
     "Kind",
+    "Pass",
     "Phase",
     "Residents",
+    "Schedule",
     "UpdatePolicy",
     "build_schedule",
     "flush_schedule",
@@ -111,6 +115,103 @@ class ChunkOp:
         )
 
 
+class Pass(NamedTuple):
+    """An operation on all chunks of a record, one after the other."""
+
+    kind: Kind
+    record: int
+    phase: Phase
+
+
+class Schedule(Sequence[ChunkOp]):
+    """The chunk operations of a step, in order.
+
+    Planning looks at passes: a store of 10^12 parameters has a million operations and more.
+
+    Attributes:
+        layout: the parameter space.
+        passes: what the operations are made of, in order.
+    """
+
+    def __init__(self, layout: ModelLayout, passes: Iterable[Pass]) -> None:
+        self.layout, self.passes = layout, tuple(passes)
+
+    @cached_property
+    def _operations(self) -> tuple[ChunkOp, ...]:
+        return tuple(
+            ChunkOp(each.kind, chunk, each.phase)
+            for each in self.passes
+            for chunk in self.layout.chunks_of(each.record)
+        )
+
+    def __len__(self) -> int:
+        return sum(len(self.layout.chunks_of(each.record)) for each in self.passes)
+
+    def __iter__(self) -> Iterator[ChunkOp]:
+        return iter(self._operations)
+
+    @overload
+    def __getitem__(self, index: int) -> ChunkOp: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ChunkOp]: ...
+
+    def __getitem__(self, index: int | slice) -> ChunkOp | Sequence[ChunkOp]:
+        return self._operations[index]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Schedule):
+            return NotImplemented
+        return self.layout == other.layout and self.passes == other.passes
+
+    def __hash__(self) -> int:
+        return hash(self.passes)
+
+    def traffic_by_phase(
+        self, residents: Residents = _NOTHING, *, commits: bool = True
+    ) -> dict[Phase, tuple[int, int]]:
+        """Bytes read and written in each phase of a step in the steady state: the sums over its operations."""
+        kept = _resident_updates(self.layout, residents)
+        sums = dict.fromkeys(Phase, (0, 0))
+        for each in self.passes:
+            read, written = self._moved(each, residents, kept, commits=commits)
+            before = sums[each.phase]
+            sums[each.phase] = before[0] + read, before[1] + written
+        return sums
+
+    def traffic(self, residents: Residents = _NOTHING, *, commits: bool = True) -> tuple[int, int]:
+        """Bytes read and written by one step in the steady state; metadata of the commit left out."""
+        phases = self.traffic_by_phase(residents, commits=commits).values()
+        return sum(read for read, _ in phases), sum(written for _, written in phases)
+
+    def _moved(
+        self, each: Pass, residents: Residents, kept: Mapping[int, int], *, commits: bool
+    ) -> tuple[int, int]:
+        """What ``ChunkOp.read_bytes`` and ``written_bytes`` say of all chunks of a pass."""
+        kind, record, layout = each.kind, each.record, self.layout
+        weights, updates = layout.record_weight_bytes(record), layout.record_update_bytes(record)
+        waiting = 0 if record in residents.gradients else layout.record_deferred_bytes(record)
+        stays = record in residents.records
+        if kind == "load":
+            return 0 if stays else weights, 0
+        if kind == "defer":
+            return 0, waiting
+        read = updates - kept.get(record, 0)
+        if kind == "apply":
+            read += waiting + (0 if stays else weights)
+        written = (weights if commits or not stays else 0) + updates
+        return read, written if commits else written - kept.get(record, 0)
+
+
+def _resident_updates(layout: ModelLayout, residents: Residents) -> dict[int, int]:
+    """Bytes of update planes that stay in RAM, by record."""
+    kept: dict[int, int] = defaultdict(int)
+    for index in residents.chunks:
+        chunk = layout.chunks[index]
+        kept[chunk.record] += layout.update_extent_bytes(chunk)
+    return kept
+
+
 def build_schedule(
     layout: ModelLayout,
     *,
@@ -120,7 +221,7 @@ def build_schedule(
     policy: UpdatePolicy = "immediate",
     updated: Collection[int] | None = None,
     applied: Collection[int] | None = None,
-) -> tuple[ChunkOp, ...]:
+) -> Schedule:
     """Order the chunk operations of one step.
 
     Args:
@@ -140,30 +241,30 @@ def build_schedule(
     operations = _forward(layout, waiting, tied_embeddings=tied_embeddings)
     own = trained if updated is None else trained & frozenset(updated)
     backward = _backward(layout, policy, own) if training else ()
-    return (*operations, *backward)
+    return Schedule(layout, (*operations, *backward))
 
 
-def flush_schedule(layout: ModelLayout, applied: Collection[int] | None = None) -> tuple[ChunkOp, ...]:
+def flush_schedule(layout: ModelLayout, applied: Collection[int] | None = None) -> Schedule:
     """Apply the gradients that the last step has deferred, and compute nothing: a load of each of their records.
 
     ``applied`` are these records; None = all that are trained.
     """
     waiting = frozenset(layout.trained if applied is None else applied)
     first_loads = _forward(layout, waiting, tied_embeddings=False)
-    return tuple(operation for operation in first_loads if operation.kind == "apply")
+    return Schedule(layout, (each for each in first_loads if each.kind == "apply"))
 
 
-def _forward(layout: ModelLayout, waiting: frozenset[int], *, tied_embeddings: bool) -> Iterator[ChunkOp]:
+def _forward(layout: ModelLayout, waiting: frozenset[int], *, tied_embeddings: bool) -> Iterator[Pass]:
     phases = [Phase.EMBEDDING, *[Phase.FORWARD] * layout.blocks, Phase.HEAD]
     for stop, phase in zip(layout.stops, phases, strict=False):
         for record in stop:
             first: Kind = "apply" if record in waiting else "load"
-            yield from _whole(layout, first, record, phase)
+            yield Pass(first, record, phase)
     if tied_embeddings:
         yield from _load(layout, layout.embedding, Phase.HEAD)
 
 
-def _backward(layout: ModelLayout, policy: UpdatePolicy, updated: frozenset[int]) -> Iterator[ChunkOp]:
+def _backward(layout: ModelLayout, policy: UpdatePolicy, updated: frozenset[int]) -> Iterator[Pass]:
     last = layout.blocks - 1
     if layout.head is not None:
         yield from _update(layout, layout.head, Phase.HEAD, policy, updated)
@@ -176,32 +277,28 @@ def _backward(layout: ModelLayout, policy: UpdatePolicy, updated: frozenset[int]
         yield from _update(layout, layout.embedding, Phase.EMBEDDING_BACKWARD, policy, updated)
 
 
-def _load(layout: ModelLayout, stop: int, phase: Phase) -> Iterator[ChunkOp]:
+def _load(layout: ModelLayout, stop: int, phase: Phase) -> Iterator[Pass]:
     for record in layout.stops[stop]:
-        yield from _whole(layout, "load", record, phase)
+        yield Pass("load", record, phase)
 
 
 def _update(
     layout: ModelLayout, stop: int, phase: Phase, policy: UpdatePolicy, updated: frozenset[int]
-) -> Iterator[ChunkOp]:
+) -> Iterator[Pass]:
     for record in filter(updated.__contains__, layout.stops[stop]):
         for kind in _KINDS[policy]:
-            yield from _whole(layout, kind, record, phase)
-
-
-def _whole(layout: ModelLayout, kind: Kind, record: int, phase: Phase) -> Iterator[ChunkOp]:
-    for chunk in layout.chunks_of(record):
-        yield ChunkOp(kind, chunk, phase)
+            yield Pass(kind, record, phase)
 
 
 def traffic(
-    schedule: tuple[ChunkOp, ...],
+    schedule: Iterable[ChunkOp],
     layout: ModelLayout,
     residents: Residents = _NOTHING,
     *,
     commits: bool = True,
 ) -> tuple[int, int]:
-    """Bytes read and written by one step in the steady state; metadata of the commit left out."""
+    """Bytes read and written by operations, one by one, in the steady state; metadata of the commit left out."""
+    schedule = list(schedule)
     read = sum(operation.read_bytes(layout, residents) for operation in schedule)
     written = sum(operation.written_bytes(layout, residents, commits=commits) for operation in schedule)
     return read, written

@@ -12,7 +12,7 @@ from megatrain_io.data.batch import blank_micro_batch
 from megatrain_io.errors import ConfigError
 from megatrain_io.models.partition import model_parts
 from megatrain_io.models.probe import probe
-from megatrain_io.planning.dry_run import dry_run, shortened
+from megatrain_io.planning.dry_run import dry_run, shortened, with_all_neighbours
 from megatrain_io.store.layout import ModelLayout
 from megatrain_io.store.paged_store import AdamWStep
 from paged import DEVICE, Case, make_store, opened, partitioned, to_micro_batch, train
@@ -219,3 +219,22 @@ def test_two_blocks_stand_for_all_that_are_alike():
     ]
     unlike = ModelLayout.build(parts, len(partition.blocks), "f32")
     assert shortened(unlike) == unlike
+
+
+def test_as_many_blocks_stand_for_all_as_show_every_kind_behind_every_other():
+    kinds = {"d": [("weight", (256, 128))], "m": [("experts", (8, 64, 128))]}
+
+    def layout_of(text):
+        blocks = [
+            (f"block {number}", [(f"{number}.{name}", shape) for name, shape in kinds[kind]])
+            for number, kind in enumerate(text)
+        ]
+        parts = [("prologue", [("table", (64, 128))]), *blocks, ("epilogue", [("norm", (128,))])]
+        return ModelLayout.build(parts, len(text), "f32")
+
+    for text, enough in [("dddmmmmm", 5), ("dmdmdm", 3), ("mmmmd", 5), ("mmm", 2), ("d", 1)]:
+        layout = layout_of(text)
+        short = with_all_neighbours(layout)
+        assert short.blocks == enough, text
+        assert short.records[1:-1] == layout.records[1 : 1 + enough]
+        assert short.records[-1] == layout.records[-1]

@@ -94,12 +94,18 @@ def _probe(
 ) -> PartitionSpec:
     if getattr(config, "quantization_config", None) is not None:
         raise RefusedError("its weights are quantised; take the original model in float32 or bfloat16")
-    if getattr(config.get_text_config(), "output_router_logits", False):
+    text_config = _text_config(config)
+    if getattr(text_config, "output_router_logits", False):
+        parts = [name for name in config.sub_configs if getattr(config, name, None) is text_config]
         raise RefusedError(
-            "output_router_logits adds a loss over all blocks at once; set it to false in config.json"
+            "output_router_logits adds a loss over all blocks at once, which is not known while they pass one by one; "
+            f"set {'.'.join([*parts[:1], 'output_router_logits'])} to false in config.json to train without it"
         )
-    small = shrink_config(config) if small_config is None else without_noise(small_config)
-    stock = _stock_model(small, attn_implementation)
+    if small_config is None:
+        small, stock = _small_copy(config, attn_implementation)
+    else:
+        small = without_noise(small_config)
+        stock = _stock_model(small, attn_implementation)
     vocabulary = stock.config.get_text_config().vocab_size
     one, two, packed = (random_tokens(vocabulary, *shape) for shape in ((2, 11), (1, 7), (1, 9)))
     packed = replace(packed, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
@@ -129,6 +135,42 @@ def _probe(
     caches = _caches(stock, partition, two.input_ids)
     positions = find_positions(small, partial(_stock_model, attn_implementation=attn_implementation))
     return replace(spec, caches=caches, widens=_widens(small, spec, stock, two), positions=positions)
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    try:
+        return config.get_text_config()
+    except ValueError as cause:
+        raise RefusedError(
+            "its configuration holds several text models, and one causal language model is trained; save that one "
+            "alone with save_pretrained(OUT), and import OUT"
+        ) from cause
+
+
+def _small_copy(
+    config: PreTrainedConfig, attn_implementation: str | None
+) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """A small configuration of the same architecture, and its model.
+
+    Raises:
+        UnsupportedModelError: transformers does not build the model of ``config`` itself.
+        RefusedError: it does, but none of the small ones.
+    """
+    failed: Exception | None = None
+    for of_each_kind in (1, 2):  # what layers share, some find by its second place
+        try:
+            small = shrink_config(config, of_each_kind=of_each_kind)
+            return small, _stock_model(small, attn_implementation)
+        except RefusedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a class says to values that it does not expect
+            failed = failed or error
+    build_meta_model(config, _DTYPE, attn_implementation)
+    reason = " ".join(str(failed).split()).removeprefix(f"{config.model_type}: ")
+    raise RefusedError(
+        f"the small copy that is to prove it was not made ({type(failed).__name__}: {reason}), which says nothing of "
+        f"the model, as transformers builds that; {_MINIATURE}"
+    ) from failed
 
 
 def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> PreTrainedModel:

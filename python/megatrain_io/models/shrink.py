@@ -4,6 +4,7 @@ Only names that the configurations of many families share are known here. Sizes 
 chooses code (layer types, activations, biases, head size and rotary kind, tying) stays as it is.
 """
 
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,6 +26,7 @@ _CAPS = {
     "num_experts_per_tok": 2,
     "num_shared_experts": 1,
     "n_shared_experts": 1,
+    "zero_expert_num": 2,
     "n_group": 2,
     "topk_group": 1,
     "q_lora_rank": 32,
@@ -69,22 +71,26 @@ _STATE_SPACES = (
 _STATE_SPACE_WIDTH = 64
 _LATENT_HIDDEN_SIZE = 256
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+_HEADS_OF_HALVES = ("encoder_attention_heads", "decoder_attention_heads")
+# The number of layers, where num_hidden_layers is not a setting of its own.
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_TEXT = ("text_config", "llm_config", "thinker_config")
 # Lists of the numbers of layers that are of some kind.
 _LAYER_NUMBERS = ("layer_ids", "layer_indices", "layer_idxs", "only_layers", "moe_layers")
 _NOISE = ("drop", "jitter")
 _LIKE_HIDDEN_SIZE = ("size", "dim", "width", "model")
 
 
-def shrink_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrink_config(config: PreTrainedConfig, *, of_each_kind: int = 1) -> PreTrainedConfig:
     """Reduce `config` to a few layers, heads, experts and tokens, with dropout 0; `config` stays as it is.
 
-    Where layers differ by a list in the configuration (layer types, sliding windows, numbers of layers), one layer of
-    each kind is kept.
+    Where layers differ by a list in the configuration (layer types, sliding windows, numbers of layers), layers of each
+    kind are kept, ``of_each_kind`` of them.
 
     Raises:
         ValueError: the configuration class does not take the smaller values.
     """
-    return type(config).from_dict(_shrink_values(config.to_dict(), type(config)))
+    return type(config).from_dict(_shrink_values(config.to_dict(), type(config), of_each_kind))
 
 
 def without_noise(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -108,30 +114,44 @@ def _is_noise(name: str, value: Any) -> bool:
     return is_number and any(noise in name for noise in _NOISE)
 
 
-def _shrink_values(values: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+def _shrink_values(
+    values: dict[str, Any],
+    config_class: type[PreTrainedConfig],
+    of_each_kind: int,
+    text_size: tuple[int | None, int | None] = (None, None),
+) -> dict[str, Any]:
+    """Shrink a configuration; ``text_size`` is the hidden size of the text model beside it, and the small one."""
     # A sub-configuration may be declared as AutoConfig, which has neither.
     standard_names = {own: name for name, own in getattr(config_class, "attribute_map", {}).items()}
     sub_configs = getattr(config_class, "sub_configs", {})
     named = {standard_names.get(key, key): value for key, value in values.items()}
     sizes = _head_sizes(named)
-    layers = _layers_to_keep(named)
+    count_name = next((name for name in _LAYER_COUNTS if isinstance(named.get(name), int)), "")
+    count = named.get(count_name)
+    groups = _layer_groups(named, count_name)
+    layers = _layers_to_keep(named, count, of_each_kind, groups)
+    sizes |= {name: kept for name, (kept, _) in groups.items()}
+    for key in _TEXT:
+        if isinstance(values.get(key), dict) and key in sub_configs:
+            text_size = values[key].get("hidden_size"), _head_sizes(values[key]).get("hidden_size")
     small: dict[str, Any] = {}
     for key, value in values.items():
         name = standard_names.get(key, key)
         if isinstance(value, dict) and key in sub_configs:
-            small[key] = _shrink_values(value, sub_configs[key])
+            small[key] = _shrink_values(value, sub_configs[key], of_each_kind, text_size)
         elif isinstance(value, dict) and key == "per_layer_config":
             small[key] = _shrink_overrides(value, sizes, layers)
         elif name in sizes:
             small[key] = sizes[name]
-        elif name == "num_hidden_layers":
+        elif name == count_name:
             small[key] = len(layers)
         elif _are_layer_numbers(name, value):
             small[key] = [layers.index(layer) for layer in value if layer in layers]
-        elif isinstance(value, list) and len(value) == named.get("num_hidden_layers"):
+        elif isinstance(value, list) and len(value) == count:
             small[key] = [value[layer] for layer in layers]
         else:
-            small[key] = _shrink_value(name, value, named.get("hidden_size"), sizes.get("hidden_size"))
+            own = named.get("hidden_size"), sizes.get("hidden_size")
+            small[key] = _shrink_value(name, value, *(own if value == own[0] else text_size))
     return small
 
 
@@ -182,7 +202,10 @@ def _head_sizes(named: dict[str, Any]) -> dict[str, int]:
         key_value_heads = named.get(name)
         if isinstance(key_value_heads, int):
             sizes[name] = few if key_value_heads == heads else min(key_value_heads, _HEADS // 2)
+    sizes |= {name: few for name in _HEADS_OF_HALVES if isinstance(named.get(name), int)}
     sizes["num_attention_heads"] = few
+    if named.get("d_head") == hidden_size // heads:
+        sizes["d_head"] = head_dim
     small = min(hidden_size, few * head_dim)
     if "qk_rope_head_dim" in named:
         small = min(small, _LATENT_HIDDEN_SIZE)  # heads are as wide as they please there
@@ -219,22 +242,44 @@ def _rotary_is_per_dimension(named: dict[str, Any]) -> bool:
     return "qk_rope_head_dim" in named or "[" in str(named.get("rope_parameters"))
 
 
-def _layers_to_keep(named: dict[str, Any]) -> list[int]:
-    """Indices of the first layer of each kind, the last layer, and some more if these are few."""
-    count = named.get("num_hidden_layers")
+def _layer_groups(named: dict[str, Any], count_name: str) -> dict[str, tuple[int, int]]:
+    """Numbers of layers that follow each other and are all layers together: how many are kept, and there are."""
+    groups = {
+        name: value
+        for name, value in named.items()
+        if name != count_name and name.endswith("_layers") and isinstance(value, int) and value > 0
+    }
+    if len(groups) < 2 or sum(groups.values()) != named.get(count_name):  # noqa: PLR2004 - one is no division
+        return {}
+    # Where all are even, pairs of layers may be what counts.
+    kept = 2 if all(value % 2 == 0 for value in groups.values()) else 1
+    return {name: (min(kept, value), value) for name, value in groups.items()}
+
+
+def _layers_to_keep(
+    named: dict[str, Any], count: Any, of_each_kind: int, groups: dict[str, tuple[int, int]]
+) -> list[int]:
+    """Indices of the first layers of each kind, the last layer, and some more if these are few."""
     if not isinstance(count, int):
         return []
+    if groups:
+        starts = [0, *accumulate(total for _, total in groups.values())]
+        return [
+            start + layer
+            for start, (kept, _) in zip(starts, groups.values(), strict=False)
+            for layer in range(kept)
+        ]
     lists = [
         value
         for name, value in named.items()
         if isinstance(value, list) and len(value) == count and not _are_layer_numbers(name, value)
     ]
     chosen = [value for name, value in named.items() if _are_layer_numbers(name, value)]
-    kinds = {
-        str([[values[layer] for values in lists], [layer in numbers for numbers in chosen]]): layer
-        for layer in reversed(range(count))
-    }
-    keep = {*kinds.values(), count - 1}
+    kinds: dict[str, list[int]] = {}
+    for layer in range(count):
+        kind = str([[values[layer] for values in lists], [layer in numbers for numbers in chosen]])
+        kinds.setdefault(kind, []).append(layer)
+    keep = {layer for same in kinds.values() for layer in same[:of_each_kind]} | {count - 1}
     for layer in range(count):
         if len(keep) >= _LAYERS_MIN:
             break

@@ -75,7 +75,7 @@ def keeps_apart(model_type):
         ("bart", {}, "does not compute its loss by transformers' loss_function"),
         ("gemma3", {}, r"takes no part in the loss of a text, and only models of text are trained"),
         ("hrm_text", {}, r"calls the blocks of .* in the order"),
-        ("mixtral", {"output_router_logits": True}, "set it to false"),
+        ("mixtral", {"output_router_logits": True}, "set output_router_logits to false in config.json"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
     ],
 )
@@ -125,12 +125,13 @@ def test_the_small_copy_can_be_made_by_hand():
 
 
 def test_a_small_copy_that_fails_says_by_which_key_another_is_given(monkeypatch):
-    def fails(_config):
+    def fails(_config, **_):
         raise KeyError("a layer")
 
     monkeypatch.setattr(probing, "shrink_config", fails)
     with pytest.raises(
-        UnsupportedModelError, match=r"^llama: a small copy .* KeyError.*model_options\.miniature=DIR"
+        UnsupportedModelError,
+        match=r"^llama: the small copy .*KeyError: .*says nothing of the model.*model_options\.miniature=DIR",
     ):
         probe(AutoConfig.for_model("llama"))
 
@@ -153,6 +154,32 @@ def test_small_copies_of_state_spaces_are_small_and_keep_what_they_are_made_of(m
     if model_type == "bamba":
         assert len(small.attn_layer_indices) == 1
         assert small.attn_layer_indices[0] < small.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("model_type", "of_each_kind"),
+    [
+        ("dory", 1),
+        ("longcat_flash", 1),
+        ("plbart", 1),
+        ("whisper", 1),
+        ("xlnet", 1),
+        ("dots3_note", 1),
+        ("zamba", 2),
+    ],
+)
+def test_configurations_whose_numbers_depend_on_each_other_are_shrunk(model_type, of_each_kind):
+    """Their classes refused the small numbers, or the copy was as large as the model."""
+    small = shrink_config(AutoConfig.for_model(model_type), of_each_kind=of_each_kind)
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(small, trust_remote_code=False)
+    assert sum(parameter.numel() for parameter in stock.parameters()) < 1 << 25
+
+
+def test_a_model_that_transformers_does_not_build_is_not_blamed_on_its_small_copy():
+    config = AutoConfig.for_model("llama", hidden_act="none of these")
+    with pytest.raises(UnsupportedModelError, match=r"^llama: transformers does not build a model from this"):
+        probe(config)
 
 
 def test_the_small_copy_keeps_a_layer_of_each_kind_and_leaves_the_configuration_alone():

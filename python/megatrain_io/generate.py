@@ -178,7 +178,14 @@ class Generator:
             self._pins.enter_context(model.device.pin(model.state.pool_memory()))
 
     @classmethod
-    def open(cls, run_dir: Path, engine: Engine = "auto", device: Device | None = None) -> Self:
+    def open(
+        cls,
+        run_dir: Path,
+        engine: Engine = "auto",
+        device: Device | None = None,
+        *,
+        modules: Path | None = None,
+    ) -> Self:
         """Open a run folder with the newest committed weights.
 
         Args:
@@ -186,9 +193,10 @@ class Generator:
             engine: I/O engine: ``auto``, ``uring`` or ``threads``.
             device: what computes, which the caller closes; None = a GPU if there is one with room for a block, else the
                 CPU.
+            modules: where the file of ``model_options.modules`` is now; None = where it was at the import.
 
         Raises:
-            ConfigError: this is no run folder.
+            ConfigError: this is no run folder, or its model needs code that may not run.
             StoreInUseError, FormatError, CorruptionError, UnsupportedError, StorageError: its store cannot be opened.
         """
         run = RunFolder(Path(run_dir))
@@ -197,9 +205,11 @@ class Generator:
         try:
             for note in mended_model(run):
                 _LOG.warning("note: %s", note)
-            folder = ModelFolder(run.model)
+            options = ModelOptions.kept(info.model_options)
+            options.run_modules(run.path, Path(info.source), at=modules)
+            folder = ModelFolder(run.model, dequantizes=bool(options.dequantize))
             config, tokenizer = folder.config(), folder.tokenizer()
-            partition = ModelOptions.kept(info.model_options).partition(config, DTYPES[info.precision])
+            partition = options.partition(config, DTYPES[info.precision])
             partition.set_buffers(kept_buffers(run))
             model = _on_device(partition, state, device, info.precision)
             state.start(model.pool_sizes(training=False), unit=model.unit)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatrain_io.cli.options import JsonOutput
+from megatrain_io.cli.options import AllowCode, JsonOutput, allow_code
 from megatrain_io.cli.result import command
 from megatrain_io.errors import DoesNotFitError
 from megatrain_io.interrupt import check, held
@@ -43,6 +43,7 @@ def plan_command(  # noqa: PLR0913 - an option each
     rented_hour: Annotated[
         float | None, typer.Option(metavar="PRICE", min=0, help="Price of an hour of a rented GPU.")
     ] = None,
+    allows_code: AllowCode = False,
     json_output: JsonOutput = False,
 ) -> None:
     """Say what a run needs, how long it takes and how much it writes, before it begins. Weights need not be there."""
@@ -51,6 +52,7 @@ def plan_command(  # noqa: PLR0913 - an option each
         with held():
             from megatrain_io.planning.planner import plan
 
+            allow_code(allows_code, overrides=overrides or ())
             run_plan = plan(
                 model,
                 config_file,

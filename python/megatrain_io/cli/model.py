@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from megatrain_io.cli.options import BlockList, JsonOutput, Miniature, Model, Run
+from megatrain_io.cli.options import (
+    AllowCode,
+    BlockList,
+    JsonOutput,
+    Miniature,
+    Model,
+    Modules,
+    Run,
+    allow_code,
+)
 from megatrain_io.cli.result import command
 from megatrain_io.interrupt import check, held
 from megatrain_io.text import visible
@@ -43,6 +52,14 @@ def import_command(  # noqa: PLR0913 - an option each
         Literal["sdpa", "eager"] | None,
         typer.Option(help="How attention computes. Default: sdpa where the architecture has it."),
     ] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Import fp8 weights with scales by blocks as the numbers that they stand for.",
+        ),
+    ] = False,
+    modules: Modules = None,
     json_output: JsonOutput = False,
 ) -> None:
     """Make a store from a model folder. It goes tensor by tensor: the model is never whole in RAM."""
@@ -56,8 +73,13 @@ def import_command(  # noqa: PLR0913 - an option each
 
         folder = RunFolder(run)
         options = ModelOptionsConfig(
-            block_list=block_list or None, miniature=miniature, attn_implementation=attn_implementation
+            block_list=block_list or None,
+            miniature=miniature,
+            attn_implementation=attn_implementation,
+            dequantize=dequantize,
+            modules=modules,
         )
+        allow_code(allow_all=False, modules=modules)
 
         with held(), result.counting("import") as progress:
             info = import_model(
@@ -92,6 +114,8 @@ def generate_command(  # noqa: PLR0913 - an option each
         int, typer.Option(min=0, help="Sample from this many tokens, the likeliest; 0 is off.")
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    modules: Modules = None,
+    allows_code: AllowCode = False,
     json_output: JsonOutput = False,
 ) -> None:
     """Continue a text, or answer a message, with the newest committed weights."""
@@ -109,7 +133,12 @@ def generate_command(  # noqa: PLR0913 - an option each
             "top_k": top_k,
             "seed": seed,
         }
-        with held(), naming_the_way_back(RunFolder(run)), Generator.open(run) as generator:
+        allow_code(allows_code, modules)
+        with (
+            held(),
+            naming_the_way_back(RunFolder(run)),
+            Generator.open(run, modules=modules) as generator,
+        ):
             if note := generator.asking_note(prompt, chat=chat):
                 typer.echo(f"note: {visible(note)}", err=True)
             if chat:
@@ -127,6 +156,8 @@ def export_command(
         Literal["bf16", "fp32"] | None,
         typer.Option(help="fp32 are the master weights. Default: what the run computes in."),
     ] = None,
+    modules: Modules = None,
+    allows_code: AllowCode = False,
     json_output: JsonOutput = False,
 ) -> None:
     """Write the weights as a model folder. They are the newest committed ones; transformers loads the folder."""
@@ -139,6 +170,7 @@ def export_command(
 
         folder = RunFolder(run)
         with naming_the_way_back(folder), result.counting("export") as progress:
-            export_model(folder, out, dtype=dtype, progress=progress)
+            allow_code(allows_code, modules)
+            export_model(folder, out, dtype=dtype, progress=progress, modules=modules)
         result.values = {"run": run, "out": out, "dtype": dtype}
         result.text = visible(f"exported {run} to {out}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatrain_io.cli.options import JsonOutput
+from megatrain_io.cli.options import AllowCode, JsonOutput, allow_code
 from megatrain_io.cli.result import command
 from megatrain_io.interrupt import check, held
 
@@ -51,6 +51,7 @@ def train_command(
             "--keys", callback=_print_keys, is_eager=True, help="List every key with its default, and exit."
         ),
     ] = False,
+    allows_code: AllowCode = False,
     json_output: JsonOutput = False,
 ) -> None:
     """Train a model, or resume a run."""
@@ -72,6 +73,8 @@ def train_command(
             from megatrain_io.training.callbacks import Callback, TraceCallback
             from megatrain_io.training.reporters import WarningReporter, reporter
             from megatrain_io.training.trainer import train
+
+            allow_code(allows_code, overrides=overrides or ())
         check()
 
         reports = WarningReporter(Console(stderr=True)) if json_output else None

@@ -38,6 +38,7 @@ _TEXT_KEYS = {
     "store_dir",
     "block_list",
     "miniature",
+    "modules",
     "format",
     "fields",
     "data.train",

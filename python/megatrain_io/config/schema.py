@@ -138,6 +138,10 @@ class ModelOptionsConfig(Section):
     """folder with the config.json of a small model of the same architecture, to prove it on; null: its own, shrunk"""
     attn_implementation: Literal["sdpa", "eager"] | None = None
     """sdpa, eager, or null: sdpa where the architecture has it"""
+    dequantize: bool = False
+    """import weights in fp8 with scales by blocks (DeepSeek-V3) as the numbers they stand for"""
+    modules: LocalPath | None = None
+    """file of Python that registers a model of your own with transformers; in a YAML file it needs --allow-code"""
 
 
 class RunConfig(Section):
@@ -203,7 +207,14 @@ def _absolute(config: RunConfig) -> dict[str, Any]:
         "output_dir": Path(_absolute_path(config.output_dir)),
         "data": data.model_copy(update=own),
         "memory": config.memory.model_copy(update={"store_dir": store_dir}),
+        "model_options": _absolute_options(config.model_options),
     }
+
+
+def _absolute_options(options: ModelOptionsConfig) -> ModelOptionsConfig:
+    if options.modules is None:
+        return options
+    return options.model_copy(update={"modules": Path(_absolute_path(options.modules))})
 
 
 def _absolute_path(path: Path | str) -> str:

@@ -6,23 +6,29 @@ not lead out of the folder, no code is run, nothing is unpickled and nothing is 
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatrain_io.errors import ModelFilesError, UnsupportedModelError
 from megatrain_io.files import UnfitFileError, new_file, open_file, read_file
 from megatrain_io.models.config_limits import refuse_numbers
+from megatrain_io.models.dequantized import can_dequantize
 from megatrain_io.models.text_model import text_config_of
 
 __all__ = ["COMPANIONS", "ModelFolder"]
@@ -68,6 +74,22 @@ _SMALL_JSON = {
 }
 """Of these the libraries that read them expect a JSON object, and have no sentence for anything else."""
 
+_NO_SETTINGS = {
+    "architectures",
+    "auto_map",
+    "model_type",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "rope_theta",
+}
+_NO_SETTINGS |= {"rope_scaling", "quantization_config", "compression_config"}
+_ORIGINAL = (
+    "If its makers published no such weights, the hub lists conversions at the model's page under Finetunes and "
+    "Quantizations, their names mostly with BF16"
+)
+_DEQUANTIZE = "import --dequantize (model_options.dequantize=true) trains the numbers that they stand for"
+_PLAIN_CODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\.py")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _GIT_LFS = b"version https://git-lfs"
 _JSON_BYTES_MAX = 64 << 20
@@ -79,15 +101,16 @@ class ModelFolder:
     Attributes:
         path: path of the folder.
         raw_config: content of config.json; numbers that JSON does not have are marked as transformers does.
+        dequantizes: whether weights in fp8 are read as the numbers that they stand for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, dequantizes: bool = False) -> None:
         """Open a folder and read its config.json.
 
         Raises:
             ModelFilesError: it is missing, is a file, or has no sound config.json.
         """
-        self.path = path
+        self.path, self.dequantizes = path, dequantizes
         if path.suffix == ".gguf":
             self._refuse_gguf(path)
         if not path.exists():
@@ -137,13 +160,58 @@ class ModelFolder:
             self._refuse_gguf(found[0])
         raise ModelFilesError(f"{self.path} has config.json but no weights: {_WEIGHTS} is missing")
 
-    def config(self) -> PreTrainedConfig:
+    @cached_property
+    def stands_for(self) -> type[PreTrainedConfig] | None:
+        """The configuration class of transformers that the folder is read by, where its model type is none of these.
+
+        That is the one of the causal language model that ``architectures`` names: a model that is another one's in all
+        but its model type needs no code of its own. None where the model type says it.
+        """
+        names = self.raw_config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else None
+        if self.raw_config.get("model_type") in CONFIG_MAPPING or not isinstance(name, str):
+            return None
+        if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            return None
+        found: type[PreTrainedConfig] | None = getattr(
+            getattr(transformers, name, None), "config_class", None
+        )
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the person on how config.json was understood."""
+        if self.stands_for is None:
+            return []
+        known = self.stands_for().to_dict().keys() | _NO_SETTINGS
+        others = ", ".join(sorted(name for name in self.raw_config if name not in known))
+        own, named = self.raw_config.get("model_type"), self.raw_config["architectures"][0]
+        says = f"; it has no setting for {others}" if others else ""
+        note = (
+            f"{self.path / _CONFIG}: transformers has no model_type {own!r}, and code that comes with a model is not "
+            f"run: it is read as the {named} that it names, the class of transformers{says}"
+        )
+        return [note]
+
+    @property
+    def quantisation_notes(self) -> list[str]:
+        """What must be done before the weights are trained, if config.json says that they are quantised."""
+        return [
+            f"the weights of this config.json are quantised ({_quantisation_text(marks)}): this is the plan of the "
+            f"original model. {_DEQUANTIZE if can_dequantize(marks) else _ORIGINAL}"
+            for marks in _quantisations(self.raw_config)
+        ][:1]
+
+    def config(self, *, needs_weights: bool = True) -> PreTrainedConfig:
         """The configuration of what is trained: where the model is one of several kinds of input, of its text model.
+
+        Args:
+            needs_weights: as ``published_config``.
 
         Raises:
             ModelFilesError, UnsupportedModelError: as ``published_config``.
         """
-        published = self.published_config()
+        published = self.published_config(needs_weights=needs_weights)
         if (text := text_config_of(published)) is not None:
             return text
         inside = getattr(published, "text_config", None)
@@ -154,25 +222,34 @@ class ModelFolder:
             )
         return published
 
-    def published_config(self) -> PreTrainedConfig:
+    def published_config(self, *, needs_weights: bool = True) -> PreTrainedConfig:
         """The configuration, by transformers' own class for its model type.
+
+        Args:
+            needs_weights: refuse a folder whose weights are quantised; else it is read as that of the original model.
 
         Raises:
             ModelFilesError: a number in it is one that no model has.
             UnsupportedModelError: the weights are quantised, or transformers does not know the model.
         """
-        self._refuse_quantised()
+        if needs_weights:
+            self._refuse_quantised()
         refuse_numbers(self.raw_config, str(self.path / _CONFIG))
+        model_type = self.raw_config.get("model_type")
         try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
+            config = self._read_config(model_type)
         except Exception as cause:
-            model_type = self.raw_config.get("model_type")
             if code := _named_code(self.raw_config):
+                why = (
+                    "choose a model that transformers itself has, or one whose architectures names a causal language "
+                    "model of transformers that computes the same"
+                    if self.stands_for is None
+                    else f"and the {self.stands_for.__name__} of transformers does not take this one: "
+                    f"{' '.join(str(cause).split())}"
+                )
                 raise UnsupportedModelError(
                     f"{self.path / _CONFIG} names code of its own ({code}) for model_type {model_type!r}, and code "
-                    "that comes with a model is not run: choose a model that transformers itself has"
+                    f"that comes with a model is not run: {why}"
                 ) from cause
             reason = " ".join(str(cause).partition("\n\n")[0].split())
             raise UnsupportedModelError(
@@ -182,6 +259,19 @@ class ModelFolder:
         config._attn_implementation = None  # noqa: SLF001
         config._experts_implementation = None  # noqa: SLF001
         return config
+
+    def _read_config(self, model_type: object) -> PreTrainedConfig:
+        """The configuration as transformers reads it; where its weights are quantised, that of the original model."""
+        quantised = any(_quantisations(self.raw_config))
+        if self.stands_for is None and not quantised:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+            return config
+        content, _ = PreTrainedConfig.get_config_dict(self.path, local_files_only=True)
+        content = _without(content, ("quantization_config", "compression_config", "auto_map"))
+        config_class = self.stands_for or CONFIG_MAPPING[str(model_type)]
+        return config_class.from_dict({**content, "model_type": config_class.model_type})
 
     def refuse_tokenizer_of_code(self) -> None:
         """Refuse a tokenizer that names code of its own and does without none.
@@ -231,6 +321,8 @@ class ModelFolder:
             ModelFilesError: one is a Git-LFS pointer, leads out of the folder, or holds no JSON object where it should.
         """
         names = [name for name in COMPANIONS if os.path.lexists(self.path / name)]
+        if self.stands_for is not None:
+            names += self._code()
         for name in names:
             path = self._inside(name)
             with open_file(path) as file:
@@ -242,6 +334,10 @@ class ModelFolder:
             if name in _SMALL_JSON:
                 self._read_json(name)
         return names
+
+    def _code(self) -> list[str]:
+        """Names of the folder's files of code: none is run, and whoever trusts them needs them beside config.json."""
+        return sorted(path.name for path in self.path.glob("*.py") if _PLAIN_CODE.fullmatch(path.name))
 
     def copy(self, names: Sequence[str], folder: Path) -> None:
         """Copy files of this folder into another one, durably."""
@@ -303,17 +399,28 @@ class ModelFolder:
             )
         return real
 
+    @property
+    def fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns of the blocks that have a scale each, where weights in fp8 are to be read; else None."""
+        marks = next(_quantisations(self.raw_config), None)
+        if not self.dequantizes or marks is None:
+            return None
+        rows, columns = marks["weight_block_size"]
+        return rows, columns
+
     def _refuse_quantised(self) -> None:
         for marks in _quantisations(self.raw_config):
-            method = str(marks.get("quant_method", "")) or "bitsandbytes"
-            bits = marks.get("bits") or (
-                4 if marks.get("load_in_4bit") else 8 if marks.get("load_in_8bit") else None
-            )
-            what = method.upper() + (f" {bits}-bit" if isinstance(bits, int) else "")
-            raise UnsupportedModelError(
-                f"{self.path}: the weights are quantised ({what}); training all of them needs the original model "
-                "in bf16, fp16 or fp32: import that one"
-            )
+            if not can_dequantize(marks):
+                raise UnsupportedModelError(
+                    f"{self.path}: the weights are quantised ({_quantisation_text(marks)}); training all of them needs "
+                    f"the original model in bf16, fp16 or fp32: import that one. {_ORIGINAL}"
+                )
+            if not self.dequantizes:
+                raise UnsupportedModelError(
+                    f"{self.path}: the weights are quantised ({_quantisation_text(marks)}): import --dequantize "
+                    "(model_options.dequantize=true) trains the numbers that they stand for, or import the original "
+                    "model in bf16, fp16 or fp32"
+                )
 
     def _refuse_gguf(self, path: Path) -> NoReturn:
         raise ModelFilesError(
@@ -333,6 +440,21 @@ def _named_code(config: dict[str, Any]) -> str:
     values = named.values() if isinstance(named, dict) else [named]
     names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
     return f"auto_map: {', '.join(dict.fromkeys(map(str, names)))}"[:200]
+
+
+def _quantisation_text(marks: dict[str, Any]) -> str:
+    method = str(marks.get("quant_method", "")) or "bitsandbytes"
+    bits = marks.get("bits") or (4 if marks.get("load_in_4bit") else 8 if marks.get("load_in_8bit") else None)
+    return method.upper() + (f" {bits}-bit" if isinstance(bits, int) else "")
+
+
+def _without(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The configuration and its parts without some entries."""
+    return {
+        name: _without(value, names) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in names
+    }
 
 
 def _quantisations(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

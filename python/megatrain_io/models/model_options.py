@@ -1,7 +1,7 @@
 """What a person says of a model beside its folder, and the partition that follows from both."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from megatrain_io.config.schema import ModelOptionsConfig
 from megatrain_io.errors import ConfigError
 from megatrain_io.models.hub_folder import ModelFolder
+from megatrain_io.models.own_code import OwnCode
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
 from megatrain_io.models.shrink import shrink_config, without_noise
@@ -26,11 +27,15 @@ class ModelOptions:
         block_list: name of the module list of decoder blocks; None = the one that transformers marks.
         attn_implementation: "sdpa", "eager", or None for sdpa where the architecture has it, else eager.
         miniature: content of the config.json of a small model of the same architecture; None = the model's own, shrunk.
+        dequantize: whether fp8 weights are imported as the numbers that they stand for; None = no.
+        modules: path and SHA-256 of a file that makes the model known to transformers; None = there is none.
     """
 
     block_list: str | None = None
     attn_implementation: Literal["sdpa", "eager"] | None = None
     miniature: dict[str, Any] | None = None
+    modules: dict[str, Any] | None = None
+    dequantize: bool | None = None
 
     @classmethod
     def of(cls, config: ModelOptionsConfig) -> Self:
@@ -38,9 +43,13 @@ class ModelOptions:
 
         Raises:
             ModelFilesError: ``miniature`` is no model folder, or its config.json is not sound.
+            ConfigError: ``modules`` cannot be read.
         """
         miniature = None if config.miniature is None else ModelFolder.of(config.miniature).raw_config
-        return cls(config.block_list, config.attn_implementation, miniature)
+        modules = None if config.modules is None else OwnCode.of(config.modules).as_dict()
+        return cls(
+            config.block_list, config.attn_implementation, miniature, modules, config.dequantize or None
+        )
 
     @classmethod
     def kept(cls, options: dict[str, Any]) -> Self:
@@ -57,6 +66,24 @@ class ModelOptions:
     def as_dict(self) -> dict[str, Any]:
         """What is set, as plain JSON types."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+    def run_modules(self, *outside: Path, at: Path | None = None) -> Self:
+        """Run ``modules``, if there are any and they may run, so that transformers knows the model.
+
+        Args:
+            outside: folders in which the file must not lie: of the model and of the run.
+            at: where the file is now; None = where it was.
+
+        Raises:
+            ConfigError: they may not run, are not what they were, or fail.
+        """
+        if self.modules is not None:
+            try:
+                own = OwnCode(**self.modules)
+            except TypeError as error:
+                raise ConfigError(f"model_options.modules of run.json cannot be read: {error}") from error
+            replace(own, path=str(own.path if at is None else at.absolute())).run(outside)
+        return self
 
     def partition(self, config: PreTrainedConfig, dtype: torch.dtype) -> PartitionedModel:
         """Probe a model, and partition it without memory for its parameters.
@@ -98,6 +125,13 @@ class ModelOptions:
             ConfigError: it names key, old and new value.
         """
         for name, value in asked.as_dict().items():
+            if name == "modules" and self.modules is not None:
+                if value["sha256"] != self.modules.get("sha256"):
+                    raise ConfigError(
+                        f"model_options.modules: {value['path']} is not the file that {where} was imported with, or "
+                        "has changed since: put that one back, or choose a new output_dir"
+                    )
+                continue
             if value != (old := getattr(self, name)):
                 shown = (
                     "another one than now"

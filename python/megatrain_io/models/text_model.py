@@ -56,8 +56,8 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
 
 def _published_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class of the whole model: that which config.json names, else the one that transformers has for it."""
-    named = [getattr(transformers, str(name), None) for name in config.architectures or ()]
-    mapped = [
+    named: list[Any] = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    mapped: list[Any] = [
         mapping[type(config)]
         for mapping in (
             MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -207,7 +207,7 @@ def _scores_of_both(config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
         raise ValueError(f"the small copy has {size:,} parameters")
     names = TextNames(small, text_config, torch.float32)
     whole = kind._from_config(copy.deepcopy(small), dtype=torch.float32).eval()  # noqa: SLF001
-    own_kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+    own_kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
     alone = own_kind._from_config(text_config, dtype=torch.float32).eval()  # noqa: SLF001
     state = whole.state_dict()
     for parameter in whole.parameters():

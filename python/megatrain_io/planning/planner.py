@@ -167,8 +167,11 @@ def _job_without_data(
     gpu = gpu_here(train.device) if described is None else described.device
     gpu = None if train.device == "cpu" else gpu
     precision, notes = resolve_precision(train.precision, config.model, run, gpu)
-    model_config = ModelFolder.of(config.model).config()
-    partition = ModelOptions.of(config.model_options).partition(model_config, DTYPES[precision])
+    folder = ModelFolder.of(config.model)
+    options = ModelOptions.of(config.model_options).run_modules(folder.path)
+    model_config = folder.config(needs_weights=False)
+    notes += [*folder.notes, *folder.quantisation_notes]
+    partition = options.partition(model_config, DTYPES[precision])
     if described is None:
         stores = run.stores_in(memory.store_dir)
         hardware = hardware_here(stores, ram_of(memory.ram), precision, gpu, for_plan=True)

@@ -37,6 +37,7 @@ from megatrain_io.interrupt import check, held
 from megatrain_io.models.generation_config import end_tokens, with_end_tokens
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
+from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.models.safetensors import (
     FILE_DTYPES,
     TORCH_DTYPES,
@@ -72,6 +73,7 @@ def export_model(
     shard_bytes: int = 5 * 10**9,
     engine: Engine = "auto",
     progress: Progress | None = None,
+    modules: Path | None = None,
 ) -> None:
     """Write the committed weights of a run as a model folder that stock transformers loads.
 
@@ -86,14 +88,17 @@ def export_model(
         shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
         engine: I/O engine that reads.
         progress: called after each chunk.
+        modules: where the file of ``model_options.modules`` is now; None = where it was at the import.
 
     Raises:
-        ConfigError: there is no finished import, or something is in the way at ``out``.
+        ConfigError: there is no finished import, something is in the way at ``out``, or the model needs code that may
+            not run.
         NoSpaceError: the files do not fit.
         CorruptionError, StoreInUseError, FormatError, StorageError: the store cannot be read.
     """
     run, out = RunFolder.of(run), Path(out)
-    run.read()
+    info = run.read()
+    options = ModelOptions.kept(info.model_options).run_modules(run.path, Path(info.source), at=modules)
     _check(out, dtype, shard_bytes)  # before a store is opened that may be in use
     with ExitStack() as open_:
         open_.enter_context(storage_errors(out.absolute(), NOTHING_LEFT))
@@ -102,7 +107,7 @@ def export_model(
             _LOG.warning("note: %s", visible(note))
         write_model_folder(
             state,
-            ModelFolder(run.model),
+            ModelFolder(run.model, dequantizes=bool(options.dequantize)),
             out,
             dtype=dtype,
             shard_bytes=shard_bytes,
@@ -156,9 +161,13 @@ def write_model_folder(  # noqa: PLR0913 - as export_model
             _write_text(partial / "model.safetensors.index.json", index_of(shards, parameters))
         generation = _generation_config(folder, stop_tokens)
         ends = [] if generation is None else end_tokens(json.loads(generation).get("eos_token_id"))
-        is_text_alone = kept.shapes is None
         config = _config_for_export(
-            folder.raw_config, names.architecture, DTYPES[wanted], ends, is_text_alone=is_text_alone
+            folder.raw_config,
+            names.architecture,
+            DTYPES[wanted],
+            ends,
+            is_text_alone=kept.shapes is None,
+            names_code=folder.stands_for is not None,
         )
         _write_text(partial / "config.json", config)
         folder.copy([name for name in companions if name != _GENERATION], partial)
@@ -293,21 +302,26 @@ def _config_for_export(
     ends: Sequence[int],
     *,
     is_text_alone: bool,
+    names_code: bool = False,
 ) -> str:
     """The configuration as it was imported, with the dtype of the files and all tokens that end generation.
 
-    Code that was not copied is not named. Where more than text is in the model, the other parts stay as they were.
+    Code that was not copied is not named; ``names_code`` says that it was. Where more than text is in the model, the
+    other parts stay as they were.
     """
     name = str(dtype).removeprefix("torch.")
     content = dict(config)
     for key, value in config.items():
         if isinstance(value, dict):
-            content[key] = part = {entry: kept for entry, kept in value.items() if entry != "auto_map"}
+            content[key] = part = dict(value)
             if (is_text_alone or key == "text_config") and part.keys() & {"dtype", "torch_dtype"}:
                 part["dtype"] = name
                 part.pop("torch_dtype", None)
     content.pop("torch_dtype", None)
-    content.pop("auto_map", None)
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        if not names_code:
+            part.pop("auto_map", None)
+        part.pop("quantization_config", None)  # what is exported is not quantised
     before = end_tokens(content.get("eos_token_id"))
     if "eos_token_id" in content and (more := [token for token in ends if token not in before]):
         all_ends = [*before, *more]

@@ -244,7 +244,9 @@ class ModelImport:
         run.mend(self._stores)
         _refuse_what_is_in_the_way(run, self._stores)
         self.notes = store_drive_notes([*self._stores, run.path])
-        self._folder = ModelFolder(model_dir)
+        self._folder = ModelFolder(model_dir, dequantizes=bool(self._options.dequantize))
+        self.notes += self._folder.notes
+        self._options.run_modules(model_dir, run.path)
         self._undo, self._holding = ExitStack(), ExitStack()
         with ExitStack() as failing:
             opened = checked_weights(self._folder, precision)

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatrain_io.errors import MegatrainIoError, ModelFilesError, UnsupportedModelError
 from megatrain_io.files import open_file, read_file, replace_file, sync_folder
 from megatrain_io.interrupt import check
+from megatrain_io.models.dequantized import DequantizedWeights
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.safetensors import (
@@ -79,12 +80,14 @@ class SourceWeights:
     Attributes:
         names: the names of its model, both ways.
         plan: where everything in the files belongs.
-        files: the tensors themselves.
+        files: the tensors themselves, as they are trained.
+        stored: the same as they lie in the files.
     """
 
     names: HubNames
     plan: NamePlan
-    files: Checkpoint
+    files: WeightReader
+    stored: Checkpoint
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
@@ -101,7 +104,7 @@ class SourceWeights:
             found.append(
                 f"trains the text model of {self.names.architecture} ({self.names.text_architecture}) alone"
             )
-        entries = self.files.entries
+        entries = self.stored.entries
         for names, fate in (
             (self.plan.carried, "carried through unchanged"),
             (self.plan.derived, "left out, as transformers makes them anew"),
@@ -144,7 +147,7 @@ class Kept:
         if self.files is not None:
             for name in self.carried:
                 for offset, data in self.files.pieces(name):
-                    out.write(name, offset, data)
+                    out.write(name, offset, memoryview(data))
                     check()
 
 
@@ -167,10 +170,13 @@ def opened_weights(folder: ModelFolder, precision: Precision) -> Iterator[Source
         ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
         UnsupportedModelError: the weights are quantised, or transformers cannot build the model.
     """
-    with Checkpoint(folder.weight_files()) as files:
+    with Checkpoint(folder.weight_files()) as opened:
+        files: WeightReader = opened
+        if (block := folder.fp8_block) is not None:
+            files = DequantizedWeights(files, block)
         names = names_of(folder, DTYPES[precision])
         plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
-        yield SourceWeights(names, plan, files)
+        yield SourceWeights(names, plan, files, opened)
 
 
 def buffers_of(weights: SourceWeights) -> dict[str, Tensor]:
@@ -215,7 +221,7 @@ def write_kept(weights: SourceWeights, folder: Path) -> None:
 
 def kept_in(weights: SourceWeights) -> Kept:
     """What of opened weight files belongs into an export beside the trained parameters."""
-    return Kept(buffers_of(weights), weights.shapes, weights.files, weights.plan.carried)
+    return Kept(buffers_of(weights), weights.shapes, weights.stored, weights.plan.carried)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ _SAFE = "the store is not touched"
 def digests_of(folder: Path) -> dict[str, str]:
     """SHA-256 of configuration, tokenizer and whatever else belongs to a model in a folder, by name."""
     names = [name for name in (_CONFIG, *COMPANIONS, *KEPT) if (folder / name).exists()]
+    names += sorted(path.name for path in folder.glob("*.py"))
     return {name: _digest(folder / name) for name in names}
 
 

@@ -189,9 +189,11 @@ class _Request:
     def partition(self, layout: ModelLayout) -> PartitionedModel:
         """The imported model without its parameters; ``layout`` is that of its store."""
         with storage_errors(self._folder.path, SAFE):
-            model_config = ModelFolder(self._folder.model).config()
-            options, buffers = self._folder.read().model_options, kept_buffers(self._folder)
-        partition = ModelOptions.kept(options).partition(model_config, DTYPES[self._precision])
+            options = ModelOptions.kept(self._folder.read().model_options)
+            options.run_modules(self._config.model, self._folder.path, at=self._config.model_options.modules)
+            folder = ModelFolder(self._folder.model, dequantizes=bool(options.dequantize))
+            model_config, buffers = folder.config(), kept_buffers(self._folder)
+        partition = options.partition(model_config, DTYPES[self._precision])
         partition.set_buffers(buffers)
         refuse_other_formats(partition, layout, self._folder.path)
         return partition

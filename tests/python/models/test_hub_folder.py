@@ -80,7 +80,8 @@ def config(text):
 
 
 def foreign_code(folder):
-    edit(folder / "config.json", model_type="homemade", auto_map={"AutoConfig": "configuration.Homemade"})
+    named = {"auto_map": {"AutoConfig": "configuration.Homemade"}, "architectures": ["HomemadeForCausalLM"]}
+    edit(folder / "config.json", model_type="homemade", **named)
 
 
 def link_out(folder):

@@ -24,7 +24,14 @@ CONFIGS = {
     "a tokenizer named by the model": ("config.json", {"auto_map": TOKENIZER}, True),
     "a tokenizer elsewhere": ("config.json", {"auto_map": {"AutoTokenizer": "other/repository--evil.Evil"}}, True),
     "a model": ("config.json", {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}, True),
-    "a model of its own type": ("config.json", {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}, False),
+    "a model of its own type": (
+        "config.json",
+        {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil", "architectures": ["Evil"]},
+        False,
+    ),
+    "a type of its own for a class of transformers": (
+        "config.json", {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}, True,
+    ),
     "attention": ("config.json", {"attn_implementation": "o/r:fn", "_attn_implementation": "o/r"}, True),
     "experts": ("config.json", {"experts_implementation": "o/r:fn", "_experts_implementation": "o/r"}, True),
     "generate": ("generation_config.json", {"custom_generate": "."}, True),

@@ -1,0 +1,78 @@
+"""Weights in fp8 with scales by blocks: imported as the numbers that they stand for, trained and exported as such."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from families import PROMPT, make_source, run, small_config, stock_text
+
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [16, 32]}
+COMMON = ("--precision", "fp32", "--io-backend", "threads", "--json")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A Llama whose projections are in fp8, and what they stand for."""
+    here = tmp_path_factory.mktemp("fp8")
+    make_source(here, small_config("llama"))
+    path = here / "model" / "model.safetensors"
+    tensors, meant = load_file(path), {}
+    for name, tensor in list(tensors.items()):
+        meant[name] = tensor
+        if "_proj" not in name:
+            continue
+        rows, columns = tensor.shape
+        grid = (-(-rows // 16), -(-columns // 32))
+        scales = torch.rand(grid, generator=torch.Generator().manual_seed(len(name))) + 0.5
+        by_element = scales.repeat_interleave(16, 0)[:rows].repeat_interleave(32, 1)[:, :columns]
+        tensors[name] = (tensor / by_element).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+        meant[name] = tensors[name].float() * by_element
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = here / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": FP8}))
+    return here, meant
+
+
+def message_of(result):
+    return json.loads(result.stdout)["error"]["message"]
+
+
+def test_fp8_weights_are_refused_with_the_option_that_imports_them(source, tmp_path):
+    (folder, meant), here = source, tmp_path / "run"
+    refused = run("import", folder / "model", here, *COMMON)
+    assert refused.exit_code == 5
+    assert "import --dequantize" in message_of(refused)
+    planned = run("plan", folder / "model", "precision=fp32", "device=cpu", "max_length=32", "--json")
+    assert planned.exit_code == 0, planned.stdout
+    assert "import --dequantize" in " ".join(json.loads(planned.stdout)["notes"])
+    assert run("import", folder / "model", here, "--dequantize", *COMMON).exit_code == 0
+    assert run("export", here, tmp_path / "out").exit_code == 0
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == meant.keys()
+    assert all(torch.equal(exported[name], meant[name]) for name in meant)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    settings = (
+        f"model={folder / 'model'}", f"output_dir={here}", f"data.train={folder / 'train.jsonl'}", "max_length=32",
+        "max_steps=1", "gradient_accumulation_steps=1", "device=cpu", "memory.io_backend=threads", "memory.ram=64MiB",
+    )  # fmt: skip
+    trained = run("train", *settings, "--json")
+    assert trained.exit_code == 0, trained.stdout
+    assert run("export", here, tmp_path / "trained").exit_code == 0
+    said = run("generate", here, "--prompt", PROMPT, "--max-new-tokens", 8, "--json")
+    assert json.loads(said.stdout)["text"] == stock_text(tmp_path / "trained")
+
+
+def test_another_quantisation_is_refused_with_where_an_original_is_found(source, tmp_path):
+    folder = Path(shutil.copytree(source[0] / "model", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused = run("import", folder, tmp_path / "run", "--dequantize", *COMMON)
+    assert refused.exit_code == 5
+    assert "GPTQ 4-bit" in message_of(refused)
+    assert "BF16" in message_of(refused)

@@ -27,6 +27,7 @@ from megatrain_io.models.causal_lm import CausalLM, Inputs, ModuleLM, Transforme
 from megatrain_io.models.meta_model import build_meta_model
 from megatrain_io.models.positions import Positions, positions_text
 from megatrain_io.models.preserved import preserved
+from megatrain_io.models.side_inputs import NO_SIDE_INPUTS, BlockCall, SideInputs
 
 __all__ = ["BlockCall", "ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
 
@@ -35,19 +36,6 @@ ParameterShape = tuple[str, tuple[int, ...]]
 
 
 _ABSENT = object()
-
-
-@dataclass(frozen=True, eq=False)
-class BlockCall:
-    """What the model's `forward` hands to one block besides the hidden state.
-
-    Masks, rotary tables and the cache are shared between the calls of one recording. ``generates`` says that there is
-    a cache: then what blocks keep from call to call belongs to the text that is generated.
-    """
-
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
-    generates: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,8 @@ class PartitionSpec:
         widens: whether blocks return the hidden state in fp32 where bf16 computes.
         positions: where the number of its positions stands; None where it has none, or that is not known.
         unreached: names of the parameters that no gradient reaches; in a block, the name that each of these has there.
+        sides: what blocks take besides the hidden state, and that carries gradient.
+        stacked: whether the hidden state is several, [A, B, T, H].
     """
 
     model_type: str
@@ -81,6 +71,8 @@ class PartitionSpec:
     widens: bool = False
     positions: Positions | None = None
     unreached: frozenset[str] = frozenset()
+    sides: SideInputs = NO_SIDE_INPUTS
+    stacked: bool = False
 
 
 class PartitionedModel:
@@ -210,7 +202,7 @@ class PartitionedModel:
 
     @property
     def hidden_size(self) -> int:
-        """Entries H of the hidden state of a token."""
+        """Entries H of the hidden state of a token, A times H where it is several."""
         return self._sizes[0]
 
     @property
@@ -296,8 +288,8 @@ class PartitionedModel:
             cache: keys and values of a generation. It must hold the earlier tokens of all blocks.
 
         Returns:
-            The first hidden state [B, T, H], with grad enabled connected to the embedding parameters; and one
-            call per block, never connected to anything.
+            The first hidden state [B, T, H] (or several, [A, B, T, H]), and one call per block. With grad enabled
+            it and the side inputs in the calls are connected to the embedding parameters.
 
         Raises:
             UnsupportedModelError: `forward` skips, repeats or reorders blocks, or works between them.
@@ -309,7 +301,7 @@ class PartitionedModel:
             if index != len(calls):
                 raise self._refused(f"its forward pass calls block {index} where block {len(calls)} is next")
             hiddens.append(hidden)
-            if hidden is not hiddens[0]:
+            if not _is_same(hidden, hiddens[0]):
                 raise self._refused(f"its forward pass changes the hidden state before block {index}")
             calls.append(call)
             if len(calls) == len(self.blocks):
@@ -334,14 +326,16 @@ class PartitionedModel:
             index: 0 for the first block.
             parameters: those of the block.
             hidden: what the block before it returned, [B, T, H].
-            call: entry `index` of what `record` returned for the same tokens; a cache in it is filled.
+            call: entry `index` of what `record` returned for the same tokens; a cache in it is filled, and what the
+                block leaves for later ones is put into the mappings of it.
 
         Returns:
             The next hidden state, [B, T, H].
         """
         bound = {name: parameters[full] for full, name in self._block_names[index].items()}
         # What one block puts into a container of the call is no input of another one, which runs by itself.
-        kwargs = {name: _own(value) for name, value in call.kwargs.items()}
+        handed_on = self.spec.sides.mappings
+        kwargs = {name: value if name in handed_on else _own(value) for name, value in call.kwargs.items()}
         output = functional_call(self.blocks[index], bound, (hidden, *call.args), kwargs)
         if not call.generates:
             # Tensors that a block keeps would hold its weights when the memory of these is needed.
@@ -393,7 +387,7 @@ class PartitionedModel:
         needed = [*(name for name, _ in self.head_parameters), *self.tied_parameters]
         bound = self._placeholders | {name: parameters[name] for name in needed}
         # `forward` must embed something; the stubs drop whatever comes of it.
-        input_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        input_ids = torch.zeros(hidden.shape[-3:-1], dtype=torch.int64, device=hidden.device)
         args, kwargs = self._lm.inputs(MicroBatch(input_ids, input_ids), None)
         return self._forward(lambda *_: hidden, bound, (args, {**kwargs, **inputs}))
 
@@ -415,7 +409,7 @@ class PartitionedModel:
         """Sizes H and V: by the configuration, or where there is none from the shapes of a pass without blocks."""
         if self._lm.config is not None:
             text_config = self._lm.config.get_text_config()
-            return text_config.hidden_size, text_config.vocab_size
+            return text_config.hidden_size * self._stack_height, text_config.vocab_size
         tokens = torch.zeros((1, 2), dtype=torch.int64)
         # Zeros take no memory until they are written to, and reading touches a few rows.
         parts = (self.embedding_parameters, self.head_parameters)
@@ -431,9 +425,19 @@ class PartitionedModel:
                 )
         return hidden.shape[-1], logits.shape[-1]
 
+    @cached_property
+    def _stack_height(self) -> int:
+        """How many hidden states A of a token pass through the blocks together."""
+        if not self.spec.stacked:
+            return 1
+        device = next(iter(self._placeholders.values())).device
+        tokens = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        with torch.no_grad(), self.preserved():
+            return self.record(self._placeholders, MicroBatch(tokens, tokens))[0].shape[0]
+
     def _called(self, index: int, hidden_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         hidden = args[0] if args else kwargs.pop(hidden_name)
-        output = self._visit(index, hidden, BlockCall(args[1:], kwargs, self._generates))
+        output = self._visit(index, hidden, BlockCall(args[1:], kwargs, self._generates, self.spec.sides))
         entries = self.spec.output_entries
         return output if entries is None else (output, *[None] * (entries - 1))
 
@@ -464,6 +468,16 @@ class PartitionedModel:
 
     def _refused(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.spec.model_type}: {reason}")
+
+
+def _is_same(some: Tensor, other: Tensor) -> bool:
+    """Whether a tensor is another one, or a slice of it that leaves nothing out."""
+    return some is other or (
+        some.data_ptr() == other.data_ptr()
+        and some.shape == other.shape
+        and some.stride() == other.stride()
+        and some.dtype == other.dtype
+    )
 
 
 def _own(value: object) -> object:

@@ -127,6 +127,8 @@ def _probe(
         head=seen.head.union(seen.unused),
         packs=_keeps_apart(stock, packed, boundary=4),
         kept=seen.kept,
+        sides=seen.sides,
+        stacked=seen.stacked,
     )
     micro_batches = [one, two, packed] if spec.packs else [one, two]
     spec = replace(spec, unreached=find_unreached(stock, micro_batches, named, loss_of))
@@ -251,7 +253,7 @@ def _caches(stock: PreTrainedModel, partition: PartitionedModel, prompt: Tensor)
             hidden, calls = partition.record(parameters, MicroBatch(new, new, positions), cache)
             for index, call in enumerate(calls):
                 hidden = partition.run_block(index, parameters, hidden, call)
-            if not are_alike(partition.logits(parameters, hidden[:, -1:])[:, -1], expected):
+            if not are_alike(partition.logits(parameters, hidden[..., -1:, :])[:, -1], expected):
                 return False
             end += 1
     except Exception:  # noqa: BLE001 - whatever a model says to a cache that it does not know

@@ -179,6 +179,8 @@ def _spec_of(
         packs=False,
         kept=seen.kept,
         unreached=find_unreached(stock, micro_batches, blocks, loss_of),
+        sides=seen.sides,
+        stacked=seen.stacked,
     )
 
 

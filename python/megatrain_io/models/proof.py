@@ -14,11 +14,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain_io.models.meta_model import module_lists
 from megatrain_io.models.partition import BlockCall, PartitionedModel
+from megatrain_io.models.side_inputs import SideGradients, SideInputs, mappings_of, side_inputs_of
 
 __all__ = [
     "CannotBePartitionedError",
@@ -39,6 +40,9 @@ InMemoryLoss = Callable[[MicroBatch, int], Tensor]
 # Relative change of a score: rounding makes less of a token out of sight, a token in sight makes more.
 _IN_SIGHT = 1e-4
 
+# Dimensions of several hidden states, [A, B, T, H].
+_STACKED = 4
+
 
 class RefusedError(Exception):
     """Says why a model is refused; who catches it puts its name in front."""
@@ -54,10 +58,12 @@ class Observation:
 
     Attributes:
         output_entries: None where blocks return the hidden state, else the length of their tuple.
-        embedding: names of the parameters that the first hidden state depends on.
+        embedding: names of the parameters that the first hidden state and side inputs depend on.
         head: names of the parameters that the loss depends on behind the last block.
         unused: names of the parameters outside the blocks that the loss does not depend on.
         kept: attributes of blocks, by dotted path, in which they keep tensors from call to call.
+        sides: what blocks take besides the hidden state, and that carries gradient.
+        stacked: whether the hidden state is several, [A, B, T, H].
     """
 
     output_entries: int | None
@@ -65,6 +71,8 @@ class Observation:
     head: frozenset[str]
     unused: tuple[str, ...]
     kept: frozenset[str]
+    sides: SideInputs
+    stacked: bool
 
 
 def random_tokens(vocabulary: int, batch: int, tokens: int) -> MicroBatch:
@@ -119,7 +127,7 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
         for index, block in enumerate(blocks):
             before, after = partial(witness.before, index), partial(witness.after, index)
             undo.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-            undo.callback(block.register_forward_hook(after).remove)
+            undo.callback(block.register_forward_hook(after, with_kwargs=True).remove)
         loss = loss_of(micro_batch, 1)
         for name, buffer in _saved_buffers(stock).items():
             if not torch.equal(buffer, saved[name]):
@@ -132,7 +140,11 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
             )
         if _gradients(loss, witness.first_hidden, retain_graph=True)[0] is not None:
             raise CannotBePartitionedError("what enters its first block is used behind the last one, too")
-        embedding, head = _used(witness.first_hidden, resident), _used([loss], resident)
+        witness.refuse_sides_of_blocks()
+        sides = [tensor for _, _, tensor in witness.sides]
+        if sides and any(each is not None for each in _gradients(loss, sides, retain_graph=True)):
+            raise CannotBePartitionedError("what enters its blocks is used behind the last one, too")
+        embedding, head = _used([*witness.first_hidden, *sides], resident), _used([loss], resident)
     if len(witness.output_entries) != 1:
         raise CannotBePartitionedError(
             "its blocks return now a tensor, now a tuple, or tuples of two lengths"
@@ -143,6 +155,8 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
         head=head,
         unused=tuple(name for name in resident if name not in embedding | head),
         kept=frozenset(witness.kept),
+        sides=SideInputs(frozenset(path for _, path, _ in witness.sides), frozenset(witness.mappings)),
+        stacked=witness.first_hidden[0].dim() == _STACKED,
     )
 
 
@@ -161,26 +175,63 @@ class _Witness:
     first_hidden: list[Tensor] = field(default_factory=list)
     output_entries: set[int | None] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
+    # Block, path among its arguments, and tensor of each side input.
+    sides: list[tuple[int, str, Tensor]] = field(default_factory=list)
+    mappings: set[str] = field(default_factory=set)
+    outputs: list[Tensor] = field(default_factory=list)
+    _in_mappings: dict[str, list[int]] = field(default_factory=dict)
     _held: dict[str, list[int]] = field(default_factory=dict)
 
     def before(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, *others = tree_leaves((args, kwargs))
+        hidden = tree_leaves((args, kwargs))[0]
         if not self.called:
             self.first_hidden.append(hidden)
         self.called.append(index)
         self._held = _held_tensors(block)
-        if any(isinstance(other, Tensor) and other.requires_grad for other in others):
-            raise CannotBePartitionedError(
-                "its blocks take inputs besides the hidden state that carry gradient, which would be lost"
-            )
+        named = {name: value for name, value in kwargs.items() if value is not hidden}
+        others = (args[1:], {name: value for name, value in named.items() if name not in mappings_of(named)})
+        for path, leaf in tree_flatten_with_path(others)[0]:
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self.sides.append((index, keystr(path), leaf))
+        self._in_mappings = _ids_in_mappings(named)
 
-    def after(self, index: int, block: nn.Module, _args: object, output: Any) -> object:
+    def refuse_sides_of_blocks(self) -> None:
+        """Refuse what a block hands to a later one by the model's own code."""
+        for taker, path, tensor in self.sides:
+            reached = (
+                _gradients([tensor], self.outputs[:taker], [torch.ones_like(tensor)], retain_graph=True)
+                if taker
+                else ()
+            )
+            for maker, gradient in enumerate(reached):
+                if gradient is not None:
+                    raise CannotBePartitionedError(
+                        f"block {taker} takes an input ({path}) besides the hidden state that carries gradient to "
+                        f"block {maker}"
+                    )
+
+    def after(  # as torch calls a hook
+        self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> object:
+        del args
+        for name, ids in _ids_in_mappings(kwargs).items():
+            if ids != self._in_mappings.get(name):
+                self.mappings.add(name)
         self.kept |= {name for name, held in _held_tensors(block).items() if held != self._held.get(name, [])}
         is_tuple = isinstance(output, tuple | list)
         self.output_entries.add(len(output) if is_tuple else None)
+        self.outputs.append(output[0] if is_tuple else output)
         if index < self.count - 1:
             return output
         return (output[0].detach(), *output[1:]) if is_tuple else output.detach()
+
+
+def _ids_in_mappings(kwargs: Mapping[str, object]) -> dict[str, list[int]]:
+    """The tensors in each keyword argument in which a block may leave something for others."""
+    return {
+        name: [id(leaf) for leaf in tree_leaves(list(mapping.values())) if isinstance(leaf, Tensor)]
+        for name, mapping in mappings_of(kwargs).items()
+    }
 
 
 # What torch itself keeps in a module; parameters and buffers are looked at elsewhere.
@@ -301,19 +352,30 @@ def _refuse_kept_weights(
     """Refuse blocks that hold their weights behind a call: the memory of these is needed for the next block's."""
     with torch.no_grad():
         hidden, calls = partition.record(leaves, micro_batch)
-    for index, call in enumerate(calls):
+    weights = {leaf.untyped_storage().data_ptr(): name for name, leaf in leaves.items()}
+    for side in side_inputs_of(calls):
+        if name := weights.get(side.untyped_storage().data_ptr()):
+            raise CannotBePartitionedError(
+                f"its blocks take {name} itself, which is no parameter of theirs: its memory is needed before they run"
+            )
+    for index, shared in enumerate(calls):
+        call = shared.as_now()
         own = {name: leaves[name].detach().clone() for name, _ in partition.block_parameters(index)}
         for name, tensor in own.items():
             tensor.requires_grad_(leaves[name].requires_grad)
         lives = {name: weakref.ref(tensor) for name, tensor in own.items()}
+        before = hidden
         entering = hidden.detach().requires_grad_()
         output = partition.run_block(index, own, entering, call)
         _gradients(output, [entering], torch.ones_like(output))
         hidden = output.detach()
-        del output, entering, tensor
+        del call, output, entering, tensor
         own.clear()
         if any(live() is not None for live in lives.values()):
             gc.collect()
+        if index < len(calls) - 1 and partition.spec.sides.mappings:
+            with torch.no_grad():
+                partition.run_block(index, leaves, before, shared)
         if held := [name for name, live in lives.items() if live() is not None]:
             raise CannotBePartitionedError(
                 f"block {index} keeps tensors that hold {held[0]} behind its call, where the memory of its weights is "
@@ -325,8 +387,9 @@ def _refuse_kept_weights(
 class _Pass:
     """One micro-batch on its way: gradients are not summed over micro-batches, so orders do not matter."""
 
-    calls: tuple[BlockCall, ...]
+    calls: list[BlockCall]
     hiddens: list[Tensor]
+    sides: SideGradients
     loss: Tensor = field(init=False)
     grad_hidden: Tensor | None = field(init=False)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -346,10 +409,12 @@ def _layer_major(
     with torch.no_grad():
         for micro_batch in micro_batches:
             hidden, calls = partition.record(leaves, micro_batch)
-            passes.append(_Pass(calls, [hidden]))
+            passes.append(_Pass(list(calls), [hidden], SideGradients(side_inputs_of(calls))))
         for index in range(len(partition.blocks)):
             for each in passes:
-                each.hiddens.append(partition.run_block(index, leaves, each.hiddens[-1], each.calls[index]))
+                call = each.calls[index]
+                each.calls[index] = call.as_now()
+                each.hiddens.append(partition.run_block(index, leaves, each.hiddens[-1], call))
     names = [name for name, _ in partition.head_parameters] + list(partition.tied_parameters)
     names = [name for name in names if leaves[name].requires_grad]
     for each, micro_batch in zip(passes, micro_batches, strict=True):
@@ -362,12 +427,24 @@ def _layer_major(
         names = [name for name, _ in partition.block_parameters(index) if leaves[name].requires_grad]
         for each in passes:
             hidden = each.hiddens.pop().requires_grad_()
-            output = partition.run_block(index, leaves, hidden, each.calls[index])
             inputs = [hidden, *(leaves[name] for name in names)]
-            each.grad_hidden, *gradients = _gradients(output, inputs, each.grad_hidden)
+            if each.grad_hidden is None:
+                raise CannotBePartitionedError(f"no gradient comes to block {index} from behind it")
+            each.grad_hidden, *gradients = each.sides.through_block(
+                partial(partition.run_block, index, leaves, hidden),
+                each.calls[index],
+                each.calls[index + 1] if index + 1 < len(each.calls) else None,
+                inputs,
+                each.grad_hidden,
+            )
             each.add(names, gradients)
     names = [name for name, _ in partition.embedding_parameters if leaves[name].requires_grad]
     for each, micro_batch in zip(passes, micro_batches, strict=True):
-        hidden, _ = partition.record(leaves, micro_batch)
-        each.add(names, _gradients(hidden, [leaves[name] for name in names], each.grad_hidden))
+        hidden, again = partition.record(leaves, micro_batch)
+        if each.grad_hidden is None:
+            raise CannotBePartitionedError("no gradient comes to what enters its first block")
+        inputs = [leaves[name] for name in names]
+        each.add(
+            names, each.sides.through_embedding(hidden, again, inputs, each.grad_hidden, allow_unused=True)
+        )
     return passes

@@ -17,6 +17,7 @@ from megatrain_io.errors import (
     MegatrainIoError,
     NotFiniteError,
     TrainingDivergedError,
+    UnsupportedModelError,
 )
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.activations import ActivationBudget, SavedActivations
@@ -355,6 +356,12 @@ class PagedPartition:
             ConfigError, NoSpaceError, CorruptionError: as ``train_step``.
         """
         layout = self.state.layout
+        if self.partition.spec.sides.arguments:
+            raise UnsupportedModelError(
+                f"{self.partition.spec.model_type}: its embedding hands blocks more than the first hidden state, "
+                "and the gradient of that would be lost: take a model of another architecture for passes through "
+                "frozen weights"
+            )
         if not layout.is_frozen:
             raise MegatrainIoError(
                 "weights of this store are trained: a step of it makes their gradients, too"

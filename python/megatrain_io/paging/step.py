@@ -4,13 +4,15 @@ Orders of summation are part of the result:
 
 * the loss is the fp32 sum over micro-batches (and their slices) in order;
 * a gradient is the fp32 sum of the native gradients of the micro-batches in order;
-* a tied table sums the head's gradients of all micro-batches first, then the embedding's.
+* a tied table sums the head's gradients of all micro-batches first, then the embedding's;
+* the gradient of a side input passes through the blocks that take it, last to first, and each use adds to it in the
+  order of autograd; then it goes into the backward pass of what made it, with the gradient of the hidden state.
 """
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from megatrain_io.data.batch import MicroBatch, trained_tokens
 from megatrain_io.errors import MegatrainIoError, UnsupportedModelError
 from megatrain_io.models.partition import BlockCall, PartitionedModel
+from megatrain_io.models.side_inputs import SideGradients, side_inputs_of
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.gradient import Gradient, StopWeights, leaves_of
@@ -121,7 +124,8 @@ class Step:
         self._run_seed = seed
         self._hidden: list[Tensor] = []
         self._input_dtypes: list[torch.dtype] = []
-        self._calls: list[tuple[BlockCall, ...]] = []
+        self._calls: list[list[BlockCall]] = []
+        self._sides: list[SideGradients] = []
         self._last_block: StopWeights | None = None
         self._in_head: list[tuple[StopWeights, Gradient | None]] = []
         self._table_gradient: Gradient | None = None
@@ -135,7 +139,8 @@ class Step:
                 self._seed(index, Phase.EMBEDDING)
                 hidden, calls = self._partition.record(weights.tensors, micro_batch)
                 self._hidden.append(hidden)
-                self._calls.append(calls)
+                self._calls.append(list(calls))
+                self._sides.append(SideGradients(side_inputs_of(calls)))
                 del hidden, calls
         weights.give_back()
 
@@ -159,8 +164,12 @@ class Step:
             with torch.no_grad():
                 for index, calls in self._each(self._calls):
                     self._seed(index, Phase.FORWARD, block)
+                    call = calls[block]
+                    if saving:
+                        # The others see what this block leaves for them, its own recomputation does not.
+                        calls[block] = call.as_now()
                     self._hidden[index] = self._partition.run_block(
-                        block, weights.tensors, self._hidden[index], calls[block]
+                        block, weights.tensors, self._hidden[index], call
                     )
             if saving and block == last:
                 self._last_block = weights
@@ -244,12 +253,14 @@ class Step:
         for index, micro_batch in self._each(self._micro_batches if gradient.names else ()):
             self._seed(index, Phase.EMBEDDING)
             leaves = leaves_of({name: weights.tensors[name] for name in gradient.names})
-            hidden = self._partition.record({**weights.tensors, **leaves}, micro_batch)[0]
-            of_leaves = torch.autograd.grad(
-                hidden, list(leaves.values()), self._hidden[index], allow_unused=True
+            hidden, calls = self._partition.record({**weights.tensors, **leaves}, micro_batch)
+            gradient.add(
+                leaves,
+                self._sides[index].through_embedding(
+                    hidden, calls, list(leaves.values()), self._hidden[index]
+                ),
             )
-            gradient.add(leaves, of_leaves)
-            del leaves, hidden, of_leaves
+            del leaves, hidden, calls
         gradient.submit(weights)
 
     def _gradient(self, stop: int, expected: Sequence[str] | None = None) -> Gradient | None:
@@ -277,19 +288,21 @@ class Step:
     ) -> Tensor:
         """Loss of one micro-batch; with ``training`` its hidden state gives way to the gradient with respect to it."""
         hidden, labels = self._hidden[index], self._micro_batches[index].shift_labels
-        step = max(1, self._slice_tokens // hidden.shape[0])
+        # [B, T, H], or several: [A, B, T, H].
+        axis = hidden.dim() - 2
+        step = max(1, self._slice_tokens // labels.shape[0])
         total: Tensor | None = None
         of_hidden = []
-        for start in range(0, hidden.shape[1], step):
+        for start in range(0, labels.shape[1], step):
             part = slice(start, start + step)
             loss, of_part = self._head_slice(
-                hidden[:, part], labels[:, part], weights, gradients, training=training
+                hidden[..., part, :], labels[:, part], weights, gradients, training=training
             )
             total = loss if total is None else total + loss
             if of_part is not None:
                 of_hidden.append(of_part)
         if training:
-            self._hidden[index] = of_hidden[0] if len(of_hidden) == 1 else torch.cat(of_hidden, dim=1)
+            self._hidden[index] = of_hidden[0] if len(of_hidden) == 1 else torch.cat(of_hidden, dim=axis)
         if total is None:
             raise MegatrainIoError("a micro-batch without tokens")
         return total
@@ -333,10 +346,16 @@ class Step:
         hidden = saved.detach().requires_grad_()
         names = () if gradient is None else gradient.names
         leaves = leaves_of({name: tensors[name] for name in (*names, *self._unreached(tensors))})
-        out = self._partition.run_block(block, {**tensors, **leaves}, hidden, self._calls[index][block])
-        of_hidden, *of_leaves = torch.autograd.grad(
-            out, [hidden, *leaves.values()], self._hidden[index], allow_unused=True
+        calls = self._calls[index]
+        of_hidden, *of_leaves = self._sides[index].through_block(
+            partial(self._partition.run_block, block, {**tensors, **leaves}, hidden),
+            calls[block],
+            calls[block + 1] if block + 1 < len(calls) else None,
+            [hidden, *leaves.values()],
+            self._hidden[index],
         )
+        if of_hidden is None:
+            raise MegatrainIoError(f"no gradient reaches the input of block {block}")
         self._refuse_reached(dict(zip(leaves, of_leaves, strict=True)))
         if gradient is not None:
             gradient.add(names, of_leaves[: len(names)])

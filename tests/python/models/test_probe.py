@@ -62,7 +62,6 @@ def keeps_apart(model_type):
 @pytest.mark.parametrize(
     ("model_type", "values", "reason"),
     [
-        ("gemma3n_text", {}, "inputs besides the hidden state that carry gradient"),
         ("doge", {}, "block by block the gradient of .* is not as in memory"),
         (
             "openai-gpt",

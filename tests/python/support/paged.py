@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.models.partition import PartitionedModel, model_parts
@@ -44,6 +44,30 @@ FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 FROZEN = {torch.float32: "raw32", torch.bfloat16: "raw16"}
 
 
+# Per-layer inputs of the embedding for every block, and keys and values of blocks for later ones.
+_WITH_SIDE_INPUTS = {
+    "vocab_size": 257, "vocab_size_per_layer_input": 257, "hidden_size": 32, "hidden_size_per_layer_input": 8,
+    "intermediate_size": 48, "num_hidden_layers": 5, "num_kv_shared_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "max_position_embeddings": 64,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"],
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SIDE_INPUTS = {
+    "gemma4_text": _WITH_SIDE_INPUTS | {"global_head_dim": 16},
+    "gemma3n_text": _WITH_SIDE_INPUTS
+    | {"altup_num_inputs": 3, "laurel_rank": 4, "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0, 0.0]},
+}
+"""Families whose blocks take more than the hidden state, small."""
+
+
+def config_of(family: str, tied: bool, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of a family of the reference, or of ``SIDE_INPUTS``."""
+    if family in SIDE_INPUTS:
+        values = {**SIDE_INPUTS[family], "tie_word_embeddings": tied, **overrides}
+        return AutoConfig.for_model(family, **values)
+    return tiny_config(family, tied, **overrides)
+
+
 @dataclass(frozen=True)
 class Case:
     """A tiny model and its training, in all that may change its bits."""
@@ -62,7 +86,7 @@ class Case:
 
     @property
     def config(self) -> PreTrainedConfig:
-        return tiny_config(self.family, self.tied, **self.overrides)
+        return config_of(self.family, self.tied, **self.overrides)
 
     @property
     def model(self):
@@ -80,7 +104,7 @@ class Case:
 
 @cache
 def facts_of(family: str, tied: bool) -> PartitionSpec:
-    return probe(tiny_config(family, tied))
+    return probe(config_of(family, tied))
 
 
 @lru_cache(maxsize=64)

@@ -82,6 +82,7 @@ def test_the_formula_gives_the_published_number():
     assert parameters(config) + mixtures * config["n_routed_experts"] == 671_026_419_200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_their_parameters_are_counted_exactly(tmp_path, name):
     config = PUBLISHED[name]

@@ -403,7 +403,7 @@ class ModelFolder:
     def fp8_block(self) -> tuple[int, int] | None:
         """Rows and columns of the blocks that have a scale each, where weights in fp8 are to be read; else None."""
         marks = next(_quantisations(self.raw_config), None)
-        if not self.dequantizes or marks is None:
+        if not self.dequantizes or marks is None or not can_dequantize(marks):
             return None
         rows, columns = marks["weight_block_size"]
         return rows, columns

@@ -272,8 +272,8 @@ class FakeGenerator:
     """Answers with what it was asked."""
 
     @classmethod
-    def open(cls, run):
-        assert run == Path("r")
+    def open(cls, run, *, modules):
+        assert (run, modules) == (Path("r"), None)
         return cls()
 
     def __enter__(self):
@@ -314,13 +314,13 @@ def test_generate(fake):
 def test_export(fake):
     seen = []
 
-    def export_model(run, out, *, dtype, progress):
-        seen.append((run.path, out, dtype))
+    def export_model(run, out, *, dtype, progress, modules):
+        seen.append((run.path, out, dtype, modules))
         progress(1, 1)
 
     fake("runs.export_model", export_model=export_model)
     assert call("export", "r", "o", "--dtype", "fp32").stdout == "exported r to o\n"
-    assert seen == [(Path("r"), Path("o"), "fp32")]
+    assert seen == [(Path("r"), Path("o"), "fp32", None)]
 
 
 @pytest.fixture

@@ -373,7 +373,10 @@ def _problems(
     try:
         memory = divide_ram_of(job, needs)
     except DoesNotFitError as error:
-        problems.append(Problem(str(error).removesuffix("."), _nearest_rows(job)))
+        # Rows without any tokens would still need the pool: then none are looked for, which takes a dry run each.
+        without_rows = replace(needs, compute=0, activations=0, activations_least=0)
+        rows = _nearest_rows(job) if has_ram(job, without_rows, job.ram) else ()
+        problems.append(Problem(str(error).removesuffix("."), rows))
     if usable is not None and memory is not None and memory.total > usable[0]:
         room = int(usable[0] * 0.9)
         problems.append(

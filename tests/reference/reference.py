@@ -170,19 +170,24 @@ def accumulate(
 def stock_loss(model: PreTrainedModel, batch: MicroBatch, num_items: int) -> Tensor:
     """The model's own loss, a sum over tokens divided by `num_items`.
 
-    Not every `forward` passes that number on to the loss, or takes it: the model's `loss_function` is given it.
+    Not every `forward` passes that number on to the loss, or takes it: the model's `loss_function` is given it, if it
+    has one.
     """
-    own = model.loss_function
+    own = getattr(model, "loss_function", None)
     takes = inspect.signature(model.forward).parameters
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
     options = {"num_items_in_batch": num_items, "use_cache": False}
-    model.loss_function = lambda *args, **kwargs: own(*args, **{**kwargs, "num_items_in_batch": num_items})
+    if own is not None:
+        model.loss_function = lambda *args, **kwargs: own(
+            *args, **{**kwargs, "num_items_in_batch": num_items}
+        )
     try:
         loss: Tensor = model(
             **batch, **{name: value for name, value in options.items() if takes_all or name in takes}
         ).loss
     finally:
-        model.loss_function = own
+        if own is not None:
+            model.loss_function = own
     return loss
 
 

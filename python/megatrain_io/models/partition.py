@@ -29,7 +29,7 @@ from megatrain_io.models.positions import Positions, positions_text
 from megatrain_io.models.preserved import preserved
 from megatrain_io.models.side_inputs import NO_SIDE_INPUTS, BlockCall, SideInputs
 
-__all__ = ["BlockCall", "ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
+__all__ = ["ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
 
 ParameterShape = tuple[str, tuple[int, ...]]
 """Full name as in `named_parameters()` of the stock model, and shape."""

@@ -18,8 +18,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain_io.models.meta_model import module_lists
-from megatrain_io.models.partition import BlockCall, PartitionedModel
-from megatrain_io.models.side_inputs import SideGradients, SideInputs, mappings_of, side_inputs_of
+from megatrain_io.models.partition import PartitionedModel
+from megatrain_io.models.side_inputs import BlockCall, SideGradients, SideInputs, mappings_of, side_inputs_of
 
 __all__ = [
     "CannotBePartitionedError",

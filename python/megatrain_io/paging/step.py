@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatrain_io.data.batch import MicroBatch, trained_tokens
 from megatrain_io.errors import MegatrainIoError, UnsupportedModelError
-from megatrain_io.models.partition import BlockCall, PartitionedModel
-from megatrain_io.models.side_inputs import SideGradients, side_inputs_of
+from megatrain_io.models.partition import PartitionedModel
+from megatrain_io.models.side_inputs import BlockCall, SideGradients, side_inputs_of
 from megatrain_io.paging.device.base import Device
 from megatrain_io.paging.device.cpu import Cpu
 from megatrain_io.paging.gradient import Gradient, StopWeights, leaves_of

@@ -379,7 +379,7 @@ def checked_weights(
         ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
         UnsupportedModelError: the weights are quantised, or have a dtype that is not trained.
     """
-    with opened_weights(folder, precision) as weights:
+    with opened_weights(folder, DTYPES[precision]) as weights:
         files, plan = weights.files, weights.plan
         _check_values(files, plan)
         yield weights, lambda place, start, stop: _read(files, plan.parameters[place.name], start, stop)

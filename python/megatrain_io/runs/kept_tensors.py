@@ -34,7 +34,6 @@ from megatrain_io.models.text_model import TextNames, text_config_of
 from megatrain_io.models.weights import WeightReader
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.store.dtypes import DTYPES
-from megatrain_io.store.layout import Precision
 from megatrain_io.text import mib
 
 __all__ = [
@@ -163,7 +162,7 @@ def names_of(folder: ModelFolder, dtype: torch.dtype) -> HubNames:
 
 
 @contextmanager
-def opened_weights(folder: ModelFolder, precision: Precision) -> Iterator[SourceWeights]:
+def opened_weights(folder: ModelFolder, dtype: torch.dtype) -> Iterator[SourceWeights]:
     """Open the weight files of a model folder, and find the place of each tensor.
 
     Raises:
@@ -174,7 +173,7 @@ def opened_weights(folder: ModelFolder, precision: Precision) -> Iterator[Source
         files: WeightReader = opened
         if (block := folder.fp8_block) is not None:
             files = DequantizedWeights(files, block)
-        names = names_of(folder, DTYPES[precision])
+        names = names_of(folder, dtype)
         plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
         yield SourceWeights(names, plan, files, opened)
 
@@ -291,7 +290,7 @@ def remade(run: RunFolder, name: str, known: Iterable[str]) -> bool:
     try:
         _clear(scratch)
         scratch.mkdir(0o700)
-        with opened_weights(ModelFolder(Path(info.source)), info.precision) as weights:
+        with opened_weights(ModelFolder(Path(info.source)), DTYPES[info.precision]) as weights:
             write_kept(weights, scratch)
         with open_file(scratch / name) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() not in known:

@@ -152,7 +152,7 @@ class ModelSource:
         """
         if self.folder is None:
             return
-        with opened_weights(self.folder, self.precision) as weights:
+        with opened_weights(self.folder, DTYPES[self.precision]) as weights:
             kept = kept_in(weights)
             self.buffers, self._carried = kept.buffers, carried_digest(kept)
             self.notes += weights.notes()
@@ -188,7 +188,7 @@ class ModelSource:
         if self.folder is None or not (is_text_inside or own.keys() & {"buffers", "carried"}):
             yield Kept()
             return
-        with opened_weights(self.folder, self.precision) as weights:
+        with opened_weights(self.folder, DTYPES[self.precision]) as weights:
             kept = kept_in(weights)
             digests = {
                 "buffers": buffers_digest(kept.buffers) if kept.buffers else None,

@@ -114,7 +114,7 @@ def verify_model(
         closing.enter_context(_quiet())
         small = _make_small(options.small_config(config), place / "model")
         steps = _random_steps(small)
-        losses, planes = _train_paged(place, options, computes, precision, steps)
+        losses, planes = _train_paged(place, options, computes, DTYPES[precision], steps)
         check()
         expected_losses, expected = _train_in_memory(place / "model", computes, DTYPES[precision], steps)
     return ModelReport(
@@ -154,7 +154,7 @@ def _train_paged(
     place: Path,
     options: ModelOptions,
     device: Device,
-    precision: Precision,
+    dtype: torch.dtype,
     steps: Sequence[Sequence[MicroBatch]],
 ) -> tuple[list[float], Planes]:
     """Losses and state after training through a store, with as little RAM as it takes."""
@@ -164,7 +164,7 @@ def _train_paged(
             place / "model",
             place / "store.mtio",
             blocks=options.block_list,
-            precision=precision,
+            precision=next(name for name, each in DTYPES.items() if each == dtype),
             ram=ram,
             device=device,
             weight_decay=_WEIGHT_DECAY,

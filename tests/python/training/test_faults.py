@@ -280,7 +280,7 @@ def test_a_newer_format_is_left_alone(source, stopped):
             file.seek(offset)
             file.write(page)
     before = path.read_bytes()
-    with pytest.raises(FormatError, match=r"format 9\.3, .*not modified"):
+    with pytest.raises(FormatError, match=r"format 9\.4, .*not modified"):
         start(configured(source, stopped), resume=True)
     assert path.read_bytes() == before
 

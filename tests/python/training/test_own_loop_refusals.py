@@ -193,7 +193,10 @@ class Reading(Decoder):
     ("kind", "reason"),
     [
         (Hoarding, r"block 0 keeps tensors that hold layers\.0\.\S+ behind its call"),
-        (Reading, "its blocks take inputs besides|block by block its loss is"),
+        (
+            Reading,
+            r"block 2 takes an input .* that carries gradient to block 0: .* blocks must hand nothing else on",
+        ),
         (Shuffled, r"in the order \[1, 0, "),
         (Skipping, "what enters its first block is used behind the last one, too"),
         (Between, "changes the hidden state before block 1"),

@@ -254,10 +254,11 @@ def train(model: PagedPartition, case: Case, stop: int | None = None, commit_eve
 
 
 def all_planes(state: PagedStore) -> dict[tuple[str, str], torch.Tensor]:
+    """What a store has of each tensor; of a frozen one the weight alone."""
     return {
         (place.name, plane): state.read_tensor(place, plane)
         for place in state.layout.tensors()
-        for plane in PLANES
+        for plane in (PLANES if state.layout.records[place.record].is_trained else PLANES[:1])
     }
 
 

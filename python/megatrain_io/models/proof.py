@@ -444,7 +444,5 @@ def _layer_major(
         if each.grad_hidden is None:
             raise CannotBePartitionedError("no gradient comes to what enters its first block")
         inputs = [leaves[name] for name in names]
-        each.add(
-            names, each.sides.through_embedding(hidden, again, inputs, each.grad_hidden, allow_unused=True)
-        )
+        each.add(names, each.sides.through_embedding(hidden, again, inputs, each.grad_hidden))
     return passes

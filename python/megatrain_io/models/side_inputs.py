@@ -176,14 +176,16 @@ class SideGradients:
         calls: Sequence[BlockCall],
         inputs: Sequence[Tensor],
         of_hidden: Tensor,
-        *,
-        allow_unused: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Pass gradients back through the embedding, recomputed with grad: ``hidden`` and ``calls`` are its outputs."""
+        """Pass gradients back through the embedding, recomputed with grad: ``hidden`` and ``calls`` are its outputs.
+
+        Returns:
+            Those of ``inputs``; None for one that is not used.
+        """
         outputs, gradients = [hidden], [of_hidden]
         for kept, end in zip(self.made, side_inputs_of(calls), strict=True):
             of_side = self._of.pop(id(kept), None)
             if of_side is not None:
                 outputs.append(end)
                 gradients.append(of_side)
-        return torch.autograd.grad(outputs, inputs, gradients, allow_unused=allow_unused)
+        return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)

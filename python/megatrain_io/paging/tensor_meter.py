@@ -20,12 +20,14 @@ class TensorMeter(TorchDispatchMode):
     Attributes:
         nbytes: bytes alive now.
         peak_nbytes: most bytes alive at once.
+        made_nbytes: bytes of all that was made, alive or not.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.peak_nbytes = 0
         self.nbytes = 0
+        self.made_nbytes = 0
         self._known: set[int] = set()
         self._is_paused = False
 
@@ -63,6 +65,7 @@ class TensorMeter(TorchDispatchMode):
             return
         self._known.add(identity)
         self.nbytes += nbytes
+        self.made_nbytes += nbytes
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         weakref.finalize(storage, self._leave, identity, nbytes).atexit = False
 

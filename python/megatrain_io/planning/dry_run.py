@@ -200,11 +200,18 @@ def _quiet() -> Iterator[None]:
 
 
 class DryRun(FakeStore):
-    """A fake store whose tensors have shapes and no memory, and that counts what a step allocates."""
+    """A fake store whose tensors have shapes and no memory, and that counts what a step allocates.
 
-    def __init__(self, layout: ModelLayout) -> None:
-        super().__init__(with_all_neighbours(layout))
+    Args:
+        layout: of the model.
+        grows: whether a step keeps more with each block (gradients of side inputs): then all blocks are passed.
+    """
+
+    def __init__(self, layout: ModelLayout, *, grows: bool = False) -> None:
+        super().__init__(layout)
+        self.layout = layout if grows else with_all_neighbours(layout)
         self._meter = TensorMeter()
+        self._grows = grows
         self._again = 0
         self._least = 0
 
@@ -226,10 +233,12 @@ class DryRun(FakeStore):
     @contextmanager
     def _alone(self) -> Iterator[None]:
         meter = self._meter
-        before, peak = meter.nbytes, meter.peak_nbytes
+        before, peak, made = meter.nbytes, meter.peak_nbytes, meter.made_nbytes
         meter.peak_nbytes = before
         yield
-        self._again = max(self._again, meter.peak_nbytes - before)
+        # Where the embedding computes much, autograd keeps what it makes until the backward pass is through it.
+        own = meter.made_nbytes - made if self._grows else meter.peak_nbytes - before
+        self._again = max(self._again, own)
         meter.peak_nbytes = max(peak, meter.peak_nbytes)
 
     @contextmanager
@@ -298,7 +307,7 @@ def dry_run(
 def _dry_run(
     partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], slice_tokens: int
 ) -> int | None:
-    run = DryRun(layout)
+    run = DryRun(layout, grows=bool(partition.spec.sides))
     step = Step(partition, run, run, micro_batches, slice_tokens=slice_tokens, span=run.span)
     try:
         with partition.preserved():

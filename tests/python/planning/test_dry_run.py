@@ -103,6 +103,28 @@ def test_the_gradient_of_a_large_embedding_is_counted(tmp_path, monkeypatch):
     assert measured <= expected <= 1.05 * measured
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text"])
+def test_what_side_inputs_take_is_counted_for_every_block(tmp_path, family):
+    """Gradients of per-layer inputs gather until the embedding's backward pass, which keeps all that it computed."""
+    layers = 24
+    sizes = {
+        "num_hidden_layers": layers,
+        "layer_types": ["full_attention"] * layers,
+        "num_kv_shared_layers": 0,
+    }
+    sizes |= {"hidden_size_per_layer_input": 64, "intermediate_size": 16}
+    if family == "gemma3n_text":
+        sizes |= {"activation_sparsity_pattern": [0.0] * layers}
+    case = Case(family, tied=True, counts=(2,), overrides=sizes, rows=8)
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case) as model:
+        expected = counted(model, [to_micro_batch(batch) for batch in case.steps[0]])
+        train(model, case)
+        measured = model.compute_nbytes
+    # Rather too much: not all that the embedding makes is kept.
+    assert measured <= expected <= 1.25 * measured
+
+
 class _Experts(Case):
     """A mixture of experts, whose products have no shape function for fp32."""
 

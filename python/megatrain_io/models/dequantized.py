@@ -96,7 +96,9 @@ class DequantizedWeights:
     def _check(self, name: str, entry: WeightEntry) -> None:
         scale = self._files.entries.get(name + _SCALE)
         if scale is None:
-            raise ModelFilesError(f"{name} is {entry.dtype}, and the files hold no {name + _SCALE} for it")
+            raise ModelFilesError(
+                f"{name} is {entry.dtype}, and the files hold no {name + _SCALE} for it: fetch the files again"
+            )
         blocks = tuple(ceil(n / size) for n, size in zip(entry.shape, self._block, strict=False))
         if len(entry.shape) != _DIMENSIONS or scale.shape != blocks or scale.dtype != "F32":
             raise ModelFilesError(

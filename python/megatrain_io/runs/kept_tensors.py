@@ -290,7 +290,8 @@ def remade(run: RunFolder, name: str, known: Iterable[str]) -> bool:
     try:
         _clear(scratch)
         scratch.mkdir(0o700)
-        with opened_weights(ModelFolder(Path(info.source)), DTYPES[info.precision]) as weights:
+        source = ModelFolder(Path(info.source), dequantizes=bool(info.model_options.get("dequantize")))
+        with opened_weights(source, DTYPES[info.precision]) as weights:
             write_kept(weights, scratch)
         with open_file(scratch / name) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() not in known:

@@ -14,12 +14,9 @@ FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "we
 COMMON = ("--precision", "fp32", "--io-backend", "threads", "--json")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A Llama whose projections are in fp8, and what they stand for."""
-    here = tmp_path_factory.mktemp("fp8")
-    make_source(here, small_config("llama"))
-    path = here / "model" / "model.safetensors"
+def quantise(folder):
+    """Turn projections into fp8 with scales by blocks, and return what all tensors mean."""
+    path = folder / "model.safetensors"
     tensors, meant = load_file(path), {}
     for name, tensor in list(tensors.items()):
         meant[name] = tensor
@@ -33,9 +30,17 @@ def source(tmp_path_factory):
         tensors[f"{name}_scale_inv"] = scales
         meant[name] = tensors[name].float() * by_element
     save_file(tensors, path, metadata={"format": "pt"})
-    config = here / "model" / "config.json"
+    config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": FP8}))
-    return here, meant
+    return meant
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A Llama whose projections are in fp8, and what they stand for."""
+    here = tmp_path_factory.mktemp("fp8")
+    make_source(here, small_config("llama"))
+    return here, quantise(here / "model")
 
 
 def message_of(result):
@@ -76,3 +81,26 @@ def test_another_quantisation_is_refused_with_where_an_original_is_found(source,
     assert refused.exit_code == 5
     assert "GPTQ 4-bit" in message_of(refused)
     assert "BF16" in message_of(refused)
+
+
+def test_saved_buffers_of_an_fp8_model_are_made_again_from_its_files(tmp_path):
+    make_source(tmp_path, small_config("deepseek_v3"))
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    assert biases
+    for name in biases:
+        tensors[name] += torch.arange(tensors[name].numel())
+    save_file(tensors, path, metadata={"format": "pt"})
+    quantise(tmp_path / "model")
+    here = tmp_path / "run"
+    made = run("import", tmp_path / "model", here, "--dequantize", *COMMON)
+    assert made.exit_code == 0, made.output
+    kept = here / "model" / "buffers.safetensors"
+    before = kept.read_bytes()
+    kept.unlink()
+    again = run("export", here, tmp_path / "out")
+    assert again.exit_code == 0, again.output
+    assert kept.read_bytes() == before
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensors[name]) for name in biases)

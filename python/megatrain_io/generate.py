@@ -203,10 +203,10 @@ class Generator:
         info = run.read()
         state = open_store(run, engine=engine)
         try:
-            for note in mended_model(run):
-                _LOG.warning("note: %s", note)
             options = ModelOptions.kept(info.model_options)
             options.run_modules(run.path, Path(info.source), at=modules)
+            for note in mended_model(run):
+                _LOG.warning("note: %s", note)
             folder = ModelFolder(run.model, dequantizes=bool(options.dequantize))
             config, tokenizer = folder.config(), folder.tokenizer()
             partition = options.partition(config, DTYPES[info.precision])

@@ -190,7 +190,6 @@ class _Request:
         """The imported model without its parameters; ``layout`` is that of its store."""
         with storage_errors(self._folder.path, SAFE):
             options = ModelOptions.kept(self._folder.read().model_options)
-            options.run_modules(self._config.model, self._folder.path, at=self._config.model_options.modules)
             folder = ModelFolder(self._folder.model, dequantizes=bool(options.dequantize))
             model_config, buffers = folder.config(), kept_buffers(self._folder)
         partition = options.partition(model_config, DTYPES[self._precision])
@@ -333,7 +332,12 @@ class _Request:
         folder = self._folder
         with storage_errors(folder.path, SAFE):
             notes = folder.mend(folder.stores_in(self._config.memory.store_dir)) + folder.doubts()
-            return notes + (mended_model(folder) if folder.is_imported else [])
+            if not folder.is_imported:
+                return notes
+            # First: what was lost is made of the imported folder, which takes the model's class.
+            options = ModelOptions.kept(folder.read().model_options)
+            options.run_modules(self._config.model, folder.path, at=self._config.model_options.modules)
+            return notes + mended_model(folder)
 
     def _accumulation(self) -> int | Literal["auto"]:
         """What was asked for; where ``auto`` came to a number when the run began, that: it decides the bits."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from families import PROMPT, make_source, run, small_config, stock_text
+from families import PROMPT, run, stock_text
+from small_models import make_source, small_config
 
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [16, 32]}
 COMMON = ("--precision", "fp32", "--io-backend", "threads", "--json")

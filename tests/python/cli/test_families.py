@@ -10,7 +10,8 @@ import torch
 
 import families
 import paged
-from families import Row, calibrating_briefly, drive, row_within, small_config
+from families import Row, calibrating_briefly, drive, row_within
+from small_models import VOCABULARY, small_config
 
 MODELS = Path(__file__).parents[3] / "docs" / "models.md"
 
@@ -46,7 +47,7 @@ MAY_BE_REFUSED: dict[str, str] = {}
 def config_of(name):
     if name not in SIDE_INPUTS:
         return small_config(name)
-    sizes = {"vocab_size": families.VOCABULARY, "vocab_size_per_layer_input": families.VOCABULARY}
+    sizes = {"vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY}
     return paged.config_of(SIDE_INPUTS[name], tied=True, **sizes)
 
 

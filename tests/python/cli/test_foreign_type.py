@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from families import NEW, PROMPT, make_source, run, small_config, stock_text
+from families import NEW, PROMPT, run, stock_text
+from small_models import make_source, small_config
 
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek.DeepseekV3Config",

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from families import PROMPT, make_source, run, small_config, stock_text
+from families import PROMPT, run, stock_text
 from megatrain_io.data.batch import IGNORE_INDEX
 from megatrain_io.paging.paged_model import PagedPartition
 from megatrain_io.planning import resolve
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.runs.open_store import open_store
 from reference.reference import Hyperparameters, train
+from small_models import make_source, small_config
 
 PLANES = ("weight", "master", "exp_avg", "exp_avg_sq")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

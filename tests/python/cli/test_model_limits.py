@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from families import VOCABULARY, make_source, run, small_config
+from families import run
 from megatrain_io.models.hub_names import HubNames
 from megatrain_io.models.safetensors import TENSORS_MAX
+from small_models import VOCABULARY, make_source, small_config
 
 
 @pytest.fixture(scope="module")

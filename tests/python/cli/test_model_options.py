@@ -6,8 +6,9 @@ import re
 import pytest
 from transformers import AutoConfig
 
-from families import PROMPT, make_source, run, small_config, stock_text
+from families import PROMPT, run, stock_text
 from megatrain_io.generate import Generator
+from small_models import make_source, small_config
 
 
 @pytest.fixture(scope="module")

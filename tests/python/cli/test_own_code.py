@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from corpus import make_tokenizer, write
-from families import NEW, PROMPT, TEXTS, VOCABULARY, stock_text
+from families import NEW, PROMPT, stock_text
 from megatrain_io.cli.app import app
 from megatrain_io.models import own_code
+from small_models import TEXTS, VOCABULARY
 
 CODE = '''
 """A decoder with a list of blocks."""

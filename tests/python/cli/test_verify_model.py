@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from families import run, small_config
+from families import run
 from megatrain_io.training import own_loop, verify_model
 from megatrain_io.training.own_loop import PagedModel
+from small_models import small_config
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import megatrain_io
-from families import PROMPT, make_source, small_config
+from families import PROMPT
 from megatrain_io.cli.app import app
+from small_models import make_source, small_config
 
 LOADING = ("from_pretrained", "from_config", "pipeline")
 EVIL = "open({marker!r}, 'a').write(__name__)\nclass Evil:\n    pass\ndef generate(*a, **k):\n    pass\n"

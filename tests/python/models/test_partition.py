@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from families import FAMILIES, GROUPED, SMALL
 from megatrain_io.data.batch import MicroBatch
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
+from small_models import FAMILIES, GROUPED, SMALL
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

@@ -10,11 +10,11 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from corpus import make_tokenizer, write
-from families import GROUPED, TEXTS, VOCABULARY
 from megatrain_io.cli.app import app
 from megatrain_io.paging.paged_model import PagedPartition
 from reference.reference import Hyperparameters
 from reference.reference import train as train_in_memory
+from small_models import GROUPED, TEXTS, VOCABULARY
 
 RATE = 1e-2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -17,7 +17,7 @@ from megatrain_io.paging.activations import ActivationBudget
 from megatrain_io.paging.device.simulated import SimulatedDevice
 from megatrain_io.planning.dry_run import dry_run
 from megatrain_io.store.schedule import traffic
-from paged import DEVICE, PLANES, Case, make_store, opened, to_micro_batch, train
+from paged import DEVICE, PLANES, Case, all_planes, make_store, opened, to_micro_batch, train
 from reference.reference import accumulate, round_half_away, untie
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -96,15 +96,6 @@ def in_memory(case):
     return losses, planes
 
 
-def planes_of(state):
-    layout = state.layout
-    return {
-        (place.name, plane): state.read_tensor(place, plane)
-        for place in layout.tensors()
-        for plane in (PLANES if layout.records[place.record].is_trained else PLANES[:1])
-    }
-
-
 def check(path, case, new_device=lambda: None, **how):
     """Two steps, and the others after the store was opened again: losses and planes, and the layout."""
     losses, planes = in_memory(case)
@@ -114,7 +105,7 @@ def check(path, case, new_device=lambda: None, **how):
     with opened(path, case, device=new_device(), **how) as model:
         assert train(model, case) == losses
         model.flush()
-        found = planes_of(model.state)
+        found = all_planes(model.state)
         assert found.keys() == planes.keys()
         assert [key for key, value in found.items() if not torch.equal(value, planes[key])] == []
         return model.state.layout

@@ -13,8 +13,8 @@ import torch
 
 from megatrain_io.store.paged_store import PagedStore
 from paged import (
-    PLANES,
     Case,
+    all_planes,
     differing,
     files,
     make_store,
@@ -64,21 +64,11 @@ def test_kills_lose_nothing_where_stops_have_records_of_several_formats(tmp_path
     check(tmp_path, 6, lambda _kills: {}, MIXED)
 
 
-def planes_of(state):
-    """Planes by name of tensor: what is not trained has a weight alone."""
-    layout = state.layout
-    return {
-        (place.name, plane): state.read_tensor(place, plane)
-        for place in layout.tensors()
-        for plane in (PLANES if layout.records[place.record].is_trained else PLANES[:1])
-    }
-
-
 def check(tmp_path, count, clipping, case=CASE):
     make_store(tmp_path / "whole", case)
     with opened(tmp_path / "whole", case, **clipping(0)) as model:
         losses = train(model, case)
-        expected = planes_of(model.state)
+        expected = all_planes(model.state)
 
     make_store(tmp_path / "killed", case)
     seed = random.SystemRandom().randrange(1 << 32)
@@ -101,7 +91,7 @@ def check(tmp_path, count, clipping, case=CASE):
             committed = step
     with opened(tmp_path / "killed", case, **clipping(0)) as model:
         assert train(model, case) == losses
-        assert differing(planes_of(model.state), expected) == [], f"seed {seed}"
+        assert differing(all_planes(model.state), expected) == [], f"seed {seed}"
 
 
 # Each life is forked from one process that has imported everything and done nothing yet.

@@ -16,6 +16,7 @@ _EXPERTS_MAX = 1 << 14
 _LABELS_MAX = 1 << 20
 _SIZE_MAX = 2**31 - 1
 _ENTRIES_MAX = 1 << 16
+_DEPTH_MAX = 32
 _SHOWN_MAX = 10**24
 _AT_LEAST_ONE = (
     "num_hidden_layers",
@@ -37,7 +38,7 @@ _PROBABILITIES = ("dropout", "pdrop", "drop", "drop_rate", "dropout_rate", "laye
 
 
 def refuse_numbers(config: dict[str, Any], where: str) -> None:
-    """Refuse numbers that no model has, and that would take minutes, or all memory, to build.
+    """Refuse numbers that no model has, and that would take minutes, or all memory, to build; and nesting without end.
 
     Args:
         config: content of a config.json.
@@ -46,6 +47,7 @@ def refuse_numbers(config: dict[str, Any], where: str) -> None:
     Raises:
         ModelFilesError: the message names key, value and bound.
     """
+    _refuse_depth(config, where)
     for name, value in _numbers(config):
         least, most = _bounds(name, value)
         if not least <= value <= most:
@@ -66,6 +68,20 @@ def refuse_numbers(config: dict[str, Any], where: str) -> None:
                 f"{where}: {layers:,} layers with {experts:,} experts each are more than any model has: at most "
                 f"{1 << 20:,} experts in all are built"
             )
+
+
+def _refuse_depth(config: dict[str, Any], where: str) -> None:
+    """Refuse what copying a configuration, which is recursive, would not come to the end of."""
+    level: list[Any] = [config]
+    for _ in range(_DEPTH_MAX):
+        inside = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [value for values in inside for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise ModelFilesError(
+        f"{where}: its entries are nested more than {_DEPTH_MAX} deep, and those of no model are: fetch config.json "
+        "again, or correct it"
+    )
 
 
 def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -291,3 +291,15 @@ def test_a_mixture_of_many_experts_has_room_for_the_tensors_of_its_files():
     shapes = names.file_shapes()
     assert len(shapes) > 3 * 2 * 2000
     assert names.plan(shapes)
+
+
+@pytest.mark.parametrize("depth", [40, 400, 900, 100_000])
+@pytest.mark.parametrize(("opening", "closing"), [('{"a": ', "}"), ("[", "]")], ids=["objects", "lists"])
+def test_nesting_without_end_is_refused(sources, tmp_path, depth, opening, closing):
+    """Copying a configuration of 400 objects in each other ended with a traceback."""
+    folder = shutil.copytree(sources("llama") / "model", tmp_path / "model")
+    text = (folder / "config.json").read_text().rstrip().removesuffix("}")
+    (folder / "config.json").write_text(f'{text}, "deep": {opening * depth}1{closing * depth}}}')
+    message = refusal("import", folder, tmp_path / "run", "--precision", "fp32")
+    assert "nested more than 32 deep" in message or "cannot be read" in message
+    assert not (tmp_path / "run").exists()

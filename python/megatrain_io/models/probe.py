@@ -96,10 +96,9 @@ def _probe(
         raise RefusedError("its weights are quantised; take the original model in float32 or bfloat16")
     text_config = _text_config(config)
     if getattr(text_config, "output_router_logits", False):
-        parts = [name for name in config.sub_configs if getattr(config, name, None) is text_config]
         raise RefusedError(
             "output_router_logits adds a loss over all blocks at once, which is not known while they pass one by one; "
-            f"set {'.'.join([*parts[:1], 'output_router_logits'])} to false in config.json to train without it"
+            "set output_router_logits to false in config.json, wherever it is true there, to train without it"
         )
     if small_config is None:
         small, stock = _small_copy(config, attn_implementation)

@@ -105,7 +105,7 @@ def verify_model(
     """
     began = time.monotonic()
     options = options or ModelOptions()
-    config = ModelFolder.of(model).config()
+    config = ModelFolder.of(model).config(needs_weights=False)
     with ExitStack() as closing:
         computes, precision = device_of(device, "auto", None, closing)
         options.partition(config, DTYPES[precision])  # what import refuses is refused with the same words

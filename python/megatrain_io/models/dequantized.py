@@ -5,21 +5,23 @@ So DeepSeek's models and those after them are published: a matrix in ``float8_e4
 block, in fp32, as transformers makes it; nothing is rounded, so bf16 weights are those of a copy in bf16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
 import torch
 
-from megatrain_io.errors import ModelFilesError
+from megatrain_io.errors import ModelFilesError, UnsupportedModelError
+from megatrain_io.models.safetensors import Checkpoint, TensorEntry
 from megatrain_io.models.weights import WeightEntry, WeightReader
 
-__all__ = ["DequantizedWeights", "can_dequantize"]
+__all__ = ["DequantizedFiles", "DequantizedWeights", "can_dequantize"]
 
 _SCALE = "_scale_inv"
 _QUANTISED = {"F8_E4M3": torch.float8_e4m3fn}
 _DIMENSIONS = 2
+_READ_AT_ONCE = 1 << 21
 
 
 def can_dequantize(marks: Mapping[str, Any]) -> bool:
@@ -52,6 +54,7 @@ class DequantizedWeights:
 
         Raises:
             ModelFilesError: a scale is missing, or has not an entry for each block.
+            UnsupportedModelError: one is not in fp32, or not of a matrix.
         """
         self._files, self._block = files, block
         self._scales: dict[str, torch.Tensor] = {}
@@ -81,7 +84,7 @@ class DequantizedWeights:
         first, last = start // columns, ceil(stop / columns)
         grid = self._scale(name)[first // rows_of_block : ceil(last / rows_of_block)]
         by_row = torch.arange(first, last) // rows_of_block - first // rows_of_block
-        scales = grid.repeat_interleave(columns_of_block, 1)[:, :columns][by_row].reshape(-1)
+        scales = grid.repeat_interleave(min(columns_of_block, columns), 1)[:, :columns][by_row].reshape(-1)
         values *= scales[start - first * columns : stop - first * columns]
         return bytearray(values.view(torch.uint8).numpy().tobytes())
 
@@ -99,9 +102,49 @@ class DequantizedWeights:
             raise ModelFilesError(
                 f"{name} is {entry.dtype}, and the files hold no {name + _SCALE} for it: fetch the files again"
             )
+        if len(entry.shape) != _DIMENSIONS or scale.dtype != "F32":
+            raise UnsupportedModelError(
+                f"{name} is {entry.dtype} {list(entry.shape)} with scales in {scale.dtype}, and only matrices with "
+                "scales in F32 are dequantised: import a copy of the model in bf16, fp16 or fp32"
+            )
         blocks = tuple(ceil(n / size) for n, size in zip(entry.shape, self._block, strict=False))
-        if len(entry.shape) != _DIMENSIONS or scale.shape != blocks or scale.dtype != "F32":
+        if scale.shape != blocks:
             raise ModelFilesError(
                 f"{name + _SCALE} is {scale.dtype} {list(scale.shape)}, and {name} {list(entry.shape)} with blocks of "
                 f"{list(self._block)} needs F32 {list(blocks)}: fetch the files again"
             )
+
+
+class DequantizedFiles:
+    """The tensors of such files as an export has them that does not train them: fp8 in bf16, all else as it lies there.
+
+    Without its scale, an fp8 matrix would be another one.
+    """
+
+    def __init__(self, files: Checkpoint, weights: DequantizedWeights) -> None:
+        """Read ``files``, whose numbers ``weights`` gives."""
+        self._files, self._weights = files, weights
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Dtype, shape and size of every tensor, by name; scales are none."""
+        there = self._files.entries
+        return {
+            name: TensorEntry(name, "BF16", there[name].shape, 0) if self.is_changed(name) else there[name]
+            for name in self._weights.entries
+        }
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a tensor is in fp8."""
+        return self._files.entries[name].dtype in _QUANTISED
+
+    def pieces(self, name: str) -> Iterator[tuple[int, bytearray]]:
+        """See ``Checkpoint.pieces``; numbers are rounded to the nearest bf16, ties to even."""
+        if not self.is_changed(name):
+            yield from self._files.pieces(name)
+            return
+        elements = self._weights.entries[name].elements
+        for start in range(0, elements, _READ_AT_ONCE):
+            data = self._weights.read(name, start, min(start + _READ_AT_ONCE, elements))
+            values = torch.frombuffer(data, dtype=torch.float32).bfloat16()
+            yield 2 * start, bytearray(values.view(torch.uint8).numpy().tobytes())

@@ -27,41 +27,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatrain_io.errors import ModelFilesError, UnsupportedModelError
 from megatrain_io.files import UnfitFileError, new_file, open_file, read_file
+from megatrain_io.models.companions import COMPANIONS
 from megatrain_io.models.config_limits import refuse_numbers
 from megatrain_io.models.dequantized import can_dequantize
 from megatrain_io.models.text_model import text_config_of
 
-__all__ = ["COMPANIONS", "ModelFolder"]
+__all__ = ["ModelFolder"]
 
 _CONFIG = "config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-)
-"""Files of a model besides configuration and weights: of tokenisers and image processors, and terms of use."""
 
 _SMALL_JSON = {
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -160,6 +136,13 @@ class ModelFolder:
             self._refuse_gguf(found[0])
         raise ModelFilesError(f"{self.path} has config.json but no weights: {_WEIGHTS} is missing")
 
+    def indexed(self) -> set[str]:
+        """Names of the tensors that the index of the weight files has; none where there is one file and no index."""
+        if os.path.lexists(self.path / _WEIGHTS) or not os.path.lexists(self.path / _INDEX):
+            return set()
+        places = self._read_json(_INDEX).get("weight_map")
+        return {*places} if isinstance(places, dict) else set()
+
     @cached_property
     def stands_for(self) -> type[PreTrainedConfig] | None:
         """The configuration class of transformers that the folder is read by, where its model type is none of these.
@@ -169,7 +152,8 @@ class ModelFolder:
         """
         names = self.raw_config.get("architectures")
         name = names[0] if isinstance(names, list) and names else None
-        if self.raw_config.get("model_type") in CONFIG_MAPPING or not isinstance(name, str):
+        own = self.raw_config.get("model_type")
+        if (isinstance(own, str) and own in CONFIG_MAPPING) or not isinstance(name, str):
             return None
         if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             return None
@@ -270,6 +254,10 @@ class ModelFolder:
             return config
         content, _ = PreTrainedConfig.get_config_dict(self.path, local_files_only=True)
         content = _without(content, ("quantization_config", "compression_config", "auto_map"))
+        if self.stands_for is None and str(model_type) not in CONFIG_MAPPING:
+            raise ValueError(
+                f"transformers {transformers.__version__} has no such model; a newer one may have it"
+            )
         config_class = self.stands_for or CONFIG_MAPPING[str(model_type)]
         return config_class.from_dict({**content, "model_type": config_class.model_type})
 

@@ -228,16 +228,28 @@ class PartitionedModel:
 
         Args:
             values: of some buffers, by full name as in `named_buffers()` of the stock model.
+
+        Raises:
+            UnsupportedModelError: the model has no such buffer, as one of another version of transformers.
         """
         prefix = f"{self.spec.block_list}."
         for full, value in values.items():
             root, name = self._model, full
-            if full.startswith(prefix):
-                index, _, name = full.removeprefix(prefix).partition(".")
-                root = self.blocks[int(index)]
-            owner, _, own_name = name.rpartition(".")
-            module = root.get_submodule(owner)
-            buffer = module.get_buffer(own_name)
+            try:
+                if full.startswith(prefix):
+                    index, _, name = full.removeprefix(prefix).partition(".")
+                    root = self.blocks[int(index)]
+                owner, _, own_name = name.rpartition(".")
+                module = root.get_submodule(owner)
+                buffer = module.get_buffer(own_name)
+            except (AttributeError, ValueError, IndexError):
+                buffer = None
+            if buffer is None or buffer.shape != value.shape:
+                raise UnsupportedModelError(
+                    f"{self.spec.model_type}: the run keeps a buffer {full} {list(value.shape)} of the model, and with "
+                    "this version of transformers the model has none such: go on with the version that it was imported "
+                    "with"
+                )
             setattr(module, own_name, value.to(buffer.device, buffer.dtype, copy=True))
 
     def preserved(self) -> AbstractContextManager[None]:

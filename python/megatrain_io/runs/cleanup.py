@@ -178,8 +178,12 @@ class Leftovers:
         is_needed = run.is_imported and not os.path.lexists(run.model)
         if model.is_dir() and not model.is_symlink() and not is_needed:
             yield _leftover(model, "model files of an import that was killed")
+        if not (self._store and run.is_imported) and run.remade.is_dir() and not run.remade.is_symlink():
+            yield _leftover(run.remade, "model files that were being made again")
+        copied = run.read().files if run.is_imported and not self._store else ()
         for path in (
             *(_beside(path, ".tmp") for path in (run.info_file, run.config, run.metrics)),
+            *(_beside(run.model / name, ".tmp") for name in copied),
             *(run.data / name for name in ("index.json.tmp", "index.tmp")),
         ):
             if _is_file(path):

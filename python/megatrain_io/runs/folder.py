@@ -30,9 +30,31 @@ from megatrain_io.errors import (
 )
 from megatrain_io.files import SETTINGS_BYTES_MAX, append_file, new_file, read_file, replace_file
 from megatrain_io.runs.provenance import bound_files, found_in
+from megatrain_io.runs.state import FileName, PathText
 from megatrain_io.store.layout import Precision
 
-__all__ = ["RunFolder", "RunInfo", "activations_file", "gradient_file"]
+__all__ = [
+    "BUFFERS",
+    "CARRIED",
+    "KEPT",
+    "SOURCE_TENSORS",
+    "RunFolder",
+    "RunInfo",
+    "activations_file",
+    "gradient_file",
+]
+
+BUFFERS = "buffers.safetensors"
+"""The saved buffers of a model, by their names in it, where one has another value than its constructor gives it."""
+
+CARRIED = "carried.safetensors"
+"""What the trained model does not compute with, as it was in the files, by the names there."""
+
+SOURCE_TENSORS = "source_tensors.json"
+"""Names and shapes of what is trained in the files of a model that has more than a text model: an export has them."""
+
+KEPT = (BUFFERS, CARRIED, SOURCE_TENSORS)
+"""Files of RUN/model that were made of the weights that were imported."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +74,10 @@ class RunInfo:
 
     version: str
     precision: Precision
-    stores: Annotated[list[str], Field(min_length=1)]
+    stores: Annotated[list[PathText], Field(min_length=1)]
     store_uuid: str
-    source: str
-    files: dict[str, list[str]] = field(default_factory=dict)
+    source: PathText
+    files: dict[FileName, list[str]] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,6 +88,7 @@ class RunFolder:
         self.path = path
         self.info_file = path / "run.json"
         self.model = path / "model"
+        self.remade = self.model / "remade.partial"
         self.own_store = path / "store.mtio"
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"

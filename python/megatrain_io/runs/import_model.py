@@ -284,6 +284,12 @@ class ModelImport:
         with held():
             self._close()
 
+    @property
+    def carried_nbytes(self) -> int:
+        """Bytes of the tensors that are only carried to an export."""
+        entries = self._weights.stored.entries
+        return sum(entries[name].nbytes for name in self._weights.plan.carried)
+
     def write(
         self, *, engine: Engine = "auto", ledger: Ledger | None = None, progress: Progress | None = None
     ) -> RunInfo:
@@ -304,6 +310,8 @@ class ModelImport:
             for store in self._stores:
                 _make_folder(store.parent, undo)
             partial = run.model.with_name(run.model.name + ".partial")
+            if partial.is_symlink():
+                partial.unlink()  # none of ours: nothing is written where it leads to
             shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
             undo.callback(shutil.rmtree, partial, ignore_errors=True)
             make_folder(partial)

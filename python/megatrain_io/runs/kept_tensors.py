@@ -8,18 +8,20 @@ for images, layers that predict further tokens) are carried to the export, byte 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 from megatrain_io.errors import MegatrainIoError, ModelFilesError, UnsupportedModelError
 from megatrain_io.files import open_file, read_file, replace_file, sync_folder
 from megatrain_io.interrupt import check
-from megatrain_io.models.dequantized import DequantizedWeights
+from megatrain_io.models.dequantized import DequantizedFiles, DequantizedWeights
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.safetensors import (
@@ -32,15 +34,11 @@ from megatrain_io.models.safetensors import (
 )
 from megatrain_io.models.text_model import TextNames, text_config_of
 from megatrain_io.models.weights import WeightReader
-from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.folder import BUFFERS, CARRIED, SOURCE_TENSORS, RunFolder
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.text import mib
 
 __all__ = [
-    "BUFFERS",
-    "CARRIED",
-    "KEPT",
-    "SOURCE_TENSORS",
     "Kept",
     "SourceWeights",
     "buffers_digest",
@@ -55,21 +53,10 @@ __all__ = [
     "write_kept",
 ]
 
-BUFFERS = "buffers.safetensors"
-"""The saved buffers of a model, by their names in it, where one has another value than its constructor gives it."""
-
-CARRIED = "carried.safetensors"
-"""What the trained model does not compute with, as it was in the files, by the names there."""
-
-SOURCE_TENSORS = "source_tensors.json"
-"""Names and shapes of what is trained in the files of a model that has more than a text model: an export has them."""
-
-KEPT = (BUFFERS, CARRIED, SOURCE_TENSORS)
-"""Files of RUN/model that were made of the weights that were imported."""
-
-
 _SHAPES_BYTES_MAX = 1 << 28
+_SHAPES = TypeAdapter(dict[str, list[NonNegativeInt]])
 _GROUPS_SHOWN = 4
+_NAMED_AT_MOST = 3
 
 
 @dataclass(frozen=True)
@@ -80,13 +67,15 @@ class SourceWeights:
         names: the names of its model, both ways.
         plan: where everything in the files belongs.
         files: the tensors themselves, as they are trained.
-        stored: the same as they lie in the files.
+        stored: the same as they are carried.
+        lacking: names that the index of the files has, and no file.
     """
 
     names: HubNames
     plan: NamePlan
     files: WeightReader
-    stored: Checkpoint
+    stored: Checkpoint | DequantizedFiles
+    lacking: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
@@ -103,9 +92,11 @@ class SourceWeights:
             found.append(
                 f"trains the text model of {self.names.architecture} ({self.names.text_architecture}) alone"
             )
-        entries = self.stored.entries
+        entries, stored = self.stored.entries, self.stored
+        is_changed = isinstance(stored, DequantizedFiles) and any(map(stored.is_changed, self.plan.carried))
+        in_bf16 = "carried through, what is in fp8 as the bf16 numbers that it stands for"
         for names, fate in (
-            (self.plan.carried, "carried through unchanged"),
+            (self.plan.carried, in_bf16 if is_changed else "carried through unchanged"),
             (self.plan.derived, "left out, as transformers makes them anew"),
         ):
             if names:
@@ -113,6 +104,12 @@ class SourceWeights:
                 count = "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
                 verb = "is" if len(names) == 1 else "are"
                 found.append(f"{count} ({size}) of {_groups(names)} {verb} {fate}")
+        if self.lacking:
+            shown = ", ".join(self.lacking[:_NAMED_AT_MOST]) + ", ..." * (len(self.lacking) > _NAMED_AT_MOST)
+            found.append(
+                f"of the tensors that the index of the weights names, {len(self.lacking):,} are in none of the files "
+                f"({shown}): what is trained is all there, and an export will not have them either"
+            )
         return found
 
 
@@ -130,7 +127,7 @@ class Kept:
 
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] | None = None
-    files: Checkpoint | None = None
+    files: Checkpoint | DequantizedFiles | None = None
     carried: tuple[str, ...] = ()
 
     @property
@@ -171,11 +168,14 @@ def opened_weights(folder: ModelFolder, dtype: torch.dtype) -> Iterator[SourceWe
     """
     with Checkpoint(folder.weight_files()) as opened:
         files: WeightReader = opened
+        stored: Checkpoint | DequantizedFiles = opened
         if (block := folder.fp8_block) is not None:
-            files = DequantizedWeights(files, block)
+            files = dequantized = DequantizedWeights(files, block)
+            stored = DequantizedFiles(opened, dequantized)
         names = names_of(folder, dtype)
         plan = names.plan({name: entry.shape for name, entry in files.entries.items()})
-        yield SourceWeights(names, plan, files, opened)
+        lacking = tuple(sorted(folder.indexed() - opened.entries.keys()))
+        yield SourceWeights(names, plan, files, stored, lacking)
 
 
 def buffers_of(weights: SourceWeights) -> dict[str, Tensor]:
@@ -233,12 +233,22 @@ def kept_by(run: RunFolder) -> Iterator[Kept]:
     bound = run.read().files
     shapes = None
     if SOURCE_TENSORS in bound:
-        shapes = json.loads(read_file(run.model / SOURCE_TENSORS, _SHAPES_BYTES_MAX))
+        shapes = _shapes_in(run.model / SOURCE_TENSORS)
     if CARRIED not in bound:
         yield Kept(kept_buffers(run), shapes)
         return
     with Checkpoint([run.model / CARRIED]) as files:
         yield Kept(kept_buffers(run), shapes, files, tuple(files.entries))
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        shapes = _SHAPES.validate_json(read_file(path, _SHAPES_BYTES_MAX), strict=True)
+    except ValidationError as error:
+        raise ModelFilesError(
+            f"{path} does not hold names and shapes of tensors: put a copy of it back"
+        ) from error
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def carried_digest(kept: Kept) -> str:
@@ -284,9 +294,16 @@ def remade(run: RunFolder, name: str, known: Iterable[str]) -> bool:
 
     Returns:
         Whether that folder still has what it was made of.
+
+    Raises:
+        StoreInUseError: another process imports into the run's folder, or cleans it.
     """
-    info = run.read()
-    scratch = run.model / "remade.partial"
+    with run.importing():  # so that nobody takes what is being made for what was left behind
+        return _remade(run, name, known)
+
+
+def _remade(run: RunFolder, name: str, known: Iterable[str]) -> bool:
+    info, scratch = run.read(), run.remade
     try:
         _clear(scratch)
         scratch.mkdir(0o700)
@@ -316,10 +333,11 @@ def _groups(names: Iterable[str]) -> str:
 
 
 def _clear(folder: Path) -> None:
-    if os.path.lexists(folder):
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+    """Remove what a killed process left. A run comes from others, too: what a link in its place leads to is theirs."""
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    elif os.path.lexists(folder):
+        folder.unlink()
 
 
 def _plan_of(buffers: Mapping[str, Tensor]) -> ShardPlan:
@@ -330,6 +348,10 @@ def _plan_of(buffers: Mapping[str, Tensor]) -> ShardPlan:
 
 def _read(files: WeightReader, name: str) -> Tensor:
     entry = files.entries[name]
+    if entry.dtype not in TORCH_DTYPES:
+        raise ModelFilesError(
+            f"{name}, a buffer of the model, is {entry.dtype}: put the file of the import back"
+        )
     data = files.read(name, 0, entry.elements)
     dtype = TORCH_DTYPES[entry.dtype]
     values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)

@@ -1,4 +1,7 @@
-"""The files of RUN/model: those of the import, or refused by name; what is missing is copied again from the source."""
+"""The files of RUN/model: those of the import, or refused by name; what is missing is copied again from the source.
+
+No torch, but where weights are read to make a file of them again.
+"""
 
 import hashlib
 import json
@@ -6,17 +9,16 @@ import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from megatrain_io.errors import ModelFilesError
+from megatrain_io.errors import MegatrainIoError, ModelFilesError
 from megatrain_io.files import open_file, read_file, replace_file, storage_errors, sync_folder
-from megatrain_io.models.hub_folder import COMPANIONS
-from megatrain_io.runs.folder import RunFolder
-from megatrain_io.runs.kept_tensors import CARRIED, KEPT, remade
+from megatrain_io.models.companions import COMPANIONS
+from megatrain_io.runs.folder import CARRIED, KEPT, RunFolder
 from megatrain_io.runs.provenance import bound_files, found_in
 from megatrain_io.store.inspect import store_info
 
-__all__ = ["digests_of", "mended_model", "write_model_files"]
+__all__ = ["differing_files", "digests_of", "mended_model", "write_model_files"]
 
 _CONFIG = "config.json"
 # What a person may change: none of it decides the bits of a step, but for the template, which the data are bound to.
@@ -42,6 +44,8 @@ def write_model_files(run: RunFolder, contents: Mapping[str, bytes]) -> None:
         for name, content in contents.items()
         if not (run.model / name).exists() or read_file(run.model / name, _BYTES_MAX) != content
     }
+    if changed:
+        _refuse_link(run)
     run.bind({name: hashlib.sha256(content).hexdigest() for name, content in changed.items()})
     for name, content in changed.items():
         replace_file(run.model / name, content)
@@ -67,16 +71,66 @@ def mended_model(run: RunFolder, *, whole: bool = False) -> list[str]:
         if not info.files:
             return _compared_with_store(run)
         unread = {CARRIED} if not whole and (run.model / CARRIED).exists() else set()
-        return [
+        notes = [
             note
             for name, known in info.files.items()
             if name not in unread
             for note in _compared(run, name, known)
-        ] + [
-            _refuse_new(run, name)
-            for name in (*COMPANIONS, *KEPT)
-            if _decides(name) and name not in info.files and (run.model / name).exists()
         ]
+        for name in _new(run):
+            _refuse_new(run, name)
+        return notes
+
+
+def differing_files(run: RunFolder) -> Iterator[str]:
+    """What the next command that reads the files of RUN/model will refuse, or mend from the source; nothing is changed.
+
+    What is carried to an export is not read, which may take long: whether it is there is looked at.
+
+    Yields:
+        A sentence for each.
+    """
+    info = run.read()
+    if not run.model.exists() and run.model.with_name(run.model.name + ".partial").is_dir():
+        return  # the next start gives it its name
+    for name, known in info.files.items() if info.files else [(_CONFIG, ())]:
+        try:
+            with storage_errors(run.model, _SAFE):
+                yield from _differing(run, name, known)
+        except MegatrainIoError as error:
+            yield str(error)
+    for name in _new(run):
+        try:
+            _refuse_new(run, name)
+        except MegatrainIoError as error:
+            yield str(error)
+
+
+def _differing(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
+    path = run.model / name
+    if name in KEPT:
+        if lost := _lost(run, name, known, whole=False):
+            source = run.read().source
+            yield (
+                f"{path} {lost}: the next command that needs it makes it again from {source}, if that has still the "
+                "weights of the import"
+            )
+    elif path.exists():
+        for _ in _compared(run, name, known):
+            pass  # what may be changed
+    elif _decides(name):
+        is_there = _original(run, name, known) is not None
+        yield f"{path} is missing: {'the next start copies it again' if is_there else _cure(run, name, known)}"
+
+
+def _new(run: RunFolder) -> list[str]:
+    """Files of a model that were not there at the import, and that a library would read."""
+    files = run.read().files
+    return [
+        name
+        for name in (*COMPANIONS, *KEPT)
+        if files and _decides(name) and name not in files and (run.model / name).exists()
+    ]
 
 
 def _finish_rename(run: RunFolder) -> None:
@@ -113,18 +167,41 @@ def _compared(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
 
 def _kept(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[str]:
     """Compare what was made of the imported weights; what is missing or changed is made of them again."""
-    path, all_known = run.model / name, [*known, *_known_to_store(run).get(name, [])]
-    is_there = path.exists()
-    if is_there and _digest(path) in all_known:
+    lost = _lost(run, name, known)
+    if not lost:
         return
-    lost = "is not the one of the import" if is_there else "is missing"
-    source = run.read().source
-    if not remade(run, name, all_known):
+    path, source = run.model / name, run.read().source
+    _refuse_link(run)
+    from megatrain_io.runs.kept_tensors import remade  # noqa: PLC0415 - what looks at a run has no torch
+
+    if not remade(run, name, [*known, *_known_to_store(run).get(name, [])]):
         raise ModelFilesError(
             f"{path} {lost}, and it cannot be made again: {source} has no longer the weights of the import. Put these "
             f"back there, or a copy of the file in its place; {_SAFE}"
         )
     yield f"{path} {lost.replace('is', 'was', 1)}: it was made again from {source}"
+
+
+def _lost(run: RunFolder, name: str, known: Sequence[str], *, whole: bool = True) -> str:
+    """What is wrong with a file that was made of the weights, as words; empty where it is that of the import."""
+    path = run.model / name
+    if not path.exists():
+        return "is missing"
+    if name == CARRIED and not whole:
+        return ""
+    digest = _digest(path)
+    if digest in known or digest in _known_to_store(run).get(name, []):
+        return ""
+    return "is not the one of the import"
+
+
+def _refuse_link(run: RunFolder) -> None:
+    """Refuse to write where a link leads to: a run comes from others, too."""
+    if run.model.is_symlink():
+        raise ModelFilesError(
+            f"{run.model} is a link to {run.model.readlink()}, and nothing is written there: put the folder itself in "
+            f"the place of the link; {_SAFE}"
+        )
 
 
 def _known_to_store(run: RunFolder) -> dict[str, list[str]]:
@@ -137,6 +214,7 @@ def _brought_back(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[s
     """Copy a missing file from the source, where that still has it."""
     path, original = run.model / name, _original(run, name, known)
     if original is not None:
+        _refuse_link(run)
         run.model.mkdir(0o700, exist_ok=True)
         replace_file(path, read_file(original, _BYTES_MAX))
         yield f"{path} was missing: it was copied again from {original.parent}"
@@ -144,7 +222,7 @@ def _brought_back(run: RunFolder, name: str, known: Sequence[str]) -> Iterator[s
         raise ModelFilesError(f"{path} is missing. {_cure(run, name, known)}; {_SAFE}")
 
 
-def _refuse_new(run: RunFolder, name: str) -> str:
+def _refuse_new(run: RunFolder, name: str) -> NoReturn:
     raise ModelFilesError(
         f"{run.model / name} was not there at the import, and {'the model' if name in KEPT else 'the tokenizer'} "
         f"would read it: move it out of {run.model}; {_SAFE}"

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from megatrain_io.errors import MegatrainIoError
-from megatrain_io.runs.state import TrainerState
+from megatrain_io.runs.state import FileName, PathText, TrainerState
 from megatrain_io.store.inspect import StoreInfo, store_info
 from megatrain_io.store.layout import Precision
 
@@ -33,9 +33,9 @@ class Provenance:
 
     version: str
     precision: Precision
-    source: str
-    run: str
-    files: dict[str, str]
+    source: PathText
+    run: PathText
+    files: dict[FileName, str]
     model_options: dict[str, Any] = field(default_factory=dict)
 
     def as_entry(self) -> dict[str, Any]:

@@ -4,13 +4,33 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError
 
-__all__ = ["TrainerState"]
+__all__ = ["FileName", "PathText", "TrainerState"]
 
 _VERSION = 1
+
+
+def _plain(name: str) -> str:
+    """A name that does not lead out of its folder: a run comes from others, too, and what it has lost is copied."""
+    if name in {"", ".", ".."} or "/" in name or "\0" in name:
+        raise ValueError("it is no plain name of a file")
+    return name
+
+
+def _path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("no path has a NUL")
+    return text
+
+
+FileName = Annotated[str, AfterValidator(_plain)]
+"""Name of a file of RUN/model."""
+
+PathText = Annotated[str, AfterValidator(_path)]
+"""A path as files of a run have it."""
 
 
 @dataclass
@@ -44,7 +64,7 @@ class TrainerState:
     compared: dict[str, Any] | None = None
     configuration: dict[str, Any] | None = None
     stop_tokens: list[int] = field(default_factory=list)
-    model_files: dict[str, list[str]] = field(default_factory=dict)
+    model_files: dict[FileName, list[str]] = field(default_factory=dict)
     version: int = _VERSION
 
     @classmethod

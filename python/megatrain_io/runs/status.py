@@ -13,8 +13,9 @@ from megatrain_io.config.parse import load
 from megatrain_io.errors import ConfigError, FormatError, MegatrainIoError
 from megatrain_io.files import read_file
 from megatrain_io.machine.drive import mount_of, read_mounts
-from megatrain_io.runs.folder import RunFolder
+from megatrain_io.runs.folder import RunFolder, RunInfo
 from megatrain_io.runs.metrics import last_report
+from megatrain_io.runs.model_files import differing_files
 from megatrain_io.runs.state import TrainerState
 from megatrain_io.store.inspect import Owner, StoreInfo, owner_of, store_info
 from megatrain_io.store.layout import Durability, ModelLayout
@@ -56,6 +57,8 @@ class RunStatus:
         last_stop: how the last process ended; None while one runs.
         in_use: who holds the store now.
         problem: why the store cannot be used, in a sentence.
+        files: what the next command will refuse of the files of RUN/model, or mend, a sentence each.
+        code: path of the file of code that makes the model known; None where there is none.
         next: what to do, in a sentence.
     """
 
@@ -78,6 +81,8 @@ class RunStatus:
     last_stop: LastStop | None = None
     in_use: Owner | None = None
     problem: str | None = None
+    files: tuple[str, ...] = ()
+    code: str | None = None
     next: str = ""
 
 
@@ -96,6 +101,7 @@ def examine(run: RunFolder) -> RunStatus:
         version=info.version,
         precision=info.precision,
         stores=stores,
+        code=_code(info),
     )
     try:
         owner, state = owner_of(store), store_info(*stores)
@@ -126,6 +132,7 @@ def examine(run: RunFolder) -> RunStatus:
         written_bytes=progress.written_bytes,
         last_stop=_last_stop(state) if owner is None else None,
         in_use=owner,
+        files=tuple(differing_files(run)),
     )
     return replace(status, next=_next(status, run))
 
@@ -159,7 +166,18 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "in use", "no" if status.in_use is None else f"by {status.in_use.text}"
         if status.last_stop is not None:
             yield "last stop", _LAST_STOPS[status.last_stop]
+    for sentence in status.files:
+        yield "files", sentence
+    if status.code is not None:
+        yield "code", f"{status.code}: train, generate and export run it where --allow-code says so"
     yield "next", status.next
+
+
+def _code(info: RunInfo) -> str | None:
+    """Path of the file of code with which a run was imported."""
+    modules = info.model_options.get("modules")
+    path = modules.get("path") if isinstance(modules, dict) else None
+    return path if isinstance(path, str) else None
 
 
 def _architecture(run: RunFolder) -> str | None:
@@ -188,14 +206,15 @@ def _next(status: RunStatus, run: RunFolder) -> str:
         if status.durability == "scratch":
             return "let it go on, or stop it with Ctrl-C or SIGTERM and wait for its end: kill -9 loses everything"
         return "let it go on, or stop it with Ctrl-C or SIGTERM: the last committed step is safe"
+    code = "" if status.code is None else " --allow-code"
     if not status.step:
-        return _train_command(run)
+        return f"{_train_command(run)}{code}"
     if status.max_steps is None or status.step < status.max_steps:
-        return f"{_train_command(run)} --resume"
+        return f"{_train_command(run)}{code} --resume"
     path = shlex.quote(str(run.path.absolute()))
     return (
-        f"done: megatrain-io generate {path} --prompt TEXT, or megatrain-io export {path} OUT. To train on: "
-        f"{_train_command(run)} --resume max_steps=N, with N above {status.step}"
+        f"done: megatrain-io generate {path} --prompt TEXT{code}, or megatrain-io export {path} OUT{code}. To train "
+        f"on: {_train_command(run)}{code} --resume max_steps=N, with N above {status.step}"
     )
 
 

@@ -105,3 +105,35 @@ def test_saved_buffers_of_an_fp8_model_are_made_again_from_its_files(tmp_path):
     assert kept.read_bytes() == before
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(exported[name], tensors[name]) for name in biases)
+
+
+def test_layers_that_are_only_carried_have_their_scales_applied(tmp_path):
+    """They were exported in fp8 without their scales: other matrices than the source's."""
+    make_source(tmp_path, small_config("deepseek_v3"))
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.61.eh_proj.weight"
+    tensors[name] = torch.randn(40, 70, generator=torch.Generator().manual_seed(5))
+    tensors["model.layers.61.enorm.weight"] = torch.ones(7)
+    save_file(tensors, path, metadata={"format": "pt"})
+    meant = quantise(tmp_path / "model")
+    here = tmp_path / "run"
+    assert run("import", tmp_path / "model", here, "--dequantize", *COMMON).exit_code == 0
+    kept = here / "model" / "carried.safetensors"
+    before = kept.read_bytes()
+    kept.unlink()
+    assert run("export", here, tmp_path / "out").exit_code == 0
+    assert kept.read_bytes() == before
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == meant.keys()
+    assert exported[name].dtype == torch.bfloat16
+    assert torch.equal(exported[name], meant[name].bfloat16())
+    assert torch.equal(exported["model.layers.61.enorm.weight"], torch.ones(7))
+
+
+def test_an_fp8_architecture_is_verified_by_its_configuration(source, tmp_path):
+    """It was refused with an option that verify has not, although no weights are read."""
+    shutil.copy(source[0] / "model" / "config.json", tmp_path)
+    result = run("verify", "--model", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["equal"]

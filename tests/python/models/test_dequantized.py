@@ -6,7 +6,7 @@ from math import prod
 import pytest
 import torch
 
-from megatrain_io.errors import ModelFilesError
+from megatrain_io.errors import ModelFilesError, UnsupportedModelError
 from megatrain_io.models.dequantized import DequantizedWeights, can_dequantize
 
 BLOCK = (128, 128)
@@ -75,6 +75,21 @@ def test_scales_that_are_missing_or_of_another_grid_are_refused_by_name():
         DequantizedWeights(Files({"w": values}), BLOCK)
     with pytest.raises(ModelFilesError, match=r"w_scale_inv is F32 \[2, 2\].*needs F32 \[3, 2\]"):
         DequantizedWeights(Files({"w": values, "w_scale_inv": scales[:2]}), BLOCK)
+
+
+def test_what_is_no_matrix_with_fp32_scales_is_refused_with_what_to_import():
+    values, scales = quantised(300, 200)
+    with pytest.raises(UnsupportedModelError, match=r"scales in BF16.* import a copy of the model in bf16"):
+        DequantizedWeights(Files({"w": values, "w_scale_inv": scales.bfloat16()}), BLOCK)
+    with pytest.raises(UnsupportedModelError, match="only matrices"):
+        DequantizedWeights(Files({"w": values[None], "w_scale_inv": scales}), BLOCK)
+
+
+def test_a_block_that_is_wider_than_any_matrix_takes_no_memory():
+    values, _ = quantised(3, 5)
+    reader = DequantizedWeights(Files({"w": values, "w_scale_inv": torch.full((1, 1), 2.0)}), (2**31, 2**60))
+    found = torch.frombuffer(reader.read("w", 0, 15), dtype=torch.float32)
+    assert torch.equal(found, 2 * values.float().reshape(-1))
 
 
 def test_only_fp8_by_blocks_is_dequantised():

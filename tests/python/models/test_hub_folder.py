@@ -127,6 +127,11 @@ def link_out(folder):
         (config("[]"), ModelFilesError, "config.json is not a JSON object"),
         (config("{}"), UnsupportedModelError, "model_type None cannot be used"),
         (config('{"model_type": "homemade"}'), UnsupportedModelError, "model_type 'homemade' cannot be used"),
+        (
+            config('{"model_type": ["llama"], "architectures": ["A"]}'),
+            UnsupportedModelError,
+            "cannot be used",
+        ),
         (foreign_code, UnsupportedModelError, "code that comes with a model is not run"),
         (link_out, ModelFilesError, r"tokenizer.json is a link out of the folder"),
     ],

@@ -1,5 +1,6 @@
 """The files of a run: bound to it, made anew from the store where they are lost, and refused by name where changed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -136,6 +137,77 @@ def test_a_damaged_file_that_can_be_done_without_is_one_sentence(own_source, run
     own.unlink()
     (own_source / "model" / own.name).unlink()
     assert call("generate", run, "--prompt", "the").exit_code == 0, "the advice: do without it"
+
+
+@pytest.mark.parametrize("name", ["../planted", "../../planted", "a/planted", ".."])
+def test_a_file_of_a_run_cannot_lie_elsewhere(run, tmp_path, name):
+    """A run of somebody else's could have had a file of his written wherever there was none."""
+    info = json.loads((run / "run.json").read_text())
+    source = tmp_path / "a" / "b" / "c"
+    planted = source / name
+    source.mkdir(parents=True)
+    if name != "..":
+        planted.parent.mkdir(exist_ok=True)
+        planted.write_text("mine")
+    files = {**info["files"], name: [hashlib.sha256(b"mine").hexdigest()]}
+    edited(run / "run.json", files=files, source=str(source))
+    before = {path for path in tmp_path.rglob("*") if path.name == "planted"}
+    assert call("generate", run, "--prompt", "the").exit_code == 0, "the store says what run.json should"
+    assert {path for path in tmp_path.rglob("*") if path.name == "planted"} == before
+
+
+def test_a_link_in_the_place_of_the_models_folder_is_not_written_through(run, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (run / "model").rename(elsewhere)
+    (run / "model").symlink_to(elsewhere)
+    assert call("generate", run, "--prompt", "the").exit_code == 0
+    (elsewhere / "tokenizer.json").unlink()
+    told_of = told(call("generate", run, "--prompt", "the"), 5)
+    assert f"{run / 'model'} is a link to {elsewhere}, and nothing is written there" in told_of
+    assert not (elsewhere / "tokenizer.json").exists()
+    (run / "model").unlink()
+    elsewhere.rename(run / "model")
+    assert call("generate", run, "--prompt", "the").exit_code == 0, "the advice"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_implementation": "somebody/kernel:run"}, "model_options.attn_implementation of run.json"),
+        ({"block_list": 5}, "model_options.block_list of run.json"),
+        ({"miniature": [5]}, "model_options.miniature of run.json"),
+        ({"modules": {"path": 5, "sha256": "0"}}, "model_options.modules.path of run.json"),
+        ({"modules": {"path": "a\0b", "sha256": "0"}}, "model_options.modules.path of run.json"),
+        ({"modules": {"path": "a"}}, "model_options.modules of run.json"),
+        ({"trust": True}, "model_options of run.json cannot be read: it has trust"),
+    ],
+)
+def test_options_that_no_import_writes_are_refused(run, tmp_path, options, message):
+    """One of them names code that transformers would fetch and run."""
+    edited(run / "run.json", model_options=options)
+    for arguments in (("generate", run, "--prompt", "the"), ("export", run, tmp_path / "out")):
+        assert message in told(call(*arguments), 2)
+
+
+def test_status_says_what_the_next_command_would_refuse(run):
+    def files():
+        status = call("status", run, "--json")
+        assert status.exit_code == 0, status.stderr
+        return json.loads(status.stdout)["files"]
+
+    assert files() == []
+    edited(run / "model" / "generation_config.json", temperature=0.5)
+    assert files() == [], "it may be changed"
+    edited(run / "model" / "config.json", rms_norm_eps=1.1e-6)
+    (run / "model" / "tokenizer_config.json").unlink()
+    (run / "model" / "added_tokens.json").write_text('{"the": 5}')
+    said = "\n".join(files())
+    assert "rms_norm_eps is 1.1e-06" in said
+    assert f"{run / 'model' / 'tokenizer_config.json'} is missing: the next start copies it again" in said
+    assert "added_tokens.json was not there at the import" in said
+    assert len(files()) == 3
+    assert not (run / "model" / "tokenizer_config.json").exists()
+    assert said.splitlines()[0] in call("status", run).stdout
 
 
 def test_a_template_of_the_data_is_bound_to_the_run(source, tmp_path):

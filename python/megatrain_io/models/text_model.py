@@ -104,6 +104,13 @@ class TextNames(HubNames):
         self.text_architecture = self.architecture
         self.architecture = self._whole.architecture
 
+    @property
+    def carried_nbytes(self) -> int:
+        """Bytes of the published model's parameters and saved buffers that are none of its text model's."""
+        trained = {self._whole.owner_of(there) for there in self.places.values()}
+        others = {self._whole.owner_of(name) for name in self._whole.saved} - trained
+        return sum(self._whole.buffer(name).nbytes for name in others)
+
     def plan(self, shapes: Mapping[str, Shape], wanted: Any = None) -> NamePlan:
         """See ``HubNames.plan``; the files are those of the published model, and what is not text is carried."""
         whole = self._whole.plan(shapes, {*self.places.values()} if wanted is None else wanted)

@@ -135,6 +135,7 @@ class Plan:
         prices: what costs are worked out from.
         problems: why it does not fit; empty where it does.
         notes: sentences about what else should be known.
+        carried_bytes: bytes that the run folder takes for tensors that are not trained, and only carried to an export.
     """
 
     model: str
@@ -161,6 +162,7 @@ class Plan:
     prices: Prices
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    carried_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -240,7 +242,8 @@ class Plan:
         rows = [("model", self._model_text()), ("machine", self.machine)]
         rows += [("does not fit", str(problem)) for problem in self.problems] or [("fits", "yes")]
         scratch = "" if self.memory is None else f", while it runs {decimal(self.scratch_bytes)} more"
-        rows.append(("drive", f"store {decimal(self.store_bytes)}{scratch}"))
+        carried = f", carried tensors {decimal(self.carried_bytes)}" if self.carried_bytes else ""
+        rows.append(("drive", f"store {decimal(self.store_bytes)}{carried}{scratch}"))
         if self.memory is not None:
             rows.append(("RAM", str(self.memory).removeprefix("RAM: ")))
         if self.process_bytes is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import torch
 
 from megatrain_io.config.parse import load
 from megatrain_io.config.schema import RunConfig
@@ -19,6 +20,7 @@ from megatrain_io.machine.hardware import Hardware, load_hardware
 from megatrain_io.machine.memory import usable_ram
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.model_options import ModelOptions
+from megatrain_io.models.text_model import TextNames, text_config_of
 from megatrain_io.paging.device.pool import VramPlan
 from megatrain_io.planning.division import divide_ram_of, divide_vram_of, fits_memory, has_ram, vram_nbytes
 from megatrain_io.planning.flops import Work
@@ -73,6 +75,10 @@ _NO_FLOPS = (
 _NO_DESCRIBED_FLOPS = (
     "no times: the described machine gives no rate for matrix products on its CPU: add cpu_tflops to it"
 )
+_SIDE_INPUTS = (
+    "blocks of this model take more than the hidden state (side inputs): what these and their gradients take of RAM, "
+    "for all micro-batches of a step, is counted under compute"
+)
 _GPU_NOTE = (
     "times for a GPU follow from its rate and the drive's: copies between RAM and VRAM are assumed to overlap with "
     "both, and compute to need as much memory for its tensors as on a CPU"
@@ -123,7 +129,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
     if tokens is not None and not 1 <= tokens < inf:
         raise ConfigError(f"tokens must be a number from 1 on, and are {tokens}")
     described = None if on is None else load_hardware(on)
-    job, more = _job_without_data(run_config, described, tokens)
+    job, more, carried = _job_without_data(run_config, described, tokens)
     notes += [*not_read(map(Path, run_config.data.train)), *more, *run_config.train.doubts()]
     hardware = job.hardware
     if hardware.read is None:
@@ -139,6 +145,7 @@ def plan(  # noqa: PLR0913 - each with a meaning of its own
         libraries=psutil.Process().memory_info().rss if is_here else 0,
         prices=Prices(watts or hardware.watts, kilowatt_hour, rented_hour),
         notes=notes,
+        carried=carried,
     )
 
 
@@ -160,15 +167,16 @@ class _BlankData:
 
 def _job_without_data(
     config: RunConfig, described: Hardware | None, tokens: float | None
-) -> tuple[TrainingJob, list[str]]:
-    """The job of a configuration on this machine or a described one, and notes about it."""
+) -> tuple[TrainingJob, list[str], int]:
+    """The job of a configuration on this machine or a described one, notes about it, and bytes that are carried."""
     train, memory = config.train, config.memory
     run = RunFolder(Path(config.output_dir))
     gpu = gpu_here(train.device) if described is None else described.device
     gpu = None if train.device == "cpu" else gpu
     precision, notes = resolve_precision(train.precision, config.model, run, gpu)
     folder = ModelFolder.of(config.model)
-    options = ModelOptions.of(config.model_options).run_modules(folder.path)
+    outside = [folder.path, run.path] if run.is_imported else [folder.path]
+    options = ModelOptions.of(config.model_options).run_modules(*outside)
     model_config = folder.config(needs_weights=False)
     notes += [*folder.notes, *folder.quantisation_notes]
     partition = options.partition(model_config, DTYPES[precision])
@@ -190,7 +198,15 @@ def _job_without_data(
         accumulation=train.gradient_accumulation_steps,
         measures=described is None,
     )
-    return job, notes
+    return job, notes, _carried_nbytes(folder, DTYPES[precision])
+
+
+def _carried_nbytes(folder: ModelFolder, dtype: torch.dtype) -> int:
+    """Bytes of what a model of more than text has besides its text model, as its config.json says; ``dtype``: else."""
+    published = folder.published_config(needs_weights=False)
+    text = text_config_of(published)
+    named = published.dtype if isinstance(published.dtype, torch.dtype) else dtype
+    return 0 if text is None else TextNames(published, text, named).carried_nbytes
 
 
 # ---------------------------------------------------------------------------------------------- from a job
@@ -204,6 +220,7 @@ def make_plan(
     prices: Prices = Prices(),  # noqa: B008 - it never changes
     variants: bool = True,
     notes: Sequence[str] = (),
+    carried: int = 0,
 ) -> Plan:
     """Plan a run. What does not fit is no error, but a problem in the plan.
 
@@ -215,14 +232,17 @@ def make_plan(
         prices: what costs are worked out from.
         variants: whether to say what single changes would do.
         notes: sentences for the person, which go into the plan.
+        carried: bytes of tensors that are only carried to an export.
     """
+    if job.partition.spec.sides:
+        notes = (*notes, _SIDE_INPUTS)
     vram, needs = divide_vram_of(job)
     too_small = _vram_problems(job)
     memory, others = _problems(job, needs, usable)
     problems = (*too_small, *others)
     work = work_of_step(job)
     seconds = compute_of(job, work)
-    plan = _empty(job, work, prices, problems, notes)
+    plan = replace(_empty(job, work, prices, problems, notes), carried_bytes=carried)
     if memory is None:
         return plan
     policy = policy_of(job)

@@ -30,7 +30,7 @@ from megatrain_io.planning.memory_needs import activation_budget_of
 from megatrain_io.planning.plan import Plan
 from megatrain_io.planning.planner import make_plan
 from megatrain_io.planning.resolve import gpu_of, hardware_here, ram_of, resolve, resolve_precision
-from megatrain_io.runs.folder import RunFolder, activations_file, gradient_file
+from megatrain_io.runs.folder import CARRIED, RunFolder, activations_file, gradient_file
 from megatrain_io.runs.import_model import ModelImport, refuse_other_formats
 from megatrain_io.runs.kept_tensors import kept_buffers
 from megatrain_io.runs.model_files import mended_model, write_model_files
@@ -179,6 +179,7 @@ class _Request:
 
     def __init__(self, config: RunConfig, folder: RunFolder, device: Device, own: OwnSequence | None) -> None:
         self._config, self._folder, self._device, self._own = config, folder, device, own
+        self._carried = 0
         self._gpu = gpu_of(device)
         self._ram = ram_of(config.memory.ram)
         asked = config.train.precision
@@ -199,7 +200,7 @@ class _Request:
 
     def checked_import(self) -> ModelImport:
         """The import of the model, whose files are sound."""
-        return ModelImport(
+        checked = ModelImport(
             Path(self._config.model),
             self._folder,
             precision=self._precision,
@@ -207,6 +208,8 @@ class _Request:
             durability=self._config.memory.durability,
             model_options=ModelOptions.of(self._config.model_options),
         )
+        self._carried = checked.carried_nbytes
+        return checked
 
     def import_model(self) -> tuple[TrainingJob, StepData]:
         """Import the model, once data and plan say that it can be trained; returns the job and its data."""
@@ -260,6 +263,7 @@ class _Request:
             usable=None if self._config.memory.ram is None else usable_ram(),
             libraries=psutil.Process().memory_info().rss,
             variants=False,
+            carried=self._carried,
         )
 
     @contextmanager
@@ -337,7 +341,10 @@ class _Request:
             # First: what was lost is made of the imported folder, which takes the model's class.
             options = ModelOptions.kept(folder.read().model_options)
             options.run_modules(self._config.model, folder.path, at=self._config.model_options.modules)
-            return notes + mended_model(folder)
+            notes += mended_model(folder)
+            carried = folder.model / CARRIED
+            self._carried = carried.stat().st_size if carried.exists() else 0
+            return notes
 
     def _accumulation(self) -> int | Literal["auto"]:
         """What was asked for; where ``auto`` came to a number when the run began, that: it decides the bits."""

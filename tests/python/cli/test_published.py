@@ -1,5 +1,6 @@
 """Models as they lie on the hub, by the command line: what is not trained is there afterwards, to the bit."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import megatrain_io as mt
 from megatrain_io.errors import ModelFilesError
+from megatrain_io.runs.folder import RunFolder
 from model_sources import differing
 from published import (
     DTYPES,
@@ -211,6 +213,96 @@ def test_what_was_kept_is_made_again_from_the_source_or_refused_by_name(here, ca
     assert f"{path} is {'missing' if is_lost else 'not the one of the import'}" in told["error"]["message"]
     assert "has no longer the weights of the import" in told["error"]["message"]
     assert not (here / "other").exists()
+
+
+@pytest.mark.parametrize("change", ["name", "shape", "dtype"])
+def test_buffers_that_another_version_of_transformers_has_not_are_refused(here, change):
+    path, info = here / "run" / "model" / "buffers.safetensors", here / "run" / "run.json"
+    buffers = safetensors.torch.load_file(path)
+    value = buffers.pop(BIAS)
+    changed = {
+        "name": {BIAS.replace("gate.", ""): value},
+        "shape": {BIAS: value[:1].clone()},
+        "dtype": {BIAS: value.to(torch.float8_e4m3fn)},
+    }[change]
+    safetensors.torch.save_file(buffers | changed, path)
+    content = json.loads(info.read_text())
+    content["files"]["buffers.safetensors"] = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    info.write_text(json.dumps(content))
+    commands = [("generate", here / "run", "--prompt", "The")]
+    if change == "name":
+        commands.append(("export", here / "run", here / "out"))
+    for command in commands:
+        told = call(*command, code=5)
+        expected = "is F8_E4M3" if change == "dtype" else "go on with the version that it was imported with"
+        assert expected in told["error"]["message"]
+
+
+def test_a_link_in_the_place_where_files_are_made_again_is_not_followed(here, tmp_path):
+    """What lay where it led to was removed: a run comes from others, too."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter").write_text("dear")
+    (here / "run" / "model" / "remade.partial").symlink_to(mine)
+    (here / "run" / "model" / "buffers.safetensors").unlink()
+    call("export", here / "run", here / "out")
+    assert (mine / "letter").read_text() == "dear"
+    assert not (here / "run" / "model" / "remade.partial").is_symlink()
+
+
+def test_clean_lists_what_a_process_left_that_was_killed_while_it_made_files_again(here):
+    scratch = here / "run" / "model" / "remade.partial"
+    scratch.mkdir()
+    (scratch / "carried.safetensors").write_bytes(bytes(100))
+    (here / "run" / "model" / "tokenizer.json.tmp").write_text("{")
+    removed = call("clean", here / "run", "--yes")["removed"]
+    assert {each["path"] for each in removed} == {str(scratch), f"{scratch.parent / 'tokenizer.json.tmp'}"}
+    assert not scratch.exists()
+    call("export", here / "run", here / "out")
+
+
+def test_files_that_are_made_again_are_not_cleaned_away_meanwhile(here):
+    folder = RunFolder(here / "run")
+    (folder.model / "buffers.safetensors").unlink()
+    with folder.importing():
+        told = call("export", here / "run", here / "out", code=4)
+    assert "another process imports into" in told["error"]["message"]
+    call("export", here / "run", here / "out")
+
+
+@pytest.mark.parametrize("name", ["buffers.safetensors", "carried.safetensors"])
+def test_status_says_which_kept_file_is_missing(here, name):
+    path = here / "run" / "model" / name
+    assert call("status", here / "run")["files"] == []
+    path.unlink()
+    (said,) = call("status", here / "run")["files"]
+    assert said.startswith(f"{path} is missing: the next command that needs it makes it again from")
+
+
+def test_tensors_that_only_the_index_has_are_noted(here, caplog):
+    index = here / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["visual.tower"] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content))
+    call("import", here / "model", here / "another", "--precision", "fp32", "--io-backend", "threads")
+    assert "the index of the weights names, 1 are in none of the files (visual.tower)" in caplog.text
+
+
+def test_a_plan_counts_what_is_carried_by_config_json_alone(tmp_path):
+    kind, config = published_config("gemma3")
+    source = make_folder(tmp_path, config, "fp32", kind)
+    tensors = tensors_of(source)
+    carried = sum(
+        each.nbytes
+        for name, each in tensors.items()
+        if "language_model" not in name and "lm_head" not in name
+    )
+    keys = ("train.precision=fp32", "train.device=cpu", "data.max_length=32", "memory.ram=1GiB")
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    plan = call("plan", source, *keys)
+    assert plan["carried_bytes"] == carried
+    assert not any("side inputs" in note for note in plan["notes"])
 
 
 def test_nothing_of_the_source_is_needed_after_the_import(here):

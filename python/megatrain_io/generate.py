@@ -30,6 +30,7 @@ from megatrain_io.errors import ConfigError, DataError, DoesNotFitError
 from megatrain_io.interrupt import check, held
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.model_options import ModelOptions
+from megatrain_io.models.own_code import allow
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.paging.device.base import Device, out_of_memory
 from megatrain_io.paging.device.choose import best_device
@@ -193,7 +194,8 @@ class Generator:
             engine: I/O engine: ``auto``, ``uring`` or ``threads``.
             device: what computes, which the caller closes; None = a GPU if there is one with room for a block, else the
                 CPU.
-            modules: where the file of ``model_options.modules`` is now; None = where it was at the import.
+            modules: where the file of ``model_options.modules`` is now, which may run then; None = where it was at the
+                import.
 
         Raises:
             ConfigError: this is no run folder, or its model needs code that may not run.
@@ -204,6 +206,8 @@ class Generator:
         state = open_store(run, engine=engine)
         try:
             options = ModelOptions.kept(info.model_options)
+            if modules is not None:
+                allow(modules)
             options.run_modules(run.path, Path(info.source), at=modules)
             for note in mended_model(run):
                 _LOG.warning("note: %s", note)

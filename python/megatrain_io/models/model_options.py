@@ -1,15 +1,17 @@
 """What a person says of a model beside its folder, and the partition that follows from both."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from transformers import PreTrainedConfig
 
 from megatrain_io.config.schema import ModelOptionsConfig
 from megatrain_io.errors import ConfigError
+from megatrain_io.models.config_limits import refuse_numbers
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.own_code import OwnCode
 from megatrain_io.models.partition import PartitionedModel
@@ -17,6 +19,8 @@ from megatrain_io.models.probe import probe
 from megatrain_io.models.shrink import shrink_config, without_noise
 
 __all__ = ["ModelOptions"]
+
+_NOT_OF_A_COPY = ("quantization_config", "compression_config", "auto_map")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class ModelOptions:
     block_list: str | None = None
     attn_implementation: Literal["sdpa", "eager"] | None = None
     miniature: dict[str, Any] | None = None
-    modules: dict[str, Any] | None = None
+    modules: dict[str, Annotated[str, Field(pattern=r"\A[^\x00]*\z")]] | None = None
     dequantize: bool | None = None
 
     @classmethod
@@ -45,7 +49,7 @@ class ModelOptions:
             ModelFilesError: ``miniature`` is no model folder, or its config.json is not sound.
             ConfigError: ``modules`` cannot be read.
         """
-        miniature = None if config.miniature is None else ModelFolder.of(config.miniature).raw_config
+        miniature = None if config.miniature is None else _content_of(ModelFolder.of(config.miniature))
         modules = None if config.modules is None else OwnCode.of(config.modules).as_dict()
         return cls(
             config.block_list, config.attn_implementation, miniature, modules, config.dequantize or None
@@ -58,10 +62,17 @@ class ModelOptions:
         Raises:
             ConfigError: they are not what this version writes.
         """
+        if unknown := options.keys() - {field.name for field in fields(cls)}:
+            raise ConfigError(
+                f"model_options of run.json cannot be read: it has {', '.join(sorted(unknown))}"
+            )
         try:
-            return cls(**options)
-        except TypeError as error:
-            raise ConfigError(f"model_options of run.json cannot be read: {error}") from error
+            # A run comes from others, too: transformers takes names of code to fetch where it expects "sdpa".
+            return TypeAdapter(cls).validate_json(json.dumps(options), strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"model_options.{place} of run.json cannot be read: {first['msg']}") from error
 
     def as_dict(self) -> dict[str, Any]:
         """What is set, as plain JSON types."""
@@ -77,6 +88,10 @@ class ModelOptions:
         Raises:
             ConfigError: they may not run, are not what they were, or fail.
         """
+        if self.modules is None and at is not None:
+            raise ConfigError(
+                "model_options.modules: this run was imported without such a file: leave it out"
+            )
         if self.modules is not None:
             try:
                 own = OwnCode(**self.modules)
@@ -133,26 +148,41 @@ class ModelOptions:
                     )
                 continue
             if value != (old := getattr(self, name)):
-                shown = (
-                    "another one than now"
-                    if isinstance(value, dict) and old
-                    else f"{json.dumps(old)}, now {'a folder' if isinstance(value, dict) else json.dumps(value)}"
-                )
+                kind = {"miniature": "a folder", "modules": "a file"}.get(name, json.dumps(value))
+                is_another = isinstance(value, dict) and old
+                shown = "another one than now" if is_another else f"{json.dumps(old)}, now {kind}"
                 raise ConfigError(
                     f"model_options.{name}: {where} was imported with {shown}. Leave it out, or choose a new output_dir"
                 )
 
 
+def _content_of(folder: ModelFolder) -> dict[str, Any]:
+    """What the config.json of a miniature says, under the model type of the class that reads it."""
+    read_by = folder.stands_for
+    return folder.raw_config | ({} if read_by is None else {"model_type": read_by.model_type})
+
+
 def _config_of(content: dict[str, Any], config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of a miniature, by the class of the model that it stands for."""
+    inside = content.get("text_config")
+    if isinstance(inside, dict) and content.get("model_type") != config.model_type:
+        # Of a model of more than text, whose text model is trained.
+        tying = {"tie_word_embeddings": getattr(config, "tie_word_embeddings", False)}
+        content = {"model_type": config.model_type, **inside, **tying}
+    content = {name: value for name, value in content.items() if name not in _NOT_OF_A_COPY}
+    refuse_numbers(content, "model_options.miniature")
     if content.get("model_type") != config.model_type:
         raise ConfigError(
             f"model_options.miniature is of model_type {content.get('model_type')!r}, and the model of "
             f"{config.model_type!r}: give a smaller one of the same"
         )
     try:
-        return type(config).from_dict(content)
+        small = type(config).from_dict(content)
     except Exception as cause:
         raise ConfigError(
             f"model_options.miniature: transformers does not take its config.json: {' '.join(str(cause).split())}"
         ) from cause
+    # These may name code that transformers would fetch from the hub and run.
+    small._attn_implementation = None  # noqa: SLF001
+    small._experts_implementation = None  # noqa: SLF001
+    return small

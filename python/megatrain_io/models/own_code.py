@@ -6,6 +6,8 @@ with. Nothing of it runs before all of this is known.
 """
 
 import hashlib
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 from megatrain_io.errors import ConfigError
-from megatrain_io.files import UnfitFileError, read_file
+from megatrain_io.files import read_file
 
 __all__ = ["KEY", "OwnCode", "allow", "allow_all", "allow_named"]
 
@@ -33,6 +35,9 @@ KEY = "model_options.modules"
 
 _BYTES_MAX = 16 << 20
 _SHOWN = 12
+_ELSEWHERE = (
+    f". If it lies elsewhere now, name that place (train: {KEY}=FILE; generate and export: --modules FILE)"
+)
 
 
 class _Allowed:
@@ -92,6 +97,8 @@ class OwnCode:
     def run(self, outside: Sequence[Path]) -> None:
         """Run the file, once in a process.
 
+        Whoever imported it in this process has run it: then nothing is done.
+
         Args:
             outside: folders in which it must not lie: of the model and of the run.
 
@@ -101,17 +108,12 @@ class OwnCode:
         """
         path = Path(self.path)
         for folder in outside:
-            if path.resolve().is_relative_to(folder.resolve()):
+            if _lies_in(path, folder):
                 raise ConfigError(
                     f"{KEY}: {path} lies in {folder}, and code in the folder of a model or a run is not run: read it, "
                     "and copy it elsewhere if you trust it"
                 )
-        if not _Allowed.is_all and path.resolve() not in _Allowed.files:
-            raise ConfigError(
-                f"{KEY}: {path} is code, and was not run: name it on the command line (train and plan: {KEY}={path}; "
-                f"import, generate and export: --modules {path}), or give --allow-code, if you trust it"
-            )
-        content = _content(path)
+        content = _content(path, _ELSEWHERE)
         if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
             raise ConfigError(
                 f"{KEY}: {path} has changed since the run was imported with it (SHA-256 {self.sha256[:_SHOWN]}..., now "
@@ -119,17 +121,40 @@ class OwnCode:
                 "output_dir"
             )
         name = f"megatrain_io_modules_{self.sha256[:_SHOWN]}"
-        if name not in sys.modules:
+        if name in sys.modules:
+            return
+        is_allowed = _Allowed.is_all or path.resolve() in _Allowed.files
+        if is_allowed:
             _execute(name, path, content)
+        elif not _is_imported(path):
+            named = shlex.quote(str(path))
+            raise ConfigError(
+                f"{KEY}: {path} is code, and was not run: name it on the command line (train and plan: {KEY}={named}; "
+                f"import, generate and export: --modules {named}), or give --allow-code, if you trust it"
+            )
 
 
-def _content(path: Path) -> bytes:
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a file is in a folder: by its name, whatever that leads to, or by what it leads to.
+
+    The files of a folder in the hub's cache are links into the blobs beside it.
+    """
+    home = folder.resolve()
+    homes = [home, home.parent.parent] if home.parent.name == "snapshots" else [home]
+    named = Path(os.path.abspath(path)).parents  # noqa: PTH100 - links stay
+    return any(path.resolve().is_relative_to(each) for each in homes) or home in map(Path.resolve, named)
+
+
+def _is_imported(path: Path) -> bool:
+    files = {str(path), str(path.resolve())}
+    return any(getattr(module, "__file__", None) in files for module in [*sys.modules.values()])
+
+
+def _content(path: Path, advice: str = "") -> bytes:
     try:
         return read_file(path, _BYTES_MAX)
-    except UnfitFileError as error:
-        raise ConfigError(f"{KEY}: {path} cannot be read: {error.strerror}") from error
     except OSError as error:
-        raise ConfigError(f"{KEY}: {path} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(f"{KEY}: {path} cannot be read: {error.strerror or error}{advice}") from error
 
 
 def _execute(name: str, path: Path, content: bytes) -> None:

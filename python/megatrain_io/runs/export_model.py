@@ -23,6 +23,7 @@ from megatrain_io.errors import (
     ConfigError,
     ModelFilesError,
     NoSpaceError,
+    UnsupportedModelError,
 )
 from megatrain_io.files import (
     SETTINGS_BYTES_MAX,
@@ -38,6 +39,7 @@ from megatrain_io.models.generation_config import end_tokens, with_end_tokens
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.model_options import ModelOptions
+from megatrain_io.models.own_code import allow
 from megatrain_io.models.safetensors import (
     FILE_DTYPES,
     TORCH_DTYPES,
@@ -88,16 +90,20 @@ def export_model(
         shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
         engine: I/O engine that reads.
         progress: called after each chunk.
-        modules: where the file of ``model_options.modules`` is now; None = where it was at the import.
+        modules: where the file of ``model_options.modules`` is now, which may run then; None = where it was at the
+            import.
 
     Raises:
         ConfigError: there is no finished import, something is in the way at ``out``, or the model needs code that may
             not run.
         NoSpaceError: the files do not fit.
+        UnsupportedModelError: the run keeps a buffer that the model of this version of transformers has not.
         CorruptionError, StoreInUseError, FormatError, StorageError: the store cannot be read.
     """
     run, out = RunFolder.of(run), Path(out)
     info = run.read()
+    if modules is not None:
+        allow(modules)
     options = ModelOptions.kept(info.model_options).run_modules(run.path, Path(info.source), at=modules)
     _check(out, dtype, shard_bytes)  # before a store is opened that may be in use
     with ExitStack() as open_:
@@ -147,6 +153,11 @@ def write_model_folder(  # noqa: PLR0913 - as export_model
         kept = kept or Kept()
         names = names_of(folder, DTYPES[wanted])
         plan, shards = _plan_export(state.layout, names, shard_bytes, kept)
+        if gone := sorted(kept.buffers.keys() - {*plan.buffers.values()}):
+            raise UnsupportedModelError(
+                f"the run keeps a buffer {gone[0]} of the model, and with this version of transformers the model has "
+                "none such: go on with the version that it was imported with"
+            )
         companions = folder.companions()
         _require_space(out, partial, shards, [folder.path / name for name in companions])
         open_.enter_context(_held_folder(partial, companions))

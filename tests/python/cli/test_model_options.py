@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from families import PROMPT, run, stock_text
 from megatrain_io.generate import Generator
+from published import make_folder, published_config
 from small_models import make_source, small_config
 
 
@@ -107,3 +108,26 @@ def test_a_list_that_is_not_there_is_refused_with_those_that_are(source, tmp_pat
     refused = run("import", source / "model", tmp_path / "run", "--block-list", "layers", "--json")
     assert refused.exit_code == 5
     assert "no module list layers (model_options.block_list): it has transformer.h" in message_of(refused)
+
+
+def test_a_miniature_may_be_of_more_than_text_or_of_a_foreign_type(tmp_path):
+    kind, config = published_config("gemma3")
+    folder = make_folder(tmp_path, config, "fp32", kind)
+    small = tmp_path / "small"
+    small.mkdir()
+    options = ("--miniature", small, "--precision", "fp32", "--io-backend", "threads", "--json")
+    content = json.loads((folder / "config.json").read_text())
+    # What a stranger's config.json names is not looked for: neither fetched, nor asked for.
+    content["text_config"] |= {"attn_implementation": "somebody/kernel:run", "experts_implementation": "a/b"}
+    (small / "config.json").write_text(json.dumps(content))
+    imported = run("import", folder, tmp_path / "run", *options)
+    assert imported.exit_code == 0, imported.output
+    assert run("verify", "--model", folder, "--miniature", small).exit_code == 0
+    foreign = json.loads((folder / "config.json").read_text())["text_config"]
+    words = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_of_ours"}
+    (small / "config.json").write_text(json.dumps(foreign | words))
+    imported = run("import", folder, tmp_path / "another", *options)
+    assert imported.exit_code == 0, imported.output
+    (small / "config.json").write_text(json.dumps(foreign | {"num_hidden_layers": 10**9}))
+    refused = run("import", folder, tmp_path / "third", *options)
+    assert "model_options.miniature: num_hidden_layers is 1,000,000,000" in message_of(refused)

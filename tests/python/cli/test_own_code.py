@@ -1,6 +1,9 @@
 """A model that the user wrote: its file runs where it was named, and nowhere else, and only as it was imported."""
 
+import importlib.util
 import json
+import re
+import shlex
 import shutil
 import sys
 
@@ -9,11 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import megatrain_io as mt
 from corpus import make_tokenizer, write
 from families import NEW, PROMPT, stock_text
 from megatrain_io.cli.app import app
 from megatrain_io.models import own_code
-from small_models import TEXTS, VOCABULARY
+from small_models import TEXTS, VOCABULARY, make_source, small_config
 
 CODE = '''
 """A decoder with a list of blocks."""
@@ -101,13 +105,18 @@ def made(tmp_path_factory):
     return here
 
 
-def run(*arguments):
-    """A command as a new process would run it: no file of the user's has run, none is allowed."""
-    own_code._Allowed.files, own_code._Allowed.is_all = set(), False
+def forget():
+    """As if no file of the user's had run in this process."""
     for name in [name for name in sys.modules if name.startswith("megatrain_io_modules_")]:
         del sys.modules[name]
     for mapping in (own_code.CONFIG_MAPPING, own_code.MODEL_FOR_CAUSAL_LM_MAPPING):
         mapping._extra_content.clear()
+
+
+def run(*arguments):
+    """A command as a new process would run it: no file of the user's has run, none is allowed."""
+    own_code._Allowed.files, own_code._Allowed.is_all = set(), False
+    forget()
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
@@ -193,6 +202,104 @@ def test_nothing_runs_that_was_not_named_or_has_changed(made, tmp_path):
     refused("export", here, tmp_path / "out", "--allow-code", says="has changed since")
     refused("generate", here, "--prompt", "A", "--modules", file, says="has changed since")
     assert runs_of(made) == count
+
+
+def test_code_in_a_model_folder_is_not_run_by_whatever_name(made, tmp_path):
+    """The files of a folder in the hub's cache are links to elsewhere."""
+    hub = tmp_path / "models--a--b"
+    folder = hub / "snapshots" / "1"
+    (hub / "blobs").mkdir(parents=True)
+    shutil.copytree(made / "model", folder)
+    shutil.copy(made / "hand.py", hub / "blobs" / "77")
+    (folder / "hand.py").symlink_to(hub / "blobs" / "77")
+    (folder / "elsewhere").symlink_to(made)
+    (tmp_path / "link.py").symlink_to(folder / "hand.py")
+    (tmp_path / "hard").symlink_to(folder)
+    before = runs_of(made)
+    for name in (
+        folder / "hand.py", hub / "blobs" / "77", folder / "elsewhere" / "hand.py", tmp_path / "link.py",
+        tmp_path / "hard" / "hand.py", folder / ".." / "1" / "hand.py",
+    ):  # fmt: skip
+        refused = run("import", folder, tmp_path / "run", "--modules", name, "--json")
+        assert refused.exit_code == 2
+        assert "code in the folder of a model or a run is not run" in message_of(refused), name
+    assert runs_of(made) == before
+    # Beside it, by a way through it, is not in it.
+    shutil.copy(made / "hand.py", tmp_path)
+    options = ("--block-list", "blocks", "--precision", "fp32", "--io-backend", "threads", "--json")
+    through = made / "model" / ".." / "hand.py"
+    assert run("import", made / "model", tmp_path / "run", "--modules", through, *options).exit_code == 0
+
+
+def test_a_plan_runs_no_code_of_a_run_folder(made, tmp_path):
+    here, file = tmp_path / "run", made / "hand.py"
+    options = ("--block-list", "blocks", "--precision", "fp32", "--io-backend", "threads")
+    assert run("import", made / "model", here, "--modules", file, *options).exit_code == 0
+    shutil.copy(file, here / "hand.py")
+    keys = (f"output_dir={here}", f"model_options.modules={here / 'hand.py'}")
+    before = runs_of(made)
+    refused = run("plan", made / "model", *keys, "--allow-code", "--json")
+    assert "code in the folder of a model or a run is not run" in message_of(refused)
+    assert runs_of(made) == before
+
+
+def test_the_command_of_status_works_as_printed(made, tmp_path):
+    here, file = tmp_path / "run", made / "hand.py"
+    named = f"model_options.modules={file}"
+    assert run("train", *settings_of(made, here, "max_steps=1", named)).exit_code == 0
+    status = json.loads(run("status", here, "--json").stdout)
+    assert status["code"] == str(file)
+    assert f"code       {file}" in run("status", here).stdout
+    generate, export, train = re.findall(
+        r"megatrain-io (generate.*?|export.*?|train.*?)(?:, or|\. To|, with)", status["next"]
+    )
+    said = run(*shlex.split(generate.replace("TEXT", shlex.quote(PROMPT))))
+    assert said.exit_code == 0, said.output
+    exported = run(*shlex.split(export.replace("OUT", str(tmp_path / "out"))))
+    assert exported.exit_code == 0, exported.output
+    trained = run(*shlex.split(train.replace("=N", "=2")))
+    assert trained.exit_code == 0, trained.output
+
+
+def test_a_file_that_was_moved_is_named_where_it_is_now(made, tmp_path):
+    here, file = tmp_path / "run", tmp_path / "hand.py"
+    shutil.copy(made / "hand.py", file)
+    options = ("--block-list", "blocks", "--precision", "fp32", "--io-backend", "threads")
+    assert run("import", made / "model", here, "--modules", file, *options).exit_code == 0
+    file = file.rename(tmp_path / "moved.py")
+    refused = run("export", here, tmp_path / "out", "--allow-code", "--json")
+    assert "If it lies elsewhere now, name that place" in message_of(refused)
+    assert run("export", here, tmp_path / "out", "--modules", file).exit_code == 0
+    own_code._Allowed.files.clear()
+    forget()
+    # From Python it is named by the argument, or imported by whoever calls.
+    mt.export_model(here, tmp_path / "by argument", modules=file)
+    forget()
+    file.rename(tmp_path / "hand.py")
+    own_code._Allowed.files.clear()
+    spec = importlib.util.spec_from_file_location("of_ours", tmp_path / "hand.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["of_ours"] = module
+    try:
+        spec.loader.exec_module(module)
+        AutoConfig.register("handwritten", module.HandConfig)
+        AutoModelForCausalLM.register(module.HandConfig, module.HandModel)
+        mt.export_model(here, tmp_path / "imported")
+    finally:
+        del sys.modules["of_ours"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("by argument", "imported")]
+    assert weights[0] == weights[1]
+
+
+def test_a_file_for_a_run_without_one_is_refused(tmp_path):
+    make_source(tmp_path, small_config("llama"))
+    here, file = tmp_path / "run", tmp_path / "hand.py"
+    file.write_text("raise SystemExit(3)")
+    options = ("--precision", "fp32", "--io-backend", "threads")
+    assert run("import", tmp_path / "model", here, *options).exit_code == 0
+    refused = run("export", here, tmp_path / "out", "--modules", file, "--json")
+    assert refused.exit_code == 2
+    assert "this run was imported without such a file: leave it out" in message_of(refused)
 
 
 @pytest.mark.parametrize(

@@ -201,8 +201,9 @@ class ModelFolder:
         inside = getattr(published, "text_config", None)
         if isinstance(inside, PreTrainedConfig) and type(published) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UnsupportedModelError(
-                f"{self.path / _CONFIG}: {published.model_type} takes more than text, and transformers has no causal "
-                f"language model for its text model alone ({inside.model_type}): choose another model"
+                f"{self.path / _CONFIG}: {published.model_type} takes more than text, and no causal language model of "
+                f"transformers is known here to compute what its text model alone ({inside.model_type}) does: choose "
+                "another model"
             )
         return published
 

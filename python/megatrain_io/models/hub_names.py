@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -88,6 +89,8 @@ _WRAPPERS = {
 }
 # Tables of positions and masks, as older versions of transformers saved them.
 _DERIVED = re.compile(r"(^|\.)(inv_freq|position_ids|((attn|attention)\.(masked_)?bias))$")
+# The projection that is in each layer that predicts further tokens, and in no other.
+_NEXT_TOKEN_LAYER = re.compile(r"((?:.*\.)?layers\.\d+\.)eh_proj\.weight")
 # So many are always looked at, whatever the model, to say which are wrong.
 _TENSORS_LEAST = 4096
 
@@ -353,6 +356,9 @@ class HubNames:
                 self._refuse_files([f"{name} and {found[target].boxes[0][0]} are both {target}"])
             else:
                 found[target] = _whole(name, shapes[name])
+        layers = tuple(match[1] for name in others.unknown if (match := _NEXT_TOKEN_LAYER.fullmatch(name)))
+        others.ignored.extend(name for name in others.unknown if name.startswith(layers))
+        others.unknown[:] = [name for name in others.unknown if not name.startswith(layers)]
         for target, (rule, by_source) in parts.items():
             tensors = {
                 key: [_whole(name, shapes[name]) for name in names] for key, names in by_source.items()
@@ -364,12 +370,15 @@ class HubNames:
         """Apply the operations of a rule to boxes."""
         # The order of the rule's patterns is the order of the parts; a rule collects in any.
         parts = [tensors[pattern] for pattern in rule.source_patterns if pattern in tensors]
+        expected = tuple(self._tensors[target].shape)
         try:
             for step in rule.operations:
                 if len(rule.target_patterns) == 1 and isinstance(step, MergeModulelist):
                     parts = [[_stack(part, step.dim)] for part in parts]
                 elif len(rule.target_patterns) == 1 and isinstance(step, Concatenate):
                     parts = [[_concatenate([tensor for part in parts for tensor in part], step.dim)]]
+                elif isinstance(step, Transpose) and step.check_dims and parts[0][0].shape == expected:
+                    pass  # saved in the order of the model, which transformers takes as it is
                 else:
                     self._refuse_rule(target, type(step).__name__)
         except UnsupportedModelError:

@@ -1,7 +1,8 @@
 """The text model inside a model that takes images or sound, too: it alone is trained.
 
-The text model is the class that transformers has for its configuration alone. Its parameters are some of the published
-model's, under other names; everything else of the published model's files is carried through as it is.
+The text model is the class that transformers has for its configuration alone, or for one that computes the same on
+text. Its parameters are some of the published model's, under other names; everything else of the published model's
+files is carried through as it is.
 """
 
 import copy
@@ -10,11 +11,13 @@ from typing import Any, cast
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_MAPPING,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -34,16 +37,32 @@ _TABLES_NBYTES_MAX = 2 << 30
 _SMALL_PARAMETERS_MAX = 1 << 25
 _SEED = 20
 
+# Text models that transformers has inside a model of images alone, the type that computes the same on text, and what
+# they do without a setting for it. Positions in three dimensions are one for text, and what images add to the hidden
+# states behind the first blocks is not there. A small copy of each model is compared before it is trained.
+_COMPUTES_AS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+    "glm4v_text": ("glm4", {"attention_bias": True}),
+    "glm4v_moe_text": ("glm4_moe", {"use_qk_norm": False}),
+}
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
+
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """The configuration of the text model of a published model, which is not changed; None where there is none."""
-    text = getattr(config, "text_config", None)
-    if not isinstance(text, PreTrainedConfig) or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return None
+    inside = getattr(config, "text_config", None)
     published = _published_class(config)
-    if published is None:
+    if not isinstance(inside, PreTrainedConfig) or published is None:
         return None
-    text = copy.deepcopy(text)
+    if type(inside) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        text = copy.deepcopy(inside)
+    elif inside.model_type in _COMPUTES_AS:
+        text = _as_other_type(inside)
+    else:
+        return None
     # The published model ties its own head; where the head is inside the text model, that does.
     if getattr(published, "_tied_weights_keys", None):
         text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
@@ -52,6 +71,19 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
     text._attn_implementation = None  # noqa: SLF001
     text._experts_implementation = None  # noqa: SLF001
     return text
+
+
+def _as_other_type(inside: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the text model of another type that computes the same on text."""
+    model_type, settings = _COMPUTES_AS[inside.model_type]
+    values = {name: value for name, value in inside.to_dict().items() if name != "model_type"}
+    rope = values.get("rope_parameters") or {}
+    values["rope_parameters"] = {name: value for name, value in rope.items() if name not in _OF_IMAGES}
+    # Their defaults are not the same.
+    values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    if not values.get("head_dim"):
+        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    return CONFIG_MAPPING[model_type].from_dict(values | settings)
 
 
 def _published_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -144,17 +176,11 @@ def _places(
     text: PreTrainedModel, whole: PreTrainedModel, saved: set[str], all_saved: set[str]
 ) -> dict[str, str]:
     """For each saved tensor of the text model its name in the published one."""
-    prefix = f"{text.base_model_prefix}."
-    inner = [name for name, module in whole.named_modules() if type(module) is type(text.base_model)]
-    if len(inner) != 1:
-        raise UnsupportedModelError(
-            f"{whole.config.model_type}: {type(whole).__name__} has {len(inner)} modules of "
-            f"{type(text.base_model).__name__}, and exactly one would be its text model: train a model of text alone"
-        )
+    own, inner = _decoder(text, text.config), _decoder(whole, whole.config.text_config)
     found = {}
     for name in sorted(saved):
-        is_inner = name.startswith(prefix) and isinstance(text.base_model, nn.Module)
-        places = [f"{inner[0]}.{name.removeprefix(prefix)}"] if is_inner else _outer(name, inner[0])
+        is_inner = name.startswith(f"{own}.")
+        places = [inner + name.removeprefix(own)] if is_inner else _outer(name, inner)
         found[name] = next((place for place in places if place in all_saved), "")
         if not found[name]:
             raise UnsupportedModelError(
@@ -162,6 +188,18 @@ def _places(
                 f"{type(whole).__name__}: train a model of text alone"
             )
     return found
+
+
+def _decoder(model: PreTrainedModel, text: PreTrainedConfig) -> str:
+    """Name of the module that is the decoder of a configuration of text."""
+    kind = MODEL_MAPPING.get(type(text), None)
+    found = [name for name, module in model.named_modules() if type(module) is kind]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: {type(model).__name__} has {len(found)} decoders of type {text.model_type}, "
+            "and exactly one would be its text model: train a model of text alone"
+        )
+    return found[0]
 
 
 def _outer(name: str, inner: str) -> list[str]:
@@ -180,7 +218,8 @@ def proof_of_text_model(config: PreTrainedConfig) -> str | None:
         None where they give the same scores; a sentence where transformers does not run the small copies.
 
     Raises:
-        UnsupportedModelError: they give other scores.
+        UnsupportedModelError: they give other scores; or it is not known that they give the same, and the text model is
+            of another type.
     """
     try:
         with preserved(()):
@@ -188,11 +227,14 @@ def proof_of_text_model(config: PreTrainedConfig) -> str | None:
             before, after = _scores_of_both(config)
     except UnsupportedModelError:
         raise
-    except Exception as cause:  # noqa: BLE001 - whatever transformers says of its own model
-        return (
+    except Exception as cause:
+        unproved = (
             f"it was not proved on a small copy that the text model of {config.model_type} computes as the whole one "
             f"does on text ({type(cause).__name__}: {' '.join(str(cause).split())[:200]})"
         )
+        if config.text_config.model_type in _COMPUTES_AS:
+            raise UnsupportedModelError(f"{unproved}, so it cannot be trained here") from cause
+        return unproved
     if not are_alike(before, after):
         raise UnsupportedModelError(
             f"{config.model_type}: its text model by itself does not compute what the whole model does on text, so it "

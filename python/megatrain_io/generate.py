@@ -110,7 +110,7 @@ def _pass(
     if partition.tied_parameters:
         borrowed.append(StopWeights(records, layout.embedding))
     bound = {name: tensor for weights in borrowed for name, tensor in weights.tensors.items()}
-    scores = partition.logits(bound, hidden[..., -1:, :])[:, -1].float()
+    scores = partition.logits(bound, partition.tokens_of(hidden, slice(-1, None)))[:, -1].float()
     bound.clear()
     for weights in borrowed:
         weights.give_back()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 MicroBatch = dict[str, Tensor]
 """`input_ids` and `labels`, int64 [1, T] both; labels unshifted, -100 where nothing is to be learnt."""
@@ -171,24 +172,35 @@ def stock_loss(model: PreTrainedModel, batch: MicroBatch, num_items: int) -> Ten
     """The model's own loss, a sum over tokens divided by `num_items`.
 
     Not every `forward` passes that number on to the loss, or takes it: the model's `loss_function` is given it, if it
-    has one.
+    has one. Some (BART's decoder and its like) do not call it, and compare scores with labels as they are given, so
+    that these must be shifted beforehand: their loss is what transformers' own function makes of the scores.
     """
     own = getattr(model, "loss_function", None)
     takes = inspect.signature(model.forward).parameters
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
     options = {"num_items_in_batch": num_items, "use_cache": False}
+    is_called = own is None
+
+    def of_all_items(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal is_called
+        is_called = True
+        loss: Tensor = own(*args, **{**kwargs, "num_items_in_batch": num_items})
+        return loss
+
     if own is not None:
-        model.loss_function = lambda *args, **kwargs: own(
-            *args, **{**kwargs, "num_items_in_batch": num_items}
-        )
+        model.loss_function = of_all_items
     try:
-        loss: Tensor = model(
+        output = model(
             **batch, **{name: value for name, value in options.items() if takes_all or name in takes}
-        ).loss
+        )
     finally:
         if own is not None:
             model.loss_function = own
-    return loss
+    if is_called:
+        loss: Tensor = output.loss
+        return loss
+    scores = output.logits
+    return ForCausalLMLoss(scores, batch["labels"], scores.shape[-1], num_items_in_batch=num_items)  # type: ignore[arg-type]
 
 
 def sum_in_order(terms: Sequence[Tensor]) -> Tensor:

@@ -83,6 +83,12 @@ class _WithLoss:
         """See ``CausalLM.to``."""
         self._loss = Loss(self._own_loss, device)
 
+    def _loss_of(self, logits: Tensor, shift_labels: Tensor, num_items_in_batch: int | Tensor) -> Tensor:
+        """The loss of scores [B, t, V]."""
+        return self._loss(
+            logits, None, logits.shape[-1], shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
+        )
+
     @property
     def loss_notes(self) -> list[str]:
         """See ``CausalLM.loss_notes``."""
@@ -95,17 +101,32 @@ class _WithLoss:
 
 
 class TransformersLM(_WithLoss):
-    """A causal language model of transformers, which calls its own loss function."""
+    """A causal language model of transformers, which calls its own loss function, or whose scores are enough."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Call ``model``, whose parameters are on meta, as ``meta_model`` builds it."""
+    def __init__(self, model: PreTrainedModel, *, loss_of_scores: bool = False) -> None:
+        """Call ``model``, whose parameters are on meta, as ``meta_model`` builds it.
+
+        Args:
+            model: it is kept.
+            loss_of_scores: whether the loss is made from its scores, because its ``forward`` calls no loss function.
+        """
         self._model = model
+        self._loss_of_scores = loss_of_scores
         self.module: nn.Module = model
         self.config: PreTrainedConfig | None = model.config
         self.name = str(model.config.model_type)
-        super().__init__(model.loss_function)
+        super().__init__(ForCausalLMLoss if loss_of_scores else model.loss_function)
         taken = inspect.signature(self._model.forward).parameters
         self._cache_name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[-1])
+
+    @property
+    def loss_notes(self) -> list[str]:
+        """See ``CausalLM.loss_notes``."""
+        note = (
+            f"{self.name} compares its scores with labels as they are given: its loss is made from its scores here, "
+            "by transformers' function for causal language models"
+        )
+        return [note] * self._loss_of_scores + super().loss_notes
 
     def inputs(self, micro_batch: MicroBatch, cache: Cache | None) -> Inputs:
         """Keyword arguments, those left out that are None; see ``CausalLM.inputs``."""
@@ -122,6 +143,8 @@ class TransformersLM(_WithLoss):
         self, run: Callable[[dict[str, object]], Any], shift_labels: Tensor, num_items_in_batch: int | Tensor
     ) -> Tensor:
         """By the model's own code, or liger-kernel's on CUDA; see ``CausalLM.loss``."""
+        if self._loss_of_scores:
+            return self._loss_of(self.logits(run({})), shift_labels, num_items_in_batch)
         used = False
 
         def loss_of_shifted(logits: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -137,7 +160,8 @@ class TransformersLM(_WithLoss):
             self._model.loss_function = self._own_loss
         if not used or output.loss is None:
             raise UnsupportedModelError(
-                f"{self.name}: it does not compute its loss by transformers' loss_function"
+                f"{self.name}: it does not compute its loss by transformers' loss_function, as it did in the small "
+                "copy that was probed; choose another"
             )
         return cast("Tensor", output.loss)
 
@@ -202,14 +226,7 @@ class ModuleLM(_WithLoss):
         self, run: Callable[[dict[str, object]], Any], shift_labels: Tensor, num_items_in_batch: int | Tensor
     ) -> Tensor:
         """Cross entropy in fp32 of what ``forward`` returns, as transformers computes it; see ``CausalLM.loss``."""
-        logits = self.logits(run({}))
-        return self._loss(
-            logits,
-            None,
-            logits.shape[-1],
-            shift_labels=shift_labels,
-            num_items_in_batch=num_items_in_batch,
-        )
+        return self._loss_of(self.logits(run({})), shift_labels, num_items_in_batch)
 
     def logits(self, output: Any) -> Tensor:
         """The tensor itself, or its ``logits``; see ``CausalLM.logits``."""

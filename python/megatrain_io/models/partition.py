@@ -9,10 +9,21 @@ Shapes: B sequences, T tokens, t <= T tokens of a slice, H hidden size, V vocabu
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+    Sequence,
+)
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -27,7 +38,7 @@ from megatrain_io.models.causal_lm import CausalLM, Inputs, ModuleLM, Transforme
 from megatrain_io.models.meta_model import build_meta_model
 from megatrain_io.models.positions import Positions, positions_text
 from megatrain_io.models.preserved import preserved
-from megatrain_io.models.side_inputs import NO_SIDE_INPUTS, BlockCall, SideInputs
+from megatrain_io.models.side_inputs import HANDED, NO_SIDE_INPUTS, BlockCall, Handed, SideInputs
 
 __all__ = ["ParameterShape", "PartitionSpec", "PartitionedModel", "model_parts"]
 
@@ -36,6 +47,7 @@ ParameterShape = tuple[str, tuple[int, ...]]
 
 
 _ABSENT = object()
+_SKIPPED = BlockCall((), {}, is_skipped=True)
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,12 @@ class PartitionSpec:
         positions: where the number of its positions stands; None where it has none, or that is not known.
         unreached: names of the parameters that no gradient reaches; in a block, the name that each of these has there.
         sides: what blocks take besides the hidden state, and that carries gradient.
-        stacked: whether the hidden state is several, [A, B, T, H].
+        axes: of the hidden state: B sequences, T tokens, H entries, and A where it is several.
+        shares: whether several blocks have parameters in common.
+        skips: whether `forward` leaves out some blocks, as it has none of what they look at.
+        forward_grad: whether blocks have other bits with grad than without (a mask that is computed has other kernels).
+        loss_of_scores: whether the loss is transformers' cross entropy of the scores, because the model's own takes
+            labels as they are given, and no function of transformers.
     """
 
     model_type: str
@@ -72,7 +89,11 @@ class PartitionSpec:
     positions: Positions | None = None
     unreached: frozenset[str] = frozenset()
     sides: SideInputs = NO_SIDE_INPUTS
-    stacked: bool = False
+    axes: str = "BTH"
+    shares: bool = False
+    skips: bool = False
+    forward_grad: bool = False
+    loss_of_scores: bool = False
 
 
 class PartitionedModel:
@@ -89,9 +110,10 @@ class PartitionedModel:
         dtypes: of each parameter, by name.
         blocks: the decoder blocks, each with its own Python state; parameters on meta, buffers real.
         tied: alias -> full name of the parameter that it shares.
-        embedding_parameters: what `record` needs, in model order.
+        embedding_parameters: what `record` needs, in model order; what several blocks have in common is behind that.
         head_parameters: what `loss` and `logits` need, less what the embedding owns.
         tied_parameters: names of embedding parameters that `loss` and `logits` need too.
+        skipped: numbers of the blocks that `forward` leaves out.
         unreached: names of parameters that no gradient reaches, so that nobody's optimizer would move them.
         frozen: these, and the names of parameters that the architecture itself does not train.
     """
@@ -113,7 +135,9 @@ class PartitionedModel:
         self._lm: CausalLM = (
             ModuleLM(model, dtype)
             if isinstance(model, nn.Module)
-            else TransformersLM(build_meta_model(model, dtype, spec.attn_implementation))
+            else TransformersLM(
+                build_meta_model(model, dtype, spec.attn_implementation), loss_of_scores=spec.loss_of_scores
+            )
         )
         self._model = self._lm.module
         self.dtypes = {name: parameter.dtype for name, parameter in self._model.named_parameters()}
@@ -122,34 +146,47 @@ class PartitionedModel:
         )
         self.tied = self._find_tied()
         self._visit: Callable[[int, Tensor, BlockCall], Tensor] = _outside_a_run
+        self._shared_names = self._find_shared()
+        shared = sorted({full for names in self._shared_names for full in names}, key=[*self.dtypes].index)
+        shapes = {name: tuple(self._model.get_parameter(name).shape) for name in shared}
         self.blocks = tuple(self._take_blocks_out())
         self._block_names = [
-            {f"{spec.block_list}.{index}.{name}": name for name, _ in block.named_parameters()}
+            {
+                f"{spec.block_list}.{index}.{name}": name
+                for name, _ in block.named_parameters()
+                if name not in self._shared_names[index].values()
+            }
             for index, block in enumerate(self.blocks)
         ]
         self._attributes = [list(_attributes(block, spec.kept)) for block in self.blocks]
         self._generates = False
+        self._handed: dict[Handed, object] = {}
         resident = [(name, tuple(p.shape)) for name, p in self._model.named_parameters()]
         for name, _ in resident:
             if name not in spec.embedding | spec.head:
                 raise self._refused(f"parameter {name} was not there in the small copy that was probed")
         self.embedding_parameters: tuple[ParameterShape, ...] = tuple(
-            (name, shape) for name, shape in resident if name in spec.embedding
+            (name, shape)
+            for name, shape in (*resident, *shapes.items())
+            if name in spec.embedding or name in shapes
         )
         self.head_parameters: tuple[ParameterShape, ...] = tuple(
             (name, shape) for name, shape in resident if name not in spec.embedding
         )
         self.tied_parameters: tuple[str, ...] = tuple(
-            name for name, _ in self.embedding_parameters if name in spec.head
+            name for name, _ in self.embedding_parameters if name in spec.head and name not in shapes
         )
         # One element, strides of zero: what a parameter is while `forward` passes it to no purpose.
         self._placeholders = {
             name: torch.zeros((), dtype=self.dtypes[name]).expand(shape) for name, shape in resident
         }
         own_names = {name: name for name, _ in resident}
-        for names in self._block_names:
+        for names in (*self._block_names, *self._shared_names):
             own_names |= names
-        self.unreached = frozenset(full for full, name in own_names.items() if name in spec.unreached)
+        self.skipped = self._find_skipped()
+        self.unreached = frozenset(full for full, name in own_names.items() if name in spec.unreached).union(
+            *(self._block_names[index] for index in self.skipped)
+        )
         self.frozen = self._untrained | self.unreached
 
     def block_parameters(self, index: int) -> tuple[ParameterShape, ...]:
@@ -278,6 +315,15 @@ class PartitionedModel:
         """Version of liger-kernel, if it computes the loss; else None."""
         return self._lm.liger_version
 
+    @property
+    def token_axis(self) -> int:
+        """Dimension of the hidden state that counts tokens."""
+        return self.spec.axes.index("T")
+
+    def tokens_of(self, hidden: Tensor, part: slice) -> Tensor:
+        """Some tokens of a hidden state, a view."""
+        return hidden[(slice(None),) * self.token_axis + (part,)]
+
     def new_cache(self) -> Cache | None:
         """An empty key-value cache for one generation: given to `record`, filled by `run_block`.
 
@@ -300,16 +346,25 @@ class PartitionedModel:
             cache: keys and values of a generation. It must hold the earlier tokens of all blocks.
 
         Returns:
-            The first hidden state [B, T, H] (or several, [A, B, T, H]), and one call per block. With grad enabled
-            it and the side inputs in the calls are connected to the embedding parameters.
+            The first hidden state [B, T, H] (or with the `axes` that `spec` says), and one call per block. With grad
+            enabled it and the side inputs in the calls are connected to the embedding parameters.
 
         Raises:
             UnsupportedModelError: `forward` skips, repeats or reorders blocks, or works between them.
         """
+        hidden, calls = self._recorded(parameters, micro_batch, cache)
+        return hidden, self._with_shared(calls, parameters)
+
+    def _recorded(
+        self, parameters: Mapping[str, Tensor], micro_batch: MicroBatch, cache: Cache | None = None
+    ) -> tuple[Tensor, list[BlockCall]]:
+        """As `record`, but without what blocks have in common."""
         hiddens: list[Tensor] = []
         calls: list[BlockCall] = []
 
         def note(index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+            while len(calls) in self.skipped:
+                calls.append(_SKIPPED)
             if index != len(calls):
                 raise self._refused(f"its forward pass calls block {index} where block {len(calls)} is next")
             hiddens.append(hidden)
@@ -320,14 +375,28 @@ class PartitionedModel:
                 raise _AllBlocksCalledError
             return hidden
 
-        needed = [name for name, _ in self.embedding_parameters]
+        needed = [name for name, _ in self.embedding_parameters if name in self._placeholders]
         bound = self._placeholders | {name: parameters[name] for name in needed}
         self._generates = cache is not None
         try:
             self._forward(note, bound, self._lm.inputs(micro_batch, cache))
         except _AllBlocksCalledError:
-            return hiddens[0], tuple(calls)
+            return hiddens[0], calls
         raise self._refused(f"its forward pass calls {len(calls)} of {len(self.blocks)} blocks")
+
+    def _with_shared(
+        self, calls: Sequence[BlockCall], parameters: Mapping[str, Tensor]
+    ) -> tuple[BlockCall, ...]:
+        """The calls with what blocks have in common: copies, as the embedding's memory is needed for the blocks."""
+        copies = {
+            name: parameters[name].clone() for name in dict.fromkeys(chain.from_iterable(self._shared_names))
+        }
+        if not torch.is_grad_enabled():
+            copies = self.as_trained(copies)
+        return tuple(
+            replace(call, shared={own: copies[full] for full, own in names.items()}) if names else call
+            for call, names in zip(calls, self._shared_names, strict=True)
+        )
 
     def run_block(
         self, index: int, parameters: Mapping[str, Tensor], hidden: Tensor, call: BlockCall
@@ -344,11 +413,20 @@ class PartitionedModel:
         Returns:
             The next hidden state, [B, T, H].
         """
-        bound = {name: parameters[full] for full, name in self._block_names[index].items()}
+        if call.is_skipped:
+            return hidden
+        bound = {name: parameters[full] for full, name in self._block_names[index].items()} | {**call.shared}
         # What one block puts into a container of the call is no input of another one, which runs by itself.
         handed_on = self.spec.sides.mappings
         kwargs = {name: value if name in handed_on else _own(value) for name, value in call.kwargs.items()}
-        output = functional_call(self.blocks[index], bound, (hidden, *call.args), kwargs)
+        args = call.args
+        handed = cast("dict[Handed, object] | None", kwargs.pop(HANDED, None))
+        if handed is not None:
+            args = tuple(handed[each] if isinstance(each, Handed) else each for each in args)
+            kwargs = {name: handed[v] if isinstance(v, Handed) else v for name, v in kwargs.items()}
+        output = functional_call(self.blocks[index], bound, (hidden, *args), kwargs)
+        if handed is not None:
+            handed |= {Handed(index, entry): value for entry, value in enumerate(output) if entry > 0}
         if not call.generates:
             # Tensors that a block keeps would hold its weights when the memory of these is needed.
             for module, name, value in self._attributes[index]:
@@ -357,6 +435,32 @@ class PartitionedModel:
                 else:
                     vars(module)[name] = copy.copy(value)
         return cast("Tensor", output if self.spec.output_entries is None else output[0])
+
+    def run_block_forward(
+        self, index: int, parameters: Mapping[str, Tensor], hidden: Tensor, call: BlockCall, *, training: bool
+    ) -> Tensor:
+        """As `run_block`, without a graph to keep, and with the bits that it has in training in memory.
+
+        Args:
+            index: 0 for the first block.
+            parameters: those of the block, `as_trained` if they are.
+            hidden: what the block before it returned.
+            call: entry `index` of what `record` returned.
+            training: whether a backward pass follows.
+        """
+        with torch.set_grad_enabled(training and self.spec.forward_grad):
+            entering = hidden.detach().requires_grad_() if torch.is_grad_enabled() else hidden
+            return self.run_block(index, parameters, entering, call).detach()
+
+    def as_trained(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors over the same memory that require gradients where the parameters are trained.
+
+        Torch chooses kernels by that: `matmul` folds batches where a weight says so, even if no graph is made.
+        """
+        return {
+            name: tensor.detach().requires_grad_(name not in self.frozen)
+            for name, tensor in parameters.items()
+        }
 
     def loss(
         self,
@@ -399,7 +503,8 @@ class PartitionedModel:
         needed = [*(name for name, _ in self.head_parameters), *self.tied_parameters]
         bound = self._placeholders | {name: parameters[name] for name in needed}
         # `forward` must embed something; the stubs drop whatever comes of it.
-        input_ids = torch.zeros(hidden.shape[-3:-1], dtype=torch.int64, device=hidden.device)
+        shape = [hidden.shape[self.spec.axes.index(axis)] for axis in "BT"]
+        input_ids = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
         args, kwargs = self._lm.inputs(MicroBatch(input_ids, input_ids), None)
         return self._forward(lambda *_: hidden, bound, (args, {**kwargs, **inputs}))
 
@@ -410,7 +515,7 @@ class PartitionedModel:
         inputs: Inputs,
     ) -> Any:
         """Run the model's own `forward`; in place of each block, `visit` gives the next hidden state."""
-        self._visit = visit
+        self._visit, self._handed = visit, {}
         try:
             return functional_call(self._model, bound, *inputs)
         finally:
@@ -427,7 +532,7 @@ class PartitionedModel:
         parts = (self.embedding_parameters, self.head_parameters)
         zeros = {name: torch.zeros(shape, dtype=self.dtypes[name]) for part in parts for name, shape in part}
         with torch.no_grad():
-            hidden, _ = self.record(zeros, MicroBatch(tokens, tokens))
+            hidden, _ = self._recorded(zeros, MicroBatch(tokens, tokens))
             with FakeTensorMode(allow_non_fake_inputs=True):
                 logits = self.logits(zeros, hidden)
         for what, tensor in (("the hidden state before the first block", hidden), ("the scores", logits)):
@@ -440,27 +545,35 @@ class PartitionedModel:
     @cached_property
     def _stack_height(self) -> int:
         """How many hidden states A of a token pass through the blocks together."""
-        if not self.spec.stacked:
+        if "A" not in self.spec.axes:
             return 1
         device = next(iter(self._placeholders.values())).device
         tokens = torch.zeros((1, 1), dtype=torch.int64, device=device)
         with torch.no_grad(), self.preserved():
-            return self.record(self._placeholders, MicroBatch(tokens, tokens))[0].shape[0]
+            hidden, _ = self._recorded(self._placeholders, MicroBatch(tokens, tokens))
+            return hidden.shape[self.spec.axes.index("A")]
 
     def _called(self, index: int, hidden_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         hidden = args[0] if args else kwargs.pop(hidden_name)
+        hands = HANDED in self.spec.sides.mappings
+        if hands:
+            kwargs[HANDED] = self._handed
         output = self._visit(index, hidden, BlockCall(args[1:], kwargs, self._generates, self.spec.sides))
         entries = self.spec.output_entries
-        return output if entries is None else (output, *[None] * (entries - 1))
+        if entries is None:
+            return output
+        return output, *(Handed(index, entry) if hands else None for entry in range(1, entries))
 
-    def _take_blocks_out(self) -> Iterator[nn.Module]:
+    def _block_modules(self) -> nn.ModuleList:
         try:
-            block_list = self._model.get_submodule(self.spec.block_list)
+            return cast("nn.ModuleList", self._model.get_submodule(self.spec.block_list))
         except AttributeError:
             raise self._refused(
                 f"it has no module list {self.spec.block_list}; probe this configuration again"
             ) from None
-        block_list = cast("nn.ModuleList", block_list)
+
+    def _take_blocks_out(self) -> Iterator[nn.Module]:
+        block_list = self._block_modules()
         for index, block in enumerate(block_list):
             hidden_name = next(iter(inspect.signature(block.forward).parameters))
             block_list[index] = _Stub(block, partial(self._called, index, hidden_name))
@@ -473,10 +586,49 @@ class PartitionedModel:
             for name, parameter in self._model.named_parameters(remove_duplicate=False)
             if owners[id(parameter)] != name
         }
+        of_blocks = f"{self.spec.block_list}."
         for alias, owner in aliases.items():
-            if f"{self.spec.block_list}." in f"{alias} {owner}":
-                raise self._refused(f"{alias} and {owner} are one parameter, which no single block owns")
+            if alias.startswith(of_blocks) != owner.startswith(of_blocks):
+                raise self._refused(
+                    f"{alias} and {owner} are one parameter, of a block and of what is outside of the blocks, and this "
+                    "cannot be trained here; choose another"
+                )
         return aliases
+
+    def _find_skipped(self) -> frozenset[int]:
+        """The blocks that a pass of the model's own `forward` does not call."""
+        if not self.spec.skips:
+            return frozenset()
+        called = set()
+
+        def note(index: int, hidden: Tensor, _call: BlockCall) -> Tensor:
+            called.add(index)
+            if index == len(self.blocks) - 1:
+                raise _AllBlocksCalledError
+            return hidden
+
+        tokens = torch.zeros((1, 1), dtype=torch.int64)
+        with torch.no_grad(), self.preserved(), suppress(_AllBlocksCalledError):
+            self._forward(note, dict(self._placeholders), self._lm.inputs(MicroBatch(tokens, tokens), None))
+        return frozenset(range(len(self.blocks))) - called
+
+    def _find_shared(self) -> list[dict[str, str]]:
+        """Of each block the parameters that other blocks have, too: full name of the first owner, and name in it."""
+        owners = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        blocks = [dict(block.named_parameters()) for block in self._block_modules()]
+        counts = Counter(id(parameter) for own in blocks for parameter in own.values())
+        shared = [
+            {owners[id(parameter)]: name for name, parameter in own.items() if counts[id(parameter)] > 1}
+            for own in blocks
+        ]
+        if any(shared) and not self.spec.shares:
+            name = next(name for names in shared for name in names)
+            raise self._refused(
+                f"several blocks have parameter {name} in common, and none had in the small copy that was probed; name "
+                "a folder with the config.json of a small model in which they have by model_options.miniature=DIR "
+                "(import: --miniature DIR)"
+            )
+        return shared
 
     def _refused(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.spec.model_type}: {reason}")

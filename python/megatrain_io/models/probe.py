@@ -6,7 +6,7 @@ block through the partitioned model. Only if all losses and gradients agree to t
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
@@ -30,8 +31,9 @@ from megatrain_io.models.proof import (
     find_unreached,
     noisy,
     observe,
+    prove,
     random_tokens,
-    refuse_unless_equal,
+    refuse_unless_positions_are_alone,
 )
 from megatrain_io.models.shrink import shrink_config, without_noise
 
@@ -41,6 +43,9 @@ _DTYPE = torch.float32
 _SEED = 20
 _SMALL_PARAMETERS_MAX = 1 << 25
 _NEW_TOKENS = 3
+_LAST = slice(-1, None)
+# What values are multiplied by to see whether they matter: much, as what is compared with a bound may change little.
+_OTHER = -30.0
 _MINIATURE = (
     "name a folder with the config.json of a small model of the same architecture by "
     "model_options.miniature=DIR (import: --miniature DIR)"
@@ -82,7 +87,8 @@ def probe(
     except Exception as cause:
         raise UnsupportedModelError(
             f"{config.model_type}: a small copy of the model failed with {type(cause).__name__}: "
-            f"{' '.join(str(cause).split())}; if transformers runs the model itself, {_MINIATURE}"
+            f"{' '.join(str(cause).split())}; if transformers runs the model itself on texts, {_MINIATURE}, else "
+            "choose another"
         ) from cause
 
 
@@ -105,18 +111,17 @@ def _probe(
     else:
         small = without_noise(small_config)
         stock = _stock_model(small, attn_implementation)
+    if "text" not in (made := getattr(stock, "output_modalities", ("text",))):
+        raise RefusedError(f"what it makes is {' and '.join(made)}, not text; choose a model of text")
     vocabulary = stock.config.get_text_config().vocab_size
     one, two, packed = (random_tokens(vocabulary, *shape) for shape in ((2, 11), (1, 7), (1, 9)))
     packed = replace(packed, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
     _refuse_unless_causal(stock, two)
     named = find_block_list(stock) if block_list is None else block_list
-    loss_of = partial(_stock_loss, stock)
+    loss_of_scores = _is_loss_of_scores(stock, two)
+    loss_of = partial(_loss_from_scores if loss_of_scores else _stock_loss, stock)
     seen = observe(stock, one, named, loss_of)
-    if seen.unused and not _is_of_text(stock):
-        raise RefusedError(
-            f"parameter {seen.unused[0]} takes no part in the loss of a text, and only models of text are trained; "
-            "choose one"
-        )
+    _refuse_what_decides(stock, seen.unused, two)
     spec = PartitionSpec(
         model_type=stock.config.model_type,
         attn_implementation=attn_implementation,
@@ -127,12 +132,15 @@ def _probe(
         packs=_keeps_apart(stock, packed, boundary=4),
         kept=seen.kept,
         sides=seen.sides,
-        stacked=seen.stacked,
+        axes=seen.axes,
+        shares=seen.shares,
+        skips=bool(seen.skipped),
+        loss_of_scores=loss_of_scores,
     )
     micro_batches = [one, two, packed] if spec.packs else [one, two]
-    spec = replace(spec, unreached=find_unreached(stock, micro_batches, named, loss_of))
-    partition = PartitionedModel(small, _DTYPE, spec)
-    refuse_unless_equal(stock, partition, micro_batches, loss_of)
+    spec = replace(spec, unreached=find_unreached(stock, micro_batches, named, loss_of, seen.skipped))
+    spec, partition = prove(stock, spec, partial(PartitionedModel, small, _DTYPE), micro_batches, loss_of)
+    refuse_unless_positions_are_alone(partition, dict(stock.named_parameters()), one)
     caches = _caches(stock, partition, two.input_ids)
     positions = find_positions(small, partial(_stock_model, attn_implementation=attn_implementation))
     return replace(spec, caches=caches, widens=_widens(small, spec, stock, two), positions=positions)
@@ -204,9 +212,31 @@ def _refuse_unless_causal(stock: PreTrainedModel, micro_batch: MicroBatch) -> No
         )
 
 
-def _is_of_text(stock: PreTrainedModel) -> bool:
-    modalities = stock.input_modalities
-    return modalities == "text" or set(modalities) == {"text"}
+@torch.no_grad()
+def _refuse_what_decides(stock: PreTrainedModel, names: Sequence[str], micro_batch: MicroBatch) -> None:
+    """Refuse parameters that scores depend on, though no gradient reaches them: what other inputs take must not matter.
+
+    Args:
+        stock: the model in memory; it is left as it was.
+        names: of parameters outside its blocks that no gradient reaches.
+        micro_batch: that it is called with.
+
+    Raises:
+        RefusedError: there is one.
+    """
+    before = _scores(stock, micro_batch.input_ids)
+    values = {name: stock.get_parameter(name) for name in names}
+    kept = {name: parameter.clone() for name, parameter in values.items()}
+    for parameter in values.values():
+        parameter.mul_(_OTHER)
+    after = _scores(stock, micro_batch.input_ids)
+    for name, parameter in values.items():
+        parameter.copy_(kept[name])
+    if not torch.equal(before, after):
+        raise RefusedError(
+            f"its scores depend on parameters that no gradient reaches ({names[0]} is one or beside one), outside of "
+            "its blocks, and such a model cannot be trained here; choose another"
+        )
 
 
 def _keeps_apart(stock: PreTrainedModel, packed: MicroBatch, boundary: int) -> bool:
@@ -252,7 +282,9 @@ def _caches(stock: PreTrainedModel, partition: PartitionedModel, prompt: Tensor)
             hidden, calls = partition.record(parameters, MicroBatch(new, new, positions), cache)
             for index, call in enumerate(calls):
                 hidden = partition.run_block(index, parameters, hidden, call)
-            if not are_alike(partition.logits(parameters, hidden[..., -1:, :])[:, -1], expected):
+            if not are_alike(
+                partition.logits(parameters, partition.tokens_of(hidden, _LAST))[:, -1], expected
+            ):
                 return False
             end += 1
     except Exception:  # noqa: BLE001 - whatever a model says to a cache that it does not know
@@ -268,11 +300,74 @@ def _scores(stock: PreTrainedModel, input_ids: Tensor, **inputs: Tensor | None) 
     return cast("Tensor", stock(input_ids=input_ids, **inputs).logits)
 
 
+@torch.no_grad()
+def _is_loss_of_scores(stock: PreTrainedModel, micro_batch: MicroBatch) -> bool:
+    """Whether the model calls no loss function of transformers, and its loss is the cross entropy of its scores.
+
+    Most such models compare them with labels as they are given, some shift these as transformers' function does.
+
+    Raises:
+        RefusedError: its loss is another one.
+    """
+    own, is_called = stock.loss_function, False
+
+    def noting(*args: object, **kwargs: object) -> Tensor:
+        nonlocal is_called
+        is_called = True
+        return cast("Tensor", own(*args, **kwargs))
+
+    stock.loss_function = noting
+    try:
+        output = stock(input_ids=micro_batch.input_ids, labels=micro_batch.shift_labels)
+        if is_called:
+            return False
+        own_losses = [
+            output.loss,
+            stock(input_ids=micro_batch.input_ids, labels=_unshifted(micro_batch)).loss,
+        ]
+    except Exception as cause:
+        raise RefusedError(
+            f"its scores of a text are there, but its own loss of them fails with {type(cause).__name__}: "
+            f"{' '.join(str(cause).split())}; choose another"
+        ) from cause
+    finally:
+        stock.loss_function = own
+    logits, labels = output.logits, micro_batch.shift_labels
+    if logits.shape[:-1] == labels.shape:
+        expected = ForCausalLMLoss(logits, None, logits.shape[-1], shift_labels=labels)
+        if any(loss is not None and torch.allclose(loss.float(), expected, rtol=1e-4) for loss in own_losses):
+            return True
+    raise RefusedError(
+        "its own loss is not the cross entropy of its scores of the next token, and that is what models are trained "
+        "by here; choose another"
+    )
+
+
+def _loss_from_scores(stock: PreTrainedModel, micro_batch: MicroBatch, num_items_in_batch: int) -> Tensor:
+    """The loss by transformers' function, for a model that does not call it."""
+    logits = stock(input_ids=micro_batch.input_ids, **_positions(micro_batch)).logits
+    return ForCausalLMLoss(
+        logits,
+        None,
+        logits.shape[-1],
+        shift_labels=micro_batch.shift_labels,
+        num_items_in_batch=num_items_in_batch,  # type: ignore[arg-type]  # which takes a number, too
+    )
+
+
+def _unshifted(micro_batch: MicroBatch) -> Tensor:
+    """Labels as models take them that shift them themselves."""
+    ignored = torch.full_like(micro_batch.shift_labels[:, :1], IGNORE_INDEX)
+    return torch.cat([ignored, micro_batch.shift_labels[:, :-1]], dim=1)
+
+
+def _positions(micro_batch: MicroBatch) -> dict[str, Tensor]:
+    return {} if micro_batch.position_ids is None else {"position_ids": micro_batch.position_ids}
+
+
 def _stock_loss(stock: PreTrainedModel, micro_batch: MicroBatch, num_items_in_batch: int) -> Tensor:
     """The stock model's loss, from labels that it shifts itself."""
-    ignored = torch.full_like(micro_batch.shift_labels[:, :1], IGNORE_INDEX)
-    labels = torch.cat([ignored, micro_batch.shift_labels[:, :-1]], dim=1)
-    inputs = {} if micro_batch.position_ids is None else {"position_ids": micro_batch.position_ids}
+    labels, inputs = _unshifted(micro_batch), _positions(micro_batch)
     own = stock.loss_function
     # Not every forward passes num_items_in_batch on.
     stock.loss_function = lambda *args, **kwargs: own(

@@ -24,12 +24,12 @@ from megatrain_io.models.proof import (
     CannotBePartitionedError,
     InMemoryLoss,
     RefusedError,
-    are_alike,
     find_unreached,
     noisy,
     observe,
+    prove,
     random_tokens,
-    refuse_unless_equal,
+    refuse_unless_positions_are_alone,
 )
 
 __all__ = ["SMALL_PARAMETERS_MAX", "OwnModule", "probe_module"]
@@ -145,10 +145,14 @@ def _proved(small: nn.Module, name: str, blocks: str) -> PartitionSpec:
     if is_random:
         stock.eval()  # random numbers are drawn in another order block by block
     spec = _spec_of(stock, name, blocks, [one, two], loss_of)
-    partition = PartitionedModel(small, torch.float32, spec)
-    partition.train(not is_random)
-    refuse_unless_equal(stock, partition, [one, two], loss_of)
-    _refuse_unless_positions_are_alone(partition, dict(stock.named_parameters()))
+
+    def partitioned(spec: PartitionSpec) -> PartitionedModel:
+        partition = PartitionedModel(small, torch.float32, spec)
+        partition.train(not is_random)
+        return partition
+
+    spec, partition = prove(stock, spec, partitioned, [one, two], loss_of)
+    refuse_unless_positions_are_alone(partition, dict(stock.named_parameters()), one)
     return spec
 
 
@@ -178,9 +182,11 @@ def _spec_of(
         head=seen.head.union(seen.unused),
         packs=False,
         kept=seen.kept,
-        unreached=find_unreached(stock, micro_batches, blocks, loss_of),
+        unreached=find_unreached(stock, micro_batches, blocks, loss_of, seen.skipped),
         sides=seen.sides,
-        stacked=seen.stacked,
+        axes=seen.axes,
+        shares=seen.shares,
+        skips=bool(seen.skipped),
     )
 
 
@@ -200,19 +206,6 @@ def _watch_a_pass(stock: nn.Module, name: str, run: Callable[[], object]) -> boo
                 "running statistics"
             )
     return not torch.equal(before, torch.get_rng_state())
-
-
-@torch.no_grad()
-def _refuse_unless_positions_are_alone(partition: PartitionedModel, parameters: dict[str, Tensor]) -> None:
-    """Refuse a head whose scores of a token depend on other tokens: it gets them slice by slice."""
-    hidden = torch.randn(1, 5, partition.hidden_size)
-    if not are_alike(
-        partition.logits(parameters, hidden)[:, 2:4], partition.logits(parameters, hidden[:, 2:4])
-    ):
-        raise RefusedError(
-            "behind its blocks scores of one token depend on others: each position must have its own, as long texts "
-            "pass there in slices"
-        )
 
 
 def _loss_in_memory(stock: nn.Module, lm: ModuleLM, micro_batch: MicroBatch, num_items: int) -> Tensor:

@@ -6,9 +6,10 @@ must agree to the bit.
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -18,8 +19,15 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain_io.models.meta_model import module_lists
-from megatrain_io.models.partition import PartitionedModel
-from megatrain_io.models.side_inputs import BlockCall, SideGradients, SideInputs, mappings_of, side_inputs_of
+from megatrain_io.models.partition import PartitionedModel, PartitionSpec
+from megatrain_io.models.side_inputs import (
+    HANDED,
+    BlockCall,
+    SideGradients,
+    SideInputs,
+    mappings_of,
+    side_inputs_of,
+)
 
 __all__ = [
     "CannotBePartitionedError",
@@ -30,8 +38,9 @@ __all__ = [
     "find_unreached",
     "noisy",
     "observe",
+    "prove",
     "random_tokens",
-    "refuse_unless_equal",
+    "refuse_unless_positions_are_alone",
 ]
 
 InMemoryLoss = Callable[[MicroBatch, int], Tensor]
@@ -40,8 +49,8 @@ InMemoryLoss = Callable[[MicroBatch, int], Tensor]
 # Relative change of a score: rounding makes less of a token out of sight, a token in sight makes more.
 _IN_SIGHT = 1e-4
 
-# Dimensions of several hidden states, [A, B, T, H].
-_STACKED = 4
+# Of hidden states, as far as models are known.
+_AXES = ("BTH", "TBH", "ABTH", "BTAH")
 
 
 class RefusedError(Exception):
@@ -63,7 +72,9 @@ class Observation:
         unused: names of the parameters outside the blocks that the loss does not depend on.
         kept: attributes of blocks, by dotted path, in which they keep tensors from call to call.
         sides: what blocks take besides the hidden state, and that carries gradient.
-        stacked: whether the hidden state is several, [A, B, T, H].
+        axes: of the hidden state: B sequences, T tokens, H entries, and A where it is several.
+        shares: whether several blocks have parameters in common.
+        skipped: numbers of the blocks that a text does not pass.
     """
 
     output_entries: int | None
@@ -72,7 +83,9 @@ class Observation:
     unused: tuple[str, ...]
     kept: frozenset[str]
     sides: SideInputs
-    stacked: bool
+    axes: str
+    shares: bool
+    skipped: frozenset[int]
 
 
 def random_tokens(vocabulary: int, batch: int, tokens: int) -> MicroBatch:
@@ -134,7 +147,8 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
                 raise CannotBePartitionedError(
                     f"its forward pass changes buffer {name}, and the state of a run keeps parameters alone"
                 )
-        if witness.called != list(range(len(blocks))):
+        skipped = frozenset(range(len(blocks) - 1)).difference(witness.called)
+        if witness.called != [index for index in range(len(blocks)) if index not in skipped]:
             raise CannotBePartitionedError(
                 f"its forward pass calls the blocks of {block_list} in the order {witness.called}"
             )
@@ -156,8 +170,27 @@ def observe(stock: nn.Module, micro_batch: MicroBatch, block_list: str, loss_of:
         unused=tuple(name for name in resident if name not in embedding | head),
         kept=frozenset(witness.kept),
         sides=SideInputs(frozenset(path for _, path, _ in witness.sides), frozenset(witness.mappings)),
-        stacked=witness.first_hidden[0].dim() == _STACKED,
+        axes=_axes(witness.first_hidden[0], micro_batch),
+        shares=_share(blocks),
+        skipped=skipped,
     )
+
+
+def _axes(hidden: Tensor, micro_batch: MicroBatch) -> str:
+    """What the dimensions of a hidden state are, of a text that has not as many tokens as rows."""
+    sizes = dict(zip("BT", micro_batch.input_ids.shape, strict=True))
+    for axes in _AXES:
+        if len(axes) == hidden.dim() and all(hidden.shape[axes.index(axis)] == sizes[axis] for axis in "BT"):
+            return axes
+    raise CannotBePartitionedError(
+        f"for tokens {list(micro_batch.input_ids.shape)} what enters its first block has the shape {list(hidden.shape)}"
+    )
+
+
+def _share(blocks: Sequence[nn.Module]) -> bool:
+    """Whether several blocks have parameters in common."""
+    counts = Counter(id(parameter) for block in blocks for parameter in block.parameters())
+    return any(count > 1 for count in counts.values())
 
 
 def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -179,6 +212,8 @@ class _Witness:
     sides: list[tuple[int, str, Tensor]] = field(default_factory=list)
     mappings: set[str] = field(default_factory=set)
     outputs: list[Tensor] = field(default_factory=list)
+    # What blocks returned besides, all alive, so that no other tensor gets its ``id``.
+    _returned: list[Tensor] = field(default_factory=list)
     _in_mappings: dict[str, list[int]] = field(default_factory=dict)
     _held: dict[str, list[int]] = field(default_factory=dict)
 
@@ -191,7 +226,9 @@ class _Witness:
         named = {name: value for name, value in kwargs.items() if value is not hidden}
         others = (args[1:], {name: value for name, value in named.items() if name not in mappings_of(named)})
         for path, leaf in tree_flatten_with_path(others)[0]:
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
+            if any(leaf is returned for returned in self._returned):
+                self.mappings.add(HANDED)
+            elif isinstance(leaf, Tensor) and leaf.requires_grad:
                 self.sides.append((index, keystr(path), leaf))
         self._in_mappings = _ids_in_mappings(named)
 
@@ -221,6 +258,7 @@ class _Witness:
         is_tuple = isinstance(output, tuple | list)
         self.output_entries.add(len(output) if is_tuple else None)
         self.outputs.append(output[0] if is_tuple else output)
+        self._returned += [each for each in output[1:] if isinstance(each, Tensor)] if is_tuple else []
         if index < self.count - 1:
             return output
         return (output[0].detach(), *output[1:]) if is_tuple else output.detach()
@@ -272,7 +310,11 @@ def _gradients(
 
 
 def find_unreached(
-    stock: nn.Module, micro_batches: Sequence[MicroBatch], block_list: str, loss_of: InMemoryLoss
+    stock: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    block_list: str,
+    loss_of: InMemoryLoss,
+    skipped: Collection[int] = (),
 ) -> frozenset[str]:
     """Names of trained parameters that no gradient reaches; of those in blocks the name that each has in its block.
 
@@ -281,11 +323,15 @@ def find_unreached(
         micro_batches: that it is called with.
         block_list: name of the module list of its blocks.
         loss_of: its loss.
+        skipped: numbers of blocks that are not looked at, as none of theirs is reached.
 
     Raises:
         RefusedError: a gradient reaches a parameter in one block, and in another block none.
     """
-    parameters = {name: p for name, p in stock.named_parameters() if p.requires_grad}
+    left_out = tuple(f"{block_list}.{index}." for index in skipped)
+    parameters = {
+        name: p for name, p in stock.named_parameters() if p.requires_grad and not name.startswith(left_out)
+    }
     reached: set[str] = set()
     for micro_batch in micro_batches:
         gradients = _gradients(loss_of(micro_batch, 1), list(parameters.values()))
@@ -305,19 +351,50 @@ def find_unreached(
     return frozenset(unreached)
 
 
-def refuse_unless_equal(
+def prove(
+    stock: nn.Module,
+    spec: PartitionSpec,
+    partitioned: Callable[[PartitionSpec], PartitionedModel],
+    micro_batches: Sequence[MicroBatch],
+    loss_of: InMemoryLoss,
+) -> tuple[PartitionSpec, PartitionedModel]:
+    """Compare losses and gradients in memory and block by block, if need be with a graph in the forward pass.
+
+    Args:
+        stock: the model in memory.
+        spec: how it is partitioned.
+        partitioned: makes the same model without its parameters.
+        micro_batches: of one step.
+        loss_of: the loss of the model in memory.
+
+    Returns:
+        The specification that was proved, and its model.
+
+    Raises:
+        RefusedError: a bit differs.
+    """
+    partition = partitioned(spec)
+    try:
+        _refuse_unless_equal(stock, partition, micro_batches, loss_of)
+    except CannotBePartitionedError:
+        if spec.sides:
+            raise  # what blocks leave for others would keep the graphs
+        with_graph = replace(spec, forward_grad=True)
+        partition = partitioned(with_graph)
+        with suppress(RefusedError):
+            _refuse_unless_equal(stock, partition, micro_batches, loss_of)
+            return with_graph, partition
+        raise
+    return spec, partition
+
+
+def _refuse_unless_equal(
     stock: nn.Module,
     partition: PartitionedModel,
     micro_batches: Sequence[MicroBatch],
     loss_of: InMemoryLoss,
 ) -> None:
     """Compare losses and gradients of a model in memory and block by block.
-
-    Args:
-        stock: the model in memory.
-        partition: the same without its parameters.
-        micro_batches: of one step.
-        loss_of: the loss of the model in memory.
 
     Raises:
         RefusedError: a bit differs.
@@ -346,6 +423,30 @@ def refuse_unless_equal(
     _refuse_kept_weights(partition, leaves, micro_batches[0])
 
 
+@torch.no_grad()
+def refuse_unless_positions_are_alone(
+    partition: PartitionedModel, parameters: Mapping[str, Tensor], micro_batch: MicroBatch
+) -> None:
+    """Refuse a head whose scores of a token depend on other tokens: it gets them slice by slice.
+
+    Args:
+        partition: the model without its parameters.
+        parameters: all of them, by name.
+        micro_batch: of four tokens a row, at least.
+
+    Raises:
+        RefusedError: they do.
+    """
+    hidden, part = torch.randn_like(partition.record(parameters, micro_batch)[0]), slice(2, 4)
+    of_all = partition.logits(parameters, hidden)[:, part]
+    of_part = partition.logits(parameters, partition.tokens_of(hidden, part))
+    if of_all.shape != of_part.shape or not are_alike(of_all, of_part):
+        raise RefusedError(
+            "behind its blocks scores of one token depend on others: each position must have its own, as long texts "
+            "pass there in slices"
+        )
+
+
 def _refuse_kept_weights(
     partition: PartitionedModel, leaves: Mapping[str, Tensor], micro_batch: MicroBatch
 ) -> None:
@@ -361,15 +462,14 @@ def _refuse_kept_weights(
     for index, shared in enumerate(calls):
         call = shared.as_now()
         own = {name: leaves[name].detach().clone() for name, _ in partition.block_parameters(index)}
-        for name, tensor in own.items():
-            tensor.requires_grad_(leaves[name].requires_grad)
+        own = partition.as_trained(own)
         lives = {name: weakref.ref(tensor) for name, tensor in own.items()}
         before = hidden
         entering = hidden.detach().requires_grad_()
         output = partition.run_block(index, own, entering, call)
         _gradients(output, [entering], torch.ones_like(output))
         hidden = output.detach()
-        del call, output, entering, tensor
+        del call, output, entering
         own.clear()
         if any(live() is not None for live in lives.values()):
             gc.collect()
@@ -406,15 +506,18 @@ def _layer_major(
 ) -> list[_Pass]:
     """Forward and backward through the partitioned model, all micro-batches through one block before the next."""
     passes = []
+    trained = partition.as_trained(leaves)
     with torch.no_grad():
         for micro_batch in micro_batches:
-            hidden, calls = partition.record(leaves, micro_batch)
+            hidden, calls = partition.record(trained, micro_batch)
             passes.append(_Pass(list(calls), [hidden], SideGradients(side_inputs_of(calls))))
         for index in range(len(partition.blocks)):
             for each in passes:
                 call = each.calls[index]
                 each.calls[index] = call.as_now()
-                each.hiddens.append(partition.run_block(index, leaves, each.hiddens[-1], call))
+                each.hiddens.append(
+                    partition.run_block_forward(index, trained, each.hiddens[-1], call, training=True)
+                )
     names = [name for name, _ in partition.head_parameters] + list(partition.tied_parameters)
     names = [name for name in names if leaves[name].requires_grad]
     for each, micro_batch in zip(passes, micro_batches, strict=True):

@@ -43,6 +43,7 @@ _CAPS = {
     "expert_layer_offset": 1,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "compress_rates": 4,
 }
 # ... and for all names that end like this.
 _CAPS_BY_ENDING = {
@@ -76,7 +77,9 @@ _HEADS_OF_HALVES = ("encoder_attention_heads", "decoder_attention_heads")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _TEXT = ("text_config", "llm_config", "thinker_config")
 # Lists of the numbers of layers that are of some kind.
-_LAYER_NUMBERS = ("layer_ids", "layer_indices", "layer_idxs", "only_layers", "moe_layers")
+_LAYER_NUMBERS = (
+    "layer_ids", "layer_indices", "layer_idxs", "only_layers", "moe_layers", "cross_attention_layers",
+)  # fmt: skip
 _NOISE = ("drop", "jitter")
 _LIKE_HIDDEN_SIZE = ("size", "dim", "width", "model")
 
@@ -156,10 +159,10 @@ def _shrink_values(
 
 
 def _shrink_value(name: str, value: Any, hidden_size: int | None, small_hidden_size: int | None) -> Any:
-    if isinstance(value, list) and name.endswith("token_id"):
-        return [0]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return value
+        if isinstance(value, dict) and name in _CAPS:
+            return {key: min(each, _CAPS[name]) for key, each in value.items()}
+        return [0] if isinstance(value, list) and name.endswith("token_id") else value
     if _is_noise(name, value):
         return type(value)(0)
     if not isinstance(value, int):
@@ -279,7 +282,11 @@ def _layers_to_keep(
     for layer in range(count):
         kind = str([[values[layer] for values in lists], [layer in numbers for numbers in chosen]])
         kinds.setdefault(kind, []).append(layer)
-    keep = {layer for same in kinds.values() for layer in same[:of_each_kind]} | {count - 1}
+    # Hybrid layers have the parameters of this many blocks in common: two of each show that.
+    of_hybrids = 2 * _int(named.get("num_mem_blocks", 1))
+    keep = {count - 1}
+    for kind, same in kinds.items():
+        keep |= {*same[: max(of_each_kind, of_hybrids if "'hybrid'" in kind else 0)]}
     for layer in range(count):
         if len(keep) >= _LAYERS_MIN:
             break

@@ -1,8 +1,9 @@
 """Side inputs: tensors that blocks take besides the hidden state, and that carry gradient.
 
 The embedding makes them (per-layer inputs), or a block leaves them in a mapping that later blocks read (keys and values
-that several blocks share). The gradient of one passes through the blocks that take it, last to first, and each adds to
-it what autograd adds in the order of autograd: so the sum has the bits that it has in memory.
+that several blocks share), or they are parameters that several blocks have in common. The gradient of one passes
+through the blocks that take it, last to first, and each adds to it what autograd adds in the order of autograd: so the
+sum has the bits that it has in memory.
 """
 
 import copy
@@ -14,7 +15,27 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_with_path
 
-__all__ = ["NO_SIDE_INPUTS", "BlockCall", "SideGradients", "SideInputs", "mappings_of", "side_inputs_of"]
+__all__ = [
+    "HANDED",
+    "NO_SIDE_INPUTS",
+    "BlockCall",
+    "Handed",
+    "SideGradients",
+    "SideInputs",
+    "mappings_of",
+    "side_inputs_of",
+]
+
+HANDED = "handed on by blocks"
+"""Name of the mapping that takes what blocks return besides the hidden state, where later ones are given that."""
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Stands among the arguments of a block for entry ``entry`` of what block ``block`` returned."""
+
+    block: int
+    entry: int
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,8 @@ class SideInputs:
 
     Attributes:
         arguments: paths of those that the embedding makes, in ``(args, kwargs)`` less the hidden state.
-        mappings: names of the keyword arguments in which blocks leave tensors for later blocks.
+        mappings: names of the keyword arguments in which blocks leave tensors for later blocks; ``HANDED`` where these
+            are further entries of what they return.
     """
 
     arguments: frozenset[str] = frozenset()
@@ -43,13 +65,16 @@ class BlockCall:
 
     Masks, rotary tables, the cache and the mappings in which blocks leave tensors are shared between the calls of one
     recording. ``generates`` says that there is a cache: then what blocks keep from call to call belongs to the text
-    that is generated. ``sides`` says which of all that carries gradient.
+    that is generated. ``sides`` says which of all that carries gradient. ``shared`` has the parameters that the block
+    has in common with others, by their names in it. ``is_skipped`` says that `forward` leaves the block out.
     """
 
     args: tuple[object, ...]
     kwargs: dict[str, object]
     generates: bool = False
     sides: SideInputs = NO_SIDE_INPUTS
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    is_skipped: bool = False
 
     def as_now(self) -> "BlockCall":
         """The same with mappings of its own, in which is what earlier blocks have left until now."""
@@ -69,12 +94,13 @@ class BlockCall:
             return tensors.get(id(leaf), leaf) if keystr(path) in self.sides.arguments else leaf
 
         args, kwargs = tree_map_with_path(other, (self.args, self.kwargs))
+        shared = {name: tensors.get(id(tensor), tensor) for name, tensor in self.shared.items()}
         mappings = {}
         for name, mapping in self._mappings():
             mappings[name] = copy.copy(mapping)
             for key, value in mapping.items():
                 mappings[name][key] = tree_map(lambda leaf: tensors.get(id(leaf), leaf), value)
-        return replace(self, args=args, kwargs={**kwargs, **mappings})
+        return replace(self, args=args, kwargs={**kwargs, **mappings}, shared=shared)
 
     def left_since(self, before: "BlockCall") -> list[object]:
         """What was left in the mappings after ``before`` was noted, in their order."""
@@ -107,6 +133,7 @@ def side_inputs_of(calls: Sequence[BlockCall]) -> list[Tensor]:
             for path, leaf in tree_flatten_with_path((call.args, call.kwargs))[0]:
                 if keystr(path) in call.sides.arguments and _carries(leaf):
                     found[id(leaf)] = leaf
+        found |= {id(tensor): tensor for tensor in call.shared.values()}
     return list(found.values())
 
 
@@ -142,13 +169,14 @@ class SideGradients:
             inputs: whose gradients are returned; None for one that is not used.
             of_output: gradient of what it returns.
         """
-        taken = call.tensors() if call.sides else []
+        has_sides = bool(call.sides or call.shared)
+        taken = call.tensors() if has_sides else []
         leaves = [tensor.detach().requires_grad_() for tensor in taken]
         # Not leaves: a gradient that comes from later blocks is the first one of autograd's own sum.
         passing = [leaf.view_as(leaf) for leaf in leaves]
         before = (
             call.exchanged({id(t): each for t, each in zip(taken, passing, strict=True)})
-            if call.sides
+            if has_sides
             else call
         )
         entered = before.as_now()
@@ -185,7 +213,7 @@ class SideGradients:
         outputs, gradients = [hidden], [of_hidden]
         for kept, end in zip(self.made, side_inputs_of(calls), strict=True):
             of_side = self._of.pop(id(kept), None)
-            if of_side is not None:
+            if of_side is not None and end.requires_grad:  # not where it is of what is not trained
                 outputs.append(end)
                 gradients.append(of_side)
         return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)

@@ -137,7 +137,7 @@ class Step:
         with torch.no_grad():
             for index, micro_batch in self._each(self._micro_batches):
                 self._seed(index, Phase.EMBEDDING)
-                hidden, calls = self._partition.record(weights.tensors, micro_batch)
+                hidden, calls = self._partition.record(self._as_trained(weights.tensors), micro_batch)
                 self._hidden.append(hidden)
                 self._calls.append(list(calls))
                 self._sides.append(SideGradients(side_inputs_of(calls)))
@@ -161,6 +161,7 @@ class Step:
                     self._saved.put(block, index, self._hidden[index])
                 self._saved.finish(block)
             weights = StopWeights(self._state, self._layout.block(block))
+            leaves = self._as_trained(weights.tensors)
             with torch.no_grad():
                 for index, calls in self._each(self._calls):
                     self._seed(index, Phase.FORWARD, block)
@@ -168,9 +169,10 @@ class Step:
                     if saving:
                         # The others see what this block leaves for them, its own recomputation does not.
                         calls[block] = call.as_now()
-                    self._hidden[index] = self._partition.run_block(
-                        block, weights.tensors, self._hidden[index], call
+                    self._hidden[index] = self._partition.run_block_forward(
+                        block, leaves, self._hidden[index], call, training=saving
                     )
+            leaves.clear()
             if saving and block == last:
                 self._last_block = weights
             else:
@@ -252,15 +254,17 @@ class Step:
             raise MegatrainIoError("an embedding that is updated without a gradient: this is a bug")
         for index, micro_batch in self._each(self._micro_batches if gradient.names else ()):
             self._seed(index, Phase.EMBEDDING)
-            leaves = leaves_of({name: weights.tensors[name] for name in gradient.names})
-            hidden, calls = self._partition.record({**weights.tensors, **leaves}, micro_batch)
-            gradient.add(
-                leaves,
-                self._sides[index].through_embedding(
-                    hidden, calls, list(leaves.values()), self._hidden[index]
-                ),
+            names = (*gradient.names, *self._unreached(weights.tensors))
+            leaves = leaves_of({name: weights.tensors[name] for name in names})
+            hidden, calls = self._partition.record(
+                {**self._as_trained(weights.tensors), **leaves}, micro_batch
             )
-            del leaves, hidden, calls
+            gradients = self._sides[index].through_embedding(
+                hidden, calls, list(leaves.values()), self._hidden[index]
+            )
+            self._refuse_reached(dict(zip(leaves, gradients, strict=True)))
+            gradient.add(gradient.names, gradients[: len(gradient.names)])
+            del leaves, hidden, calls, gradients
         gradient.submit(weights)
 
     def _gradient(self, stop: int, expected: Sequence[str] | None = None) -> Gradient | None:
@@ -288,15 +292,18 @@ class Step:
     ) -> Tensor:
         """Loss of one micro-batch; with ``training`` its hidden state gives way to the gradient with respect to it."""
         hidden, labels = self._hidden[index], self._micro_batches[index].shift_labels
-        # [B, T, H], or several: [A, B, T, H].
-        axis = hidden.dim() - 2
+        axis = self._partition.token_axis
         step = max(1, self._slice_tokens // labels.shape[0])
         total: Tensor | None = None
         of_hidden = []
         for start in range(0, labels.shape[1], step):
             part = slice(start, start + step)
             loss, of_part = self._head_slice(
-                hidden[..., part, :], labels[:, part], weights, gradients, training=training
+                self._partition.tokens_of(hidden, part),
+                labels[:, part],
+                weights,
+                gradients,
+                training=training,
             )
             total = loss if total is None else total + loss
             if of_part is not None:
@@ -325,7 +332,7 @@ class Step:
         expected = [name for gradient in gradients for name in gradient.expected]
         unreached = self._unreached(bound) if training else ()
         leaves = leaves_of({name: bound[name] for name in (*expected, *unreached)})
-        loss = self._partition.loss(bound | leaves, hidden, labels, self._divisor)
+        loss = self._partition.loss(self._as_trained(bound) | leaves, hidden, labels, self._divisor)
         if not training:
             return loss.detach(), None
         of_hidden, *of_leaves = torch.autograd.grad(loss, [hidden, *leaves.values()], allow_unused=True)
@@ -348,7 +355,7 @@ class Step:
         leaves = leaves_of({name: tensors[name] for name in (*names, *self._unreached(tensors))})
         calls = self._calls[index]
         of_hidden, *of_leaves = self._sides[index].through_block(
-            partial(self._partition.run_block, block, {**tensors, **leaves}, hidden),
+            partial(self._partition.run_block, block, {**self._as_trained(tensors), **leaves}, hidden),
             calls[block],
             calls[block + 1] if block + 1 < len(calls) else None,
             [hidden, *leaves.values()],
@@ -360,6 +367,10 @@ class Step:
         if gradient is not None:
             gradient.add(names, of_leaves[: len(names)])
         return of_hidden
+
+    def _as_trained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as they are in memory, where they require gradients unless all are frozen."""
+        return {**tensors} if self._layout.is_frozen else self._partition.as_trained(tensors)
 
     def _unreached(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of ``names`` that no gradient reached when the model was probed: it is looked at that none does."""

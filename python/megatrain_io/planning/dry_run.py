@@ -307,7 +307,7 @@ def dry_run(
 def _dry_run(
     partition: PartitionedModel, layout: ModelLayout, micro_batches: Sequence[MicroBatch], slice_tokens: int
 ) -> int | None:
-    run = DryRun(layout, grows=bool(partition.spec.sides))
+    run = DryRun(layout, grows=bool(partition.spec.sides or partition.spec.shares))
     step = Step(partition, run, run, micro_batches, slice_tokens=slice_tokens, span=run.span)
     try:
         with partition.preserved():

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
@@ -269,14 +270,31 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 
 def _stock_loss(model: PreTrainedModel, batch: MicroBatch, items: int) -> Tensor:
-    """The stock model's loss, a sum over tokens divided by ``items``."""
+    """The stock model's loss, a sum over tokens divided by ``items``.
+
+    Where the model compares its scores with labels as they are given, by no function of transformers: that function's.
+    """
     ignored = torch.full_like(batch.shift_labels[:, :1], IGNORE_INDEX)
     labels = torch.cat([ignored, batch.shift_labels[:, :-1]], dim=1)
-    own = model.loss_function
-    # Not every forward passes num_items_in_batch on.
-    model.loss_function = lambda *args, **kwargs: own(*args, **{**kwargs, "num_items_in_batch": items})
+    own, is_called = model.loss_function, False
+
+    def of_all_items(*args: object, **kwargs: object) -> Tensor:
+        # Not every forward passes num_items_in_batch on.
+        nonlocal is_called
+        is_called = True
+        return cast("Tensor", own(*args, **{**kwargs, "num_items_in_batch": items}))
+
+    model.loss_function = of_all_items
     try:
-        return cast("Tensor", model(input_ids=batch.input_ids, labels=labels).loss)
+        output = model(input_ids=batch.input_ids, labels=labels)
+        if is_called:
+            return cast("Tensor", output.loss)
+        return ForCausalLMLoss(
+            output.logits,
+            labels,
+            output.logits.shape[-1],
+            num_items_in_batch=items,  # type: ignore[arg-type]  # which takes a number, too
+        )
     finally:
         model.loss_function = own
 

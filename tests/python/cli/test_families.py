@@ -36,6 +36,10 @@ SPREAD = [
     ("recurrent_gemma", "fp32"),  # a recurrence, and attention in some blocks
     ("olmo2", "bf16"),  # norms behind
     ("deepseek_v3", "bf16"),  # latent attention, routers in fp32, trained buffers
+    ("zamba2", "fp32"),  # blocks that have parameters in common
+    ("bart", "bf16"),  # a loss of its own
+    ("zaya", "fp32"),  # blocks that hand on more than the hidden state
+    ("doge", "fp32"),  # a mask that is computed, with which attention has other kernels
     ("gemma4 sides", "fp32"),  # inputs of the embedding for every block, keys and values for later blocks
     ("gemma3n sides", "bf16"),  # the same, and several hidden states
 ]

@@ -1,18 +1,22 @@
 """Whom the probe accepts, whom it refuses and in what words, and the small copies that it makes."""
 
 from logging import StreamHandler
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import XIELUActivation
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models import probe as probing
 from megatrain_io.models.partition import PartitionedModel
 from megatrain_io.models.probe import probe
+from megatrain_io.models.proof import RefusedError, random_tokens
 from megatrain_io.models.shrink import shrink_config
+from small_models import small_config
 
 PACKS = {
     "llama": True,
@@ -62,7 +66,6 @@ def keeps_apart(model_type):
 @pytest.mark.parametrize(
     ("model_type", "values", "reason"),
     [
-        ("doge", {}, "block by block the gradient of .* is not as in memory"),
         (
             "openai-gpt",
             {},
@@ -71,8 +74,7 @@ def keeps_apart(model_type):
         ("ctrl", {}, "no list of decoder blocks is marked"),
         ("bert", {}, "looks at later tokens"),
         ("t5", {}, "no causal language model of this type"),
-        ("bart", {}, "does not compute its loss by transformers' loss_function"),
-        ("gemma3", {}, r"takes no part in the loss of a text, and only models of text are trained"),
+        ("git", {}, r"its own loss of them fails with ValueError: .*; choose another"),
         ("hrm_text", {}, r"calls the blocks of .* in the order"),
         ("mixtral", {"output_router_logits": True}, "set output_router_logits to false in config.json"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
@@ -81,6 +83,65 @@ def keeps_apart(model_type):
 def test_what_cannot_be_equal_is_refused_by_name(model_type, values, reason):
     with pytest.raises(UnsupportedModelError, match=f"^{model_type}: .*{reason}"):
         probe(AutoConfig.for_model(model_type, **values))
+
+
+def test_parameters_that_scores_depend_on_without_a_gradient_are_refused():
+    """These cut a text into patches; what other inputs take, and a text does not pass, stays as it is."""
+    with pytest.raises(
+        UnsupportedModelError, match=r"^blt: its scores depend on parameters .*\(model\.patcher"
+    ):
+        probe(small_config("blt"))
+
+
+def test_several_hidden_states_of_a_token_are_told_from_tokens():
+    """The head gets tokens in slices: here they are not the last dimension but one."""
+    assert probe(AutoConfig.for_model("deepseek_v4")).axes == "BTAH"
+
+
+def test_blocks_that_a_text_does_not_pass_are_noted():
+    spec = probe(AutoConfig.for_model("mllama"))
+    assert spec.skips
+    config = shrink_config(AutoConfig.for_model("mllama"))
+    partition = PartitionedModel(config, torch.float32, spec)
+    assert partition.skipped == {*config.get_text_config().cross_attention_layers}
+    (skipped,) = partition.skipped
+    assert {name for name, _ in partition.block_parameters(skipped)} <= partition.unreached
+
+
+class Scores:
+    """A model with given scores, and a loss of its own."""
+
+    def __init__(self, own):
+        self.own, self.loss_function = own, ForCausalLMLoss
+
+    def __call__(self, input_ids, labels):
+        generator = torch.Generator().manual_seed(1)
+        logits = torch.randn((*input_ids.shape, 9), generator=generator)
+        return SimpleNamespace(logits=logits, loss=self.own(self, logits, labels))
+
+
+def cross_entropy(logits, labels):
+    return torch.nn.functional.cross_entropy(logits.reshape(-1, 9), labels.reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (lambda model, logits, labels: model.loss_function(logits, labels, 9), False),
+        (lambda _model, logits, labels: cross_entropy(logits, labels), True),
+        (lambda _model, logits, labels: cross_entropy(logits[:, :-1], labels[:, 1:]), True),
+        (lambda *_: None, RefusedError),
+        (lambda _model, logits, labels: cross_entropy(logits, labels) + logits.square().mean(), RefusedError),
+    ],
+)
+def test_a_loss_without_transformers_function_must_be_that_of_the_scores(own, expected):
+    model, batch = Scores(own), random_tokens(9, 2, 7)
+    if expected is RefusedError:
+        with pytest.raises(RefusedError, match="not the cross entropy of its scores of the next token"):
+            probing._is_loss_of_scores(model, batch)
+    else:
+        assert probing._is_loss_of_scores(model, batch) is expected
+    assert model.loss_function is ForCausalLMLoss
 
 
 def test_a_loss_that_differs_is_refused_though_its_gradients_agree(monkeypatch):

@@ -60,7 +60,7 @@ def test_the_probe_tells_what_blocks_take(family):
     spec = facts_of(family, tied=True)
     assert len(spec.sides.arguments) == 1
     assert spec.sides.mappings == {"shared_kv_states"}
-    assert spec.stacked is (family == "gemma3n_text")
+    assert spec.axes == ("ABTH" if family == "gemma3n_text" else "BTH")
 
 
 def test_a_pass_through_frozen_weights_that_would_lose_a_gradient_is_refused(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -92,6 +93,25 @@ def test_what_a_module_does_not_train_stays_as_it_is(tmp_path, dtype):
         assert all(torch.equal(model.read(name, "exp_avg"), expected.exp_avg[name]) for name in moved)
         with pytest.raises(ConfigError, match=r"positions\.weight is not trained: it has no exp_avg"):
             model.read("positions.weight", "exp_avg")
+
+
+class Noting(example.Block):
+    """Notes whether its weights require gradients, by which torch chooses kernels."""
+
+    seen: ClassVar[set[tuple[bool, bool]]] = set()
+
+    def forward(self, hidden):
+        self.seen.add((torch.is_grad_enabled(), self.up.weight.requires_grad))
+        return super().forward(hidden)
+
+
+def test_weights_require_gradients_in_the_forward_pass_as_they_do_in_memory(tmp_path):
+    module = made()
+    module.layers = nn.ModuleList([Noting() for _ in module.layers])
+    with created(tmp_path / "store", module) as model:
+        Noting.seen.clear()
+        go_on(model, until=1)
+    assert Noting.seen == {(False, True), (True, True)}
 
 
 class Keeping(example.Block):

@@ -5,6 +5,7 @@ block through the partitioned model. Only if all losses and gradients agree to t
 """
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +110,8 @@ def _probe(
     vocabulary = stock.config.get_text_config().vocab_size
     one, two, packed = (random_tokens(vocabulary, *shape) for shape in ((2, 11), (1, 7), (1, 9)))
     packed = replace(packed, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+    _refuse_without_labels(stock)
+    _refuse_sparse_attention(stock)
     _refuse_unless_causal(stock, two)
     named = find_block_list(stock) if block_list is None else block_list
     loss_of = partial(_stock_loss, stock)
@@ -194,14 +197,34 @@ def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> P
     return stock
 
 
+def _refuse_without_labels(stock: PreTrainedModel) -> None:
+    if "labels" not in inspect.signature(stock.forward).parameters:
+        raise RefusedError(
+            f"{type(stock).__name__} takes no labels: it works beside another model, and is not trained by itself; "
+            "choose the model that it works for, or another"
+        )
+
+
+def _refuse_sparse_attention(stock: PreTrainedModel) -> None:
+    """Refuse attention that is causal in short texts alone, where the small copy would not show it."""
+    for module in stock.modules():
+        if hasattr(module, "set_attention_type") and getattr(module, "attention_type", "") == "block_sparse":
+            raise RefusedError(
+                "its attention in blocks (block_sparse) looks at later tokens of longer texts; set attention_type to "
+                "original_full in config.json, or choose another"
+            )
+
+
 def _refuse_unless_causal(stock: PreTrainedModel, micro_batch: MicroBatch) -> None:
     changed = micro_batch.input_ids.clone()
     changed[:, -1] = 1 + changed[:, -1] % 2
     before, after = _scores(stock, micro_batch.input_ids), _scores(stock, changed)
     if not are_alike(before[:, :-1], after[:, :-1]):
+        may_be_decoder = getattr(stock.config, "is_decoder", None) is False
         raise RefusedError(
-            "it looks at later tokens; set is_decoder to true in config.json if it was trained as a decoder, or choose "
-            "another"
+            "it looks at later tokens; "
+            + ("set is_decoder to true in config.json if it was trained as a decoder, or " * may_be_decoder)
+            + "choose another"
         )
 
 

@@ -92,6 +92,33 @@ def test_one_bit_that_is_not_as_in_memory_is_named(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its own models
+@pytest.mark.parametrize(
+    ("family", "advice"),
+    [
+        ("ctrl", "--block-list transformer.h"),
+        ("big_bird", "is_decoder true in config.json, attention_type original_full in config.json"),
+    ],
+)
+def test_what_a_refusal_advises_is_followed_as_it_is_printed(family, advice):
+    driven = families.row_of(family, "fp32")
+    assert (driven.result, driven.advice) == ("equal", advice), driven
+    (*_, notes) = families.table_rows([driven])[0]
+    assert notes == f"as the refusal advises, with {advice}"
+
+
+def test_advice_that_the_driver_cannot_follow_is_left():
+    published = families.Advised(small_config("llama"))
+    for message in (
+        "it has a.b (3 of X), c.d (3 of Y)", "name it (import: --block-list NAME): it has a (1 of X), b (2 of Y)",
+        "set is_decoder to true in config.json", "choose another",
+    ):  # fmt: skip
+        assert published.follow(message) is None
+    once = published.follow("set use_cache to false in config.json")
+    assert (once.config.use_cache, published.config.use_cache) == (False, True)
+    assert once.follow("set use_cache to false in config.json") is None, "what did not help is not done again"
+
+
 def row(family, precision="fp32", result="equal", **values):
     made = Row(
         family, precision, "LlamaForCausalLM", result, "done", "", "equal", 1.0, "transformers 5, torch 2"

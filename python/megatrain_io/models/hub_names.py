@@ -242,14 +242,40 @@ class HubNames:
         Raises:
             UnsupportedModelError: transformers cannot convert the model back.
         """
-        state = {name: self._tensors[name] for name in self._persistent if not self._is_alias(name)}
         try:
-            return dict(revert_weight_conversion(self._model, state))
+            return dict(revert_weight_conversion(self._model, self._own_tensors()))
         except Exception as cause:
             raise UnsupportedModelError(
                 f"{self._model.config.model_type}: transformers cannot convert its weights to the form of the "
                 f"hub: {cause}"
             ) from cause
+
+    def exported(self) -> tuple[dict[str, Shape], NamePlan]:
+        """Name and shape of each tensor of an export, and where each belongs.
+
+        They are those that ``save_pretrained`` writes; where these must be rearranged in a way that cannot be done
+        piece by piece, those of ``save_pretrained(save_original_format=False)``.
+
+        Raises:
+            UnsupportedModelError: transformers rearranges these, too.
+        """
+        shapes = self.file_shapes()
+        try:
+            return shapes, self.plan(shapes)
+        except UnsupportedModelError:
+            shapes = {name: tuple(tensor.shape) for name, tensor in self._own_tensors().items()}
+        try:
+            return shapes, self.plan(shapes)
+        except UnsupportedModelError as cause:
+            raise UnsupportedModelError(
+                f"{self._model.config.model_type}: transformers rearranges its weights when they are loaded, in the "
+                "form of the hub and in its own, and here that is done piece by piece, which these are not; choose "
+                "another model"
+            ) from cause
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """What is saved of the model, by its own names."""
+        return {name: self._tensors[name] for name in self._persistent if not self._is_alias(name)}
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a parameter or buffer of the model."""

@@ -309,7 +309,7 @@ class PartitionedModel:
             return hidden
 
         needed = [name for name, _ in self.embedding_parameters]
-        bound = self._placeholders | {name: parameters[name] for name in needed}
+        bound = self._placeholders | {name: self._as_in_memory(name, parameters[name]) for name in needed}
         self._generates = cache is not None
         try:
             self._forward(note, bound, self._lm.inputs(micro_batch, cache))
@@ -332,7 +332,10 @@ class PartitionedModel:
         Returns:
             The next hidden state, [B, T, H].
         """
-        bound = {name: parameters[full] for full, name in self._block_names[index].items()}
+        bound = {
+            name: self._as_in_memory(full, parameters[full])
+            for full, name in self._block_names[index].items()
+        }
         # What one block puts into a container of the call is no input of another one, which runs by itself.
         handed_on = self.spec.sides.mappings
         kwargs = {name: value if name in handed_on else _own(value) for name, value in call.kwargs.items()}
@@ -345,6 +348,15 @@ class PartitionedModel:
                 else:
                     vars(module)[name] = copy.copy(value)
         return cast("Tensor", output if self.spec.output_entries is None else output[0])
+
+    def _as_in_memory(self, name: str, parameter: Tensor) -> Tensor:
+        """A parameter that requires a gradient where the stock model's does, though none may be computed now.
+
+        By that, not by whether gradients are computed, torch chooses how it multiplies a matrix and a batch.
+        """
+        if torch.is_grad_enabled() or name in self._untrained:
+            return parameter
+        return parameter.detach().requires_grad_()
 
     def loss(
         self,
@@ -385,7 +397,7 @@ class PartitionedModel:
         self, parameters: Mapping[str, Tensor], hidden: Tensor, inputs: Mapping[str, object]
     ) -> Any:
         needed = [*(name for name, _ in self.head_parameters), *self.tied_parameters]
-        bound = self._placeholders | {name: parameters[name] for name in needed}
+        bound = self._placeholders | {name: self._as_in_memory(name, parameters[name]) for name in needed}
         # `forward` must embed something; the stubs drop whatever comes of it.
         input_ids = torch.zeros(hidden.shape[-3:-1], dtype=torch.int64, device=hidden.device)
         args, kwargs = self._lm.inputs(MicroBatch(input_ids, input_ids), None)

@@ -15,7 +15,13 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
@@ -95,6 +101,7 @@ def _probe(
 ) -> PartitionSpec:
     if getattr(config, "quantization_config", None) is not None:
         raise RefusedError("its weights are quantised; take the original model in float32 or bfloat16")
+    _refuse_without_labels(config)
     text_config = _text_config(config)
     if getattr(text_config, "output_router_logits", False):
         parts = [name for name in config.sub_configs if getattr(config, name, None) is text_config]
@@ -110,7 +117,6 @@ def _probe(
     vocabulary = stock.config.get_text_config().vocab_size
     one, two, packed = (random_tokens(vocabulary, *shape) for shape in ((2, 11), (1, 7), (1, 9)))
     packed = replace(packed, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
-    _refuse_without_labels(stock)
     _refuse_sparse_attention(stock)
     _refuse_unless_causal(stock, two)
     named = find_block_list(stock) if block_list is None else block_list
@@ -197,11 +203,13 @@ def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> P
     return stock
 
 
-def _refuse_without_labels(stock: PreTrainedModel) -> None:
-    if "labels" not in inspect.signature(stock.forward).parameters:
+def _refuse_without_labels(config: PreTrainedConfig) -> None:
+    """Refuse a model that drafts for another one."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is not None and "labels" not in inspect.signature(kind.forward).parameters:
         raise RefusedError(
-            f"{type(stock).__name__} takes no labels: it works beside another model, and is not trained by itself; "
-            "choose the model that it works for, or another"
+            f"{kind.__name__} takes no labels: it works beside another model, and is not trained by itself; choose the "
+            "model that it works for, or another"
         )
 
 

@@ -32,7 +32,7 @@ SPREAD = [
     ("cohere", "bf16"),  # scaled scores
     ("mixtral", "fp32"),  # experts
     ("qwen3_moe", "bf16"),  # experts in some blocks
-    ("mamba", "bf16"),  # a state space
+    ("mamba", "fp32"),  # a state space, and a matrix times a batch, for which torch looks at requires_grad
     ("recurrent_gemma", "fp32"),  # a recurrence, and attention in some blocks
     ("olmo2", "bf16"),  # norms behind
     ("deepseek_v3", "bf16"),  # latent attention, routers in fp32, trained buffers
@@ -97,7 +97,7 @@ def test_one_bit_that_is_not_as_in_memory_is_named(tmp_path, monkeypatch):
     ("family", "advice"),
     [
         ("ctrl", "--block-list transformer.h"),
-        ("big_bird", "is_decoder true in config.json, attention_type original_full in config.json"),
+        ("big_bird", "attention_type original_full in config.json, is_decoder true in config.json"),
     ],
 )
 def test_what_a_refusal_advises_is_followed_as_it_is_printed(family, advice):

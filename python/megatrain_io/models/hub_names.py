@@ -397,7 +397,13 @@ class HubNames:
                 elif len(rule.target_patterns) == 1 and isinstance(step, Concatenate):
                     parts = [[_concatenate([tensor for part in parts for tensor in part], step.dim)]]
                 else:
-                    self._refuse_rule(target, type(step).__name__)
+                    is_own = any(
+                        name == target
+                        for part in tensors.values()
+                        for each in part
+                        for name, *_ in each.boxes
+                    )
+                    self._refuse_rule(target, type(step).__name__, is_own=is_own)
         except UnsupportedModelError:
             raise
         except ValueError as cause:
@@ -428,7 +434,13 @@ class HubNames:
         patterns.update(rf"(^|\.){name}$" for name in ("inv_freq", "position_ids") if name in buffers)
         return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns))) if patterns else None
 
-    def _refuse_rule(self, target: str, step: str) -> NoReturn:
+    def _refuse_rule(self, target: str, step: str, *, is_own: bool) -> NoReturn:
+        """Refuse a rule that cannot be applied piece by piece; ``is_own``: to a tensor that has the model's name."""
+        if is_own:
+            raise UnsupportedModelError(
+                f"{self._model.config.model_type}: transformers rearranges {target} by {step} whenever it loads it, "
+                "which import cannot do piece by piece; choose another model"
+            )
         raise UnsupportedModelError(
             f"{self._model.config.model_type}: the files must be rearranged by {step} to become {target}, which "
             "import cannot do piece by piece. Load the model with transformers and save it with "

@@ -96,8 +96,8 @@ def test_one_bit_that_is_not_as_in_memory_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("family", "advice"),
     [
-        ("ctrl", "--block-list transformer.h"),
         ("big_bird", "attention_type original_full in config.json, is_decoder true in config.json"),
+        ("lara_mini", "saved with save_original_format=False"),
     ],
 )
 def test_what_a_refusal_advises_is_followed_as_it_is_printed(family, advice):
@@ -192,5 +192,6 @@ def test_the_table_of_families_is_what_the_program_writes():
     assert re.fullmatch(r"transformers [\d.]+, torch [\d.]+", versions)
     assert [cell[0] for cell in cells] == sorted({cell[0] for cell in cells})
     for name, _, fp32, bf16, _, notes in cells:
-        assert {fp32, bf16} <= {*families.ACCEPTED}, name
-        assert notes or (fp32, bf16) == ("equal", "equal"), name
+        assert fp32 in families.ACCEPTED, name
+        assert bf16 in (*families.ACCEPTED, ""), name  # not driven
+        assert notes or {fp32, bf16} <= {"equal", ""}, name

@@ -536,6 +536,7 @@ to generate.
 * `refused`: a command said the sentence under notes, and nothing was trained. Where a sentence says what `config.json`
   or the command lacks, that was done and the model driven again, as notes say.
 * `not built`: transformers itself makes no small model of it; notes have its words.
+* Where a cell is empty, the type was not driven in that precision.
 
 A type counts once. This is what one version of transformers does; `megatrain-io verify --model MODEL` compares on your
 machine, with yours.
@@ -580,11 +581,11 @@ def render(versions, total, cells):
         f"{sum(row[column] == 'equal' for row in cells)} equal in {precision}"
         for column, precision in enumerate(PRECISIONS, start=2)
     ]
-    refused = sum(row[2:4] == ("refused", "refused") for row in cells)
+    refused = sum({*row[2:4]} <= {"refused", ""} for row in cells)
     unbuilt = sum("not built" in row[2:4] for row in cells)
-    bad = sum(not {*row[2:4]} <= {*ACCEPTED} for row in cells)
+    bad = sum(not {*row[2:4]} <= {*ACCEPTED, ""} for row in cells)
     summary = (
-        f"{len(cells)} of {total} types: {', '.join(counts)}; {refused} refused in both, {unbuilt} not built, "
+        f"{len(cells)} of {total} types: {', '.join(counts)}; {refused} refused, {unbuilt} not built, "
         f"{bad} wrong or failed. {versions}.\n\n"
     )
     return INTRODUCTION.format(steps=STEPS, accumulation=ACCUMULATION) + summary + "\n".join(lines) + "\n"
@@ -621,6 +622,9 @@ def main(arguments=None):
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--results", type=Path, help="file of JSON lines, written as they come")
     parser.add_argument("--resume", action="store_true", help="drive only what the results have not")
+    parser.add_argument(
+        "--no-drive", action="store_true", help="with --resume: write the table of what is there"
+    )
     parser.add_argument("--table", type=Path, help="Markdown file that is written when all are driven")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="longest time of each")
     asked = parser.parse_args(arguments)
@@ -635,6 +639,8 @@ def main(arguments=None):
     if asked.results is not None:
         asked.results.parent.mkdir(parents=True, exist_ok=True)
         asked.results.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in done.values()))
+    if asked.no_drive:
+        wanted = [each for each in wanted if each in done]
     for number, (family, precision) in enumerate(wanted, start=1):
         if (family, precision) in done:
             continue

@@ -245,14 +245,40 @@ class HubNames:
         Raises:
             UnsupportedModelError: transformers cannot convert the model back.
         """
-        state = {name: self._tensors[name] for name in self._persistent if not self._is_alias(name)}
         try:
-            return dict(revert_weight_conversion(self._model, state))
+            return dict(revert_weight_conversion(self._model, self._own_tensors()))
         except Exception as cause:
             raise UnsupportedModelError(
                 f"{self._model.config.model_type}: transformers cannot convert its weights to the form of the "
                 f"hub: {cause}"
             ) from cause
+
+    def exported(self) -> tuple[dict[str, Shape], NamePlan]:
+        """Name and shape of each tensor of an export, and where each belongs.
+
+        They are those that ``save_pretrained`` writes; where these must be rearranged in a way that cannot be done
+        piece by piece, those of ``save_pretrained(save_original_format=False)``.
+
+        Raises:
+            UnsupportedModelError: transformers rearranges these, too.
+        """
+        shapes = self.file_shapes()
+        try:
+            return shapes, self.plan(shapes)
+        except UnsupportedModelError:
+            shapes = {name: tuple(tensor.shape) for name, tensor in self._own_tensors().items()}
+        try:
+            return shapes, self.plan(shapes)
+        except UnsupportedModelError as cause:
+            raise UnsupportedModelError(
+                f"{self._model.config.model_type}: transformers rearranges its weights when they are loaded, in the "
+                "form of the hub and in its own, and here that is done piece by piece, which these are not; choose "
+                "another model"
+            ) from cause
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """What is saved of the model, by its own names."""
+        return {name: self._tensors[name] for name in self._persistent if not self._is_alias(name)}
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a parameter or buffer of the model."""
@@ -380,7 +406,13 @@ class HubNames:
                 elif isinstance(step, Transpose) and step.check_dims and parts[0][0].shape == expected:
                     pass  # saved in the order of the model, which transformers takes as it is
                 else:
-                    self._refuse_rule(target, type(step).__name__)
+                    is_own = any(
+                        name == target
+                        for part in tensors.values()
+                        for each in part
+                        for name, *_ in each.boxes
+                    )
+                    self._refuse_rule(target, type(step).__name__, is_own=is_own)
         except UnsupportedModelError:
             raise
         except ValueError as cause:
@@ -411,7 +443,13 @@ class HubNames:
         patterns.update(rf"(^|\.){name}$" for name in ("inv_freq", "position_ids") if name in buffers)
         return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns))) if patterns else None
 
-    def _refuse_rule(self, target: str, step: str) -> NoReturn:
+    def _refuse_rule(self, target: str, step: str, *, is_own: bool) -> NoReturn:
+        """Refuse a rule that cannot be applied piece by piece; ``is_own``: to a tensor that has the model's name."""
+        if is_own:
+            raise UnsupportedModelError(
+                f"{self._model.config.model_type}: transformers rearranges {target} by {step} whenever it loads it, "
+                "which import cannot do piece by piece; choose another model"
+            )
         raise UnsupportedModelError(
             f"{self._model.config.model_type}: the files must be rearranged by {step} to become {target}, which "
             "import cannot do piece by piece. Load the model with transformers and save it with "

@@ -5,6 +5,7 @@ block through the partitioned model. Only if all losses and gradients agree to t
 """
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,13 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
@@ -100,6 +107,7 @@ def _probe(
 ) -> PartitionSpec:
     if getattr(config, "quantization_config", None) is not None:
         raise RefusedError("its weights are quantised; take the original model in float32 or bfloat16")
+    _refuse_without_labels(config)
     text_config = _text_config(config)
     if getattr(text_config, "output_router_logits", False):
         raise RefusedError(
@@ -116,6 +124,7 @@ def _probe(
     vocabulary = stock.config.get_text_config().vocab_size
     one, two, packed = (random_tokens(vocabulary, *shape) for shape in ((2, 11), (1, 7), (1, 9)))
     packed = replace(packed, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+    _refuse_sparse_attention(stock)
     _refuse_unless_causal(stock, two)
     named = find_block_list(stock) if block_list is None else block_list
     loss_of_scores = _is_loss_of_scores(stock, two)
@@ -201,14 +210,36 @@ def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> P
     return stock
 
 
+def _refuse_without_labels(config: PreTrainedConfig) -> None:
+    """Refuse a model that drafts for another one."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is not None and "labels" not in inspect.signature(kind.forward).parameters:
+        raise RefusedError(
+            f"{kind.__name__} takes no labels: it works beside another model, and is not trained by itself; choose the "
+            "model that it works for, or another"
+        )
+
+
+def _refuse_sparse_attention(stock: PreTrainedModel) -> None:
+    """Refuse attention that is causal in short texts alone, where the small copy would not show it."""
+    for module in stock.modules():
+        if hasattr(module, "set_attention_type") and getattr(module, "attention_type", "") == "block_sparse":
+            raise RefusedError(
+                "its attention in blocks (block_sparse) looks at later tokens of longer texts; set attention_type to "
+                "original_full in config.json, or choose another"
+            )
+
+
 def _refuse_unless_causal(stock: PreTrainedModel, micro_batch: MicroBatch) -> None:
     changed = micro_batch.input_ids.clone()
     changed[:, -1] = 1 + changed[:, -1] % 2
     before, after = _scores(stock, micro_batch.input_ids), _scores(stock, changed)
     if not are_alike(before[:, :-1], after[:, :-1]):
+        may_be_decoder = getattr(stock.config, "is_decoder", None) is False
         raise RefusedError(
-            "it looks at later tokens; set is_decoder to true in config.json if it was trained as a decoder, or choose "
-            "another"
+            "it looks at later tokens; "
+            + ("set is_decoder to true in config.json if it was trained as a decoder, or " * may_be_decoder)
+            + "choose another"
         )
 
 

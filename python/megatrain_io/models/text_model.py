@@ -6,6 +6,7 @@ files is carried through as it is.
 """
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -106,7 +107,8 @@ def _published_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def _has_head(kind: type[PreTrainedModel]) -> bool:
-    return not kind.__name__.endswith("Model")
+    """Whether a class is trained by itself: an assistant that drafts for another model takes no labels."""
+    return not kind.__name__.endswith("Model") and "labels" in inspect.signature(kind.forward).parameters
 
 
 class TextNames(HubNames):

@@ -253,8 +253,11 @@ def _plan_export(
     layout: ModelLayout, names: HubNames, shard_bytes: int, kept: Kept
 ) -> tuple[NamePlan, list[ShardPlan]]:
     """Which tensor of the files each parameter goes to, and what each file holds."""
-    shapes = {name: tuple(shape) for name, shape in (kept.shapes or names.file_shapes()).items()}
-    plan = names.plan(shapes)
+    if kept.shapes is None:
+        shapes, plan = names.exported()
+    else:
+        shapes = {name: tuple(shape) for name, shape in kept.shapes.items()}
+        plan = names.plan(shapes)
     if names.parameters != {place.name: place.shape for place in layout.tensors()}:
         raise ModelFilesError(
             f"the store was not made with this config.json: {layout.parameters:,} parameters in the store, others in "

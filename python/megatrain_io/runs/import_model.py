@@ -253,7 +253,7 @@ class ModelImport:
             self._weights, self._read = failing.enter_context(opened)
             names, buffers = self._weights.names, buffers_of(self._weights)
             if self._weights.shapes is None:
-                names.plan(names.file_shapes())  # what could not be exported is not trained
+                names.exported()  # what could not be exported is not trained
             elif proof := proof_of_text_model(self._folder.published_config()):
                 self.notes.append(proof)
             self.notes += self._weights.notes()

@@ -32,7 +32,7 @@ SPREAD = [
     ("cohere", "bf16"),  # scaled scores
     ("mixtral", "fp32"),  # experts
     ("qwen3_moe", "bf16"),  # experts in some blocks
-    ("mamba", "bf16"),  # a state space
+    ("mamba", "fp32"),  # a state space, and a matrix times a batch, for which torch looks at requires_grad
     ("recurrent_gemma", "fp32"),  # a recurrence, and attention in some blocks
     ("olmo2", "bf16"),  # norms behind
     ("deepseek_v3", "bf16"),  # latent attention, routers in fp32, trained buffers
@@ -94,6 +94,33 @@ def test_one_bit_that_is_not_as_in_memory_is_named(tmp_path, monkeypatch):
     assert families.compared_tokens(tmp_path / "fp32" / "out", [7]).startswith(
         "differs: generated [7], stock ["
     )
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its own models
+@pytest.mark.parametrize(
+    ("family", "advice"),
+    [
+        ("big_bird", "attention_type original_full in config.json, is_decoder true in config.json"),
+        ("lara_mini", "saved with save_original_format=False"),
+    ],
+)
+def test_what_a_refusal_advises_is_followed_as_it_is_printed(family, advice):
+    driven = families.row_of(family, "fp32")
+    assert (driven.result, driven.advice) == ("equal", advice), driven
+    (*_, notes) = families.table_rows([driven])[0]
+    assert notes == f"as the refusal advises, with {advice}"
+
+
+def test_advice_that_the_driver_cannot_follow_is_left():
+    published = families.Advised(small_config("llama"))
+    for message in (
+        "it has a.b (3 of X), c.d (3 of Y)", "name it (import: --block-list NAME): it has a (1 of X), b (2 of Y)",
+        "set is_decoder to true in config.json", "choose another",
+    ):  # fmt: skip
+        assert published.follow(message) is None
+    once = published.follow("set use_cache to false in config.json")
+    assert (once.config.use_cache, published.config.use_cache) == (False, True)
+    assert once.follow("set use_cache to false in config.json") is None, "what did not help is not done again"
 
 
 def row(family, precision="fp32", result="equal", **values):
@@ -169,5 +196,6 @@ def test_the_table_of_families_is_what_the_program_writes():
     assert re.fullmatch(r"transformers [\d.]+, torch [\d.]+", versions)
     assert [cell[0] for cell in cells] == sorted({cell[0] for cell in cells})
     for name, _, fp32, bf16, _, notes in cells:
-        assert {fp32, bf16} <= {*families.ACCEPTED}, name
-        assert notes or (fp32, bf16) == ("equal", "equal"), name
+        assert fp32 in families.ACCEPTED, name
+        assert bf16 in (*families.ACCEPTED, ""), name  # not driven
+        assert notes or {fp32, bf16} <= {"equal", ""}, name

@@ -7,9 +7,12 @@ memory, writes a line of JSON as each is done, and the table when all are. ``mak
 """
 
 import argparse
+import copy
+import functools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -18,7 +21,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +29,7 @@ import torch
 import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -46,6 +50,7 @@ from small_models import FAMILIES, load, make_published, small_config
 PROMPT = "The quick brown Pony"
 NEW = 8
 STEPS = 3
+UNSUPPORTED = 5  # exit code of what refuses a model
 ACCUMULATION = 2
 HYPERPARAMETERS = Hyperparameters(lr=[1e-3] * STEPS, beta1=0.9, beta2=0.95, weight_decay=0.1)
 
@@ -143,7 +148,7 @@ def as_stock(batch):
     return {name: value.clone() for name, value in inputs.items() if value is not None}
 
 
-def commands(folder, here, precision, options=()):
+def commands(folder, here, precision, options=(), import_options=()):
     """The commands that a family passes, by stage."""
     settings = [
         f"model={folder / 'model'}",
@@ -174,6 +179,7 @@ def commands(folder, here, precision, options=()):
             precision,
             "--io-backend",
             "threads",
+            *import_options,
             "--json",
         ),
         "train": ("train", *settings, "--json"),
@@ -182,7 +188,7 @@ def commands(folder, here, precision, options=()):
     }
 
 
-def drive(folder, config, precision, *, options=()):
+def drive(folder, config, precision, *, options=(), import_options=(), saving=None):
     """Import, three steps, export and generate, by the command line; all of it compared with stock torch in memory.
 
     Args:
@@ -190,18 +196,23 @@ def drive(folder, config, precision, *, options=()):
         config: of the model.
         precision: ``fp32`` or ``bf16``.
         options: further settings of training.
+        import_options: further options of import; a run keeps them.
+        saving: options of ``save_pretrained`` for the folder that is imported.
     """
     began = time.perf_counter()
     seconds = lambda: time.perf_counter() - began  # noqa: E731
     folder.mkdir(parents=True, exist_ok=True)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     try:
-        make_published(folder, config, dtype)
+        make_published(folder, config, dtype, **saving or {})
     except Exception as error:  # noqa: BLE001 - of transformers' own
+        message = refused_by_config(folder / "config", config)
+        if message is not None:
+            return Outcome("plan", seconds(), UNSUPPORTED, message)
         return Outcome("build", seconds(), message=one_line(error), fault=error)
     here, refused = folder / precision, ""
     with watched() as (steps, tokens):
-        for stage, arguments in commands(folder, here, precision, options).items():
+        for stage, arguments in commands(folder, here, precision, options, import_options).items():
             result = run(*arguments)
             fault = result.exception if not isinstance(result.exception, SystemExit) else None
             if result.exit_code or fault is not None:
@@ -220,6 +231,16 @@ def drive(folder, config, precision, *, options=()):
     if generation.startswith("differs"):
         wrong.append(generation)
     return Outcome("done", seconds(), wrong=wrong, generation=generation)
+
+
+def refused_by_config(folder, config):
+    """What ``plan`` refuses a configuration with, of which transformers makes no small model; None if it does not."""
+    try:
+        config.save_pretrained(folder)
+    except Exception:  # noqa: BLE001 - of transformers' own
+        return None
+    result = run("plan", folder, "--json")
+    return json.loads(result.stdout)["error"]["message"] if result.exit_code == UNSUPPORTED else None
 
 
 # -------------------------------------------------------------------------------------------- comparing
@@ -255,14 +276,59 @@ def differences(source, here, dtype, steps) -> Iterator[str]:
 
 
 def differing_planes(planes, expected: Result) -> Iterator[str]:
-    """What of a store is not as in memory; of what no gradient reached it may have weights alone."""
+    """What of a store is not as in memory; of what no gradient reached it may have weights alone.
+
+    The store has the names of the text model by itself.
+    """
     for plane in PLANES:
         for name, there in getattr(expected, plane).items():
-            found = planes.get((name, plane))
+            found = planes.get((name.replace("model.language_model.", "model."), plane))
             if found is None and expected.exp_avg_sq.get(name, there).any():
                 yield f"{plane} of {name} is not in the store"
             elif found is not None and not same(found, there):
                 yield f"{plane} of {name} differs"
+
+
+_BLOCK_LIST = re.compile(r"\(import: (--block-list) NAME\): it has (\S+) \([^,]*$")
+_SETTING = re.compile(r"set ([\w.]+) to (\w+) in config\.json")
+_SAVING = re.compile(r"save it with save_pretrained\(OUT, (save_original_format)=(False)\), then import OUT")
+
+
+@dataclass(frozen=True)
+class Advised:
+    """How a model is driven: as published, or as refusals advise.
+
+    Attributes:
+        config: of the model.
+        import_options: further options of import.
+        saving: options of ``save_pretrained``.
+        words: what was advised and done.
+    """
+
+    config: transformers.PreTrainedConfig
+    import_options: tuple[str, ...] = ()
+    saving: dict[str, bool] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+
+    def follow(self, message):
+        """Do what a refusal advises as it is printed; None where it advises nothing of the kind, or what was done."""
+        if found := _BLOCK_LIST.search(message):
+            advised = replace(self, import_options=found.groups(), words=(" ".join(found.groups()),))
+        elif _SAVING.search(message):
+            saved = "saved with save_original_format=False"
+            advised = replace(self, saving={"save_original_format": False}, words=(saved,))
+        elif found := _SETTING.search(message):
+            key, value = found.groups()
+            *parts, name = key.split(".")
+            config = copy.deepcopy(self.config)
+            owner = functools.reduce(getattr, parts, config)
+            if not hasattr(owner, name):
+                return None
+            setattr(owner, name, {"true": True, "false": False}.get(value, value))
+            advised = replace(self, config=config, words=(f"{key} {value} in config.json",))
+        else:
+            return None
+        return None if advised.words[0] in self.words else replace(advised, words=self.words + advised.words)
 
 
 def same(one, other):
@@ -326,6 +392,7 @@ class Row:
         generation: ``equal``, or why it is not compared.
         seconds: that it took.
         versions: of transformers and torch.
+        advice: of a refusal that was followed, if it was not driven as published.
     """
 
     family: str
@@ -337,6 +404,7 @@ class Row:
     generation: str
     seconds: float
     versions: str
+    advice: str = ""
 
 
 PRECISIONS = ("fp32", "bf16")
@@ -360,20 +428,26 @@ def class_of(family):
 
 
 def row_of(family, precision):
-    """Drive a family in a temporary folder."""
+    """Drive a family; what a refusal advises is followed, and said."""
     began = time.perf_counter()
+    advised = None
 
     def row(result, stage, message="", generation=""):
         seconds = round(time.perf_counter() - began, 1)
-        return Row(family, precision, class_of(family), result, stage, message, generation, seconds, VERSIONS)
+        return Row(
+            family, precision, class_of(family), result, stage, message, generation, seconds, VERSIONS,
+            ", ".join(advised.words) if advised else "",
+        )  # fmt: skip
 
     try:
         config = small_config(family)
     except Exception as error:  # noqa: BLE001 - of transformers' own
-        return row("not built", "build", one_line(error))
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory(prefix="families-") as folder, calibrating_briefly():
-        outcome = drive(Path(folder), config, precision)
+        return row(*refused_as_published(family, one_line(error)))
+    advised = next_advice = Advised(config)
+    while next_advice is not None:
+        advised = next_advice
+        outcome = drive_in_tmp(advised, precision)
+        next_advice = advised.follow(outcome.message) if outcome.is_refused else None
     if outcome.fault is not None:
         trace = "".join(traceback.format_exception(outcome.fault)[-3:])
         print(f"{family} {precision} {outcome.stage}: {trace}", file=sys.stderr)
@@ -387,6 +461,26 @@ def row_of(family, precision):
         return row("equal", "done", generation=outcome.generation)
     is_named = outcome.is_refused and config.model_type in outcome.message
     return row("refused" if is_named else "failed", outcome.stage, outcome.message)
+
+
+def drive_in_tmp(advised, precision):
+    """Drive a model in a temporary folder."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(prefix="families-") as folder, calibrating_briefly():
+        return drive(
+            Path(folder),
+            advised.config,
+            precision,
+            import_options=advised.import_options,
+            saving=advised.saving,
+        )
+
+
+def refused_as_published(family, reason):
+    """Result, stage and message of a family that has no small configuration, for a reason."""
+    with tempfile.TemporaryDirectory(prefix="families-") as folder:
+        message = refused_by_config(Path(folder), AutoConfig.for_model(family))
+    return ("not built", "build", reason) if message is None else ("refused", "plan", message)
 
 
 def row_within(family, precision, seconds=SECONDS, memory=MEMORY, driving=row_of):
@@ -439,8 +533,10 @@ to generate.
 
 * `equal`: losses, weights, masters and both moments have the bits of plain torch in memory, the export has those of the
   weights, and under `generate` the tokens are those of stock `generate`.
-* `refused`: a command said the sentence under notes, and nothing was trained.
+* `refused`: a command said the sentence under notes, and nothing was trained. Where a sentence says what `config.json`
+  or the command lacks, that was done and the model driven again, as notes say.
 * `not built`: transformers itself makes no small model of it; notes have its words.
+* Where a cell is empty, the type was not driven in that precision.
 
 A type counts once. This is what one version of transformers does; `megatrain-io verify --model MODEL` compares on your
 machine, with yours.
@@ -463,6 +559,8 @@ def table_rows(rows):
             if len(messages) == len(each) and len({*messages.values()}) == 1
             else [f"{precision}: {message}" for precision, message in messages.items()]
         )
+        advice = {row.advice for row in each.values() if row.advice}
+        notes = [f"as the refusal advises, with {' or '.join(sorted(advice))}"] * bool(advice) + notes
         notes += sorted(cell(generation, family) for generation in generations - {"equal"})
         results = [each[precision].result if precision in each else "" for precision in PRECISIONS]
         generation = "" if not generations else "equal" if generations == {"equal"} else "see notes"
@@ -483,11 +581,11 @@ def render(versions, total, cells):
         f"{sum(row[column] == 'equal' for row in cells)} equal in {precision}"
         for column, precision in enumerate(PRECISIONS, start=2)
     ]
-    refused = sum(row[2:4] == ("refused", "refused") for row in cells)
+    refused = sum({*row[2:4]} <= {"refused", ""} for row in cells)
     unbuilt = sum("not built" in row[2:4] for row in cells)
-    bad = sum(not {*row[2:4]} <= {*ACCEPTED} for row in cells)
+    bad = sum(not {*row[2:4]} <= {*ACCEPTED, ""} for row in cells)
     summary = (
-        f"{len(cells)} of {total} types: {', '.join(counts)}; {refused} refused in both, {unbuilt} not built, "
+        f"{len(cells)} of {total} types: {', '.join(counts)}; {refused} refused, {unbuilt} not built, "
         f"{bad} wrong or failed. {versions}.\n\n"
     )
     return INTRODUCTION.format(steps=STEPS, accumulation=ACCUMULATION) + summary + "\n".join(lines) + "\n"
@@ -524,6 +622,9 @@ def main(arguments=None):
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--results", type=Path, help="file of JSON lines, written as they come")
     parser.add_argument("--resume", action="store_true", help="drive only what the results have not")
+    parser.add_argument(
+        "--no-drive", action="store_true", help="with --resume: write the table of what is there"
+    )
     parser.add_argument("--table", type=Path, help="Markdown file that is written when all are driven")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="longest time of each")
     asked = parser.parse_args(arguments)
@@ -538,6 +639,8 @@ def main(arguments=None):
     if asked.results is not None:
         asked.results.parent.mkdir(parents=True, exist_ok=True)
         asked.results.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in done.values()))
+    if asked.no_drive:
+        wanted = [each for each in wanted if each in done]
     for number, (family, precision) in enumerate(wanted, start=1):
         if (family, precision) in done:
             continue

@@ -1,9 +1,10 @@
 """Small models of any family of transformers, as folders like those of the hub: configurations, weights, tokenizer."""
 
+import copy
 import shutil
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from corpus import make_tokenizer, write
 from megatrain_io.models.shrink import shrink_config
@@ -150,6 +151,18 @@ BY_HAND = {
         "n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
     },
 }  # fmt: skip
+# What a configuration class leaves open, and a model needs; and widths that would make a small one slow.
+SET = {
+    "bailing_hybrid": {"head_dim": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1},
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8},
+    "kimi_linear": {
+        "linear_head_dim": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    },
+    "lfm2": {"full_attn_idxs": [2, 5, 8, 10, 12, 14]},
+    "xmod": {"default_language": "en_XX"},
+}  # fmt: skip
 # Buffers that training in public changed: on the hub they are not what a new model has.
 TRAINED_BUFFERS = ("e_score_correction_bias", "expert_bias", "balancing_biases", "layer_scalar")
 
@@ -165,7 +178,7 @@ def small_config(family):
         return AutoConfig.for_model(model_type, **{**values, "vocab_size": VOCABULARY})
     if family in BY_HAND:
         return AutoConfig.for_model(family, **BY_HAND[family])
-    config = shrink_config(AutoConfig.for_model(family))
+    config = shrink_config(AutoConfig.for_model(family, **SET.get(family, {})))
     text_config = config.get_text_config()
     for name in ("vocab_size", "vocab_size_per_layer_input"):
         if getattr(text_config, name, None):
@@ -181,14 +194,24 @@ def make_source(folder, config, dtype=torch.float32, *, shard_size="5GB"):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    model.to(dtype).save_pretrained(folder / "model", max_shard_size=shard_size)
+    save(model.to(dtype), config, folder / "model", max_shard_size=shard_size)
     make_tokenizer(template=None).save_pretrained(folder / "model")
     write(folder / "train.jsonl", [{"text": text} for text in TEXTS])
 
 
-def make_published(folder, config, dtype):
+def save(model, config, folder, **how):
+    """Save a model; where transformers reads its text model by the configuration of the whole one alone, with that."""
+    model.save_pretrained(folder, **how)
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        whole = copy.deepcopy(config)
+        whole.architectures, whole.dtype = [type(model).__name__], model.dtype
+        whole.save_pretrained(folder)
+
+
+def make_published(folder, config, dtype, **saving):
     """As ``make_source``, with buffers that were trained, in several files, and each tensor in the dtype that
-    transformers gives it in a model that computes in ``dtype``: some architectures keep a few in fp32.
+    transformers gives it in a model that computes in ``dtype``: some architectures keep a few in fp32. ``saving`` are
+    options of ``save_pretrained``.
     """
     make_source(folder, config)
     model = load(folder / "model", dtype)
@@ -199,7 +222,7 @@ def make_published(folder, config, dtype):
             if name in kept and name.endswith(TRAINED_BUFFERS):
                 buffer.add_(0.05 * torch.rand_like(buffer))
     shutil.rmtree(folder / "model")
-    model.save_pretrained(folder / "model", max_shard_size=SHARD_SIZE)
+    save(model, config, folder / "model", max_shard_size=SHARD_SIZE, **saving)
     make_tokenizer(template=None).save_pretrained(folder / "model")
 
 

@@ -280,14 +280,16 @@ class PartitionedModel:
                 module = root.get_submodule(owner)
                 buffer = module.get_buffer(own_name)
             except (AttributeError, ValueError, IndexError):
-                buffer = None
-            if buffer is None or buffer.shape != value.shape:
-                raise UnsupportedModelError(
-                    f"{self.spec.model_type}: the run keeps a buffer {full} {list(value.shape)} of the model, and with "
-                    "this version of transformers the model has none such: go on with the version that it was imported "
-                    "with"
-                )
+                raise self._refused_buffer(full, value) from None
+            if buffer.shape != value.shape:
+                raise self._refused_buffer(full, value)
             setattr(module, own_name, value.to(buffer.device, buffer.dtype, copy=True))
+
+    def _refused_buffer(self, name: str, value: Tensor) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.spec.model_type}: the run keeps a buffer {name} {list(value.shape)} of the model, and with this "
+            "version of transformers the model has none such: go on with the version that it was imported with"
+        )
 
     def preserved(self) -> AbstractContextManager[None]:
         """Run something that is no step of the training: buffers, attributes, mode and generators are given back."""

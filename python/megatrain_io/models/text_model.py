@@ -194,8 +194,8 @@ def _places(
 
 def _decoder(model: PreTrainedModel, text: PreTrainedConfig) -> str:
     """Name of the module that is the decoder of a configuration of text."""
-    kind = MODEL_MAPPING.get(type(text), None)
-    found = [name for name, module in model.named_modules() if type(module) is kind]
+    kind: Any = MODEL_MAPPING.get(type(text), None)
+    found: list[str] = [name for name, module in model.named_modules() if type(module) is kind]
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{model.config.model_type}: {type(model).__name__} has {len(found)} decoders of type {text.model_type}, "

@@ -96,7 +96,8 @@ class ModelLayout:
         chunk_parameters: parameters of a chunk.
         records: in the order of the parameter space.
         stops: numbers of the records of each stop, in the order in which a step loads them: of the embedding, of each
-            decoder block, of the head if it has parameters of its own. No two of a stop have the same format.
+            decoder block (none where it has no parameters), of the head if it has parameters of its own. No two of a
+            stop have the same format.
         blocks: number of stops that are decoder blocks.
         durability: of the store.
     """
@@ -133,8 +134,6 @@ class ModelLayout:
             for name, shape in tensors:
                 wanted = state_format(name) if callable(state_format) else state_format
                 by_format.setdefault(wanted, []).append((name, shape))
-            if not by_format and not callable(state_format):
-                by_format[state_format] = []
             first = len(records)
             for own_format, own in by_format.items():
                 name = part if len(by_format) == 1 else f"{part} ({own_format})"
@@ -174,7 +173,7 @@ class ModelLayout:
         model = manifest["model"]
         blocks = model.get("blocks") if isinstance(model, dict) else None
         counts = model.get("stops", [1] * len(records)) if isinstance(model, dict) else None
-        if type(blocks) is not int or not 0 <= blocks < len(records) or not _are_counts(counts, len(records)):
+        if type(blocks) is not int or not _are_counts(counts, blocks, len(records)):
             raise FormatError(
                 f"the store's manifest has {len(records)} records and says that {blocks!r} of them are blocks: it was "
                 "not made by an import of megatrain-io. Import the model again"
@@ -196,8 +195,8 @@ class ModelLayout:
     def manifest(self, model: dict[str, Any]) -> bytes:
         """The store's manifest; ``model`` is whatever describes the model, kept as it is."""
         counts = list(map(len, self.stops))
-        # Where it is missing, as before there were several, each record is a stop.
-        several = {"stops": counts} if max(counts) > 1 else {}
+        # Where it is missing, as before there were several or none, each record is a stop.
+        several = {"stops": counts} if set(counts) != {1} else {}
         return json.dumps(
             {
                 "chunk_parameters": self.chunk_parameters,
@@ -361,11 +360,15 @@ def _record(
     return Record(name, state_format, tuple(places), offset)
 
 
-def _are_counts(counts: object, records: int) -> TypeGuard[list[int]]:
-    """Whether it says how many records each stop has, one at least, of ``records`` in all."""
+def _are_counts(counts: object, blocks: int, records: int) -> TypeGuard[list[int]]:
+    """Whether it says how many records each stop has, of ``records`` in all; only ``blocks`` may have none."""
     return (
         isinstance(counts, list)
-        and all(type(count) is int and count > 0 for count in counts)
+        and 0 <= blocks < len(counts)
+        and all(
+            type(count) is int and count >= (0 if 0 < stop <= blocks else 1)
+            for stop, count in enumerate(counts)
+        )
         and sum(counts) == records
     )
 

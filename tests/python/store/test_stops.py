@@ -54,12 +54,36 @@ def test_the_manifest_says_which_records_a_stop_has_only_where_it_has_several():
     assert json.loads(one.manifest({}))["model"] == {"blocks": 3}, "as ever"
 
 
+def test_a_block_without_parameters_is_a_stop_without_records():
+    parts = [
+        ("embedding", [("table", (8, 16))]),
+        ("block 0", []),
+        ("block 1", [("w", (256,))]),
+        ("head", [("h", (16,))]),
+    ]
+    for formats in ("bf16", lambda _name: "bf16"):
+        made = ModelLayout.build(parts, 2, formats)
+        assert made.stops == ((0,), (), (1,), (2,))
+        assert ModelLayout.from_manifest(made.manifest({}).decode()) == made
+        steps = runs(build_schedule(made, tied_embeddings=False, training=True))
+        assert steps == [
+            ("load", 0),
+            ("load", 1),
+            ("load", 2),
+            ("update", 2),
+            ("update", 1),
+            ("load", 0),
+            ("update", 0),
+        ]
+
+
 @pytest.mark.parametrize(
     ("stops", "refused"),
     [
         ([1, 3, 3, 3, 3], "not made by an import"),
         ([1, 3, 3, 3, 2, 0], "not made by an import"),
         ([1, 3, 3, 3, True, 1], "not made by an import"),
+        ([0, 4, 3, 3, 2], "not made by an import"),
         ("many", "not made by an import"),
         ([1, 3, 3, 5], "embedding and head are two at most|formats"),
         ([12], "1 stops and 3 blocks"),

@@ -114,6 +114,35 @@ def test_weights_require_gradients_in_the_forward_pass_as_they_do_in_memory(tmp_
     assert Noting.seen == {(False, True), (True, True)}
 
 
+class Halving(nn.Module):
+    """A block without parameters."""
+
+    def forward(self, hidden):
+        return hidden * 0.5
+
+
+class WithoutParameters(Decoder):
+    def __init__(self):
+        super().__init__()
+        self.layers.insert(2, Halving())
+        self.layers.append(Halving())
+
+
+class StockWithoutParameters(Stock, WithoutParameters):
+    pass
+
+
+def test_blocks_without_parameters_are_passed_as_any(tmp_path):
+    expected = train_in_memory(made(StockWithoutParameters), STEPS, HOW, FP32)
+    with created(tmp_path / "store", made(WithoutParameters), precision="fp32") as model:
+        go_on(model, until=2)
+    more = {name: value for name, value in options().items() if name != "largest_step"}
+    with mt.PagedModel.open(
+        made(WithoutParameters), files(tmp_path / "store"), blocks="layers", **more
+    ) as model:
+        check(model, expected)
+
+
 class Keeping(example.Block):
     """Keeps what it computed last, in an attribute, a list and a dictionary, made at once and when it is called."""
 

@@ -216,4 +216,10 @@ class SideGradients:
             if of_side is not None and end.requires_grad:  # not where it is of what is not trained
                 outputs.append(end)
                 gradients.append(of_side)
-        return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+        # What is made of nothing that is trained leads to none of the inputs, and autograd refuses to begin there.
+        ends = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+        if not ends:
+            return (None,) * len(inputs)
+        return torch.autograd.grad(
+            [end for end, _ in ends], inputs, [each for _, each in ends], allow_unused=True
+        )

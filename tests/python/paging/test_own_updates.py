@@ -201,6 +201,23 @@ def test_a_record_that_no_gradient_reaches_is_left_alone(tmp_path, policy, how):
         assert [model.state.updates[record] for record in blocks] == [5, 3, 5, 5]
 
 
+def test_embeddings_that_no_gradient_reaches_are_left_alone(tmp_path):
+    case = Case(dtype=BF16, counts=(2,) * 3)
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case) as model:
+        record = model.partition.record
+
+        def cut(parameters, micro_batch, cache=None):
+            is_cut = model._under_way is not None and model._under_way.number == 2
+            given = {name: each.detach() if is_cut else each for name, each in parameters.items()}
+            return record(given, micro_batch, cache)
+
+        model.partition.record = cut
+        everything = {0, 1, 2, 3, 4, 5}
+        made = train(model, case)
+        check(model, case, made, [everything, everything - {0}, everything])
+
+
 def test_a_parameter_alone_without_a_gradient_is_refused_by_name_and_the_step_is_dropped(tmp_path):
     case = Case(dtype=BF16, counts=(1,) * 4)
     make_store(tmp_path / "store", case)

@@ -22,6 +22,7 @@ from paged import (
     opened,
     train,
 )
+from reference.reference import train as train_in_memory
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -53,6 +54,25 @@ def test_where_inputs_of_blocks_lie_changes_no_bit(tmp_path, place):
     expected = in_memory(case)
     assert losses == expected.losses
     assert differing(planes, expected_planes(expected)) == []
+
+
+def frozen_table(name):
+    """The first hidden state has no gradient, and what is made of it for the blocks has one."""
+    return "raw32" if name == "model.embed_tokens.weight" else "f32"
+
+
+@pytest.mark.parametrize("family", SIDE_INPUTS)
+def test_side_inputs_are_trained_beside_a_table_that_is_not(tmp_path, family):
+    case = Case(family, counts=(2, 1), format_of=frozen_table)
+    stock = case.model
+    stock.get_input_embeddings().weight.requires_grad_(False)
+    expected = train_in_memory(stock, case.steps, case.hyperparameters, case.dtype)
+    make_store(tmp_path / "store", case)
+    with opened(tmp_path / "store", case) as model:
+        assert train(model, case) == expected.losses
+        planes = all_planes(model.state)
+    wanted = expected_planes(expected) | {(name, "weight"): value for name, value in expected.weight.items()}
+    assert differing(planes, wanted) == []
 
 
 @pytest.mark.parametrize("family", SIDE_INPUTS)

@@ -146,8 +146,9 @@ def refuse_other_formats(partition: PartitionedModel, layout: ModelLayout, where
     for name, state_format in there.items():
         if name in now and now[name] != state_format:
             raise ConfigError(
-                f"{where}: its store keeps {name} as {state_format}, and with this version of transformers the model "
-                f"has it as {now[name]}: go on with the version that it was imported with, or import the model again"
+                f"{where}: its store keeps {name} as {state_format}, and the model has it as {now[name]} now (bf16 and "
+                "f32 are trained, raw16 and raw32 are not): take the model as it was then (requires_grad of a module "
+                "of your own, the version of transformers), or import it again"
             )
 
 

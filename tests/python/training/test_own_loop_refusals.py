@@ -261,6 +261,17 @@ def test_a_gradient_that_none_was_thought_to_be_ends_its_step_by_name(tmp_path, 
     assert not (tmp_path / "other").exists()
 
 
+def test_a_module_that_trains_other_parameters_than_its_file_is_refused_by_name(tmp_path):
+    with created(tmp_path / "store"):
+        pass
+    other = made()
+    other.layers[1].up.bias.requires_grad_(False)
+    more = {name: value for name, value in options().items() if name != "largest_step"}
+    reason = r"keeps layers\.1\.up\.bias as bf16, and the model has it as raw16 now .*requires_grad"
+    with pytest.raises(ConfigError, match=reason):
+        mt.PagedModel.open(other, files(tmp_path / "store"), blocks="layers", **more)
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

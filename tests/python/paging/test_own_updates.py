@@ -73,11 +73,17 @@ def check(model, case, made, sets=SETS, before_step=None):
         updated=None if sets is None else [names_of(layout, records_of(layout, stops)) for stops in sets],
         before_step=before_step,
     )
+    return check_result(model, made, expected)
+
+
+def check_result(model, made, expected):
+    layout = model.state.layout
     assert [step.loss for step in made] == expected.losses
-    assert differing(all_planes(model.state), expected_planes(expected)) == []
+    planes = expected_planes(expected) | {(name, "weight"): value for name, value in expected.weight.items()}
+    assert differing(all_planes(model.state), planes) == []
     assert [step.grad_norm for step in made] == pytest.approx(expected.grad_norms, rel=1e-6)
     updates = {place.name: model.state.updates[place.record] for place in layout.tensors()}
-    assert updates == expected.updates
+    assert updates == dict.fromkeys(updates, 0) | expected.updates
     return updates
 
 
@@ -199,6 +205,90 @@ def test_a_record_that_no_gradient_reaches_is_left_alone(tmp_path, policy, how):
         layout = model.state.layout
         blocks = [layout.stops[layout.block(block)][0] for block in range(4)]
         assert [model.state.updates[record] for record in blocks] == [5, 3, 5, 5]
+
+
+def three_formats(name):
+    return "raw32" if ".mlp.up" in name else "bf16" if "norm" in name else "f32"
+
+
+def without_gradients(model, records):
+    """Let no gradient reach the records that ``records`` names for a step."""
+    partition, layout = model.partition, model.state.layout
+    run_block, loss = partition.run_block, partition.loss
+
+    def given(tensors):
+        under_way = model._under_way
+        cut = names_of(layout, records(under_way.number)) if under_way is not None else ()
+        return {name: each.detach() if name in cut else each for name, each in tensors.items()}
+
+    partition.run_block = lambda block, tensors, *others: run_block(block, given(tensors), *others)
+    partition.loss = lambda tensors, *others: loss(given(tensors), *others)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"resident_share": 0.5, "commit_every": 2, "drives": 2},
+        pytest.param({"resident_share": 0.2, "commit_every": 3, "small_pool": True}, marks=pytest.mark.slow),
+        pytest.param({"device": partial(SimulatedDevice, 7), "resident_share": 0.5}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("policy", [None, "deferred", "speculative"])
+def test_of_a_stop_some_records_are_updated_some_get_no_gradient_and_some_are_frozen(tmp_path, policy, how):
+    how, case = dict(how), Case(tied=True, counts=(1, 2, 1, 1, 2, 1), format_of=three_formats)
+    commit_every, drives = how.pop("commit_every", 1), how.pop("drives", DRIVES)
+    make_store(tmp_path / "store", case, 4096, drives=drives)
+    if "device" in how:
+        how["device"] = how["device"]()
+    stock = case.model
+    formats = {name: three_formats(name) for name, _ in stock.named_parameters()}
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad_(formats[name] != "raw32")
+    # Of block 1 the norms, of block 2 all but them, of the head its only record, and the whole of block 0.
+    left_out = {
+        2: [(2, "bf16")],
+        3: [(3, "f32"), (2, "bf16")],
+        4: [(5, "bf16")],
+        6: [(1, "f32"), (1, "bf16")],
+    }
+    not_chosen = {1: [(4, "f32")], 3: [(4, "bf16")], 5: [(3, "f32"), (3, "bf16")]}
+
+    def of(layout, pairs):
+        return {r for stop, form in pairs for r in layout.stops[stop] if layout.records[r].format == form}
+
+    with opened(tmp_path / "store", case, drives=drives) as model:
+        layout = model.state.layout
+    sets = [set(layout.trained) - of(layout, not_chosen.get(number, ())) for number in range(1, 7)]
+    gradients = [chosen - of(layout, left_out.get(number, ())) for number, chosen in enumerate(sets, 1)]
+
+    def expected(coefficients=None):
+        return train_in_memory(
+            stock,
+            case.steps,
+            case.hyperparameters,
+            BF16,
+            clip_coefficients=coefficients,
+            keep_in_fp32=[name for name, form in formats.items() if form != "bf16"],
+            updated=[names_of(layout, chosen) for chosen in gradients],
+        )
+
+    if policy is not None:
+        how |= {"max_grad_norm": sorted(expected().grad_norms)[3], "policy": policy, "kept_in_ram": 0.5}
+    made = []
+    with opened(tmp_path / "store", case, drives=drives, **how) as model:
+        without_gradients(model, lambda number: of(layout, left_out.get(number, ())))
+        for number, chosen in enumerate(sets, 1):
+            h = case.hyperparameters
+            adamw = AdamWStep(1000 + number, h.lr[number - 1], h.beta1, h.beta2, h.eps)
+            batches = [*map(to_micro_batch, case.steps[number - 1])]
+            blob = (lambda _loss: b"") if number % commit_every == 0 else None
+            made.append(model.train_step(batches, adamw, blob, number=number, updated=chosen))
+        model.wait_durable()
+        updates = check_result(model, made, expected([step.clip_coefficient for step in made]))
+    assert {*updates.values()} == {0, 4, 5, 6}
+    if policy is not None:
+        assert {step.clip_coefficient < 1 for step in made} == {True, False}
 
 
 def test_embeddings_that_no_gradient_reaches_are_left_alone(tmp_path):

@@ -17,7 +17,9 @@ from megatrain_io.errors import ModelFilesError
 from model_sources import differing
 from published import (
     DTYPES,
+    add_tensors,
     call,
+    edit_config,
     in_memory,
     make_folder,
     published_config,
@@ -65,9 +67,79 @@ def test_saved_buffers_are_computed_with_and_exported(tmp_path, monkeypatch, mod
     assert in_memory(stock, steps[:1], precision).losses != losses[:1]
 
 
+def next_token_layer(folder, prefix, block):
+    """The tensors of a layer that predicts one more token: a copy of a block, and what joins two hidden states."""
+    inside = {
+        name.replace(block, prefix): value
+        for name, value in tensors_of(folder).items()
+        if name.startswith(block)
+    }
+    assert inside
+    of_its_own = ("eh_proj.weight", "enorm.weight", "hnorm.weight", "shared_head.norm.weight")
+    return inside | {
+        prefix + name: torch.arange(8.0).bfloat16() + place for place, name in enumerate(of_its_own)
+    }
+
+
+def on_the_hub(model_type, source):
+    """Give a folder what those of the hub have besides; the tensors that are added."""
+    if model_type == "glm4_moe":
+        further = next_token_layer(source, "model.layers.3.", "model.layers.2.")
+    else:
+        further = next_token_layer(source, "mtp.layers.0.", "backbone.layers.4.")
+        code = "configuration_nemotron_h.NemotronHConfig"
+        edit_config(
+            source,
+            without=("layers_block_type", "layer_types", "dtype"),
+            torch_dtype="bfloat16",
+            hybrid_override_pattern="ME*ME-",
+            num_hidden_layers=6,
+            auto_map={"AutoConfig": code},
+        )
+    add_tensors(source, further)
+    return further
+
+
+@pytest.mark.parametrize(("model_type", "precision"), [("glm4_moe", "bf16"), ("nemotron_h", "bf16")])
+def test_a_mixture_of_experts_of_the_hub_is_exported_as_it_came(
+    tmp_path, monkeypatch, caplog, model_type, precision
+):
+    source = make_folder(tmp_path, text_config(model_type), precision)
+    further = on_the_hub(model_type, source)
+    assert len(list(source.glob("*.safetensors"))) > 1
+    steps, losses = trained(tmp_path, precision, monkeypatch)
+    assert f"{len(further)} tensors" in caplog.text
+    stock = load(source, precision)
+    biases = {name: value.clone() for name, value in stock.named_buffers() if name.endswith("_bias")}
+    assert biases
+    assert all(value.abs().max() > 0.1 for value in biases.values())
+    expected = in_memory(stock, steps, precision)
+    assert losses == expected.losses
+    stock.save_pretrained(tmp_path / "stock")
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    # As stock saves what stock trained, and what stock passes over as it was.
+    assert differing(after, tensors_of(tmp_path / "stock") | further) == []
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    # No code came along, and what is named as the dtype of torch is that of the files.
+    old["dtype"] = old.pop("torch_dtype", old.get("dtype"))
+    assert new == {key: value for key, value in old.items() if key != "auto_map"}
+    exported = load(tmp_path / "out", precision)
+    assert type(exported) is type(stock)
+    assert differing(dict(exported.named_parameters()), expected.weight) == []
+    assert differing({name: exported.get_buffer(name) for name in biases}, biases) == []
+    call("generate", tmp_path / "run", "--prompt", "The quick", "--max-new-tokens", 3)
+
+
+# ------------------------------------------------------------------------------- of more than text
+
+NOT_TEXT = re.compile(r"vis(ual|ion)|audio|projector|^mtp\.")
+
+
 def text_name(name):
     """Of a tensor of a published model in its text model."""
-    return name.replace("model.language_model.", "model.")
+    inside = re.sub(r"^(model\.language_model|language_model\.model)\.", "model.", name)
+    return inside.removeprefix("language_model.")
 
 
 def as_text_model(published):
@@ -93,68 +165,86 @@ def fed_with_text(published):
     published.__class__ = Fed
 
 
-def add_tensor(folder, name, value):
-    """One more tensor, in the last file of a folder with an index."""
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    file = max(index["weight_map"].values())
-    tensors = safetensors.torch.load_file(folder / file)
-    safetensors.torch.save_file(tensors | {name: value}, folder / file, metadata={"format": "pt"})
-    index["weight_map"][name] = file
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+# By type: what a text model alone has of its own, and what makes it another one's.
+MORE_THAN_TEXT = [
+    ("gemma3", "fp32"),  # windows
+    ("qwen3_5", "fp32"),  # recurrence
+    ("gemma3n", "fp32"),  # inputs of the embedding for every block, keys and values for later ones; sound
+    ("gemma4", "bf16"),  # the same, saved buffers; sound
+    ("llama4", "fp32"),  # a causal language model inside
+    ("qwen3_vl", "bf16"),  # no class for the text model alone
+]
+MORE_OF_FAMILIES = [
+    ("mistral3", "bf16"),
+    ("gemma3n", "bf16"),
+    ("gemma4", "fp32"),
+    ("llama4", "bf16"),
+    ("qwen2_vl", "bf16"),
+    ("qwen2_5_vl", "fp32"),
+    ("qwen2_5_vl", "bf16"),
+    ("qwen3_vl", "fp32"),
+    ("qwen3_vl_moe", "bf16"),
+    ("glm4v", "bf16"),
+    ("glm4v_moe", "bf16"),
+    ("internvl", "bf16"),
+    ("llava", "bf16"),
+]
 
 
 @pytest.mark.parametrize(
-    ("model_type", "precision", "tower"),
-    [
-        ("gemma3", "fp32", "multi_modal_projector, vision_tower"),
-        pytest.param("mistral3", "bf16", "multi_modal_projector, vision_tower", marks=OF_FAMILIES),
-        ("qwen3_5", "fp32", "visual, mtp"),
-    ],
+    ("model_type", "precision"),
+    [*MORE_THAN_TEXT, *(pytest.param(*each, marks=OF_FAMILIES) for each in MORE_OF_FAMILIES)],
 )
 def test_the_text_model_is_trained_and_all_else_is_carried_through(
-    tmp_path, monkeypatch, caplog, model_type, precision, tower
+    tmp_path, monkeypatch, caplog, model_type, precision
 ):
+    if model_type == "gemma3n":
+        pytest.importorskip("timm", reason="its images are read by a model of timm")
     kind, config = published_config(model_type)
     source = make_folder(tmp_path, config, precision, kind)
     assert len(list(source.glob("*.safetensors"))) > 1
     if model_type == "qwen3_5":
-        add_tensor(source, "mtp.fc.weight", torch.arange(12, dtype=torch.int64).view(3, 4))
+        add_tensors(source, {"mtp.fc.weight": torch.arange(12, dtype=torch.int64).view(3, 4)})
     (source / "preprocessor_config.json").write_text('{"size": 32}')
     steps, losses = trained(tmp_path, precision, monkeypatch)
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
-    carried = {
-        name: value
-        for name, value in before.items()
-        if "language_model" not in name and "lm_head" not in name
-    }
+    carried = {name: value for name, value in before.items() if NOT_TEXT.search(name)}
     assert len(carried) > 10
-    assert re.search(
-        rf"{len(carried)} tensors \([0-9.]+ MiB\) of {tower} are carried through unchanged", caplog.text
+    told = re.search(
+        rf"{len(carried)} tensors \([0-9.]+ MiB\) of ([\w, ]+) are carried through unchanged", caplog.text
     )
+    assert {*told[1].split(", ")} == {name.removeprefix("model.").partition(".")[0] for name in carried}
     assert f"trains the text model of {kind.__name__}" in caplog.text
     assert before.keys() == after.keys()
     assert differing({name: after[name] for name in carried}, carried) == []
     stock = kind.from_pretrained(source, dtype=DTYPES[precision])
-    expected = in_memory(as_text_model(stock).train(), steps, precision)
-    assert losses == expected.losses
-    exported = kind.from_pretrained(tmp_path / "out", dtype=DTYPES[precision])
-    found = {
-        text_name(name): value
-        for name, value in exported.named_parameters()
-        if "language_model" in name or "lm_head" in name
-    }
-    assert differing(found, expected.weight) == []
+    buffers = {name: value.clone() for name, value in stock.named_buffers()}
+    alone = None
+    if type(config.text_config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        alone = as_text_model(stock).train()
     # The published class, given text alone, trains to the same bits.
+    is_text = {name: not NOT_TEXT.search(name) for name, _ in stock.named_parameters()}
     for name, parameter in stock.train().named_parameters():
-        parameter.requires_grad_("language_model" in name or "lm_head" in name)
-    fed_with_text(stock)
-    whole = in_memory(stock, steps, precision)
-    assert losses == whole.losses
-    assert differing({text_name(n): v for n, v in whole.weight.items() if text_name(n) in found}, found) == []
+        parameter.requires_grad_(is_text[name])
+    exported = kind.from_pretrained(tmp_path / "out", dtype=DTYPES[precision])
+    found = {text_name(name): value for name, value in exported.named_parameters() if is_text[name]}
+    if model_type != "llama4":  # transformers 5.24 runs it with images alone
+        fed_with_text(stock)
+        whole = in_memory(stock, steps, precision)
+        assert losses == whole.losses
+        weight = {text_name(name): value for name, value in whole.weight.items() if is_text[name]}
+        assert differing(found, weight) == []
+    assert differing(dict(exported.named_buffers()), buffers) == []
+    if alone is not None:
+        expected = in_memory(alone, steps, precision)
+        assert losses == expected.losses
+        assert differing(found, expected.weight) == []
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
     assert new["architectures"] == [kind.__name__]
     assert new.keys() == old.keys()
-    assert new["vision_config"] == old["vision_config"]
+    assert {name: new[name] for name in new if name != "text_config"} == {
+        name: old[name] for name in old if name != "text_config"
+    }
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 32}'
     text = call("generate", tmp_path / "run", "--prompt", "The quick", "--max-new-tokens", 3)
     assert text["text"] is not None
@@ -171,7 +261,7 @@ def imported_once(tmp_path_factory):
     """A folder with trained biases and a layer that predicts further tokens, and a run that was imported from it."""
     here = tmp_path_factory.mktemp("imported")
     source = make_folder(here, text_config("deepseek_v3"), "fp32")
-    add_tensor(source, MTP, torch.arange(24, dtype=torch.float16).view(4, 6))
+    add_tensors(source, {MTP: torch.arange(24, dtype=torch.float16).view(4, 6)})
     call("import", source, here / "run", "--precision", "fp32", "--io-backend", "threads")
     return here
 
@@ -262,10 +352,10 @@ def test_a_loop_of_ones_own_has_the_buffers_of_its_folder(here):
 
 
 def test_a_model_whose_text_model_transformers_does_not_have_alone_is_refused_by_name(tmp_path):
-    transformers.Qwen3VLConfig().save_pretrained(tmp_path / "model")
+    transformers.Emu3Config().save_pretrained(tmp_path / "model")
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
     told = call("import", tmp_path / "model", tmp_path / "run", code=5)
     assert (
-        "qwen3_vl takes more than text, and transformers has no causal language model"
+        "emu3 takes more than text, and no causal language model of transformers is known"
         in told["error"]["message"]
     )

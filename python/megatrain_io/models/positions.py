@@ -54,7 +54,12 @@ def find_positions(
     text_config = small.get_text_config()
     standard = getattr(text_config, "attribute_map", {})
     taken = {standard.get(name, name) for name in _NAMES}
-    names = [name for name in _NAMES if name in taken and isinstance(getattr(text_config, name, None), int)]
+    # A number that is not positive says that there is no bound (XLNet), and such a setting may refuse another.
+    names = [
+        name
+        for name in _NAMES
+        if name in taken and isinstance(value := getattr(text_config, name, None), int) and value > 0
+    ]
     for name in names:
         config = copy.deepcopy(small)
         setattr(config.get_text_config(), name, _FEW)

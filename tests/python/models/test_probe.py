@@ -108,6 +108,13 @@ def test_blocks_that_a_text_does_not_pass_are_noted():
     assert {name for name, _ in partition.block_parameters(skipped)} <= partition.unreached
 
 
+def test_a_model_without_a_bound_of_positions_whose_hidden_state_has_time_first():
+    config = small_config("xlnet")
+    config.attn_type = "uni"
+    spec = probe(config, block_list="transformer.layer")
+    assert (spec.axes, spec.positions) == ("TBH", None)
+
+
 class Scores:
     """A model with given scores, and a loss of its own."""
 

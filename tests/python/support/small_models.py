@@ -180,7 +180,7 @@ def small_config(family):
         return AutoConfig.for_model(family, **BY_HAND[family])
     config = shrink_config(AutoConfig.for_model(family, **SET.get(family, {})))
     text_config = config.get_text_config()
-    for name in ("vocab_size", "vocab_size_per_layer_input"):
+    for name in ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"):
         if getattr(text_config, name, None):
             setattr(text_config, name, VOCABULARY)
     return config

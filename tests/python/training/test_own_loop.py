@@ -143,6 +143,37 @@ def test_blocks_without_parameters_are_passed_as_any(tmp_path):
         check(model, expected)
 
 
+class HandingBlock(example.Block):
+    """Returns more than the hidden state, and takes what the block before it returned so."""
+
+    def forward(self, hidden, before):
+        output = super().forward(hidden if before is None else hidden + before)
+        return output, output * hidden
+
+
+class Handing(Decoder):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(HandingBlock() for _ in range(3))
+
+    def forward(self, input_ids):
+        hidden, before = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1])), None
+        for layer in self.layers:
+            hidden, before = layer(hidden, before)
+        return self.head(self.norm(hidden))
+
+
+class StockHanding(Stock, Handing):
+    pass
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_what_a_block_returns_besides_reaches_the_next_one_and_its_gradient_comes_back(tmp_path, dtype):
+    precision = "fp32" if dtype == FP32 else "bf16"
+    with created(tmp_path / "store", made(Handing), precision=precision) as model:
+        check(model, train_in_memory(made(StockHanding), STEPS, HOW, dtype))
+
+
 class Keeping(example.Block):
     """Keeps what it computed last, in an attribute, a list and a dictionary, made at once and when it is called."""
 

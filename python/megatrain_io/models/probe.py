@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -205,7 +205,7 @@ def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> P
 
 def _refuse_without_labels(config: PreTrainedConfig) -> None:
     """Refuse a model that drafts for another one."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is not None and "labels" not in inspect.signature(kind.forward).parameters:
         raise RefusedError(
             f"{kind.__name__} takes no labels: it works beside another model, and is not trained by itself; choose the "

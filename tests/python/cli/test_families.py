@@ -109,7 +109,7 @@ def test_what_a_refusal_advises_is_followed_as_it_is_printed(family, advice):
     driven = families.row_of(family, "fp32")
     assert (driven.result, driven.advice) == ("equal", advice), driven
     (*_, notes) = families.table_rows([driven])[0]
-    assert notes == f"as the refusal advises, with {advice}"
+    assert notes == f"as the refusal advises: {advice}"
 
 
 def test_advice_that_the_driver_cannot_follow_is_left():

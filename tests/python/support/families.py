@@ -560,7 +560,7 @@ def table_rows(rows):
             else [f"{precision}: {message}" for precision, message in messages.items()]
         )
         advice = {row.advice for row in each.values() if row.advice}
-        notes = [f"as the refusal advises, with {' or '.join(sorted(advice))}"] * bool(advice) + notes
+        notes = [f"as the refusal advises: {' or '.join(sorted(advice))}"] * bool(advice) + notes
         notes += sorted(cell(generation, family) for generation in generations - {"equal"})
         results = [each[precision].result if precision in each else "" for precision in PRECISIONS]
         generation = "" if not generations else "equal" if generations == {"equal"} else "see notes"

@@ -308,7 +308,7 @@ def trained(folder, precision, monkeypatch):
     return steps, losses
 
 
-def in_memory(model, steps, precision):
+def in_memory(model, steps):
     """The same training of a stock model in memory, each parameter in the dtype that it has there."""
     how = Hyperparameters(lr=[RATE] * len(steps), weight_decay=0.1)
-    return train_in_memory(model, steps, how, compute_dtype=None, bf16_source=precision == "bf16")
+    return train_in_memory(model, steps, how, compute_dtype=None)

@@ -84,7 +84,7 @@ soak: setup ## what takes hours: 200,000 random crashes (RUNS=n), 1,000 orders o
 families: setup ## every causal language model of transformers against training in memory, in an hour (FAMILIES=llama,qwen3)
 	PYTHONPATH=tests:tests/python/support $(BIN)/python tests/python/support/families.py $(or $(FAMILIES),all) \
 	    --results target/families.jsonl $(if $(RESUME),--resume) $(if $(FAMILIES),,--table docs/models.md)
-	MEGATRAIN_FAMILIES=1 $(BIN)/python -m pytest tests/python/cli/test_published.py -q
+	MEGATRAIN_FAMILIES=1 $(BIN)/python -m pytest tests/python/cli/test_published.py tests/python/cli/test_formats.py -q
 
 # What `cargo fuzz` would pass; the stable compiler takes it, so nothing has to be installed.
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

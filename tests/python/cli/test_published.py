@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import megatrain_io as mt
 from megatrain_io.errors import ModelFilesError
+from megatrain_io.models.generation_config import end_tokens
 from megatrain_io.runs.folder import RunFolder
 from model_sources import differing
 from published import (
@@ -128,7 +129,11 @@ def test_a_mixture_of_experts_of_the_hub_is_exported_as_it_came(
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
     # No code came along, and what is named as the dtype of torch is that of the files.
     old["dtype"] = old.pop("torch_dtype", old.get("dtype"))
-    assert new == {key: value for key, value in old.items() if key != "auto_map"}
+    # What ends an answer by the tokenizer's chat template is added to what ends a text.
+    assert end_tokens(new["eos_token_id"])[0] == old["eos_token_id"]
+    assert new == {key: value for key, value in old.items() if key != "auto_map"} | {
+        "eos_token_id": new["eos_token_id"]
+    }
     exported = load(tmp_path / "out", precision)
     assert type(exported) is type(stock)
     assert differing(dict(exported.named_parameters()), expected.weight) == []
@@ -447,10 +452,10 @@ def test_a_loop_of_ones_own_has_the_buffers_of_its_folder(here):
 
 
 def test_a_model_whose_text_model_transformers_does_not_have_alone_is_refused_by_name(tmp_path):
-    transformers.Emu3Config().save_pretrained(tmp_path / "model")
+    transformers.GlmOcrConfig().save_pretrained(tmp_path / "model")
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
     told = call("import", tmp_path / "model", tmp_path / "run", code=5)
     assert (
-        "emu3 takes more than text, and no causal language model of transformers is known"
+        "glm_ocr takes more than text, and no causal language model of transformers is known"
         in told["error"]["message"]
     )

@@ -99,17 +99,21 @@ def _pass(
     micro_batch = MicroBatch(input_ids=new, shift_labels=torch.full_like(new, -100), position_ids=positions)
     micro_batch = micro_batch.to(model.device.torch_device)
     weights = StopWeights(records, layout.embedding)
-    hidden, calls = partition.record(weights.tensors, micro_batch, cache=cache)
+    hidden, calls = partition.record(partition.as_trained(weights.tensors), micro_batch, cache=cache)
     weights.give_back()
     for block in range(layout.blocks):
         check()
         weights = StopWeights(records, layout.block(block))
-        hidden = partition.run_block(block, weights.tensors, hidden, calls[block])
+        hidden = partition.run_block(block, partition.as_trained(weights.tensors), hidden, calls[block])
         weights.give_back()
     borrowed = [] if layout.head is None else [StopWeights(records, layout.head)]
     if partition.tied_parameters:
         borrowed.append(StopWeights(records, layout.embedding))
-    bound = {name: tensor for weights in borrowed for name, tensor in weights.tensors.items()}
+    bound = {
+        name: tensor
+        for weights in borrowed
+        for name, tensor in partition.as_trained(weights.tensors).items()
+    }
     scores = partition.logits(bound, partition.tokens_of(hidden, slice(-1, None)))[:, -1].float()
     bound.clear()
     for weights in borrowed:

@@ -17,7 +17,7 @@ from megatrain_io.data.files import not_read
 from megatrain_io.errors import ConfigError, DoesNotFitError
 from megatrain_io.machine.hardware import Hardware, load_hardware
 from megatrain_io.machine.memory import usable_ram
-from megatrain_io.models.hub_folder import ModelFolder
+from megatrain_io.models.gguf_folder import model_folder
 from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.paging.device.pool import VramPlan
 from megatrain_io.planning.division import divide_ram_of, divide_vram_of, fits_memory, has_ram, vram_nbytes
@@ -167,7 +167,7 @@ def _job_without_data(
     gpu = gpu_here(train.device) if described is None else described.device
     gpu = None if train.device == "cpu" else gpu
     precision, notes = resolve_precision(train.precision, config.model, run, gpu)
-    folder = ModelFolder.of(config.model)
+    folder = model_folder(config.model)
     options = ModelOptions.of(config.model_options).run_modules(folder.path)
     model_config = folder.config(needs_weights=False)
     notes += [*folder.notes, *folder.quantisation_notes]

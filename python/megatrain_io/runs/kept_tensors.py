@@ -20,6 +20,7 @@ from megatrain_io.errors import MegatrainIoError, ModelFilesError, UnsupportedMo
 from megatrain_io.files import open_file, read_file, replace_file, sync_folder
 from megatrain_io.interrupt import check
 from megatrain_io.models.dequantized import DequantizedWeights
+from megatrain_io.models.gguf_folder import model_folder
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.safetensors import (
@@ -31,7 +32,7 @@ from megatrain_io.models.safetensors import (
     plan_file,
 )
 from megatrain_io.models.text_model import TextNames, text_config_of
-from megatrain_io.models.weights import WeightReader
+from megatrain_io.models.weights import StoredWeights, WeightReader
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.text import mib
@@ -86,7 +87,7 @@ class SourceWeights:
     names: HubNames
     plan: NamePlan
     files: WeightReader
-    stored: Checkpoint
+    stored: StoredWeights
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
@@ -130,7 +131,7 @@ class Kept:
 
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] | None = None
-    files: Checkpoint | None = None
+    files: StoredWeights | None = None
     carried: tuple[str, ...] = ()
 
     @property
@@ -169,7 +170,7 @@ def opened_weights(folder: ModelFolder, dtype: torch.dtype) -> Iterator[SourceWe
         ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
         UnsupportedModelError: the weights are quantised, or transformers cannot build the model.
     """
-    with Checkpoint(folder.weight_files()) as opened:
+    with folder.open_weights() as opened:
         files: WeightReader = opened
         if (block := folder.fp8_block) is not None:
             files = DequantizedWeights(files, block)
@@ -290,7 +291,7 @@ def remade(run: RunFolder, name: str, known: Iterable[str]) -> bool:
     try:
         _clear(scratch)
         scratch.mkdir(0o700)
-        source = ModelFolder(Path(info.source), dequantizes=bool(info.model_options.get("dequantize")))
+        source = model_folder(Path(info.source), dequantizes=bool(info.model_options.get("dequantize")))
         with opened_weights(source, DTYPES[info.precision]) as weights:
             write_kept(weights, scratch)
         with open_file(scratch / name) as file:

@@ -110,9 +110,7 @@ def _pass(
     if partition.tied_parameters:
         borrowed.append(StopWeights(records, layout.embedding))
     bound = {
-        name: tensor
-        for weights in borrowed
-        for name, tensor in partition.as_trained(weights.tensors).items()
+        name: tensor for weights in borrowed for name, tensor in partition.as_trained(weights.tensors).items()
     }
     scores = partition.logits(bound, partition.tokens_of(hidden, slice(-1, None)))[:, -1].float()
     bound.clear()

@@ -9,7 +9,10 @@ import typer
 __all__ = ["AllowCode", "BlockList", "JsonOutput", "Miniature", "Model", "Modules", "Run", "allow_code"]
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Model folder: config.json, safetensors, tokenizer.")
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="Model folder (config.json, safetensors, tokenizer), or a GGUF file."
+    ),
 ]
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder: the output_dir of its configuration.")]

@@ -121,12 +121,12 @@ class DequantizedFiles:
     Without its scale, an fp8 matrix would be another one.
     """
 
-    def __init__(self, files: Checkpoint, weights: DequantizedWeights) -> None:
+    def __init__(self, files: StoredWeights, weights: DequantizedWeights) -> None:
         """Read ``files``, whose numbers ``weights`` gives."""
         self._files, self._weights = files, weights
 
     @property
-    def entries(self) -> Mapping[str, TensorEntry]:
+    def entries(self) -> Mapping[str, StoredEntry]:
         """Dtype, shape and size of every tensor, by name; scales are none."""
         there = self._files.entries
         return {

@@ -30,7 +30,9 @@ from megatrain_io.files import UnfitFileError, new_file, open_file, read_file
 from megatrain_io.models.companions import COMPANIONS
 from megatrain_io.models.config_limits import refuse_numbers
 from megatrain_io.models.dequantized import can_dequantize
+from megatrain_io.models.safetensors import Checkpoint
 from megatrain_io.models.text_model import text_config_of
+from megatrain_io.models.weights import StoredWeights
 
 __all__ = ["ModelFolder"]
 
@@ -87,8 +89,6 @@ class ModelFolder:
             ModelFilesError: it is missing, is a file, or has no sound config.json.
         """
         self.path, self.dequantizes = path, dequantizes
-        if path.suffix == ".gguf":
-            self._refuse_gguf(path)
         if not path.exists():
             raise ModelFilesError(
                 f"{path} does not exist. Give a folder with config.json and model.safetensors; a model of the hub "
@@ -108,9 +108,17 @@ class ModelFolder:
         self.raw_config = self._read_json(_CONFIG)
 
     @classmethod
-    def of(cls, path: Path) -> "ModelFolder":
+    def of(cls, path: Path, *, dequantizes: bool = False) -> "ModelFolder":
         """The folder that is meant by its path, or by that of its config.json."""
-        return cls(path.parent if path.name == _CONFIG else path)
+        return cls(path.parent if path.name == _CONFIG else path, dequantizes=dequantizes)
+
+    def open_weights(self) -> StoredWeights:
+        """The tensors of the weight files, which the caller closes.
+
+        Raises:
+            ModelFilesError: files are missing, damaged, or not sound.
+        """
+        return Checkpoint(self.weight_files())
 
     def weight_files(self) -> list[Path]:
         """Paths of the safetensors files, links resolved; all of them are there.
@@ -413,11 +421,7 @@ class ModelFolder:
 
     def _refuse_gguf(self, path: Path) -> NoReturn:
         raise ModelFilesError(
-            f"{path} is in GGUF format, which is not read yet. Convert it once with transformers (pip install gguf "
-            f"accelerate): load it with AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, "
-            f"gguf_file={path.name!r}), remove the mark of quantisation with "
-            "model.hf_quantizer.remove_quantization_config(model), save it with save_pretrained(OUT), and the "
-            "tokenizer likewise; then import OUT. Compare the tokenizer's eos_token_id with the original's"
+            f"{self.path} holds the model as GGUF ({path.name}): give the file itself in place of the folder, {path}"
         )
 
 

@@ -1,9 +1,10 @@
 """Where a model's weights come from: what import needs of a file format."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Protocol, Self
 
-__all__ = ["WeightEntry", "WeightReader"]
+__all__ = ["StoredEntry", "StoredWeights", "WeightEntry", "WeightReader"]
 
 
 class WeightEntry(Protocol):
@@ -25,7 +26,7 @@ class WeightEntry(Protocol):
 class WeightReader(Protocol):
     """The tensors of a model's files, by name, read in parts: never the whole model, nor a whole tensor, in RAM.
 
-    ``models.safetensors.Checkpoint`` is one; another file format needs no more than this.
+    ``models.safetensors.Checkpoint`` and ``models.gguf_weights.GgufWeights`` are such.
     """
 
     @property
@@ -38,3 +39,31 @@ class WeightReader(Protocol):
         Raises:
             ModelFilesError: the files became shorter, or the drive failed to read them.
         """
+
+
+class StoredEntry(WeightEntry, Protocol):
+    """A tensor in the files of a model, whose bytes can be copied."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+
+
+class StoredWeights(Protocol):
+    """A ``WeightReader`` of files that are open, until the context ends."""
+
+    @property
+    def entries(self) -> Mapping[str, StoredEntry]:
+        """See ``WeightReader.entries``."""
+
+    def read(self, name: str, start: int, stop: int) -> bytearray:
+        """See ``WeightReader.read``."""
+
+    def pieces(self, name: str) -> Iterator[tuple[int, bytearray]]:
+        """A tensor of any dtype: offset and bytes of each piece, so many as are read at once."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

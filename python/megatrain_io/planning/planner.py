@@ -18,6 +18,7 @@ from megatrain_io.data.files import not_read
 from megatrain_io.errors import ConfigError, DoesNotFitError
 from megatrain_io.machine.hardware import Hardware, load_hardware
 from megatrain_io.machine.memory import usable_ram
+from megatrain_io.models.gguf_folder import model_folder
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.models.text_model import TextNames, text_config_of
@@ -174,7 +175,7 @@ def _job_without_data(
     gpu = gpu_here(train.device) if described is None else described.device
     gpu = None if train.device == "cpu" else gpu
     precision, notes = resolve_precision(train.precision, config.model, run, gpu)
-    folder = ModelFolder.of(config.model)
+    folder = model_folder(config.model)
     outside = [folder.path, run.path] if run.is_imported else [folder.path]
     options = ModelOptions.of(config.model_options).run_modules(*outside)
     model_config = folder.config(needs_weights=False)

@@ -26,6 +26,7 @@ from megatrain_io.files import make_folder, storage_errors, sync_folder
 from megatrain_io.interrupt import check, held
 from megatrain_io.machine.drive import store_drive_notes
 from megatrain_io.machine.precision import fastest_here
+from megatrain_io.models.gguf_folder import model_folder
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import NamePlan, Piece
 from megatrain_io.models.model_options import ModelOptions
@@ -165,13 +166,13 @@ def import_model(  # noqa: PLR0913 - as create_store
     ledger: Ledger | None = None,
     progress: Progress | None = None,
 ) -> RunInfo:
-    """Make the store of a run from a model folder of the Hugging Face hub.
+    """Make the store of a run from a model folder of the Hugging Face hub, or from a GGUF file.
 
     All files are checked before anything is written. The store, the configuration and the tokeniser are in
     place before ``run.json`` says so; when it fails, nothing is left behind.
 
     Args:
-        model_dir: folder with config.json and weights in safetensors (bf16, fp16 or fp32).
+        model_dir: folder with config.json and weights in safetensors (bf16, fp16 or fp32), or a GGUF file.
         run: where the run lives; its folder is made if need be.
         precision: compute dtype; auto: what computes fastest here. bf16 keeps fp32 masters, whatever the source.
         stores: path of the store's file, or a list of them, one for each drive; None = store.mtio in the run folder.
@@ -245,7 +246,7 @@ class ModelImport:
         run.mend(self._stores)
         _refuse_what_is_in_the_way(run, self._stores)
         self.notes = store_drive_notes([*self._stores, run.path])
-        self._folder = ModelFolder(model_dir, dequantizes=bool(self._options.dequantize))
+        self._folder = model_folder(model_dir, dequantizes=bool(self._options.dequantize))
         self.notes += self._folder.notes
         self._options.run_modules(model_dir, run.path)
         self._undo, self._holding = ExitStack(), ExitStack()

@@ -22,6 +22,7 @@ from megatrain_io.errors import MegatrainIoError, ModelFilesError, UnsupportedMo
 from megatrain_io.files import open_file, read_file, replace_file, sync_folder
 from megatrain_io.interrupt import check
 from megatrain_io.models.dequantized import DequantizedFiles, DequantizedWeights
+from megatrain_io.models.gguf_folder import model_folder
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.safetensors import (
@@ -33,7 +34,7 @@ from megatrain_io.models.safetensors import (
     plan_file,
 )
 from megatrain_io.models.text_model import TextNames, text_config_of
-from megatrain_io.models.weights import WeightReader
+from megatrain_io.models.weights import StoredWeights, WeightReader
 from megatrain_io.runs.folder import BUFFERS, CARRIED, SOURCE_TENSORS, RunFolder
 from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.text import mib
@@ -74,7 +75,7 @@ class SourceWeights:
     names: HubNames
     plan: NamePlan
     files: WeightReader
-    stored: Checkpoint | DequantizedFiles
+    stored: StoredWeights | DequantizedFiles
     lacking: tuple[str, ...] = ()
 
     @property
@@ -127,7 +128,7 @@ class Kept:
 
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] | None = None
-    files: Checkpoint | DequantizedFiles | None = None
+    files: StoredWeights | DequantizedFiles | None = None
     carried: tuple[str, ...] = ()
 
     @property
@@ -166,9 +167,9 @@ def opened_weights(folder: ModelFolder, dtype: torch.dtype) -> Iterator[SourceWe
         ModelFilesError: the files are incomplete, damaged, or do not fit their configuration.
         UnsupportedModelError: the weights are quantised, or transformers cannot build the model.
     """
-    with Checkpoint(folder.weight_files()) as opened:
+    with folder.open_weights() as opened:
         files: WeightReader = opened
-        stored: Checkpoint | DequantizedFiles = opened
+        stored: StoredWeights | DequantizedFiles = opened
         if (block := folder.fp8_block) is not None:
             files = dequantized = DequantizedWeights(files, block)
             stored = DequantizedFiles(opened, dequantized)
@@ -307,7 +308,7 @@ def _remade(run: RunFolder, name: str, known: Iterable[str]) -> bool:
     try:
         _clear(scratch)
         scratch.mkdir(0o700)
-        source = ModelFolder(Path(info.source), dequantizes=bool(info.model_options.get("dequantize")))
+        source = model_folder(Path(info.source), dequantizes=bool(info.model_options.get("dequantize")))
         with opened_weights(source, DTYPES[info.precision]) as weights:
             write_kept(weights, scratch)
         with open_file(scratch / name) as file:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatrain_io.errors import ConfigError, ModelFilesError, UnsupportedModelError
 from megatrain_io.models.causal_lm import module_name
-from megatrain_io.models.hub_folder import ModelFolder
+from megatrain_io.models.gguf_folder import model_folder
 from megatrain_io.models.meta_model import module_lists, parameters_on_meta
 from megatrain_io.models.partition import PartitionedModel, model_parts
 from megatrain_io.models.probe import probe
@@ -31,6 +31,9 @@ from megatrain_io.store.dtypes import DTYPES
 from megatrain_io.store.layout import Precision, TensorPlace
 from megatrain_io.text import visible
 from megatrain_io.training.fingerprint import differences
+
+if TYPE_CHECKING:
+    from megatrain_io.models.hub_folder import ModelFolder
 
 __all__ = ["Model", "ModelSource", "Weights"]
 
@@ -92,7 +95,7 @@ class ModelSource:
         self.folder: ModelFolder | None = None
         self._config: PreTrainedConfig | None = None
         if isinstance(model, Path | str):
-            self.folder = ModelFolder(Path(model))
+            self.folder = model_folder(Path(model))
             self._config = self.folder.config()
             self.partition = self._of_config(self._config, None, blocks, small)
         else:

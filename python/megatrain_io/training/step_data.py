@@ -25,6 +25,7 @@ from megatrain_io.data.prepare import DataOptions, TrainingData, prepare
 from megatrain_io.errors import ConfigError, DataError
 from megatrain_io.files import make_folder, new_file, read_file, storage_errors, sync_folder
 from megatrain_io.models.generation_config import with_end_tokens
+from megatrain_io.models.gguf_folder import model_folder
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.partition import PartitionedModel
 
@@ -153,7 +154,7 @@ def step_data(
             return OwnMicroBatches(cast("Sequence[MicroBatch]", own), train.num_train_epochs, partition)
         written = _written(cast("Sequence[Mapping[str, Any]]", own), cache)
         options, files = _options(data, train.seed, written), [str(written)]
-    folder = ModelFolder(model)
+    folder = model_folder(model)
     tokenizer = folder.tokenizer()
     prepared = prepare(options, tokenizer, cache, packs=partition.spec.packs, vocabulary=partition.vocab_size)
     _refuse_token(prepared.train.largest_token, partition)

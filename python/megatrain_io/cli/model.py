@@ -150,19 +150,26 @@ def generate_command(  # noqa: PLR0913 - an option each
 
 def export_command(
     run: Run,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create; with --to gguf: the file.")],
     *,
+    to: Annotated[
+        Literal["folder", "gguf"],
+        typer.Option(help="gguf: a file for llama.cpp, and a Modelfile for Ollama beside it."),
+    ] = "folder",
     dtype: Annotated[
-        Literal["bf16", "fp32"] | None,
-        typer.Option(help="fp32 are the master weights. Default: what the run computes in."),
+        Literal["bf16", "fp32", "f16", "f32", "q8_0"] | None,
+        typer.Option(
+            help="fp32 are the master weights. Default: what the run computes in. GGUF: bf16, f16, f32 or q8_0."
+        ),
     ] = None,
     modules: Modules = None,
     allows_code: AllowCode = False,
     json_output: JsonOutput = False,
 ) -> None:
-    """Write the weights as a model folder. They are the newest committed ones; transformers loads the folder."""
+    """Write the weights as a model folder, or as GGUF. They are the newest committed ones."""
     with command(json_output=json_output, interrupted="The run is as it was: export again.") as result:
         with held():
+            from megatrain_io.runs.export_gguf import export_gguf
             from megatrain_io.runs.export_model import export_model
             from megatrain_io.runs.folder import RunFolder
             from megatrain_io.runs.open_store import naming_the_way_back
@@ -171,6 +178,11 @@ def export_command(
         folder = RunFolder(run)
         with naming_the_way_back(folder), result.counting("export") as progress:
             allow_code(allows_code, modules)
-            export_model(folder, out, dtype=dtype, progress=progress, modules=modules)
+            if to == "gguf":
+                kind: Any = "f32" if dtype == "fp32" else dtype
+                export_gguf(folder, out, dtype=kind, progress=progress, modules=modules)
+            else:
+                precision: Any = dtype
+                export_model(folder, out, dtype=precision, progress=progress, modules=modules)
         result.values = {"run": run, "out": out, "dtype": dtype}
         result.text = visible(f"exported {run} to {out}")

@@ -614,6 +614,10 @@ def _write_phi3(config: PreTrainedConfig, out: _Written) -> None:
         out.tensors[_LONG] = [float(value) for value in rope["long_factor"]]
         out.tensors[_SHORT] = [float(value) for value in rope["short_factor"]]
         out.add(rope__freq_base=float(rope["rope_theta"]))
+        out.notes.append(
+            f"llama.cpp takes the long rotary factors for every text where its context is above {original:,} tokens, "
+            f"and transformers for long texts alone: with a context of at most {original:,} both answer alike"
+        )
     else:
         out.require(rope.get("rope_type", "default") == "default", "it scales its rotary positions")
         _write_rope(rope, out)

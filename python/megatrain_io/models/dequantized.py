@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from megatrain_io.errors import ModelFilesError, UnsupportedModelError
-from megatrain_io.models.safetensors import Checkpoint, TensorEntry
-from megatrain_io.models.weights import WeightEntry, WeightReader
+from megatrain_io.models.safetensors import TensorEntry
+from megatrain_io.models.weights import StoredEntry, StoredWeights, WeightEntry, WeightReader
 
 __all__ = ["DequantizedFiles", "DequantizedWeights", "can_dequantize"]
 

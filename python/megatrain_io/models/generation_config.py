@@ -4,7 +4,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["end_tokens", "with_end_tokens"]
+from transformers import CONFIG_MAPPING
+
+__all__ = ["end_tokens", "takes_several_ends", "with_end_tokens"]
 
 # What transformers takes from config.json where there is no generation_config.json.
 _TAKEN = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -14,6 +16,18 @@ def end_tokens(value: Any) -> list[int]:
     """The tokens of an ``eos_token_id``, which is a number or a list of them; none where it is anything else."""
     values = value if isinstance(value, list) else [value]
     return [token for token in values if isinstance(token, int) and not isinstance(token, bool)]
+
+
+def takes_several_ends(model_type: object) -> bool:
+    """Whether a configuration may have a list as ``eos_token_id``: some types of transformers take a number alone."""
+    try:
+        kind: Any = CONFIG_MAPPING[str(model_type)]
+        kind(eos_token_id=[0, 1])
+    except KeyError:  # of another version: not known
+        return True
+    except Exception:  # noqa: BLE001 - whatever a configuration says of it
+        return False
+    return True
 
 
 def with_end_tokens(generation: str | None, config: Mapping[str, Any], tokens: Iterable[int]) -> str | None:

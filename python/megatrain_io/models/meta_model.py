@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from megatrain_io.errors import UnsupportedModelError
 from megatrain_io.models.config_limits import PARAMETERS_MAX
 
-__all__ = ["build_meta_model", "find_block_list", "module_lists", "parameters_on_meta"]
+__all__ = ["build_meta_model", "find_block_list", "module_lists", "parameters_on_meta", "require_gradients"]
 
 # What a constructor allocates from this size on is a parameter. Constructors make buffers with values, so
 # uninitialised memory is a parameter's much earlier; it would leave holes in the heap that the whole run fills.
@@ -75,6 +75,7 @@ def build_meta_model(
             "trained: fetch config.json again, or correct it"
         )
     _keep_in_fp32(model, dtype)
+    require_gradients(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype not in {dtype, torch.float32}:
             raise UnsupportedModelError(
@@ -99,6 +100,15 @@ def _fill_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
         _fill_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
     if next(module.buffers(recurse=False), None) is not None:
         owner._init_weights(module)  # noqa: SLF001 - what loading itself calls for each module
+
+
+def require_gradients(model: PreTrainedModel) -> None:
+    """Let all parameters require gradients, as `from_pretrained` does, also those that the constructor froze.
+
+    Sinusoidal tables of Marian, Pegasus and RoFormer are trained so in memory.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:

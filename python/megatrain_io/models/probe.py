@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain_io.errors import UnsupportedModelError
-from megatrain_io.models.meta_model import build_meta_model, find_block_list
+from megatrain_io.models.meta_model import build_meta_model, find_block_list, require_gradients
 from megatrain_io.models.partition import PartitionedModel, PartitionSpec
 from megatrain_io.models.positions import find_positions
 from megatrain_io.models.preserved import preserved
@@ -203,6 +203,7 @@ def _stock_model(config: PreTrainedConfig, attn_implementation: str | None) -> P
         config, dtype=_DTYPE, attn_implementation=attn_implementation, trust_remote_code=False
     )
     stock.config.use_cache = False
+    require_gradients(stock)
     with torch.no_grad():
         for parameter in stock.parameters():
             parameter.copy_(noisy(parameter))

@@ -35,7 +35,7 @@ from megatrain_io.files import (
     sync_folder,
 )
 from megatrain_io.interrupt import check, held
-from megatrain_io.models.generation_config import end_tokens, with_end_tokens
+from megatrain_io.models.generation_config import end_tokens, takes_several_ends, with_end_tokens
 from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.hub_names import HubNames, NamePlan
 from megatrain_io.models.model_options import ModelOptions
@@ -339,7 +339,8 @@ def _config_for_export(
     before = end_tokens(content.get("eos_token_id"))
     if "eos_token_id" in content and (more := [token for token in ends if token not in before]):
         all_ends = [*before, *more]
-        content["eos_token_id"] = all_ends if len(all_ends) > 1 else all_ends[0]
+        if len(all_ends) == 1 or takes_several_ends(content.get("model_type")):
+            content["eos_token_id"] = all_ends if len(all_ends) > 1 else all_ends[0]
     return json.dumps({**content, "architectures": [architecture], "dtype": name}, indent=2) + "\n"
 
 

@@ -38,6 +38,7 @@ SPREAD = [
     ("deepseek_v3", "bf16"),  # latent attention, routers in fp32, trained buffers
     ("zamba2", "fp32"),  # blocks that have parameters in common
     ("bart", "bf16"),  # a loss of its own
+    ("roformer", "fp32"),  # a table that its constructor freezes, and loading does not
     ("doge", "fp32"),  # a mask that is computed, with which attention has other kernels
     ("gemma4 sides", "fp32"),  # inputs of the embedding for every block, keys and values for later blocks
     ("gemma3n sides", "bf16"),  # the same, and several hidden states

@@ -147,8 +147,9 @@ BY_HAND = {
         "summary_last_dropout": 0.0,
     },
     "zamba": SMALL | {
-        "vocab_size": 271, "num_hidden_layers": 6, "attention_hidden_size": 64, "attention_head_dim": 16,
-        "n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "vocab_size": 271, "num_hidden_layers": 6, "num_key_value_heads": 4, "attention_hidden_size": 64,
+        "attention_head_dim": 16, "n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2,
+        "attn_layer_offset": 1,
     },
 }  # fmt: skip
 # What a configuration class leaves open, and a model needs; and widths that would make a small one slow.

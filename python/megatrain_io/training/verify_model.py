@@ -18,7 +18,7 @@ from transformers.utils import logging
 from megatrain_io.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain_io.errors import DoesNotFitError
 from megatrain_io.interrupt import check
-from megatrain_io.models.gguf_folder import model_folder
+from megatrain_io.models.hub_folder import ModelFolder
 from megatrain_io.models.model_options import ModelOptions
 from megatrain_io.models.preserved import preserved
 from megatrain_io.models.proof import noisy, random_tokens
@@ -106,7 +106,7 @@ def verify_model(
     """
     began = time.monotonic()
     options = options or ModelOptions()
-    config = model_folder(model).config(needs_weights=False)
+    config = ModelFolder.of(model).config(needs_weights=False)
     with ExitStack() as closing:
         computes, precision = device_of(device, "auto", None, closing)
         options.partition(config, DTYPES[precision])  # what import refuses is refused with the same words

@@ -86,7 +86,7 @@ def test_a_block_without_parameters_is_a_stop_without_records():
         ([0, 4, 3, 3, 2], "not made by an import"),
         ("many", "not made by an import"),
         ([1, 3, 3, 5], "embedding and head are two at most|formats"),
-        ([12], "1 stops and 3 blocks"),
+        ([12], "12 records and says that 3 of them are blocks"),
         ([1, 4, 2, 3, 2], "of one stop have the formats bf16, f32, raw16, bf16"),
     ],
 )

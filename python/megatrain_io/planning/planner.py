@@ -394,10 +394,7 @@ def _problems(
     try:
         memory = divide_ram_of(job, needs)
     except DoesNotFitError as error:
-        # Rows without any tokens would still need the pool: then none are looked for, which takes a dry run each.
-        without_rows = replace(needs, compute=0, activations=0, activations_least=0)
-        rows = _nearest_rows(job) if has_ram(job, without_rows, job.ram) else ()
-        problems.append(Problem(str(error).removesuffix("."), rows))
+        problems.append(Problem(str(error).removesuffix("."), _nearest_rows(job)))
     if usable is not None and memory is not None and memory.total > usable[0]:
         room = int(usable[0] * 0.9)
         problems.append(
@@ -412,6 +409,10 @@ def _problems(
 
 def _nearest_rows(job: TrainingJob) -> tuple[str, ...]:
     """Settings with smaller micro-batches that fit, with as many tokens a step if possible; empty if none fit."""
+    # Rows without any tokens still need weights and pool: where these do not fit, no dry run of rows is made.
+    nothing = replace(job.needs, compute=0, activations=0, activations_least=0, activations_per_block=0)
+    if not fits_memory(replace(job, needs=nothing)):
+        return ()
     rows = len(job.micro_batch.input_ids)
     for keeps_tokens in (True, False):
         batch, length = rows, job.max_length

@@ -20,7 +20,8 @@ from megatrain_io.machine.memory import usable_ram
 from megatrain_io.machine.precision import fastest_on_cpu
 from megatrain_io.machine.profile import default_path
 from megatrain_io.machine.smart import parse_smart
-from megatrain_io.planning import planner, resolve
+from megatrain_io.planning import memory_needs, planner, resolve
+from megatrain_io.planning.dry_run import dry_run
 from megatrain_io.runs.folder import RunFolder
 from megatrain_io.training import setup
 from paged import DEVICE
@@ -318,6 +319,20 @@ def test_too_little_vram_is_refused(model, tmp_path):
     assert found.vram is None
     assert found.time is not None, "as it would be if the VRAM were just enough"
     nearest_fits(model, on, problem, **settings)
+
+
+@pytest.mark.parametrize("short_of", ["vram", "ram"])
+def test_rows_are_not_looked_for_where_weights_alone_do_not_fit(model, tmp_path, monkeypatch, short_of):
+    """DeepSeek-V3 on a laptop took 60 seconds to be refused: a dry run for each length of rows, and none could do."""
+    runs = []
+    monkeypatch.setattr(
+        memory_needs, "dry_run", lambda *args, **how: runs.append(args) or dry_run(*args, **how)
+    )
+    settings = {"data.max_length": 4096, "train.per_device_train_batch_size": 8}
+    changes = {"ram": "8GiB", "device": gpu("500MB")} if short_of == "vram" else {"ram": "64KiB"}
+    problem = refused(model, machine(tmp_path, **changes), **settings)
+    assert problem.nearest == ()
+    assert len(runs) == 1
 
 
 def test_what_saves_vram_of_gradients_is_known_to_the_simulation(model, tmp_path):

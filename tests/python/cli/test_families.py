@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import families
+import families_table
 import paged
-from families import Row, calibrating_briefly, drive, row_within
+from families import calibrating_briefly, drive, row_within
+from families_table import Row
 from small_models import VOCABULARY, small_config
 
 MODELS = Path(__file__).parents[3] / "docs" / "models.md"
@@ -109,7 +111,7 @@ def test_one_bit_that_is_not_as_in_memory_is_named(tmp_path, monkeypatch):
 def test_what_a_refusal_advises_is_followed_as_it_is_printed(family, advice):
     driven = families.row_of(family, "fp32")
     assert (driven.result, driven.advice) == ("equal", advice), driven
-    (*_, notes) = families.table_rows([driven])[0]
+    (*_, notes) = families_table.table_rows([driven])[0]
     assert notes == f"as the refusal advises: {advice}"
 
 
@@ -159,7 +161,7 @@ def test_results_are_written_as_they_come_and_a_stopped_drive_goes_on(tmp_path, 
     how = ["llama,gpt2", "--results", str(tmp_path / "r.jsonl"), "--table", str(tmp_path / "t.md")]
     with pytest.raises(KeyboardInterrupt):
         families.main(how)
-    assert len(families.rows_in(tmp_path / "r.jsonl")) == 3
+    assert len(families_table.rows_in(tmp_path / "r.jsonl")) == 3
     with (tmp_path / "r.jsonl").open("a") as file:
         file.write('{"family": "gp')  # the power went
     monkeypatch.setattr(families, "row_within", lambda *_: row("gpt2", "bf16", "wrong"))
@@ -175,9 +177,9 @@ def test_a_table_is_read_back_as_it_was_written():
         row("c", "bf16", "refused", message="c: not in bf16", generation=""),
         row("d", generation="stock generate fails: KeyError: 'x'"), row("d", "bf16"),
     ]  # fmt: skip
-    text = families.render("transformers 5, torch 2", 12, families.table_rows(rows))
-    versions, total, cells = families.parse(text)
-    assert families.render(versions, total, cells) == text
+    text = families_table.render("transformers 5, torch 2", 12, families_table.table_rows(rows))
+    versions, total, cells = families_table.parse(text)
+    assert families_table.render(versions, total, cells) == text
     assert (versions, total) == ("transformers 5, torch 2", 12)
     assert [cell[2:] for cell in cells] == [
         ("equal", "equal", "equal", ""),
@@ -190,14 +192,14 @@ def test_a_table_is_read_back_as_it_was_written():
 def test_the_table_of_families_is_what_the_program_writes():
     """Versions need not match: newer transformers come, and its types are driven when the table is made again."""
     text = MODELS.read_text()
-    versions, total, cells = families.parse(text)
-    assert families.render(versions, total, cells) == text, (
+    versions, total, cells = families_table.parse(text)
+    assert families_table.render(versions, total, cells) == text, (
         "make families writes docs/models.md, and nobody else"
     )
     assert len(cells) <= total
     assert re.fullmatch(r"transformers [\d.]+, torch [\d.]+", versions)
     assert [cell[0] for cell in cells] == sorted({cell[0] for cell in cells})
     for name, _, fp32, bf16, _, notes in cells:
-        assert fp32 in families.ACCEPTED, name
-        assert bf16 in (*families.ACCEPTED, ""), name  # not driven
+        assert fp32 in families_table.ACCEPTED, name
+        assert bf16 in (*families_table.ACCEPTED, ""), name  # not driven
         assert notes or {fp32, bf16} <= {"equal", ""}, name

@@ -20,6 +20,8 @@ import pytest
 MIB = 1 << 20
 KINDS = ("ext4", "xfs", "btrfs")
 DRIVES = "MEGATRAIN_TEST_DRIVES"
+# By these torch leaves instructions of the CPU alone: both sides of a comparison must.
+MASKS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 # Where mkfs is to be found: the folders that root has and a virtual environment may have not.
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/bin", "/bin"])
 PACKAGES = {
@@ -257,7 +259,8 @@ class PacedTraining:
             [sys.executable, __file__, str(steps)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={
+            env={name: os.environ[name] for name in MASKS if name in os.environ}
+            | {
                 "PYTHONPATH": os.pathsep.join(sys.path),
                 "PATH": "",
                 "OMP_NUM_THREADS": "1",

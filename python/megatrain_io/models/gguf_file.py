@@ -20,7 +20,7 @@ import numpy as np
 
 from megatrain_io.errors import ConfigError, ModelFilesError
 from megatrain_io.files import new_file, open_file
-from megatrain_io.models.safetensors import READ_BYTES_MAX
+from megatrain_io.models.weight_file import GIT_LFS, read_at, refuse_git_lfs
 
 __all__ = ["GgufFile", "GgufPlan", "GgufTensor", "GgufWriter", "Value", "gguf_library", "plan_gguf"]
 
@@ -41,7 +41,6 @@ _ALIGNMENT_MAX = 1 << 16
 _ELEMENTS_MAX = 1 << 43
 
 _MAGIC = b"GGUF"
-_GIT_LFS = b"version https://git-lfs"
 _VERSION = 3
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
@@ -135,28 +134,11 @@ class GgufFile:
             ModelFilesError: the file became shorter, or the drive failed to read it.
         """
         _, width = tensor.block
-        return self._read_at(tensor.offset + start * width, (stop - start) * width)
+        return read_at(self.path, self._file.fileno(), tensor.offset + start * width, (stop - start) * width)
 
     def close(self) -> None:
         """Close the file; it must not be read again."""
         self._file.close()
-
-    def _read_at(self, offset: int, nbytes: int) -> bytearray:
-        out = bytearray(nbytes)
-        view = memoryview(out)
-        done = 0
-        descriptor = self._file.fileno()
-        while done < nbytes:
-            try:
-                count = os.preadv(descriptor, [view[done : done + READ_BYTES_MAX]], offset + done)
-            except OSError as error:
-                self._refuse(f"cannot be read at byte {offset + done:,}: {error.strerror}", error)
-            if count == 0:
-                self._refuse(f"ends at byte {offset + done:,}: it was changed while it was read")
-            done += count
-        # What was read is used once: leave the page cache to others.
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
-        return out
 
     def _read_header(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         cursor = _Cursor(self._file, os.fstat(self._file.fileno()).st_size)
@@ -188,12 +170,8 @@ class GgufFile:
         return metadata, self._placed(infos, alignment, cursor)
 
     def _refuse_other_files(self, cursor: "_Cursor") -> None:
-        start = self._file.peek(len(_GIT_LFS))[: len(_GIT_LFS)]
-        if start == _GIT_LFS:
-            self._refuse(
-                f"is a Git-LFS pointer ({cursor.file_bytes} bytes) in place of the file itself: run `git lfs pull` in "
-                "its folder, or download the file"
-            )
+        start = self._file.peek(len(GIT_LFS))[: len(GIT_LFS)]
+        refuse_git_lfs(self.path, start, cursor.file_bytes)
         if start[:4] != _MAGIC:
             self._refuse("is not a GGUF file: it does not begin with GGUF. Fetch it again")
         cursor.take(4)

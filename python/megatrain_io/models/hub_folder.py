@@ -32,6 +32,7 @@ from megatrain_io.models.config_limits import refuse_numbers
 from megatrain_io.models.dequantized import can_dequantize
 from megatrain_io.models.safetensors import Checkpoint
 from megatrain_io.models.text_model import text_config_of
+from megatrain_io.models.weight_file import GIT_LFS, refuse_git_lfs
 from megatrain_io.models.weights import StoredWeights
 
 __all__ = ["ModelFolder"]
@@ -69,7 +70,6 @@ _ORIGINAL = (
 _DEQUANTIZE = "import --dequantize (model_options.dequantize=true) trains the numbers that they stand for"
 _PLAIN_CODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\.py")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_GIT_LFS = b"version https://git-lfs"
 _JSON_BYTES_MAX = 64 << 20
 
 
@@ -323,11 +323,7 @@ class ModelFolder:
         for name in names:
             path = self._inside(name)
             with open_file(path) as file:
-                if file.read(len(_GIT_LFS)) == _GIT_LFS:
-                    raise ModelFilesError(
-                        f"{self.path / name} is a Git-LFS pointer ({path.stat().st_size} bytes) in place of the file "
-                        "itself: run `git lfs pull` in its folder, or download the file"
-                    )
+                refuse_git_lfs(self.path / name, file.read(len(GIT_LFS)), path.stat().st_size)
             if name in _SMALL_JSON:
                 self._read_json(name)
         return names

@@ -20,11 +20,11 @@ from megatrain_io.errors import (
     ModelFilesError,
 )
 from megatrain_io.files import new_file
+from megatrain_io.models.weight_file import GIT_LFS, READ_BYTES_MAX, read_at, refuse_git_lfs
 
 __all__ = [
     "FILE_DTYPES",
     "HEADER_BYTES_MAX",
-    "READ_BYTES_MAX",
     "TENSORS_MAX",
     "TORCH_DTYPES",
     "Checkpoint",
@@ -43,12 +43,8 @@ HEADER_BYTES_MAX = 100_000_000
 TENSORS_MAX = 1 << 18
 """Most tensors in a file: the largest mixtures of experts have a third of that in all their files."""
 
-READ_BYTES_MAX = 8 << 20
-"""Most bytes asked of the system in one read."""
-
 _LENGTH_BYTES = 8
 _DIMENSIONS_MAX = 8
-_GIT_LFS = b"version https://git-lfs"
 
 _DTYPE_BITS = {
     **dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], 8),
@@ -126,28 +122,11 @@ class SafetensorsFile:
         os.close(self._fd)
 
     def _read_at(self, offset: int, nbytes: int) -> bytearray:
-        out = bytearray(nbytes)
-        view = memoryview(out)
-        done = 0
-        while done < nbytes:
-            try:
-                count = os.preadv(self._fd, [view[done : done + READ_BYTES_MAX]], offset + done)
-            except OSError as error:
-                self._refuse(f"cannot be read at byte {offset + done:,}: {error.strerror}", error)
-            if count == 0:
-                self._refuse(f"ends at byte {offset + done:,}: it was changed while it was read")
-            done += count
-        # What was read is used once: leave the page cache to others.
-        os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
-        return out
+        return read_at(self.path, self._fd, offset, nbytes)
 
     def _read_header(self, file_bytes: int) -> dict[str, TensorEntry]:
-        start = bytes(self._read_at(0, min(file_bytes, len(_GIT_LFS))))
-        if start == _GIT_LFS:
-            self._refuse(
-                f"is a Git-LFS pointer ({file_bytes} bytes) in place of the file itself: run `git lfs pull` in its "
-                "folder, or download the file"
-            )
+        start = bytes(self._read_at(0, min(file_bytes, len(GIT_LFS))))
+        refuse_git_lfs(self.path, start, file_bytes)
         header_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
         if file_bytes < _LENGTH_BYTES:
             self._refuse(f"has {file_bytes} bytes, too few for a safetensors file: fetch it again")

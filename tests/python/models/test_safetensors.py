@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from megatrain_io.errors import ModelFilesError
-from megatrain_io.models import safetensors as our_safetensors
+from megatrain_io.models import weight_file
 from megatrain_io.models.safetensors import SafetensorsFile, plan_shards
 
 
@@ -31,7 +31,7 @@ def test_a_read_is_cut_and_survives_short_reads(tmp_path, monkeypatch):
         asked.append(len(buffers[0]))
         return preadv(descriptor, [buffers[0][:700]], offset)
 
-    monkeypatch.setattr(our_safetensors, "READ_BYTES_MAX", 1000)
+    monkeypatch.setattr(weight_file, "READ_BYTES_MAX", 1000)
     monkeypatch.setattr(os, "preadv", short)
     data = file.read(entry, 0, entry.elements)
     assert torch.equal(torch.frombuffer(data, dtype=torch.float32).view(entry.shape), expected)

@@ -445,7 +445,7 @@ class PartitionedModel:
 
         Args:
             index: 0 for the first block.
-            parameters: those of the block, `as_trained` if they are.
+            parameters: those of the block, `as_trained` where training or a stock model is to be equalled.
             hidden: what the block before it returned.
             call: entry `index` of what `record` returned.
             training: whether a backward pass follows.
@@ -455,12 +455,13 @@ class PartitionedModel:
             return self.run_block(index, parameters, entering, call).detach()
 
     def as_trained(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors over the same memory that require gradients where the parameters are trained.
+        """Tensors over the same memory that require gradients where the model's own parameters do.
 
-        Torch chooses kernels by that: `matmul` folds batches where a weight says so, even if no graph is made.
+        Torch chooses kernels by that: `matmul` folds batches where a weight says so, even if no graph is made. Those
+        that no gradient reaches say so in memory, too.
         """
         return {
-            name: tensor.detach().requires_grad_(name not in self.frozen)
+            name: tensor.detach().requires_grad_(name not in self._untrained)
             for name, tensor in parameters.items()
         }
 

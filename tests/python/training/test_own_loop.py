@@ -96,12 +96,17 @@ def test_what_a_module_does_not_train_stays_as_it_is(tmp_path, dtype):
 
 
 class Noting(example.Block):
-    """Notes whether its weights require gradients, by which torch chooses kernels."""
+    """Notes whether its weights require gradients, by which torch chooses kernels; no gradient reaches one of them."""
 
-    seen: ClassVar[set[tuple[bool, bool]]] = set()
+    seen: ClassVar[set[tuple[bool, ...]]] = set()
+
+    def __init__(self):
+        super().__init__()
+        self.forgotten = nn.Linear(3, 3)
 
     def forward(self, hidden):
-        self.seen.add((torch.is_grad_enabled(), self.up.weight.requires_grad))
+        weights = (self.up.weight, self.forgotten.weight)
+        self.seen.add((torch.is_grad_enabled(), *(weight.requires_grad for weight in weights)))
         return super().forward(hidden)
 
 
@@ -111,7 +116,7 @@ def test_weights_require_gradients_in_the_forward_pass_as_they_do_in_memory(tmp_
     with created(tmp_path / "store", module) as model:
         Noting.seen.clear()
         go_on(model, until=1)
-    assert Noting.seen == {(False, True), (True, True)}
+    assert Noting.seen == {(False, True, True), (True, True, True)}
 
 
 class Halving(nn.Module):
